@@ -1,0 +1,426 @@
+"""Every setting of a run, as frozen dataclasses that are checked when they are made. Nothing here imports jax.
+
+Each fact has one owner: the vocabulary belongs to `tokenizer.vocab_size`, the context to `data.length`, and the
+model takes both from there. What can be derived is a property, never a field.
+"""
+
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, TypeVar
+
+T = TypeVar("T")
+
+SCHEMA = 1  # version of config.json; raise it when a saved file needs translating
+
+# What may change when a run is resumed. Everything else is frozen: changing it would make another run.
+FREE = ("run_dir", "log_every", "tensorboard", "profile", "compile_cache", "mesh", "checkpoint", "evaluate", "generate",
+        "model.remat", "model.unroll")  # fmt: skip
+EXTENDABLE = ("steps",)
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message is one line: what, got, wanted, what to do."""
+
+
+class Section:
+    """Base of every config: named checks whose messages carry the full dotted name."""
+
+    section: ClassVar[str] = ""
+
+    def dotted(self, name: str) -> str:
+        return f"{self.section}.{name}" if self.section else name
+
+    def require(self, ok: bool, name: str, wanted: str, then: str = "") -> None:
+        """Raises InputError naming the field, its value, what is wanted, and (optionally) what to do."""
+        if not ok:
+            advice = f"; {then}" if then else ""
+            raise InputError(f"{self.dotted(name)}={getattr(self, name)!r}: wanted {wanted}{advice}")
+
+    def require_numbers(self, low: float, high: float, *names: str) -> None:
+        """Each named field is a finite number with low <= value <= high."""
+        for name in names:
+            value = getattr(self, name)
+            bounds = f"at least {low:g}" if math.isinf(high) else f"a number from {low:g} to {high:g}"
+            self.require(math.isfinite(value) and low <= value <= high, name, bounds)
+
+    def require_positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            self.require(math.isfinite(value) and value > 0, name, "a finite number above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Section):
+    """Shape of the decoder; GPT-2 and the Llama family are settings of it."""
+
+    section: ClassVar[str] = "model"
+
+    num_layers: int = 12
+    """Transformer blocks."""
+    width: int = 768
+    """Size of the residual stream; a multiple of num_heads."""
+    num_heads: int = 12
+    """Query heads of each attention."""
+    queries_per_kv: int = 1
+    """Query heads that share one key-value head (grouped queries); 1 is plain multi-head attention."""
+    mlp_ratio: float = 4.0
+    """Width of the MLP as a multiple of the model's width."""
+    positions: Literal["learned", "rope"] = "learned"
+    """A learned position table (GPT-2), or rotary positions (Llama)."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """LayerNorm (GPT-2) or RMSNorm (Llama), computed in float32."""
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    """GELU in its tanh form (GPT-2), or a SiLU gate (Llama)."""
+    biases: bool = True
+    """Biases in every projection and norm (GPT-2)."""
+    tied: bool = True
+    """The output head is the embedding."""
+    rope_theta: float = 10_000.0
+    """Base wavelength of rotary positions."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance under the root in each norm."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights; divided by sqrt(2 num_layers) where a branch rejoins the residual stream."""
+    dropout: float = 0.0
+    """Chance of dropping an element of the embedding, of an attention weight and of each branch."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of activations and products; weights and optimizer stay float32."""
+    remat: Literal["none", "full", "dots"] = "none"
+    """What the backward pass computes again instead of keeping: nothing, each block, or all but its matrix products."""
+    unroll: int = 1
+    """Layers in one step of the compiled loop over layers; 0 unrolls all (slower to compile, often faster to run)."""
+
+    def __post_init__(self):
+        self.require_positive("num_layers", "width", "num_heads", "queries_per_kv", "mlp_ratio", "rope_theta",
+                              "norm_epsilon", "init_std")  # fmt: skip
+        self.require(
+            self.width % self.num_heads == 0,
+            "width",
+            f"a multiple of model.num_heads={self.num_heads}",
+            f"e.g. --model.width {self.num_heads * max(1, self.width // self.num_heads)}",
+        )
+        self.require(
+            self.num_heads % self.queries_per_kv == 0,
+            "queries_per_kv",
+            f"a divisor of model.num_heads={self.num_heads}",
+        )
+        self.require(
+            self.positions != "rope" or self.head_size % 2 == 0,
+            "width",
+            f"an even width / num_heads for rotary positions, and {self.width} / {self.num_heads} is odd",
+        )
+        self.require(0 <= self.dropout < 1, "dropout", "a chance from 0 up to, not including, 1")
+        self.require(0 <= self.unroll <= self.num_layers, "unroll", f"0 (all) or 1 to num_layers={self.num_layers}")
+
+    @property
+    def head_size(self) -> int:
+        return self.width // self.num_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.num_heads // self.queries_per_kv
+
+    @property
+    def mlp_width(self) -> int:
+        return round(self.width * self.mlp_ratio)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig(Section):
+    """How text becomes token ids."""
+
+    section: ClassVar[str] = "tokenizer"
+
+    kind: Literal["sentencepiece", "bytes"] = "sentencepiece"
+    """A SentencePiece model, or the 256 bytes with no training."""
+    vocab_size: int = 4096
+    """Number of token ids, special tokens included; 258 for bytes."""
+    path: str = ""
+    """A trained SentencePiece model to use; empty: train one on the training split of data.source."""
+
+    BYTES_VOCAB: ClassVar[int] = 258  # 256 bytes, beginning and end of document
+
+    def __post_init__(self):
+        if self.kind == "bytes":
+            wanted = f"{self.BYTES_VOCAB} when tokenizer.kind is bytes"
+            self.require(
+                self.vocab_size == self.BYTES_VOCAB,
+                "vocab_size",
+                wanted,
+                f"add --tokenizer.vocab-size {self.BYTES_VOCAB}",
+            )
+            self.require(not self.path, "path", "no path when tokenizer.kind is bytes")
+        # Byte fallback needs all 256 bytes and 3 special tokens in the vocabulary, and then some pieces.
+        self.require(self.kind == "bytes" or self.vocab_size >= 300, "vocab_size", "at least 300 for sentencepiece")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    """Where the text comes from and how it is cut into rows."""
+
+    section: ClassVar[str] = "data"
+
+    source: str = "builtin:shakespeare"
+    """A text file, a folder of texts, a .jsonl or .jsonl.gz file, a folder from `gptjax prepare`, or builtin:shakespeare."""
+    batch_size: int = 16
+    """Rows a step, over all devices and accumulated micro-batches together."""
+    length: int = 256
+    """Tokens a row; also the context that the model is built for."""
+    validation_fraction: float = 0.05
+    """Share held out and never trained on: of the documents, or the tail of a single text by bytes."""
+    packing: Literal["packed", "padded"] = "packed"
+    """Rows filled with documents end to end, or one document (or a slice of it) a row, padded."""
+    cross_documents: bool = False
+    """Let attention cross from one packed document into the next."""
+
+    def __post_init__(self):
+        self.require(bool(self.source), "source", "a path or a name", "give --data.source FILE")
+        self.require_positive("batch_size", "length")
+        self.require(0 < self.validation_fraction < 1, "validation_fraction", "a share above 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(Section):
+    """AdamW and its schedule."""
+
+    section: ClassVar[str] = "optim"
+
+    learning_rate: float = 6e-4
+    """Peak learning rate."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """After warm-up: half a cosine to the end, or constant with a straight decay at the end (warm-up, stable, decay)."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises from 0."""
+    final_fraction: float = 0.1
+    """Learning rate at the last step, as a share of the peak."""
+    decay_fraction: float = 0.2
+    """Share of the steps in which wsd decays."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices; norms, biases and the position table have none."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient; 0 does not clip."""
+    accumulate: int = 1
+    """Micro-batches that one step runs in turn; data.batch_size is divided by it."""
+
+    def __post_init__(self):
+        self.require_positive("learning_rate", "epsilon", "accumulate")
+        self.require_numbers(0, math.inf, "warmup_steps", "weight_decay", "clip_norm")
+        self.require_numbers(0, 1, "final_fraction", "decay_fraction")
+        self.require(0 <= self.beta1 < 1, "beta1", "from 0 up to, not including, 1")
+        self.require(0 <= self.beta2 < 1, "beta2", "from 0 up to, not including, 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig(Section):
+    """How many devices lie along each axis of the mesh; one size may be -1: all that are left."""
+
+    section: ClassVar[str] = "mesh"
+
+    data: int = -1
+    """Copies of the model, each with its own rows."""
+    fsdp: int = 1
+    """Devices that share parameters, optimizer state and rows."""
+    tensor: int = 1
+    """Devices that share heads, MLP width and vocabulary."""
+    context: int = 1
+    """Devices that share the length of each row."""
+
+    def __post_init__(self):
+        for name, size in dataclasses.asdict(self).items():
+            self.require(size == -1 or size >= 1, name, "a number of devices, or -1 for all that are left")
+        sizes = list(dataclasses.asdict(self).values())
+        self.require(sizes.count(-1) <= 1, "data", "at most one mesh size of -1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(Section):
+    """When to save, and what to keep."""
+
+    section: ClassVar[str] = "checkpoint"
+
+    every: int = 500
+    """Steps between saves; the last step is always saved."""
+    keep_newest: int = 2
+    """Newest checkpoints kept; at least 1."""
+    keep_every: int = 0
+    """Also keep each checkpoint whose step is a multiple of this; 0: none."""
+    keep_best: int = 0
+    """Also keep this many of the lowest evaluation loss."""
+
+    def __post_init__(self):
+        self.require_positive("every", "keep_newest")
+        self.require_numbers(0, math.inf, "keep_every", "keep_best")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Section):
+    """When and on how much of the validation split to evaluate."""
+
+    section: ClassVar[str] = "evaluate"
+
+    every: int = 500
+    """Steps between evaluations; the last step is always evaluated."""
+    max_rows: int = 0
+    """Rows of the validation split to use, from its start; 0: all of them."""
+
+    def __post_init__(self):
+        self.require_positive("every")
+        self.require_numbers(0, math.inf, "max_rows")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(Section):
+    """How to continue a prompt."""
+
+    section: ClassVar[str] = "generate"
+
+    prompt: tuple[str, ...] = ("",)
+    """Text to continue; several are decoded as one batch, and an empty one starts a new document."""
+    max_new_tokens: int = 200
+    """Tokens to add at the most."""
+    temperature: float = 0.8
+    """Divides the logits; 0 always takes the likeliest token."""
+    top_k: int = 0
+    """Sample only from this many likeliest tokens; 0: from all."""
+    top_p: float = 1.0
+    """Sample only from the likeliest tokens that together reach this probability."""
+    min_p: float = 0.0
+    """Sample only from tokens at least this share as likely as the likeliest."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes every token that already occurred less likely (CTRL's penalty)."""
+    stop: tuple[str, ...] = ()
+    """Texts at which to stop; they are not printed."""
+    seed: int = 0
+    """Same seed, same text, whatever else is in the batch."""
+
+    def __post_init__(self):
+        self.require(bool(self.prompt), "prompt", "at least one prompt")
+        self.require_positive("max_new_tokens", "repetition_penalty")
+        self.require_numbers(0, math.inf, "temperature", "top_k", "seed")
+        self.require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
+        self.require_numbers(0, 1, "min_p")
+        self.require(all(self.stop), "stop", "texts that are not empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Section):
+    """Pretraining from start to end."""
+
+    run_dir: str = "runs/unnamed"
+    """Folder of the run; the same command on the same folder resumes."""
+    steps: int = 1000
+    """Training steps; may be raised to go on with a finished run."""
+    seed: int = 0
+    """Seed of the initial weights, the order of the data and dropout."""
+    log_every: int = 10
+    """Steps between printed lines where there is no terminal for a progress bar; metrics.jsonl has every step."""
+    tensorboard: bool = True
+    """Write TensorBoard event files under the run folder."""
+    profile: str = ""
+    """Steps to trace, as FIRST:LAST (10:15); the trace goes to the run folder."""
+    compile_cache: bool = True
+    """Keep compiled programs in the user's cache folder, so that the next start is faster."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+
+    def __post_init__(self):
+        self.require(bool(self.run_dir), "run_dir", "a folder")
+        self.require_positive("steps", "log_every")
+        self.require_numbers(0, 2**31 - 1, "seed")
+        if self.data.batch_size % self.optim.accumulate:
+            rows, parts = self.data.batch_size, self.optim.accumulate
+            raise InputError(
+                f"data.batch_size={rows} is not divisible by optim.accumulate={parts}; "
+                f"e.g. --data.batch-size {parts * max(1, rows // parts)}"
+            )
+        if self.profile:
+            self.require(self.profile_steps != (), "profile", "FIRST:LAST with 1 <= FIRST <= LAST, e.g. 10:15")
+
+    @property
+    def profile_steps(self) -> tuple[int, int] | tuple[()]:
+        """First and last step to trace; empty where `profile` is empty or malformed."""
+        first, _, last = self.profile.partition(":")
+        if first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last):
+            return int(first), int(last)
+        return ()
+
+
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields every setting as (dotted name, value), in the order of the fields."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, value
+
+
+def unknown_name(name: str, known: list[str]) -> str:
+    """One line that names an unknown setting and the nearest known one."""
+    # The last part weighs most: --model.widht is nearest to model.width, and so is --widht.
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    close = close or [k for k in known if k.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+    close = close or difflib.get_close_matches(name.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in known], n=1)
+    return f"there is no setting {name!r}" + (f"; did you mean {close[0]!r}?" if close else "; see --help for all")
+
+
+def build(cls: type[T], values: dict[str, Any], prefix: str = "") -> T:
+    """Makes a config from {dotted name: value}; refuses an unknown or missing name, or a value of another type."""
+    hints = typing.get_type_hints(cls)
+    kinds = {f.name: hints[f.name] for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+    for name in values:
+        if name.split(".", 1)[0] not in kinds:
+            raise InputError(unknown_name(prefix + name, [prefix + k for k in kinds]))
+    made = {}
+    for name, kind in kinds.items():
+        if dataclasses.is_dataclass(kind):
+            inner = {k.removeprefix(f"{name}."): v for k, v in values.items() if k.startswith(f"{name}.")}
+            made[name] = build(typing.cast(type, kind), inner, f"{prefix}{name}.")
+        elif name not in values:
+            raise InputError(f"setting {prefix + name!r} is missing; wanted every setting of {cls.__name__}")
+        else:
+            made[name] = _checked(prefix + name, values[name], kind)
+    return cls(**made)
+
+
+def _checked(name: str, value: Any, kind: Any) -> Any:
+    """The value, if JSON gave one of the field's type; JSON's lists are our tuples, its 1 may be our 1.0."""
+    if typing.get_origin(kind) is Literal:
+        ok, wanted = value in typing.get_args(kind), f"one of {typing.get_args(kind)}"
+    elif typing.get_origin(kind) is tuple:
+        ok, wanted = isinstance(value, list | tuple) and all(isinstance(v, str) for v in value), "a list of strings"
+        value = tuple(value) if ok else value
+    elif kind is float:
+        ok, wanted = isinstance(value, int | float) and not isinstance(value, bool), "a number"
+        value = float(value) if ok else value
+    else:
+        ok, wanted = type(value) is kind, f"a value of type {kind.__name__}"
+    if not ok:
+        raise InputError(f"{name}={value!r}: wanted {wanted}")
+    return value
+
+
+def frozen_changes(old: Any, new: Any) -> list[str]:
+    """Names what differs between a run's settings and new ones and may not change on resume."""
+    before, may_change = dict(leaves(old)), FREE + EXTENDABLE
+    return [
+        f"{name} was {before[name]!r}, got {value!r}"
+        for name, value in leaves(new)
+        if value != before[name] and not any(name == f or name.startswith(f"{f}.") for f in may_change)
+    ]

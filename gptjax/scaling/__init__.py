@@ -1,0 +1,1 @@
+"""Parameter and FLOP counts, and the scaling laws built on them."""

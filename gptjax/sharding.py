@@ -1,0 +1,127 @@
+"""One alphabet: the letters that end a tensor's name are its dimensions and, through RULES, its sharding.
+
+    B batch (rows)          L query length        M key length          T position table
+    D model width           F MLP width           V vocabulary          N layers (stacked)
+    H query heads           G key-value heads     J query heads that share a key-value head (H = G J)
+    K head size             C positions of one chunk of the loss
+
+`q_NDHK` is the stack of query projections; `inputs_BL` is a batch of token ids. The same names shard parameters,
+optimizer state, batches, activations and caches.
+"""
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from gptjax.config import InputError, MeshConfig
+
+P = jax.P
+
+AXES = ("data", "fsdp", "tensor", "context")
+
+# Letter -> mesh axes. Letters are read left to right and an axis is spent once per array: in x_BLD the batch takes
+# fsdp, so D stays whole; in w_in_DF it is D that takes fsdp. Letters without an entry are never sharded.
+RULES: dict[str, tuple[str, ...]] = {
+    "B": ("data", "fsdp"), "L": ("context",), "D": ("fsdp",),
+    "F": ("tensor",), "H": ("tensor",), "G": ("tensor",), "V": ("tensor",),
+}  # fmt: skip
+
+# Heads that do not divide over the tensor axis stay whole on every device; any other parameter must divide.
+WHOLE_IF_UNEVEN = "HG"
+
+
+def suffix(name: str) -> str:
+    """The dimension letters at the end of a name: 'DHK' for 'q_DHK', '' for 'step'."""
+    letters = name.rsplit("_", 1)[-1]
+    return letters if "_" in name and letters.isalpha() and letters.isupper() else ""
+
+
+def spec(letters: str) -> jax.sharding.PartitionSpec:
+    """The partition of an array with these dimensions on a mesh of AXES.
+
+    An array with one letter (N aside) stays whole, rows excepted: norm scales and biases are too small to be worth
+    gathering.
+    """
+    if len(letters.replace("N", "")) == 1 and "B" not in letters:
+        return P(*(None for _ in letters))
+    spent: set[str] = set()
+    entries = []
+    for letter in letters:
+        axes = tuple(a for a in RULES.get(letter, ()) if a not in spent)
+        spent.update(axes)
+        entries.append(axes[0] if len(axes) == 1 else axes or None)
+    return P(*entries)
+
+
+def make_mesh(cfg: MeshConfig) -> Mesh:
+    """The mesh of all devices, with -1 filled in. Raises InputError where the sizes do not cover the devices."""
+    sizes = [getattr(cfg, axis) for axis in AXES]
+    count, known = jax.device_count(), math.prod(s for s in sizes if s != -1)
+    filled = [count // known if s == -1 else s for s in sizes]
+    if math.prod(filled) != count:
+        shown = ", ".join(f"mesh.{a}={s}" for a, s in zip(AXES, sizes, strict=True))
+        raise InputError(
+            f"{shown} does not cover the {count} device(s) here; "
+            f"make the product of the sizes {count}, or set one of them to -1"
+        )
+    # Auto: XLA propagates shardings from our constraints. make_mesh would default to Explicit.
+    return jax.make_mesh(filled, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _axes_size(entry: Any, mesh: Any) -> int:
+    axes = (entry,) if isinstance(entry, str) else entry or ()
+    return math.prod(mesh.shape[a] for a in axes)
+
+
+def constrain(x: jax.Array, letters: str) -> jax.Array:
+    """Tells XLA how an activation with these dimensions is sharded; does nothing where no mesh is set.
+
+    A dimension that its axes do not divide (one row in a chat) stays whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    entries = [e if n % _axes_size(e, mesh) == 0 else None for e, n in zip(spec(letters), x.shape, strict=True)]
+    return jax.lax.with_sharding_constraint(x, P(*entries))
+
+
+def sharding_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """The sharding of the array with this name and shape; raises where it has no letters or does not divide."""
+    letters = suffix(name)
+    if not letters and shape == ():
+        return NamedSharding(mesh, P())
+    assert len(letters) == len(shape), f"{name} has shape {shape}: its name must end with one letter a dimension"
+    entries = []
+    for letter, entry, size in zip(letters, spec(letters), shape, strict=True):
+        parts = _axes_size(entry, mesh)
+        if size % parts and letter in WHOLE_IF_UNEVEN:
+            entry = None
+        elif size % parts:
+            raise InputError(
+                f"dimension {letter}={size} of {name} does not divide over {parts} devices ({entry}); "
+                f"choose mesh sizes that divide it"
+            )
+        entries.append(entry)
+    return NamedSharding(mesh, P(*entries))
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """The sharding of every leaf of a tree of arrays (or their shapes), by the last name on its path.
+
+    Optimizer state repeats the parameters' names, so its leaves fall where their parameters do.
+    """
+
+    def one(path, leaf):
+        names = [str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey)]
+        name = names[-1] if names and leaf.shape != () else ""
+        return sharding_of(name, leaf.shape, mesh)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def put(tree: Any, mesh: Mesh) -> Any:
+    """Places a tree of host arrays on the mesh, each process giving only the rows that its devices hold."""
+    where = shardings(tree, mesh)
+    return jax.tree.map(lambda x, s: jax.make_array_from_callback(x.shape, s, lambda index: x[index]), tree, where)
