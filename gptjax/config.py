@@ -84,7 +84,7 @@ class ModelConfig(Section):
     norm_epsilon: float = 1e-5
     """Added to the variance under the root in each norm."""
     init_std: float = 0.02
-    """Standard deviation of initial weights; divided by sqrt(2 num_layers) where a branch rejoins the residual stream."""
+    """Standard deviation of initial weights; divided by sqrt(2 num_layers) where a branch rejoins the stream."""
     dropout: float = 0.0
     """Chance of dropping an element of the embedding, of an attention weight and of each branch."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -165,7 +165,7 @@ class DataConfig(Section):
     section: ClassVar[str] = "data"
 
     source: str = "builtin:shakespeare"
-    """A text file, a folder of texts, a .jsonl or .jsonl.gz file, a folder from `gptjax prepare`, or builtin:shakespeare."""
+    """A text file, a folder of texts, a .jsonl(.gz) file, a folder made by `gptjax prepare`, or builtin:shakespeare."""
     batch_size: int = 16
     """Rows a step, over all devices and accumulated micro-batches together."""
     length: int = 256
@@ -192,7 +192,7 @@ class OptimConfig(Section):
     learning_rate: float = 6e-4
     """Peak learning rate."""
     schedule: Literal["cosine", "wsd"] = "cosine"
-    """After warm-up: half a cosine to the end, or constant with a straight decay at the end (warm-up, stable, decay)."""
+    """After warm-up: half a cosine, or constant with a straight decay at the end (warm-up, stable, decay)."""
     warmup_steps: int = 100
     """Steps over which the learning rate rises from 0."""
     final_fraction: float = 0.1
