@@ -1,0 +1,115 @@
+"""Losses on hidden states and a head: cross-entropy in chunks, so that the logits of a whole batch never exist."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.sharding import RULES, constrain
+
+# float32 logits of one chunk on one device. Small enough to stay far below the parameters' own memory, large enough
+# that the products stay efficient.
+CHUNK_BYTES = 1 << 26
+
+# float32's softmax gives exactly 0 here, and a finite number keeps gradients finite.
+MASKED = -1e30
+
+
+def logits(x_BLD: jax.Array, head_VD: jax.Array, vocab_size: int) -> jax.Array:
+    """float32 logits_BLV; the ids that only pad the vocabulary are masked out."""
+    logits_BLV = jnp.einsum("BLD,VD->BLV", x_BLD, head_VD.astype(x_BLD.dtype)).astype(jnp.float32)
+    logits_BLV = constrain(logits_BLV, "BLV")
+    if vocab_size < head_VD.shape[0]:
+        logits_BLV = jnp.where(jnp.arange(head_VD.shape[0]) < vocab_size, logits_BLV, MASKED)
+    return logits_BLV
+
+
+def masked_mean(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """sum(x w) / sum(w), and 0 where no weight is left."""
+    total = weights.sum()
+    return jnp.where(total > 0, (x * weights).sum() / jnp.maximum(total, 1e-30), 0.0)
+
+
+def token_log_probs(x_BLD: jax.Array, head_VD: jax.Array, targets_BL: jax.Array, vocab_size: int) -> jax.Array:
+    """log p(target) at every position, shape BL, in nats."""
+    logits_BLV = logits(x_BLD, head_VD, vocab_size)
+    picked_BL = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0]
+    return picked_BL - jax.nn.logsumexp(logits_BLV, axis=-1)
+
+
+def cross_entropy(
+    x_BLD: jax.Array,
+    head_VD: jax.Array,
+    targets_BL: jax.Array,
+    weights_BL: jax.Array,
+    vocab_size: int,
+    z_loss: float = 0.0,
+) -> jax.Array:
+    """Sum over positions of weight x (-log p(target) + z_loss log(Z)^2), in nats; Z is the softmax's normaliser.
+
+    The length is cut into chunks whose gradient is computed while their logits exist: nothing is computed twice and
+    only one chunk of logits is ever held. z-loss: PaLM (Chowdhery et al. 2022), section 5.
+    """
+    chunks = _num_chunks(targets_BL.shape, head_VD.shape[0])
+    return _cross_entropy(x_BLD, head_VD, targets_BL, weights_BL, vocab_size, z_loss, chunks)
+
+
+def _num_chunks(shape: tuple[int, ...], vocab_size: int) -> int:
+    """The fewest chunks, dividing the length, that keep a device's logits within CHUNK_BYTES."""
+    B, L = shape
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else functools.reduce(lambda n, a: n * mesh.shape[a], RULES["B"] + RULES["V"], 1)
+    fitting = (n for n in range(1, L + 1) if L % n == 0 and 4 * B * (L // n) * vocab_size <= CHUNK_BYTES * parts)
+    return next(fitting, L)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _cross_entropy(x_BLD, head_VD, targets_BL, weights_BL, vocab_size, z_loss, chunks):
+    def add(total, chunk):
+        return total + _chunk_loss(*chunk, head_VD, vocab_size, z_loss)[0], None
+
+    return jax.lax.scan(add, jnp.zeros(()), _split(chunks, x_BLD, targets_BL, weights_BL))[0]
+
+
+def _split(chunks: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Cuts dimension L of each array into `chunks` parts and puts them first: BL... to (chunks) BC..."""
+    return tuple(jnp.moveaxis(a.reshape(a.shape[0], chunks, -1, *a.shape[2:]), 1, 0) for a in arrays)
+
+
+def _chunk_loss(x_BCD, targets_BC, weights_BC, head_VD, vocab_size, z_loss):
+    """The loss of one chunk, its logits' softmax numerator and normaliser, and log Z."""
+    logits_BCV = logits(x_BCD, head_VD, vocab_size)
+    highest_BC = logits_BCV.max(axis=-1)
+    exp_BCV = jnp.exp(logits_BCV - highest_BC[..., None])
+    sum_BC = exp_BCV.sum(axis=-1)
+    log_z_BC = jnp.log(sum_BC) + highest_BC
+    picked_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+    loss = (weights_BC * (log_z_BC - picked_BC + z_loss * log_z_BC**2)).sum()
+    return loss, exp_BCV, sum_BC, log_z_BC
+
+
+def _forward(x_BLD, head_VD, targets_BL, weights_BL, vocab_size, z_loss, chunks):
+    def add(carry, chunk):
+        total, dhead_VD = carry
+        x_BCD, targets_BC, weights_BC = chunk
+        loss, exp_BCV, sum_BC, log_z_BC = _chunk_loss(*chunk, head_VD, vocab_size, z_loss)
+        # d loss / d logits = w (softmax (1 + 2 z log Z) - one-hot(target))
+        scale_BC = weights_BC * (1 + 2 * z_loss * log_z_BC) / sum_BC
+        hit_BCV = jnp.arange(head_VD.shape[0]) == targets_BC[..., None]
+        dlogits_BCV = exp_BCV * scale_BC[..., None] - jnp.where(hit_BCV, weights_BC[..., None], 0)
+        dlogits_BCV = dlogits_BCV.astype(x_BCD.dtype)
+        dx_BCD = jnp.einsum("BCV,VD->BCD", dlogits_BCV, head_VD.astype(x_BCD.dtype))
+        dhead_VD += jnp.einsum("BCV,BCD->VD", dlogits_BCV, x_BCD).astype(jnp.float32)
+        return (total + loss, dhead_VD), dx_BCD
+
+    start = (jnp.zeros(()), jnp.zeros(head_VD.shape, jnp.float32))
+    (total, dhead_VD), dx = jax.lax.scan(add, start, _split(chunks, x_BLD, targets_BL, weights_BL))
+    return total, (jnp.moveaxis(dx, 0, 1).reshape(x_BLD.shape), dhead_VD.astype(head_VD.dtype))
+
+
+def _backward(vocab_size, z_loss, chunks, kept, g):
+    dx_BLD, dhead_VD = kept
+    return (dx_BLD * g).astype(dx_BLD.dtype), (dhead_VD * g).astype(dhead_VD.dtype), None, None
+
+
+_cross_entropy.defvjp(_forward, _backward)
