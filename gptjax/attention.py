@@ -1,4 +1,4 @@
-"""Attention as pure functions: the mask, rotary positions, and the plain reference that every faster path must equal."""
+"""Attention as pure functions: masks, rotary positions, and the plain reference that a faster path must equal."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def cache_mask(positions_BL: jax.Array, slots: int) -> jax.Array:
 
 
 def rotate(x_BLHK: jax.Array, positions_BL: jax.Array, theta: float) -> jax.Array:
-    """Rotary positions: turns the pair (x_i, x_{i + K/2}) by the angle p theta^(-2i/K). Works on queries and keys alike.
+    """Rotary positions: turns the pair (x_i, x_{i + K/2}) by the angle p theta^(-2i/K), in queries and keys alike.
 
     Su et al. 2021, RoFormer, in the half-split form of the Llama checkpoints. Computed in float32: in bfloat16 the
     angle of position 257 is already that of 256.
@@ -55,9 +55,11 @@ def attend(
     """
     B, L, H, K = q_BLHK.shape
     G = k_BMGK.shape[2]
-    q_BLGJK = q_BLHK.reshape(B, L, G, H // G, K) * K**-0.5
-    s_BGJLM = jnp.einsum("BLGJK,BMGK->BGJLM", q_BLGJK, k_BMGK).astype(jnp.float32)
+    # Heads go before positions, so that both products are plain batched matrices: on a CPU twice as fast.
+    q_BGJLK = jnp.moveaxis(q_BLHK.reshape(B, L, G, H // G, K) * K**-0.5, 1, 3)
+    k_BGMK, v_BGMK = jnp.moveaxis(k_BMGK, 1, 2), jnp.moveaxis(v_BMGK, 1, 2)
+    s_BGJLM = jnp.einsum("BGJLK,BGMK->BGJLM", q_BGJLK, k_BGMK).astype(jnp.float32)
     s_BGJLM = jnp.where(mask_BLM[:, None, None], s_BGJLM, jnp.finfo(jnp.float32).min)
     p_BGJLM = dropout(jax.nn.softmax(s_BGJLM, axis=-1), dropout_rate, key)
-    out_BLGJK = jnp.einsum("BGJLM,BMGK->BLGJK", p_BGJLM.astype(v_BMGK.dtype), v_BMGK)
-    return out_BLGJK.reshape(B, L, H, K)
+    out_BGJLK = jnp.einsum("BGJLM,BGMK->BGJLK", p_BGJLM.astype(v_BGMK.dtype), v_BGMK)
+    return jnp.moveaxis(out_BGJLK, 3, 1).reshape(B, L, H, K)

@@ -313,6 +313,79 @@ class GenerateConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ContinueConfig(GenerateConfig):
+    """Continue prompts with a trained run."""
+
+    section: ClassVar[str] = ""
+
+    step: int = 0
+    """Checkpoint to use; 0: the newest."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_numbers(0, math.inf, "step")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(Section):
+    """Evaluate a run on its validation split."""
+
+    step: int = 0
+    """Checkpoint to use; 0: the newest."""
+    max_rows: int = 0
+    """Rows of the validation split to use, from its start; 0: all of them."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self):
+        self.require_numbers(0, math.inf, "step", "max_rows")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig(Section):
+    """Tokenise a source into a folder that training reads at random."""
+
+    source: str = "builtin:shakespeare"
+    """A text file, a folder of texts, a .jsonl(.gz) file, or builtin:shakespeare."""
+    out: str = ""
+    """Folder to make."""
+    validation_fraction: float = 0.05
+    """Share held out: of the documents, or the tail of a single text by bytes."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+
+    def __post_init__(self):
+        self.require(bool(self.source), "source", "a path or a name", "give --source FILE")
+        self.require(bool(self.out), "out", "a folder to make", "give --out FOLDER")
+        self.require(0 < self.validation_fraction < 1, "validation_fraction", "a share above 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTokenizerConfig(Section):
+    """Train a SentencePiece BPE model with byte fallback on the training part of a source."""
+
+    source: str = "builtin:shakespeare"
+    """A text file, a folder of texts, a .jsonl(.gz) file, or builtin:shakespeare."""
+    out: str = ""
+    """Folder to make; its tokenizer.model is what --tokenizer.path takes."""
+    vocab_size: int = 4096
+    """Number of pieces, special tokens and the 256 bytes included."""
+    validation_fraction: float = 0.05
+    """Share that the tokenizer may not see, as in training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowConfig(Section):
+    """Show exactly what the model saw at a training step."""
+
+    step: int = 1
+    """Training step, as metrics.jsonl counts them: the first is 1."""
+    rows: int = 2
+    """Rows of the batch to print."""
+
+    def __post_init__(self):
+        self.require_positive("step", "rows")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig(Section):
     """Pretraining from start to end."""
 
@@ -377,7 +450,7 @@ def unknown_name(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     close = close or [k for k in known if k.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
     close = close or difflib.get_close_matches(name.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in known], n=1)
-    return f"there is no setting {name!r}" + (f"; did you mean {close[0]!r}?" if close else "; see --help for all")
+    return f"there is no setting {name}" + (f"; did you mean {close[0]}?" if close else "; see --help for all")
 
 
 def build(cls: type[T], values: dict[str, Any], prefix: str = "") -> T:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.attention import attend, cache_mask, causal_mask, dropout, rotate
-from gptjax.config import ModelConfig
+from gptjax.config import ModelConfig, TrainConfig
 from gptjax.losses import logits
 from gptjax.sharding import constrain, suffix
 
@@ -216,3 +216,14 @@ class Decoder(nn.Module):
 def head(params: Params) -> jax.Array:
     """head_VD: the output matrix, which is the embedding where the two are tied."""
     return params["head_VD"] if "head_VD" in params else params["embed_VD"]
+
+
+def make_decoder(config: TrainConfig) -> Decoder:
+    """The decoder of a run: its vocabulary is the tokenizer's and its context the length of the rows."""
+    return Decoder(config.model, vocab_size=config.tokenizer.vocab_size, context=config.data.length)
+
+
+def init_params(decoder: Decoder) -> Callable[[jax.Array], Params]:
+    """Builds init(key) -> params."""
+    one = jnp.zeros((1, 1), jnp.int32)
+    return lambda key: decoder.init(key, one, one, one)["params"]

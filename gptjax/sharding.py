@@ -3,7 +3,7 @@
     B batch (rows)          L query length        M key length          T position table
     D model width           F MLP width           V vocabulary          N layers (stacked)
     H query heads           G key-value heads     J query heads that share a key-value head (H = G J)
-    K head size             C positions of one chunk of the loss
+    K head size             C positions of one chunk of the loss                    W words of a random key
 
 `q_NDHK` is the stack of query projections; `inputs_BL` is a batch of token ids. The same names shard parameters,
 optimizer state, batches, activations and caches.
@@ -114,14 +114,30 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     """
 
     def one(path, leaf):
-        names = [str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey)]
-        name = names[-1] if names and leaf.shape != () else ""
-        return sharding_of(name, leaf.shape, mesh)
+        names = [str(getattr(k, "key", getattr(k, "name", ""))) for k in path]
+        return sharding_of(names[-1] if leaf.shape else "", leaf.shape, mesh)
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def abstract(shapes: Any, mesh: Mesh) -> Any:
+    """Shapes, types and shardings of a tree of shapes, with nothing allocated: what a checkpoint is restored into."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings(shapes, mesh)
+    )
 
 
 def put(tree: Any, mesh: Mesh) -> Any:
     """Places a tree of host arrays on the mesh, each process giving only the rows that its devices hold."""
     where = shardings(tree, mesh)
     return jax.tree.map(lambda x, s: jax.make_array_from_callback(x.shape, s, lambda index: x[index]), tree, where)
+
+
+def require_mesh(tree: Any) -> None:
+    """Raises InputError where arrays lie on several devices and no mesh is set.
+
+    Without a mesh `constrain` does nothing, and XLA would replicate every activation without a word.
+    """
+    spread = any(len(x.devices()) > 1 for x in jax.tree.leaves(tree) if isinstance(x, jax.Array))
+    if spread and jax.sharding.get_abstract_mesh().empty:
+        raise InputError("arrays lie on several devices but no mesh is set; call this under `with jax.set_mesh(mesh):`")

@@ -1,0 +1,392 @@
+"""Checkpoints that survive a kill at any moment and never restore garbage. The only module that imports orbax.
+
+A step is a folder named by its number. Orbax writes it in the background; when Orbax is done, a manifest of every
+file (size and sha256) is written last, atomically: a step without a manifest does not exist. Orbax itself does not
+notice a flipped bit in array data, so each leaf also carries a digest computed on the device, compared at restore.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import threading
+import uuid
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from gptjax.config import CheckpointConfig, InputError
+from gptjax.digest import digests, leaf_names
+
+MANIFEST = "manifest.json"
+TRASH, PROBE, UNSOUND = ".trash-", ".probe-", ".unsound"
+JSON_ITEMS = ("data", "config", "digests")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written: the disk is full, or went away. The message is one line."""
+
+
+class Saved(NamedTuple):
+    """What `describe` says about one committed step; `seconds` is the time of its commit since the epoch."""
+
+    step: int
+    bytes: int
+    files: int
+    seconds: float
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `folder`.
+
+    A writer (the default) makes the folder, refuses one it can't write to, and removes what a killed save or delete
+    left behind. With `readonly` nothing is made or removed, so that a run can be read while it trains.
+    """
+
+    def __init__(self, folder: Path, cfg: CheckpointConfig, readonly: bool = False):
+        self.folder, self.cfg, self.readonly = Path(folder).absolute(), cfg, readonly
+        self.problems: list[str] = []
+        self._thread: threading.Thread | None = None
+        self._error: CheckpointError | None = None
+        if not readonly:
+            _check_writable(self.folder)
+            self.clean()
+
+    # What is on the disk.
+
+    def steps(self) -> list[int]:
+        """The committed steps, in order, read from the disk at each call."""
+        try:
+            names = os.listdir(self.folder)
+        except OSError:
+            return []
+        return sorted(int(n) for n in names if re.fullmatch(r"\d{8,}", n) and (self.folder / n / MANIFEST).is_file())
+
+    def newest(self) -> int | None:
+        """The newest committed step; None where there is none."""
+        return max(self.steps(), default=None)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"{step:08d}"
+
+    def describe(self) -> list[Saved]:
+        """Size, number of files and time of each committed step."""
+        saved = []
+        for step in self.steps():
+            files = _files(self.path(step))
+            seconds = (self.path(step) / MANIFEST).stat().st_mtime
+            saved.append(Saved(step, sum(size for size in files.values()), len(files), seconds))
+        return saved
+
+    def verify(self, step: int) -> list[str]:
+        """What is wrong with the files of a step, one line each; empty where all are as they were written."""
+        folder = self.path(step)
+        try:
+            manifest = json.loads((folder / MANIFEST).read_bytes())
+            files, seal = manifest["files"], manifest["sha256"]
+            sealed = seal == _seal(manifest["step"], files) and manifest["step"] == step
+        except OSError as e:
+            return [f"{MANIFEST}: {e.strerror}"]
+        except (ValueError, KeyError, TypeError):
+            return [f"{MANIFEST} is damaged"]
+        if not sealed:
+            return [f"{MANIFEST} is damaged, or is that of another step"]
+        problems = []
+        there = _files(folder)
+        problems += [f"{name} is missing" for name in sorted(files.keys() - there.keys())]
+        problems += [f"{name} should not be there" for name in sorted(there.keys() - files.keys())]
+        for name in sorted(files.keys() & there.keys()):
+            size, sha256 = files[name]
+            if there[name] != size:
+                problems.append(f"{name} has {there[name]} bytes, not {size}")
+            elif _sha256(folder / name) != sha256:
+                problems.append(f"{name} has other contents than were written")
+        return problems
+
+    # Writing.
+
+    def save(self, step: int, state: Any, data: dict, config: dict) -> None:
+        """Saves in the background; `state` may be donated as soon as this returns.
+
+        `data` (the position in the data) and `config` hold what JSON can hold. A step that is already committed is
+        left as it is. Waits for the save before it, and raises CheckpointError where that one failed.
+        """
+        assert not self.readonly, "these checkpoints were opened for reading"
+        self.wait()
+        if step in self.steps():
+            return
+        from orbax.checkpoint import v1 as ocp
+
+        leaves = dict(zip(leaf_names(state), jax.tree.leaves(state), strict=True))
+        marks = {n: [d, str(leaves[n].dtype), list(leaves[n].shape)] for n, d in digests(state).items()}
+        items = {"state": _nested(leaves), "data": data, "config": config, "digests": marks}
+        try:
+            with _orbax():
+                response = ocp.save_checkpointables_async(str(self.path(step)), items)
+        except Exception as e:
+            self._remove_partial(step)
+            raise _failed(step, e) from e
+        self._thread = threading.Thread(target=self._commit, args=(step, response), name=f"checkpoint {step}")
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raises CheckpointError if a save failed in the background; does not wait for one that runs."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def wait(self) -> None:
+        """Returns when every save is durable; raises CheckpointError if one failed. Call it before the process ends."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            _barrier("checkpoint committed")
+        self.check()
+
+    def _commit(self, step: int, response: Any) -> None:
+        try:
+            response.result()
+            if jax.process_index() == 0:
+                _write_manifest(self.path(step), step)
+        except Exception as e:
+            self._error = _failed(step, e)
+            self._remove_partial(step)
+
+    def _remove_partial(self, step: int) -> None:
+        if jax.process_index() == 0:
+            for leftover in (self.path(step), *self.folder.glob(f"{step:08d}.orbax*")):
+                _remove(leftover)
+
+    def clean(self) -> None:
+        """Removes what a kill in the middle of a save or a delete left behind."""
+        if jax.process_index() == 0:
+            for entry in self.folder.iterdir():
+                unsealed = re.match(r"\d{8,}($|\.orbax)", entry.name) and not (entry / MANIFEST).is_file()
+                if unsealed or entry.name.startswith((TRASH, PROBE)):
+                    _remove(entry)
+        _barrier("checkpoints cleaned")
+
+    def retain(self, best: list[int]) -> list[int]:
+        """Deletes what nothing keeps and returns those steps.
+
+        Kept are the `keep_newest` newest, the multiples of `keep_every`, and `best`: the steps of lowest evaluation
+        loss, which the caller reads from metrics.jsonl.
+        """
+        steps, every = self.steps(), self.cfg.keep_every
+        kept = {*steps[-self.cfg.keep_newest :], *best, *(s for s in steps if every and s % every == 0)}
+        gone = [s for s in steps if s not in kept]
+        self._delete(gone)
+        return gone
+
+    def drop_after(self, step: int) -> None:
+        """Deletes every later step; for a run that is rolled back and will reach those steps by another way."""
+        self.wait()
+        self._delete([s for s in self.steps() if s > step])
+        _barrier("later checkpoints dropped")
+
+    def _delete(self, steps: list[int]) -> None:
+        if jax.process_index() == 0:
+            for step in steps:
+                # The rename takes the step away whole: a kill in mid-delete can't leave half of one.
+                trash = self.folder / f"{TRASH}{step:08d}-{uuid.uuid4().hex[:8]}"
+                os.replace(self.path(step), trash)
+                _remove(trash)
+
+    # Reading.
+
+    def restore(self, abstract_state: Any, step: int | None = None, partial: bool = False):
+        """Returns (step, state, data, config) of `step`, or of the newest step that is sound.
+
+        `abstract_state` is a tree of jax.ShapeDtypeStruct, whose shardings say where the leaves go; the mesh need
+        not be the one that saved. With `partial` the tree may lack leaves that the checkpoint has. What is wrong
+        with a step is written to stderr and kept in `problems`, and the next older step is tried; a writer then sets
+        the unsound ones aside. Raises InputError where no step is sound, and where a sound step holds other leaves,
+        shapes or types than asked for.
+        """
+        steps = self.steps()
+        if not steps or (step is not None and step not in steps):
+            has = f"there are steps {', '.join(map(str, steps))}" if steps else "there is none"
+            raise InputError(f"{self.folder}: no checkpoint{'' if step is None else f' of step {step}'}; {has}")
+        tried = []
+        for candidate in [step] if step is not None else reversed(steps):
+            problems = self.verify(candidate) if jax.process_index() == 0 else []
+            if _nobody_objects(not problems):
+                state, data, config, problems = self._load(candidate, abstract_state, partial)
+                if _nobody_objects(not problems):
+                    self._set_aside([s for s in steps if s > candidate and step is None])
+                    return candidate, state, data, config
+            shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+            tried.append(f"step {candidate}: {shown}")
+            self.problems += [f"step {candidate}: {p}" for p in problems]
+            if jax.process_index() == 0:
+                print(f"warning: checkpoint {self.path(candidate)} is not sound: {shown}", file=sys.stderr, flush=True)
+        raise InputError(f"{self.folder}: no sound checkpoint ({' | '.join(tried)}); give another --run-dir, or a copy")
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Renames unsound steps, which would else count as the newest and be taken for saved when reached again."""
+        if not self.readonly and jax.process_index() == 0:
+            for step in steps:
+                aside = self.folder / f"{step:08d}{UNSOUND}"
+                _remove(aside)
+                os.replace(self.path(step), aside)
+                print(f"warning: it was set aside as {aside}", file=sys.stderr, flush=True)
+        _barrier("unsound checkpoints set aside")
+
+    def _load(self, step: int, abstract_state: Any, partial: bool) -> tuple[Any, Any, Any, list[str]]:
+        from orbax.checkpoint import v1 as ocp
+
+        names, leaves = leaf_names(abstract_state), jax.tree.leaves(abstract_state)
+        path = str(self.path(step))
+        try:
+            with _orbax():
+                marks = ocp.load_checkpointables(path, {"digests": None})["digests"]
+        except Exception as e:
+            return None, None, None, [f"digests can't be read: {_one_line(e)}"]
+        self._check_leaves(step, dict(zip(names, leaves, strict=True)), marks, partial)
+        wanted = _nested({n: _placed(leaf) for n, leaf in zip(names, leaves, strict=True)})
+        try:
+            with _orbax(partial):
+                loaded = ocp.load_checkpointables(path, {"state": wanted, "data": None, "config": None})
+        except Exception as e:
+            return None, None, None, [f"state can't be read: {_one_line(e)}"]
+        state = jax.tree.unflatten(jax.tree.structure(abstract_state), [_at(loaded["state"], n) for n in names])
+        wrong = [n for n, d in digests(state).items() if d != marks[n][0]]
+        return state, loaded["data"], loaded["config"], [f"{n} differs from what was saved" for n in wrong]
+
+    def _check_leaves(self, step: int, asked: dict[str, Any], marks: dict[str, Any], partial: bool) -> None:
+        where, then = f"{self.path(step)}", "keep the settings of the run, or give another --run-dir"
+        for name, leaf in asked.items():
+            if name not in marks:
+                raise InputError(f"{where} has no {name}, which these settings ask for; {then}")
+            _, dtype, shape = marks[name]
+            if tuple(shape) != leaf.shape or dtype != str(leaf.dtype):
+                raise InputError(
+                    f"{where} holds {name} as {dtype}{shape}, but these settings ask for "
+                    f"{leaf.dtype}{list(leaf.shape)}; {then}"
+                )
+        if not partial and (left := [n for n in marks if n not in asked]):
+            raise InputError(f"{where} holds {left[0]}, which these settings do not ask for; {then}")
+
+
+@contextlib.contextmanager
+def _orbax(partial: bool = False):
+    """Orbax's settings: small items as JSON, and arrays uncompressed, since trained weights hardly shrink."""
+    from orbax.checkpoint import v1 as ocp
+
+    context = ocp.Context()
+    registry = ocp.handlers.local_registry()
+    for name in JSON_ITEMS:
+        registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
+    context.checkpointables.registry = registry
+    context.array.saving.use_compression = False
+    context.pytree.loading.partial_load = partial
+    with context:
+        yield
+
+
+def _nested(leaves: dict[str, Any]) -> dict:
+    """Plain nested dicts from dotted names, so that any program can read the state."""
+    tree: dict = {}
+    for name, leaf in leaves.items():
+        *folders, last = name.split(".")
+        inner = tree
+        for folder in folders:
+            inner = inner.setdefault(folder, {})
+        inner[last] = leaf
+    return tree
+
+
+def _at(tree: dict, name: str) -> Any:
+    for part in name.split("."):
+        tree = tree[part]
+    return tree
+
+
+def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _check_writable(folder: Path) -> None:
+    probe = folder / f"{PROBE}{uuid.uuid4().hex[:8]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise InputError(
+            f"{folder}: checkpoints can't be written there ({e.strerror}); "
+            "wanted a writable folder, give another --run-dir"
+        ) from e
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _files(folder: Path) -> dict[str, int]:
+    """Size of every file below the folder but the manifest, by its path inside."""
+    there = {}
+    for parent, _, names in os.walk(folder):
+        for path in (Path(parent) / name for name in names):
+            there[path.relative_to(folder).as_posix()] = path.lstat().st_size
+    there.pop(MANIFEST, None)
+    return there
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _seal(step: int, files: dict) -> str:
+    return hashlib.sha256(json.dumps([step, files], sort_keys=True).encode()).hexdigest()
+
+
+def _write_manifest(folder: Path, step: int) -> None:
+    files = {name: [size, _sha256(folder / name)] for name, size in sorted(_files(folder).items())}
+    text = json.dumps({"step": step, "files": files, "sha256": _seal(step, files)}, indent=1)
+    # Beside the folder, not inside it: a leftover of a kill must not count as one of its files.
+    temporary = folder.with_name(f"{folder.name}.orbax-manifest")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, folder / MANIFEST)
+    for parent in (folder, folder.parent):
+        descriptor = os.open(parent, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def _failed(step: int, error: Exception) -> CheckpointError:
+    return CheckpointError(f"checkpoint of step {step} could not be written: {_one_line(error)}")
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def _nobody_objects(ok: bool) -> bool:
+    """Whether `ok` holds in every process, so that all of them restore the same step."""
+    if jax.process_count() == 1:
+        return ok
+    from jax.experimental import multihost_utils
+
+    return bool(np.all(multihost_utils.process_allgather(np.array(ok))))

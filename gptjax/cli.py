@@ -1,0 +1,255 @@
+"""The command line: one verb a stage, no logic. Heavy modules are imported by the verb that needs them."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from gptjax import __version__
+from gptjax.config import (
+    ContinueConfig,
+    EvalConfig,
+    InputError,
+    PrepareConfig,
+    ShowConfig,
+    TrainConfig,
+    TrainTokenizerConfig,
+)
+
+Verb = Callable[[list[str]], int]
+
+
+def tokenizer_train(args: list[str]) -> int:
+    """tokenizer train          train a SentencePiece tokenizer on a text"""
+    from gptjax.flags import parse
+
+    cfg = parse(TrainTokenizerConfig(), args, "gptjax tokenizer train")
+    from gptjax.data.prepare import train_tokenizer
+
+    trained = train_tokenizer(cfg)
+    _say(f"wrote {cfg.out}/tokenizer.model: {trained.vocab_size:,} ids")
+    _next(f"gptjax prepare --source {cfg.source} --out FOLDER --tokenizer.vocab-size {trained.vocab_size} "
+          f"--tokenizer.path {cfg.out}/tokenizer.model")  # fmt: skip
+    return 0
+
+
+def prepare(args: list[str]) -> int:
+    """prepare                  tokenise a text into a folder that training reads"""
+    from gptjax.flags import parse
+
+    cfg = parse(PrepareConfig(), args, "gptjax prepare")
+    from gptjax.data.prepare import prepare, report
+
+    corpus = prepare(cfg.source, cfg.out, cfg.tokenizer, cfg.validation_fraction)
+    _say(report(corpus))
+    kind = "" if cfg.tokenizer.kind == "sentencepiece" else f" --tokenizer.kind {cfg.tokenizer.kind}"
+    _next(f"gptjax pretrain quickstart --data.source {cfg.out}{kind} --tokenizer.vocab-size {corpus.vocab_size} "
+          f"--run-dir runs/NAME")  # fmt: skip
+    return 0
+
+
+def data_show(args: list[str]) -> int:
+    """data show RUN            show exactly what the model saw at a step"""
+    run, args = _positional(args, "RUN", "gptjax data show RUN --step N")
+    from gptjax.flags import parse
+
+    cfg = parse(ShowConfig(), args, f"gptjax data show {run}")
+    from gptjax.verbs import show_step
+
+    print(show_step(run, cfg.step, cfg.rows))
+    _next(f"gptjax data show {run} --step {cfg.step + 1}")
+    return 0
+
+
+def data_verify(args: list[str]) -> int:
+    """data verify FOLDER       check every file of a prepared folder against its manifest"""
+    folder, args = _positional(args, "FOLDER", "gptjax data verify FOLDER")
+    _nothing_left(args)
+    from gptjax.data.corpus import open_corpus
+    from gptjax.data.prepare import report
+
+    corpus = open_corpus(folder)
+    corpus.verify()
+    _say(report(corpus))
+    _say("every file is as it was written")
+    _next(f"gptjax pretrain quickstart --data.source {folder} --tokenizer.vocab-size {corpus.vocab_size}")
+    return 0
+
+
+def pretrain(args: list[str]) -> int:
+    """pretrain RECIPE          train a model, or go on with its run"""
+    name, args = _positional(args, "RECIPE", "gptjax pretrain configs/quickstart.py")
+    from gptjax.flags import load_recipe, origins, parse
+
+    recipe = load_recipe(name)
+    written = recipe.config("pretrain")
+    cfg = parse(written, args, f"gptjax pretrain {name}", recipe.doc)
+    from gptjax.pretrain import pretrain
+    from gptjax.train import Interrupted
+
+    source = {"path": str(recipe.path), "sha256": recipe.sha256}
+    try:
+        folder = pretrain(cfg, source, origins(TrainConfig(), written, cfg))
+    except Interrupted:
+        _say(f"interrupted; run the same command again to go on with {cfg.run_dir}")
+        return 75
+    _say(f"run folder: {folder}")
+    _next(f'gptjax generate {cfg.run_dir} --prompt "ROMEO. "')
+    return 0
+
+
+def evaluate(args: list[str]) -> int:
+    """eval RUN                 loss, perplexity and bits per byte on the validation split"""
+    run, args = _positional(args, "RUN", "gptjax eval RUN")
+    from gptjax.flags import parse
+
+    cfg = parse(EvalConfig(), args, f"gptjax eval {run}")
+    from gptjax.verbs import evaluate_run
+
+    for name, value in evaluate_run(run, cfg).items():
+        print(f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}")
+    _next(f'gptjax generate {run} --prompt "ROMEO. "')
+    return 0
+
+
+def generate(args: list[str]) -> int:
+    """generate RUN             continue prompts"""
+    run, args = _positional(args, "RUN", 'gptjax generate RUN --prompt "Once upon a time"')
+    from gptjax.flags import parse
+
+    cfg = parse(ContinueConfig(), args, f"gptjax generate {run}")
+    from gptjax.verbs import generate_run
+
+    generate_run(run, cfg, write=lambda piece: print(piece, end="", flush=True))
+    _next(f"gptjax generate {run} --prompt {' '.join(repr(p) for p in cfg.prompt)} --seed {cfg.seed + 1}")
+    return 0
+
+
+def checkpoint_list(args: list[str]) -> int:
+    """checkpoint list RUN      what checkpoints a run has"""
+    run, args = _positional(args, "RUN", "gptjax checkpoint list RUN")
+    _nothing_left(args)
+    from gptjax.trained import open_checkpoints
+
+    checkpoints = open_checkpoints(run)
+    for saved in checkpoints.describe():
+        print(f"step {saved.step}  {saved.bytes / 1e6:,.1f} MB in {saved.files} files")
+    _next(f"gptjax checkpoint verify {run}")
+    return 0
+
+
+def checkpoint_verify(args: list[str]) -> int:
+    """checkpoint verify RUN    check every checkpoint's files and numbers"""
+    run, args = _positional(args, "RUN", "gptjax checkpoint verify RUN")
+    _nothing_left(args)
+    from gptjax.trained import open_checkpoints
+
+    checkpoints, bad = open_checkpoints(run), 0
+    for step in checkpoints.steps():
+        problems = checkpoints.verify(step)
+        bad += bool(problems)
+        print(f"step {step}: " + ("; ".join(problems) or "sound"))
+    if bad:
+        raise InputError(f"{run}: {bad} checkpoint(s) are not sound; a resume falls back to the newest sound one")
+    _next(f"gptjax eval {run}")
+    return 0
+
+
+def import_run(args: list[str]) -> int:
+    """import SOURCE RUN        make a run of a Hugging Face GPT-2 or Llama folder"""
+    source, args = _positional(args, "SOURCE", "gptjax import SOURCE RUN")
+    run, args = _positional(args, "RUN", "gptjax import SOURCE RUN")
+    _nothing_left(args)
+    from gptjax.verbs import import_run
+
+    _say(import_run(source, run))
+    _next(f'gptjax generate {run} --prompt "Once upon a time"')
+    return 0
+
+
+VERBS: dict[str, Verb] = {
+    "tokenizer train": tokenizer_train,
+    "prepare": prepare,
+    "data show": data_show,
+    "data verify": data_verify,
+    "pretrain": pretrain,
+    "eval": evaluate,
+    "generate": generate,
+    "checkpoint list": checkpoint_list,
+    "checkpoint verify": checkpoint_verify,
+    "import": import_run,
+}
+
+USAGE = f"""gptjax {__version__}: from a folder of text to a model that talks, in JAX and Flax.
+
+usage: gptjax VERB ... [--help]
+
+{chr(10).join("  " + str(verb.__doc__) for verb in VERBS.values())}
+
+RECIPE is a Python file of settings (configs/quickstart.py) or the name of a shipped one (quickstart). RUN is the folder
+that a training verb wrote. Every verb has --help, with every setting by its dotted name.
+
+Start here: gptjax pretrain configs/quickstart.py
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a verb. Exit codes: 0 done, 2 bad input, 75 interrupted (run the same command again)."""
+    args = sys.argv[1:] if argv is None else argv
+    try:
+        return _dispatch(args)
+    except InputError as e:
+        print(f"gptjax: {e}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output went away: `gptjax data show ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if args[0] == "--version":
+        print(__version__)
+        return 0
+    for words in (2, 1):
+        if (verb := VERBS.get(" ".join(args[:words]))) is not None:
+            return verb(args[words:])
+    group = [name for name in VERBS if name.split()[0] == args[0]]
+    if group and args[1:2] in ([], ["--help"], ["-h"]):
+        print("\n".join(f"  gptjax {VERBS[name].__doc__}" for name in group))
+        return 0
+    import difflib
+
+    close = difflib.get_close_matches(" ".join(args[:2]), VERBS, n=1) or difflib.get_close_matches(args[0], VERBS, n=1)
+    raise InputError(
+        f"there is no verb {args[0]!r}" + (f"; did you mean {close[0]!r}?" if close else "; see gptjax --help")
+    )
+
+
+def _positional(args: list[str], name: str, example: str) -> tuple[str, list[str]]:
+    """Takes the first argument, which must be a word; `--help` alone says what is wanted."""
+    if not args or args[0].startswith("-"):
+        if args and args[0] in ("-h", "--help"):
+            print(f"usage: {example}\n\nGive {name}, then --help for every setting.")
+            raise SystemExit(0)
+        got = f"got {args[0]}" if args else "got nothing"
+        raise InputError(f"{name} is missing ({got}); wanted e.g. {example}")
+    return args[0], args[1:]
+
+
+def _nothing_left(args: list[str]) -> None:
+    if args:
+        raise InputError(f"unexpected {args[0]!r}; see --help")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _next(command: str) -> None:
+    _say(f"next: {command}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

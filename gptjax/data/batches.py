@@ -1,0 +1,198 @@
+"""Which rows a training step reads: a pure function of the corpus, the seed, the step, the batch size and the length.
+
+An epoch's rows are cut so that each target is predicted exactly once, and visited in an order of the epoch's own.
+Neither the number of hosts nor who reads ahead changes a batch.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+
+from gptjax.config import DataConfig, InputError
+from gptjax.data.packing import Batch, Spans, Stream, cut
+
+ALL_ROWS = slice(None)
+
+_ROUNDS = 8
+_AHEAD = 2  # batches made before they are asked for
+
+
+class TokenSplit(Stream, Protocol):
+    """A corpus's split: a stream and its size."""
+
+    num_tokens: int
+
+
+class Rows:
+    """The rows of a split in the order that training reads them."""
+
+    def __init__(self, split: TokenSplit, cfg: DataConfig, seed: int):
+        self.cfg, self.seed = cfg, seed
+        if cfg.packing == "packed" and split.num_tokens <= cfg.length:
+            raise InputError(
+                f"data.length={cfg.length}: the training split has only {split.num_tokens} tokens; wanted more than "
+                f"one row of them; give more text, or a shorter row with --data.length {max(1, split.num_tokens // 8)}"
+            )
+        self._layout = _layout(split, cfg.length, cfg.packing)
+        self._split = split
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows that hold each target of the split once."""
+        return self._layout.num_rows
+
+    def batch(self, step: int, rows: slice = ALL_ROWS) -> Batch:
+        """The batch that is trained on after `step` steps, or some rows of it; what `packing.cut` describes."""
+        number = step * self.cfg.batch_size + np.arange(self.cfg.batch_size)[rows]
+        epochs, places = np.divmod(number, self.rows_per_epoch)
+        parts = []
+        for epoch in np.unique(epochs).tolist():
+            (at,) = np.nonzero(epochs == epoch)
+            chosen = permuted(places[at], self.rows_per_epoch, self.seed, epoch)
+            shift = self._layout.shift(self.seed, epoch)
+            spans = self._layout.spans(chosen, shift)
+            parts.append(spans._replace(row=at[spans.row]))
+        spans = Spans(*(np.concatenate(column) for column in zip(*parts)))
+        return cut(self._split, spans, len(number), self.cfg.length, self.cfg.cross_documents)
+
+
+def validation_batches(split: TokenSplit, cfg: DataConfig, max_rows: int = 0) -> Iterator[Batch]:
+    """Yields the split's rows in order, each target once, or only the first max_rows rows.
+
+    The last batch is filled with rows of padding, so that all have the same shape.
+    """
+    layout = _layout(split, cfg.length, cfg.packing)
+    num_rows = min(layout.num_rows, max_rows) if max_rows else layout.num_rows
+    for first in range(0, num_rows, cfg.batch_size):
+        spans = layout.spans(np.arange(first, min(first + cfg.batch_size, num_rows)), 0)
+        yield cut(split, spans, cfg.batch_size, cfg.length, cfg.cross_documents)
+
+
+def batches(rows: Rows, start_step: int, part: slice = ALL_ROWS) -> Iterator[tuple[Batch, dict[str, int]]]:
+    """Yields (batch, state after it) from a step on, without end; {"step": s} is the state after s steps.
+
+    A thread makes the next batches meanwhile; what it raises is raised here. Closing the iterator ends the thread.
+    """
+    ready: queue.Queue = queue.Queue(maxsize=_AHEAD)
+    closed = threading.Event()
+
+    def put(item: object) -> None:
+        while not closed.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                pass
+
+    def work() -> None:
+        step = start_step
+        try:
+            while not closed.is_set():
+                put((rows.batch(step, part), {"step": step + 1}))
+                step += 1
+        except BaseException as error:
+            put(error)
+
+    thread = threading.Thread(target=work, name="batches", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        closed.set()
+        thread.join()
+
+
+class _Packed:
+    """Rows that are cuts of the stream, joined end to end into a ring of predictions.
+
+    Row r covers predictions shift + [r length, (r + 1) length); the last row has what is left over, and the row in
+    which the ring closes has two spans.
+    """
+
+    def __init__(self, split: TokenSplit, length: int):
+        self.length, self.predictions = length, split.num_tokens - 1
+        self.num_rows = -(-self.predictions // length)
+
+    def shift(self, seed: int, epoch: int) -> int:
+        """Where the epoch's first cut lies: from 0 up to, not including, the length."""
+        return int(_hash(np.uint64(seed), np.uint64(epoch), np.uint64(_ROUNDS))[0]) % self.length
+
+    def spans(self, rows: np.ndarray, shift: int) -> Spans:
+        first = rows * self.length
+        count = np.minimum(self.length, self.predictions - first)
+        start = (first + shift) % self.predictions
+        head = np.minimum(count, self.predictions - start)
+        (closing,) = np.nonzero(head < count)
+        number = np.arange(len(rows))
+        zeros = np.zeros_like(head)
+        return Spans(
+            row=np.concatenate([number, closing]),
+            column=np.concatenate([zeros, head[closing]]),
+            start=np.concatenate([start, zeros[closing]]),
+            count=np.concatenate([head, (count - head)[closing]]),
+        )
+
+
+class _Padded:
+    """Rows with one document, or one slice of it, each."""
+
+    def __init__(self, split: TokenSplit, length: int):
+        self.length, self.starts = length, split.starts
+        self.predictions = np.diff(split.starts, append=split.num_tokens) - 1
+        self.rows_before = np.cumsum(-(-self.predictions // length))  # up to and with each document
+        self.num_rows = int(self.rows_before[-1])
+
+    def shift(self, seed: int, epoch: int) -> int:
+        return 0
+
+    def spans(self, rows: np.ndarray, shift: int) -> Spans:
+        del shift  # slices always begin where their document does
+        document = np.searchsorted(self.rows_before, rows, side="right")
+        slices = -(-self.predictions[document] // self.length)
+        skipped = (rows - (self.rows_before[document] - slices)) * self.length
+        count = np.minimum(self.length, self.predictions[document] - skipped)
+        return Spans(np.arange(len(rows)), np.zeros_like(count), self.starts[document] + skipped, count)
+
+
+def _layout(split: TokenSplit, length: int, packing: str) -> _Packed | _Padded:
+    return _Packed(split, length) if packing == "packed" else _Padded(split, length)
+
+
+def permuted(places: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
+    """Where a permutation of range(size), drawn from (seed, epoch), takes each place; int64.
+
+    A generalised Feistel network over pairs (left, right), left < a and right < b with a b >= size, walked until
+    it lands below size (Black & Rogaway 2002, Ciphers with Arbitrary Finite Domains). It needs no table.
+    """
+    a = int(np.ceil(np.sqrt(size)))
+    b = -(-size // a)
+    out = places.astype(np.uint64)
+    todo = np.arange(len(out))
+    while len(todo):
+        left, right = out[todo] // np.uint64(b), out[todo] % np.uint64(b)
+        for i in range(_ROUNDS):
+            key = np.uint64(i)
+            if i % 2:
+                right = (right + _hash(np.uint64(seed), np.uint64(epoch), key, left) % np.uint64(b)) % np.uint64(b)
+            else:
+                left = (left + _hash(np.uint64(seed), np.uint64(epoch), key, right) % np.uint64(a)) % np.uint64(a)
+        out[todo] = left * np.uint64(b) + right
+        todo = todo[out[todo] >= size]
+    return out.astype(np.int64)
+
+
+def _hash(*values: np.ndarray | np.uint64) -> np.ndarray:
+    """Mixes 64-bit values into one, by the finaliser of splitmix64 (Steele, Lea & Flood 2014)."""
+    state = np.zeros(1, np.uint64)
+    for value in values:
+        state = state + value + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state = state ^ (state >> np.uint64(31))
+    return state

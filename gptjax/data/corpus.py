@@ -1,0 +1,197 @@
+"""A prepared corpus: random access to the token stream of each split, with neither TensorFlow nor TFDS.
+
+A split is one stream of tokens, each document [bos] + ids + [eos], stored as pages in ArrayRecord shards; a table
+beside the shards says where documents start.
+"""
+
+import functools
+import hashlib
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptjax.config import InputError
+from gptjax.data.manifest import MANIFEST_FILE, FileEntry, Manifest, SplitEntry, read_manifest
+from gptjax.data.sources import file_sha256
+from gptjax.tokenizer import Tokenizer, load
+
+CACHE_BYTES = 64 << 20  # of decoded pages, for each split
+_OPEN_SHARDS = 64  # shards a split keeps open
+_AGAIN = "delete the folder and prepare it again"
+
+
+def is_corpus(path: str | Path) -> bool:
+    """Whether the path is a folder that `prepare` finished."""
+    return (Path(path) / MANIFEST_FILE).is_file()
+
+
+def open_corpus(folder: str | Path) -> "Corpus":
+    """Opens a prepared corpus; raises InputError where it is unfinished, or a file is missing or has another size."""
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    for entry in manifest.all_files:
+        path = folder / entry.name
+        size = path.stat().st_size if path.is_file() else None
+        if size != entry.size:
+            got = "is missing" if size is None else f"has {size} bytes"
+            raise InputError(f"{path} {got}; wanted {entry.size} bytes; {_AGAIN}")
+    return Corpus(folder, manifest)
+
+
+class Corpus:
+    """The splits and the tokenizer of a prepared folder; made by `open_corpus`."""
+
+    def __init__(self, folder: Path, manifest: Manifest):
+        self.folder = folder
+        self.manifest = manifest
+        self.vocab_size = manifest.vocab_size
+        self._splits: dict[str, Split] = {}
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the corpus was made with."""
+        tokenizer = load(self.folder)
+        if tokenizer.sha256 != self.manifest.tokenizer_sha256:
+            raise InputError(f"{self.folder}: the tokenizer is not the one that made this corpus; prepare it again")
+        return tokenizer
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Identity of the data: equal for two corpora whose splits hold the same tokens."""
+        total = hashlib.sha256(self.manifest.tokenizer_sha256.encode())
+        for name, split in sorted(self.manifest.splits.items()):
+            total.update(" ".join([name, *(f.sha256 for f in (*split.shards, split.starts))]).encode())
+        return total.hexdigest()
+
+    def split(self, name: str) -> "Split":
+        """The split called "train" or "validation"."""
+        if name not in self.manifest.splits:
+            raise InputError(f"{self.folder} has no split {name!r}; wanted one of {sorted(self.manifest.splits)}")
+        if name not in self._splits:
+            self._splits[name] = Split(self.folder, self.manifest, self.manifest.splits[name])
+        return self._splits[name]
+
+    def verify(self) -> None:
+        """Reads every file and raises InputError naming the first whose SHA-256 is not the manifest's."""
+        for entry in self.manifest.all_files:
+            path = self.folder / entry.name
+            if file_sha256(path) != entry.sha256:
+                raise InputError(f"{path} is damaged: its sha256 changed; {_AGAIN}")
+
+
+class Split:
+    """One split's token stream; reads are safe from several threads."""
+
+    def __init__(self, folder: Path, manifest: Manifest, entry: SplitEntry):
+        self.num_tokens = entry.tokens
+        self.num_documents = entry.documents
+        self.num_bytes = entry.bytes
+        self._folder, self._manifest, self._entry = folder, manifest, entry
+        self._first_page = np.cumsum([0, *(shard.pages for shard in entry.shards)])
+        self._pages: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._readers: OrderedDict[int, Any] = OrderedDict()
+        self._max_pages = max(8, CACHE_BYTES // (manifest.page * np.dtype(manifest.dtype).itemsize))
+        self._lock = threading.Lock()
+
+    @functools.cached_property
+    def starts(self) -> np.ndarray:
+        """Where each document begins in the stream: int64[num_documents], rising, mapped from its file."""
+        path = self._folder / self._entry.starts.name
+        # ArrayRecord finds damage in its records by itself; nothing else would find it here.
+        if file_sha256(path) != self._entry.starts.sha256:
+            raise InputError(f"{path} is damaged: its sha256 changed; {_AGAIN}")
+        return np.memmap(path, dtype="<i8", mode="r")
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of the stream as int32."""
+        assert 0 <= start <= stop <= self.num_tokens, (start, stop, self.num_tokens)
+        out = np.empty(stop - start, np.int32)
+        page, at = self._manifest.page, start
+        while at < stop:
+            index, inside = divmod(at, page)
+            part = self._page(index)[inside : inside + stop - at]
+            out[at - start : at - start + len(part)] = part
+            at += len(part)
+        return out
+
+    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [start, stop) and, for each, the number of its document in the split; both int32."""
+        documents = np.searchsorted(self.starts, np.arange(start, stop), side="right") - 1
+        return self.tokens(start, stop), documents.astype(np.int32)
+
+    def _page(self, index: int) -> np.ndarray:
+        with self._lock:
+            if index in self._pages:
+                self._pages.move_to_end(index)
+                return self._pages[index]
+            shard = int(np.searchsorted(self._first_page, index, side="right")) - 1
+            tokens = self._decoded(self._entry.shards[shard], shard, index)
+            self._pages[index] = tokens
+            if len(self._pages) > self._max_pages:
+                self._pages.popitem(last=False)
+            return tokens
+
+    def _decoded(self, entry: FileEntry, shard: int, index: int) -> np.ndarray:
+        path = self._folder / entry.name
+        record = index - int(self._first_page[shard])
+        page = self._manifest.page
+        wanted = min(page, self.num_tokens - index * page)
+        try:
+            raw = self._reader(shard, path).read([record])[0]
+            feature = example_type().FromString(raw).features.feature["tokens"]
+            tokens = np.frombuffer(feature.bytes_list.value[0], np.dtype(self._manifest.dtype).newbyteorder("<"))
+        except Exception as error:  # array_record and protobuf raise many kinds for damaged bytes
+            reason = " ".join(str(error).split())[:120] or type(error).__name__
+            raise InputError(f"{path} is damaged at page {record} ({reason}); {_AGAIN}") from None
+        if len(tokens) != wanted:
+            raise InputError(f"{path} is damaged: page {record} has {len(tokens)} tokens, wanted {wanted}; {_AGAIN}")
+        if tokens.max() >= self._manifest.vocab_size:
+            raise InputError(
+                f"{path}: token id {tokens.max()} on page {record} is outside the vocabulary; "
+                f"wanted ids below {self._manifest.vocab_size}; {_AGAIN}"
+            )
+        return tokens
+
+    def _reader(self, shard: int, path: Path) -> Any:
+        from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
+
+        if shard not in self._readers:
+            options = "readahead_buffer_size:0,max_parallelism:0"  # both off is what random access wants
+            self._readers[shard] = array_record_module.ArrayRecordReader(str(path), options)
+            if len(self._readers) > _OPEN_SHARDS:
+                self._readers.popitem(last=False)[1].close()
+        self._readers.move_to_end(shard)
+        return self._readers[shard]
+
+
+@functools.cache
+def example_type() -> Any:
+    """The part of the protobuf message tf.train.Example that a page uses, described here: TensorFlow is not needed."""
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+    kinds = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="gptjax/example.proto", package="gptjax", syntax="proto3")
+
+    def message(parent: Any, name: str, *fields: tuple[str, int, str]) -> Any:
+        made = parent.add(name=name)
+        for number, (field, label, kind) in enumerate(fields, 1):
+            scalar = {"bytes": kinds.TYPE_BYTES, "string": kinds.TYPE_STRING}.get(kind)
+            if scalar is None:
+                made.field.add(name=field, number=number, label=label, type=kinds.TYPE_MESSAGE, type_name=kind)
+            else:
+                made.field.add(name=field, number=number, label=label, type=scalar)
+        return made
+
+    one, many = kinds.LABEL_OPTIONAL, kinds.LABEL_REPEATED
+    message(file.message_type, "BytesList", ("value", many, "bytes"))
+    message(file.message_type, "Feature", ("bytes_list", one, ".gptjax.BytesList"))
+    features = message(file.message_type, "Features", ("feature", many, ".gptjax.Features.FeatureEntry"))
+    entry = message(features.nested_type, "FeatureEntry", ("key", one, "string"), ("value", one, ".gptjax.Feature"))
+    entry.options.map_entry = True
+    message(file.message_type, "Example", ("features", one, ".gptjax.Features"))
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("gptjax.Example"))

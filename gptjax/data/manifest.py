@@ -1,0 +1,112 @@
+"""What a prepared corpus consists of: manifest.json, written last, names every file with its size and SHA-256."""
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptjax.config import InputError
+from gptjax.data.sources import file_sha256
+
+MANIFEST_FILE = "manifest.json"  # its presence makes a folder a prepared corpus
+SCHEMA = 1
+DATASET = "corpus"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file of the corpus; `pages` is the number of records of a shard, and 0 for other files."""
+
+    name: str
+    size: int
+    sha256: str
+    pages: int = 0
+
+
+@dataclass(frozen=True)
+class SplitEntry:
+    """A split's documents, tokens (special ones included), bytes of text, shards, and its table of document starts."""
+
+    documents: int
+    tokens: int
+    bytes: int
+    shards: tuple[FileEntry, ...]
+    starts: FileEntry
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`inputs` is what the corpus was made from, and decides whether it may be used again."""
+
+    source: str
+    inputs: dict[str, Any]
+    tokenizer_kind: str
+    tokenizer_sha256: str
+    vocab_size: int
+    page: int
+    dtype: str
+    splits: dict[str, SplitEntry]
+    files: tuple[FileEntry, ...]
+
+    @property
+    def all_files(self) -> list[FileEntry]:
+        return [*self.files, *(f for split in self.splits.values() for f in (*split.shards, split.starts))]
+
+
+def file_entry(path: Path, pages: int = 0) -> FileEntry:
+    """Describes a finished file, after the disk has it."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+    return FileEntry(name=path.name, size=path.stat().st_size, sha256=file_sha256(path), pages=pages)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes manifest.json in one step: it is there whole, or not at all."""
+    partial = folder / f"{MANIFEST_FILE}.partial"
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump({"schema": SCHEMA, **dataclasses.asdict(manifest)}, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, folder / MANIFEST_FILE)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a prepared corpus; raises InputError where there is none, or it can't be understood."""
+    path = folder / MANIFEST_FILE
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read ({error.strerror}), so this is no finished corpus; run `gptjax prepare` into it"
+        ) from None
+    except ValueError:
+        raise InputError(f"{path} is not JSON, so it is damaged; delete the folder and run `gptjax prepare`") from None
+    try:
+        schema = value.pop("schema")
+        if schema != SCHEMA:
+            raise InputError(f"{path} has schema {schema!r}; wanted {SCHEMA}; prepare the corpus with this version")
+        splits = {name: _split(split) for name, split in value.pop("splits").items()}
+        files = tuple(_file(entry) for entry in value.pop("files"))
+        manifest = Manifest(splits=splits, files=files, **value)
+        if manifest.dtype not in ("uint16", "uint32") or manifest.page < 1 or manifest.vocab_size < 1:
+            raise ValueError
+    except InputError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise InputError(f"{path} does not describe a corpus; delete the folder and run `gptjax prepare`") from None
+    return manifest
+
+
+def _split(value: dict[str, Any]) -> SplitEntry:
+    shards = tuple(_file(entry) for entry in value.pop("shards"))
+    return SplitEntry(shards=shards, starts=_file(value.pop("starts")), **value)
+
+
+def _file(value: dict[str, Any]) -> FileEntry:
+    entry = FileEntry(**value)
+    if entry.name != Path(entry.name).name or entry.name in ("", ".", ".."):  # a manifest may not point elsewhere
+        raise ValueError(entry.name)
+    return entry

@@ -1,0 +1,127 @@
+"""The files of a prepared split: pages of its token stream in ArrayRecord shards, and TFDS's description of them."""
+
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from gptjax.data.manifest import DATASET, SplitEntry, file_entry
+from gptjax.tokenizer import Tokenizer
+
+PAGE = 4096  # tokens a record
+SHARD_BYTES = 64 << 20
+
+
+class SplitWriter:
+    """Writes one split's stream of tokens as pages, under temporary names until the number of shards is known."""
+
+    def __init__(self, folder: Path, name: str, tokenizer: Tokenizer, dtype: np.dtype):
+        from tensorflow_datasets.core import example_serializer
+
+        self.folder, self.name, self.tokenizer, self.dtype = folder, name, tokenizer, dtype
+        self.features = _features(dtype)
+        self.serializer = example_serializer.ExampleSerializer(self.features.get_serialized_info())
+        self.buffer = np.empty(PAGE, dtype)
+        self.filled = self.tokens = self.documents = self.bytes = 0
+        self.page_starts: list[int] = []
+        self.starts_path = folder / f"{DATASET}-{name}.starts.int64"
+        self.starts_file: BinaryIO = self.starts_path.open("wb")
+        self.shard: Any = None
+        self.shard_pages: list[int] = []
+
+    def add(self, ids: list[int], num_bytes: int, first: bool) -> None:
+        """Appends a piece of text; `first` ends the document before it and begins a new one."""
+        if first:
+            self._end_document()
+            if self.filled == PAGE:
+                self._flush()
+            self.page_starts.append(self.filled)
+            self.starts_file.write(np.int64(self.tokens).astype("<i8").tobytes())
+            self.documents += 1
+            ids = [self.tokenizer.bos_id, *ids]
+        self.bytes += num_bytes
+        self._append(np.asarray(ids, np.int64))
+
+    def finish(self) -> SplitEntry:
+        """Ends the last document and gives every shard its final name."""
+        self._end_document()
+        self._flush()
+        self.shard.close()
+        self.starts_file.close()
+        template = _template(self.folder, self.name)
+        shards = []
+        for i, pages in enumerate(self.shard_pages):
+            path = Path(template.sharded_filepath(shard_index=i, num_shards=len(self.shard_pages)))
+            os.replace(self._partial(i), path)
+            shards.append(file_entry(path, pages))
+        return SplitEntry(self.documents, self.tokens, self.bytes, tuple(shards), file_entry(self.starts_path))
+
+    def _end_document(self) -> None:
+        if self.documents:
+            self._append(np.array([self.tokenizer.eos_id]))
+
+    def _append(self, ids: np.ndarray) -> None:
+        assert not len(ids) or ids.max() < self.tokenizer.vocab_size, (self.starts_path, ids.max())
+        self.tokens += len(ids)
+        while len(ids):
+            if self.filled == PAGE:
+                self._flush()
+            part, ids = np.split(ids, [PAGE - self.filled])
+            self.buffer[self.filled : self.filled + len(part)] = part
+            self.filled += len(part)
+
+    def _flush(self) -> None:
+        from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
+
+        if self.shard is None or self.shard_pages[-1] * PAGE * self.dtype.itemsize >= SHARD_BYTES:
+            if self.shard is not None:
+                self.shard.close()
+            path = self._partial(len(self.shard_pages))
+            self.shard = array_record_module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+            self.shard_pages.append(0)
+        page = {"tokens": self.buffer[: self.filled], "starts": np.array(self.page_starts, np.int32)}
+        self.shard.write(self.serializer.serialize_example(self.features.encode_example(page)))
+        self.shard_pages[-1] += 1
+        self.filled, self.page_starts = 0, []
+
+    def _partial(self, shard: int) -> Path:
+        return self.folder / f"{DATASET}-{self.name}-{shard:05d}.partial"
+
+
+def _features(dtype: np.dtype) -> Any:
+    import tensorflow_datasets as tfds
+
+    tokens = tfds.features.Tensor(shape=(None,), dtype=dtype.type, encoding="bytes")
+    starts = tfds.features.Tensor(shape=(None,), dtype=np.int32, encoding="bytes")
+    return tfds.features.FeaturesDict({"tokens": tokens, "starts": starts})
+
+
+def _template(folder: Path, split: str) -> Any:
+    import tensorflow_datasets as tfds
+    from etils import epath
+
+    return tfds.core.ShardedFileTemplate(
+        data_dir=epath.Path(folder), dataset_name=DATASET, split=split, filetype_suffix="array_record"
+    )
+
+
+def write_tfds_metadata(folder: Path, splits: dict[str, SplitEntry], dtype: np.dtype) -> None:
+    import tensorflow_datasets as tfds
+
+    infos = [
+        tfds.core.SplitInfo(
+            name=name,
+            shard_lengths=[shard.pages for shard in split.shards],
+            num_bytes=sum(shard.size for shard in split.shards),
+            filename_template=_template(folder, name),
+        )
+        for name, split in splits.items()
+    ]
+    tfds.folder_dataset.write_metadata(
+        data_dir=str(folder),
+        features=_features(dtype),
+        split_infos=infos,
+        filename_template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+        check_data=False,
+    )

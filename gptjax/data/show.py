@@ -1,0 +1,55 @@
+"""What the model sees at a step, as text that a person can check."""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from gptjax.data.packing import Batch, batch_hash
+from gptjax.tokenizer import Tokenizer
+
+
+def show(batch: Batch, tokenizer: Tokenizer, rows: Iterable[int] = (0,)) -> str:
+    """The chosen rows of a batch: each segment's place, its text with special tokens spelled out, and its targets.
+
+    Newlines are shown as a new line behind a bar, so that nothing of the text is changed or left out.
+    """
+    num_rows, length = batch["inputs_BL"].shape
+    weighted = int(np.count_nonzero(batch["weights_BL"]))
+    lines = [f"batch of {num_rows} rows of {length}: {weighted} weighted targets, sha256 {batch_hash(batch)}"]
+    for row in rows:
+        lines.extend(_row(row, {name: value[row] for name, value in batch.items()}, tokenizer))
+    return "\n".join(lines)
+
+
+def _row(number: int, row: dict[str, np.ndarray], tokenizer: Tokenizer) -> list[str]:
+    segments_L, weights_L = row["segments_BL"], row["weights_BL"]
+    weighted = int(np.count_nonzero(weights_L))
+    edges = [0, *(np.flatnonzero(np.diff(segments_L)) + 1).tolist(), len(segments_L)]
+    lines = [f"row {number}: {int(segments_L.max())} segments, {weighted} weighted targets"]
+    for start, stop in zip(edges[:-1], edges[1:]):
+        place = f"  [{start}:{stop}]"
+        if segments_L[start] == 0:
+            lines.append(f"{place} padding")
+            continue
+        first, last = int(row["positions_BL"][start]), int(row["positions_BL"][stop - 1])
+        used = int(np.count_nonzero(weights_L[start:stop]))
+        lines.append(f"{place} segment {segments_L[start]}, positions {first} to {last}, {used} weighted targets")
+        text = _spelled(row["inputs_BL"][start:stop].tolist(), tokenizer)
+        lines.extend(f"    | {line}" for line in text.split("\n"))
+        if weights_L[stop - 1]:
+            final = _spelled(row["targets_BL"][stop - 1 : stop].tolist(), tokenizer)
+            lines.append(f"    last target: {final!r}")
+    return lines
+
+
+def _spelled(ids: list[int], tokenizer: Tokenizer) -> str:
+    """The text with the beginning and end of documents made visible."""
+    special = {tokenizer.bos_id: "<bos>", tokenizer.eos_id: "<eos>"}
+    parts, run = [], []
+    for token in ids:
+        if token in special:
+            parts += [tokenizer.decode(run), special[token]]
+            run = []
+        else:
+            run.append(token)
+    return "".join([*parts, tokenizer.decode(run)])

@@ -1,0 +1,63 @@
+"""Digests of arrays, computed where the arrays are: the same number on any mesh, another if any bit changes."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+P = jax.P
+
+
+def leaf_names(tree: Any) -> list[str]:
+    """The dotted name of each leaf, in the order of jax.tree.leaves: 'params.layers.q_NDHK', 'opt_state.0.count'."""
+    return [
+        jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
+def digests(tree: Any) -> dict[str, int]:
+    """A 32-bit digest of each leaf by its dotted name. A leaf with one bit changed always has another digest.
+
+    The bits of each element (as one or two uint32) and its place in the array are mixed into a number, and these are
+    summed modulo 2^32; so neither the order of the sum nor the layout over devices matters, and exchanging two
+    elements is seen but for a chance of 2^-32.
+    """
+    leaves = jax.tree.leaves(tree)
+    meshes = [x.sharding.mesh for x in leaves if isinstance(getattr(x, "sharding", None), NamedSharding)]
+    # Several processes can each read the result only if every device has the whole of it.
+    numbers = _compiled(NamedSharding(meshes[0], P()) if meshes else None)(leaves)
+    return dict(zip(leaf_names(tree), map(int, np.asarray(numbers)), strict=True))
+
+
+@functools.cache
+def _compiled(out_sharding: NamedSharding | None):
+    def all_leaves(leaves):
+        return jnp.stack([_digest(x) for x in leaves])
+
+    return jax.jit(all_leaves, out_shardings=out_sharding)
+
+
+def _digest(x: jax.Array) -> jax.Array:
+    bits = _bits(jnp.asarray(x))
+    # An index made of one term a dimension, since flattening a sharded array would gather it.
+    place, stride = jnp.uint32(1), 1
+    for dim in reversed(range(bits.ndim)):
+        place = place + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, dim) * jnp.uint32(stride % 2**32)
+        stride *= bits.shape[dim]
+    # The finaliser of MurmurHash3: each line maps the 32-bit numbers one to one, so that no change of bits is lost.
+    h = bits ^ (place * jnp.uint32(0x9E3779B1))
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    """The elements as uint32: narrow types widened, 64-bit ones split in two along a new last dimension."""
+    if x.dtype == jnp.bool_:
+        return x.astype(jnp.uint32)
+    width = min(x.dtype.itemsize * 8, 32)
+    assert x.dtype.kind != "c", "complex arrays have no digest"
+    return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{width}")).astype(jnp.uint32)

@@ -1,0 +1,122 @@
+"""Command lines over configs: any setting by its dotted name, typed, with help from the field's docstring."""
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import itertools
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gptjax.config import InputError, leaves, unknown_name
+
+T = TypeVar("T")
+
+
+def parse(default: T, args: list[str], prog: str, description: str = "") -> T:
+    """The config `default` with the settings in args; `--help` prints every setting and exits with 0.
+
+    Raises InputError, in one line, for an unknown setting (with the nearest name) and for a value that is no good.
+    """
+    import tyro
+
+    known = [name.replace("_", "-") for name, _ in leaves(default)]
+    for arg in args:
+        if arg.startswith("--") and arg != "--help":
+            name = arg[2:].split("=", 1)[0].replace("_", "-")
+            switched_off = re.sub(r"(^|\.)no-", r"\1", name)
+            if name not in known and switched_off not in known:
+                raise InputError(unknown_name(f"--{name}", [f"--{k}" for k in known]))
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors), _wide(unless="--help" in args or "-h" in args):
+            return tyro.cli(
+                type(default), default=default, args=args, prog=prog, description=description or type(default).__doc__
+            )
+    except SystemExit as e:
+        if e.code:
+            raise InputError(_one_line(errors.getvalue())) from None
+        raise
+
+
+@contextlib.contextmanager
+def _wide(unless: bool):
+    """Errors are made one line, so they must not be wrapped first; help is wrapped for the terminal."""
+    before = os.environ.get("COLUMNS")
+    if not unless:
+        os.environ["COLUMNS"] = "100000"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("COLUMNS", None)
+        else:
+            os.environ["COLUMNS"] = before
+
+
+def _one_line(box: str) -> str:
+    """What tyro's framed error says in its first part, without title and frame, in our words where it has others."""
+    lines = [line.strip(" \u2502") for line in box.splitlines()][1:]  # the first is the title
+    rules = [not line.strip("-\u2500\u256d\u256e\u2570\u256f\u251c\u2524") for line in lines]
+    content = itertools.dropwhile(lambda pair: pair[1], zip(lines, rules, strict=True))
+    text = " ".join(line for line, _ in itertools.takewhile(lambda pair: not pair[1], content))
+    if ours := re.match(r"Error parsing [A-Za-z_.]+: ([a-z_.]+=.*)", text):
+        return ours[1]  # raised by the config itself
+    if number := re.match(r"Error parsing (--[\w.-]+): .*?(int|float).*: '(.*)'$", text):
+        return f"{number[1]}: got {number[3]!r}, wanted {'a whole number' if number[2] == 'int' else 'a number'}"
+    return text.removeprefix("Error parsing ").rstrip(".") + "; see --help"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A Python file whose functions return the configs of a model's life."""
+
+    path: Path
+    doc: str
+    sha256: str
+    module: Any
+
+    def config(self, stage: str) -> Any:
+        """The config of a stage; raises InputError where the recipe has none."""
+        make: Callable[[], Any] | None = getattr(self.module, stage, None)
+        if make is None:
+            raise InputError(f"{self.path} has no function {stage}(); wanted one that returns the stage's config")
+        return make()
+
+
+def load_recipe(name: str) -> Recipe:
+    """The recipe at a path, or the shipped one of that name (`quickstart`). Its code is run."""
+    shipped = [Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs"]
+    places = [Path(name), *(folder / f"{name}.py" for folder in shipped)]
+    path = next((p for p in places if p.is_file()), None)
+    if path is None:
+        names = sorted({p.stem for folder in shipped for p in folder.glob("*.py")})
+        raise InputError(f"{name}: no such recipe; wanted a Python file, or one of {', '.join(names)}")
+    spec = importlib.util.spec_from_file_location(f"gptjax_recipe_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"{name}: not a Python file; wanted a recipe like configs/quickstart.py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        sys.dont_write_bytecode, before = True, sys.dont_write_bytecode  # no __pycache__ beside the user's recipe
+        spec.loader.exec_module(module)
+    except InputError:
+        raise
+    except Exception as e:
+        raise InputError(f"{name}: the recipe failed with {type(e).__name__}: {e}") from e
+    finally:
+        sys.dont_write_bytecode = before
+    return Recipe(path, (module.__doc__ or "").strip(), hashlib.sha256(path.read_bytes()).hexdigest(), module)
+
+
+def origins(default: Any, recipe: Any, config: Any) -> dict[str, str]:
+    """Where each setting of `config` came from: the command line, the recipe or the default."""
+    base, written = dict(leaves(default)), dict(leaves(recipe))
+    return {
+        name: "command line" if value != written[name] else "recipe" if value != base[name] else "default"
+        for name, value in leaves(config)
+    }

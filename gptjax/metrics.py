@@ -1,0 +1,320 @@
+"""What a run reports while it trains: metrics.jsonl, TensorBoard, a progress bar, tokens/s and MFU."""
+
+import collections
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.config import InputError, TrainConfig
+from gptjax.scaling.counts import flops_per_token
+
+FIRST_KEYS = ("step", "updates", "loss", "tokens", "tokens_per_second", "learning_rate", "grad_norm")
+CONVENTIONS = ("6n", "causal", "palm")
+SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+class MetricsFile:
+    """A file of one JSON object a line, each with a `step`.
+
+    Floats are written so that they read back bit for bit; JSON has no NaN and no infinity, so these are the strings
+    "nan", "inf" and "-inf", which `read` turns back into floats.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self._file = None
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Adds one line and hands it to the operating system, so that a kill can't take it back."""
+        if self._file is None:
+            try:
+                self._file = self.path.open("a", encoding="utf-8")
+            except OSError as e:
+                raise InputError(f"{self.path}: can't be written ({e.strerror}); give another --run-dir") from e
+        values = {k: _number(v) for k, v in line.items()}
+        encoded = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._file.write(json.dumps(encoded, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def read(self) -> list[dict[str, Any]]:
+        """All lines, less a torn last one; empty where there is no file."""
+        return [line for _, line in self._lines()]
+
+    def truncate_after(self, step: int) -> None:
+        """Drops the lines of later steps and a torn last line, so that a resumed run goes on where it was restored."""
+        self.close()
+        lines = list(self._lines())
+        kept = [(raw, line) for raw, line in lines if line["step"] <= step]
+        if not self.path.is_file():
+            return
+        if kept == lines[: len(kept)]:
+            os.truncate(self.path, sum(len(raw) for raw, _ in kept))
+        else:
+            temporary = self.path.with_name(f".{self.path.name}.new")
+            temporary.write_bytes(b"".join(raw for raw, _ in kept))
+            os.replace(temporary, self.path)
+
+    def best_steps(self, count: int) -> list[int]:
+        """The `count` steps of lowest evaluation loss, the best first; of equals the earlier."""
+        losses = {line["step"]: line["eval_loss"] for line in self._evaluations()} if count else {}
+        return sorted((s for s in losses if math.isfinite(losses[s])), key=lambda s: (losses[s], s))[:count]
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether this step was evaluated; a kill may come between a save and the evaluation due at the same step."""
+        return any(line["step"] == step for line in self._evaluations())
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _evaluations(self) -> list[dict[str, Any]]:
+        return [line for _, line in self._lines(b'"eval_loss"') if "eval_loss" in line]
+
+    def _lines(self, holding: bytes = b"") -> list[tuple[bytes, dict[str, Any]]]:
+        """(bytes, object) of each whole line that holds `holding`; raises InputError for a broken one but the last."""
+        try:
+            raw_lines = self.path.read_bytes().splitlines(keepends=True)
+        except FileNotFoundError:
+            return []
+        except OSError as e:
+            raise InputError(f"{self.path}: can't be read ({e.strerror})") from e
+        lines = []
+        for number, raw in enumerate(raw_lines, 1):
+            if holding not in raw:
+                continue  # not even parsed, for a long run has a million lines and few evaluations
+            try:
+                line = json.loads(raw)
+                whole = raw.endswith(b"\n") and isinstance(line, dict) and type(line.get("step")) is int
+            except (ValueError, RecursionError):
+                whole = False
+            if whole:
+                lines.append((raw, {k: SPECIAL.get(v, v) if isinstance(v, str) else v for k, v in line.items()}))
+            elif number < len(raw_lines):
+                raise InputError(
+                    f"{self.path}:{number}: no line of metrics; wanted JSON with a step, repair or remove it"
+                )
+        return lines
+
+
+class TensorBoard:
+    """Scalars for TensorBoard. After a resume, curves beyond the restored step are dropped from the display."""
+
+    def __init__(self, folder: Path, resumed_step: int):
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=resumed_step + 1 if resumed_step else None, flush_secs=5)
+
+    def write(self, step: int, group: str, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, int | float) and name != "step":
+                self._writer.add_scalar(f"{group}/{name}", value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Throughput:
+    """Tokens/s and MFU (Chowdhery et al. 2022) over the last steps, whatever is no training left out.
+
+    `flops` gives the FLOPs of a token by convention, `peak` the FLOP/s of all devices together.
+    """
+
+    WINDOW = 20  # steps that a rate is taken over
+
+    def __init__(self, tokens_a_step: int, flops: dict[str, float], peak: float):
+        self._tokens, self._flops, self._peak = tokens_a_step, flops, peak
+        self._laps: collections.deque[float] = collections.deque(maxlen=self.WINDOW)
+        self._last: float | None = None
+
+    def lap(self) -> None:
+        """A step is done. The first lap only starts the clock, so that compilation is not counted."""
+        now = time.perf_counter()
+        if self._last is not None:
+            self._laps.append(now - self._last)
+        self._last = now
+
+    def skip(self) -> None:
+        """Leaves the time since the last lap out, for it went into something else."""
+        self._last = None
+
+    def rates(self) -> dict[str, float | None]:
+        """tokens_per_second, mfu_6n, mfu_causal and mfu_palm; None before there are two laps."""
+        seconds = self.seconds(1)
+        rate = None if seconds is None else self._tokens / max(seconds, 1e-9)
+        mfu = {f"mfu_{c}": None if rate is None else rate * self._flops[c] / self._peak for c in CONVENTIONS}
+        return {"tokens_per_second": rate, **mfu}
+
+    def seconds(self, steps: int) -> float | None:
+        """How long so many steps take; None before there are two laps."""
+        return steps * sum(self._laps) / len(self._laps) if self._laps else None
+
+
+# FLOP/s of dense matrix products from the makers' data sheets: bfloat16, and float32 as jax multiplies it by default
+# (TF32 on NVIDIA from Ampere on, one bfloat16 pass on TPU). T4 and V100 have float16 tensor cores only. A device of
+# jax is half a chip on TPU v2 and v3. The first entry whose words all occur in the device kind counts.
+PEAKS = {
+    "h200": (989.4e12, 494.7e12), "h100 pcie": (756e12, 378e12), "h100 nvl": (835e12, 417.5e12),
+    "h100": (989.4e12, 494.7e12), "a100": (312e12, 156e12), "v100": (125e12, 15.7e12), "t4": (65e12, 8.1e12),
+    "l4": (121e12, 60e12), "a10g": (70e12, 35e12), "rtx 4090": (165.2e12, 82.6e12),
+    "tpu v6": (918e12, 918e12), "tpu v5 lite": (197e12, 197e12), "tpu v5e": (197e12, 197e12),
+    "tpu v5p": (459e12, 459e12), "tpu v5": (459e12, 459e12),
+    "tpu v4": (275e12, 275e12), "tpu v3": (61.5e12, 61.5e12), "tpu v2": (22.5e12, 22.5e12),
+}  # fmt: skip
+
+
+def peak_flops(dtype: str) -> tuple[float, str]:
+    """FLOP/s of one device in this type, and where the number is from: "data sheet", or "measured" with a product."""
+    device = jax.local_devices()[0]
+    known = sheet_flops(device.device_kind, dtype)
+    if known is not None:
+        return known, "data sheet"
+    size = 1024 if device.platform == "cpu" else 4096
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda a, b: a @ b)
+    product(x, x).block_until_ready()
+    best, until = math.inf, time.perf_counter() + 0.15
+    while time.perf_counter() < until:
+        start = time.perf_counter()
+        product(x, x).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    # CPU devices, of which XLA makes as many as it is told to, share the cores.
+    shared = jax.local_device_count() if device.platform == "cpu" else 1
+    return 2 * size**3 / best / shared, "measured"
+
+
+def sheet_flops(kind: str, dtype: str) -> float | None:
+    """The data sheet's FLOP/s for a jax device kind; None for one unknown, a slice (MIG), or a laptop's version."""
+    words = kind.lower().replace("-", " ").split()
+    for name, (bfloat16, float32) in PEAKS.items():
+        if not {"mig", "laptop"} & set(words) and set(name.split()) <= set(words):
+            return bfloat16 if dtype == "bfloat16" else float32
+    return None
+
+
+class Progress:
+    """A bar on a terminal, otherwise a line every `every` steps, both on stderr."""
+
+    def __init__(self, total: int, start: int, every: int):
+        self.total, self.every = total, every
+        self._bar = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            shape = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+            self._bar = tqdm(total=total, initial=start, file=sys.stderr, bar_format=shape, dynamic_ncols=True)
+
+    def step(self, line: dict[str, Any], seconds_left: float | None) -> None:
+        loss, rate, mfu = line["loss"], line["tokens_per_second"], line["mfu_6n"]
+        parts = [f"loss {loss:.4f}"]
+        if rate is not None:
+            parts += [f"{rate:,.0f} tokens/s", f"mfu {100 * mfu:.1f} % (6N)"]
+        if seconds_left is not None:
+            parts.append(f"{duration(seconds_left)} left")
+        step = line["step"]
+        if self._bar is not None:
+            self._bar.set_postfix_str("  ".join(parts), refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif step % self.every == 0 or step == self.total or step == 1:
+            self.note(f"step {step}/{self.total}  " + "  ".join(parts))
+
+    def note(self, text: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class Metrics:
+    """All reports of a training run; in processes other than the first it does nothing.
+
+    `path` is metrics.jsonl, `tensorboard` the folder of event files. `resumed_step` is the step restored (0 for a
+    new run): later lines are dropped. Step s is the s-th batch, so the first line says step 1. Call `log_step(s)`
+    before saving step s, or a kill right after the save leaves the file without that line.
+    """
+
+    def __init__(self, path: Path, tensorboard: Path, cfg: TrainConfig, vocab_size: int, resumed_step: int = 0):
+        self.file = MetricsFile(path)
+        self._active = jax.process_index() == 0
+        if not self._active:
+            return
+        self._cfg = cfg
+        self.file.truncate_after(resumed_step)
+        lines = self.file.read()
+        self._seconds_before = max((line.get("seconds", 0.0) for line in lines), default=0.0)
+        self._start = time.perf_counter()
+        devices, kind = jax.device_count(), jax.devices()[0].device_kind
+        peak, source = peak_flops(cfg.model.dtype)
+        self._tokens_a_step = cfg.data.batch_size * cfg.data.length
+        flops = flops_per_token(cfg.model, vocab_size, cfg.data.length)
+        self._throughput = Throughput(self._tokens_a_step, flops, devices * peak)
+        self._tensorboard = TensorBoard(tensorboard, resumed_step) if cfg.tensorboard else None
+        self.progress = Progress(cfg.steps, resumed_step, cfg.log_every)
+        self.progress.note(
+            f"mfu is a share of {peak / 1e12:.4g} TFLOP/s ({cfg.model.dtype}, {source}) on each of {devices} x {kind}"
+        )
+
+    def log_step(self, step: int, metrics: dict[str, Any]) -> None:
+        """Reports a training step: `loss`, `learning_rate`, `grad_norm`, `updates` and whatever else is in `metrics`.
+
+        `tokens`, the total trained on so far, is batch_size x length x step unless `metrics` says otherwise. Rates
+        are null in the line of the first step after a start, which holds the compilation.
+        """
+        if not self._active:
+            return
+        self._throughput.lap()
+        known = {"step": step, "updates": step, "tokens": step * self._tokens_a_step, **metrics}
+        known = {k: _number(v) for k, v in known.items()} | self._throughput.rates()
+        line = {k: known[k] for k in FIRST_KEYS if k in known} | known
+        line["seconds"] = round(self._seconds_before + time.perf_counter() - self._start, 3)
+        self.file.write(line)
+        self.progress.step(line, self._throughput.seconds(self._cfg.steps - step))
+        if self._tensorboard is not None and (step % self._cfg.log_every == 0 or step == 1):
+            self._tensorboard.write(step, "train", line)
+
+    def log_evaluation(self, step: int, metrics: dict[str, Any]) -> None:
+        """Reports an evaluation: `eval_loss`, `eval_perplexity`, `eval_bits_per_byte`."""
+        if not self._active:
+            return
+        self._throughput.skip()
+        line = {"step": step} | {k: _number(v) for k, v in metrics.items()}
+        self.file.write(line)
+        shown = "  ".join(
+            f"{k.removeprefix('eval_').replace('_', ' ')} {v:.4f}" for k, v in line.items() if k != "step"
+        )
+        self.progress.note(f"step {step}  evaluation: {shown}")
+        if self._tensorboard is not None:
+            self._tensorboard.write(step, "evaluation", line)
+
+    def close(self) -> None:
+        if not self._active:
+            return
+        self.progress.close()
+        self.file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def duration(seconds: float) -> str:
+    """'45s', '3m10s' or '2h05m'."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s}s"
+    return f"{s // 60}m{s % 60:02d}s" if s < 3600 else f"{s // 3600}h{s % 3600 // 60:02d}m"
+
+
+def _number(value: Any) -> Any:
+    """A Python number, string or None from what may be a scalar of numpy or jax."""
+    return value.item() if hasattr(value, "item") else value

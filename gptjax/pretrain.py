@@ -1,0 +1,172 @@
+"""Pretraining, from text to a trained run: the corpus, the model, the loop, evaluation and a sample."""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.checkpoint import Checkpoints
+from gptjax.config import InputError, TrainConfig, leaves
+from gptjax.data.batches import Rows, batches
+from gptjax.data.corpus import Corpus, is_corpus, open_corpus
+from gptjax.data.prepare import prepare
+from gptjax.decoder import Decoder, head, init_params, make_decoder
+from gptjax.evaluate import evaluate, make_eval_step
+from gptjax.generate import generate
+from gptjax.losses import cross_entropy
+from gptjax.metrics import Metrics
+from gptjax.optim import make_optimizer, make_schedule
+from gptjax.run import Run
+from gptjax.sharding import abstract, make_mesh
+from gptjax.tokenizer import Tokenizer
+from gptjax.train import (
+    LossFn,
+    compile_step,
+    enable_compile_cache,
+    fit,
+    init_state,
+    make_init,
+    make_train_step,
+    stop_on_signals,
+)
+
+
+def language_model_loss(decoder: Decoder) -> LossFn:
+    """Mean over weighted tokens of -log p(next token), in nats."""
+
+    def loss_fn(params: Any, frozen: Any, batch: dict[str, jax.Array], key: jax.Array):
+        del frozen  # nothing is held fixed in pretraining
+        x_BLD, _ = decoder.apply(
+            {"params": params}, batch["inputs_BL"], batch["positions_BL"], batch["segments_BL"], key=key
+        )
+        total = cross_entropy(x_BLD, head(params), batch["targets_BL"], batch["weights_BL"], decoder.vocab_size)
+        weight = batch["weights_BL"].sum()
+        loss = total / jnp.maximum(weight, 1.0)
+        return loss, {"loss": loss, "weight": weight}
+
+    return loss_fn
+
+
+def get_corpus(config: TrainConfig, folder: Path, say: Callable[[str], None]) -> Corpus:
+    """The prepared corpus of data.source, which is prepared into `folder` first where it is still text."""
+    source, wanted = config.data.source, config.tokenizer.vocab_size
+    if not is_corpus(source):
+        if not is_corpus(folder):
+            say(f"preparing {source} with a tokenizer of {wanted:,} ids into {folder}")
+        corpus = prepare(source, folder, config.tokenizer, config.data.validation_fraction)
+    else:
+        corpus = open_corpus(source)
+    if corpus.vocab_size != wanted:
+        raise InputError(
+            f"{corpus.folder} was prepared with {corpus.vocab_size} token ids but tokenizer.vocab_size={wanted}; "
+            f"set --tokenizer.vocab-size {corpus.vocab_size}, or prepare the text again"
+        )
+    return corpus
+
+
+def check_divisible(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
+    """Raises InputError where the rows or their length do not divide over the mesh."""
+    shards, parts = mesh.shape["data"] * mesh.shape["fsdp"], config.optim.accumulate
+    if config.data.batch_size % (shards * parts):
+        raise InputError(
+            f"data.batch_size={config.data.batch_size} does not divide over mesh.data x mesh.fsdp = {shards} and "
+            f"optim.accumulate={parts}; e.g. --data.batch-size {shards * parts}"
+        )
+    if config.data.length % mesh.shape["context"]:
+        raise InputError(
+            f"data.length={config.data.length} does not divide over mesh.context={mesh.shape['context']}; "
+            f"choose a length that does"
+        )
+
+
+def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str]) -> Path:
+    """Trains, or goes on with, the run in config.run_dir and returns its folder.
+
+    `recipe` and `origins` say where the settings came from, for config.json. Raises InputError for bad input and
+    train.Interrupted after a signal, with everything saved.
+    """
+    with stop_on_signals() as signals:
+        if config.compile_cache:
+            enable_compile_cache()
+        mesh = make_mesh(config.mesh)
+        check_divisible(config, mesh)
+        run = Run.open(config.run_dir, config, recipe, origins)
+        for line in run.changes:
+            _say(line)
+        corpus = get_corpus(config, run.data, _say)
+        tokenizer = corpus.tokenizer
+        tokenizer.save(run.tokenizer)
+        train_split, validation = corpus.split("train"), corpus.split("validation")
+        rows = Rows(train_split, config.data, config.seed)
+        _say(
+            f"{train_split.num_tokens:,} tokens to train on, {validation.num_tokens:,} held out; "
+            f"{config.data.batch_size * config.data.length:,} tokens a step"
+        )
+
+        decoder = make_decoder(config)
+        schedule = make_schedule(config.optim, config.steps)
+        tx = make_optimizer(config.optim, schedule)
+        init = make_init(init_params(decoder), tx)
+        step = make_train_step(language_model_loss(decoder), tx, schedule, config.optim.accumulate)
+        checkpoints = Checkpoints(run.checkpoints, config.checkpoint)
+        with jax.set_mesh(mesh):
+            start, data_state = 0, {"step": 0}
+            if checkpoints.newest() is None:
+                state = init_state(init, config.seed, mesh)
+            else:
+                start, state, data_state, _ = checkpoints.restore(abstract(jax.eval_shape(init, 0), mesh))
+                _say(f"resumed {run.folder} after step {start}")
+            example = rows.batch(0)
+            step = compile_step(step, mesh, state, {}, example)
+            eval_step = make_eval_step(decoder, mesh, state.params, example)
+            metrics = Metrics(run.metrics_path, run.tensorboard, config, decoder.vocab_size, resumed_step=start)
+
+            def evaluate_at(i: int, state: Any) -> None:
+                metrics.log_evaluation(i, evaluate(eval_step, state.params, validation, config, mesh))
+                # Decided after the evaluation, and only once the save it may refer to is on the disk.
+                checkpoints.wait()
+                checkpoints.retain(metrics.file.best_steps(config.checkpoint.keep_best))
+
+            def save(i: int, state: Any, data_state: dict) -> None:
+                checkpoints.save(i, state, data_state, dict(leaves(config)))
+
+            due = start > 0 and (start % config.evaluate.every == 0 or start == config.steps)
+            if due and not metrics.file.has_evaluation(start):
+                evaluate_at(start, state)  # the run ended between a save and its evaluation
+            profile = (*config.profile_steps, run.profile) if config.profile_steps else None
+            signals.defer()
+            try:
+                state = fit(
+                    step, state, {}, batches(rows, data_state["step"]), config.steps,
+                    mesh=mesh, log=metrics.log_step, save=save, save_every=config.checkpoint.every,
+                    hooks={evaluate_at: config.evaluate.every}, stop=signals.stop, trace=profile,
+                )  # fmt: skip
+            finally:
+                checkpoints.wait()
+                metrics.close()
+            checkpoints.retain(metrics.file.best_steps(config.checkpoint.keep_best))
+            _print_sample(config, decoder, state.params, tokenizer)
+    return run.folder
+
+
+def _print_sample(config: TrainConfig, decoder: Decoder, params: Any, tokenizer: Tokenizer) -> None:
+    """Prints a continuation of the recipe's prompt, as long as its settings and the context allow."""
+    prompt = config.generate.prompt[0]
+    room = config.data.length - len(tokenizer.encode(prompt)) - 1
+    if room < 1:
+        _say(f"no sample: generate.prompt fills the context of {config.data.length} tokens")
+        return
+    settings = dataclasses.replace(
+        config.generate, prompt=(prompt,), max_new_tokens=min(room, config.generate.max_new_tokens)
+    )
+    text = generate(decoder, params, tokenizer, settings)[0]
+    print(f"\nsample of {settings.max_new_tokens} tokens:\n{prompt}{text}\n", flush=True)
+
+
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr, flush=True)

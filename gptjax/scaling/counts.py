@@ -1,0 +1,78 @@
+"""Parameters and FLOPs of the decoder, counted from its settings alone: nothing is built, nothing is compiled.
+
+XLA's own FLOP count sees the body of a scan over layers once, so it is of no use here.
+"""
+
+from gptjax.config import ModelConfig
+
+VOCAB_MULTIPLE = 64  # the decoder pads its vocabulary up to a multiple of this
+
+
+def padded_vocab(vocab_size: int) -> int:
+    """Rows of the embedding as stored: the vocabulary rounded up to a multiple of 64."""
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def parameters(cfg: ModelConfig, vocab_size: int, context: int) -> dict[str, int]:
+    """How many parameters each part of the decoder has, for a vocabulary of `vocab_size` and rows of `context` tokens.
+
+    `embed`, `positions`, `attention`, `mlp`, `norms` and `head` add up to `total`. `embedding` is what is looked up
+    (tokens and positions), `non_embedding` is the rest, and `matrices` are the weights that a token is multiplied by:
+    the layers' matrices and the head, which for a tied model is the embedding used a second time. The vocabulary is
+    counted as given; `total_padded` counts it as stored.
+    """
+    d, f, layers = cfg.width, cfg.mlp_width, cfg.num_layers
+    heads, kv_heads = cfg.num_heads * cfg.head_size, cfg.num_kv_heads * cfg.head_size
+    gated = cfg.activation == "swiglu"
+
+    attention = 2 * d * heads + 2 * d * kv_heads
+    mlp = (3 if gated else 2) * d * f
+    matrices = layers * (attention + mlp) + d * vocab_size
+    if cfg.biases:
+        attention += heads + 2 * kv_heads + d
+        mlp += (2 if gated else 1) * f + d
+    norm = 2 * d if cfg.biases and cfg.norm == "layernorm" else d
+
+    parts = {
+        "embed": vocab_size * d,
+        "positions": context * d if cfg.positions == "learned" else 0,
+        "attention": layers * attention,
+        "mlp": layers * mlp,
+        "norms": (2 * layers + 1) * norm,
+        "head": 0 if cfg.tied else d * vocab_size,
+    }
+    total, embedding = sum(parts.values()), parts["embed"] + parts["positions"]
+    padding = (padded_vocab(vocab_size) - vocab_size) * d * (1 if cfg.tied else 2)
+    return parts | {
+        "total": total,
+        "total_padded": total + padding,
+        "embedding": embedding,
+        "non_embedding": total - embedding,
+        "matrices": matrices,
+    }
+
+
+def forward_flops(cfg: ModelConfig, vocab_size: int, keys: float) -> float:
+    """FLOPs of the forward pass of one token that attends to `keys` keys, in its matrix products alone.
+
+    2 FLOPs a weight, and 2 `keys` K for each of the two products of each query head.
+    """
+    attention = 4 * cfg.num_layers * cfg.num_heads * cfg.head_size * keys
+    return 2.0 * parameters(cfg, vocab_size, 0)["matrices"] + attention
+
+
+def flops_per_token(cfg: ModelConfig, vocab_size: int, length: int) -> dict[str, float]:
+    """FLOPs that training spends on a token of a row of `length` tokens, in three conventions and one of the forward.
+
+    The backward pass costs twice the forward. `6n`: 6 FLOPs a weight, attention left out (Kaplan et al. 2020).
+    `causal`: the matrix products that are needed, token i of a row attending to i keys. `palm`: 6n and
+    12 N H K L, attention counted as if every token attended to the whole row (Chowdhery et al. 2022, appendix B).
+    `forward` is the forward share of `causal`.
+    """
+    causal = forward_flops(cfg, vocab_size, (length + 1) / 2)
+    return {
+        "6n": 3 * forward_flops(cfg, vocab_size, 0),
+        "causal": 3 * causal,
+        "palm": 3 * forward_flops(cfg, vocab_size, length),
+        "forward": causal,
+    }

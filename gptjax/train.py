@@ -1,0 +1,215 @@
+"""The training loop of every stage: knows no model, only a loss function, an optimizer and an iterator of batches."""
+
+import contextlib
+import os
+import signal
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from gptjax.config import InputError
+from gptjax.sharding import constrain, put, require_mesh, shardings, suffix
+
+# loss_fn(params, frozen, batch, key) -> (loss, metrics). The loss is a weighted mean over the batch, and
+# metrics["weight"] is the sum of its weights (tokens, pairs): it is what micro-batches and rows are averaged by.
+LossFn = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a run needs to continue, as a plain tree that a checkpoint stores as it is."""
+
+    step: jax.Array  # batches seen
+    updates: jax.Array  # updates made; the schedule's clock
+    params: Any
+    opt_state: Any
+    key_W: jax.Array  # raw uint32 words, so that checkpoints and digests need no special case
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; its state is saved and the same command goes on."""
+
+
+def make_init(init_params: Callable[[jax.Array], Any], tx: optax.GradientTransformation) -> Callable:
+    """Builds init(seed) -> TrainState, to be traced, so that each device makes only its own part."""
+
+    def init(seed: jax.Array) -> TrainState:
+        key_params, key_state = jax.random.split(jax.random.key(seed))
+        params = init_params(key_params)
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, zero, params, tx.init(params), jax.random.key_data(key_state))
+
+    return init
+
+
+def init_state(init: Callable, seed: int, mesh: Mesh) -> TrainState:
+    """The initial state, made already sharded; the same numbers on every mesh."""
+    where = shardings(jax.eval_shape(init, 0), mesh)
+    return jax.jit(init, out_shardings=where)(seed)
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    schedule: Callable[[jax.Array], jax.Array],
+    accumulate: int = 1,
+) -> Callable:
+    """Builds step(state, frozen, batch) -> (state, metrics).
+
+    With accumulate > 1 the rows are cut into that many micro-batches, run one after the other, and their gradients
+    averaged by weight, so that the result is that of the whole batch whatever the padding.
+    """
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def gradients(params, frozen, batch, key):
+        if accumulate == 1:
+            (_, metrics), grads = value_and_grad(params, frozen, batch, key)
+            return grads, metrics
+        parts = {name: _micro_batches(x, suffix(name), accumulate) for name, x in batch.items()}
+
+        def add(total, i_and_part):
+            i, part = i_and_part
+            part = {name: constrain(x, suffix(name)) for name, x in part.items()}
+            (_, metrics), grads = value_and_grad(params, frozen, part, jax.random.fold_in(key, i))
+            weighted = jax.tree.map(lambda x: x * metrics["weight"], (grads, {**metrics, "weight": 1.0}))
+            return jax.tree.map(jnp.add, total, weighted), None
+
+        first = jax.tree.map(lambda x: x[0], parts)
+        shapes = jax.eval_shape(value_and_grad, params, frozen, first, key)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[1], shapes[0][1]))
+        (grads, metrics), _ = jax.lax.scan(add, zeros, (jnp.arange(accumulate), parts))
+        weight = metrics["weight"]
+        grads, metrics = jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-30), (grads, metrics))
+        return grads, {**metrics, "weight": weight}
+
+    def train_step(state: TrainState, frozen: Any, batch: dict[str, jax.Array]):
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key_W), state.step)
+        grads, metrics = gradients(state.params, frozen, batch, key)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.updates)}
+        new = TrainState(state.step + 1, state.updates + 1, params, opt_state, state.key_W)
+        return new, metrics | {"updates": new.updates}
+
+    return train_step
+
+
+def _micro_batches(x: jax.Array, letters: str, parts: int) -> jax.Array:
+    """Cuts B into (parts) B, row i going to part i % parts: each device splits its own rows and sends none away."""
+    assert letters.startswith("B"), "a batch's arrays begin with B"
+    return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+
+
+def compile_step(step: Callable, mesh: Mesh, state: Any, frozen: Any, batch: Any) -> Callable:
+    """jit ("pjit") with the shardings that the names say, in and out; the old state is donated, `frozen` is not."""
+    state_s, frozen_s, batch_s = (shardings(tree, mesh) for tree in (state, frozen, batch))
+    return jax.jit(step, in_shardings=(state_s, frozen_s, batch_s), out_shardings=(state_s, None), donate_argnums=0)
+
+
+def fit(
+    step: Callable,
+    state: TrainState,
+    frozen: Any,
+    batches: Iterator[tuple[dict, dict]],
+    until: int,
+    *,
+    mesh: Mesh,
+    log: Callable[[int, dict], None],
+    save: Callable[[int, TrainState, dict], None],
+    save_every: int,
+    hooks: dict[Callable[[int, TrainState], None], int] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    trace: tuple[int, int, Path] | None = None,
+) -> TrainState:
+    """Trains from state.step to `until` and returns the last state.
+
+    `batches` yields (host batch, state of the data after it); what is saved belongs to the last batch trained.
+    log(i, metrics) is called once a step, in order, while the device works on the next one; before a save or a hook,
+    every step so far has been logged. save and then the hooks {hook: every} run each so many steps and at the end.
+    Raises Interrupted, after a save, when stop() turns true. trace = (first, last, folder) profiles those steps.
+    """
+    require_mesh(state)
+    previous = None
+    for i in range(int(state.step) + 1, until + 1):
+        host_batch, data_state = next(batches)
+        if trace and i == trace[0]:
+            jax.profiler.start_trace(trace[2])
+        state, metrics = step(state, frozen, put(host_batch, mesh))  # dispatched, not yet computed
+        if trace and i == trace[1]:
+            jax.block_until_ready(metrics)
+            jax.profiler.stop_trace()
+        if previous is not None:
+            log(i - 1, jax.device_get(previous))
+        previous = metrics
+        stopping = stop()
+        saving = stopping or i % save_every == 0 or i == until
+        due = [hook for hook, every in (hooks or {}).items() if i % every == 0 or i == until]
+        if saving or due:
+            log(i, jax.device_get(metrics))
+            previous = None
+        if saving:
+            save(i, state, data_state)
+        if stopping and i < until:
+            raise Interrupted
+        for hook in due:
+            hook(i, state)
+    return state
+
+
+class Signals:
+    """SIGTERM and SIGINT: until `defer` the first one raises Interrupted; after it, `stop` turns true instead.
+
+    Any further signal ends the process at once, as it would have without us.
+    """
+
+    NAMES = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self):
+        self._deferred = self._received = False
+
+    def defer(self) -> None:
+        self._deferred = True
+
+    def stop(self) -> bool:
+        return self._received
+
+    def __call__(self, number: int, frame: Any) -> None:
+        self._received = True
+        for name in self.NAMES:
+            signal.signal(name, signal.SIG_DFL)
+        if not self._deferred:
+            raise Interrupted
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[Signals]:
+    """Catches the signals with which schedulers and users end a run, for as long as the block lasts."""
+    signals = Signals()
+    before = {name: signal.signal(name, signals) for name in Signals.NAMES}
+    try:
+        yield signals
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+def enable_compile_cache() -> None:
+    """Keeps compiled programs in the user's cache folder. Call it before anything is compiled.
+
+    What lies there is run, so a folder that others can write to is refused with InputError.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptjax" / "compiled"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise InputError(f"{folder} can be written by others; run `chmod 700 {folder}`, or give --no-compile-cache")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

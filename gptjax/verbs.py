@@ -1,0 +1,99 @@
+"""What the verbs on a run do: evaluate it, continue prompts, show its data, make one of foreign weights."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gptjax.checkpoint import Checkpoints
+from gptjax.config import (
+    ContinueConfig,
+    DataConfig,
+    EvalConfig,
+    InputError,
+    MeshConfig,
+    TokenizerConfig,
+    TrainConfig,
+    leaves,
+)
+from gptjax.data.batches import Rows
+from gptjax.data.corpus import Corpus, is_corpus, open_corpus
+from gptjax.data.show import show
+from gptjax.evaluate import evaluate, make_eval_step
+from gptjax.generate import stream
+from gptjax.interop.huggingface import import_huggingface
+from gptjax.run import Run, load_config
+from gptjax.tokenizer import load_model
+from gptjax.trained import open_trained
+
+
+def evaluate_run(run_dir: str | Path, cfg: EvalConfig) -> dict[str, Any]:
+    """Evaluates a run on its validation split: step, eval_loss, eval_perplexity, eval_bits_per_byte, eval_tokens."""
+    model = open_trained(run_dir, cfg.mesh, cfg.step)
+    limits = dataclasses.replace(model.config.evaluate, max_rows=cfg.max_rows)
+    config = dataclasses.replace(model.config, evaluate=limits)
+    corpus = run_corpus(run_dir)
+    with jax.set_mesh(model.mesh):
+        example = Rows(corpus.split("train"), config.data, config.seed).batch(0)
+        eval_step = make_eval_step(model.decoder, model.mesh, model.params, example)
+        result = evaluate(eval_step, model.params, corpus.split("validation"), config, model.mesh)
+    return {"step": model.step, **result}
+
+
+def generate_run(run_dir: str | Path, cfg: ContinueConfig, write: Callable[[str], None]) -> None:
+    """Continues cfg.prompt with a run, writing text as it comes; several prompts are written one after the other."""
+    model = open_trained(run_dir, MeshConfig(), cfg.step)
+    with jax.set_mesh(model.mesh):
+        pieces = stream(model.decoder, model.params, model.tokenizer, cfg)
+        if len(cfg.prompt) == 1:
+            write(cfg.prompt[0])
+            for _, piece in pieces:
+                write(piece)
+            write("\n")
+            return
+        texts = list(cfg.prompt)
+        for row, piece in pieces:
+            texts[row] += piece
+        for text in texts:
+            write(f"{text}\n")
+
+
+def show_step(run_dir: str | Path, step: int, rows: int) -> str:
+    """The rows of a training step of a run, as text; step 1 is the first."""
+    config, corpus = load_config(run_dir), run_corpus(run_dir)
+    batch = Rows(corpus.split("train"), config.data, config.seed).batch(step - 1)
+    return show(batch, corpus.tokenizer, range(min(rows, config.data.batch_size)))
+
+
+def run_corpus(run_dir: str | Path) -> Corpus:
+    """The prepared corpus that a run trained on."""
+    source = load_config(run_dir).data.source
+    return open_corpus(source if is_corpus(source) else Run.existing(run_dir).data)
+
+
+def import_run(source: str | Path, run_dir: str | Path) -> str:
+    """Makes a run of a Hugging Face GPT-2 or Llama folder and returns a line that says what it is.
+
+    Raises InputError where the folder is not one, holds what the decoder can't represent, or run_dir is a run already.
+    """
+    if (Path(run_dir) / "config.json").exists():
+        raise InputError(f"{run_dir} is a run already; give another folder")
+    model, vocab_size, context, params = import_huggingface(Path(source))
+    config = TrainConfig(
+        run_dir=str(run_dir),
+        model=model,
+        tokenizer=TokenizerConfig(vocab_size=vocab_size),
+        data=DataConfig(source=str(source), length=context),
+    )
+    run = Run.open(run_dir, config, {"path": str(source), "sha256": ""}, {})
+    tokenizer, note = Path(source) / "tokenizer.model", "; it has no tokenizer.model, so it takes no text"
+    if tokenizer.is_file():
+        load_model(tokenizer).save(run.tokenizer)
+        note = ""
+    checkpoints = Checkpoints(run.checkpoints, config.checkpoint)
+    checkpoints.save(0, {"params": params}, {"step": 0}, dict(leaves(config)))
+    checkpoints.wait()
+    count = sum(x.size for x in jax.tree.leaves(params))
+    return f"imported {count:,} parameters (vocabulary padded) into {run.folder}{note}"

@@ -1,0 +1,81 @@
+"""Counts agree with published models and with their own formulas."""
+
+import pytest
+
+from gptjax.config import ModelConfig
+from gptjax.scaling.counts import flops_per_token, forward_flops, padded_vocab, parameters
+
+GPT2 = ModelConfig(num_layers=12, width=768, num_heads=12)
+GPT2_XL = ModelConfig(num_layers=48, width=1600, num_heads=25)
+LLAMA_1B = ModelConfig(
+    num_layers=16,
+    width=2048,
+    num_heads=32,
+    queries_per_kv=4,
+    mlp_ratio=4.0,
+    positions="rope",
+    norm="rmsnorm",
+    activation="swiglu",
+    biases=False,
+    tied=True,
+)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "vocab_size", "context", "total"),
+    [
+        (GPT2, 50_257, 1024, 124_439_808),
+        (GPT2_XL, 50_257, 1024, 1_557_611_200),
+        (LLAMA_1B, 128_256, 8192, 1_235_814_400),
+    ],
+)
+def test_totals_are_the_published_ones(cfg, vocab_size, context, total):
+    assert parameters(cfg, vocab_size, context)["total"] == total
+
+
+@pytest.mark.parametrize("cfg", [GPT2, LLAMA_1B, ModelConfig(tied=False, biases=True, activation="swiglu")])
+def test_the_parts_add_up(cfg):
+    count = parameters(cfg, 1000, 128)
+    parts = ("embed", "positions", "attention", "mlp", "norms", "head")
+    assert sum(count[p] for p in parts) == count["total"] == count["embedding"] + count["non_embedding"]
+
+
+def test_an_untied_head_and_padding_cost_one_vocabulary_of_rows_each():
+    tied, untied = ModelConfig(tied=True), ModelConfig(tied=False)
+    a, b = parameters(tied, 1000, 128), parameters(untied, 1000, 128)
+    assert b["total"] - a["total"] == 1000 * 768
+    assert a["matrices"] == b["matrices"]
+    assert (padded_vocab(1000), padded_vocab(1024), padded_vocab(1025)) == (1024, 1024, 1088)
+    assert a["total_padded"] - a["total"] == 24 * 768
+    assert b["total_padded"] - b["total"] == 2 * 24 * 768
+
+
+def test_gated_mlp_biases_and_norm_biases_are_counted():
+    def count(**changes):
+        return parameters(ModelConfig(num_layers=1, width=8, num_heads=2, **changes), 10, 4)
+
+    plain = count(activation="gelu", biases=False)
+    assert count(activation="swiglu", biases=False)["mlp"] - plain["mlp"] == 8 * 32
+    assert count(activation="gelu", biases=True)["mlp"] - plain["mlp"] == 32 + 8
+    assert count(activation="swiglu", biases=True)["mlp"] - plain["mlp"] == 8 * 32 + 2 * 32 + 8
+    assert count(biases=True)["attention"] - plain["attention"] == 4 * 8
+    assert (plain["norms"], count(biases=True)["norms"], count(biases=True, norm="rmsnorm")["norms"]) == (24, 48, 24)
+
+
+def test_mfu_of_a_known_run_comes_out_as_published():
+    """llm.c on one H100: 468k tokens/s of GPT-2 124M at length 1024; 35.3 % by 6N, 38.0 % causal, 40.7 % PaLM."""
+    flops = flops_per_token(GPT2, 50_304, 1024)
+    mfu = {name: 100 * value * 468e3 / 989e12 for name, value in flops.items()}
+    # They count the position table as a matrix; we do not.
+    assert mfu["6n"] == pytest.approx(35.3, abs=0.3)
+    assert mfu["causal"] == pytest.approx(38.0, abs=0.3)
+    assert mfu["palm"] == pytest.approx(40.7, abs=0.3)
+
+
+def test_causal_flops_are_the_sum_over_the_tokens_of_a_row():
+    cfg, length = ModelConfig(num_layers=3, width=64, num_heads=4, queries_per_kv=2), 17
+    row = sum(forward_flops(cfg, 258, keys) for keys in range(1, length + 1))
+    flops = flops_per_token(cfg, 258, length)
+    assert flops["forward"] * length == pytest.approx(row)
+    assert flops["causal"] == pytest.approx(3 * flops["forward"])
+    assert flops["palm"] - flops["6n"] == 12 * 3 * 64 * length

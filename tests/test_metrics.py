@@ -1,0 +1,331 @@
+"""The metrics file holds one line a step whatever happens, and rates are what the clock says."""
+
+import io
+import json
+import math
+import struct
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax import metrics
+from gptjax.config import DataConfig, InputError, ModelConfig, TrainConfig
+from gptjax.metrics import Metrics, MetricsFile, Progress, Throughput, duration, peak_flops, sheet_flops
+from gptjax.scaling.counts import flops_per_token
+
+CFG = TrainConfig(
+    steps=40,
+    log_every=10,
+    model=ModelConfig(num_layers=1, width=8, num_heads=2, dtype="float32"),
+    data=DataConfig(batch_size=4, length=8),
+)
+
+
+@pytest.fixture(autouse=True)
+def quick_peak(monkeypatch):
+    monkeypatch.setattr(metrics, "peak_flops", lambda dtype: (1e12, "measured"))
+
+
+class Clock:
+    """A clock that moves only when told to."""
+
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr(metrics.time, "perf_counter", lambda: self.now)
+
+
+def make_file(path, steps=5) -> MetricsFile:
+    file = MetricsFile(path)
+    for step in range(1, steps + 1):
+        file.write({"step": step, "loss": 1 / step})
+    return file
+
+
+# The file.
+
+
+def test_floats_read_back_bit_for_bit(tmp_path):
+    file = MetricsFile(tmp_path / "m.jsonl")
+    rng = np.random.default_rng(0)
+    doubles = [struct.unpack("d", rng.bytes(8))[0] for _ in range(200)]
+    singles = rng.normal(size=200).astype(np.float32) * np.float32(1e-30)
+    file.write({"step": 1, **{str(i): v for i, v in enumerate(doubles)}})
+    file.write({"step": 2, **{str(i): v for i, v in enumerate(singles)}})
+    file.write({"step": 3, "loss": jnp.float32(0.1), "updates": jnp.int32(7), "batch": "ab12", "rate": None})
+    first, second, third = file.read()
+    for i, value in enumerate(doubles):
+        assert first[str(i)].hex() == value.hex() or math.isnan(value)
+    for i, value in enumerate(singles):
+        assert np.float32(second[str(i)]).tobytes() == value.tobytes()
+    assert third == {"step": 3, "loss": float(np.float32(0.1)), "updates": 7, "batch": "ab12", "rate": None}
+
+
+def test_nan_and_infinity_are_valid_json_and_read_back(tmp_path):
+    file = MetricsFile(tmp_path / "m.jsonl")
+    file.write({"step": 1, "loss": math.nan, "grad_norm": jnp.float32(math.inf), "x": -math.inf})
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    raw = json.loads(file.path.read_text(), parse_constant=refuse)
+    assert raw == {"step": 1, "loss": "nan", "grad_norm": "inf", "x": "-inf"}
+    (line,) = file.read()
+    assert math.isnan(line["loss"]) and line["grad_norm"] == math.inf and line["x"] == -math.inf
+
+
+@pytest.mark.parametrize(
+    "torn", ["", '{"step": 6, "lo', '{"step": 6, "loss": 0.1}', "\x00\x00\x00", '{"step": 6, "lo\n']
+)
+def test_resuming_cuts_the_file_back_to_the_restored_step(tmp_path, torn):
+    file = make_file(tmp_path / "m.jsonl")
+    whole = file.path.read_bytes().splitlines(keepends=True)
+    with file.path.open("a") as f:
+        f.write(torn)
+    file.truncate_after(3)
+    assert file.path.read_bytes() == b"".join(whole[:3])
+    file.write({"step": 4, "loss": 0.25})
+    assert file.path.read_bytes() == b"".join(whole[:4])
+
+
+def test_cutting_at_the_last_step_drops_only_the_torn_line(tmp_path):
+    file = make_file(tmp_path / "m.jsonl")
+    before = file.path.read_bytes()
+    file.truncate_after(5)
+    assert file.path.read_bytes() == before
+    with file.path.open("a") as f:
+        f.write('{"step": 6, "loss"')
+    file.truncate_after(9)
+    assert file.path.read_bytes() == before
+    file.truncate_after(0)
+    assert file.path.read_bytes() == b""
+
+
+def test_lines_out_of_order_are_cut_too(tmp_path):
+    file = MetricsFile(tmp_path / "m.jsonl")
+    for step in (1, 2, 9, 3):
+        file.write({"step": step})
+    file.truncate_after(3)
+    assert [line["step"] for line in file.read()] == [1, 2, 3]
+    assert [p.name for p in tmp_path.iterdir()] == ["m.jsonl"]
+
+
+@pytest.mark.parametrize("bad", ["{", "[1]", '{"loss": 1}', '{"step": "3"}', "\xff", "[" * 100_000])
+def test_a_broken_line_in_the_middle_is_named_by_its_number(tmp_path, bad):
+    file = make_file(tmp_path / "m.jsonl", 2)
+    file.path.write_text(file.path.read_text() + bad + '\n{"step": 4}\n')
+    for act in (file.read, lambda: file.truncate_after(2)):
+        with pytest.raises(InputError, match=r"m\.jsonl:3: ") as e:
+            act()
+        assert "\n" not in str(e.value)
+
+
+def test_a_file_that_is_not_there_is_empty(tmp_path):
+    file = MetricsFile(tmp_path / "m.jsonl")
+    file.truncate_after(3)
+    assert file.read() == [] and file.best_steps(2) == [] and not file.path.exists()
+
+
+def test_a_line_is_with_the_system_as_soon_as_it_is_written(tmp_path):
+    code = (
+        "import os, signal, sys\nfrom gptjax.metrics import MetricsFile\n"
+        "f = MetricsFile(sys.argv[1])\nf.write({'step': 1})\nf.write({'step': 2})\nos.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "m.jsonl")], check=False)
+    assert [line["step"] for line in MetricsFile(tmp_path / "m.jsonl").read()] == [1, 2]
+
+
+def test_the_best_steps_are_those_of_lowest_evaluation_loss(tmp_path):
+    file = MetricsFile(tmp_path / "m.jsonl")
+    for step, loss in [(10, 3.0), (20, 2.0), (30, 2.5), (40, math.nan), (50, 2.0)]:
+        file.write({"step": step, "loss": 0.0})
+        file.write({"step": step, "eval_loss": loss})
+    assert file.best_steps(0) == []
+    assert file.best_steps(2) == [20, 50]
+    assert file.best_steps(9) == [20, 50, 30, 10]
+    assert file.has_evaluation(30) and not file.has_evaluation(31)
+
+
+# Throughput.
+
+
+def test_rates_leave_out_compilation_and_evaluation(monkeypatch):
+    clock = Clock(monkeypatch)
+    rates = Throughput(1000, {"6n": 2.0, "causal": 3.0, "palm": 4.0}, 1e6)
+    clock.now += 60  # compiles
+    rates.lap()
+    assert set(rates.rates().values()) == {None} and rates.seconds(5) is None
+    for _ in range(3):
+        clock.now += 0.5
+        rates.lap()
+    clock.now += 30
+    rates.skip()  # evaluated
+    clock.now += 99
+    rates.lap()
+    clock.now += 0.5
+    rates.lap()
+    assert rates.rates() == {"tokens_per_second": 2000.0, "mfu_6n": 0.004, "mfu_causal": 0.006, "mfu_palm": 0.008}
+    assert rates.seconds(10) == pytest.approx(5.0)
+
+
+def test_rates_follow_a_change_of_speed(monkeypatch):
+    clock = Clock(monkeypatch)
+    rates = Throughput(100, {"6n": 1.0, "causal": 1.0, "palm": 1.0}, 1.0)
+    for seconds in [1.0] * 30 + [0.1] * 30:
+        clock.now += seconds
+        rates.lap()
+    assert rates.rates()["tokens_per_second"] == pytest.approx(1000)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "flops"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 989.4e12),
+        ("NVIDIA H100 PCIe", "bfloat16", 756e12),
+        ("NVIDIA H200", "bfloat16", 989.4e12),
+        ("NVIDIA A100-SXM4-40GB", "bfloat16", 312e12),
+        ("NVIDIA A100-SXM4-40GB", "float32", 156e12),
+        ("Tesla V100-SXM2-16GB", "bfloat16", 125e12),
+        ("Tesla T4", "bfloat16", 65e12),
+        ("NVIDIA L4", "bfloat16", 121e12),
+        ("NVIDIA A10G", "bfloat16", 70e12),
+        ("NVIDIA GeForce RTX 4090", "bfloat16", 165.2e12),
+        ("TPU v2", "bfloat16", 22.5e12),
+        ("TPU v3", "bfloat16", 61.5e12),
+        ("TPU v4", "bfloat16", 275e12),
+        ("TPU v5 lite", "bfloat16", 197e12),
+        ("TPU v5", "bfloat16", 459e12),
+        ("TPU v5p", "bfloat16", 459e12),
+        ("TPU v6 lite", "bfloat16", 918e12),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bfloat16", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bfloat16", None),
+        ("NVIDIA L40S", "bfloat16", None),
+        ("cpu", "float32", None),
+    ],
+)
+def test_peaks_are_those_of_the_data_sheets(kind, dtype, flops):
+    assert sheet_flops(kind, dtype) == flops
+
+
+def test_an_unknown_device_is_measured_and_says_so():
+    flops, source = peak_flops("float32")
+    assert source == "measured"
+    assert 1e8 < flops * jax.local_device_count() < 1e14
+
+
+# Progress.
+
+
+def test_without_a_terminal_there_is_a_line_every_so_many_steps(monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", out)
+    progress = Progress(25, 0, 10)
+    for step in range(1, 26):
+        line = {"step": step, "loss": 3.12341, "tokens_per_second": 21345.4, "mfu_6n": 0.1213}
+        progress.step(line, 190.0 if step > 1 else None)
+    progress.close()
+    lines = out.getvalue().splitlines()
+    assert [line.split()[1] for line in lines] == ["1/25", "10/25", "20/25", "25/25"]
+    assert lines[1] == "step 10/25  loss 3.1234  21,345 tokens/s  mfu 12.1 % (6N)  3m10s left"
+
+
+def test_on_a_terminal_there_is_a_bar(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    out = Terminal()
+    monkeypatch.setattr(sys, "stderr", out)
+    progress = Progress(20, 10, 10)
+    progress.step({"step": 15, "loss": 2.0, "tokens_per_second": 1234.0, "mfu_6n": 0.5}, 61.0)
+    progress.note("hello")
+    progress.close()
+    shown = out.getvalue()
+    assert "15/20" in shown and "1,234 tokens/s" in shown and "mfu 50.0 % (6N)" in shown and "1m01s left" in shown
+    assert "hello\n" in shown
+
+
+def test_durations_are_short():
+    assert [duration(s) for s in (0.4, 59.6, 190, 7500)] == ["0s", "1m00s", "3m10s", "2h05m"]
+
+
+# All together.
+
+
+def log(report: Metrics, steps):
+    for step in steps:
+        report.log_step(
+            step,
+            {"loss": jnp.float32(1 / step), "learning_rate": 1e-3, "grad_norm": np.float32(2), "batch": f"{step:x}"},
+        )
+
+
+def test_a_line_of_metrics_says_what_scripts_rely_on(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+    report = Metrics(tmp_path / "m.jsonl", tmp_path / "tb", CFG, 258)
+    for step in (1, 2):
+        clock.now += 0.5
+        log(report, [step])
+    report.log_evaluation(2, {"eval_loss": 1.5, "eval_perplexity": 4.48, "eval_bits_per_byte": 2.1})
+    report.close()
+    first, second, evaluation = MetricsFile(tmp_path / "m.jsonl").read()
+    assert list(second)[:6] == ["step", "updates", "loss", "tokens", "tokens_per_second", "learning_rate"]
+    assert first["tokens_per_second"] is None and first["mfu_6n"] is None
+    assert (second["step"], second["updates"], second["tokens"], second["tokens_per_second"]) == (2, 2, 64, 64.0)
+    assert second["batch"] == "2" and second["seconds"] == 1.0 and second["grad_norm"] == 2.0
+    flops = flops_per_token(CFG.model, 258, 8)
+    for convention in ("6n", "causal", "palm"):
+        assert second[f"mfu_{convention}"] == pytest.approx(64 * flops[convention] / (1e12 * jax.device_count()))
+    assert evaluation == {"step": 2, "eval_loss": 1.5, "eval_perplexity": 4.48, "eval_bits_per_byte": 2.1}
+
+
+def test_a_resumed_run_has_one_line_a_step_and_time_goes_on(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+    path, folder = tmp_path / "m.jsonl", tmp_path / "tb"
+    report = Metrics(path, folder, CFG, 258)
+    for step in range(1, 8):
+        clock.now += 1
+        log(report, [step])
+    report = Metrics(path, folder, CFG, 258, resumed_step=5)
+    clock.now += 1
+    log(report, range(6, 10))
+    report.close()
+    lines = MetricsFile(path).read()
+    assert [line["step"] for line in lines] == list(range(1, 10))
+    assert [line["seconds"] for line in lines[3:6]] == [4.0, 5.0, 6.0]
+
+
+def test_the_first_line_shown_names_the_peak_that_mfu_is_a_share_of(tmp_path, monkeypatch, capsys):
+    Metrics(tmp_path / "m.jsonl", tmp_path / "tb", CFG, 258).close()
+    assert "mfu is a share of 1 TFLOP/s (float32, measured) on each of 8 x cpu" in capsys.readouterr().err
+
+
+def events(folder):
+    """(step, tag, status) of each event in a folder of TensorBoard files, in order."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    for path in sorted(folder.iterdir(), key=lambda p: p.stat().st_mtime_ns):
+        raw = path.read_bytes()
+        while raw:
+            (size,) = struct.unpack("<Q", raw[:8])
+            event = Event.FromString(raw[12 : 12 + size])
+            raw = raw[16 + size :]
+            yield event.step, [v.tag for v in event.summary.value], event.session_log.status
+
+
+def test_tensorboard_curves_do_not_double_after_a_resume(tmp_path):
+    path, folder = tmp_path / "m.jsonl", tmp_path / "tb"
+    report = Metrics(path, folder, CFG, 258)
+    log(report, range(1, 31))
+    report.log_evaluation(30, {"eval_loss": 1.5})
+    report.close()
+    seen = list(events(folder))
+    assert {step for step, tags, _ in seen if "train/loss" in tags} == {1, 10, 20, 30}
+    assert {step for step, tags, _ in seen if "evaluation/eval_loss" in tags} == {30}
+    assert not any(status for *_, status in seen)
+    report = Metrics(path, folder, CFG, 258, resumed_step=15)
+    report.close()
+    assert [step for step, _, status in events(folder) if status == 1] == [16]  # 1 is START: drop this step and later
