@@ -6,8 +6,6 @@ notice a flipped bit in array data, so each leaf also carries a digest computed 
 """
 
 import contextlib
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -20,10 +18,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gptjax.config import CheckpointConfig, InputError
-from gptjax.digest import digests, leaf_names
+from gptjax.config import CheckpointConfig
+from gptjax.digest import MANIFEST, check_manifest, digests, folder_files, leaf_names, write_manifest
+from gptjax.settings import InputError
 
-MANIFEST = "manifest.json"
 TRASH, PROBE, UNSOUND = ".trash-", ".probe-", ".unsound"
 JSON_ITEMS = ("data", "config", "digests")
 
@@ -65,7 +63,7 @@ class Checkpoints:
             names = os.listdir(self.folder)
         except OSError:
             return []
-        return sorted(int(n) for n in names if re.fullmatch(r"\d{8,}", n) and (self.folder / n / MANIFEST).is_file())
+        return sorted(int(n) for n in names if re.fullmatch("[0-9]{8,}", n) and (self.folder / n / MANIFEST).is_file())
 
     def newest(self) -> int | None:
         """The newest committed step; None where there is none."""
@@ -78,35 +76,15 @@ class Checkpoints:
         """Size, number of files and time of each committed step."""
         saved = []
         for step in self.steps():
-            files = _files(self.path(step))
-            seconds = (self.path(step) / MANIFEST).stat().st_mtime
-            saved.append(Saved(step, sum(size for size in files.values()), len(files), seconds))
+            files = folder_files(self.path(step))
+            with contextlib.suppress(FileNotFoundError):  # deleted in this moment by the run that owns it
+                seconds = (self.path(step) / MANIFEST).stat().st_mtime
+                saved.append(Saved(step, sum(files.values()), len(files), seconds))
         return saved
 
     def verify(self, step: int) -> list[str]:
         """What is wrong with the files of a step, one line each; empty where all are as they were written."""
-        folder = self.path(step)
-        try:
-            manifest = json.loads((folder / MANIFEST).read_bytes())
-            files, seal = manifest["files"], manifest["sha256"]
-            sealed = seal == _seal(manifest["step"], files) and manifest["step"] == step
-        except OSError as e:
-            return [f"{MANIFEST}: {e.strerror}"]
-        except (ValueError, KeyError, TypeError):
-            return [f"{MANIFEST} is damaged"]
-        if not sealed:
-            return [f"{MANIFEST} is damaged, or is that of another step"]
-        problems = []
-        there = _files(folder)
-        problems += [f"{name} is missing" for name in sorted(files.keys() - there.keys())]
-        problems += [f"{name} should not be there" for name in sorted(there.keys() - files.keys())]
-        for name in sorted(files.keys() & there.keys()):
-            size, sha256 = files[name]
-            if there[name] != size:
-                problems.append(f"{name} has {there[name]} bytes, not {size}")
-            elif _sha256(folder / name) != sha256:
-                problems.append(f"{name} has other contents than were written")
-        return problems
+        return check_manifest(self.path(step), step)
 
     # Writing.
 
@@ -152,7 +130,7 @@ class Checkpoints:
         try:
             response.result()
             if jax.process_index() == 0:
-                _write_manifest(self.path(step), step)
+                write_manifest(self.path(step), step)
         except Exception as e:
             self._error = _failed(step, e)
             self._remove_partial(step)
@@ -166,7 +144,7 @@ class Checkpoints:
         """Removes what a kill in the middle of a save or a delete left behind."""
         if jax.process_index() == 0:
             for entry in self.folder.iterdir():
-                unsealed = re.match(r"\d{8,}($|\.orbax)", entry.name) and not (entry / MANIFEST).is_file()
+                unsealed = re.match(r"[0-9]{8,}($|\.orbax)", entry.name) and not (entry / MANIFEST).is_file()
                 if unsealed or entry.name.startswith((TRASH, PROBE)):
                     _remove(entry)
         _barrier("checkpoints cleaned")
@@ -330,41 +308,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def _files(folder: Path) -> dict[str, int]:
-    """Size of every file below the folder but the manifest, by its path inside."""
-    there = {}
-    for parent, _, names in os.walk(folder):
-        for path in (Path(parent) / name for name in names):
-            there[path.relative_to(folder).as_posix()] = path.lstat().st_size
-    there.pop(MANIFEST, None)
-    return there
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _seal(step: int, files: dict) -> str:
-    return hashlib.sha256(json.dumps([step, files], sort_keys=True).encode()).hexdigest()
-
-
-def _write_manifest(folder: Path, step: int) -> None:
-    files = {name: [size, _sha256(folder / name)] for name, size in sorted(_files(folder).items())}
-    text = json.dumps({"step": step, "files": files, "sha256": _seal(step, files)}, indent=1)
-    # Beside the folder, not inside it: a leftover of a kill must not count as one of its files.
-    temporary = folder.with_name(f"{folder.name}.orbax-manifest")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / MANIFEST)
-    for parent in (folder, folder.parent):
-        descriptor = os.open(parent, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
 
 
 def _failed(step: int, error: Exception) -> CheckpointError:

@@ -5,15 +5,8 @@ import sys
 from collections.abc import Callable
 
 from gptjax import __version__
-from gptjax.config import (
-    ContinueConfig,
-    EvalConfig,
-    InputError,
-    PrepareConfig,
-    ShowConfig,
-    TrainConfig,
-    TrainTokenizerConfig,
-)
+from gptjax.config import ContinueConfig, EvalConfig, PrepareConfig, ShowConfig, TrainConfig, TrainTokenizerConfig
+from gptjax.settings import InputError
 
 Verb = Callable[[list[str]], int]
 

@@ -5,14 +5,11 @@ model takes both from there. What can be derived is a property, never a field.
 """
 
 import dataclasses
-import difflib
 import math
-import typing
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
-T = TypeVar("T")
+from gptjax.settings import InputError, Section, leaves
 
 SCHEMA = 1  # version of config.json; raise it when a saved file needs translating
 
@@ -20,37 +17,6 @@ SCHEMA = 1  # version of config.json; raise it when a saved file needs translati
 FREE = ("run_dir", "log_every", "tensorboard", "profile", "compile_cache", "mesh", "checkpoint", "evaluate", "generate",
         "model.remat", "model.unroll")  # fmt: skip
 EXTENDABLE = ("steps",)
-
-
-class InputError(ValueError):
-    """Something the user gave is wrong. The message is one line: what, got, wanted, what to do."""
-
-
-class Section:
-    """Base of every config: named checks whose messages carry the full dotted name."""
-
-    section: ClassVar[str] = ""
-
-    def dotted(self, name: str) -> str:
-        return f"{self.section}.{name}" if self.section else name
-
-    def require(self, ok: bool, name: str, wanted: str, then: str = "") -> None:
-        """Raises InputError naming the field, its value, what is wanted, and (optionally) what to do."""
-        if not ok:
-            advice = f"; {then}" if then else ""
-            raise InputError(f"{self.dotted(name)}={getattr(self, name)!r}: wanted {wanted}{advice}")
-
-    def require_numbers(self, low: float, high: float, *names: str) -> None:
-        """Each named field is a finite number with low <= value <= high."""
-        for name in names:
-            value = getattr(self, name)
-            bounds = f"at least {low:g}" if math.isinf(high) else f"a number from {low:g} to {high:g}"
-            self.require(math.isfinite(value) and low <= value <= high, name, bounds)
-
-    def require_positive(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            self.require(math.isfinite(value) and value > 0, name, "a finite number above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -432,61 +398,6 @@ class TrainConfig(Section):
         if first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last):
             return int(first), int(last)
         return ()
-
-
-def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields every setting as (dotted name, value), in the order of the fields."""
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if dataclasses.is_dataclass(value):
-            yield from leaves(value, f"{prefix}{f.name}.")
-        else:
-            yield prefix + f.name, value
-
-
-def unknown_name(name: str, known: list[str]) -> str:
-    """One line that names an unknown setting and the nearest known one."""
-    # The last part weighs most: --model.widht is nearest to model.width, and so is --widht.
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    close = close or [k for k in known if k.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
-    close = close or difflib.get_close_matches(name.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in known], n=1)
-    return f"there is no setting {name}" + (f"; did you mean {close[0]}?" if close else "; see --help for all")
-
-
-def build(cls: type[T], values: dict[str, Any], prefix: str = "") -> T:
-    """Makes a config from {dotted name: value}; refuses an unknown or missing name, or a value of another type."""
-    hints = typing.get_type_hints(cls)
-    kinds = {f.name: hints[f.name] for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
-    for name in values:
-        if name.split(".", 1)[0] not in kinds:
-            raise InputError(unknown_name(prefix + name, [prefix + k for k in kinds]))
-    made = {}
-    for name, kind in kinds.items():
-        if dataclasses.is_dataclass(kind):
-            inner = {k.removeprefix(f"{name}."): v for k, v in values.items() if k.startswith(f"{name}.")}
-            made[name] = build(typing.cast(type, kind), inner, f"{prefix}{name}.")
-        elif name not in values:
-            raise InputError(f"setting {prefix + name!r} is missing; wanted every setting of {cls.__name__}")
-        else:
-            made[name] = _checked(prefix + name, values[name], kind)
-    return cls(**made)
-
-
-def _checked(name: str, value: Any, kind: Any) -> Any:
-    """The value, if JSON gave one of the field's type; JSON's lists are our tuples, its 1 may be our 1.0."""
-    if typing.get_origin(kind) is Literal:
-        ok, wanted = value in typing.get_args(kind), f"one of {typing.get_args(kind)}"
-    elif typing.get_origin(kind) is tuple:
-        ok, wanted = isinstance(value, list | tuple) and all(isinstance(v, str) for v in value), "a list of strings"
-        value = tuple(value) if ok else value
-    elif kind is float:
-        ok, wanted = isinstance(value, int | float) and not isinstance(value, bool), "a number"
-        value = float(value) if ok else value
-    else:
-        ok, wanted = type(value) is kind, f"a value of type {kind.__name__}"
-    if not ok:
-        raise InputError(f"{name}={value!r}: wanted {wanted}")
-    return value
 
 
 def frozen_changes(old: Any, new: Any) -> list[str]:

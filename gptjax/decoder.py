@@ -186,7 +186,6 @@ class Decoder(nn.Module):
         x_BLD = self.top["embed_VD"].astype(dtype)[tokens_BL]
         if cfg.positions == "learned":
             x_BLD = x_BLD + self.top["position_TD"].astype(dtype)[positions_BL]
-        x_BLD = constrain(x_BLD, "BLD")
         if cache is not None:
             mask_BLM = cache_mask(positions_BL, cache["k_NBMGK"].shape[2])
         else:

@@ -1,6 +1,11 @@
-"""Digests of arrays, computed where the arrays are: the same number on any mesh, another if any bit changes."""
+"""What shows that nothing changed: digests of arrays, the same on any mesh, and manifests of the files of a folder."""
 
+import contextlib
 import functools
+import hashlib
+import json
+import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,6 +14,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 P = jax.P
+
+MANIFEST = "manifest.json"
 
 
 def leaf_names(tree: Any) -> list[str]:
@@ -61,3 +68,67 @@ def _bits(x: jax.Array) -> jax.Array:
     width = min(x.dtype.itemsize * 8, 32)
     assert x.dtype.kind != "c", "complex arrays have no digest"
     return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{width}")).astype(jnp.uint32)
+
+
+def write_manifest(folder: Path, step: int) -> None:
+    """Writes the size and sha256 of every file of a step's folder into its manifest, whole or not at all."""
+    files = {name: [size, _sha256(folder / name)] for name, size in sorted(folder_files(folder).items())}
+    text = json.dumps({"step": step, "files": files, "sha256": _seal(step, files)}, indent=1)
+    # Beside the folder, not inside it: a leftover of a kill must not count as one of its files.
+    temporary = folder.with_name(f"{folder.name}.orbax-manifest")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, folder / MANIFEST)
+    for parent in (folder, folder.parent):
+        descriptor = os.open(parent, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def check_manifest(folder: Path, step: int) -> list[str]:
+    """How the folder of a step differs from its manifest, one line each; empty where it does not."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        files = manifest["files"]
+        sealed = manifest["sha256"] == _seal(manifest["step"], files) and manifest["step"] == step
+    except OSError as e:
+        return [f"{MANIFEST} can't be read ({e.strerror})"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return [f"{MANIFEST} is damaged"]
+    if not sealed:
+        return [f"{MANIFEST} is damaged, or is that of another step"]
+    there = folder_files(folder)
+    problems = [f"{name} is missing" for name in sorted(files.keys() - there.keys())]
+    problems += [f"{name} should not be there" for name in sorted(there.keys() - files.keys())]
+    for name in sorted(files.keys() & there.keys()):
+        size, sha256 = files[name]
+        try:
+            if there[name] != size:
+                problems.append(f"{name} has {there[name]} bytes, not {size}")
+            elif _sha256(folder / name) != sha256:
+                problems.append(f"{name} has other contents than were written")
+        except OSError as e:
+            problems.append(f"{name} can't be read ({e.strerror})")
+    return problems
+
+
+def folder_files(folder: Path) -> dict[str, int]:
+    """Size of every file below the folder but its manifest, by the path inside."""
+    there = {}
+    for parent, _, names in os.walk(folder):
+        for path in (Path(parent) / name for name in names):
+            with contextlib.suppress(FileNotFoundError):  # deleted in this moment by the run that owns it
+                there[path.relative_to(folder).as_posix()] = path.lstat().st_size
+    there.pop(MANIFEST, None)
+    return there
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _seal(step: int, files: dict) -> str:
+    return hashlib.sha256(json.dumps([step, files], sort_keys=True).encode()).hexdigest()

@@ -7,11 +7,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from gptjax.config import DataConfig, InputError, TrainConfig
+from gptjax.config import DataConfig, TrainConfig
 from gptjax.data.batches import validation_batches
 from gptjax.data.corpus import Split
 from gptjax.decoder import Decoder, head
 from gptjax.losses import cross_entropy
+from gptjax.settings import InputError
 from gptjax.sharding import put, shardings
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gptjax.config import InputError, leaves, unknown_name
+from gptjax.settings import InputError, leaves, unknown_name
 
 T = TypeVar("T")
 

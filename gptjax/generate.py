@@ -6,8 +6,9 @@ program that an unstreamed text runs, only more often.
 
 Random numbers belong to a row, never to a batch: the token at position p is drawn with
 fold_in(fold_in(key(seed), copy), p), where `copy` counts the earlier rows of the batch with the same prompt. So a seed
-gives a prompt the same text whatever else is in the batch and wherever it stands in it, and a prompt that is given
-several times gets different samples.
+gives a prompt the same text whatever else is in the batch and wherever it stands in it (as far as rounding does not
+depend on the batch's shape), and a prompt that is given several times gets different samples. Rows with different
+prompts share random numbers; a caller that needs them independent numbers the rows itself (`copies`).
 """
 
 import codecs
@@ -20,9 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from gptjax.config import GenerateConfig, InputError
+from gptjax.config import GenerateConfig
 from gptjax.decoder import Decoder, Params, empty_cache, head
 from gptjax.losses import MASKED, logits
+from gptjax.settings import InputError
 from gptjax.sharding import constrain, suffix
 from gptjax.tokenizer import Tokenizer
 
@@ -117,13 +119,15 @@ def generate_ids(
     cfg: GenerateConfig,
     *,
     stop_ids: Sequence[int] = (),
+    copies: Sequence[int] = (),
 ) -> list[list[int]]:
     """The ids that continue each prompt's ids; the last one is in stop_ids where the row ended by itself.
 
     Of cfg, the texts (`prompt`, `stop`) are not read. Raises InputError as `stream_ids` does.
     """
     result: list[list[int]] = [[] for _ in prompts]
-    for news in stream_ids(decoder, params, prompts, cfg, stop_ids=stop_ids, chunk=cfg.max_new_tokens):
+    chunk = cfg.max_new_tokens
+    for news in stream_ids(decoder, params, prompts, cfg, stop_ids=stop_ids, copies=copies, chunk=chunk):
         for row, ids in zip(result, news, strict=True):
             row += ids
     return result
@@ -136,24 +140,27 @@ def stream_ids(
     cfg: GenerateConfig,
     *,
     stop_ids: Sequence[int] = (),
+    copies: Sequence[int] = (),
     chunk: int = CHUNK,
     finished: set[int] | frozenset[int] = frozenset(),
 ) -> Iterator[list[list[int]]]:
     """Yields each row's new ids, at most `chunk` at a time, until every row has met a stop id or max_new_tokens.
 
-    The caller may add to `finished`, between two yields, rows that need no more tokens. Raises InputError where a
-    prompt is empty, holds an id outside the vocabulary, or leaves no room for max_new_tokens within the context.
+    The caller may add to `finished`, between two yields, rows that need no more tokens; `copies` tells the random
+    numbers of rows apart (see the top of this file) where counting equal prompts will not do. Raises InputError where
+    a prompt is empty, holds an id outside the vocabulary, or leaves no room for max_new_tokens within the context.
     """
+    if not prompts:
+        return
     _check(decoder, prompts, cfg)
+    params = compute_weights(params, decoder.cfg.dtype)
     length_B = np.array([len(ids) for ids in prompts], np.int32)
     prompt_BL = np.zeros((len(prompts), _bucket(length_B.max(), decoder.context)), np.int32)
     for row, ids in enumerate(prompts):
         prompt_BL[row, : len(ids)] = ids
     seen = [tuple(ids) for ids in prompts]
-    rows = {
-        "copy_B": np.array([seen[:row].count(ids) for row, ids in enumerate(seen)], np.int32),
-        "last_B": length_B + cfg.max_new_tokens - 1,
-    }
+    copies = copies or [seen[:row].count(ids) for row, ids in enumerate(seen)]
+    rows = {"copy_B": np.array(copies, np.int32), "last_B": length_B + cfg.max_new_tokens - 1}
     settings, seed = active(cfg), np.uint32(cfg.seed)
     slots = _bucket(length_B.max() + cfg.max_new_tokens, decoder.context)
     state = prefill(decoder, params, prompt_BL, length_B, slots, "repetition_penalty" in settings)
@@ -174,7 +181,7 @@ def _check(decoder: Decoder, prompts: Sequence[Sequence[int]], cfg: GenerateConf
     context = decoder.context
     for row, ids in enumerate(prompts):
         name = f"generate.prompt[{row}]"
-        if not ids:
+        if len(ids) == 0:
             raise InputError(f"{name} has no tokens; wanted at least one, such as the one that begins a document")
         wrong = next((i for i in ids if not 0 <= i < decoder.vocab_size), None)
         if wrong is not None:
@@ -210,6 +217,19 @@ def _read(x: jax.Array) -> np.ndarray:
 def _placed(state: State) -> State:
     """Shards every array of the state as its name says, so that all programs agree on where it lies."""
     return {name: constrain(x, suffix(name)) for name, x in state.items()}
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def compute_weights(params: Params, dtype: str) -> Params:
+    """The parameters in the type they are used in, so that no step of the loop reads or casts the wider ones.
+
+    Norms are computed in float32 and keep it: every activation has the very bits it has without this.
+    """
+
+    def cast(path, x):
+        return x if path[-1].key.startswith("norm_") else x.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "slots", "keep_seen"))

@@ -1,9 +1,11 @@
 """What a run reports while it trains: metrics.jsonl, TensorBoard, a progress bar, tokens/s and MFU."""
 
 import collections
+import contextlib
 import json
 import math
 import os
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -12,8 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gptjax.config import InputError, TrainConfig
+from gptjax.config import TrainConfig
 from gptjax.scaling.counts import flops_per_token
+from gptjax.settings import InputError
 
 FIRST_KEYS = ("step", "updates", "loss", "tokens", "tokens_per_second", "learning_rate", "grad_norm")
 CONVENTIONS = ("6n", "causal", "palm")
@@ -33,15 +36,21 @@ class MetricsFile:
 
     def write(self, line: dict[str, Any]) -> None:
         """Adds one line and hands it to the operating system, so that a kill can't take it back."""
-        if self._file is None:
-            try:
-                self._file = self.path.open("a", encoding="utf-8")
-            except OSError as e:
-                raise InputError(f"{self.path}: can't be written ({e.strerror}); give another --run-dir") from e
         values = {k: _number(v) for k, v in line.items()}
         encoded = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._file.write(json.dumps(encoded, allow_nan=False) + "\n")
-        self._file.flush()
+        text = json.dumps(encoded, allow_nan=False) + "\n"
+        try:
+            if self._file is None:
+                self._file = self.path.open("a", encoding="utf-8")
+            self._file.write(text)
+            self._file.flush()
+        except OSError as e:
+            with contextlib.suppress(OSError):  # closing would try to write the same text again
+                self.close()
+            self._file = None
+            raise InputError(
+                f"{self.path}: can't be written ({e.strerror}); make room for it, or give another --run-dir"
+            ) from e
 
     def read(self) -> list[dict[str, Any]]:
         """All lines, less a torn last one; empty where there is no file."""
@@ -147,8 +156,8 @@ class Throughput:
 
     def rates(self) -> dict[str, float | None]:
         """tokens_per_second, mfu_6n, mfu_causal and mfu_palm; None before there are two laps."""
-        seconds = self.seconds(1)
-        rate = None if seconds is None else self._tokens / max(seconds, 1e-9)
+        # The median, so that a step which also waited for a checkpoint does not count as slow training.
+        rate = self._tokens / max(statistics.median(self._laps), 1e-9) if self._laps else None
         mfu = {f"mfu_{c}": None if rate is None else rate * self._flops[c] / self._peak for c in CONVENTIONS}
         return {"tokens_per_second": rate, **mfu}
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.checkpoint import Checkpoints
-from gptjax.config import InputError, TrainConfig, leaves
+from gptjax.config import TrainConfig
 from gptjax.data.batches import Rows, batches
 from gptjax.data.corpus import Corpus, is_corpus, open_corpus
 from gptjax.data.prepare import prepare
@@ -21,6 +21,7 @@ from gptjax.losses import cross_entropy
 from gptjax.metrics import Metrics
 from gptjax.optim import make_optimizer, make_schedule
 from gptjax.run import Run
+from gptjax.settings import InputError, leaves
 from gptjax.sharding import abstract, make_mesh
 from gptjax.tokenizer import Tokenizer
 from gptjax.train import (

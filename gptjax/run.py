@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from gptjax.config import EXTENDABLE, SCHEMA, InputError, TrainConfig, build, frozen_changes, leaves
+from gptjax.config import EXTENDABLE, SCHEMA, TrainConfig, frozen_changes
+from gptjax.settings import InputError, build, leaves
 
 PACKAGES = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 HEADER = ("schema", "stage", "recipe", "settings")

@@ -15,7 +15,8 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from gptjax.config import InputError, MeshConfig
+from gptjax.config import MeshConfig
+from gptjax.settings import InputError
 
 P = jax.P
 

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from gptjax.config import InputError, TokenizerConfig
+from gptjax.config import TokenizerConfig
+from gptjax.settings import InputError
 
 META_FILE = "tokenizer_meta.json"
 MODEL_FILE = "tokenizer.model"

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from gptjax.config import InputError
+from gptjax.settings import InputError
 from gptjax.sharding import constrain, put, require_mesh, shardings, suffix
 
 # loss_fn(params, frozen, batch, key) -> (loss, metrics). The loss is a weighted mean over the batch, and

@@ -8,16 +8,7 @@ from typing import Any
 import jax
 
 from gptjax.checkpoint import Checkpoints
-from gptjax.config import (
-    ContinueConfig,
-    DataConfig,
-    EvalConfig,
-    InputError,
-    MeshConfig,
-    TokenizerConfig,
-    TrainConfig,
-    leaves,
-)
+from gptjax.config import ContinueConfig, DataConfig, EvalConfig, MeshConfig, TokenizerConfig, TrainConfig
 from gptjax.data.batches import Rows
 from gptjax.data.corpus import Corpus, is_corpus, open_corpus
 from gptjax.data.show import show
@@ -25,6 +16,7 @@ from gptjax.evaluate import evaluate, make_eval_step
 from gptjax.generate import stream
 from gptjax.interop.huggingface import import_huggingface
 from gptjax.run import Run, load_config
+from gptjax.settings import InputError, leaves
 from gptjax.tokenizer import load_model
 from gptjax.trained import open_trained
 

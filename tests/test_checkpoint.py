@@ -15,9 +15,10 @@ import optax
 import pytest
 
 from gptjax import checkpoint
-from gptjax.checkpoint import MANIFEST, CheckpointError, Checkpoints
-from gptjax.config import CheckpointConfig, InputError, MeshConfig
-from gptjax.digest import digests, leaf_names
+from gptjax.checkpoint import CheckpointError, Checkpoints
+from gptjax.config import CheckpointConfig, MeshConfig
+from gptjax.digest import MANIFEST, digests, leaf_names, write_manifest
+from gptjax.settings import InputError
 from gptjax.sharding import make_mesh, put, shardings
 
 CFG = CheckpointConfig(every=1, keep_newest=2)
@@ -134,7 +135,7 @@ def test_a_flipped_bit_in_any_file_is_found_named_and_fallen_back_from(folder, c
 
 def reseal(step: Path, number: int):
     (step / MANIFEST).unlink()
-    checkpoint._write_manifest(step, number)
+    write_manifest(step, number)
 
 
 def test_a_flipped_bit_that_the_manifest_agrees_with_is_found_by_the_leaf_digest(folder, capsys):
@@ -274,18 +275,21 @@ def test_leftovers_of_a_kill_are_removed_and_committed_steps_are_not(folder):
 KILLED = """
 import os, signal, sys, threading
 import jax.numpy as jnp
-from gptjax import checkpoint
+from gptjax import checkpoint, digest
 from gptjax.config import CheckpointConfig
 c = checkpoint.Checkpoints(sys.argv[1], CheckpointConfig(keep_newest=1))
 c.save(1, {"w_D": jnp.arange(4.0)}, {"row": 1}, {})
 c.wait()
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[2] == "hashing":
-    checkpoint._sha256 = die
+    digest._sha256 = die
 elif sys.argv[2] == "manifest":
     os.replace = die
 elif sys.argv[2] == "delete":
-    checkpoint._remove = die
+    def rmtree(path, **_):
+        os.remove(os.path.join(path, "commit_success.txt"))
+        die()
+    checkpoint.shutil.rmtree = rmtree
 c.save(2, {"w_D": jnp.arange(4.0) + 1}, {"row": 2}, {})
 if sys.argv[2] == "write":
     die()
@@ -340,7 +344,7 @@ def test_an_error_of_a_background_save_is_raised_once_by_the_next_call(tmp_path,
     def fail(folder, step):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write_manifest", fail)
+    monkeypatch.setattr(checkpoint, "write_manifest", fail)
     checkpoints = Checkpoints(tmp_path / "c", CFG)
     checkpoints.save(1, {"w_D": jnp.zeros(4)}, {}, {})
     with pytest.raises(CheckpointError, match="step 1 .*No space left"):
@@ -351,7 +355,7 @@ def test_an_error_of_a_background_save_is_raised_once_by_the_next_call(tmp_path,
 
 def test_hashing_happens_off_the_training_thread_and_check_does_not_wait(tmp_path, monkeypatch):
     begun, go, threads = threading.Event(), threading.Event(), set()
-    write = checkpoint._write_manifest
+    write = checkpoint.write_manifest
 
     def slow(folder, step):
         threads.add(threading.current_thread())
@@ -359,7 +363,7 @@ def test_hashing_happens_off_the_training_thread_and_check_does_not_wait(tmp_pat
         assert go.wait(20)
         write(folder, step)
 
-    monkeypatch.setattr(checkpoint, "_write_manifest", slow)
+    monkeypatch.setattr(checkpoint, "write_manifest", slow)
     checkpoints = Checkpoints(tmp_path / "c", CFG)
     checkpoints.save(1, {"w_D": jnp.zeros(4)}, {}, {})
     assert begun.wait(20)
@@ -395,6 +399,7 @@ def test_describe_counts_what_is_on_the_disk(folder):
     assert (first.files, first.bytes) == (len(files), sum(p.stat().st_size for p in files))
 
 
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_another_program_can_read_the_state(folder):
     from orbax.checkpoint import v1 as ocp
 

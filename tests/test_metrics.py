@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from gptjax import metrics
-from gptjax.config import DataConfig, InputError, ModelConfig, TrainConfig
+from gptjax.config import DataConfig, ModelConfig, TrainConfig
 from gptjax.metrics import Metrics, MetricsFile, Progress, Throughput, duration, peak_flops, sheet_flops
 from gptjax.scaling.counts import flops_per_token
+from gptjax.settings import InputError
 
 CFG = TrainConfig(
     steps=40,
@@ -78,7 +79,8 @@ def test_nan_and_infinity_are_valid_json_and_read_back(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "torn", ["", '{"step": 6, "lo', '{"step": 6, "loss": 0.1}', "\x00\x00\x00", '{"step": 6, "lo\n']
+    "torn",
+    ["", '{"step": 6, "lo', '{"step": 6, "loss": 0.1}', "\x00\x00\x00", '{"step": 3, "x": 1}', '{"step": 6, "lo\n'],
 )
 def test_resuming_cuts_the_file_back_to_the_restored_step(tmp_path, torn):
     file = make_file(tmp_path / "m.jsonl")
@@ -138,6 +140,17 @@ def test_a_line_is_with_the_system_as_soon_as_it_is_written(tmp_path):
     assert [line["step"] for line in MetricsFile(tmp_path / "m.jsonl").read()] == [1, 2]
 
 
+def test_a_full_disk_is_one_clear_line(tmp_path):
+    full = tmp_path / "m.jsonl"
+    full.symlink_to("/dev/full")
+    with pytest.raises(InputError, match=r"m\.jsonl: can't be written .No space left"):
+        file = MetricsFile(full)
+        file.write({"step": 1})
+    file.close()
+    with pytest.raises(InputError, match="can't be written"):
+        MetricsFile(tmp_path).write({"step": 1})
+
+
 def test_the_best_steps_are_those_of_lowest_evaluation_loss(tmp_path):
     file = MetricsFile(tmp_path / "m.jsonl")
     for step, loss in [(10, 3.0), (20, 2.0), (30, 2.5), (40, math.nan), (50, 2.0)]:
@@ -169,6 +182,16 @@ def test_rates_leave_out_compilation_and_evaluation(monkeypatch):
     rates.lap()
     assert rates.rates() == {"tokens_per_second": 2000.0, "mfu_6n": 0.004, "mfu_causal": 0.006, "mfu_palm": 0.008}
     assert rates.seconds(10) == pytest.approx(5.0)
+
+
+def test_a_step_that_waited_for_a_save_does_not_change_the_rate_but_the_time_left(monkeypatch):
+    clock = Clock(monkeypatch)
+    rates = Throughput(100, {"6n": 1.0, "causal": 1.0, "palm": 1.0}, 1.0)
+    for seconds in [9.0, 1.0, 1.0, 1.0, 5.0]:
+        clock.now += seconds
+        rates.lap()
+    assert rates.rates()["tokens_per_second"] == pytest.approx(100)
+    assert rates.seconds(10) == pytest.approx(20)
 
 
 def test_rates_follow_a_change_of_speed(monkeypatch):
@@ -270,11 +293,16 @@ def test_a_line_of_metrics_says_what_scripts_rely_on(tmp_path, monkeypatch):
         clock.now += 0.5
         log(report, [step])
     report.log_evaluation(2, {"eval_loss": 1.5, "eval_perplexity": 4.48, "eval_bits_per_byte": 2.1})
+    clock.now += 99  # evaluates
+    for step in (3, 4):
+        clock.now += 0.5
+        log(report, [step])
     report.close()
-    first, second, evaluation = MetricsFile(tmp_path / "m.jsonl").read()
+    first, second, evaluation, _, fourth = MetricsFile(tmp_path / "m.jsonl").read()
     assert list(second)[:6] == ["step", "updates", "loss", "tokens", "tokens_per_second", "learning_rate"]
     assert first["tokens_per_second"] is None and first["mfu_6n"] is None
     assert (second["step"], second["updates"], second["tokens"], second["tokens_per_second"]) == (2, 2, 64, 64.0)
+    assert fourth["tokens_per_second"] == 64.0
     assert second["batch"] == "2" and second["seconds"] == 1.0 and second["grad_norm"] == 2.0
     flops = flops_per_token(CFG.model, 258, 8)
     for convention in ("6n", "causal", "palm"):
@@ -305,7 +333,7 @@ def test_the_first_line_shown_names_the_peak_that_mfu_is_a_share_of(tmp_path, mo
 
 def events(folder):
     """(step, tag, status) of each event in a folder of TensorBoard files, in order."""
-    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
     for path in sorted(folder.iterdir(), key=lambda p: p.stat().st_mtime_ns):
         raw = path.read_bytes()

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from gptjax import run as run_module
-from gptjax.config import CheckpointConfig, InputError, MeshConfig, ModelConfig, TrainConfig, leaves
+from gptjax.config import CheckpointConfig, MeshConfig, ModelConfig, TrainConfig
 from gptjax.run import Run, environment, load_config, read_config, write_json
+from gptjax.settings import InputError, leaves
 
 CFG = TrainConfig(steps=100, model=ModelConfig(num_layers=2, width=64, num_heads=4))
 RECIPE = {"path": "configs/quickstart.py", "sha256": "ab" * 32}
@@ -149,7 +150,10 @@ def edited(change):
         (lambda d: d.update(extra=1), "'extra' is missing or unknown"),
         (lambda d: d.pop("stage") and None, "'stage' is missing or unknown"),
         (lambda d: d.update(settings=[]), "settings is no table"),
-        (lambda d: d["settings"].update({"model.widht": {"value": 1, "from": "x"}}), r"config.json: there is no setting model.widht; did you mean model.width\?"),
+        (
+            lambda d: d["settings"].update({"model.widht": {"value": 1, "from": "x"}}),
+            r"config.json: there is no setting model.widht; did you mean model.width\?",
+        ),
         (lambda d: d["settings"].pop("model.width"), "'model.width' is missing"),
         (lambda d: d["settings"].update({"model.width": 64}), "'model.width' is not of the form"),
         (lambda d: d["settings"]["model.width"].update(value="64"), "model.width='64': wanted"),
@@ -200,7 +204,8 @@ HOLD = """
 import sys, time
 from gptjax.config import TrainConfig
 from gptjax.run import Run
-Run.open(sys.argv[1], TrainConfig(), {}, {})
+for _ in range(2):  # a process does not lock itself out, nor lose the run by opening it twice
+    Run.open(sys.argv[1], TrainConfig(), {}, {})
 print("holding", flush=True)
 time.sleep(60)
 """
@@ -218,4 +223,3 @@ def test_a_run_is_trained_by_one_process_at_a_time_and_a_dead_one_holds_nothing(
         other.send_signal(signal.SIGKILL)
         other.wait()
     open_run(tmp_path)
-    open_run(tmp_path)  # nor does a process lock itself out

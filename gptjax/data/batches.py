@@ -4,15 +4,18 @@ An epoch's rows are cut so that each target is predicted exactly once, and visit
 Neither the number of hosts nor who reads ahead changes a batch.
 """
 
+import functools
+import math
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Protocol
 
 import numpy as np
 
-from gptjax.config import DataConfig, InputError
+from gptjax.config import DataConfig
 from gptjax.data.packing import Batch, Spans, Stream, cut
+from gptjax.settings import InputError
 
 ALL_ROWS = slice(None)
 
@@ -71,7 +74,7 @@ def validation_batches(split: TokenSplit, cfg: DataConfig, max_rows: int = 0) ->
         yield cut(split, spans, cfg.batch_size, cfg.length, cfg.cross_documents)
 
 
-def batches(rows: Rows, start_step: int, part: slice = ALL_ROWS) -> Iterator[tuple[Batch, dict[str, int]]]:
+def batches(rows: Rows, start_step: int, part: slice = ALL_ROWS) -> Generator[tuple[Batch, dict[str, int]], None, None]:
     """Yields (batch, state after it) from a step on, without end; {"step": s} is the state after s steps.
 
     A thread makes the next batches meanwhile; what it raises is raised here. Closing the iterator ends the thread.
@@ -121,7 +124,7 @@ class _Packed:
 
     def shift(self, seed: int, epoch: int) -> int:
         """Where the epoch's first cut lies: from 0 up to, not including, the length."""
-        return int(_hash(np.uint64(seed), np.uint64(epoch), np.uint64(_ROUNDS))[0]) % self.length
+        return _key(seed, epoch, _ROUNDS) % self.length
 
     def spans(self, rows: np.ndarray, shift: int) -> Spans:
         first = rows * self.length
@@ -170,29 +173,35 @@ def permuted(places: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray
     A generalised Feistel network over pairs (left, right), left < a and right < b with a b >= size, walked until
     it lands below size (Black & Rogaway 2002, Ciphers with Arbitrary Finite Domains). It needs no table.
     """
-    a = int(np.ceil(np.sqrt(size)))
-    b = -(-size // a)
+    b = math.isqrt(size - 1) + 1
+    a = -(-size // b)
     out = places.astype(np.uint64)
     todo = np.arange(len(out))
     while len(todo):
-        left, right = out[todo] // np.uint64(b), out[todo] % np.uint64(b)
-        for i in range(_ROUNDS):
-            key = np.uint64(i)
-            if i % 2:
-                right = (right + _hash(np.uint64(seed), np.uint64(epoch), key, left) % np.uint64(b)) % np.uint64(b)
-            else:
-                left = (left + _hash(np.uint64(seed), np.uint64(epoch), key, right) % np.uint64(a)) % np.uint64(a)
+        left, right = np.divmod(out[todo], np.uint64(b))
+        for i in range(0, _ROUNDS, 2):
+            left = (left + _mixed(right, seed, epoch, i) % np.uint64(a)) % np.uint64(a)
+            right = (right + _mixed(left, seed, epoch, i + 1) % np.uint64(b)) % np.uint64(b)
         out[todo] = left * np.uint64(b) + right
         todo = todo[out[todo] >= size]
     return out.astype(np.int64)
 
 
-def _hash(*values: np.ndarray | np.uint64) -> np.ndarray:
-    """Mixes 64-bit values into one, by the finaliser of splitmix64 (Steele, Lea & Flood 2014)."""
-    state = np.zeros(1, np.uint64)
+def _mixed(values: np.ndarray, *key: int) -> np.ndarray:
+    """Pseudo-random uint64 numbers from values and a key: the finaliser of splitmix64 (Steele, Lea & Flood 2014)."""
+    mixed = values + np.uint64(_key(*key))
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+@functools.lru_cache(maxsize=256)
+def _key(*values: int) -> int:
+    """The same mixing of small numbers, one after another, into one of 64 bits."""
+    state = 0
     for value in values:
-        state = state + value + np.uint64(0x9E3779B97F4A7C15)
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        state = state ^ (state >> np.uint64(31))
+        state = (state + value + 0x9E3779B97F4A7C15) % 2**64
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
+        state ^= state >> 31
     return state

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.config import InputError
 from gptjax.data.manifest import MANIFEST_FILE, FileEntry, Manifest, SplitEntry, read_manifest
 from gptjax.data.sources import file_sha256
+from gptjax.settings import InputError
 from gptjax.tokenizer import Tokenizer, load
 
 CACHE_BYTES = 64 << 20  # of decoded pages, for each split
@@ -96,14 +96,18 @@ class Split:
         self._max_pages = max(8, CACHE_BYTES // (manifest.page * np.dtype(manifest.dtype).itemsize))
         self._lock = threading.Lock()
 
-    @functools.cached_property
+    @property
     def starts(self) -> np.ndarray:
         """Where each document begins in the stream: int64[num_documents], rising, mapped from its file."""
+        return self._starts
+
+    @functools.cached_property
+    def _starts(self) -> np.ndarray:
         path = self._folder / self._entry.starts.name
         # ArrayRecord finds damage in its records by itself; nothing else would find it here.
         if file_sha256(path) != self._entry.starts.sha256:
             raise InputError(f"{path} is damaged: its sha256 changed; {_AGAIN}")
-        return np.memmap(path, dtype="<i8", mode="r")
+        return np.memmap(path, dtype="<i8", mode="r").view(np.ndarray)
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of the stream as int32."""

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from gptjax.config import InputError
+from gptjax.settings import InputError
 
 Batch = dict[str, np.ndarray]
 
@@ -92,7 +92,7 @@ def _document_starts(starts: np.ndarray, spans: Spans) -> tuple[np.ndarray, np.n
 class MemoryStream:
     """Whole documents in memory as a stream, for a handful of them."""
 
-    def __init__(self, docs: Sequence[Sequence[int]]):
+    def __init__(self, docs: Sequence[Sequence[int] | np.ndarray]):
         sizes = np.array([len(doc) for doc in docs], np.int64)
         self.starts = np.cumsum(sizes) - sizes
         self._tokens = np.concatenate([np.asarray(doc, np.int32) for doc in docs])

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.config import InputError, TokenizerConfig, TrainTokenizerConfig
+from gptjax.config import TokenizerConfig, TrainTokenizerConfig
 from gptjax.data.corpus import Corpus, is_corpus, open_corpus
 from gptjax.data.manifest import DATASET, MANIFEST_FILE, Manifest, file_entry, write_manifest
 from gptjax.data.shards import PAGE, SplitWriter, write_tfds_metadata
 from gptjax.data.sources import SPLITS, Holdout, Split, file_sha256, holdout, source_sha256, split_documents
+from gptjax.settings import InputError
 from gptjax.tokenizer import META_FILE, MODEL_FILE, Tokenizer, load_model, make_tokenizer
 
 TRAINING_BYTES = 64 << 20  # text that a tokenizer is trained on, spread evenly over a larger source

@@ -1,6 +1,9 @@
 """The files of a prepared split: pages of its token stream in ArrayRecord shards, and TFDS's description of them."""
 
+import contextlib
+import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -47,7 +50,7 @@ class SplitWriter:
         """Ends the last document and gives every shard its final name."""
         self._end_document()
         self._flush()
-        self.shard.close()
+        self._close_shard()
         self.starts_file.close()
         template = _template(self.folder, self.name)
         shards = []
@@ -75,18 +78,32 @@ class SplitWriter:
         from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
         if self.shard is None or self.shard_pages[-1] * PAGE * self.dtype.itemsize >= SHARD_BYTES:
-            if self.shard is not None:
-                self.shard.close()
+            self._close_shard()
             path = self._partial(len(self.shard_pages))
             self.shard = array_record_module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
             self.shard_pages.append(0)
         page = {"tokens": self.buffer[: self.filled], "starts": np.array(self.page_starts, np.int32)}
-        self.shard.write(self.serializer.serialize_example(self.features.encode_example(page)))
+        with _system_errors(self._partial(len(self.shard_pages) - 1)):
+            self.shard.write(self.serializer.serialize_example(self.features.encode_example(page)))
         self.shard_pages[-1] += 1
         self.filled, self.page_starts = 0, []
 
+    def _close_shard(self) -> None:
+        if self.shard is not None:
+            with _system_errors(self._partial(len(self.shard_pages) - 1)):
+                self.shard.close()
+
     def _partial(self, shard: int) -> Path:
         return self.folder / f"{DATASET}-{self.name}-{shard:05d}.partial"
+
+
+@contextlib.contextmanager
+def _system_errors(path: Path) -> Iterator[None]:
+    """Raises as OSError, as other files do, what array_record raises as RuntimeError: a full disk."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(errno.EIO, str(error).split(";")[0], str(path)) from error
 
 
 def _features(dtype: np.dtype) -> Any:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gptjax.config import InputError
+from gptjax.settings import InputError
 
 BUILTIN = "builtin:"
 CORPORA = Path(__file__).parent / "corpora"

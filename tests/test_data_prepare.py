@@ -1,0 +1,353 @@
+"""Laws of prepared corpora: nothing lost, nothing leaked, nothing damaged unnoticed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gptjax.config import DataConfig, TokenizerConfig, TrainTokenizerConfig
+from gptjax.data import prepare as prepare_module
+from gptjax.data import shards
+from gptjax.data.batches import Rows
+from gptjax.data.corpus import Corpus, is_corpus, open_corpus
+from gptjax.data.manifest import MANIFEST_FILE
+from gptjax.data.prepare import prepare, report, train_tokenizer
+from gptjax.data.sources import CORPORA
+from gptjax.settings import InputError
+from gptjax.tokenizer import load
+
+BYTES = TokenizerConfig(kind="bytes", vocab_size=258)
+PIECES = TokenizerConfig(vocab_size=400)
+TEXT = (CORPORA / "shakespeare.txt").read_bytes()[:100_000].decode()
+
+
+@pytest.fixture(autouse=True)
+def small_pages(monkeypatch):
+    """Pages of 64 tokens and shards of 1,024, so that small texts have several of each."""
+    monkeypatch.setattr(shards, "PAGE", 64)
+    monkeypatch.setattr(prepare_module, "PAGE", 64)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 2048)
+
+
+@pytest.fixture
+def many(tmp_path) -> str:
+    """Fifty documents of one line each in JSONL, an empty one among them."""
+    values = [{"text": f"Document {i}\nsays {'so ' * i}\u4e2d\u2581"} for i in range(49)] + [{"text": ""}]
+    path = tmp_path / "many.jsonl"
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return str(path)
+
+
+@pytest.fixture
+def one(tmp_path) -> str:
+    """A single text."""
+    path = tmp_path / "one.txt"
+    path.write_text(TEXT[:20_000], encoding="utf-8")
+    return str(path)
+
+
+def stored(corpus: Corpus, name: str) -> list[str]:
+    """The documents of a split, decoded, with their special tokens checked."""
+    split, tokenizer = corpus.split(name), corpus.tokenizer
+    tokens, documents = split.read(0, split.num_tokens)
+    assert documents[-1] + 1 == split.num_documents
+    found = []
+    for number in range(split.num_documents):
+        ids = tokens[documents == number].tolist()
+        assert (ids[0], ids[-1]) == (tokenizer.bos_id, tokenizer.eos_id)
+        assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids[1:-1])
+        found.append(tokenizer.decode(ids))
+    assert sum(len(text.encode()) for text in found) == split.num_bytes
+    return found
+
+
+@pytest.mark.parametrize("cfg", [BYTES, PIECES], ids=["bytes", "sentencepiece"])
+def test_every_document_is_stored_once_and_whole(tmp_path, many, cfg):
+    many_text = tmp_path / "more.txt"
+    many_text.write_text(TEXT)  # enough text for the pieces
+    corpus = prepare(str(tmp_path), tmp_path / "out", cfg, 0.2)
+    texts = [json.loads(line)["text"] for line in Path(many).read_text().splitlines()] + [TEXT]
+    assert sorted(stored(corpus, "train") + stored(corpus, "validation")) == sorted(texts)
+    assert corpus.vocab_size == cfg.vocab_size
+    corpus.verify()
+
+
+def test_a_single_text_is_its_head_and_its_tail(tmp_path, one):
+    corpus = prepare(one, tmp_path / "out", BYTES, 0.1)
+    (head,), (tail,) = stored(corpus, "train"), stored(corpus, "validation")
+    assert head + tail == TEXT[:20_000]
+    assert len(corpus.manifest.splits["train"].shards) > 5
+
+
+def test_random_reads_are_cuts_of_the_stream(tmp_path, one, monkeypatch):
+    corpus = prepare(one, tmp_path / "out", BYTES, 0.1)
+    split = corpus.split("train")
+    whole = split.tokens(0, split.num_tokens)
+    assert whole.dtype == np.int32
+    again = open_corpus(tmp_path / "out").split("train")
+    again._max_pages = 3
+    rng = np.random.default_rng(0)
+    for start in rng.integers(0, split.num_tokens - 300, 50).tolist():
+        np.testing.assert_array_equal(again.tokens(start, start + 300), whole[start : start + 300])
+        assert len(again._pages) <= 3  # memory stays bounded
+
+
+def test_validation_text_is_in_no_training_row_and_never_trains_the_tokenizer(tmp_path, monkeypatch):
+    lines = [f"{'w' * (i + 1)}{i:03d}." for i in range(60)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    (tmp_path / "b.txt").write_text(TEXT[:30_000])
+    seen_by_tokenizer = []
+    make = prepare_module.make_tokenizer
+
+    def spy(cfg, texts):
+        seen_by_tokenizer.extend(texts)
+        return make(cfg, iter(seen_by_tokenizer))
+
+    monkeypatch.setattr(prepare_module, "make_tokenizer", spy)
+    corpus = prepare(str(tmp_path), tmp_path / "out", PIECES, 0.3)
+    held = stored(corpus, "validation")
+    assert len(held) > 8
+    rows = Rows(corpus.split("train"), DataConfig(batch_size=4, length=64), 0)
+    trained = ""
+    for step in range(-(-rows.rows_per_epoch // 4)):
+        batch = rows.batch(step)
+        for i in range(4):
+            trained += corpus.tokenizer.decode(batch["inputs_BL"][i]) + "|"
+    for text in held:
+        assert text not in trained and text not in "".join(seen_by_tokenizer)
+    kept = set(lines) - set(held)
+    assert all(text in seen_by_tokenizer for text in kept)
+    assert sum(text in trained for text in kept) > len(kept) / 2  # and the rest is seen at all
+
+
+def test_tfds_reads_the_folder_without_tensorflow(tmp_path, many):
+    corpus = prepare(many, tmp_path / "out", BYTES, 0.2)
+    program = f"""
+import sys, numpy as np, tensorflow_datasets as tfds
+builder = tfds.builder_from_directory({str(tmp_path / "out")!r})
+for split in ("train", "validation"):
+    pages = list(builder.as_data_source(split))
+    np.save(f"{tmp_path}/{{split}}.npy", np.concatenate([page["tokens"] for page in pages]))
+    firsts = np.cumsum([0] + [len(page["tokens"]) for page in pages[:-1]])
+    np.save(f"{tmp_path}/{{split}}_starts.npy", np.concatenate([f + page["starts"] for f, page in zip(firsts, pages)]))
+assert "tensorflow" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+    for name in ("train", "validation"):
+        split = corpus.split(name)
+        np.testing.assert_array_equal(np.load(tmp_path / f"{name}.npy"), split.tokens(0, split.num_tokens))
+        np.testing.assert_array_equal(np.load(tmp_path / f"{name}_starts.npy"), split.starts)
+
+
+def test_a_document_begins_on_the_page_that_holds_its_first_token(tmp_path):
+    # Each of these documents fills a page of 64 tokens, its beginning and end included.
+    values = [{"text": f"{i:02d}" + "x" * 60} for i in range(20)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(value) + "\n" for value in values))
+    prepare(str(tmp_path), tmp_path / "out", BYTES, 0.2)
+    import tensorflow_datasets as tfds
+
+    pages = list(tfds.builder_from_directory(str(tmp_path / "out")).as_data_source("train"))
+    assert len(pages) > 10
+    assert {tuple(page["starts"].tolist()) for page in pages} == {(0,)}
+
+
+def test_reading_needs_no_tfds_grain_tensorflow_or_jax(tmp_path, one):
+    prepare(one, tmp_path / "out", BYTES, 0.1)
+    program = f"""
+import sys
+from gptjax.config import DataConfig
+from gptjax.data.corpus import open_corpus
+from gptjax.data.batches import Rows
+Rows(open_corpus({str(tmp_path / "out")!r}).split("train"), DataConfig(), 0).batch(3)
+assert not {{"tensorflow_datasets", "grain", "tensorflow", "jax", "sentencepiece"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
+
+
+def test_preparing_twice_gives_the_same_bytes_and_reuses_the_folder(tmp_path, one):
+    first = prepare(one, tmp_path / "a", PIECES, 0.1)
+    second = prepare(one, tmp_path / "b", PIECES, 0.1)
+    assert first.manifest == second.manifest
+    assert first.sha256 == second.sha256
+    before = (tmp_path / "a" / MANIFEST_FILE).stat().st_mtime_ns
+    assert prepare(one, tmp_path / "a", PIECES, 0.1).sha256 == first.sha256
+    assert (tmp_path / "a" / MANIFEST_FILE).stat().st_mtime_ns == before
+
+
+def test_a_folder_made_from_something_else_is_refused_by_name(tmp_path, one, many):
+    prepare(one, tmp_path / "out", PIECES, 0.1)
+    with pytest.raises(InputError, match="validation_fraction=0.1, got 0.2"):
+        prepare(one, tmp_path / "out", PIECES, 0.2)
+    with pytest.raises(InputError, match="vocab_size=400, got 300"):
+        prepare(one, tmp_path / "out", TokenizerConfig(vocab_size=300), 0.1)
+    with pytest.raises(InputError, match="tokenizer.kind='sentencepiece', got 'bytes'"):
+        prepare(one, tmp_path / "out", BYTES, 0.1)
+    with pytest.raises(InputError, match="source_sha256="):
+        prepare(many, tmp_path / "out", PIECES, 0.1)
+
+
+def test_an_unfinished_folder_is_begun_afresh(tmp_path, one, many):
+    whole = prepare(one, tmp_path / "a", BYTES, 0.1)
+    prepare(many, tmp_path / "b", PIECES_OF_MANY, 0.1)
+    (tmp_path / "b" / MANIFEST_FILE).unlink()
+    (tmp_path / "b" / "notes").write_text("of the user")
+    assert not is_corpus(tmp_path / "b")
+    with pytest.raises(InputError, match="no finished corpus"):
+        open_corpus(tmp_path / "b")
+    again = prepare(one, tmp_path / "b", BYTES, 0.1)
+    assert again.sha256 == whole.sha256
+    names = {path.name for path in (tmp_path / "b").iterdir()}
+    assert names == {path.name for path in (tmp_path / "a").iterdir()} | {"notes"}
+
+
+PIECES_OF_MANY = TokenizerConfig(vocab_size=300)
+
+
+def test_a_given_tokenizer_is_used_and_belongs_to_the_inputs(tmp_path, one):
+    settings = TrainTokenizerConfig(source=one, out=str(tmp_path / "tok"), vocab_size=400, validation_fraction=0.1)
+    trained = train_tokenizer(settings)
+    assert load(tmp_path / "tok").sha256 == trained.sha256
+    assert train_tokenizer(settings).sha256 == trained.sha256  # the same command again changes nothing
+    model = TokenizerConfig(vocab_size=400, path=str(tmp_path / "tok" / "tokenizer.model"))
+    corpus = prepare(one, tmp_path / "a", model, 0.1)
+    assert corpus.tokenizer.sha256 == trained.sha256
+    assert corpus.sha256 == prepare(one, tmp_path / "b", PIECES, 0.1).sha256  # prepare would train the same
+    with pytest.raises(InputError, match="tokenizer.path"):
+        prepare(one, tmp_path / "a", PIECES, 0.1)
+    other = TrainTokenizerConfig(source=one, out=str(tmp_path / "tok"), vocab_size=350)
+    with pytest.raises(InputError, match="is another tokenizer"):
+        train_tokenizer(other)
+
+
+def corrupt(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+
+
+def test_a_damaged_shard_is_named(tmp_path, one):
+    corpus = prepare(one, tmp_path / "out", BYTES, 0.1)
+    shard = corpus.manifest.splits["train"].shards[2]
+    path = tmp_path / "out" / shard.name
+    good = path.read_bytes()
+    # Somewhere in the middle of a stored page.
+    corrupt(path, good.index(b"FRANCE") if b"FRANCE" in good else good.index(b"tokens") + 40)
+    split = open_corpus(tmp_path / "out").split("train")
+    with pytest.raises(InputError, match=f"{shard.name} is damaged at page"):
+        split.tokens(0, split.num_tokens)
+    with pytest.raises(InputError, match=f"{shard.name} is damaged: its sha256"):
+        open_corpus(tmp_path / "out").verify()
+    path.write_bytes(bytes(len(good)))
+    with pytest.raises(InputError, match=f"{shard.name} is damaged at page"):
+        open_corpus(tmp_path / "out").split("train").tokens(0, split.num_tokens)
+    path.write_bytes(good[:-1])
+    with pytest.raises(InputError, match=f"{shard.name} has {len(good) - 1} bytes; wanted {len(good)}"):
+        open_corpus(tmp_path / "out")
+    path.unlink()
+    with pytest.raises(InputError, match=f"{shard.name} is missing"):
+        open_corpus(tmp_path / "out")
+
+
+def test_damage_to_any_other_file_is_named_too(tmp_path, one):
+    corpus = prepare(one, tmp_path / "out", PIECES, 0.1)
+    for entry in corpus.manifest.all_files:
+        path = tmp_path / "out" / entry.name
+        good = path.read_bytes()
+        corrupt(path, len(good) // 2)
+        with pytest.raises(InputError, match=entry.name):
+            open_corpus(tmp_path / "out").verify()
+        path.write_bytes(good)
+    corrupt(tmp_path / "out" / corpus.manifest.splits["train"].starts.name, 0)
+    with pytest.raises(InputError, match="starts.int64 is damaged"):
+        Rows(open_corpus(tmp_path / "out").split("train"), DataConfig(length=8), 0).batch(0)
+
+
+def test_token_ids_outside_the_vocabulary_are_an_error_that_names_the_file(tmp_path, one):
+    corpus = prepare(one, tmp_path / "out", BYTES, 0.1)
+    manifest = tmp_path / "out" / MANIFEST_FILE
+    manifest.write_text(manifest.read_text().replace('"vocab_size": 258', '"vocab_size": 120'))
+    split = open_corpus(tmp_path / "out").split("train")
+    shard = corpus.manifest.splits["train"].shards[0].name
+    with pytest.raises(InputError, match=f"{shard}: token id 256 .* below 120"):
+        split.tokens(0, split.num_tokens)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda text: text[:-10], "not JSON"),
+        (lambda text: text.replace('"schema": 1', '"schema": 2'), "schema 2; wanted 1"),
+        (lambda text: text.replace('"name": "', '"name": "../'), "does not describe a corpus"),
+        (lambda text: text.replace('"pages"', '"leaves"'), "does not describe a corpus"),
+        (lambda text: "[]", "does not describe a corpus"),
+        (lambda text: text.replace("uint16", "object"), "does not describe a corpus"),
+    ],
+)
+def test_a_damaged_manifest_is_refused(tmp_path, one, change, says):
+    prepare(one, tmp_path / "out", BYTES, 0.1)
+    path = tmp_path / "out" / MANIFEST_FILE
+    path.write_text(change(path.read_text()))
+    with pytest.raises(InputError, match=says):
+        open_corpus(tmp_path / "out")
+
+
+def test_a_source_that_changes_while_it_is_read_leaves_no_manifest(tmp_path, one):
+    def meddle(what, done, total):
+        if what == "tokens":
+            Path(one).write_text(TEXT[:10_000] + "!" + TEXT[10_001:20_000])
+
+    with pytest.raises(InputError, match="changed while it was being read"):
+        prepare(one, tmp_path / "out", BYTES, 0.1, meddle)
+    assert not is_corpus(tmp_path / "out")
+
+
+def test_progress_ends_at_all_of_the_text(tmp_path, many):
+    calls = []
+    corpus = prepare(many, tmp_path / "out", BYTES, 0.2, lambda *call: calls.append(call))
+    total = sum(split.bytes for split in corpus.manifest.splits.values())
+    assert calls[0] == ("tokenizer", 0, total)
+    assert calls[-1] == ("tokens", total, total)
+
+
+def test_a_full_disk_or_a_file_in_the_way_is_one_line(tmp_path, one):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        prepare(one, tmp_path / "file", BYTES, 0.1)
+    program = f"""
+import resource, signal
+from gptjax.config import TokenizerConfig
+from gptjax.settings import InputError
+from gptjax.data.prepare import prepare
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    prepare({one!r}, {str(tmp_path / "out")!r}, TokenizerConfig(kind="bytes", vocab_size=258), 0.1)
+except InputError as error:
+    print(error)
+"""
+    env = {**os.environ, "PYTHONPATH": os.getcwd()}
+    done = subprocess.run([sys.executable, "-c", program], check=True, env=env, capture_output=True, text=True)
+    assert "cannot be written" in done.stdout and done.stdout.count("\n") == 1
+    assert not is_corpus(tmp_path / "out")
+
+
+def test_a_large_source_trains_the_tokenizer_on_an_even_sample(tmp_path, monkeypatch):
+    values = [{"text": f"line {i:04d} " + "x" * 90} for i in range(1000)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(value) + "\n" for value in values))
+    monkeypatch.setattr(prepare_module, "TRAINING_BYTES", 10_000)
+    held = prepare_module.holdout(str(tmp_path), 0.1)
+    sample = list(prepare_module._training_texts(str(tmp_path), held))
+    assert 70 < len(sample) < 110
+    assert len({text[5:7] for text in sample}) == 10  # from every hundred lines
+    assert sample == list(prepare_module._training_texts(str(tmp_path), held))
+
+
+def test_the_report_states_both_splits(tmp_path, one):
+    lines = report(prepare(one, tmp_path / "out", BYTES, 0.1)).splitlines()
+    assert "bytes tokenizer of 258 ids" in lines[0]
+    assert lines[1].strip().startswith("train: 18,002 tokens in 1 document, 18,000 bytes")
+    assert lines[2].strip().startswith("validation: 2,002 tokens in 1 document, 2,000 bytes")

@@ -1,0 +1,404 @@
+"""Laws of decoding: the cache changes nothing, a row never depends on its batch, and text comes out whole."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.config import GenerateConfig, MeshConfig, ModelConfig
+from gptjax.decoder import Decoder
+from gptjax.generate import (
+    TextStream,
+    compute_weights,
+    decode,
+    filtered,
+    generate,
+    generate_ids,
+    prefill,
+    sample,
+    stream,
+    stream_ids,
+)
+from gptjax.settings import InputError
+from gptjax.sharding import make_mesh, put
+from gptjax.tokenizer import BytesTokenizer
+
+GPT2 = ModelConfig(num_layers=2, width=32, num_heads=4, dtype="float32")
+LLAMA = dataclasses.replace(
+    GPT2, queries_per_kv=2, positions="rope", norm="rmsnorm", activation="swiglu", biases=False, tied=False
+)
+TOKENIZER = BytesTokenizer()
+CONTEXT = 18
+# With 11 new tokens the longest prompt fills the context, and each alone needs as many slots of the cache as all
+# together, so that most tests run one and the same compiled program.
+PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [9, 8, 7, 6, 5, 4], [100, 200, 50, 0, 0, 1], [9, 8, 7, 6, 5, 4]]
+NEW = 11
+
+Model = tuple[Decoder, dict]
+
+
+def model(cfg: ModelConfig) -> Model:
+    """A decoder with random weights, drawn by NumPy: cheaper than compiling an initialisation."""
+    decoder = Decoder(cfg, TOKENIZER.vocab_size, CONTEXT)
+    ids_BL = jnp.zeros((1, 4), jnp.int32)
+    shapes = jax.eval_shape(decoder.init, jax.random.key(0), ids_BL, ids_BL, ids_BL)["params"]
+    random = np.random.default_rng(3)
+    return decoder, jax.tree.map(lambda x: jnp.asarray(random.normal(0, 0.5, x.shape), x.dtype), shapes)
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return model(GPT2)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return model(LLAMA)
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def lm(request):
+    return request.getfixturevalue(request.param)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(decoder, params, ids_BL):
+    """Logits of whole rows in one pass without a cache."""
+    position_BL = jnp.broadcast_to(jnp.arange(ids_BL.shape[1]), ids_BL.shape)
+    x_BLD, _ = decoder.apply({"params": params}, ids_BL, position_BL, jnp.ones_like(ids_BL))
+    return decoder.apply({"params": params}, x_BLD, method="logits")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def cached_step(decoder, params, cache, ids_BL, position_BL):
+    x_BLD, cache = decoder.apply({"params": params}, ids_BL, position_BL, cache=cache)
+    return decoder.apply({"params": params}, x_BLD, method="logits")[:, 0], cache
+
+
+def full_logits(lm: Model, rows: list[list[int]]) -> np.ndarray:
+    """logits_BLV of rows of ids, padded on the right, where padding can't be seen."""
+    ids_BL = np.zeros((len(rows), CONTEXT), np.int32)
+    for row, ids in zip(ids_BL, rows, strict=True):
+        row[: len(ids)] = ids
+    return np.asarray(forward(*lm, ids_BL))
+
+
+def sampled(**settings) -> GenerateConfig:
+    return GenerateConfig(**{"max_new_tokens": NEW, "temperature": 1.0, "repetition_penalty": 1.2, **settings})
+
+
+GREEDY = GenerateConfig(max_new_tokens=NEW, temperature=0.0)
+NEVER = (-1, -1)  # stop ids that no row meets
+
+
+# The cache
+
+
+def test_cached_decoding_equals_the_full_forward_pass(lm: Model):
+    decoder, params = lm
+    ids_BL = np.random.default_rng(1).integers(0, TOKENIZER.vocab_size, (4, 14), np.int32)
+    want_BLV = full_logits(lm, ids_BL.tolist())
+    # All rows but the first read padding, too, and then overwrite it.
+    length_B, row_B = np.array([9, 3, 1, 8], np.int32), np.arange(4)
+    prompt_BL = np.where(np.arange(16) < length_B[:, None], np.pad(ids_BL, ((0, 0), (0, 2))), 0)
+    state = prefill(decoder, params, prompt_BL, length_B, CONTEXT, False)
+    cache = {name: state[name] for name in ("k_NBMGK", "v_NBMGK")}
+    for i in range(5):
+        position_B = length_B + i
+        ids_B = ids_BL[row_B, position_B]
+        got_BV, cache = cached_step(decoder, params, cache, ids_B[:, None], position_B[:, None])
+        np.testing.assert_allclose(got_BV, want_BLV[row_B, position_B], rtol=1e-5, atol=1e-5)
+
+
+def test_greedy_text_is_the_argmax_of_the_full_forward_pass_to_the_end_of_the_context(lm: Model):
+    got = generate_ids(*lm, PROMPTS, GREEDY)
+    logits_BLV = full_logits(lm, [prompt + new for prompt, new in zip(PROMPTS, got, strict=True)])
+    for prompt, new, logits_LV in zip(PROMPTS, got, logits_BLV, strict=True):
+        assert len(new) == NEW
+        assert new == logits_LV[len(prompt) - 1 :][:NEW].argmax(axis=-1).tolist()
+
+
+def test_casting_the_weights_early_changes_no_bit():
+    decoder, params = model(dataclasses.replace(GPT2, dtype="bfloat16"))
+    cast = compute_weights(params, "bfloat16")
+    assert {str(x.dtype) for x in jax.tree.leaves(cast)} == {"bfloat16", "float32"}
+    np.testing.assert_array_equal(full_logits((decoder, params), PROMPTS), full_logits((decoder, cast), PROMPTS))
+
+
+@pytest.mark.slow
+def test_a_sharded_model_writes_the_same_text(gpt2: Model):
+    decoder, params = gpt2
+    want = generate_ids(decoder, params, PROMPTS, sampled(), stop_ids=NEVER)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    sharded = put(jax.tree.map(np.asarray, params), mesh)
+    with jax.set_mesh(mesh):
+        assert generate_ids(decoder, sharded, PROMPTS, sampled(), stop_ids=NEVER) == want
+
+
+# Rows and their batch
+
+
+def test_a_row_does_not_depend_on_its_batch(gpt2: Model):
+    together = generate_ids(*gpt2, PROMPTS, sampled(), stop_ids=NEVER)
+    turned = [PROMPTS[i] for i in (2, 1, 3, 0)]
+    assert generate_ids(*gpt2, turned, sampled(), stop_ids=NEVER) == [together[i] for i in (2, 1, 3, 0)]
+    for prompt, new in list(zip(PROMPTS, together, strict=True))[:3]:
+        assert generate_ids(*gpt2, [prompt], sampled(), stop_ids=NEVER) == [new]
+
+
+def test_the_seed_decides_the_sample_and_copies_of_a_prompt_differ(gpt2: Model):
+    one, again, other = (generate_ids(*gpt2, PROMPTS, sampled(seed=s), stop_ids=NEVER) for s in (0, 0, 1))
+    assert one == again
+    assert all(a != b for a, b in zip(one, other, strict=True))
+    assert one[1] != one[3]
+    given = generate_ids(*gpt2, PROMPTS, sampled(), stop_ids=NEVER, copies=(0, 1, 0, 7))
+    assert given[1] == one[3] and given[3] not in one
+
+
+def programs() -> list[int]:
+    return [f._cache_size() for f in (prefill, decode)]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_other_settings_and_chunks_need_no_new_program(gpt2: Model):
+    list(stream_ids(*gpt2, PROMPTS, sampled(), chunk=5, stop_ids=NEVER))
+    before = programs()
+    other = sampled(temperature=0.5, repetition_penalty=1.5, seed=9, max_new_tokens=10)
+    list(stream_ids(*gpt2, PROMPTS, other, chunk=3, stop_ids=NEVER))
+    assert programs() == before
+
+
+def test_a_stop_id_ends_its_row_alone_and_is_the_last_id(gpt2: Model):
+    free = generate_ids(*gpt2, PROMPTS, sampled(), stop_ids=NEVER)
+    stop = next(i for i in free[0][2:] if i not in free[1])
+    want = [new[: new.index(stop) + 1] if stop in new else new for new in free]
+    assert len(want[0]) < NEW and want[1] == free[1]
+    assert generate_ids(*gpt2, PROMPTS, sampled(), stop_ids=(257, stop)) == want
+
+
+def test_finished_rows_get_no_more_tokens(gpt2: Model):
+    finished: set[int] = set()
+    counts = []
+    for news in stream_ids(*gpt2, PROMPTS, sampled(), chunk=4, stop_ids=NEVER, finished=finished):
+        counts.append([len(ids) for ids in news])
+        finished.add(1)
+    assert counts == [[4, 4, 4, 4], [4, 0, 4, 4], [3, 0, 3, 3]]
+    finished, calls = set(), 0
+    for _ in stream_ids(*gpt2, PROMPTS, sampled(), chunk=4, stop_ids=NEVER, finished=finished):
+        finished.update(range(4))
+        calls += 1
+    assert calls == 1  # once all rows are finished nothing more is computed
+
+
+# Samplers, against NumPy
+
+LOGITS_BV = np.random.default_rng(0).normal(0, 2, (3, 40)).astype(np.float32)
+SEEN_BV = np.random.default_rng(1).random((3, 40)) < 0.3
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def keep(x: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+    return np.where(allowed, x, -np.inf)
+
+
+def reference_top_k(x, k):
+    return keep(x, x >= np.sort(x, axis=-1)[:, -k][:, None])
+
+
+def reference_top_p(x, p):
+    order = np.argsort(-x, axis=-1)
+    before = np.cumsum(np.take_along_axis(softmax(x), order, -1), -1) - np.take_along_axis(softmax(x), order, -1)
+    allowed = np.zeros(x.shape, bool)
+    np.put_along_axis(allowed, order, before < p, -1)
+    return keep(x, allowed)
+
+
+def reference_min_p(x, p):
+    return keep(x, softmax(x) >= p * softmax(x).max(axis=-1, keepdims=True))
+
+
+def reference_penalty(x, penalty):
+    return np.where(SEEN_BV, np.where(x > 0, x / penalty, x * penalty), x)
+
+
+FILTERS = {
+    "repetition_penalty": (1.7, reference_penalty),
+    "temperature": (0.6, lambda x, t: x / t),
+    "top_k": (7, reference_top_k),
+    "top_p": (0.8, reference_top_p),
+    "min_p": (0.07, reference_min_p),
+}
+
+
+@pytest.mark.parametrize(
+    "names", [*([n] for n in FILTERS), list(FILTERS), ["top_k", "top_p"], ["temperature", "min_p"]]
+)
+def test_filters_give_the_reference_distribution(names):
+    want_BV = LOGITS_BV.astype(np.float64)
+    for name in names:
+        value, reference = FILTERS[name]
+        want_BV = reference(want_BV, value)
+    got_BV = filtered(jnp.asarray(LOGITS_BV), {name: FILTERS[name][0] for name in names}, jnp.asarray(SEEN_BV))
+    got_BV = np.asarray(jax.nn.softmax(got_BV))
+    np.testing.assert_array_equal(got_BV > 0, softmax(want_BV) > 0)
+    np.testing.assert_allclose(got_BV, softmax(want_BV), rtol=1e-5)
+    assert not np.allclose(got_BV, softmax(LOGITS_BV), rtol=1e-3)  # and each filter does something
+
+
+def test_a_filter_that_asks_for_everything_changes_nothing():
+    for settings in ({"top_k": 40}, {"top_k": 1000}, {"top_p": 0.9999999}, {"min_p": 1e-30}):
+        np.testing.assert_array_equal(filtered(jnp.asarray(LOGITS_BV), settings), LOGITS_BV)
+
+
+def test_samples_are_drawn_with_the_filtered_probabilities():
+    settings = {"temperature": 0.7, "top_k": 5}
+    draws = 8000
+    key_B = jax.random.split(jax.random.key(0), draws)
+    ids_B = np.asarray(sample(jnp.tile(LOGITS_BV[:1], (draws, 1)), key_B, settings))
+    want_V = softmax(reference_top_k(LOGITS_BV[:1].astype(np.float64) / 0.7, 5))[0]
+    share_V = np.bincount(ids_B, minlength=40) / draws
+    # Five standard errors of a share.
+    assert (np.abs(share_V - want_V) <= 5 * np.sqrt(want_V * (1 - want_V) / draws)).all()
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-300])
+def test_a_vanishing_temperature_is_greedy(temperature):
+    key_B = jax.random.split(jax.random.key(0), 3)
+    ids_B = sample(jnp.asarray(LOGITS_BV), key_B, {"temperature": temperature})
+    np.testing.assert_array_equal(ids_B, LOGITS_BV.argmax(axis=-1))
+
+
+def test_the_penalty_counts_prompt_and_new_tokens(gpt2: Model):
+    def greedy(penalty):
+        return generate_ids(
+            *gpt2, PROMPTS, sampled(temperature=1e-30, repetition_penalty=penalty, seed=1), stop_ids=NEVER
+        )
+
+    news = greedy(3.0)
+    logits_BLV = full_logits(gpt2, [prompt + new for prompt, new in zip(PROMPTS, news, strict=True)])
+    for prompt, new, logits_LV in zip(PROMPTS, news, logits_BLV, strict=True):
+        for i, token in enumerate(new):
+            seen = prompt + new[:i]
+            logits_V = logits_LV[len(seen) - 1].copy()
+            logits_V[seen] = np.where(logits_V[seen] > 0, logits_V[seen] / 3, logits_V[seen] * 3)
+            assert token == logits_V.argmax()
+    assert news != greedy(1.0001)
+
+
+# Text
+
+TALK = "Gr\u00fc\u00dfe \u4f60\u597d, \U0001f469\u200d\U0001f680 end. STOP it"
+
+
+def pieces(text: str, sizes: list[int], stop: tuple[str, ...] = ()) -> list[str]:
+    """What a TextStream makes of the text's bytes, pushed in runs of the given sizes (the last one repeats)."""
+    data, made, texts = list(text.encode()), [], TextStream(TOKENIZER, stop)
+    while data:
+        size = sizes.pop(0) if len(sizes) > 1 else sizes[0]
+        made.append(texts.push(data[:size], final=len(data) <= size))
+        data = data[size:]
+    return made
+
+
+@pytest.mark.parametrize("sizes", [[1], [2], [3], [5], [1, 7, 2, 4], [1000]])
+def test_pieces_never_split_a_character_and_join_to_the_text(sizes):
+    made = pieces(TALK, sizes)
+    assert "".join(made) == TALK
+    assert "\ufffd" not in "".join(made)
+
+
+@pytest.mark.parametrize("sizes", [[1], [2], [3], [1, 7, 2, 4], [1000]])
+@pytest.mark.parametrize(
+    "stop, want",
+    [
+        (("STOP",), TALK[: TALK.index("STOP")]),
+        (("STOP", "end. ST"), TALK[: TALK.index("end")]),
+        (("\u597d, ",), TALK[: TALK.index("\u597d")]),
+        (("STOPPED", "it!"), TALK),  # beginnings of a stop text that never becomes whole
+        # Both match at different places; the one completed first counts.
+        (("4f60 end. STOP", "d. S", "end. STOP i"), TALK[: TALK.index("d. S")]),
+    ],
+)
+def test_text_ends_before_the_first_stop_text_however_it_is_cut(stop, want, sizes):
+    made = pieces(TALK, sizes, stop)
+    assert "".join(made) == want
+
+
+def test_what_may_become_a_stop_text_is_held_back_and_no_more():
+    texts = TextStream(TOKENIZER, ("</s>",))
+    assert [texts.push(list(t.encode())) for t in ("ab<", "/", "x", "<", "/s", ">y", "z")] == [
+        "ab", "", "</x", "", "", "", ""
+    ]  # fmt: skip
+    assert texts.stopped
+
+
+def test_a_character_the_text_ends_within_becomes_a_replacement():
+    texts = TextStream(TOKENIZER)
+    assert texts.push([65, 0xE4, 0xBD]) == "A"
+    assert texts.push([], final=True) == "\ufffd"
+
+
+class SpacedTokenizer(BytesTokenizer):
+    """Like Llama's: each document begins with a space that its text does not have."""
+
+    def encode(self, text: str) -> list[int]:
+        return list((" " + text).encode()) if text else []
+
+
+@pytest.mark.parametrize("starts, want", [(True, "ab c"), (False, " ab c")])
+def test_the_space_before_a_document_is_dropped_and_the_one_after_a_prompt_kept(starts, want):
+    texts = TextStream(SpacedTokenizer(), starts_document=starts)
+    assert "".join(texts.push([i]) for i in b" ab c") == want
+
+
+TEXTS = sampled(prompt=("To be", "", "\u4f60", "or not"), max_new_tokens=NEW)
+
+
+def joined(lm: Model, cfg: GenerateConfig, chunk: int) -> list[str]:
+    texts = [""] * len(cfg.prompt)
+    for row, piece in stream(*lm, TOKENIZER, cfg, chunk=chunk):
+        assert piece
+        texts[row] += piece
+    return texts
+
+
+def test_streamed_pieces_join_to_the_generated_text(gpt2: Model):
+    want = generate(*gpt2, TOKENIZER, TEXTS)
+    ids = generate_ids(*gpt2, [[256, *p.encode()] for p in TEXTS.prompt], TEXTS, stop_ids=(257,))
+    assert want == [TOKENIZER.decode(new) for new in ids]
+    assert all(joined(gpt2, TEXTS, chunk) == want for chunk in (1, 4, NEW))
+    assert len(list(stream(*gpt2, TOKENIZER, TEXTS, chunk=1))) > len(list(stream(*gpt2, TOKENIZER, TEXTS, chunk=NEW)))
+
+
+def test_a_stop_text_cuts_its_row_in_the_generated_text(gpt2: Model):
+    free = generate(*gpt2, TOKENIZER, TEXTS)
+    stop = free[0][3:6]
+    want = [text.split(stop)[0] for text in free]
+    assert want[0] != free[0] and want[3] == free[3]
+    cfg = dataclasses.replace(TEXTS, stop=(stop,))
+    assert generate(*gpt2, TOKENIZER, cfg) == want
+    assert all(joined(gpt2, cfg, chunk) == want for chunk in (1, 4))
+
+
+# What does not fit
+
+
+@pytest.mark.parametrize(
+    "prompts, settings, message",
+    [
+        ([[1], [2] * 18], {}, r"generate.prompt\[1\] has 18 tokens; wanted at most 17.*data.length=18"),
+        ([[1] * 10], {"max_new_tokens": 9}, r"generate.max_new_tokens=9: wanted at most 8.*--max-new-tokens 8"),
+        ([[1], []], {}, r"generate.prompt\[1\] has no tokens"),
+        ([[3, 258]], {}, r"generate.prompt\[0\] holds token id 258; wanted 0 to 257"),
+        ([[3]], {"seed": 2**32}, r"generate.seed=4294967296: wanted at most 4294967295"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_numbers(gpt2: Model, prompts, settings, message):
+    with pytest.raises(InputError, match=message):
+        generate_ids(*gpt2, prompts, sampled(**settings))

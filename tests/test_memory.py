@@ -1,0 +1,66 @@
+"""Activations stay sharded: the memory of a device does not grow when devices and rows double together."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+
+from gptjax import decoder as decoder_module
+from gptjax.config import ModelConfig, OptimConfig
+from gptjax.decoder import Decoder, init_params
+from gptjax.optim import make_optimizer, make_schedule
+from gptjax.pretrain import language_model_loss
+from gptjax.sharding import AXES
+from gptjax.train import compile_step, make_init, make_train_step
+
+CFG = ModelConfig(num_layers=4, width=64, num_heads=4, dtype="float32")
+LENGTH, ROWS_A_DEVICE = 128, 4
+
+
+def temporary_bytes(devices: int) -> int:
+    """What the compiled train step needs on each device beside its arguments, on an fsdp mesh of so many devices."""
+    auto = (jax.sharding.AxisType.Auto,) * len(AXES)
+    mesh = jax.make_mesh((1, devices, 1, 1), AXES, devices=jax.devices()[:devices], axis_types=auto)
+    decoder = Decoder(CFG, 256, LENGTH)
+    schedule = make_schedule(OptimConfig(), 10)
+    tx = make_optimizer(OptimConfig(), schedule)
+    state = jax.eval_shape(make_init(init_params(decoder), tx), 0)
+    ids = jax.ShapeDtypeStruct((devices * ROWS_A_DEVICE, LENGTH), jnp.int32)
+    names = ("inputs_BL", "targets_BL", "positions_BL", "segments_BL")
+    batch = dict.fromkeys(names, ids) | {"weights_BL": jax.ShapeDtypeStruct(ids.shape, jnp.float32)}
+    with jax.set_mesh(mesh):
+        step = make_train_step(language_model_loss(decoder), tx, schedule)
+        compiled = compile_step(step, mesh, state, {}, batch).lower(state, {}, batch).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def main() -> None:
+    """Prints the bytes on 8 and on 16 devices, first as the decoder is, then with the block's constraint taken out."""
+    with_constraint = [temporary_bytes(n) for n in (8, 16)]
+    decoder_module.constrain = lambda x, letters: x
+    print(json.dumps({"with": with_constraint, "without": [temporary_bytes(n) for n in (8, 16)]}))
+
+
+@functools.cache
+def growth() -> dict[str, float]:
+    """Memory a device on 16 devices with twice the rows, as a share of that on 8; 16 devices need their own process."""
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=16", "JAX_PLATFORMS": "cpu"}
+    out = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, check=True).stdout
+    return {name: b / a for name, (a, b) in json.loads(out.splitlines()[-1]).items()}
+
+
+def test_activation_memory_a_device_is_flat_when_devices_and_rows_double():
+    assert growth()["with"] < 1.1
+
+
+def test_without_the_constraint_in_the_block_activations_are_replicated():
+    """The test above can fail: this is the fault that it is there to catch."""
+    assert growth()["without"] > 1.5
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""Laws of the tokenizers: nothing is lost, and text never becomes a special token."""
+
+import io
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptjax.config import TokenizerConfig
+from gptjax.settings import InputError
+from gptjax.tokenizer import (
+    META_FILE,
+    MODEL_FILE,
+    BytesTokenizer,
+    SentencePieceTokenizer,
+    load,
+    make_tokenizer,
+    train_sentencepiece,
+)
+
+CORPUS = Path(__file__).parent.parent / "gptjax" / "data" / "corpora" / "shakespeare.txt"
+TEXT = CORPUS.read_bytes()[:150_000].decode()
+AWKWARD = [
+    "\u2581", "\u2585", "\u2047", "\0", "\r\n", "\n", "\t", "  ", "   ", "<s>", "</s>", "<unk>", "<0x41>", "\U0001f600",
+    "\u4e2d\u6587", "e\u0301", "\ufeff", "\ufffd", "\x7f", "\x85", "\u2028", "\U0010ffff", "king", "The ",
+]  # fmt: skip
+texts = st.lists(st.one_of(st.sampled_from(AWKWARD), st.text(max_size=8)), max_size=12).map("".join)
+
+
+def sentencepiece_model(**changes) -> bytes:
+    """A model trained as SentencePiece itself would, with some settings changed."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    lossless = {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT[:40_000].split("\n")), model_writer=model, model_type="bpe", vocab_size=400,
+        minloglevel=3, **(lossless | changes),
+    )  # fmt: skip
+    return model.getvalue()
+
+
+TRAINED = train_sentencepiece(iter([TEXT]), 400)
+LLAMA_LIKE = SentencePieceTokenizer(sentencepiece_model())
+TOKENIZERS = {"bytes": BytesTokenizer(), "trained": TRAINED, "llama": LLAMA_LIKE}
+every_tokenizer = pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
+
+
+@every_tokenizer
+@settings(max_examples=150, deadline=None)
+@given(text=texts)
+def test_decoding_gives_back_every_text(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert all(0 <= i < tokenizer.vocab_size for i in ids)
+
+
+@every_tokenizer
+@settings(max_examples=100, deadline=None)
+@given(text=texts)
+def test_special_tokens_never_come_from_text(tokenizer, text):
+    assert not {tokenizer.bos_id, tokenizer.eos_id} & set(tokenizer.encode(text))
+
+
+@every_tokenizer
+@settings(max_examples=50, deadline=None)
+@given(ids=st.lists(st.integers(0, 257), max_size=12), at=st.integers(0, 12))
+def test_bytes_of_joined_ids_are_the_joined_bytes(tokenizer, ids, at):
+    whole = tokenizer.decode_bytes(ids)
+    assert whole == tokenizer.decode_bytes(ids[:at]) + tokenizer.decode_bytes(ids[at:])
+    assert isinstance(tokenizer.decode(ids), str)  # any ids, also halves of characters
+
+
+@settings(max_examples=50, deadline=None)
+@given(a=texts, b=texts)
+def test_cutting_a_text_after_a_newline_does_not_change_its_ids(a, b):
+    assert TRAINED.encode(a + "\n" + b) == TRAINED.encode(a + "\n") + TRAINED.encode(b)
+
+
+def test_no_piece_reaches_across_a_newline_a_tab_or_a_control_byte():
+    text = TEXT[:60_000].replace(" t", "\tt").replace(" a", "\0a").replace(" o", "\ro")
+    trained = train_sentencepiece(iter([text]), 400)
+    pieces = [trained.decode_bytes([i]) for i in range(400)]
+    assert not [piece for piece in pieces if len(piece) > 1 and set(piece) & set(b"\n\t\0\r")]
+
+
+@every_tokenizer
+def test_special_ids_render_as_nothing(tokenizer):
+    ids = [tokenizer.bos_id, *tokenizer.encode("To be"), tokenizer.eos_id]
+    assert tokenizer.decode(ids) == "To be"
+
+
+@every_tokenizer
+@settings(max_examples=25, deadline=None)
+@given(many=st.lists(texts, max_size=4))
+def test_a_batch_is_encoded_as_each_text_for_itself(tokenizer, many):
+    assert tokenizer.encode_batch(many) == [tokenizer.encode(text) for text in many]
+
+
+@every_tokenizer
+def test_pieces_of_a_document_decode_to_the_document(tokenizer):
+    pieces = [" and so", " on\n", "to the end"]
+    ids = tokenizer.encode_batch(pieces, starts=[True, False, False])
+    assert tokenizer.decode(i for piece in ids for i in piece) == "".join(pieces)
+
+
+def test_a_model_that_adds_a_space_gives_the_ids_of_sentencepiece_itself():
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
+    for text in ["", "To be", " or not", "a\n  b", "\u4e2d"]:
+        assert LLAMA_LIKE.encode(text) == processor.encode(text)
+
+
+def test_the_same_text_trains_the_same_model():
+    again = train_sentencepiece(iter([TEXT]), 400)
+    assert again.sha256 == TRAINED.sha256
+    assert train_sentencepiece(iter([TEXT[:100_000]]), 400).sha256 != TRAINED.sha256
+
+
+def test_a_vocabulary_of_the_asked_size_shortens_text():
+    assert TRAINED.vocab_size == 400
+    assert len(TRAINED.encode(TEXT[:5000])) < 0.7 * len(TEXT[:5000].encode())
+
+
+@pytest.mark.parametrize("between", [" ", "\t", "\r\n"])
+def test_pieces_are_learned_however_lines_end(between):
+    text = TEXT[:60_000].replace("\n", between)  # with spaces, one line of 60,000 characters
+    trained = train_sentencepiece(iter([text]), 400)
+    assert len(trained.encode(text)) < 0.7 * len(text)
+
+
+def test_a_saved_tokenizer_is_loaded_as_it_was(tmp_path):
+    for name, tokenizer in {"bytes": BytesTokenizer(), "trained": TRAINED}.items():
+        tokenizer.save(tmp_path / name)
+        loaded = load(tmp_path / name)
+        assert (loaded.sha256, loaded.vocab_size) == (tokenizer.sha256, tokenizer.vocab_size)
+        assert loaded.encode("To be\n or") == tokenizer.encode("To be\n or")
+
+
+def test_another_model_under_the_same_name_is_refused(tmp_path):
+    TRAINED.save(tmp_path)
+    train_sentencepiece(iter([TEXT[:100_000]]), 400).save(tmp_path / "other")
+    (tmp_path / MODEL_FILE).write_bytes((tmp_path / "other" / MODEL_FILE).read_bytes())
+    with pytest.raises(InputError, match=f"{MODEL_FILE}: sha256"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"kind": "bytes"}', '{"kind": "words", "sha256": "", "schema": 1}']
+)
+def test_a_damaged_description_is_named(tmp_path, content):
+    (tmp_path / META_FILE).write_text(content)
+    with pytest.raises(InputError, match=META_FILE):
+        load(tmp_path)
+
+
+def test_too_little_text_says_the_largest_vocabulary_and_that_one_works():
+    with pytest.raises(InputError, match="tokenizer.vocab_size=4096.*at most") as error:
+        train_sentencepiece(iter([TEXT[:4000]]), 4096)
+    largest = int(str(error.value).rsplit(" ", 1)[1])
+    assert train_sentencepiece(iter([TEXT[:4000]]), largest).vocab_size == largest
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("", "no text"), ("\n\n", "no text"), ("ab", "too small"), ("".join(map(chr, range(0x4E00, 0x5000))), "need 771")],
+)
+def test_what_cannot_be_trained_is_one_line(text, says):
+    with pytest.raises(InputError, match=says) as error:
+        train_sentencepiece(iter([text]), 400)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"byte_fallback": False}, "byte fallback"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "normalisation"),
+        ({"remove_extra_whitespaces": True}, "extra spaces"),
+        ({"treat_whitespace_as_suffix": True}, "behind words"),
+        ({"bos_id": -1}, "beginning"),
+    ],
+)
+def test_a_model_that_loses_text_is_refused(changes, says):
+    with pytest.raises(InputError, match=says):
+        SentencePieceTokenizer(sentencepiece_model(**changes))
+
+
+def test_settings_that_do_not_fit_the_file_are_named(tmp_path):
+    TRAINED.save(tmp_path)
+    model = str(tmp_path / MODEL_FILE)
+    assert make_tokenizer(TokenizerConfig(vocab_size=400, path=model), iter(())).sha256 == TRAINED.sha256
+    assert make_tokenizer(TokenizerConfig(vocab_size=400, path=str(tmp_path)), iter(())).sha256 == TRAINED.sha256
+    with pytest.raises(InputError, match="vocab_size=512.*400.*--tokenizer.vocab-size 400"):
+        make_tokenizer(TokenizerConfig(vocab_size=512, path=model), iter(()))
+    with pytest.raises(InputError, match="absent.model"):
+        make_tokenizer(TokenizerConfig(vocab_size=400, path=str(tmp_path / "absent.model")), iter(()))
+    (tmp_path / "text.model").write_text("not a model")
+    with pytest.raises(InputError, match="text.model is not a SentencePiece model"):
+        make_tokenizer(TokenizerConfig(vocab_size=400, path=str(tmp_path / "text.model")), iter(()))
+
+
+@every_tokenizer
+def test_ids_outside_the_vocabulary_are_refused(tokenizer):
+    for bad in (-1, tokenizer.vocab_size):
+        with pytest.raises(InputError, match=f"token id {bad} "):
+            tokenizer.decode([0, bad])
+
+
+@every_tokenizer
+def test_half_a_surrogate_pair_is_refused(tokenizer):
+    with pytest.raises(InputError, match=r"U\+D800, at character 2"):
+        tokenizer.encode("ab\ud800")
