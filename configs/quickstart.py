@@ -3,7 +3,15 @@
 gptjax pretrain configs/quickstart.py
 """
 
-from gptjax.config import DataConfig, EvaluateConfig, GenerateConfig, ModelConfig, OptimConfig, TokenizerConfig, TrainConfig
+from gptjax.config import (
+    DataConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    ModelConfig,
+    OptimConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
 
 
 def pretrain() -> TrainConfig:

@@ -186,7 +186,7 @@ Start here: gptjax pretrain configs/quickstart.py
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a verb. Exit codes: 0 done, 2 bad input, 75 interrupted (run the same command again)."""
+    """Runs a verb. Exit codes: 0 done, 2 bad input, 3 failed for good, 75 interrupted (run the same command again)."""
     args = sys.argv[1:] if argv is None else argv
     try:
         return _dispatch(args)

@@ -69,16 +69,10 @@ class ModelConfig(Section):
             f"a multiple of model.num_heads={self.num_heads}",
             f"e.g. --model.width {self.num_heads * max(1, self.width // self.num_heads)}",
         )
-        self.require(
-            self.num_heads % self.queries_per_kv == 0,
-            "queries_per_kv",
-            f"a divisor of model.num_heads={self.num_heads}",
-        )
-        self.require(
-            self.positions != "rope" or self.head_size % 2 == 0,
-            "width",
-            f"an even width / num_heads for rotary positions, and {self.width} / {self.num_heads} is odd",
-        )
+        grouped = self.num_heads % self.queries_per_kv == 0
+        self.require(grouped, "queries_per_kv", f"a divisor of model.num_heads={self.num_heads}")
+        even = self.positions != "rope" or self.head_size % 2 == 0
+        self.require(even, "width", f"an even width / num_heads for rotary positions; num_heads={self.num_heads}")
         self.require(0 <= self.dropout < 1, "dropout", "a chance from 0 up to, not including, 1")
         self.require(0 <= self.unroll <= self.num_layers, "unroll", f"0 (all) or 1 to num_layers={self.num_layers}")
 
@@ -112,13 +106,8 @@ class TokenizerConfig(Section):
 
     def __post_init__(self):
         if self.kind == "bytes":
-            wanted = f"{self.BYTES_VOCAB} when tokenizer.kind is bytes"
-            self.require(
-                self.vocab_size == self.BYTES_VOCAB,
-                "vocab_size",
-                wanted,
-                f"add --tokenizer.vocab-size {self.BYTES_VOCAB}",
-            )
+            fits, then = self.vocab_size == self.BYTES_VOCAB, f"add --tokenizer.vocab-size {self.BYTES_VOCAB}"
+            self.require(fits, "vocab_size", f"{self.BYTES_VOCAB} when tokenizer.kind is bytes", then)
             self.require(not self.path, "path", "no path when tokenizer.kind is bytes")
         # Byte fallback needs all 256 bytes and 3 special tokens in the vocabulary, and then some pieces.
         self.require(self.kind == "bytes" or self.vocab_size >= 300, "vocab_size", "at least 300 for sentencepiece")

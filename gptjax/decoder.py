@@ -15,9 +15,8 @@ import jax.numpy as jnp
 from gptjax.attention import attend, cache_mask, causal_mask, dropout, rotate
 from gptjax.config import ModelConfig, TrainConfig
 from gptjax.losses import logits
+from gptjax.scaling.counts import padded_vocab
 from gptjax.sharding import constrain, suffix
-
-VOCAB_MULTIPLE = 64  # the vocabulary is padded up to it, so that it divides over devices and tiles of the hardware
 
 Params = dict[str, Any]
 Cache = dict[str, jax.Array]
@@ -26,7 +25,7 @@ Cache = dict[str, jax.Array]
 def dims(cfg: ModelConfig, vocab_size: int, context: int) -> dict[str, int]:
     """The size of every letter that occurs in a parameter's name."""
     return {
-        "V": -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE, "T": context, "N": cfg.num_layers,
+        "V": padded_vocab(vocab_size), "T": context, "N": cfg.num_layers,
         "D": cfg.width, "F": cfg.mlp_width, "H": cfg.num_heads, "G": cfg.num_kv_heads, "K": cfg.head_size,
     }  # fmt: skip
 

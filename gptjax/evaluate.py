@@ -34,11 +34,8 @@ def evaluate(eval_step: Callable, params: Any, split: Split, config: TrainConfig
     that a predicted token stands for), which compares across tokenizers. eval_tokens counts the tokens.
     """
     cfg = config.data
-    batches = validation_batches(
-        split, cfg.batch_size, cfg.length, cfg.packing, config.evaluate.max_rows, cfg.cross_documents
-    )
     nats = tokens = 0.0
-    for batch in batches:
+    for batch in validation_batches(split, cfg, config.evaluate.max_rows):
         loss, weight = jax.device_get(eval_step(params, put(batch, mesh)))
         nats, tokens = nats + float(loss), tokens + float(weight)
     if not tokens:

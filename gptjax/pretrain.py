@@ -132,6 +132,10 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
                 checkpoints.wait()
                 checkpoints.retain(metrics.file.best_steps(config.checkpoint.keep_best))
 
+            def log(i: int, values: dict) -> None:
+                checkpoints.check()  # a save that failed in the background is told at the next step
+                metrics.log_step(i, values)
+
             def save(i: int, state: Any, data_state: dict) -> None:
                 checkpoints.save(i, state, data_state, dict(leaves(config)))
 
@@ -143,7 +147,7 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
             try:
                 state = fit(
                     step, state, {}, batches(rows, data_state["step"]), config.steps,
-                    mesh=mesh, log=metrics.log_step, save=save, save_every=config.checkpoint.every,
+                    mesh=mesh, log=log, save=save, save_every=config.checkpoint.every,
                     hooks={evaluate_at: config.evaluate.every}, stop=signals.stop, trace=profile,
                 )  # fmt: skip
             finally:

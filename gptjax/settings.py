@@ -54,9 +54,10 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def unknown_name(name: str, known: list[str]) -> str:
     """One line that names an unknown setting and the nearest known one."""
     # The last part weighs most: --model.widht is nearest to model.width, and so is --widht.
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    close = close or [k for k in known if k.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
-    close = close or difflib.get_close_matches(name.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in known], n=1)
+    last = {k: k.lstrip("-").rsplit(".", 1)[-1] for k in known}
+    close = difflib.get_close_matches(name, known, n=1)
+    if not close and (near := difflib.get_close_matches(name.lstrip("-").rsplit(".", 1)[-1], last.values(), n=1)):
+        close = [k for k in known if last[k] == near[0]]  # --widht is meant for --model.width
     return f"there is no setting {name}" + (f"; did you mean {close[0]}?" if close else "; see --help for all")
 
 
