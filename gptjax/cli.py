@@ -56,7 +56,7 @@ def data_show(args: list[str]) -> int:
 def data_verify(args: list[str]) -> int:
     """data verify FOLDER       check every file of a prepared folder against its manifest"""
     folder, args = _positional(args, "FOLDER", "gptjax data verify FOLDER")
-    _nothing_left(args)
+    _nothing_left(args, "gptjax data verify FOLDER")
     from gptjax.data.corpus import open_corpus
     from gptjax.data.prepare import report
 
@@ -73,6 +73,8 @@ def pretrain(args: list[str]) -> int:
     name, args = _positional(args, "RECIPE", "gptjax pretrain configs/quickstart.py")
     from gptjax.flags import load_recipe, origins, parse
 
+    if name == "RECIPE":
+        parse(TrainConfig(), args, "gptjax pretrain RECIPE")
     recipe = load_recipe(name)
     written = recipe.config("pretrain")
     cfg = parse(written, args, f"gptjax pretrain {name}", recipe.doc)
@@ -120,7 +122,7 @@ def generate(args: list[str]) -> int:
 def checkpoint_list(args: list[str]) -> int:
     """checkpoint list RUN      what checkpoints a run has"""
     run, args = _positional(args, "RUN", "gptjax checkpoint list RUN")
-    _nothing_left(args)
+    _nothing_left(args, "gptjax checkpoint list RUN")
     from gptjax.trained import open_checkpoints
 
     checkpoints = open_checkpoints(run)
@@ -133,7 +135,7 @@ def checkpoint_list(args: list[str]) -> int:
 def checkpoint_verify(args: list[str]) -> int:
     """checkpoint verify RUN    check every checkpoint's files and numbers"""
     run, args = _positional(args, "RUN", "gptjax checkpoint verify RUN")
-    _nothing_left(args)
+    _nothing_left(args, "gptjax checkpoint verify RUN")
     from gptjax.trained import open_checkpoints
 
     checkpoints, bad = open_checkpoints(run), 0
@@ -151,7 +153,7 @@ def import_run(args: list[str]) -> int:
     """import SOURCE RUN        make a run of a Hugging Face GPT-2 or Llama folder"""
     source, args = _positional(args, "SOURCE", "gptjax import SOURCE RUN")
     run, args = _positional(args, "RUN", "gptjax import SOURCE RUN")
-    _nothing_left(args)
+    _nothing_left(args, "gptjax import SOURCE RUN")
     from gptjax.verbs import import_run
 
     _say(import_run(source, run))
@@ -199,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _dispatch(args: list[str]) -> int:
-    if not args or args[0] in ("-h", "--help"):
+    if not args or args[0] in HELP:
         print(USAGE)
         return 0
     if args[0] == "--version":
@@ -209,7 +211,7 @@ def _dispatch(args: list[str]) -> int:
         if (verb := VERBS.get(" ".join(args[:words]))) is not None:
             return verb(args[words:])
     group = [name for name in VERBS if name.split()[0] == args[0]]
-    if group and args[1:2] in ([], ["--help"], ["-h"]):
+    if group and (not args[1:] or args[1] in HELP):
         print("\n".join(f"  gptjax {VERBS[name].__doc__}" for name in group))
         return 0
     import difflib
@@ -220,20 +222,26 @@ def _dispatch(args: list[str]) -> int:
     )
 
 
+HELP = ("-h", "--help")
+
+
 def _positional(args: list[str], name: str, example: str) -> tuple[str, list[str]]:
-    """Takes the first argument, which must be a word; `--help` alone says what is wanted."""
+    """Takes the first argument, which must be a word; where help is asked for instead, the name stands for it."""
+    if args and args[0] in HELP:
+        return name, args
     if not args or args[0].startswith("-"):
-        if args and args[0] in ("-h", "--help"):
-            print(f"usage: {example}\n\nGive {name}, then --help for every setting.")
-            raise SystemExit(0)
         got = f"got {args[0]}" if args else "got nothing"
         raise InputError(f"{name} is missing ({got}); wanted e.g. {example}")
     return args[0], args[1:]
 
 
-def _nothing_left(args: list[str]) -> None:
+def _nothing_left(args: list[str], usage: str) -> None:
+    """For verbs without settings: prints the usage where help is asked for, and refuses anything else."""
+    if args and args[0] in HELP:
+        print(f"usage: {usage}")
+        raise SystemExit(0)
     if args:
-        raise InputError(f"unexpected {args[0]!r}; see --help")
+        raise InputError(f"unexpected {args[0]!r}; wanted {usage}")
 
 
 def _say(line: str) -> None:

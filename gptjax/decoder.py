@@ -56,10 +56,34 @@ def norm(x_BLD: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, cfg: Mo
     return (x if bias_D is None else x + bias_D).astype(x_BLD.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """einsum(equation, x, w), whose weight gradient is x^T g where jax's own is (g^T x)^T.
+
+    The two are equal, but for the second XLA on a CPU writes g out transposed, by a loop over single numbers that
+    takes longer than the product: an MLP's forward and backward pass in half the time.
+    """
+    return jnp.einsum(equation, x, w)
+
+
+def _product_forward(equation, x, w):
+    return jnp.einsum(equation, x, w), (x, w)
+
+
+def _product_backward(equation, kept, g):
+    (x, w), (inputs, out) = kept, equation.split("->")
+    x_letters, w_letters = inputs.split(",")
+    dx = jnp.einsum(f"{out},{w_letters}->{x_letters}", g, w)
+    return dx, jnp.einsum(f"{x_letters},{out}->{w_letters}", x, g)
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
 def project(x: jax.Array, p: Params, stem: str, equation: str) -> jax.Array:
     """x times the weight `stem_...`, plus its bias where it has one; the equation's letters name the weight."""
     letters = equation.split("->")[0].split(",")[1]
-    y = jnp.einsum(equation, x, p[f"{stem}_{letters}"].astype(x.dtype))
+    y = product(equation, x, p[f"{stem}_{letters}"].astype(x.dtype))
     out = equation.split("->")[1].removeprefix("BL")
     return y + p[f"{stem}_bias_{out}"].astype(x.dtype) if f"{stem}_bias_{out}" in p else y
 

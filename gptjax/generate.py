@@ -25,7 +25,7 @@ from gptjax.config import GenerateConfig
 from gptjax.decoder import Decoder, Params, empty_cache, head
 from gptjax.losses import MASKED, logits
 from gptjax.settings import InputError
-from gptjax.sharding import constrain, suffix
+from gptjax.sharding import constrain, require_mesh, suffix
 from gptjax.tokenizer import Tokenizer
 
 State = dict[str, jax.Array]
@@ -148,11 +148,13 @@ def stream_ids(
 
     The caller may add to `finished`, between two yields, rows that need no more tokens; `copies` tells the random
     numbers of rows apart (see the top of this file) where counting equal prompts will not do. Raises InputError where
-    a prompt is empty, holds an id outside the vocabulary, or leaves no room for max_new_tokens within the context.
+    a prompt is empty, holds an id outside the vocabulary, or leaves no room for max_new_tokens within the context,
+    and where params lie on several devices with no mesh set.
     """
     if not prompts:
         return
     _check(decoder, prompts, cfg)
+    require_mesh(params)
     params = compute_weights(params, decoder.cfg.dtype)
     length_B = np.array([len(ids) for ids in prompts], np.int32)
     prompt_BL = np.zeros((len(prompts), _bucket(length_B.max(), decoder.context)), np.int32)
@@ -180,7 +182,7 @@ def stream_ids(
 def _check(decoder: Decoder, prompts: Sequence[Sequence[int]], cfg: GenerateConfig) -> None:
     context = decoder.context
     for row, ids in enumerate(prompts):
-        name = f"generate.prompt[{row}]"
+        name = f"{cfg.dotted('prompt')}[{row}]"
         if len(ids) == 0:
             raise InputError(f"{name} has no tokens; wanted at least one, such as the one that begins a document")
         wrong = next((i for i in ids if not 0 <= i < decoder.vocab_size), None)
@@ -193,12 +195,13 @@ def _check(decoder: Decoder, prompts: Sequence[Sequence[int]], cfg: GenerateConf
                 f"since the model was trained with data.length={context}; shorten the prompt"
             )
         if cfg.max_new_tokens > room:
+            setting = cfg.dotted("max_new_tokens")
             raise InputError(
-                f"generate.max_new_tokens={cfg.max_new_tokens}: wanted at most {room}, since {name} takes {len(ids)} "
-                f"of the model's {context} positions; add --max-new-tokens {room} or shorten the prompt"
+                f"{setting}={cfg.max_new_tokens}: wanted at most {room}, since {name} takes {len(ids)} of the model's "
+                f"{context} positions; add --{setting.replace('_', '-')} {room} or shorten the prompt"
             )
-    if cfg.seed >= 2**32:
-        raise InputError(f"generate.seed={cfg.seed}: wanted at most {2**32 - 1}")
+    # Larger seeds would lose their upper bits without a word.
+    cfg.require(cfg.seed < 2**32, "seed", f"at most {2**32 - 1}")
 
 
 def _bucket(size: int, most: int) -> int:

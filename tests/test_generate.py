@@ -136,6 +136,8 @@ def test_a_sharded_model_writes_the_same_text(gpt2: Model):
     sharded = put(jax.tree.map(np.asarray, params), mesh)
     with jax.set_mesh(mesh):
         assert generate_ids(decoder, sharded, PROMPTS, sampled(), stop_ids=NEVER) == want
+    with pytest.raises(InputError, match="no mesh is set"):
+        generate_ids(decoder, sharded, PROMPTS, sampled(), stop_ids=NEVER)
 
 
 # Rows and their batch
@@ -270,7 +272,7 @@ def test_samples_are_drawn_with_the_filtered_probabilities():
 @pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-300])
 def test_a_vanishing_temperature_is_greedy(temperature):
     key_B = jax.random.split(jax.random.key(0), 3)
-    ids_B = sample(jnp.asarray(LOGITS_BV), key_B, {"temperature": temperature})
+    ids_B = sample(jnp.asarray(10 * LOGITS_BV), key_B, {"temperature": temperature})
     np.testing.assert_array_equal(ids_B, LOGITS_BV.argmax(axis=-1))
 
 
@@ -393,7 +395,11 @@ def test_a_stop_text_cuts_its_row_in_the_generated_text(gpt2: Model):
     "prompts, settings, message",
     [
         ([[1], [2] * 18], {}, r"generate.prompt\[1\] has 18 tokens; wanted at most 17.*data.length=18"),
-        ([[1] * 10], {"max_new_tokens": 9}, r"generate.max_new_tokens=9: wanted at most 8.*--max-new-tokens 8"),
+        (
+            [[1] * 10],
+            {"max_new_tokens": 9},
+            r"generate.max_new_tokens=9: wanted at most 8.*--generate.max-new-tokens 8",
+        ),
         ([[1], []], {}, r"generate.prompt\[1\] has no tokens"),
         ([[3, 258]], {}, r"generate.prompt\[0\] holds token id 258; wanted 0 to 257"),
         ([[3]], {"seed": 2**32}, r"generate.seed=4294967296: wanted at most 4294967295"),

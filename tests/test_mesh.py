@@ -32,8 +32,8 @@ MESHES = {
     "fsdp=4 context=2": MeshConfig(data=1, fsdp=4, context=2),
 }
 
-# Each value of each setting at least once, and the pairs that share a mechanism (accumulation and remat both rewrite the
-# backward pass; accumulation and padding both change what is averaged). The exhaustive test below has the full product.
+# Each value of each setting at least once, and the pairs that share a mechanism: accumulation and remat both rewrite
+# the backward pass, accumulation and padding both change what is averaged. The exhaustive test has the full product.
 SUBSET = [
     ("data=8", 1, "none", 1, "packed"),
     ("fsdp=8", 4, "full", 0, "padded"),

@@ -1,4 +1,4 @@
-"""Promise 2: kill -9 at any moment, then the same command, gives the loss curve of an uninterrupted run, bit for bit."""
+"""Promise 2: kill -9 at any moment, then the same command, gives an uninterrupted run's loss curve, bit for bit."""
 
 import json
 import os

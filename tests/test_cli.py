@@ -1,0 +1,172 @@
+"""The command line as its user meets it: help, the small life of a run, and bad input in one line with exit code 2."""
+
+import gzip
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from gptjax.cli import VERBS, main
+
+SMALL = """--model.num-layers 1 --model.width 32 --model.num-heads 2 --data.length 32 --data.batch-size 8 --steps 3
+--evaluate.max-rows 4 --optim.warmup-steps 1 --generate.max-new-tokens 5 --no-compile-cache""".split()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "a.txt"
+    path.write_text(
+        "It was the best of times, it was the worst of times; \u00e6on, na\u00efve.\n" * 60, encoding="utf-8"
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(text, tmp_path_factory):
+    """A run of three steps on bytes."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    assert main(["pretrain", "shakespeare_char", *SMALL, "--data.source", str(text), "--run-dir", str(folder)]) == 0
+    return folder
+
+
+def refusal(capsys, *args) -> str:
+    """The one line that bad input gets."""
+    capsys.readouterr()
+    assert main([str(a) for a in args]) == 2
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if not line.startswith(("preparing", "resumed", "warning"))]
+    assert out == "" and len(lines) == 1 and lines[0].startswith("gptjax: "), err
+    return lines[0]
+
+
+def pretrain(text, folder, *more) -> list:
+    return ["pretrain", "shakespeare_char", *SMALL, "--data.source", text, "--run-dir", folder, *more]
+
+
+def test_a_run_is_trained_read_and_continued(run, capsys):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
+    assert {"step", "loss", "tokens", "tokens_per_second"} <= set(lines[0])
+    assert {"eval_loss", "eval_bits_per_byte"} <= set(lines[-1])
+    capsys.readouterr()
+    assert main(["eval", str(run), "--max-rows", "4"]) == 0
+    printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert float(printed["eval_loss"]) == pytest.approx(lines[-1]["eval_loss"], rel=1e-5)
+    assert main(["data", "show", str(run), "--step", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "batch of 8 rows of 32" in shown and "times" in shown
+    assert main(["checkpoint", "list", str(run)]) == 0 and "step 3" in capsys.readouterr().out
+    assert main(["checkpoint", "verify", str(run)]) == 0 and "step 3: sound" in capsys.readouterr().out
+
+
+def test_generate_prints_the_text_alone_and_a_seed_repeats_it(run, capsys):
+    texts = []
+    for seed in (1, 1, 2):
+        capsys.readouterr()
+        assert main(["generate", str(run), "--prompt", "It was", "--max-new-tokens", "12", "--seed", str(seed)]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0].startswith("It was") and texts[0] == texts[1] != texts[2]
+
+
+def test_a_prepared_folder_and_a_trained_tokenizer_are_sources(text, tmp_path, capsys):
+    tokenizer, corpus = tmp_path / "tokenizer", tmp_path / "corpus"
+    assert main(f"tokenizer train --source {text} --out {tokenizer} --vocab-size 300".split()) == 0
+    settings = f"--tokenizer.vocab-size 300 --tokenizer.path {tokenizer}/tokenizer.model"
+    assert main(f"prepare --source {text} --out {corpus} {settings}".split()) == 0
+    assert main(["data", "verify", str(corpus)]) == 0
+    more = ["--tokenizer.kind", "sentencepiece", "--tokenizer.vocab-size", "300"]
+    assert main([str(a) for a in pretrain(corpus, tmp_path / "run", *more)]) == 0
+    assert not (tmp_path / "run" / "data").exists()
+    line = refusal(capsys, *pretrain(corpus, tmp_path / "other"))
+    assert "was prepared with 300 token ids but tokenizer.vocab_size=258; set --tokenizer.vocab-size 300" in line
+
+
+def test_settings_that_are_wrong_are_refused(text, tmp_path, capsys):
+    def said(*more):
+        return refusal(capsys, *pretrain(text, tmp_path / "run", *more))
+
+    assert "did you mean --model.width?" in said("--model.widht", "64")
+    assert "model.width=33: wanted a multiple of model.num_heads=2" in said("--model.width", "33")
+    assert "mesh.tensor=3" in said("--mesh.tensor", "3") and "8 device(s)" in said("--mesh.tensor", "3")
+    assert "data.batch_size=6 does not divide over mesh.data x mesh.fsdp = 8" in said("--data.batch-size", "6")
+    assert "data.batch_size=8 does not divide" in said("--optim.accumulate", "2")
+    assert "optim.learning_rate=nan: wanted a finite number above 0" in said("--optim.learning-rate", "nan")
+    assert "steps=-1" in said("--steps=-1")
+    assert "too few for one row" in said("--data.length", "100000")
+
+
+def test_sources_that_are_wrong_are_refused(tmp_path, capsys):
+    def said(source):
+        return refusal(capsys, *pretrain(source, tmp_path / "run"))
+
+    assert "nowhere.txt" in said(tmp_path / "nowhere.txt")
+    (tmp_path / "empty.txt").write_text("")
+    assert "empty.txt" in said(tmp_path / "empty.txt")
+    (tmp_path / "folder").mkdir()
+    assert "folder" in said(tmp_path / "folder")
+    lines = ['{"text": "one"}', '{"text": "two"}', '{"text": "thr', '{"text": "four"}']
+    with gzip.open(tmp_path / "broken.jsonl.gz", "wt") as file:
+        file.write("\n".join(lines))
+    assert "broken.jsonl.gz:3" in said(tmp_path / "broken.jsonl.gz")
+    assert "builtin:shakespeare" in said("builtin:milton")
+
+
+def test_a_changed_vocabulary_is_refused_on_resume(run, text, capsys):
+    line = refusal(
+        capsys,
+        *pretrain(text, run, "--tokenizer.kind", "sentencepiece", "--tokenizer.vocab-size", "300", "--steps", "5"),
+    )
+    assert "tokenizer.vocab_size was 258, got 300" in line
+
+
+def test_a_token_beyond_the_vocabulary_is_refused_by_name(text, tmp_path, capsys):
+    corpus = tmp_path / "corpus"
+    assert (
+        main(f"prepare --source {text} --out {corpus} --tokenizer.kind bytes --tokenizer.vocab-size 258".split()) == 0
+    )
+    (shard,) = corpus.glob("*train.array_record*")
+    raw = shard.read_bytes()
+    at = raw.index("It was the best".encode("utf-16-le"))  # ids are stored as 16-bit numbers
+    shard.write_bytes(raw[:at] + b"\xff\x7f" + raw[at + 2 :])
+    line = refusal(capsys, *pretrain(corpus, tmp_path / "run"))
+    assert shard.name in line
+    assert shard.name in refusal(capsys, "data", "verify", corpus)
+
+
+def test_prompts_that_do_not_fit_are_refused(run, capsys):
+    line = refusal(capsys, "generate", run, "--prompt", "x" * 40)
+    assert "32" in line and "40" in line
+    assert "32" in refusal(capsys, "generate", run, "--prompt", "It was", "--max-new-tokens", "30")
+
+
+def test_what_is_no_verb_and_no_run_is_refused(tmp_path, capsys):
+    assert "did you mean 'pretrain'?" in refusal(capsys, "pertrain", "quickstart")
+    assert "RUN is missing" in refusal(capsys, "eval")
+    assert "wanted the folder of a run" in refusal(capsys, "eval", tmp_path)
+    assert "no such recipe" in refusal(capsys, "pretrain", "nowhere.py")
+    assert "unexpected 'more'" in refusal(capsys, "checkpoint", "list", tmp_path, "more")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_is_in_the_help_and_has_its_own(verb, capsys, run):
+    assert main(["--help"]) == 0 and f"  {verb}" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as exit_code:
+        main([*verb.split(), "--help"])
+    assert exit_code.value.code == 0 and "usage: gptjax" in capsys.readouterr().out
+
+
+def test_help_of_a_recipe_names_every_setting_and_needs_no_jax():
+    code = (
+        "import sys; from gptjax.cli import main\n"
+        "try: main(['pretrain', 'quickstart', '--help'])\n"
+        "except SystemExit as e: assert e.code == 0\n"
+        "assert 'jax' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for setting in ("--run-dir", "--model.num-layers", "--optim.learning-rate", "--mesh.fsdp", "--checkpoint.every"):
+        assert setting in done.stdout
+    assert time.perf_counter() - start < 30  # a hang, not a speed: that is measured in benchmarks
