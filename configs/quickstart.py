@@ -22,9 +22,9 @@ def pretrain() -> TrainConfig:
             num_layers=4, width=192, num_heads=4, mlp_ratio=8 / 3, positions="rope", norm="rmsnorm",
             activation="swiglu", biases=False, dtype="float32", unroll=0,
         ),
-        tokenizer=TokenizerConfig(vocab_size=1024),
-        data=DataConfig(source="builtin:shakespeare", batch_size=8, length=256, validation_fraction=0.05),
-        optim=OptimConfig(learning_rate=3e-3, warmup_steps=50, final_fraction=0.0),
+        tokenizer=TokenizerConfig(vocab_size=4096),
+        data=DataConfig(source="builtin:shakespeare", batch_size=8, length=128, validation_fraction=0.05),
+        optim=OptimConfig(learning_rate=2e-3, warmup_steps=50, final_fraction=0.0),
         evaluate=EvaluateConfig(every=600),
-        generate=GenerateConfig(prompt=("KING. ",), max_new_tokens=120),
+        generate=GenerateConfig(prompt=("ROMEO.\n",), max_new_tokens=100),
     )  # fmt: skip

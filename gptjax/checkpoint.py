@@ -20,7 +20,7 @@ import numpy as np
 
 from gptjax.config import CheckpointConfig
 from gptjax.digest import MANIFEST, check_manifest, digests, folder_files, leaf_names, write_manifest
-from gptjax.settings import InputError
+from gptjax.settings import InputError, make_writable
 
 TRASH, PROBE, UNSOUND = ".trash-", ".probe-", ".unsound"
 JSON_ITEMS = ("data", "config", "digests")
@@ -52,7 +52,7 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._error: CheckpointError | None = None
         if not readonly:
-            _check_writable(self.folder)
+            make_writable(self.folder, "checkpoints")
             self.clean()
 
     # What is on the disk.
@@ -288,19 +288,6 @@ def _at(tree: dict, name: str) -> Any:
 def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _check_writable(folder: Path) -> None:
-    probe = folder / f"{PROBE}{uuid.uuid4().hex[:8]}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as e:
-        raise InputError(
-            f"{folder}: checkpoints can't be written there ({e.strerror}); "
-            "wanted a writable folder, give another --run-dir"
-        ) from e
 
 
 def _remove(path: Path) -> None:

@@ -261,7 +261,8 @@ class GenerateConfig(Section):
     def __post_init__(self):
         self.require(bool(self.prompt), "prompt", "at least one prompt")
         self.require_positive("max_new_tokens", "repetition_penalty")
-        self.require_numbers(0, math.inf, "temperature", "top_k", "seed")
+        self.require_numbers(0, math.inf, "temperature", "top_k")
+        self.require_numbers(0, 2**32 - 1, "seed")  # jax would drop higher bits
         self.require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
         self.require_numbers(0, 1, "min_p")
         self.require(all(self.stop), "stop", "texts that are not empty")
@@ -301,7 +302,7 @@ class PrepareConfig(Section):
 
     source: str = "builtin:shakespeare"
     """A text file, a folder of texts, a .jsonl(.gz) file, or builtin:shakespeare."""
-    out: str = ""
+    out: str = "corpus"
     """Folder to make."""
     validation_fraction: float = 0.05
     """Share held out: of the documents, or the tail of a single text by bytes."""
@@ -319,7 +320,7 @@ class TrainTokenizerConfig(Section):
 
     source: str = "builtin:shakespeare"
     """A text file, a folder of texts, a .jsonl(.gz) file, or builtin:shakespeare."""
-    out: str = ""
+    out: str = "tokenizer"
     """Folder to make; its tokenizer.model is what --tokenizer.path takes."""
     vocab_size: int = 4096
     """Number of pieces, special tokens and the 256 bytes included."""

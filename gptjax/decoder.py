@@ -83,7 +83,7 @@ product.defvjp(_product_forward, _product_backward)
 def project(x: jax.Array, p: Params, stem: str, equation: str) -> jax.Array:
     """x times the weight `stem_...`, plus its bias where it has one; the equation's letters name the weight."""
     letters = equation.split("->")[0].split(",")[1]
-    y = product(equation, x, p[f"{stem}_{letters}"].astype(x.dtype))
+    y: jax.Array = product(equation, x, p[f"{stem}_{letters}"].astype(x.dtype))
     out = equation.split("->")[1].removeprefix("BL")
     return y + p[f"{stem}_bias_{out}"].astype(x.dtype) if f"{stem}_bias_{out}" in p else y
 
@@ -248,4 +248,4 @@ def make_decoder(config: TrainConfig) -> Decoder:
 def init_params(decoder: Decoder) -> Callable[[jax.Array], Params]:
     """Builds init(key) -> params."""
     one = jnp.zeros((1, 1), jnp.int32)
-    return lambda key: decoder.init(key, one, one, one)["params"]
+    return lambda key: dict(decoder.init(key, one, one, one)["params"])

@@ -66,7 +66,8 @@ def _num_chunks(shape: tuple[int, ...], vocab_size: int) -> int:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _cross_entropy(x_BLD, head_VD, targets_BL, weights_BL, vocab_size, z_loss, chunks):
     def add(total, chunk):
-        return total + _chunk_loss(*chunk, head_VD, vocab_size, z_loss)[0], None
+        x_BCD, targets_BC, weights_BC = chunk
+        return total + _chunk_loss(x_BCD, targets_BC, weights_BC, head_VD, vocab_size, z_loss)[0], None
 
     return jax.lax.scan(add, jnp.zeros(()), _split(chunks, x_BLD, targets_BL, weights_BL))[0]
 
@@ -92,7 +93,8 @@ def _forward(x_BLD, head_VD, targets_BL, weights_BL, vocab_size, z_loss, chunks)
     def add(carry, chunk):
         total, dhead_VD = carry
         x_BCD, targets_BC, weights_BC = chunk
-        loss, exp_BCV, sum_BC, log_z_BC = _chunk_loss(*chunk, head_VD, vocab_size, z_loss)
+        kept = _chunk_loss(x_BCD, targets_BC, weights_BC, head_VD, vocab_size, z_loss)
+        loss, exp_BCV, sum_BC, log_z_BC = kept
         # d loss / d logits = w (softmax (1 + 2 z log Z) - one-hot(target))
         scale_BC = weights_BC * (1 + 2 * z_loss * log_z_BC) / sum_BC
         hit_BCV = jnp.arange(head_VD.shape[0]) == targets_BC[..., None]

@@ -221,10 +221,11 @@ class Progress:
             self._bar = tqdm(total=total, initial=start, file=sys.stderr, bar_format=shape, dynamic_ncols=True)
 
     def step(self, line: dict[str, Any], seconds_left: float | None) -> None:
-        loss, rate, mfu = line["loss"], line["tokens_per_second"], line["mfu_6n"]
+        loss, rate = line["loss"], line["tokens_per_second"]
         parts = [f"loss {loss:.4f}"]
         if rate is not None:
-            parts += [f"{rate:,.0f} tokens/s", f"mfu {100 * mfu:.1f} % (6N)"]
+            shares = "/".join(f"{100 * line[f'mfu_{c}']:.1f}" for c in CONVENTIONS)
+            parts += [f"{rate:,.0f} tokens/s", f"mfu {shares} %"]
         if seconds_left is not None:
             parts.append(f"{duration(seconds_left)} left")
         step = line["step"]
@@ -272,7 +273,8 @@ class Metrics:
         self._tensorboard = TensorBoard(tensorboard, resumed_step) if cfg.tensorboard else None
         self.progress = Progress(cfg.steps, resumed_step, cfg.log_every)
         self.progress.note(
-            f"mfu is a share of {peak / 1e12:.4g} TFLOP/s ({cfg.model.dtype}, {source}) on each of {devices} x {kind}"
+            f"mfu is by 6N/causal/PaLM, a share of {peak / 1e12:.4g} TFLOP/s ({cfg.model.dtype}, {source}) "
+            f"on each of {devices} x {kind}"
         )
 
     def log_step(self, step: int, metrics: dict[str, Any]) -> None:
@@ -301,7 +303,9 @@ class Metrics:
         line = {"step": step} | {k: _number(v) for k, v in metrics.items()}
         self.file.write(line)
         shown = "  ".join(
-            f"{k.removeprefix('eval_').replace('_', ' ')} {v:.4f}" for k, v in line.items() if k != "step"
+            f"{k.removeprefix('eval_').replace('_', ' ')} {v:.4f}" if isinstance(v, float) else f"{v:,} {k[5:]}"
+            for k, v in line.items()
+            if k != "step"
         )
         self.progress.note(f"step {step}  evaluation: {shown}")
         if self._tensorboard is not None:

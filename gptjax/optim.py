@@ -10,7 +10,7 @@ import optax
 from gptjax.config import OptimConfig
 from gptjax.sharding import suffix
 
-Schedule = Callable[[jax.Array], jax.Array]
+Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
 
 def make_schedule(cfg: OptimConfig, steps: int) -> Schedule:
@@ -20,7 +20,7 @@ def make_schedule(cfg: OptimConfig, steps: int) -> Schedule:
     line in its last decay_fraction (Hu et al. 2024, MiniCPM); both end at final_fraction of the peak.
     """
 
-    def schedule(u: jax.Array) -> jax.Array:
+    def schedule(u: jax.typing.ArrayLike) -> jax.Array:
         u = jnp.asarray(u, jnp.float32)
         warm = jnp.minimum(1.0, (u + 1) / max(cfg.warmup_steps, 1))
         if cfg.schedule == "cosine":

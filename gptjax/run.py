@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from gptjax.config import EXTENDABLE, SCHEMA, TrainConfig, frozen_changes
-from gptjax.settings import InputError, build, leaves
+from gptjax.settings import InputError, build, leaves, make_writable
 
 PACKAGES = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 HEADER = ("schema", "stage", "recipe", "settings")
@@ -77,7 +77,7 @@ class Run:
 
         run = Run(Path(folder).absolute())
         if jax.process_index() == 0:
-            _make_writable(run.folder)
+            make_writable(run.folder, "a run")
             _lock(run.folder)
         changes = _changes(run, config)
         if jax.process_index() == 0:
@@ -189,16 +189,6 @@ def _changes(run: Run, config: TrainConfig) -> tuple[str, ...]:
             then = ": the learning-rate schedule changes with it" if name in EXTENDABLE else ""
             lines.append(f"{name} was {before[name]!r}, now {value!r}{then}")
     return tuple(lines)
-
-
-def _make_writable(folder: Path) -> None:
-    probe = folder / f".probe-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as e:
-        raise InputError(f"{folder}: a run can't be written there ({e.strerror}); give another --run-dir") from e
 
 
 def _lock(folder: Path) -> None:

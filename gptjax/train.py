@@ -58,7 +58,7 @@ def init_state(init: Callable, seed: int, mesh: Mesh) -> TrainState:
 def make_train_step(
     loss_fn: LossFn,
     tx: optax.GradientTransformation,
-    schedule: Callable[[jax.Array], jax.Array],
+    schedule: Callable[[jax.typing.ArrayLike], jax.Array],
     accumulate: int = 1,
 ) -> Callable:
     """Builds step(state, frozen, batch) -> (state, metrics).

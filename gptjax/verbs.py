@@ -1,6 +1,7 @@
 """What the verbs on a run do: evaluate it, continue prompts, show its data, make one of foreign weights."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from gptjax.data.corpus import Corpus, is_corpus, open_corpus
 from gptjax.data.show import show
 from gptjax.evaluate import evaluate, make_eval_step
 from gptjax.generate import stream
-from gptjax.interop.huggingface import import_huggingface
+from gptjax.interop.huggingface import import_huggingface, sentencepiece_model
 from gptjax.run import Run, load_config
 from gptjax.settings import InputError, leaves
 from gptjax.tokenizer import load_model
@@ -39,14 +40,15 @@ def generate_run(run_dir: str | Path, cfg: ContinueConfig, write: Callable[[str]
     model = open_trained(run_dir, MeshConfig(), cfg.step)
     with jax.set_mesh(model.mesh):
         pieces = stream(model.decoder, model.params, model.tokenizer, cfg)
+        first = list(itertools.islice(pieces, 1))  # a prompt that does not fit is refused before anything is written
         if len(cfg.prompt) == 1:
             write(cfg.prompt[0])
-            for _, piece in pieces:
+            for _, piece in itertools.chain(first, pieces):
                 write(piece)
             write("\n")
             return
         texts = list(cfg.prompt)
-        for row, piece in pieces:
+        for row, piece in itertools.chain(first, pieces):
             texts[row] += piece
         for text in texts:
             write(f"{text}\n")
@@ -80,9 +82,9 @@ def import_run(source: str | Path, run_dir: str | Path) -> str:
         data=DataConfig(source=str(source), length=context),
     )
     run = Run.open(run_dir, config, {"path": str(source), "sha256": ""}, {})
-    tokenizer, note = Path(source) / "tokenizer.model", "; it has no tokenizer.model, so it takes no text"
-    if tokenizer.is_file():
-        load_model(tokenizer).save(run.tokenizer)
+    note = "; it has no tokenizer.model, so it takes no text"
+    if (found := sentencepiece_model(Path(source))) is not None:
+        load_model(found).save(run.tokenizer)
         note = ""
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint)
     checkpoints.save(0, {"params": params}, {"step": 0}, dict(leaves(config)))

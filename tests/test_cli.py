@@ -36,7 +36,8 @@ def refusal(capsys, *args) -> str:
     capsys.readouterr()
     assert main([str(a) for a in args]) == 2
     out, err = capsys.readouterr()
-    lines = [line for line in err.splitlines() if not line.startswith(("preparing", "resumed", "warning"))]
+    told = ("preparing", "resumed", "warning")  # what went well before, and how many tokens there are
+    lines = [line for line in err.splitlines() if not line.startswith(told) and "tokens to train on" not in line]
     assert out == "" and len(lines) == 1 and lines[0].startswith("gptjax: "), err
     return lines[0]
 
@@ -94,7 +95,7 @@ def test_settings_that_are_wrong_are_refused(text, tmp_path, capsys):
     assert "data.batch_size=8 does not divide" in said("--optim.accumulate", "2")
     assert "optim.learning_rate=nan: wanted a finite number above 0" in said("--optim.learning-rate", "nan")
     assert "steps=-1" in said("--steps=-1")
-    assert "too few for one row" in said("--data.length", "100000")
+    assert "wanted more than one row" in said("--data.length", "100000")
 
 
 def test_sources_that_are_wrong_are_refused(tmp_path, capsys):
@@ -121,7 +122,7 @@ def test_a_changed_vocabulary_is_refused_on_resume(run, text, capsys):
     assert "tokenizer.vocab_size was 258, got 300" in line
 
 
-def test_a_token_beyond_the_vocabulary_is_refused_by_name(text, tmp_path, capsys):
+def test_a_damaged_shard_is_refused_by_name(text, tmp_path, capsys):
     corpus = tmp_path / "corpus"
     assert (
         main(f"prepare --source {text} --out {corpus} --tokenizer.kind bytes --tokenizer.vocab-size 258".split()) == 0
@@ -137,7 +138,7 @@ def test_a_token_beyond_the_vocabulary_is_refused_by_name(text, tmp_path, capsys
 
 def test_prompts_that_do_not_fit_are_refused(run, capsys):
     line = refusal(capsys, "generate", run, "--prompt", "x" * 40)
-    assert "32" in line and "40" in line
+    assert "has 41 tokens; wanted at most 31" in line
     assert "32" in refusal(capsys, "generate", run, "--prompt", "It was", "--max-new-tokens", "30")
 
 

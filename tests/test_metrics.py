@@ -247,12 +247,13 @@ def test_without_a_terminal_there_is_a_line_every_so_many_steps(monkeypatch):
     monkeypatch.setattr(sys, "stderr", out)
     progress = Progress(25, 0, 10)
     for step in range(1, 26):
-        line = {"step": step, "loss": 3.12341, "tokens_per_second": 21345.4, "mfu_6n": 0.1213}
+        shares = {"mfu_6n": 0.1213, "mfu_causal": 0.1304, "mfu_palm": 0.15}
+        line = {"step": step, "loss": 3.12341, "tokens_per_second": 21345.4, **shares}
         progress.step(line, 190.0 if step > 1 else None)
     progress.close()
     lines = out.getvalue().splitlines()
     assert [line.split()[1] for line in lines] == ["1/25", "10/25", "20/25", "25/25"]
-    assert lines[1] == "step 10/25  loss 3.1234  21,345 tokens/s  mfu 12.1 % (6N)  3m10s left"
+    assert lines[1] == "step 10/25  loss 3.1234  21,345 tokens/s  mfu 12.1/13.0/15.0 %  3m10s left"
 
 
 def test_on_a_terminal_there_is_a_bar(monkeypatch):
@@ -263,11 +264,12 @@ def test_on_a_terminal_there_is_a_bar(monkeypatch):
     out = Terminal()
     monkeypatch.setattr(sys, "stderr", out)
     progress = Progress(20, 10, 10)
-    progress.step({"step": 15, "loss": 2.0, "tokens_per_second": 1234.0, "mfu_6n": 0.5}, 61.0)
+    shares = {"mfu_6n": 0.5, "mfu_causal": 0.6, "mfu_palm": 0.7}
+    progress.step({"step": 15, "loss": 2.0, "tokens_per_second": 1234.0, **shares}, 61.0)
     progress.note("hello")
     progress.close()
     shown = out.getvalue()
-    assert "15/20" in shown and "1,234 tokens/s" in shown and "mfu 50.0 % (6N)" in shown and "1m01s left" in shown
+    assert "15/20" in shown and "1,234 tokens/s" in shown and "mfu 50.0/60.0/70.0 %" in shown and "1m01s left" in shown
     assert "hello\n" in shown
 
 
@@ -328,7 +330,10 @@ def test_a_resumed_run_has_one_line_a_step_and_time_goes_on(tmp_path, monkeypatc
 
 def test_the_first_line_shown_names_the_peak_that_mfu_is_a_share_of(tmp_path, monkeypatch, capsys):
     Metrics(tmp_path / "m.jsonl", tmp_path / "tb", CFG, 258).close()
-    assert "mfu is a share of 1 TFLOP/s (float32, measured) on each of 8 x cpu" in capsys.readouterr().err
+    assert (
+        "mfu is by 6N/causal/PaLM, a share of 1 TFLOP/s (float32, measured) on each of 8 x cpu"
+        in capsys.readouterr().err
+    )
 
 
 def events(folder):
