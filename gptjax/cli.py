@@ -78,8 +78,9 @@ def pretrain(args: list[str]) -> int:
     recipe = load_recipe(name)
     written = recipe.config("pretrain")
     cfg = parse(written, args, f"gptjax pretrain {name}", recipe.doc)
+    from gptjax.checkpoint import CheckpointError
     from gptjax.pretrain import pretrain
-    from gptjax.train import Interrupted
+    from gptjax.train import Diverged, Interrupted
 
     source = {"path": str(recipe.path), "sha256": recipe.sha256}
     try:
@@ -87,6 +88,9 @@ def pretrain(args: list[str]) -> int:
     except Interrupted:
         _say(f"interrupted; run the same command again to go on with {cfg.run_dir}")
         return 75
+    except (CheckpointError, Diverged) as e:
+        _say(f"gptjax: {e}")
+        return 3
     _say(f"run folder: {folder}")
     _next(f'gptjax generate {cfg.run_dir} --prompt "ROMEO. "')
     return 0

@@ -120,6 +120,11 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
                 state = init_state(init, config.seed, mesh)
             else:
                 start, state, data_state, _ = checkpoints.restore(abstract(jax.eval_shape(init, 0), mesh))
+                if data_state["corpus"] != corpus.sha256:
+                    raise InputError(
+                        f"{corpus.folder} is not the corpus that {run.folder} was trained on; "
+                        f"restore it, or give another --run-dir"
+                    )
                 _say(f"resumed {run.folder} after step {start}")
             example = rows.batch(0)
             step = compile_step(step, mesh, state, {}, example)
@@ -137,7 +142,7 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
                 metrics.log_step(i, values)
 
             def save(i: int, state: Any, data_state: dict) -> None:
-                checkpoints.save(i, state, data_state, dict(leaves(config)))
+                checkpoints.save(i, state, {**data_state, "corpus": corpus.sha256}, dict(leaves(config)))
 
             due = start > 0 and (start % config.evaluate.every == 0 or start == config.steps)
             if due and not metrics.file.has_evaluation(start):

@@ -1,6 +1,7 @@
 """The training loop of every stage: knows no model, only a loss function, an optimizer and an iterator of batches."""
 
 import contextlib
+import math
 import os
 import signal
 import stat
@@ -35,6 +36,10 @@ class TrainState:
 
 class Interrupted(Exception):
     """The run was asked to stop; its state is saved and the same command goes on."""
+
+
+class Diverged(Exception):
+    """The loss or its gradient is no longer a finite number; nothing is saved from that step on."""
 
 
 def make_init(init_params: Callable[[jax.Array], Any], tx: optax.GradientTransformation) -> Callable:
@@ -133,9 +138,18 @@ def fit(
     `batches` yields (host batch, state of the data after it); what is saved belongs to the last batch trained.
     log(i, metrics) is called once a step, in order, while the device works on the next one; before a save or a hook,
     every step so far has been logged. save and then the hooks {hook: every} run each so many steps and at the end.
-    Raises Interrupted, after a save, when stop() turns true. trace = (first, last, folder) profiles those steps.
+    Raises Interrupted, after a save, when stop() turns true, and Diverged where the numbers end.
+    trace = (first, last, folder) profiles those steps.
     """
     require_mesh(state)
+
+    def report(i: int, metrics: dict) -> None:
+        values = jax.device_get(metrics)
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(values[name]):
+                raise Diverged(f"{name} is {values[name]} at step {i}; lower optim.learning_rate or optim.clip_norm")
+        log(i, values)
+
     previous = None
     for i in range(int(state.step) + 1, until + 1):
         host_batch, data_state = next(batches)
@@ -146,13 +160,13 @@ def fit(
             jax.block_until_ready(metrics)
             jax.profiler.stop_trace()
         if previous is not None:
-            log(i - 1, jax.device_get(previous))
+            report(i - 1, previous)
         previous = metrics
         stopping = stop()
         saving = stopping or i % save_every == 0 or i == until
         due = [hook for hook, every in (hooks or {}).items() if i % every == 0 or i == until]
         if saving or due:
-            log(i, jax.device_get(metrics))
+            report(i, metrics)
             previous = None
         if saving:
             save(i, state, data_state)

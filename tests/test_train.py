@@ -9,7 +9,16 @@ import pytest
 from gptjax.config import MeshConfig
 from gptjax.settings import InputError
 from gptjax.sharding import make_mesh
-from gptjax.train import Interrupted, compile_step, enable_compile_cache, fit, init_state, make_init, make_train_step
+from gptjax.train import (
+    Diverged,
+    Interrupted,
+    compile_step,
+    enable_compile_cache,
+    fit,
+    init_state,
+    make_init,
+    make_train_step,
+)
 
 
 def loss_fn(params, frozen, batch, key):
@@ -104,6 +113,16 @@ def test_a_request_to_stop_saves_the_step_just_done_and_raises():
             save=lambda i, s, d: saved.append((i, d)), save_every=1000, stop=lambda: True,
         )  # fmt: skip
     assert saved == [(1, {"step": 1})]
+
+
+def test_a_loss_that_is_no_number_ends_training_before_it_is_saved():
+    saved, (mesh, state, step) = [], make(rate=1e30)
+    with jax.set_mesh(mesh), pytest.raises(Diverged, match="(loss|grad_norm) is (nan|inf) at step"):
+        fit(
+            step, state, FROZEN, endless(), 50, mesh=mesh, log=lambda i, m: None,
+            save=lambda i, s, d: saved.append(float(jnp.abs(s.params["w_D"]).max())), save_every=1,
+        )  # fmt: skip
+    assert len(saved) < 10
 
 
 def test_training_refuses_sharded_state_without_a_mesh():
