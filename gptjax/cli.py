@@ -161,7 +161,7 @@ def import_run(args: list[str]) -> int:
     from gptjax.verbs import import_run
 
     _say(import_run(source, run))
-    _next(f'gptjax generate {run} --prompt "Once upon a time"')
+    _next(f"gptjax checkpoint verify {run}")
     return 0
 
 
