@@ -200,8 +200,6 @@ def _check(decoder: Decoder, prompts: Sequence[Sequence[int]], cfg: GenerateConf
                 f"{setting}={cfg.max_new_tokens}: wanted at most {room}, since {name} takes {len(ids)} of the model's "
                 f"{context} positions; add --{setting.replace('_', '-')} {room} or shorten the prompt"
             )
-    # Larger seeds would lose their upper bits without a word.
-    cfg.require(cfg.seed < 2**32, "seed", f"at most {2**32 - 1}")
 
 
 def _bucket(size: int, most: int) -> int:

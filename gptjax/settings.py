@@ -34,7 +34,7 @@ class Section:
         """Each named field is a finite number with low <= value <= high."""
         for name in names:
             value = getattr(self, name)
-            bounds = f"at least {low:g}" if math.isinf(high) else f"a number from {low:g} to {high:g}"
+            bounds = f"at least {low:g}" if math.isinf(high) else f"a number from {low:g} to {high:,.10g}"
             self.require(math.isfinite(value) and low <= value <= high, name, bounds)
 
     def require_positive(self, *names: str) -> None:

@@ -402,7 +402,7 @@ def test_a_stop_text_cuts_its_row_in_the_generated_text(gpt2: Model):
         ),
         ([[1], []], {}, r"generate.prompt\[1\] has no tokens"),
         ([[3, 258]], {}, r"generate.prompt\[0\] holds token id 258; wanted 0 to 257"),
-        ([[3]], {"seed": 2**32}, r"generate.seed=4294967296: wanted at most 4294967295"),
+        ([[3]], {"seed": 2**32}, r"generate.seed=4294967296: wanted a number from 0 to 4,294,967,295"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_numbers(gpt2: Model, prompts, settings, message):
