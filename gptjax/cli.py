@@ -1,6 +1,7 @@
 """The command line: one verb a stage, no logic. Heavy modules are imported by the verb that needs them."""
 
 import os
+import shlex
 import sys
 from collections.abc import Callable
 
@@ -119,7 +120,7 @@ def generate(args: list[str]) -> int:
     from gptjax.verbs import generate_run
 
     generate_run(run, cfg, write=lambda piece: print(piece, end="", flush=True))
-    _next(f"gptjax generate {run} --prompt {' '.join(repr(p) for p in cfg.prompt)} --seed {cfg.seed + 1}")
+    _next(f"gptjax generate {run} --prompt {shlex.join(cfg.prompt)} --seed {cfg.seed + 1}")
     return 0
 
 
