@@ -96,8 +96,13 @@ def assert_same(setting, reference):
         assert np.abs(g - want).max() <= bound, jax.tree_util.keystr(path)
 
 
+def marked(settings: list[tuple]) -> list:
+    """Every other setting belongs to the fast subset too: compiling is most of the suite's time."""
+    return [s if i % 2 else pytest.param(s, marks=pytest.mark.slow) for i, s in enumerate(settings)]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("setting", SUBSET, ids=str)
+@pytest.mark.parametrize("setting", marked(SUBSET), ids=str)
 def test_a_mesh_and_its_settings_do_not_change_the_numbers(family, setting):
     assert_same(run(family, *setting), run(family, "one", 1, "none", 1, "packed"))
 
