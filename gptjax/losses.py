@@ -93,8 +93,8 @@ def _forward(x_BLD, head_VD, targets_BL, weights_BL, vocab_size, z_loss, chunks)
     def add(carry, chunk):
         total, dhead_VD = carry
         x_BCD, targets_BC, weights_BC = chunk
-        kept = _chunk_loss(x_BCD, targets_BC, weights_BC, head_VD, vocab_size, z_loss)
-        loss, exp_BCV, sum_BC, log_z_BC = kept
+        loss, *softmax = _chunk_loss(x_BCD, targets_BC, weights_BC, head_VD, vocab_size, z_loss)
+        exp_BCV, sum_BC, log_z_BC = softmax
         # d loss / d logits = w (softmax (1 + 2 z log Z) - one-hot(target))
         scale_BC = weights_BC * (1 + 2 * z_loss * log_z_BC) / sum_BC
         hit_BCV = jnp.arange(head_VD.shape[0]) == targets_BC[..., None]

@@ -158,7 +158,6 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
             finally:
                 checkpoints.wait()
                 metrics.close()
-            checkpoints.retain(metrics.file.best_steps(config.checkpoint.keep_best))
             _print_sample(config, decoder, state.params, tokenizer)
     return run.folder
 
