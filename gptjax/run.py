@@ -120,7 +120,7 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
         raise InputError(f"{path}{line}: not valid JSON ({e}); restore the file, or train again") from e
     if not isinstance(document, dict) or "schema" not in document:
         raise InputError(f"{path}: no schema number; wanted a config.json that gptjax wrote")
-    if document["schema"] != SCHEMA or isinstance(document["schema"], bool):
+    if type(document["schema"]) is not int or not 1 <= document["schema"] <= SCHEMA:
         raise InputError(
             f"{path}: schema {document['schema']!r}; this gptjax reads schema {SCHEMA}, use the version that wrote it"
         )
@@ -132,6 +132,9 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
     for name, setting in settings.items():
         if not isinstance(setting, dict) or setting.keys() != {"value", "from"}:
             raise InputError(f"{path}: setting {name!r} is not of the form {{'value': ..., 'from': ...}}")
+    if document["schema"] == 1:
+        # Schema 2 only added settings, and each one's default is what schema 1 did.
+        document["settings"] = {n: {"value": v, "from": "default"} for n, v in leaves(TrainConfig())} | settings
     return document
 
 

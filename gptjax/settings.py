@@ -57,7 +57,8 @@ def unknown_name(name: str, known: list[str]) -> str:
     """One line that names an unknown setting and the nearest known one."""
     # The last part weighs most: --model.widht is nearest to model.width, and so is --widht.
     last = {k: k.lstrip("-").rsplit(".", 1)[-1] for k in known}
-    close = difflib.get_close_matches(name, known, n=1)
+    # Two names that are as long and alike but in one part score high; a short one that is alike by chance does not.
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
     if not close and (near := difflib.get_close_matches(name.lstrip("-").rsplit(".", 1)[-1], last.values(), n=1)):
         close = [k for k in known if last[k] == near[0]]  # --widht is meant for --model.width
     return f"there is no setting {name}" + (f"; did you mean {close[0]}?" if close else "; see --help for all")
@@ -87,8 +88,9 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
     if typing.get_origin(kind) is Literal:
         ok, wanted = value in typing.get_args(kind), f"one of {typing.get_args(kind)}"
     elif typing.get_origin(kind) is tuple:
-        ok, wanted = isinstance(value, list | tuple) and all(isinstance(v, str) for v in value), "a list of strings"
-        value = tuple(value) if ok else value
+        of = typing.get_args(kind)[0]
+        ok = isinstance(value, list | tuple)
+        value, wanted = tuple(_checked(name, v, of) for v in value) if ok else value, f"a list of {of.__name__}"
     elif kind is float:
         ok, wanted = isinstance(value, int | float) and not isinstance(value, bool), "a number"
         value = float(value) if ok else value

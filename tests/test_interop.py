@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from gptjax.config import InputError
 from gptjax.decoder import Decoder
 from gptjax.interop.huggingface import import_huggingface, sentencepiece_model
+from gptjax.settings import InputError
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FAMILIES = ("tiny_random_gpt2", "tiny_random_llama")

@@ -34,13 +34,24 @@ def test_a_run_knows_its_settings_and_where_each_came_from(tmp_path):
     assert load_config(run.folder) == CFG
     document = json.loads(run.config_path.read_text())
     assert list(document) == ["schema", "stage", "recipe", "settings"]
-    assert (document["schema"], document["stage"], document["recipe"]) == (1, "pretrain", RECIPE)
+    assert (document["schema"], document["stage"], document["recipe"]) == (2, "pretrain", RECIPE)
     settings = document["settings"]
     assert list(settings) == [name for name, _ in leaves(CFG)]
     assert settings["steps"] == {"value": 100, "from": "command line"}
     assert settings["model.width"] == {"value": 64, "from": "recipe"}
     assert settings["seed"] == {"value": 0, "from": "default"}
     assert read_config(run.folder) == document
+
+
+def test_a_run_of_an_older_schema_is_read_as_it_was(tmp_path):
+    run = open_run(tmp_path)
+    document = json.loads(run.config_path.read_text())
+    document["schema"] = 1
+    for name in ("optim.kind", "data.mixture", "model.attention"):
+        del document["settings"][name]
+    wanted = load_config(run.folder)
+    run.config_path.write_text(json.dumps(document))
+    assert load_config(run.folder) == wanted
 
 
 def test_a_run_knows_its_machine(tmp_path):
@@ -145,7 +156,7 @@ def edited(change):
         (lambda d: "", r"config\.json:1: not valid JSON"),
         (lambda d: "[" * 100_000, "not valid JSON"),
         (lambda d: "[1]", "no schema number"),
-        (lambda d: d.update(schema=2), "schema 2; this gptjax reads schema 1"),
+        (lambda d: d.update(schema=3), "schema 3; this gptjax reads schema 2"),
         (lambda d: d.update(schema=True), "schema True"),
         (lambda d: d.update(extra=1), "'extra' is missing or unknown"),
         (lambda d: d.pop("stage") and None, "'stage' is missing or unknown"),

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.config import InputError, ModelConfig
+from gptjax.config import ModelConfig
 from gptjax.decoder import Decoder
+from gptjax.settings import InputError
 from gptjax.sharding import suffix
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"

@@ -1,0 +1,28 @@
+"""Every setting of a run, as frozen dataclasses that are checked when they are made. Nothing here imports jax.
+
+Each fact has one owner: the vocabulary belongs to `tokenizer.vocab_size`, the context to `data.length`, and the
+model takes both from there. What can be derived is a property, never a field.
+"""
+
+from gptjax.config.data import DataConfig, PrepareConfig, ShowConfig
+from gptjax.config.generation import ContinueConfig, GenerateConfig
+from gptjax.config.model import ModelConfig
+from gptjax.config.optim import OptimConfig
+from gptjax.config.tokenizer import TokenizerConfig, TrainTokenizerConfig
+from gptjax.config.training import (
+    EXTENDABLE,
+    FREE,
+    SCHEMA,
+    CheckpointConfig,
+    EvalConfig,
+    EvaluateConfig,
+    MeshConfig,
+    TrainConfig,
+    frozen_changes,
+)
+
+__all__ = [
+    "EXTENDABLE", "FREE", "SCHEMA", "CheckpointConfig", "ContinueConfig", "DataConfig", "EvalConfig", "EvaluateConfig",
+    "GenerateConfig", "MeshConfig", "ModelConfig", "OptimConfig", "PrepareConfig", "ShowConfig", "TokenizerConfig",
+    "TrainConfig", "TrainTokenizerConfig", "frozen_changes",
+]  # fmt: skip

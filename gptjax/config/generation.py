@@ -1,0 +1,56 @@
+"""How text is generated."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from gptjax.settings import Section
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(Section):
+    """How to continue a prompt."""
+
+    section: ClassVar[str] = "generate"
+
+    prompt: tuple[str, ...] = ("",)
+    """Text to continue; several are decoded as one batch, and an empty one starts a new document."""
+    max_new_tokens: int = 200
+    """Tokens to add at the most."""
+    temperature: float = 0.8
+    """Divides the logits; 0 always takes the likeliest token."""
+    top_k: int = 0
+    """Sample only from this many likeliest tokens; 0: from all."""
+    top_p: float = 1.0
+    """Sample only from the likeliest tokens that together reach this probability."""
+    min_p: float = 0.0
+    """Sample only from tokens at least this share as likely as the likeliest."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes every token that already occurred less likely (CTRL's penalty)."""
+    stop: tuple[str, ...] = ()
+    """Texts at which to stop; they are not printed."""
+    seed: int = 0
+    """Same seed, same text, whatever else is in the batch."""
+
+    def __post_init__(self):
+        self.require(bool(self.prompt), "prompt", "at least one prompt")
+        self.require_positive("max_new_tokens", "repetition_penalty")
+        self.require_numbers(0, math.inf, "temperature", "top_k")
+        self.require_numbers(0, 2**32 - 1, "seed")  # jax would drop higher bits
+        self.require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
+        self.require_numbers(0, 1, "min_p")
+        self.require(all(self.stop), "stop", "texts that are not empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContinueConfig(GenerateConfig):
+    """Continue prompts with a trained run."""
+
+    section: ClassVar[str] = ""
+
+    step: int = 0
+    """Checkpoint to use; 0: the newest."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_numbers(0, math.inf, "step")

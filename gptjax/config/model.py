@@ -1,0 +1,109 @@
+"""The shape of the decoder."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from gptjax.settings import Section
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Section):
+    """Shape of the decoder; GPT-2 and the Llama family are settings of it."""
+
+    section: ClassVar[str] = "model"
+
+    num_layers: int = 12
+    """Transformer blocks."""
+    width: int = 768
+    """Size of the residual stream; a multiple of num_heads."""
+    num_heads: int = 12
+    """Query heads of each attention."""
+    queries_per_kv: int = 1
+    """Query heads that share one key-value head (grouped queries); 1 is plain multi-head attention."""
+    head_dim: int = 0
+    """Size of each head; 0: width / num_heads."""
+    mlp_ratio: float = 4.0
+    """Width of the MLP as a multiple of the model's width."""
+    positions: Literal["learned", "rope"] = "learned"
+    """A learned position table (GPT-2), or rotary positions (Llama)."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """LayerNorm (GPT-2) or RMSNorm (Llama), computed in float32."""
+    activation: Literal["gelu", "swiglu", "relu2"] = "gelu"
+    """GELU in its tanh form (GPT-2), a SiLU gate (Llama), or ReLU squared (Primer)."""
+    biases: bool = True
+    """Biases in every projection and norm (GPT-2)."""
+    tied: bool = True
+    """The output head is the embedding."""
+    rope_theta: float = 10_000.0
+    """Base wavelength of rotary positions."""
+    rope_scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"
+    """How rotary positions reach beyond the context they were trained for."""
+    rope_factor: float = 1.0
+    """How many times longer the context becomes by rope_scaling."""
+    rope_original_length: int = 0
+    """Context that the model was trained for before rope_scaling (ntk, yarn, llama3)."""
+    window: int = 0
+    """Tokens that a position attends to, itself included, in layers with a sliding window; 0: no window."""
+    global_every: int = 0
+    """With a window, every so many-th layer attends to everything; 0: none does."""
+    qk_norm: bool = False
+    """RMSNorm of each query and key head before the rotation."""
+    attention_softcap: float = 0.0
+    """Attention scores s become c tanh(s / c) with this c; 0: they stay."""
+    logit_softcap: float = 0.0
+    """Logits z become c tanh(z / c) with this c; 0: they stay."""
+    parallel: bool = False
+    """Attention and MLP read the same norm of the block's input and are added together (GPT-J, PaLM)."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance under the root in each norm."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights; divided by sqrt(2 num_layers) where a branch rejoins the stream."""
+    mup_base_width: int = 0
+    """Width at which learning rate and init_std were tuned; muP carries them over to this width. 0: no muP."""
+    dropout: float = 0.0
+    """Chance of dropping an element of the embedding, of an attention weight and of each branch."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of activations and products; weights and optimizer stay float32."""
+    attention: Literal["plain", "blockwise"] = "plain"
+    """The plain product of all queries and keys, or blocks of them with an online softmax: memory linear in length."""
+    attention_block: int = 512
+    """Keys, and queries, in one block of blockwise attention."""
+    remat: Literal["none", "full", "dots", "names", "offload"] = "none"
+    """What the backward pass computes again: nothing, each block, all but its matrix products, all but what remat_names
+    lists, or the same with that kept in the host's memory."""
+    remat_names: tuple[str, ...] = ("attention",)
+    """What remat=names and remat=offload keep of each block: of query, key, value, attention, mlp."""
+    unroll: int = 1
+    """Layers in one step of the compiled loop over layers; 0 unrolls all (slower to compile, often faster to run)."""
+
+    def __post_init__(self):
+        self.require_positive("num_layers", "width", "num_heads", "queries_per_kv", "mlp_ratio", "rope_theta",
+                              "norm_epsilon", "init_std")  # fmt: skip
+        self.require(
+            self.head_dim > 0 or self.width % self.num_heads == 0,
+            "width",
+            f"a multiple of model.num_heads={self.num_heads}",
+            f"e.g. --model.width {self.num_heads * max(1, self.width // self.num_heads)}",
+        )
+        grouped = self.num_heads % self.queries_per_kv == 0
+        self.require(grouped, "queries_per_kv", f"a divisor of model.num_heads={self.num_heads}")
+        even, owner = self.positions != "rope" or self.head_size % 2 == 0, "head_dim" if self.head_dim else "width"
+        self.require(even, owner, f"an even head size for rotary positions; model.num_heads={self.num_heads}")
+        self.require_numbers(0, math.inf, "head_dim", "rope_original_length", "window", "global_every",
+                             "attention_softcap", "logit_softcap", "mup_base_width")  # fmt: skip
+        self.require_positive("rope_factor", "attention_block")
+        self.require(0 <= self.dropout < 1, "dropout", "a chance from 0 up to, not including, 1")
+        self.require(0 <= self.unroll <= self.num_layers, "unroll", f"0 (all) or 1 to num_layers={self.num_layers}")
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.width // self.num_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.num_heads // self.queries_per_kv
+
+    @property
+    def mlp_width(self) -> int:
+        return round(self.width * self.mlp_ratio)

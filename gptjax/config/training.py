@@ -1,0 +1,160 @@
+"""A run as a whole: its mesh, checkpoints and evaluations, and what may change when it is resumed."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from gptjax.config.data import DataConfig
+from gptjax.config.generation import GenerateConfig
+from gptjax.config.model import ModelConfig
+from gptjax.config.optim import OptimConfig
+from gptjax.config.tokenizer import TokenizerConfig
+from gptjax.settings import InputError, Section, leaves
+
+SCHEMA = 2  # version of config.json; raise it when a saved file needs translating
+
+# What may change when a run is resumed. Everything else is frozen: changing it would make another run.
+FREE = ("run_dir", "log_every", "log_norms_every", "tensorboard", "profile", "compile_cache", "mesh", "checkpoint",
+        "evaluate", "generate", "model.remat", "model.remat_names", "model.unroll", "model.attention",
+        "model.attention_block", "data.workers", "data.validation", "data.max_corrupt",
+        "data.exact_resume")  # fmt: skip
+EXTENDABLE = ("steps",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig(Section):
+    """How many devices lie along each axis of the mesh; one size may be -1: all that are left."""
+
+    section: ClassVar[str] = "mesh"
+
+    data: int = -1
+    """Copies of the model, each with its own rows."""
+    fsdp: int = 1
+    """Devices that share parameters, optimizer state and rows."""
+    tensor: int = 1
+    """Devices that share heads, MLP width and vocabulary."""
+    context: int = 1
+    """Devices that share the length of each row."""
+
+    def __post_init__(self):
+        for name, size in dataclasses.asdict(self).items():
+            self.require(size == -1 or size >= 1, name, "a number of devices, or -1 for all that are left")
+        sizes = list(dataclasses.asdict(self).values())
+        self.require(sizes.count(-1) <= 1, "data", "at most one mesh size of -1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(Section):
+    """When to save, and what to keep."""
+
+    section: ClassVar[str] = "checkpoint"
+
+    every: int = 500
+    """Steps between saves; the last step is always saved."""
+    keep_newest: int = 2
+    """Newest checkpoints kept; at least 1."""
+    keep_every: int = 0
+    """Also keep each checkpoint whose step is a multiple of this; 0: none."""
+    keep_best: int = 0
+    """Also keep this many of the lowest evaluation loss."""
+
+    def __post_init__(self):
+        self.require_positive("every", "keep_newest")
+        self.require_numbers(0, math.inf, "keep_every", "keep_best")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Section):
+    """When and on how much of the validation split to evaluate."""
+
+    section: ClassVar[str] = "evaluate"
+
+    every: int = 500
+    """Steps between evaluations; the last step is always evaluated."""
+    max_rows: int = 0
+    """Rows of the validation split to use, from its start; 0: all of them."""
+
+    def __post_init__(self):
+        self.require_positive("every")
+        self.require_numbers(0, math.inf, "max_rows")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(Section):
+    """Evaluate a run on its validation split."""
+
+    step: int = 0
+    """Checkpoint to use; 0: the newest."""
+    max_rows: int = 0
+    """Rows of the validation split to use, from its start; 0: all of them."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self):
+        self.require_numbers(0, math.inf, "step", "max_rows")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Section):
+    """Pretraining from start to end."""
+
+    run_dir: str = "runs/unnamed"
+    """Folder of the run; the same command on the same folder resumes."""
+    steps: int = 1000
+    """Training steps; may be raised to go on with a finished run."""
+    seed: int = 0
+    """Seed of the initial weights, the order of the data and dropout."""
+    init: str = ""
+    """Run whose weights to start from, with a schedule of its own; a longer context or more token ids are allowed."""
+    loss: str = ""
+    """Function module:name that builds the loss from the decoder, in place of next-token cross-entropy."""
+    log_norms_every: int = 0
+    """Steps between lines with the norms of each layer's gradients and activations; 0: never."""
+    log_every: int = 10
+    """Steps between printed lines where there is no terminal for a progress bar; metrics.jsonl has every step."""
+    tensorboard: bool = True
+    """Write TensorBoard event files under the run folder."""
+    profile: str = ""
+    """Steps to trace, as FIRST:LAST (10:15); the trace goes to the run folder."""
+    compile_cache: bool = True
+    """Keep compiled programs in the user's cache folder, so that the next start is faster."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+
+    def __post_init__(self):
+        self.require(bool(self.run_dir), "run_dir", "a folder")
+        self.require_positive("steps", "log_every")
+        self.require_numbers(0, 2**31 - 1, "seed")
+        self.require_numbers(0, math.inf, "log_norms_every")
+        if self.data.batch_size % self.optim.accumulate:
+            rows, parts = self.data.batch_size, self.optim.accumulate
+            raise InputError(
+                f"data.batch_size={rows} is not divisible by optim.accumulate={parts}; "
+                f"e.g. --data.batch-size {parts * max(1, rows // parts)}"
+            )
+        if self.profile:
+            self.require(self.profile_steps != (), "profile", "FIRST:LAST with 1 <= FIRST <= LAST, e.g. 10:15")
+
+    @property
+    def profile_steps(self) -> tuple[int, int] | tuple[()]:
+        """First and last step to trace; empty where `profile` is empty or malformed."""
+        first, _, last = self.profile.partition(":")
+        if first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last):
+            return int(first), int(last)
+        return ()
+
+
+def frozen_changes(old: Any, new: Any) -> list[str]:
+    """Names what differs between a run's settings and new ones and may not change on resume."""
+    before, may_change = dict(leaves(old)), FREE + EXTENDABLE
+    return [
+        f"{name} was {before[name]!r}, got {value!r}"
+        for name, value in leaves(new)
+        if value != before[name] and not any(name == f or name.startswith(f"{f}.") for f in may_change)
+    ]
