@@ -1,21 +1,49 @@
 """Attention as pure functions: masks, rotary positions, and the plain reference that a faster path must equal."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 
 
-def causal_mask(segments_BL: jax.Array) -> jax.Array:
-    """mask_BLM of a training row: position l sees m where m <= l and both lie in the same document.
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["query_BL", "query_segments_BL", "key_segments_BM"],
+                   meta_fields=[])  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class Sight:
+    """Which keys each query sees, without an L x M array: those at places m <= query_BL, in the same segment.
+
+    query_BL is the place of each query among the keys. Segments are None where all keys belong to one document.
+    """
+
+    query_BL: jax.Array
+    query_segments_BL: jax.Array | None = None
+    key_segments_BM: jax.Array | None = None
+
+
+def causal(segments_BL: jax.Array) -> Sight:
+    """A training row: position l sees m where m <= l and both lie in the same document.
 
     Padding is segment 0. It sees only itself and other padding, so that no softmax is empty.
     """
-    index_L = jnp.arange(segments_BL.shape[1])
-    return (index_L[:, None] >= index_L[None, :]) & (segments_BL[:, :, None] == segments_BL[:, None, :])
+    places_BL = jnp.broadcast_to(jnp.arange(segments_BL.shape[1], dtype=jnp.int32), segments_BL.shape)
+    return Sight(places_BL, segments_BL, segments_BL)
 
 
-def cache_mask(positions_BL: jax.Array, slots: int) -> jax.Array:
-    """mask_BLM of cached decoding: the token at position p sees the slots 0..p, which is all that was written."""
-    return jnp.arange(slots)[None, None, :] <= positions_BL[:, :, None]
+def cached(positions_BL: jax.Array) -> Sight:
+    """Cached decoding: the token at position p sees the slots 0..p, which is all that was written."""
+    return Sight(positions_BL)
+
+
+def mask(sight: Sight, keys: int, window: jax.typing.ArrayLike | None = None) -> jax.Array:
+    """mask_BLM over keys 0..keys - 1: what `sight` allows and, with a window, only the last `window` places of it."""
+    behind_BLM = sight.query_BL[:, :, None] - jnp.arange(keys)[None, None, :]
+    mask_BLM = behind_BLM >= 0
+    if window is not None:
+        mask_BLM &= behind_BLM < window
+    if sight.query_segments_BL is not None and sight.key_segments_BM is not None:
+        mask_BLM &= sight.query_segments_BL[:, :, None] == sight.key_segments_BM[:, None, :]
+    return mask_BLM
 
 
 def rotate(x_BLHK: jax.Array, positions_BL: jax.Array, theta: float) -> jax.Array:
@@ -44,22 +72,28 @@ def attend(
     q_BLHK: jax.Array,
     k_BMGK: jax.Array,
     v_BMGK: jax.Array,
-    mask_BLM: jax.Array,
+    sight: Sight,
     *,
+    scale: float,
+    window: jax.typing.ArrayLike | None = None,
+    softcap: float = 0.0,
     dropout_rate: float = 0.0,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """out_BLHK = softmax(q k^T / sqrt(K)) v over the positions that the mask allows; the softmax is float32.
+    """out_BLHK = softmax(scale q k^T) v over the keys in sight; the softmax is float32.
 
-    Vaswani et al. 2017, with grouped queries (Ainslie et al. 2023): query head h uses key-value head h // J.
+    Vaswani et al. 2017, with grouped queries (Ainslie et al. 2023): query head h uses key-value head h // J. With a
+    soft-cap c the scores s become c tanh(s / c) (Gemma 2, 2024). The plain reference: it holds all L x M scores.
     """
     B, L, H, K = q_BLHK.shape
-    G = k_BMGK.shape[2]
+    M, G = k_BMGK.shape[1:3]
     # Heads go before positions, so that both products are plain batched matrices: on a CPU twice as fast.
-    q_BGJLK = jnp.moveaxis(q_BLHK.reshape(B, L, G, H // G, K) * K**-0.5, 1, 3)
+    q_BGJLK = jnp.moveaxis(q_BLHK.reshape(B, L, G, H // G, K) * scale, 1, 3)
     k_BGMK, v_BGMK = jnp.moveaxis(k_BMGK, 1, 2), jnp.moveaxis(v_BMGK, 1, 2)
     s_BGJLM = jnp.einsum("BGJLK,BGMK->BGJLM", q_BGJLK, k_BGMK).astype(jnp.float32)
-    s_BGJLM = jnp.where(mask_BLM[:, None, None], s_BGJLM, jnp.finfo(jnp.float32).min)
+    if softcap:
+        s_BGJLM = softcap * jnp.tanh(s_BGJLM / softcap)
+    s_BGJLM = jnp.where(mask(sight, M, window)[:, None, None], s_BGJLM, jnp.finfo(jnp.float32).min)
     p_BGJLM = dropout(jax.nn.softmax(s_BGJLM, axis=-1), dropout_rate, key)
     out_BGJLK = jnp.einsum("BGJLM,BGMK->BGJLK", p_BGJLM.astype(v_BGMK.dtype), v_BGMK)
     return jnp.moveaxis(out_BGJLK, 3, 1).reshape(B, L, H, K)

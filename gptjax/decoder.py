@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gptjax.attention import attend, cache_mask, causal_mask, dropout, rotate
+from gptjax.attention import Sight, attend, cached, causal, dropout, rotate
 from gptjax.config import ModelConfig, TrainConfig
 from gptjax.losses import logits
 from gptjax.scaling.counts import padded_vocab
@@ -93,7 +93,7 @@ def block(
     p: Params,
     x_BLD: jax.Array,
     positions_BL: jax.Array,
-    mask_BLM: jax.Array,
+    sight: Sight,
     cache: Cache | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache | None]:
@@ -116,7 +116,7 @@ def block(
         k_BMGK, v_BMGK = (c.astype(x_BLD.dtype) for c in cache.values())
     else:
         k_BMGK, v_BMGK = k_BLGK, v_BLGK
-    a_BLHK = attend(q_BLHK, k_BMGK, v_BMGK, mask_BLM, dropout_rate=cfg.dropout, key=keys[0])
+    a_BLHK = attend(q_BLHK, k_BMGK, v_BMGK, sight, scale=cfg.head_size**-0.5, dropout_rate=cfg.dropout, key=keys[0])
     x_BLD = x_BLD + dropout(project(a_BLHK, p, "o", "BLHK,HKD->BLD"), cfg.dropout, keys[1])
 
     h_BLD = norm(x_BLD, p["norm_mlp_D"], p.get("norm_mlp_bias_D"), cfg)
@@ -210,10 +210,10 @@ class Decoder(nn.Module):
         if cfg.positions == "learned":
             x_BLD = x_BLD + self.top["position_TD"].astype(dtype)[positions_BL]
         if cache is not None:
-            mask_BLM = cache_mask(positions_BL, cache["k_NBMGK"].shape[2])
+            sight = cached(positions_BL)
         else:
             assert segments_BL is not None, "without a cache, segments say which positions see each other"
-            mask_BLM = causal_mask(segments_BL)
+            sight = causal(segments_BL)
 
         layer_keys = None
         if key is not None and cfg.dropout:
@@ -223,7 +223,7 @@ class Decoder(nn.Module):
 
         def body(x_BLD, layer):
             p, layer_cache, layer_key = layer
-            return block(cfg, p, x_BLD, positions_BL, mask_BLM, layer_cache, layer_key)
+            return block(cfg, p, x_BLD, positions_BL, sight, layer_cache, layer_key)
 
         layers = (_unstacked(self.layers), cache and _unstacked(cache), layer_keys)
         x_BLD, new = jax.lax.scan(REMAT[cfg.remat](body), x_BLD, layers, unroll=cfg.unroll or cfg.num_layers)
