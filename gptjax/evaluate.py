@@ -1,15 +1,13 @@
-"""Loss, perplexity and bits per byte over a validation split."""
+"""Loss, perplexity and bits per byte over validation sets."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from gptjax.config import DataConfig, TrainConfig
-from gptjax.data.batches import validation_batches
-from gptjax.data.corpus import Split
+from gptjax.data.feed import Validation
 from gptjax.decoder import Decoder, head
 from gptjax.losses import cross_entropy
 from gptjax.settings import InputError
@@ -27,32 +25,40 @@ def make_eval_step(decoder: Decoder, mesh: Mesh, params: Any, batch: Any) -> Cal
     return jax.jit(eval_step, in_shardings=(shardings(params, mesh), shardings(batch, mesh)))
 
 
-def evaluate(eval_step: Callable, params: Any, split: Split, config: TrainConfig, mesh: Mesh) -> dict[str, Any]:
-    """Means over every weighted token of the split, or of its first evaluate.max_rows rows.
+def evaluate(
+    eval_step: Callable, params: Any, validation: Sequence[Validation], max_rows: int, mesh: Mesh
+) -> dict[str, Any]:
+    """Means over every weighted token of the validation sets, or of the first max_rows rows of each (0: all).
 
     eval_loss is in nats a token, eval_perplexity its exponential, and eval_bits_per_byte = loss / ln 2 / (bytes of text
-    that a predicted token stands for), which compares across tokenizers. eval_tokens counts the tokens.
+    that a predicted token stands for), which compares across tokenizers. eval_tokens counts the tokens. These cover
+    the run's own validation split; a named set, a source of a mixture too, has its eval_loss_NAME and
+    eval_bits_per_byte_NAME besides.
     """
-    cfg = config.data
-    nats = tokens = 0.0
-    for batch in validation_batches(split, cfg, config.evaluate.max_rows):
-        loss, weight = jax.device_get(eval_step(params, put(batch, mesh)))
-        nats, tokens = nats + float(loss), tokens + float(weight)
-    if not tokens:
-        raise InputError("the validation split holds no token; give more text or raise data.validation_fraction")
+    nats = tokens = size = 0.0
+    named: dict[str, float] = {}
+    for held in validation:
+        loss_sum = weight_sum = 0.0
+        for batch in held.batches(max_rows):
+            loss, weight = jax.device_get(eval_step(params, put(batch, mesh)))
+            loss_sum, weight_sum = loss_sum + float(loss), weight_sum + float(weight)
+        if not weight_sum:
+            name = f" {held.name!r}" if held.name else ""
+            raise InputError(
+                f"the validation set{name} holds no token; give more text or raise data.validation_fraction"
+            )
+        if held.name:
+            loss = loss_sum / weight_sum
+            named |= {f"eval_loss_{held.name}": loss}
+            named |= {f"eval_bits_per_byte_{held.name}": loss / math.log(2) / held.bytes_per_target}
+        if held.own:
+            nats, tokens = nats + loss_sum, tokens + weight_sum
+            size += weight_sum * held.bytes_per_target
     loss = nats / tokens
     return {
         "eval_loss": loss,
         "eval_perplexity": math.exp(min(loss, 700.0)),
-        "eval_bits_per_byte": loss / math.log(2) / _bytes_per_target(split, cfg),
+        "eval_bits_per_byte": nats / math.log(2) / size,
         "eval_tokens": int(tokens),
+        **named,
     }
-
-
-def _bytes_per_target(split: Split, cfg: DataConfig) -> float:
-    """Bytes of text that a predicted token of the split stands for.
-
-    Each document is stored as beginning, text, end. A beginning is predicted only where attention crosses documents.
-    """
-    crossing = cfg.cross_documents and cfg.packing == "packed"
-    return split.num_bytes / (split.num_tokens - (1 if crossing else split.num_documents))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,7 @@ import jax.numpy as jnp
 
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import TrainConfig
-from gptjax.data.batches import Rows, batches
-from gptjax.data.corpus import Corpus, is_corpus, open_corpus
-from gptjax.data.prepare import prepare
+from gptjax.data.feed import open_feed
 from gptjax.decoder import Decoder, head, init_params, make_decoder
 from gptjax.evaluate import evaluate, make_eval_step
 from gptjax.generate import generate
@@ -52,23 +49,6 @@ def language_model_loss(decoder: Decoder) -> LossFn:
     return loss_fn
 
 
-def get_corpus(config: TrainConfig, folder: Path, say: Callable[[str], None]) -> Corpus:
-    """The prepared corpus of data.source, which is prepared into `folder` first where it is still text."""
-    source, wanted = config.data.source, config.tokenizer.vocab_size
-    if not is_corpus(source):
-        if not is_corpus(folder):
-            say(f"preparing {source} with a tokenizer of {wanted:,} ids into {folder}")
-        corpus = prepare(source, folder, config.tokenizer, config.data.validation_fraction)
-    else:
-        corpus = open_corpus(source)
-    if corpus.vocab_size != wanted:
-        raise InputError(
-            f"{corpus.folder} was prepared with {corpus.vocab_size} token ids but tokenizer.vocab_size={wanted}; "
-            f"set --tokenizer.vocab-size {corpus.vocab_size}, or prepare the text again"
-        )
-    return corpus
-
-
 def check_divisible(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
     """Raises InputError where the rows or their length do not divide over the mesh."""
     shards, parts = mesh.shape["data"] * mesh.shape["fsdp"], config.optim.accumulate
@@ -98,15 +78,9 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
         run = Run.open(config.run_dir, config, recipe, origins)
         for line in run.changes:
             _say(line)
-        corpus = get_corpus(config, run.data, _say)
-        tokenizer = corpus.tokenizer
-        tokenizer.save(run.tokenizer)
-        train_split, validation = corpus.split("train"), corpus.split("validation")
-        rows = Rows(train_split, config.data, config.seed)
-        _say(
-            f"{train_split.num_tokens:,} tokens to train on, {validation.num_tokens:,} held out; "
-            f"{config.data.batch_size * config.data.length:,} tokens a step"
-        )
+        feed = open_feed(config, run.data, _say)
+        feed.tokenizer.save(run.tokenizer)
+        _say(feed.describe())
 
         decoder = make_decoder(config)
         schedule = make_schedule(config.optim, config.steps)
@@ -115,24 +89,22 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
         step = make_train_step(language_model_loss(decoder), tx, schedule, config.optim.accumulate)
         checkpoints = Checkpoints(run.checkpoints, config.checkpoint)
         with jax.set_mesh(mesh):
-            start, data_state = 0, {"step": 0}
+            start, data_state = 0, feed.start
             if checkpoints.newest() is None:
                 state = init_state(init, config.seed, mesh)
             else:
                 start, state, data_state, _ = checkpoints.restore(abstract(jax.eval_shape(init, 0), mesh))
-                if data_state["corpus"] != corpus.sha256:
-                    raise InputError(
-                        f"{corpus.folder} is not the corpus that {run.folder} was trained on; "
-                        f"restore it, or give another --run-dir"
-                    )
+                feed.check(data_state)
                 _say(f"resumed {run.folder} after step {start}")
-            example = rows.batch(0)
+            example = feed.batch(0)
             step = compile_step(step, mesh, state, {}, example)
             eval_step = make_eval_step(decoder, mesh, state.params, example)
             metrics = Metrics(run.metrics_path, run.tensorboard, config, decoder.vocab_size, resumed_step=start)
 
             def evaluate_at(i: int, state: Any) -> None:
-                metrics.log_evaluation(i, evaluate(eval_step, state.params, validation, config, mesh))
+                metrics.log_evaluation(
+                    i, evaluate(eval_step, state.params, feed.validation, config.evaluate.max_rows, mesh)
+                )
                 # Decided after the evaluation, and only once the save it may refer to is on the disk.
                 checkpoints.wait()
                 checkpoints.retain(metrics.file.best_steps(config.checkpoint.keep_best))
@@ -142,7 +114,7 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
                 metrics.log_step(i, values)
 
             def save(i: int, state: Any, data_state: dict) -> None:
-                checkpoints.save(i, state, {**data_state, "corpus": corpus.sha256}, dict(leaves(config)))
+                checkpoints.save(i, state, data_state, dict(leaves(config)))
 
             due = start > 0 and (start % config.evaluate.every == 0 or start == config.steps)
             if due and not metrics.file.has_evaluation(start):
@@ -151,14 +123,14 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
             signals.defer()
             try:
                 state = fit(
-                    step, state, {}, batches(rows, data_state["step"]), config.steps,
+                    step, state, {}, feed.batches(data_state), config.steps,
                     mesh=mesh, log=log, save=save, save_every=config.checkpoint.every,
                     hooks={evaluate_at: config.evaluate.every}, stop=signals.stop, trace=profile,
                 )  # fmt: skip
             finally:
                 checkpoints.wait()
                 metrics.close()
-            _print_sample(config, decoder, state.params, tokenizer)
+            _print_sample(config, decoder, state.params, feed.tokenizer)
     return run.folder
 
 

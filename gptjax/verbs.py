@@ -1,6 +1,5 @@
 """What the verbs on a run do: evaluate it, continue prompts, show its data, make one of foreign weights."""
 
-import dataclasses
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +9,7 @@ import jax
 
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import ContinueConfig, DataConfig, EvalConfig, MeshConfig, TokenizerConfig, TrainConfig
-from gptjax.data.batches import Rows
-from gptjax.data.corpus import Corpus, is_corpus, open_corpus
+from gptjax.data.feed import open_feed
 from gptjax.data.show import show
 from gptjax.evaluate import evaluate, make_eval_step
 from gptjax.generate import stream
@@ -25,13 +23,10 @@ from gptjax.trained import open_trained
 def evaluate_run(run_dir: str | Path, cfg: EvalConfig) -> dict[str, Any]:
     """Evaluates a run on its validation split: step, eval_loss, eval_perplexity, eval_bits_per_byte, eval_tokens."""
     model = open_trained(run_dir, cfg.mesh, cfg.step)
-    limits = dataclasses.replace(model.config.evaluate, max_rows=cfg.max_rows)
-    config = dataclasses.replace(model.config, evaluate=limits)
-    corpus = run_corpus(run_dir)
+    feed = open_feed(model.config, model.run.data)
     with jax.set_mesh(model.mesh):
-        example = Rows(corpus.split("train"), config.data, config.seed).batch(0)
-        eval_step = make_eval_step(model.decoder, model.mesh, model.params, example)
-        result = evaluate(eval_step, model.params, corpus.split("validation"), config, model.mesh)
+        eval_step = make_eval_step(model.decoder, model.mesh, model.params, feed.batch(0))
+        result = evaluate(eval_step, model.params, feed.validation, cfg.max_rows, model.mesh)
     return {"step": model.step, **result}
 
 
@@ -56,15 +51,9 @@ def generate_run(run_dir: str | Path, cfg: ContinueConfig, write: Callable[[str]
 
 def show_step(run_dir: str | Path, step: int, rows: int) -> str:
     """The rows of a training step of a run, as text; step 1 is the first."""
-    config, corpus = load_config(run_dir), run_corpus(run_dir)
-    batch = Rows(corpus.split("train"), config.data, config.seed).batch(step - 1)
-    return show(batch, corpus.tokenizer, range(min(rows, config.data.batch_size)))
-
-
-def run_corpus(run_dir: str | Path) -> Corpus:
-    """The prepared corpus that a run trained on."""
-    source = load_config(run_dir).data.source
-    return open_corpus(source if is_corpus(source) else Run.existing(run_dir).data)
+    config = load_config(run_dir)
+    feed = open_feed(config, Run.existing(run_dir).data)
+    return show(feed.batch(step - 1), feed.tokenizer, range(min(rows, config.data.batch_size)))
 
 
 def import_run(source: str | Path, run_dir: str | Path) -> str:
