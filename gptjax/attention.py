@@ -1,4 +1,4 @@
-"""Attention as pure functions: masks, rotary positions, and the plain reference that a faster path must equal."""
+"""Attention as pure functions: masks, and the plain reference that a faster path must equal."""
 
 import dataclasses
 import functools
@@ -44,21 +44,6 @@ def mask(sight: Sight, keys: int, window: jax.typing.ArrayLike | None = None) ->
     if sight.query_segments_BL is not None and sight.key_segments_BM is not None:
         mask_BLM &= sight.query_segments_BL[:, :, None] == sight.key_segments_BM[:, None, :]
     return mask_BLM
-
-
-def rotate(x_BLHK: jax.Array, positions_BL: jax.Array, theta: float) -> jax.Array:
-    """Rotary positions: turns the pair (x_i, x_{i + K/2}) by the angle p theta^(-2i/K), in queries and keys alike.
-
-    Su et al. 2021, RoFormer, in the half-split form of the Llama checkpoints. Computed in float32: in bfloat16 the
-    angle of position 257 is already that of 256.
-    """
-    half = x_BLHK.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions_BL[:, :, None, None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_BLHK.dtype)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

@@ -31,9 +31,10 @@ def prepare(args: list[str]) -> int:
     from gptjax.flags import parse
 
     cfg = parse(PrepareConfig(), args, "gptjax prepare")
-    from gptjax.data.prepare import prepare, report
+    from gptjax.data.prepare import prepare, progress_bar, report
 
-    corpus = prepare(cfg.source, cfg.out, cfg.tokenizer, cfg.validation_fraction)
+    with progress_bar() as progress:
+        corpus = prepare(cfg, progress)
     _say(report(corpus))
     kind = "" if cfg.tokenizer.kind == "sentencepiece" else f" --tokenizer.kind {cfg.tokenizer.kind}"
     _next(f"gptjax pretrain quickstart --data.source {cfg.out}{kind} --tokenizer.vocab-size {corpus.vocab_size} "
@@ -72,12 +73,13 @@ def data_verify(args: list[str]) -> int:
 def pretrain(args: list[str]) -> int:
     """pretrain RECIPE          train a model, or go on with its run"""
     name, args = _positional(args, "RECIPE", "gptjax pretrain configs/quickstart.py")
-    from gptjax.flags import load_recipe, origins, parse
+    from gptjax.flags import load_recipe, origins, parse, take
 
     if name == "RECIPE":
         parse(TrainConfig(), args, "gptjax pretrain RECIPE")
     recipe = load_recipe(name)
-    written = recipe.config("pretrain")
+    size, args = take(args, "size")
+    written = recipe.config("pretrain", size)
     cfg = parse(written, args, f"gptjax pretrain {name}", recipe.doc)
     from gptjax.checkpoint import CheckpointError
     from gptjax.pretrain import pretrain
@@ -185,8 +187,9 @@ usage: gptjax VERB ... [--help]
 
 {chr(10).join("  " + str(verb.__doc__) for verb in VERBS.values())}
 
-RECIPE is a Python file of settings (configs/quickstart.py) or the name of a shipped one (quickstart). RUN is the folder
-that a training verb wrote. Every verb has --help, with every setting by its dotted name.
+RECIPE is a Python file of settings (configs/quickstart.py) or the name of a shipped one (quickstart); some have a dial:
+gptjax pretrain modern --size 4. RUN is the folder that a training verb wrote. Every verb has --help, with every
+setting by its dotted name.
 
 Start here: gptjax pretrain configs/quickstart.py
 """

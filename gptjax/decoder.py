@@ -4,7 +4,6 @@ One declaration (`layer_params`, `Decoder.setup`) gives every parameter's name; 
 (`dims`) and, in sharding.py, its place on the mesh. Layers are stored stacked (N) and scanned by a pure function.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,14 +11,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gptjax.attention import Sight, attend, cached, causal, dropout, rotate
+from gptjax.attention import cached, causal, dropout
+from gptjax.block import Cache, Params, block, norm
 from gptjax.config import ModelConfig, TrainConfig
 from gptjax.losses import logits
+from gptjax.mup import init_factor, logits_factor
 from gptjax.scaling.counts import padded_vocab
 from gptjax.sharding import constrain, suffix
 
-Params = dict[str, Any]
-Cache = dict[str, jax.Array]
+# A layer that attends to everything, in the list of windows: more places than any text has.
+EVERYTHING = 2**31 - 1
 
 
 def dims(cfg: ModelConfig, vocab_size: int, context: int) -> dict[str, int]:
@@ -36,7 +37,7 @@ def layer_params(cfg: ModelConfig) -> dict[str, str]:
     names |= {"w_in_NDF": "normal", "w_out_NFD": "residual"}
     if cfg.activation == "swiglu":
         names["w_gate_NDF"] = "normal"
-    names |= {"norm_attn_ND": "ones", "norm_mlp_ND": "ones"}
+    names |= {"norm_attn_ND": "ones"} | ({} if cfg.parallel else {"norm_mlp_ND": "ones"})
     if cfg.biases:
         # A bias is named after its weight and has the weight's output dimensions.
         outputs = {"q": "NHK", "k": "NGK", "v": "NGK", "o": "ND", "w_in": "NF", "w_gate": "NF", "w_out": "ND"}
@@ -44,100 +45,14 @@ def layer_params(cfg: ModelConfig) -> dict[str, str]:
             outputs |= {"norm_attn": "ND", "norm_mlp": "ND"}
         stems = [name.rsplit("_", 1)[0] for name in names]
         names |= {f"{stem}_bias_{outputs[stem]}": "zeros" for stem in stems if stem in outputs}
-    return names
+    return names | ({"norm_q_NK": "ones", "norm_k_NK": "ones"} if cfg.qk_norm else {})
 
 
-def norm(x_BLD: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, cfg: ModelConfig) -> jax.Array:
-    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019) over D, in float32."""
-    x = x_BLD.astype(jnp.float32)
-    if cfg.norm == "layernorm":
-        x = x - x.mean(axis=-1, keepdims=True)
-    x = x * jax.lax.rsqrt((x * x).mean(axis=-1, keepdims=True) + cfg.norm_epsilon) * scale_D
-    return (x if bias_D is None else x + bias_D).astype(x_BLD.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """einsum(equation, x, w), whose weight gradient is x^T g where jax's own is (g^T x)^T.
-
-    The two are equal, but for the second XLA on a CPU writes g out transposed, by a loop over single numbers that
-    takes longer than the product: an MLP's forward and backward pass in half the time.
-    """
-    return jnp.einsum(equation, x, w)
-
-
-def _product_forward(equation, x, w):
-    return jnp.einsum(equation, x, w), (x, w)
-
-
-def _product_backward(equation, kept, g):
-    (x, w), (inputs, out) = kept, equation.split("->")
-    x_letters, w_letters = inputs.split(",")
-    dx = jnp.einsum(f"{out},{w_letters}->{x_letters}", g, w)
-    return dx, jnp.einsum(f"{x_letters},{out}->{w_letters}", x, g)
-
-
-product.defvjp(_product_forward, _product_backward)
-
-
-def project(x: jax.Array, p: Params, stem: str, equation: str) -> jax.Array:
-    """x times the weight `stem_...`, plus its bias where it has one; the equation's letters name the weight."""
-    letters = equation.split("->")[0].split(",")[1]
-    y: jax.Array = product(equation, x, p[f"{stem}_{letters}"].astype(x.dtype))
-    out = equation.split("->")[1].removeprefix("BL")
-    return y + p[f"{stem}_bias_{out}"].astype(x.dtype) if f"{stem}_bias_{out}" in p else y
-
-
-def block(
-    cfg: ModelConfig,
-    p: Params,
-    x_BLD: jax.Array,
-    positions_BL: jax.Array,
-    sight: Sight,
-    cache: Cache | None = None,
-    key: jax.Array | None = None,
-) -> tuple[jax.Array, Cache | None]:
-    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)). `p` is one layer: names without N.
-
-    With a cache (k_BMGK, v_BMGK), the new keys and values are written at their positions and attended with the rest.
-    """
-    keys = (None, None, None) if key is None else jax.random.split(key, 3)
-    h_BLD = norm(x_BLD, p["norm_attn_D"], p.get("norm_attn_bias_D"), cfg)
-    q_BLHK = project(h_BLD, p, "q", "BLD,DHK->BLHK")
-    k_BLGK = project(h_BLD, p, "k", "BLD,DGK->BLGK")
-    v_BLGK = project(h_BLD, p, "v", "BLD,DGK->BLGK")
-    if cfg.positions == "rope":
-        q_BLHK, k_BLGK = (rotate(t, positions_BL, cfg.rope_theta) for t in (q_BLHK, k_BLGK))
-    if cache is not None:
-        cache = {
-            "k_BMGK": write_rows(cache["k_BMGK"], k_BLGK, positions_BL[:, 0]),
-            "v_BMGK": write_rows(cache["v_BMGK"], v_BLGK, positions_BL[:, 0]),
-        }
-        k_BMGK, v_BMGK = (c.astype(x_BLD.dtype) for c in cache.values())
-    else:
-        k_BMGK, v_BMGK = k_BLGK, v_BLGK
-    a_BLHK = attend(q_BLHK, k_BMGK, v_BMGK, sight, scale=cfg.head_size**-0.5, dropout_rate=cfg.dropout, key=keys[0])
-    x_BLD = x_BLD + dropout(project(a_BLHK, p, "o", "BLHK,HKD->BLD"), cfg.dropout, keys[1])
-
-    h_BLD = norm(x_BLD, p["norm_mlp_D"], p.get("norm_mlp_bias_D"), cfg)
-    h_BLF = project(h_BLD, p, "w_in", "BLD,DF->BLF")
-    if cfg.activation == "swiglu":
-        h_BLF = jax.nn.silu(project(h_BLD, p, "w_gate", "BLD,DF->BLF")) * h_BLF
-    else:
-        # In float32 inside: on a CPU the bfloat16 form takes three times as long, elsewhere it is fused and free.
-        h_BLF = jax.nn.gelu(h_BLF.astype(jnp.float32), approximate=True).astype(h_BLF.dtype)
-    x_BLD = x_BLD + dropout(project(h_BLF, p, "w_out", "BLF,FD->BLD"), cfg.dropout, keys[2])
-    # Without this line FSDP's sharded weights make XLA replicate every activation on every device.
-    return constrain(x_BLD, "BLD"), cache
-
-
-def write_rows(cache_BMGK: jax.Array, new_BLGK: jax.Array, start_B: jax.Array) -> jax.Array:
-    """Writes each row's new entries into its slots start .. start + L - 1."""
-
-    def row(cache_MGK, new_LGK, start):
-        return jax.lax.dynamic_update_slice(cache_MGK, new_LGK.astype(cache_MGK.dtype), (start, 0, 0))
-
-    return jax.vmap(row)(cache_BMGK, new_BLGK, start_B)
+def windows(cfg: ModelConfig) -> jax.Array | int | None:
+    """window_N where the layers differ, the window that they share, or None where every layer attends to everything."""
+    if len(set(cfg.layer_windows)) == 1:
+        return cfg.layer_windows[0] or None
+    return jnp.array([w or EVERYTHING for w in cfg.layer_windows], jnp.int32)
 
 
 def empty_cache(cfg: ModelConfig, rows: int, slots: int, dtype: Any) -> Cache:
@@ -151,14 +66,21 @@ def _unstacked(tree: Params) -> Params:
     return {name.replace("_N", "_", 1) if suffix(name).startswith("N") else name: x for name, x in tree.items()}
 
 
-REMAT: dict[str, Callable[[Callable], Callable]] = {
-    "none": lambda f: f,
+def remat(cfg: ModelConfig, body: Callable) -> Callable:
+    """The scanned body of a layer, with what cfg.remat says computed again in the backward pass."""
+    policies = jax.checkpoint_policies
+    policy = {
+        "none": None,
+        "full": None,
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "names": policies.save_only_these_names(*cfg.remat_names),
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[], names_which_can_be_offloaded=list(cfg.remat_names),
+            offload_src="device", offload_dst="pinned_host",
+        ),
+    }[cfg.remat]  # fmt: skip
     # The scan already keeps the compiler from merging the recomputation with the forward pass.
-    "full": functools.partial(jax.checkpoint, prevent_cse=False),
-    "dots": functools.partial(
-        jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    ),
-}
+    return body if cfg.remat == "none" else jax.checkpoint(body, prevent_cse=False, policy=policy)
 
 
 class Decoder(nn.Module):
@@ -167,6 +89,7 @@ class Decoder(nn.Module):
     cfg: ModelConfig
     vocab_size: int
     context: int
+    block: Callable = block  # one layer; another one may declare parameters of its own, see `layer_params`
 
     def setup(self):
         cfg, size = self.cfg, dims(self.cfg, self.vocab_size, self.context)
@@ -182,14 +105,18 @@ class Decoder(nn.Module):
         def make(key: jax.Array, names: dict[str, str]) -> Params:
             keys = jax.random.split(key, len(names))
             shapes = {name: tuple(size[letter] for letter in suffix(name)) for name in names}
-            return {n: starts[s](k, shapes[n], jnp.float32) for (n, s), k in zip(names.items(), keys, strict=True)}
+            return {
+                n: starts[s](k, shapes[n], jnp.float32) * init_factor(cfg, n)
+                for (n, s), k in zip(names.items(), keys, strict=True)
+            }
 
         top = {"embed_VD": "normal", "norm_final_D": "ones"}
         top |= {"norm_final_bias_D": "zeros"} if cfg.biases and cfg.norm == "layernorm" else {}
         top |= {"position_TD": "normal"} if cfg.positions == "learned" else {}
         top |= {} if cfg.tied else {"head_VD": "normal"}
         self.top = {name: self.param(name, lambda key, n=name: make(key, {n: top[n]})[n]) for name in top}
-        self.layers = self.param("layers", lambda key: make(key, layer_params(cfg)))
+        declared = getattr(self.block, "layer_params", layer_params)(cfg)
+        self.layers = self.param("layers", lambda key: make(key, declared))
 
     def __call__(
         self,
@@ -205,6 +132,17 @@ class Decoder(nn.Module):
         Training gives segments_BL (documents of a packed row; 0 is padding), decoding a cache from `empty_cache`, whose
         slots are positions: each row's tokens are written at positions_BL[:, 0] onward. A key turns dropout on.
         """
+        x_BLD, cache, _ = self._run(tokens_BL, positions_BL, segments_BL, cache, key)
+        return x_BLD, cache
+
+    def with_norms(
+        self, tokens_BL: jax.Array, positions_BL: jax.Array, segments_BL: jax.Array, *, key: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Hidden states x_BLD as in training, and rms_N, the root mean square of the stream after each layer."""
+        x_BLD, _, rms_N = self._run(tokens_BL, positions_BL, segments_BL, None, key, norms=True)
+        return x_BLD, rms_N
+
+    def _run(self, tokens_BL, positions_BL, segments_BL, cache, key, norms=False):
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         x_BLD = self.top["embed_VD"].astype(dtype)[tokens_BL]
         if cfg.positions == "learned":
@@ -221,18 +159,28 @@ class Decoder(nn.Module):
             x_BLD = dropout(x_BLD, cfg.dropout, key_embed)
             layer_keys = jax.random.split(key_layers, cfg.num_layers)
 
-        def body(x_BLD, layer):
-            p, layer_cache, layer_key = layer
-            return block(cfg, p, x_BLD, positions_BL, sight, layer_cache, layer_key)
+        shared = windows(cfg)
+        window_N = shared if isinstance(shared, jax.Array) else None
 
-        layers = (_unstacked(self.layers), cache and _unstacked(cache), layer_keys)
-        x_BLD, new = jax.lax.scan(REMAT[cfg.remat](body), x_BLD, layers, unroll=cfg.unroll or cfg.num_layers)
-        x_BLD = norm(x_BLD, self.top["norm_final_D"], self.top.get("norm_final_bias_D"), cfg)
-        return x_BLD, new and {"k_NBMGK": new["k_BMGK"], "v_NBMGK": new["v_BMGK"]}
+        def body(x_BLD, layer):
+            p, layer_cache, layer_key, layer_window = layer
+            window = shared if layer_window is None else layer_window
+            x_BLD, layer_cache = self.block(cfg, p, x_BLD, positions_BL, sight, layer_cache, layer_key, window)
+            # Without this line FSDP's sharded weights make XLA replicate every activation on every device.
+            x_BLD = constrain(x_BLD, "BLD")
+            rms = jnp.sqrt(jnp.square(x_BLD.astype(jnp.float32)).mean()) if norms else None
+            return x_BLD, (layer_cache, rms)
+
+        layers = (_unstacked(self.layers), cache and _unstacked(cache), layer_keys, window_N)
+        x_BLD, (new, rms_N) = jax.lax.scan(remat(cfg, body), x_BLD, layers, unroll=cfg.unroll or cfg.num_layers)
+        # muP divides the logits; here, so that every head on these states has it, whoever computes the product.
+        x_BLD = logits_factor(cfg) * norm(x_BLD, self.top["norm_final_D"], self.top.get("norm_final_bias_D"), cfg)
+        return x_BLD, new and {"k_NBMGK": new["k_BMGK"], "v_NBMGK": new["v_BMGK"]}, rms_N
 
     def logits(self, x_BLD: jax.Array) -> jax.Array:
         """float32 logits_BLV of hidden states; the ids that pad the vocabulary are masked out."""
-        return logits(x_BLD, self.top["embed_VD" if self.cfg.tied else "head_VD"], self.vocab_size)
+        head_VD = self.top["embed_VD" if self.cfg.tied else "head_VD"]
+        return logits(x_BLD, head_VD, self.vocab_size, self.cfg.logit_softcap)
 
 
 def head(params: Params) -> jax.Array:
@@ -240,9 +188,12 @@ def head(params: Params) -> jax.Array:
     return params["head_VD"] if "head_VD" in params else params["embed_VD"]
 
 
-def make_decoder(config: TrainConfig) -> Decoder:
-    """The decoder of a run: its vocabulary is the tokenizer's and its context the length of the rows."""
-    return Decoder(config.model, vocab_size=config.tokenizer.vocab_size, context=config.data.length)
+def make_decoder(config: TrainConfig, block: Callable = block) -> Decoder:
+    """The decoder of a run: its vocabulary is the tokenizer's and its context the length of the rows.
+
+    `block` is one layer: our own, or the function that model.block names.
+    """
+    return Decoder(config.model, vocab_size=config.tokenizer.vocab_size, context=config.data.length, block=block)
 
 
 def init_params(decoder: Decoder) -> Callable[[jax.Array], Params]:

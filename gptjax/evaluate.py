@@ -20,7 +20,7 @@ def make_eval_step(decoder: Decoder, mesh: Mesh, params: Any, batch: Any) -> Cal
     def eval_step(params, batch):
         x_BLD, _ = decoder.apply({"params": params}, batch["inputs_BL"], batch["positions_BL"], batch["segments_BL"])
         args = (x_BLD, head(params), batch["targets_BL"], batch["weights_BL"], decoder.vocab_size)
-        return cross_entropy(*args), batch["weights_BL"].sum()
+        return cross_entropy(*args, softcap=decoder.cfg.logit_softcap), batch["weights_BL"].sum()
 
     return jax.jit(eval_step, in_shardings=(shardings(params, mesh), shardings(batch, mesh)))
 

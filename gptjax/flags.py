@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import importlib.util
+import inspect
 import io
 import itertools
 import os
@@ -81,12 +82,36 @@ class Recipe:
     sha256: str
     module: Any
 
-    def config(self, stage: str) -> Any:
-        """The config of a stage; raises InputError where the recipe has none."""
-        make: Callable[[], Any] | None = getattr(self.module, stage, None)
+    def config(self, stage: str, size: str = "") -> Any:
+        """The config of a stage at a size; raises InputError where the recipe has no such stage, or no such dial.
+
+        A recipe with a dial is a function with an argument `size`, a whole number or a word, that has a default.
+        """
+        make: Callable[..., Any] | None = getattr(self.module, stage, None)
         if make is None:
             raise InputError(f"{self.path} has no function {stage}(); wanted one that returns the stage's config")
-        return make()
+        if not size:
+            return make()
+        dial = inspect.signature(make).parameters.get("size")
+        if dial is None:
+            raise InputError(f"--size {size}: {self.path} has no dial; wanted {stage}(size=...) there, or no --size")
+        if not isinstance(dial.default, int):
+            return make(size=size)
+        if not size.isdecimal():
+            raise InputError(f"--size {size}: wanted a whole number for {self.path}, e.g. --size {dial.default}")
+        return make(size=int(size))
+
+
+def take(args: list[str], flag: str) -> tuple[str, list[str]]:
+    """Takes `--flag VALUE` or `--flag=VALUE` out of the arguments; the value is empty where it is not given."""
+    value, rest, words = "", [], iter(args)
+    for word in words:
+        name, equals, given = word.partition("=")
+        if name != f"--{flag}":
+            rest.append(word)
+        elif not (value := given if equals else next(words, "")):
+            raise InputError(f"--{flag}: a value is missing")
+    return value, rest
 
 
 def load_recipe(name: str) -> Recipe:

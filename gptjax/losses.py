@@ -15,10 +15,15 @@ CHUNK_BYTES = {"cpu": 1 << 22, "gpu": 1 << 28, "tpu": 1 << 28}
 MASKED = -1e30
 
 
-def logits(x_BLD: jax.Array, head_VD: jax.Array, vocab_size: int) -> jax.Array:
-    """float32 logits_BLV; the ids that only pad the vocabulary are masked out."""
+def logits(x_BLD: jax.Array, head_VD: jax.Array, vocab_size: int, softcap: float = 0.0) -> jax.Array:
+    """float32 logits_BLV; the ids that only pad the vocabulary are masked out.
+
+    With a soft-cap c above 0 each logit z becomes c tanh(z / c) (Gemma 2, 2024).
+    """
     logits_BLV = jnp.einsum("BLD,VD->BLV", x_BLD, head_VD.astype(x_BLD.dtype)).astype(jnp.float32)
     logits_BLV = constrain(logits_BLV, "BLV")
+    if softcap:
+        logits_BLV = softcap * jnp.tanh(logits_BLV / softcap)
     if vocab_size < head_VD.shape[0]:
         logits_BLV = jnp.where(jnp.arange(head_VD.shape[0]) < vocab_size, logits_BLV, MASKED)
     return logits_BLV
@@ -30,9 +35,11 @@ def masked_mean(x: jax.Array, weights: jax.Array) -> jax.Array:
     return jnp.where(total > 0, (x * weights).sum() / jnp.maximum(total, 1e-30), 0.0)
 
 
-def token_log_probs(x_BLD: jax.Array, head_VD: jax.Array, targets_BL: jax.Array, vocab_size: int) -> jax.Array:
+def token_log_probs(
+    x_BLD: jax.Array, head_VD: jax.Array, targets_BL: jax.Array, vocab_size: int, softcap: float = 0.0
+) -> jax.Array:
     """log p(target) at every position, shape BL, in nats."""
-    logits_BLV = logits(x_BLD, head_VD, vocab_size)
+    logits_BLV = logits(x_BLD, head_VD, vocab_size, softcap)
     picked_BL = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0]
     return picked_BL - jax.nn.logsumexp(logits_BLV, axis=-1)
 
@@ -44,14 +51,15 @@ def cross_entropy(
     weights_BL: jax.Array,
     vocab_size: int,
     z_loss: float = 0.0,
+    softcap: float = 0.0,
 ) -> jax.Array:
     """Sum over positions of weight x (-log p(target) + z_loss log(Z)^2), in nats; Z is the softmax's normaliser.
 
     The length is cut into chunks whose gradient is computed while their logits exist: nothing is computed twice and
-    only one chunk of logits is ever held. z-loss: PaLM (Chowdhery et al. 2022), section 5.
+    only one chunk of logits is ever held. z-loss: PaLM (Chowdhery et al. 2022), section 5; `softcap` as in `logits`.
     """
     chunks = _num_chunks(targets_BL.shape, head_VD.shape[0])
-    return _cross_entropy(x_BLD, head_VD, targets_BL, weights_BL, vocab_size, z_loss, chunks)
+    return _cross_entropy(x_BLD, head_VD, targets_BL, weights_BL, vocab_size, (z_loss, softcap), chunks)
 
 
 def _num_chunks(shape: tuple[int, ...], vocab_size: int) -> int:
@@ -64,10 +72,10 @@ def _num_chunks(shape: tuple[int, ...], vocab_size: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _cross_entropy(x_BLD, head_VD, targets_BL, weights_BL, vocab_size, z_loss, chunks):
+def _cross_entropy(x_BLD, head_VD, targets_BL, weights_BL, vocab_size, extras, chunks):
     def add(total, chunk):
         x_BCD, targets_BC, weights_BC = chunk
-        return total + _chunk_loss(x_BCD, targets_BC, weights_BC, head_VD, vocab_size, z_loss)[0], None
+        return total + _chunk_loss(x_BCD, targets_BC, weights_BC, head_VD, vocab_size, extras)[0], None
 
     return jax.lax.scan(add, jnp.zeros(()), _split(chunks, x_BLD, targets_BL, weights_BL))[0]
 
@@ -77,28 +85,34 @@ def _split(chunks: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(jnp.moveaxis(a.reshape(a.shape[0], chunks, -1, *a.shape[2:]), 1, 0) for a in arrays)
 
 
-def _chunk_loss(x_BCD, targets_BC, weights_BC, head_VD, vocab_size, z_loss):
-    """The loss of one chunk, its logits' softmax numerator and normaliser, and log Z."""
-    logits_BCV = logits(x_BCD, head_VD, vocab_size)
+def _chunk_loss(x_BCD, targets_BC, weights_BC, head_VD, vocab_size, extras):
+    """The loss of one chunk, its logits, their softmax's numerator and normaliser, and log Z."""
+    z_loss, softcap = extras
+    logits_BCV = logits(x_BCD, head_VD, vocab_size, softcap)
     highest_BC = logits_BCV.max(axis=-1)
     exp_BCV = jnp.exp(logits_BCV - highest_BC[..., None])
     sum_BC = exp_BCV.sum(axis=-1)
     log_z_BC = jnp.log(sum_BC) + highest_BC
     picked_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
     loss = (weights_BC * (log_z_BC - picked_BC + z_loss * log_z_BC**2)).sum()
-    return loss, exp_BCV, sum_BC, log_z_BC
+    return loss, logits_BCV, exp_BCV, sum_BC, log_z_BC
 
 
-def _forward(x_BLD, head_VD, targets_BL, weights_BL, vocab_size, z_loss, chunks):
+def _forward(x_BLD, head_VD, targets_BL, weights_BL, vocab_size, extras, chunks):
+    z_loss, softcap = extras
+
     def add(carry, chunk):
         total, dhead_VD = carry
         x_BCD, targets_BC, weights_BC = chunk
-        loss, *softmax = _chunk_loss(x_BCD, targets_BC, weights_BC, head_VD, vocab_size, z_loss)
-        exp_BCV, sum_BC, log_z_BC = softmax
+        loss, *softmax = _chunk_loss(x_BCD, targets_BC, weights_BC, head_VD, vocab_size, extras)
+        logits_BCV, exp_BCV, sum_BC, log_z_BC = softmax
         # d loss / d logits = w (softmax (1 + 2 z log Z) - one-hot(target))
         scale_BC = weights_BC * (1 + 2 * z_loss * log_z_BC) / sum_BC
         hit_BCV = jnp.arange(head_VD.shape[0]) == targets_BC[..., None]
         dlogits_BCV = exp_BCV * scale_BC[..., None] - jnp.where(hit_BCV, weights_BC[..., None], 0)
+        if softcap:
+            # d c tanh(z / c) / dz = 1 - tanh^2; the bound turns the masked ids, which have no gradient, into 0 x 0.
+            dlogits_BCV *= 1 - jnp.clip(logits_BCV / softcap, -1, 1) ** 2
         dlogits_BCV = dlogits_BCV.astype(x_BCD.dtype)
         dx_BCD = jnp.einsum("BCV,VD->BCD", dlogits_BCV, head_VD.astype(x_BCD.dtype))
         dhead_VD += jnp.einsum("BCV,BCD->VD", dlogits_BCV, x_BCD).astype(jnp.float32)
@@ -109,7 +123,7 @@ def _forward(x_BLD, head_VD, targets_BL, weights_BL, vocab_size, z_loss, chunks)
     return total, (jnp.moveaxis(dx, 0, 1).reshape(x_BLD.shape), dhead_VD.astype(head_VD.dtype))
 
 
-def _backward(vocab_size, z_loss, chunks, kept, g):
+def _backward(vocab_size, extras, chunks, kept, g):
     dx_BLD, dhead_VD = kept
     return (dx_BLD * g).astype(dx_BLD.dtype), (dhead_VD * g).astype(dhead_VD.dtype), None, None
 

@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 import os
+import resource
 import statistics
 import sys
 import time
@@ -123,7 +124,10 @@ class TensorBoard:
 
     def write(self, step: int, group: str, values: dict[str, Any]) -> None:
         for name, value in values.items():
-            if isinstance(value, int | float) and name != "step":
+            if isinstance(value, list):
+                for i, x in enumerate(value):
+                    self._writer.add_scalar(f"{name}/{i:03d}", x, step)
+            elif isinstance(value, int | float) and name != "step":
                 self._writer.add_scalar(f"{group}/{name}", value, step)
 
     def close(self) -> None:
@@ -281,15 +285,21 @@ class Metrics:
         """Reports a training step: `loss`, `learning_rate`, `grad_norm`, `updates` and whatever else is in `metrics`.
 
         `tokens`, the total trained on so far, is batch_size x length x step unless `metrics` says otherwise. Rates
-        are null in the line of the first step after a start, which holds the compilation.
+        are null in the line of the first step after a start, which holds the compilation. What is named ..._N has one
+        number a layer, and is written as ..._by_layer every log_norms_every steps.
         """
         if not self._active:
             return
         self._throughput.lap()
+        layers = {name.removesuffix("_N"): metrics[name] for name in metrics if name.endswith("_N")}
+        metrics = {name: value for name, value in metrics.items() if not name.endswith("_N")}
         known = {"step": step, "updates": step, "tokens": step * self._tokens_a_step, **metrics}
         known = {k: _number(v) for k, v in known.items()} | self._throughput.rates()
         line = {k: known[k] for k in FIRST_KEYS if k in known} | known
         line["seconds"] = round(self._seconds_before + time.perf_counter() - self._start, 3)
+        line["peak_memory_bytes"] = peak_memory()
+        if layers and (step % self._cfg.log_norms_every == 0 or step == 1):
+            line |= {f"{name}_by_layer": [float(x) for x in values] for name, values in layers.items()}
         self.file.write(line)
         self.progress.step(line, self._throughput.seconds(self._cfg.steps - step))
         if self._tensorboard is not None and (step % self._cfg.log_every == 0 or step == 1):
@@ -318,6 +328,13 @@ class Metrics:
         self.file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+
+def peak_memory() -> int:
+    """The most bytes that a device of this process has held so far; on a CPU, which does not count, the process."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    most = max((s.get("peak_bytes_in_use", 0) for s in stats), default=0)
+    return most or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def duration(seconds: float) -> str:

@@ -2,12 +2,15 @@
 
 import dataclasses
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
+from gptjax.block import block
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import TrainConfig
 from gptjax.data.feed import open_feed
@@ -17,12 +20,14 @@ from gptjax.generate import generate
 from gptjax.losses import cross_entropy
 from gptjax.metrics import Metrics
 from gptjax.optim import make_optimizer, make_schedule
+from gptjax.plugins import resolve
 from gptjax.run import Run
 from gptjax.settings import InputError, leaves
 from gptjax.sharding import abstract, make_mesh
 from gptjax.tokenizer import Tokenizer
 from gptjax.train import (
     LossFn,
+    TrainState,
     compile_step,
     enable_compile_cache,
     fit,
@@ -31,22 +36,53 @@ from gptjax.train import (
     make_train_step,
     stop_on_signals,
 )
+from gptjax.transfer import start_from
 
 
-def language_model_loss(decoder: Decoder) -> LossFn:
-    """Mean over weighted tokens of -log p(next token), in nats."""
+def language_model_loss(decoder: Decoder, z_loss: float = 0.0, norms: bool = False) -> LossFn:
+    """Mean over weighted tokens of -log p(next token) + z_loss log(Z)^2, in nats.
+
+    With `norms` the metrics hold activation_rms_N, the root mean square of the stream after each layer.
+    """
 
     def loss_fn(params: Any, frozen: Any, batch: dict[str, jax.Array], key: jax.Array):
         del frozen  # nothing is held fixed in pretraining
-        x_BLD, _ = decoder.apply(
-            {"params": params}, batch["inputs_BL"], batch["positions_BL"], batch["segments_BL"], key=key
-        )
-        total = cross_entropy(x_BLD, head(params), batch["targets_BL"], batch["weights_BL"], decoder.vocab_size)
+        inputs = (batch["inputs_BL"], batch["positions_BL"], batch["segments_BL"])
+        more: dict[str, Any] = {}
+        if norms:
+            x_BLD, more["activation_rms_N"] = decoder.apply({"params": params}, *inputs, key=key, method="with_norms")
+        else:
+            x_BLD, _ = decoder.apply({"params": params}, *inputs, key=key)
+        targets = (batch["targets_BL"], batch["weights_BL"], decoder.vocab_size)
+        total = cross_entropy(x_BLD, head(params), *targets, z_loss=z_loss, softcap=decoder.cfg.logit_softcap)
         weight = batch["weights_BL"].sum()
         loss = total / jnp.maximum(weight, 1.0)
-        return loss, {"loss": loss, "weight": weight}
+        return loss, {"loss": loss, "weight": weight} | more
 
     return loss_fn
+
+
+class Parts(NamedTuple):
+    """What the settings of a run make, before anything is allocated or compiled."""
+
+    decoder: Decoder
+    tx: optax.GradientTransformation
+    init: Callable  # (seed) -> TrainState
+    step: Callable  # (state, frozen, batch) -> (state, metrics)
+
+
+def assemble(config: TrainConfig) -> Parts:
+    """The decoder, optimizer, initial state and training step of a run, with the user's own loss and block."""
+    decoder = make_decoder(config, resolve(config.model.block, "model.block") if config.model.block else block)
+    norms, ema = config.log_norms_every > 0, config.optim.ema
+    if config.loss:
+        loss_fn = resolve(config.loss, "loss")(decoder)
+    else:
+        loss_fn = language_model_loss(decoder, config.optim.z_loss, norms)
+    schedule = make_schedule(config.optim, config.steps)
+    tx = make_optimizer(config.optim, schedule, config.model)
+    step = make_train_step(loss_fn, tx, schedule, config.optim.accumulate, ema, norms)
+    return Parts(decoder, tx, make_init(init_params(decoder), tx, ema), step)
 
 
 def check_divisible(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
@@ -75,6 +111,7 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
             enable_compile_cache()
         mesh = make_mesh(config.mesh)
         check_divisible(config, mesh)
+        decoder, tx, init, step = assemble(config)
         run = Run.open(config.run_dir, config, recipe, origins)
         for line in run.changes:
             _say(line)
@@ -82,39 +119,42 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
         feed.tokenizer.save(run.tokenizer)
         _say(feed.describe())
 
-        decoder = make_decoder(config)
-        schedule = make_schedule(config.optim, config.steps)
-        tx = make_optimizer(config.optim, schedule)
-        init = make_init(init_params(decoder), tx)
-        step = make_train_step(language_model_loss(decoder), tx, schedule, config.optim.accumulate)
         checkpoints = Checkpoints(run.checkpoints, config.checkpoint)
         with jax.set_mesh(mesh):
             start, data_state = 0, feed.start
-            if checkpoints.newest() is None:
-                state = init_state(init, config.seed, mesh)
-            else:
+            if checkpoints.newest() is not None:
                 start, state, data_state, _ = checkpoints.restore(abstract(jax.eval_shape(init, 0), mesh))
                 feed.check(data_state)
                 _say(f"resumed {run.folder} after step {start}")
+            else:
+                state = init_state(init, config.seed, mesh)
+                if config.init:
+                    state = start_from(config, feed.tokenizer, state, tx, mesh)
+                    _say(f"weights from {config.init}")
             example = feed.batch(0)
             step = compile_step(step, mesh, state, {}, example)
             eval_step = make_eval_step(decoder, mesh, state.params, example)
             metrics = Metrics(run.metrics_path, run.tensorboard, config, decoder.vocab_size, resumed_step=start)
+            by_source: dict[int, dict[str, int]] = {}
 
             def evaluate_at(i: int, state: Any) -> None:
-                metrics.log_evaluation(
-                    i, evaluate(eval_step, state.params, feed.validation, config.evaluate.max_rows, mesh)
-                )
+                found = evaluate(eval_step, trained_params(state), feed.validation, config.evaluate.max_rows, mesh)
+                metrics.log_evaluation(i, found)
                 # Decided after the evaluation, and only once the save it may refer to is on the disk.
                 checkpoints.wait()
                 checkpoints.retain(metrics.file.best_steps(config.checkpoint.keep_best))
 
             def log(i: int, values: dict) -> None:
                 checkpoints.check()  # a save that failed in the background is told at the next step
-                metrics.log_step(i, values)
+                metrics.log_step(i, values | by_source.pop(i, {}))
 
             def save(i: int, state: Any, data_state: dict) -> None:
                 checkpoints.save(i, state, data_state, dict(leaves(config)))
+
+            def batches() -> Iterator[tuple[dict, dict]]:
+                for i, (batch, after) in enumerate(feed.batches(data_state), start + 1):
+                    by_source[i] = {f"tokens_{name}": count for name, count in after.get("tokens", {}).items()}
+                    yield batch, after
 
             due = start > 0 and (start % config.evaluate.every == 0 or start == config.steps)
             if due and not metrics.file.has_evaluation(start):
@@ -123,15 +163,20 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
             signals.defer()
             try:
                 state = fit(
-                    step, state, {}, feed.batches(data_state), config.steps,
+                    step, state, {}, batches(), config.steps,
                     mesh=mesh, log=log, save=save, save_every=config.checkpoint.every,
                     hooks={evaluate_at: config.evaluate.every}, stop=signals.stop, trace=profile,
                 )  # fmt: skip
             finally:
                 checkpoints.wait()
                 metrics.close()
-            _print_sample(config, decoder, state.params, feed.tokenizer)
+            _print_sample(config, decoder, trained_params(state), feed.tokenizer)
     return run.folder
+
+
+def trained_params(state: TrainState) -> Any:
+    """What a run evaluates and generates with: the averaged weights where it keeps them."""
+    return state.ema or state.params
 
 
 def _print_sample(config: TrainConfig, decoder: Decoder, params: Any, tokenizer: Tokenizer) -> None:

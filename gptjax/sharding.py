@@ -10,6 +10,8 @@ optimizer state, batches, activations and caches.
 """
 
 import math
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -39,6 +41,15 @@ def suffix(name: str) -> str:
     return letters if "_" in name and letters.isalpha() and letters.isupper() else ""
 
 
+def matrix(name: str) -> tuple[str, str] | None:
+    """The two sides of a parameter that is a matrix, or a stack of them: ('D', 'HK') for 'q_NDHK'; None for others.
+
+    N and E in front are stacks, and K belongs to the heads before it. A matrix of the layers is named inputs first.
+    """
+    sides = re.findall("[HG]K|.", suffix(name).lstrip("NE"))
+    return (sides[0], sides[1]) if len(sides) == 2 else None
+
+
 def spec(letters: str) -> jax.sharding.PartitionSpec:
     """The partition of an array with these dimensions on a mesh of AXES.
 
@@ -56,10 +67,14 @@ def spec(letters: str) -> jax.sharding.PartitionSpec:
     return P(*entries)
 
 
-def make_mesh(cfg: MeshConfig) -> Mesh:
-    """The mesh of all devices, with -1 filled in. Raises InputError where the sizes do not cover the devices."""
+def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of all devices (or of those given), with -1 filled in.
+
+    Raises InputError where the sizes do not cover the devices.
+    """
+    devices = jax.devices() if devices is None else devices
     sizes = [getattr(cfg, axis) for axis in AXES]
-    count, known = jax.device_count(), math.prod(s for s in sizes if s != -1)
+    count, known = len(devices), math.prod(s for s in sizes if s != -1)
     filled = [count // known if s == -1 else s for s in sizes]
     if math.prod(filled) != count:
         shown = ", ".join(f"mesh.{a}={s}" for a, s in zip(AXES, sizes, strict=True))
@@ -68,7 +83,7 @@ def make_mesh(cfg: MeshConfig) -> Mesh:
             f"make the product of the sizes {count}, or set one of them to -1"
         )
     # Auto: XLA propagates shardings from our constraints. make_mesh would default to Explicit.
-    return jax.make_mesh(filled, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(filled, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def _axes_size(entry: Any, mesh: Any) -> int:

@@ -32,6 +32,7 @@ class TrainState:
     params: Any
     opt_state: Any
     key_W: jax.Array  # raw uint32 words, so that checkpoints and digests need no special case
+    ema: Any = flax.struct.field(default_factory=dict)  # float32 averages of params; {} where none are kept
 
 
 class Interrupted(Exception):
@@ -42,16 +43,24 @@ class Diverged(Exception):
     """The loss or its gradient is no longer a finite number; nothing is saved from that step on."""
 
 
-def make_init(init_params: Callable[[jax.Array], Any], tx: optax.GradientTransformation) -> Callable:
-    """Builds init(seed) -> TrainState, to be traced, so that each device makes only its own part."""
+def make_init(init_params: Callable[[jax.Array], Any], tx: optax.GradientTransformation, ema: float = 0.0) -> Callable:
+    """Builds init(seed) -> TrainState, to be traced, so that each device makes only its own part.
+
+    With a decay `ema` above 0 the state also holds averages of the parameters, which begin as the parameters.
+    """
 
     def init(seed: jax.Array) -> TrainState:
         key_params, key_state = jax.random.split(jax.random.key(seed))
         params = init_params(key_params)
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, zero, params, tx.init(params), jax.random.key_data(key_state))
+        averages = _float32(params) if ema else {}
+        return TrainState(zero, zero, params, tx.init(params), jax.random.key_data(key_state), averages)
 
     return init
+
+
+def _float32(params: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(jnp.float32), params)
 
 
 def init_state(init: Callable, seed: int, mesh: Mesh) -> TrainState:
@@ -65,11 +74,17 @@ def make_train_step(
     tx: optax.GradientTransformation,
     schedule: Callable[[jax.typing.ArrayLike], jax.Array],
     accumulate: int = 1,
+    ema: float = 0.0,
+    norms: bool = False,
 ) -> Callable:
-    """Builds step(state, frozen, batch) -> (state, metrics).
+    """Builds step(state, frozen, batch) -> (state, metrics); with `norms` the metrics hold grad_norm_N too, by layer.
 
     With accumulate > 1 the rows are cut into that many micro-batches, run one after the other, and their gradients
     averaged by weight, so that the result is that of the whole batch whatever the padding.
+
+    With a decay `ema` above 0, state.ema becomes ema state.ema + (1 - ema) params after each update: an average over
+    about the last 1 / (1 - ema) updates, in which the initial parameters still weigh ema^updates. That is its only
+    bias, and it is small once the run is several times longer than the average.
     """
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -100,10 +115,21 @@ def make_train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.updates)}
-        new = TrainState(state.step + 1, state.updates + 1, params, opt_state, state.key_W)
+        if norms:
+            metrics["grad_norm_N"] = layer_norms(grads)
+        averages = state.ema
+        if ema:
+            averages = jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, state.ema, _float32(params))
+        new = TrainState(state.step + 1, state.updates + 1, params, opt_state, state.key_W, averages)
         return new, metrics | {"updates": new.updates}
 
     return train_step
+
+
+def layer_norms(tree: Any) -> jax.Array:
+    """norm_N of the leaves that are stacks of layers (N first in their names): one Euclidean norm for each layer."""
+    leaves = [x for path, x in jax.tree_util.tree_flatten_with_path(tree)[0] if suffix(path[-1].key).startswith("N")]
+    return jnp.sqrt(sum(jnp.square(x.astype(jnp.float32)).reshape(len(x), -1).sum(axis=1) for x in leaves))
 
 
 def _micro_batches(x: jax.Array, letters: str, parts: int) -> jax.Array:

@@ -1,15 +1,18 @@
 """A run opened for reading: its settings, weights and tokenizer, without its optimizer, its recipe or its data."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from gptjax.block import block as own_block
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import MeshConfig, TrainConfig
 from gptjax.decoder import Decoder, init_params, make_decoder
 from gptjax.run import Run, load_config
+from gptjax.settings import InputError
 from gptjax.sharding import abstract, make_mesh
 from gptjax.tokenizer import Tokenizer, load
 
@@ -30,17 +33,27 @@ class Trained:
         return load(self.run.tokenizer)
 
 
-def open_trained(run_dir: str | Path, mesh_cfg: MeshConfig, step: int = 0) -> Trained:
+def open_trained(
+    run_dir: str | Path, mesh_cfg: MeshConfig, step: int = 0, block: Callable[..., Any] | None = None
+) -> Trained:
     """The model of a run at a checkpoint (0: the newest), on a mesh that need not be the one it was trained on.
 
-    Raises InputError where the folder is no run or has no sound checkpoint. The recipe is never executed.
+    Its weights are the averaged ones where the run keeps those (optim.ema). Raises InputError where the folder is no
+    run, has no sound checkpoint, or was trained with a block of the user's own and `block` is not given: neither the
+    recipe nor what config.json names is ever executed.
     """
     run, config = Run.existing(run_dir), load_config(run_dir)
-    mesh, decoder = make_mesh(mesh_cfg), make_decoder(config)
+    if config.model.block and block is None:
+        raise InputError(
+            f"{run_dir} was trained with the block {config.model.block!r}, which is code and not in the run; open it "
+            f"from Python: gptjax.load({str(run_dir)!r}, block=...)"
+        )
+    mesh, decoder = make_mesh(mesh_cfg), make_decoder(config, block or own_block)
     shapes = jax.eval_shape(init_params(decoder), jax.random.key(0))
-    wanted = {"params": abstract(shapes, mesh)}
+    item = "ema" if config.optim.ema else "params"
+    wanted = {item: abstract(shapes, mesh)}
     found, state, _, _ = open_checkpoints(run_dir).restore(wanted, step or None, partial=True)
-    return Trained(run, config, decoder, state["params"], mesh, found)
+    return Trained(run, config, decoder, state[item], mesh, found)
 
 
 def open_checkpoints(run_dir: str | Path) -> Checkpoints:

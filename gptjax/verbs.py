@@ -13,21 +13,25 @@ from gptjax.data.feed import open_feed
 from gptjax.data.show import show
 from gptjax.evaluate import evaluate, make_eval_step
 from gptjax.generate import stream
-from gptjax.interop.huggingface import import_huggingface, sentencepiece_model
+from gptjax.interop.huggingface import import_huggingface
 from gptjax.run import Run, load_config
 from gptjax.settings import InputError, leaves
-from gptjax.tokenizer import load_model
-from gptjax.trained import open_trained
+from gptjax.tokenizer import open_tokenizer
+from gptjax.trained import Trained, open_trained
 
 
 def evaluate_run(run_dir: str | Path, cfg: EvalConfig) -> dict[str, Any]:
     """Evaluates a run on its validation split: step, eval_loss, eval_perplexity, eval_bits_per_byte, eval_tokens."""
     model = open_trained(run_dir, cfg.mesh, cfg.step)
+    return {"step": model.step, **evaluate_trained(model, cfg.max_rows)}
+
+
+def evaluate_trained(model: Trained, max_rows: int = 0) -> dict[str, Any]:
+    """The same numbers for a model that is open already."""
     feed = open_feed(model.config, model.run.data)
     with jax.set_mesh(model.mesh):
         eval_step = make_eval_step(model.decoder, model.mesh, model.params, feed.batch(0))
-        result = evaluate(eval_step, model.params, feed.validation, cfg.max_rows, model.mesh)
-    return {"step": model.step, **result}
+        return evaluate(eval_step, model.params, feed.validation, max_rows, model.mesh)
 
 
 def generate_run(run_dir: str | Path, cfg: ContinueConfig, write: Callable[[str], None]) -> None:
@@ -53,7 +57,8 @@ def show_step(run_dir: str | Path, step: int, rows: int) -> str:
     """The rows of a training step of a run, as text; step 1 is the first."""
     config = load_config(run_dir)
     feed = open_feed(config, Run.existing(run_dir).data)
-    return show(feed.batch(step - 1), feed.tokenizer, range(min(rows, config.data.batch_size)))
+    shown = range(min(rows, config.data.batch_size))
+    return show(feed.batch(step - 1), feed.tokenizer, shown, feed.sources(step - 1))
 
 
 def import_run(source: str | Path, run_dir: str | Path) -> str:
@@ -64,17 +69,24 @@ def import_run(source: str | Path, run_dir: str | Path) -> str:
     if (Path(run_dir) / "config.json").exists():
         raise InputError(f"{run_dir} is a run already; give another folder")
     model, vocab_size, context, params = import_huggingface(Path(source))
+    tokenizer, note = None, ""
+    try:
+        tokenizer = open_tokenizer(Path(source))
+    except InputError as error:
+        note = f"; it takes no text: {error}"
     config = TrainConfig(
         run_dir=str(run_dir),
         model=model,
-        tokenizer=TokenizerConfig(vocab_size=vocab_size),
+        tokenizer=TokenizerConfig(
+            kind=tokenizer.kind if tokenizer else "sentencepiece",  # pyright: ignore[reportArgumentType]
+            vocab_size=vocab_size,
+            path=str(Path(source).absolute()) if tokenizer else "",
+        ),
         data=DataConfig(source=str(source), length=context),
     )
     run = Run.open(run_dir, config, {"path": str(source), "sha256": ""}, {})
-    note = "; it has no tokenizer.model, so it takes no text"
-    if (found := sentencepiece_model(Path(source))) is not None:
-        load_model(found).save(run.tokenizer)
-        note = ""
+    if tokenizer is not None:
+        tokenizer.save(run.tokenizer)
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint)
     checkpoints.save(0, {"params": params}, {"step": 0}, dict(leaves(config)))
     checkpoints.wait()

@@ -9,22 +9,27 @@ PACKAGE = Path(__file__).parent.parent / "gptjax"
 
 # A module imports from lower rows, or from its own package.
 ROWS = {
-    "cli": 5,
+    "cli": 5, "api": 5,
     "pretrain": 4, "verbs": 4,
-    "evaluate": 3,
+    "evaluate": 3, "transfer": 3,
     "train": 2, "trained": 2, "generate": 2, "data": 2, "interop": 2,
     "decoder": 1, "optim": 1, "checkpoint": 1, "metrics": 1, "run": 1,
-    "settings": 0, "config": 0, "digest": 0, "flags": 0, "sharding": 0,
-    "tokenizer": 0, "attention": 0, "losses": 0, "scaling": 0,
+    "settings": 0, "plugins": 0, "config": 0, "digest": 0, "flags": 0, "sharding": 0, "mup": 0,
+    "tokenizer": 0, "attention": 0, "blockwise": 0, "rope": 0, "block": 0, "losses": 0, "scaling": 0,
 }  # fmt: skip
 
 # Within row 0 some modules stand on others; this is their order.
-GROUND = ["settings", "config", "digest", "flags", "sharding", "tokenizer", "attention", "losses", "scaling"]
+GROUND = [
+    "settings", "plugins", "config", "digest", "flags", "sharding", "mup", "tokenizer", "attention", "blockwise", "rope",
+    "block", "losses", "scaling",
+]  # fmt: skip
 
 DOORS = {
     "flax.linen": {"decoder"},
     "orbax": {"checkpoint"},
     "sentencepiece": {"tokenizer"},
+    "tokenizers": {"tokenizer"},
+    "tiktoken": {"tokenizer"},
     "tensorflow_datasets": {"data"},
     "grain": {"data"},
     "array_record": {"data"},
@@ -32,6 +37,9 @@ DOORS = {
     "tqdm": {"metrics", "data"},
     "tyro": {"flags"},
     "safetensors": {"interop"},
+    "pyarrow": {"data"},
+    "zstandard": {"data"},
+    "datasets": {"data"},
 }
 
 

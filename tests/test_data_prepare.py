@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptjax.config import DataConfig, TokenizerConfig, TrainTokenizerConfig
+from gptjax.config import DataConfig, PrepareConfig, TokenizerConfig, TrainTokenizerConfig
 from gptjax.data import prepare as prepare_module
 from gptjax.data import shards
 from gptjax.data.batches import Rows
 from gptjax.data.corpus import Corpus, is_corpus, open_corpus
 from gptjax.data.manifest import MANIFEST_FILE
-from gptjax.data.prepare import prepare, report, train_tokenizer
-from gptjax.data.sources import CORPORA
+from gptjax.data.prepare import report, train_tokenizer, training_texts
+from gptjax.data.scan import Filters, scan
+from gptjax.data.sources import CORPORA, open_source
 from gptjax.settings import InputError
 from gptjax.tokenizer import load
 
@@ -25,11 +26,15 @@ PIECES = TokenizerConfig(vocab_size=400)
 TEXT = (CORPORA / "shakespeare.txt").read_bytes()[:100_000].decode()
 
 
+def prepare(source, out, tokenizer, fraction, progress=None, **more) -> Corpus:
+    cfg = PrepareConfig(source=str(source), out=str(out), tokenizer=tokenizer, validation_fraction=fraction, **more)
+    return prepare_module.prepare(cfg, progress)
+
+
 @pytest.fixture(autouse=True)
 def small_pages(monkeypatch):
     """Pages of 64 tokens and shards of 1,024, so that small texts have several of each."""
     monkeypatch.setattr(shards, "PAGE", 64)
-    monkeypatch.setattr(prepare_module, "PAGE", 64)
     monkeypatch.setattr(shards, "SHARD_BYTES", 2048)
 
 
@@ -69,7 +74,7 @@ def stored(corpus: Corpus, name: str) -> list[str]:
 def test_every_document_is_stored_once_and_whole(tmp_path, many, cfg):
     many_text = tmp_path / "more.txt"
     many_text.write_text(TEXT)  # enough text for the pieces
-    corpus = prepare(str(tmp_path), tmp_path / "out", cfg, 0.2)
+    corpus = prepare(str(tmp_path), tmp_path / "out", cfg, 0.2, min_bytes=0)  # 0 keeps the empty one
     texts = [json.loads(line)["text"] for line in Path(many).read_text().splitlines()] + [TEXT]
     assert sorted(stored(corpus, "train") + stored(corpus, "validation")) == sorted(texts)
     assert corpus.vocab_size == cfg.vocab_size
@@ -281,7 +286,8 @@ def test_token_ids_outside_the_vocabulary_are_an_error_that_names_the_file(tmp_p
     ("change", "says"),
     [
         (lambda text: text[:-10], "not JSON"),
-        (lambda text: text.replace('"schema": 1', '"schema": 2'), "schema 2; wanted 1"),
+        (lambda text: text.replace('"schema": 2', '"schema": 3'), "schema 3; wanted 2"),
+        (lambda text: text.replace('"corrupt": []', '"corrupt": [1]'), "does not describe a corpus"),
         (lambda text: text.replace('"name": "', '"name": "../'), "does not describe a corpus"),
         (lambda text: text.replace('"pages"', '"leaves"'), "does not describe a corpus"),
         (lambda text: "[]", "does not describe a corpus"),
@@ -320,13 +326,14 @@ def test_a_full_disk_or_a_file_in_the_way_is_one_line(tmp_path, one):
         prepare(one, tmp_path / "file", BYTES, 0.1)
     program = f"""
 import resource, signal
-from gptjax.config import TokenizerConfig
+from gptjax.config import PrepareConfig, TokenizerConfig
 from gptjax.settings import InputError
 from gptjax.data.prepare import prepare
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 try:
-    prepare({one!r}, {str(tmp_path / "out")!r}, TokenizerConfig(kind="bytes", vocab_size=258), 0.1)
+    bytes_tokenizer = TokenizerConfig(kind="bytes", vocab_size=258)
+    prepare(PrepareConfig(source={one!r}, out={str(tmp_path / "out")!r}, tokenizer=bytes_tokenizer))
 except InputError as error:
     print(error)
 """
@@ -340,11 +347,12 @@ def test_a_large_source_trains_the_tokenizer_on_an_even_sample(tmp_path, monkeyp
     values = [{"text": f"line {i:04d} " + "x" * 90} for i in range(1000)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(value) + "\n" for value in values))
     monkeypatch.setattr(prepare_module, "TRAINING_BYTES", 10_000)
-    held = prepare_module.holdout(str(tmp_path), 0.1)
-    sample = list(prepare_module._training_texts(str(tmp_path), held))
+    source = open_source(str(tmp_path))
+    found = scan(source, 0.1, Filters(), tmp_path, lambda what, done, total: None)
+    sample = list(training_texts(source, found))
     assert 70 < len(sample) < 110
     assert len({text[5:7] for text in sample}) == 10  # from every hundred lines
-    assert sample == list(prepare_module._training_texts(str(tmp_path), held))
+    assert sample == list(training_texts(source, found))
 
 
 def test_the_report_states_both_splits(tmp_path, one):

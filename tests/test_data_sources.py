@@ -51,12 +51,12 @@ def test_the_built_in_corpus_is_one_text_of_five_megabytes():
 
 def test_names_that_are_no_source_are_named(tmp_path):
     (tmp_path / "notes.rst").write_text("text")
-    (tmp_path / "table.parquet").write_text("text")
+    (tmp_path / "table.arrow").write_text("text")
     cases = {
         "builtin:shakespear": "wanted one of builtin:shakespeare",
         str(tmp_path / "absent.txt"): "absent.txt' does not exist",
         str(tmp_path): "no text in it; wanted files .txt",
-        str(tmp_path / "table.parquet"): "this kind is not read",
+        str(tmp_path / "table.arrow"): "this kind is not read",
     }
     for source, says in cases.items():
         with pytest.raises(InputError, match=says):
@@ -106,11 +106,14 @@ def test_a_damaged_archive_is_named(tmp_path):
             texts(path)
 
 
-def test_empty_files_are_named(tmp_path):
-    for name in ("a.txt", "a.jsonl"):
-        (tmp_path / name).write_bytes(b"")
-        with pytest.raises(InputError, match=f"{name} is empty"):
-            texts(tmp_path / name)
+def test_an_empty_text_is_a_document_and_an_empty_file_of_records_is_named(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"")
+    assert texts(tmp_path) == [""]
+    with pytest.raises(InputError, match="has no text in it"):
+        holdout(str(tmp_path), 0.5)
+    (tmp_path / "a.jsonl").write_bytes(b"")
+    with pytest.raises(InputError, match="a.jsonl is empty"):
+        texts(tmp_path)
     with pytest.raises(InputError, match="has no text in it"):
         holdout(write_jsonl(tmp_path / "b.jsonl", [{"text": ""}, {"text": ""}]), 0.5)
 

@@ -13,11 +13,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from gptjax.decoder import Decoder
-from gptjax.interop.huggingface import import_huggingface, sentencepiece_model
+from gptjax.interop.huggingface import import_huggingface
 from gptjax.settings import InputError
 
 FIXTURES = Path(__file__).parent / "fixtures"
-FAMILIES = ("tiny_random_gpt2", "tiny_random_llama")
+FAMILIES = ("tiny_random_gpt2", "tiny_random_llama", "tiny_random_mistral", "tiny_random_qwen3")
 
 
 def logits(imported, ids_BL: np.ndarray) -> np.ndarray:
@@ -35,11 +35,12 @@ def logits(imported, ids_BL: np.ndarray) -> np.ndarray:
 
 
 def variant(tmp_path: Path, family: str, settings=None, change=lambda tensors: tensors) -> Path:
-    """A copy of a fixture with other settings (None removes one) and with `change` applied to its tensors."""
+    """A copy of a fixture with other settings ("absent" removes one) and with `change` applied to its tensors."""
     folder = tmp_path / family
     folder.mkdir()
     config = json.loads((FIXTURES / family / "config.json").read_text())
     config |= settings or {}
+    config = {name: value for name, value in config.items() if value != "absent"}
     (folder / "config.json").write_text(json.dumps(config))
     tensors = change(load_file(FIXTURES / family / "model.safetensors"))
     save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, folder / "model.safetensors")
@@ -70,10 +71,11 @@ def test_parameters_have_the_names_and_shapes_of_the_decoder(family):
     ids_BL = jnp.zeros((1, 2), jnp.int32)
     want = jax.eval_shape(Decoder(cfg, vocab_size, context).init, jax.random.key(0), ids_BL, ids_BL, ids_BL)["params"]
     assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), want)
-    assert (vocab_size, context, cfg.width, cfg.num_layers) == (512, 64, 64, 2)
+    small = (64, 64, 32, 2)
+    assert (vocab_size, context, cfg.width, cfg.num_layers) == ((512, 64, 64, 2) if family in FAMILIES[:2] else small)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES[:2])
 def test_shards_give_what_one_file_gives(tmp_path, family):
     folder = variant(tmp_path, family)
     tensors = load_file(folder / "model.safetensors")
@@ -169,13 +171,52 @@ def test_older_and_newer_places_of_the_rotary_base_are_read(tmp_path):
         assert import_huggingface(variant(tmp_path / str(i), FAMILIES[1], settings))[0].rope_theta == theta
 
 
+SCALED = {
+    "linear": {"factor": 4.0},
+    "llama3": {
+        "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+    },
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_scaled_rotary_positions_have_the_logits_of_transformers(tmp_path, kind):
+    settings = {"rope_parameters": {"rope_type": kind, "rope_theta": 10_000.0} | SCALED[kind]}
+    imported = import_huggingface(variant(tmp_path, FAMILIES[1], settings))
+    assert (imported[0].rope_scaling, imported[0].rope_factor) == (kind, 4.0)
+    want_BLV = np.load(FIXTURES / FAMILIES[1] / "scaled.npz")[kind]
+    ids_BL = np.load(FIXTURES / FAMILIES[1] / "reference.npz")["ids"]
+    assert np.abs(logits(imported, ids_BL)[..., :32] - want_BLV).max() <= 1e-5
+    unscaled_BLV = np.load(FIXTURES / FAMILIES[1] / "reference.npz")["logits"][..., :32]
+    assert np.abs(unscaled_BLV - want_BLV).max() > 1e-3
+    # The older place and name, with what older files say beside it.
+    older = {"type": kind, "beta_fast": None} if kind == "yarn" else {"type": kind}
+    (tmp_path / "older").mkdir()
+    settings = {"rope_parameters": None, "rope_theta": 1e4, "rope_scaling": older | SCALED[kind]}
+    assert import_huggingface(variant(tmp_path / "older", FAMILIES[1], settings))[0] == imported[0]
+
+
+def test_windows_and_head_sizes_are_read(tmp_path):
+    mistral, qwen3 = (import_huggingface(FIXTURES / family)[0] for family in FAMILIES[2:])
+    assert (mistral.window, mistral.qk_norm, mistral.head_size, mistral.tied) == (7, False, 12, False)
+    assert (qwen3.window, qwen3.qk_norm, qwen3.head_size, qwen3.tied) == (0, True, 12, True)
+    assert import_huggingface(variant(tmp_path, FAMILIES[2], {"sliding_window": None}))[0].window == 0
+
+
 # What is refused
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4} | SCALED["yarn"]
 
 
 @pytest.mark.parametrize(
     "family, settings, message",
     [
-        (0, {"model_type": "bert"}, "model_type='bert' is not supported; wanted 'gpt2' or 'llama'"),
+        (
+            0,
+            {"model_type": "bert"},
+            "model_type='bert' is not supported; wanted 'gpt2' or 'llama' or 'mistral' or 'qwen3'",
+        ),
         (0, {"model_type": None}, "model_type=None"),
         (0, {"activation_function": "gelu"}, "activation_function='gelu' is not supported; wanted 'gelu_new'"),
         (0, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
@@ -190,18 +231,59 @@ def test_older_and_newer_places_of_the_rotary_base_are_read(tmp_path):
         (0, {"n_positions": 32}, r"tensor transformer.wpe.weight has shape \[64, 64\]; wanted \[32, 64\]"),
         (0, {"n_inner": 100}, r"mlp.c_fc.* has shape .*; wanted"),
         (1, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling={'rope_type': 'llama3'"),
-        (1, {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_parameters="),
-        (1, {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "rope_parameters="),
+        (
+            1,
+            {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}},
+            "rope_parameters={.*wanted null, or rope_type",
+        ),
+        (1, {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_parameters={'rope_type': 'dynamic'"),
+        (1, {"rope_parameters": ["linear"]}, r"rope_parameters=\['linear'\]"),
+        (
+            1,
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "rope_parameters.partial_rotary",
+        ),
+        (1, {"rope_parameters": {"rope_type": "linear"}}, "rope_parameters={.*wanted factor in it"),
+        (1, {"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, "rope_parameters.factor=0.5 .* at least 1"),
+        (1, {"rope_parameters": {"rope_type": "linear", "factor": "4"}}, "rope_parameters.factor='4'"),
+        (
+            1,
+            {"rope_parameters": {"rope_type": "linear", "factor": 4, "original_max_position_embeddings": 16}},
+            "rope_parameters.original_max_position_embeddings=16 .* no such key for 'linear'",
+        ),
+        (1, {"rope_parameters": YARN | {"beta_fast": 16}}, "rope_parameters.beta_fast=16 .* wanted 32"),
+        (1, {"rope_parameters": YARN | {"beta_slow": True}}, "rope_parameters.beta_slow=True .* wanted 1"),
+        (1, {"rope_parameters": YARN | {"attention_factor": 2.0}}, "rope_parameters.attention_factor=2.0"),
+        (1, {"rope_parameters": YARN | {"mscale": 1.0}}, "rope_parameters.mscale=1.0"),
+        (
+            1,
+            {"rope_parameters": YARN | {"finetuned": True}},
+            "rope_parameters.finetuned=True .* no such key for 'yarn'",
+        ),
+        (1, {"rope_parameters": YARN | {"type": "linear"}}, "rope_parameters.type='linear' .* wanted 'yarn'"),
+        (1, {"rope_parameters": YARN | {"original_max_position_embeddings": 0}}, "rope_parameters.original_max_po.*=0"),
+        (1, {"rope_scaling": YARN}, "rope_scaling={.*the same as rope_parameters"),
+        (1, {"original_max_position_embeddings": 16}, "original_max_position_embeddings=16"),
         (1, {"rope_theta": -1.0}, "rope_theta=-1.0"),
         (1, {"hidden_act": "gelu"}, "hidden_act='gelu'"),
         (1, {"attention_bias": True}, "mlp_bias=False is not supported; wanted the same as attention_bias=True"),
         (1, {"attention_bias": True, "mlp_bias": True}, r"tensor model.layers.0.*\.bias is missing"),
-        (1, {"head_dim": 32}, "head_dim=32 is not supported; wanted hidden_size / num_attention_heads = 16"),
+        (1, {"head_dim": 32}, r"k_proj.weight has shape \[32, 64\]; wanted \[64, 64\]"),
+        (1, {"head_dim": 15}, "model.head_dim=15: wanted an even head size"),
         (1, {"num_key_value_heads": 3}, "num_key_value_heads=3"),
         (1, {"num_key_value_heads": 4}, r"k_proj.weight has shape \[32, 64\]; wanted \[64, 64\]"),
         (1, {"rms_norm_eps": 0}, "rms_norm_eps=0"),
         (1, {"dtype": "float8"}, "dtype='float8'"),
         (1, {"tie_word_embeddings": True}, "lm_head.weight differs from the embedding"),
+        (2, {"sliding_window": 0}, "sliding_window=0 is not supported; wanted a whole number above 0"),
+        (2, {"sliding_window": "absent"}, "sliding_window is missing; wanted its value, or null"),
+        (2, {"num_key_value_heads": None}, "num_key_value_heads=None"),
+        (2, {"layer_types": ["full_attention"] * 2}, "layer_types="),
+        (3, {"head_dim": None}, "head_dim=None"),
+        (3, {"use_sliding_window": True}, "use_sliding_window=True"),
+        (3, {"attention_bias": True}, "attention_bias=True"),
+        (3, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types="),
+        (3, {"model_type": "llama"}, "no place for tensor model.layers.0.self_attn.k_norm.weight"),
     ],
 )
 def test_what_can_not_be_expressed_is_refused_by_name(tmp_path, family, settings, message):
@@ -257,9 +339,3 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(InputError, match=r"pip install 'gptjax\[hf\]'"):
         import_huggingface(FIXTURES / FAMILIES[0])
-
-
-def test_a_sentencepiece_model_beside_the_weights_is_found(tmp_path):
-    assert sentencepiece_model(tmp_path) is None
-    (tmp_path / "tokenizer.model").write_bytes(b"x")
-    assert sentencepiece_model(tmp_path) == tmp_path / "tokenizer.model"

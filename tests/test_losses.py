@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gptjax import losses
-from gptjax.losses import cross_entropy, masked_mean, token_log_probs
+from gptjax.losses import MASKED, cross_entropy, logits, masked_mean, token_log_probs
 
 B, L, D, V, VOCAB = 3, 8, 16, 64, 50
 
@@ -18,26 +18,27 @@ def arrays():
     return jax.random.normal(keys[0], (B, L, D)), jax.random.normal(keys[1], (V, D)), targets_BL, weights_BL
 
 
-def plain(x_BLD, head_VD, targets_BL, weights_BL, z_loss=0.0):
+def plain(x_BLD, head_VD, targets_BL, weights_BL, z_loss=0.0, softcap=0.0):
     """The loss written down directly, over all logits at once."""
     logits_BLV = jnp.einsum("BLD,VD->BLV", x_BLD, head_VD)[..., :VOCAB]
+    if softcap:
+        logits_BLV = softcap * jnp.tanh(logits_BLV / softcap)
     log_z_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
     picked_BL = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0]
     return (weights_BL * (log_z_BL - picked_BL + z_loss * log_z_BL**2)).sum()
 
 
-@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize(("z_loss", "softcap"), [(0.0, 0.0), (0.1, 0.0), (0.0, 3.0), (0.1, 3.0)])
 @pytest.mark.parametrize("rows_a_chunk", [1, 2, 8])
-def test_chunks_change_neither_the_loss_nor_its_gradients(monkeypatch, rows_a_chunk, z_loss):
+def test_chunks_change_neither_the_loss_nor_its_gradients(monkeypatch, rows_a_chunk, z_loss, softcap):
     monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", 4 * B * rows_a_chunk * V)
     x, head, targets, weights = arrays()
     assert losses._num_chunks(targets.shape, V) == L // rows_a_chunk
-    got, got_grads = jax.value_and_grad(
-        lambda x, h: 3 * cross_entropy(x, h, targets, weights, VOCAB, z_loss), argnums=(0, 1)
-    )(x, head)
-    want, want_grads = jax.value_and_grad(lambda x, h: 3 * plain(x, h, targets, weights, z_loss), argnums=(0, 1))(
-        x, head
-    )
+    more = {"z_loss": z_loss, "softcap": softcap}
+    chunked = lambda x, h: 3 * cross_entropy(x, h, targets, weights, VOCAB, **more)  # noqa: E731
+    direct = lambda x, h: 3 * plain(x, h, targets, weights, **more)  # noqa: E731
+    got, got_grads = jax.value_and_grad(chunked, argnums=(0, 1))(x, head)
+    want, want_grads = jax.value_and_grad(direct, argnums=(0, 1))(x, head)
     np.testing.assert_allclose(got, want, rtol=1e-6)
     for a, b in zip(got_grads, want_grads, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
@@ -66,10 +67,20 @@ def test_uniform_logits_cost_the_log_of_the_vocabulary():
     np.testing.assert_allclose(loss, np.log(VOCAB), rtol=1e-6)
 
 
-def test_token_log_probs_sum_to_the_cross_entropy():
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_token_log_probs_sum_to_the_cross_entropy(softcap):
     x, head, targets, weights = arrays()
-    total = -(token_log_probs(x, head, targets, VOCAB) * weights).sum()
-    np.testing.assert_allclose(total, cross_entropy(x, head, targets, weights, VOCAB), rtol=1e-6)
+    total = -(token_log_probs(x, head, targets, VOCAB, softcap) * weights).sum()
+    np.testing.assert_allclose(total, cross_entropy(x, head, targets, weights, VOCAB, softcap=softcap), rtol=1e-6)
+
+
+def test_a_soft_cap_bounds_the_logits_and_leaves_the_masked_ids_masked():
+    x, head, *_ = arrays()
+    free, capped = (logits(20 * x, head, VOCAB, c) for c in (0.0, 30.0))
+    assert abs(free[..., :VOCAB]).max() > 100 and 29 < abs(capped[..., :VOCAB]).max() <= 30
+    assert (capped[..., VOCAB:] == jnp.float32(MASKED)).all()
+    small = logits(0.001 * x, head, VOCAB, 30.0)
+    np.testing.assert_allclose(small, logits(0.001 * x, head, VOCAB), rtol=1e-5)  # c tanh(z / c) is z for small z
 
 
 def test_masked_mean_by_hand():

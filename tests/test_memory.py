@@ -1,4 +1,7 @@
-"""Activations stay sharded: the memory of a device does not grow when devices and rows double together."""
+"""Activations stay sharded: the memory of a device does not grow when devices and rows double together.
+
+And attention by blocks is linear in length, where the plain one is quadratic.
+"""
 
 import functools
 import json
@@ -10,6 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from gptjax import decoder as decoder_module
+from gptjax.attention import attend, causal
+from gptjax.blockwise import attend_blockwise
 from gptjax.config import ModelConfig, OptimConfig
 from gptjax.decoder import Decoder, init_params
 from gptjax.optim import make_optimizer, make_schedule
@@ -60,6 +65,31 @@ def test_activation_memory_a_device_is_flat_when_devices_and_rows_double():
 def test_without_the_constraint_in_the_block_activations_are_replicated():
     """The test above can fail: this is the fault that it is there to catch."""
     assert growth()["without"] > 1.5
+
+
+def attention_bytes(attention, length: int, **options) -> int:
+    """What a loss of two rows of attention and its gradients need beside their arguments and results."""
+    x = jax.ShapeDtypeStruct((2, length, 2, 8), jnp.float32)
+    segments_BL = jax.ShapeDtypeStruct((2, length), jnp.int32)
+
+    def loss(q_BLHK, k_BMGK, v_BMGK, segments_BL, window):
+        sight = causal(segments_BL)
+        return attention(q_BLHK, k_BMGK, v_BMGK, sight, scale=0.4, window=window, softcap=9.0, **options).sum()
+
+    traced = jax.ShapeDtypeStruct((), jnp.int32)
+    grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+    return grads.lower(x, x, x, segments_BL, traced).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_blockwise_attention_needs_memory_linear_in_length():
+    """Packed rows, windows and the soft-cap included: no mask or score of L x M is ever there."""
+    small, middle, large = (attention_bytes(attend_blockwise, n, block=64) for n in (1024, 2048, 4096))
+    assert large <= 4.3 * small and large - middle <= 2.2 * (middle - small)
+
+
+def test_plain_attention_needs_memory_quadratic_in_length():
+    """The test above can fail: this is what it is there to catch."""
+    assert attention_bytes(attend, 4096) > 12 * attention_bytes(attend, 1024)
 
 
 if __name__ == "__main__":

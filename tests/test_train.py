@@ -6,9 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from gptjax.config import MeshConfig
+from gptjax.checkpoint import Checkpoints
+from gptjax.config import CheckpointConfig, MeshConfig
 from gptjax.settings import InputError
-from gptjax.sharding import make_mesh
+from gptjax.sharding import abstract, make_mesh
 from gptjax.train import (
     Diverged,
     Interrupted,
@@ -35,11 +36,11 @@ def batch(step: int, rows: int = 16) -> dict[str, np.ndarray]:
     return {"x_BD": x, "y_B": x.sum(axis=1), "weight_B": rng.uniform(0, 2, rows).astype(np.float32)}
 
 
-def make(accumulate: int = 1, rate: float = 0.05):
+def make(accumulate: int = 1, rate: float = 0.05, **ema: float):
     tx = optax.adamw(rate)
     mesh = make_mesh(MeshConfig())
-    init = make_init(lambda key: {"w_D": jax.random.normal(key, (4,))}, tx)
-    step = make_train_step(loss_fn, tx, lambda u: rate, accumulate)
+    init = make_init(lambda key: {"w_D": jax.random.normal(key, (4,))}, tx, **ema)
+    step = make_train_step(loss_fn, tx, lambda u: rate, accumulate, **ema)
     state = init_state(init, 0, mesh)
     return mesh, state, compile_step(step, mesh, state, {"offset": jnp.zeros(())}, batch(0))
 
@@ -129,6 +130,54 @@ def test_training_refuses_sharded_state_without_a_mesh():
     mesh, state, step = make()
     with pytest.raises(InputError, match="no mesh is set"):
         fit(step, state, FROZEN, endless(), 1, mesh=mesh, log=print, save=print, save_every=1)
+
+
+def test_averages_begin_as_the_parameters_and_follow_them_by_their_decay():
+    mesh, state, step = make(ema=0.75)
+    np.testing.assert_array_equal(state.ema["w_D"], state.params["w_D"])
+    wanted, seen = np.asarray(state.params["w_D"], np.float64), []
+
+    def save(i, state, data):
+        seen.append(jax.device_get((state.params["w_D"], state.ema["w_D"])))
+
+    run(5, mesh, state, step, save=save, save_every=1)
+    for params, average in seen:
+        wanted = 0.75 * wanted + 0.25 * params
+        np.testing.assert_allclose(average, wanted, rtol=1e-5)
+    assert not np.allclose(wanted, params)
+
+
+def test_averages_are_float32_and_lie_where_the_parameters_do():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    init = make_init(lambda key: {"w_DF": jnp.ones((8, 4), jnp.bfloat16)}, optax.sgd(0.1), ema=0.9)
+    state = init_state(init, 0, mesh)
+    assert state.ema["w_DF"].dtype == jnp.float32 and state.params["w_DF"].dtype == jnp.bfloat16
+    assert state.ema["w_DF"].sharding == state.params["w_DF"].sharding
+    assert state.ema["w_DF"].addressable_shards[0].data.shape == (2, 2)
+
+
+def test_training_is_the_same_with_and_without_averages():
+    (a, _, _), (b, _, _) = run(5, *make()), run(5, *make(ema=0.9))
+    np.testing.assert_array_equal(a.params["w_D"], b.params["w_D"])
+    assert a.ema == {}
+
+
+def test_a_state_with_or_without_averages_is_restored_and_one_is_not_taken_for_the_other(tmp_path):
+    states = {}
+    for name, settings in (("without", {}), ("with", {"ema": 0.9})):
+        mesh, state, _ = make(**settings)
+        states[name] = state
+        checkpoints = Checkpoints(tmp_path / name, CheckpointConfig())
+        checkpoints.save(1, state, {}, {})
+        checkpoints.wait()
+        restored = checkpoints.restore(abstract(jax.eval_shape(lambda s=state: s), mesh))[1]
+        assert jax.tree.structure(restored) == jax.tree.structure(state)
+        jax.tree.map(np.testing.assert_array_equal, restored, state)
+    with pytest.raises(InputError, match="has no ema.w_D, which these settings ask for"):
+        Checkpoints(tmp_path / "without", CheckpointConfig()).restore(abstract(jax.eval_shape(lambda: state), mesh))
+    with pytest.raises(InputError, match="holds ema.w_D, which these settings do not ask for"):
+        without = jax.eval_shape(lambda: states["without"])
+        Checkpoints(tmp_path / "with", CheckpointConfig()).restore(abstract(without, mesh))
 
 
 def test_a_compile_cache_that_others_can_write_is_refused(tmp_path, monkeypatch):

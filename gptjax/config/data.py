@@ -30,9 +30,10 @@ class DataConfig(Section):
     loading: Literal["prepared", "stream"] = "prepared"
     """Tokenise everything first and read at random, or tokenise while training, in the source's order."""
     workers: int = 0
-    """Processes that tokenise a stream, or threads that cut rows of a prepared corpus; 0: one thread."""
+    """Processes that tokenise a stream (for each source of a mixture), or threads that cut rows of a prepared corpus;
+    0: one thread. Their number changes no batch, so it may differ on resume."""
     exact_resume: bool = True
-    """Refuse to resume where the data can't go on exactly where it was (a stream with another number of workers)."""
+    """Refuse to resume where the data can't go on exactly where it was: a stream whose source was changed."""
     max_corrupt: int = 0
     """Corrupt files or pages that may be skipped and counted; with one more, or with 0, training stops and names it."""
     batch_size: int = 16
@@ -58,9 +59,14 @@ class DataConfig(Section):
             form = all(n.isidentifier() and s for n, _, s in pairs)
             self.require(form, name, "NAME=SOURCE entries whose names are letters, digits and _")
             self.require(len({n for n, _, _ in pairs}) == len(pairs), name, "names that differ")
+        twice = {n.partition("=")[0] for n in self.mixture} & {n.partition("=")[0] for n in self.validation}
+        self.require(not twice, "validation", "names that no source of data.mixture has")
         given = not self.weights or len(self.weights) == len(self.mixture)
         self.require(given, "weights", f"one for each of the {len(self.mixture)} sources in data.mixture")
         self.require(all(math.isfinite(w) and w > 0 for w in self.weights), "weights", "finite numbers above 0")
+        shares = not mixed or self.loading == "prepared" or (self.weights and self.weights_are == "shares")
+        then = "give --data.weights, or --data.loading prepared"
+        self.require(bool(shares), "weights_are", "shares, and data.weights, for a stream: its size is not known", then)
         self.require(0 < self.validation_fraction < 1, "validation_fraction", "a share above 0 and below 1")
 
 
@@ -69,7 +75,9 @@ class PrepareConfig(Section):
     """Tokenise a source into a folder that training reads at random."""
 
     source: str = "builtin:shakespeare"
-    """A text file, .jsonl(.gz, .zst), .parquet, a folder of them, builtin:shakespeare, tfds:NAME or hf:NAME."""
+    """A text file, .jsonl(.gz, .zst), .parquet, a folder of them, builtin:shakespeare,
+    tfds:NAME[/CONFIG][:VERSION][:SPLIT], hf:NAME[@CONFIG][:SPLIT], either with a folder for the name, or a function
+    MODULE:NAME that yields texts."""
     out: str = "corpus"
     """Folder to make."""
     validation_fraction: float = 0.05

@@ -6,6 +6,8 @@ from typing import ClassVar, Literal
 
 from gptjax.settings import Section
 
+REMAT_NAMES = ("query", "key", "value", "attention", "mlp")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Section):
@@ -42,7 +44,7 @@ class ModelConfig(Section):
     rope_factor: float = 1.0
     """How many times longer the context becomes by rope_scaling."""
     rope_original_length: int = 0
-    """Context that the model was trained for before rope_scaling (ntk, yarn, llama3)."""
+    """Context that the model was trained for before rope_scaling (yarn, llama3); 0 for the others."""
     window: int = 0
     """Tokens that a position attends to, itself included, in layers with a sliding window; 0: no window."""
     global_every: int = 0
@@ -73,7 +75,10 @@ class ModelConfig(Section):
     """What the backward pass computes again: nothing, each block, all but its matrix products, all but what remat_names
     lists, or the same with that kept in the host's memory."""
     remat_names: tuple[str, ...] = ("attention",)
-    """What remat=names and remat=offload keep of each block: of query, key, value, attention, mlp."""
+    """What remat=names and remat=offload keep of each block: of query, key, value (the projections), attention (its
+    output), mlp (its products before the activation)."""
+    block: str = ""
+    """Function module:name that is one layer, in place of gptjax.block.block."""
     unroll: int = 1
     """Layers in one step of the compiled loop over layers; 0 unrolls all (slower to compile, often faster to run)."""
 
@@ -92,9 +97,34 @@ class ModelConfig(Section):
         self.require(even, owner, f"an even head size for rotary positions; model.num_heads={self.num_heads}")
         self.require_numbers(0, math.inf, "head_dim", "rope_original_length", "window", "global_every",
                              "attention_softcap", "logit_softcap", "mup_base_width")  # fmt: skip
-        self.require_positive("rope_factor", "attention_block")
+        self.require_positive("attention_block")
+        self._require_rope()
+        local = self.window > 0 or self.global_every == 0
+        self.require(local, "global_every", "0 where model.window=0", "set --model.window too")
+        most = f"at most model.num_layers={self.num_layers}, or no layer would attend to everything"
+        self.require(self.global_every <= self.num_layers, "global_every", most)
+        plain = self.attention == "plain" or self.dropout == 0
+        advice = "set --model.dropout 0 or --model.attention plain"
+        self.require(plain, "dropout", "0 with model.attention=blockwise, which has no dropout", advice)
+        known = set(self.remat_names) <= set(REMAT_NAMES) and len(set(self.remat_names)) == len(self.remat_names)
+        each = f"one or more of {', '.join(REMAT_NAMES)}, each once"
+        self.require(known and len(self.remat_names) > 0, "remat_names", each)
         self.require(0 <= self.dropout < 1, "dropout", "a chance from 0 up to, not including, 1")
         self.require(0 <= self.unroll <= self.num_layers, "unroll", f"0 (all) or 1 to num_layers={self.num_layers}")
+
+    def _require_rope(self):
+        scaled, named = self.rope_scaling != "none", f"model.rope_scaling={self.rope_scaling}"
+        rotary = f"none where model.positions={self.positions}"
+        self.require(self.positions == "rope" or not scaled, "rope_scaling", rotary, "set --model.positions rope")
+        self.require_numbers(1, math.inf, "rope_factor")
+        self.require(scaled or self.rope_factor == 1, "rope_factor", f"1 where {named}", "set --model.rope-scaling too")
+        if self.rope_scaling in ("yarn", "llama3"):
+            self.require(self.rope_original_length > 0, "rope_original_length", f"the context before {named}")
+        else:
+            unused = f"0 where {named}, which has no use for it"
+            self.require(self.rope_original_length == 0, "rope_original_length", unused)
+        self.require(self.rope_scaling != "ntk" or self.head_size > 2, "rope_scaling", "heads larger than 2 for ntk")
+        self.require(self.rope_scaling != "yarn" or self.rope_theta > 1, "rope_theta", f"more than 1 with {named}")
 
     @property
     def head_size(self) -> int:
@@ -103,6 +133,12 @@ class ModelConfig(Section):
     @property
     def num_kv_heads(self) -> int:
         return self.num_heads // self.queries_per_kv
+
+    @property
+    def layer_windows(self) -> tuple[int, ...]:
+        """The window of each layer, 0 where it attends to everything."""
+        everything = [self.global_every > 0 and (n + 1) % self.global_every == 0 for n in range(self.num_layers)]
+        return tuple(0 if e else self.window for e in everything)
 
     @property
     def mlp_width(self) -> int:

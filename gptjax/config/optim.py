@@ -23,15 +23,15 @@ class OptimConfig(Section):
     warmup_steps: int = 100
     """Steps over which the learning rate rises from 0."""
     final_fraction: float = 0.1
-    """Learning rate at the last step, as a share of the peak."""
+    """Learning rate at the last step, as a share of the peak (cosine, linear, wsd)."""
     decay_fraction: float = 0.2
     """Share of the steps in which wsd decays."""
     beta1: float = 0.9
-    """Decay of the first moment."""
+    """Decay of the first moment; Adafactor with 0 keeps none, and hardly any state."""
     beta2: float = 0.95
-    """Decay of the second moment."""
+    """Decay of the second moment; Adafactor's highest; Lion's for its momentum, which beta1 mixes with the gradient."""
     epsilon: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the root of the second moment, which Lion does not have."""
     momentum: float = 0.95
     """Decay of Muon's momentum."""
     ema: float = 0.0

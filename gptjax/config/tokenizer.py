@@ -1,5 +1,6 @@
 """How text becomes token ids."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -18,6 +19,8 @@ class TokenizerConfig(Section):
     """Number of token ids, special tokens included; 258 for bytes."""
     path: str = ""
     """The tokenizer's file, or the folder that holds it; empty: train a SentencePiece model on the training split."""
+    pattern: Literal["", "gpt2", "cl100k", "o200k"] = ""
+    """Published pattern by which a .tiktoken file of one's own splits text into words; empty: a file that is known."""
 
     BYTES_VOCAB: ClassVar[int] = 258  # 256 bytes, beginning and end of document
 
@@ -27,7 +30,9 @@ class TokenizerConfig(Section):
             self.require(fits, "vocab_size", f"{self.BYTES_VOCAB} when tokenizer.kind is bytes", then)
             self.require(not self.path, "path", "no path when tokenizer.kind is bytes")
         # Byte fallback needs all 256 bytes and 3 special tokens in the vocabulary, and then some pieces.
-        self.require(self.kind == "bytes" or self.vocab_size >= 300, "vocab_size", "at least 300 for sentencepiece")
+        least = {"bytes": self.BYTES_VOCAB, "sentencepiece": 300}.get(self.kind, 257)
+        self.require(self.vocab_size >= least, "vocab_size", f"at least {least} for {self.kind}")
+        self.require(not self.pattern or self.kind == "tiktoken", "pattern", "none unless tokenizer.kind is tiktoken")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +40,17 @@ class TrainTokenizerConfig(Section):
     """Train a SentencePiece BPE model with byte fallback on the training part of a source."""
 
     source: str = "builtin:shakespeare"
-    """A text file, a folder of texts, a .jsonl(.gz) file, or builtin:shakespeare."""
+    """A text file, .jsonl(.gz, .zst), .parquet, a folder of them, builtin:shakespeare, tfds:NAME or hf:NAME."""
     out: str = "tokenizer"
     """Folder to make; its tokenizer.model is what --tokenizer.path takes."""
     vocab_size: int = 4096
     """Number of pieces, special tokens and the 256 bytes included."""
     validation_fraction: float = 0.05
     """Share that the tokenizer may not see, as in training."""
+    text_field: str = "text"
+    """Name of the text in records of JSONL, Parquet, TFDS and Hugging Face datasets."""
+    max_corrupt: int = 0
+    """Corrupt files that may be skipped; with one more, or with 0, training stops and names it."""
+
+    def __post_init__(self):
+        self.require_numbers(0, math.inf, "max_corrupt")

@@ -4,12 +4,13 @@ An epoch's rows are cut so that each target is predicted exactly once, and visit
 Neither the number of hosts nor who reads ahead changes a batch.
 """
 
+import collections
 import functools
+import itertools
 import math
-import queue
-import threading
-from collections.abc import Generator, Iterator
-from typing import Protocol
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -17,10 +18,13 @@ from gptjax.config import DataConfig
 from gptjax.data.packing import Batch, Spans, Stream, cut
 from gptjax.settings import InputError
 
+T = TypeVar("T")
+State = dict[str, Any]  # of the data after some batches; JSON, saved with the checkpoint of the last one trained on
+
 ALL_ROWS = slice(None)
 
 _ROUNDS = 8
-_AHEAD = 2  # batches made before they are asked for
+_AHEAD = 2  # batches made before they are asked for, besides one for each further thread
 
 
 class TokenSplit(Stream, Protocol):
@@ -40,7 +44,7 @@ class Rows:
                 f"one row of them; give more text, or a shorter row with --data.length {max(1, split.num_tokens // 8)}"
             )
         self._layout = _layout(split, cfg.length, cfg.packing)
-        self._split = split
+        self.split = split
 
     @property
     def rows_per_epoch(self) -> int:
@@ -49,7 +53,14 @@ class Rows:
 
     def batch(self, step: int, rows: slice = ALL_ROWS) -> Batch:
         """The batch that is trained on after `step` steps, or some rows of it; what `packing.cut` describes."""
-        number = step * self.cfg.batch_size + np.arange(self.cfg.batch_size)[rows]
+        return self.rows(row_numbers(self.cfg, step, rows))
+
+    def rows(self, number: np.ndarray) -> Batch:
+        """The rows with these numbers (int64, counted on through the epochs) as a batch."""
+        return cut(self.split, self.spans(number), len(number), self.cfg.length, self.cfg.cross_documents)
+
+    def spans(self, number: np.ndarray) -> Spans:
+        """Where the rows with these numbers lie in the split's stream."""
         epochs, places = np.divmod(number, self.rows_per_epoch)
         parts = []
         for epoch in np.unique(epochs).tolist():
@@ -58,8 +69,12 @@ class Rows:
             shift = self._layout.shift(self.seed, epoch)
             spans = self._layout.spans(chosen, shift)
             parts.append(spans._replace(row=at[spans.row]))
-        spans = Spans(*(np.concatenate(column) for column in zip(*parts)))
-        return cut(self._split, spans, len(number), self.cfg.length, self.cfg.cross_documents)
+        return Spans(*(np.concatenate(column) for column in zip(*parts)))
+
+
+def row_numbers(cfg: DataConfig, step: int, rows: slice = ALL_ROWS) -> np.ndarray:
+    """Numbers of the rows that are trained on after `step` steps, or of some of them: int64[rows]."""
+    return step * cfg.batch_size + np.arange(cfg.batch_size)[rows]
 
 
 def validation_batches(split: TokenSplit, cfg: DataConfig, max_rows: int = 0) -> Iterator[Batch]:
@@ -74,41 +89,39 @@ def validation_batches(split: TokenSplit, cfg: DataConfig, max_rows: int = 0) ->
         yield cut(split, spans, cfg.batch_size, cfg.length, cfg.cross_documents)
 
 
-def batches(rows: Rows, start_step: int, part: slice = ALL_ROWS) -> Generator[tuple[Batch, dict[str, int]], None, None]:
+class Batches(Protocol):
+    """Batches that are a pure function of the step."""
+
+    def batch(self, step: int, rows: slice = ALL_ROWS) -> Batch: ...
+
+
+def batches(
+    rows: Batches, start_step: int, part: slice = ALL_ROWS, workers: int = 0
+) -> Generator[tuple[Batch, State], None, None]:
     """Yields (batch, state after it) from a step on, without end; {"step": s} is the state after s steps.
 
-    A thread makes the next batches meanwhile; what it raises is raised here. Closing the iterator ends the thread.
+    Threads, as many as `workers` and at least one, cut the next batches meanwhile; their number changes no batch and
+    no order. What one raises is raised here, in its batch's place. Closing the iterator ends the threads.
     """
-    ready: queue.Queue = queue.Queue(maxsize=_AHEAD)
-    closed = threading.Event()
 
-    def put(item: object) -> None:
-        while not closed.is_set():
-            try:
-                return ready.put(item, timeout=0.1)
-            except queue.Full:
-                pass
+    def make(step: int) -> tuple[Batch, State]:
+        return rows.batch(step, part), {"step": step + 1}
 
-    def work() -> None:
-        step = start_step
-        try:
-            while not closed.is_set():
-                put((rows.batch(step, part), {"step": step + 1}))
-                step += 1
-        except BaseException as error:
-            put(error)
+    return ahead((functools.partial(make, step) for step in itertools.count(start_step)), workers)
 
-    thread = threading.Thread(target=work, name="batches", daemon=True)
-    thread.start()
+
+def ahead(makes: Iterator[Callable[[], T]], workers: int = 0) -> Generator[T, None, None]:
+    """Yields what each function makes, in order, while threads call the next ones; with one thread also in order."""
+    threads = max(1, workers)
+    ready: collections.deque[Future[T]] = collections.deque()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="batches")
     try:
         while True:
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+            while len(ready) < threads + _AHEAD:
+                ready.append(pool.submit(next(makes)))
+            yield ready.popleft().result()
     finally:
-        closed.set()
-        thread.join()
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 class _Packed:
@@ -124,7 +137,7 @@ class _Packed:
 
     def shift(self, seed: int, epoch: int) -> int:
         """Where the epoch's first cut lies: from 0 up to, not including, the length."""
-        return _key(seed, epoch, _ROUNDS) % self.length
+        return mixed_key(seed, epoch, _ROUNDS) % self.length
 
     def spans(self, rows: np.ndarray, shift: int) -> Spans:
         first = rows * self.length
@@ -189,14 +202,14 @@ def permuted(places: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray
 
 def _mixed(values: np.ndarray, *key: int) -> np.ndarray:
     """Pseudo-random uint64 numbers from values and a key: the finaliser of splitmix64 (Steele, Lea & Flood 2014)."""
-    mixed = values + np.uint64(_key(*key))
+    mixed = values + np.uint64(mixed_key(*key))
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return mixed ^ (mixed >> np.uint64(31))
 
 
 @functools.lru_cache(maxsize=256)
-def _key(*values: int) -> int:
+def mixed_key(*values: int) -> int:
     """The same mixing of small numbers, one after another, into one of 64 bits."""
     state = 0
     for value in values:

@@ -19,6 +19,7 @@ from gptjax.settings import InputError
 from gptjax.tokenizer import Tokenizer, load
 
 CACHE_BYTES = 64 << 20  # of decoded pages, for each split
+HOLE = np.int32(-1)  # no token: what a page that can't be read would have held
 _OPEN_SHARDS = 64  # shards a split keeps open
 _AGAIN = "delete the folder and prepare it again"
 
@@ -82,8 +83,20 @@ class Corpus:
                 raise InputError(f"{path} is damaged: its sha256 changed; {_AGAIN}")
 
 
+class DamagedPage(InputError):
+    """A page of a shard can't be read; `where` names both."""
+
+    def __init__(self, message: str, where: str):
+        super().__init__(message)
+        self.where = where
+
+
 class Split:
-    """One split's token stream; reads are safe from several threads."""
+    """One split's token stream; reads are safe from several threads.
+
+    With `skip_damaged` a page that can't be read is a hole: HOLE in place of each of its tokens. `damage` collects what
+    was wrong, by page.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest, entry: SplitEntry):
         self.num_tokens = entry.tokens
@@ -93,8 +106,11 @@ class Split:
         self._first_page = np.cumsum([0, *(shard.pages for shard in entry.shards)])
         self._pages: OrderedDict[int, np.ndarray] = OrderedDict()
         self._readers: OrderedDict[int, Any] = OrderedDict()
+        self.skip_damaged = False
+        self.damage: dict[int, DamagedPage] = {}
         self._max_pages = max(8, CACHE_BYTES // (manifest.page * np.dtype(manifest.dtype).itemsize))
         self._lock = threading.Lock()
+        self._shard_locks = [threading.Lock() for _ in entry.shards]
 
     @property
     def starts(self) -> np.ndarray:
@@ -110,16 +126,28 @@ class Split:
         return np.memmap(path, dtype="<i8", mode="r").view(np.ndarray)
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of the stream as int32."""
+        """Tokens [start, stop) of the stream as int32; raises DamagedPage, naming shard and page, or see the class."""
         assert 0 <= start <= stop <= self.num_tokens, (start, stop, self.num_tokens)
         out = np.empty(stop - start, np.int32)
         page, at = self._manifest.page, start
         while at < stop:
             index, inside = divmod(at, page)
-            part = self._page(index)[inside : inside + stop - at]
+            try:
+                tokens = self._page(index) if index not in self.damage else np.full(page, HOLE)
+            except DamagedPage as error:
+                if not self.skip_damaged:
+                    raise
+                self.damage[index] = error
+                continue
+            part = tokens[inside : inside + stop - at]
             out[at - start : at - start + len(part)] = part
             at += len(part)
         return out
+
+    def damage_in(self, start: int, stop: int) -> list[DamagedPage]:
+        """What was wrong with the pages that hold tokens [start, stop), of those that were found damaged so far."""
+        pages = range(start // self._manifest.page, (stop - 1) // self._manifest.page + 1)
+        return [self.damage[page] for page in pages if page in self.damage]
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [start, stop) and, for each, the number of its document in the split; both int32."""
@@ -131,17 +159,19 @@ class Split:
             if index in self._pages:
                 self._pages.move_to_end(index)
                 return self._pages[index]
-            shard = int(np.searchsorted(self._first_page, index, side="right")) - 1
+        shard = int(np.searchsorted(self._first_page, index, side="right")) - 1
+        with self._shard_locks[shard]:  # threads read different shards at a time
             tokens = self._decoded(self._entry.shards[shard], shard, index)
+        with self._lock:
             self._pages[index] = tokens
             if len(self._pages) > self._max_pages:
                 self._pages.popitem(last=False)
-            return tokens
+        return tokens
 
     def _decoded(self, entry: FileEntry, shard: int, index: int) -> np.ndarray:
         path = self._folder / entry.name
         record = index - int(self._first_page[shard])
-        page = self._manifest.page
+        page, where = self._manifest.page, f"{entry.name} page {record}"
         wanted = min(page, self.num_tokens - index * page)
         try:
             raw = self._reader(shard, path).read([record])[0]
@@ -149,26 +179,30 @@ class Split:
             tokens = np.frombuffer(feature.bytes_list.value[0], np.dtype(self._manifest.dtype).newbyteorder("<"))
         except Exception as error:  # array_record and protobuf raise many kinds for damaged bytes
             reason = " ".join(str(error).split())[:120] or type(error).__name__
-            raise InputError(f"{path} is damaged at page {record} ({reason}); {_AGAIN}") from None
+            raise DamagedPage(f"{path} is damaged at page {record} ({reason}); {_AGAIN}", where) from None
         if len(tokens) != wanted:
-            raise InputError(f"{path} is damaged: page {record} has {len(tokens)} tokens, wanted {wanted}; {_AGAIN}")
+            raise DamagedPage(
+                f"{path} is damaged: page {record} has {len(tokens)} tokens, wanted {wanted}; {_AGAIN}", where
+            )
         if tokens.max() >= self._manifest.vocab_size:
-            raise InputError(
+            raise DamagedPage(
                 f"{path}: token id {tokens.max()} on page {record} is outside the vocabulary; "
-                f"wanted ids below {self._manifest.vocab_size}; {_AGAIN}"
+                f"wanted ids below {self._manifest.vocab_size}; {_AGAIN}",
+                where,
             )
         return tokens
 
     def _reader(self, shard: int, path: Path) -> Any:
         from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
-        if shard not in self._readers:
-            options = "readahead_buffer_size:0,max_parallelism:0"  # both off is what random access wants
-            self._readers[shard] = array_record_module.ArrayRecordReader(str(path), options)
-            if len(self._readers) > _OPEN_SHARDS:
-                self._readers.popitem(last=False)[1].close()
-        self._readers.move_to_end(shard)
-        return self._readers[shard]
+        with self._lock:
+            if shard not in self._readers:
+                options = "readahead_buffer_size:0,max_parallelism:0"  # both off is what random access wants
+                self._readers[shard] = array_record_module.ArrayRecordReader(str(path), options)
+                if len(self._readers) > _OPEN_SHARDS:
+                    self._readers.popitem(last=False)  # closed when its last user lets go of it
+            self._readers.move_to_end(shard)
+            return self._readers[shard]
 
 
 @functools.cache

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptjax.data.sources import file_sha256
+from gptjax.data.formats import file_sha256
 from gptjax.settings import InputError
 
 MANIFEST_FILE = "manifest.json"  # its presence makes a folder a prepared corpus
-SCHEMA = 1
+SCHEMA = 2  # 1 had no report
 DATASET = "corpus"
 
 
@@ -37,6 +37,25 @@ class SplitEntry:
 
 
 @dataclass(frozen=True)
+class Report:
+    """Documents of the source, those of them left out, and its corrupt files, each as a line that says why."""
+
+    documents: int = 0
+    duplicates: int = 0
+    too_short: int = 0
+    too_long: int = 0
+    corrupt: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(values: dict[str, Any]) -> "Report":
+        """The report that JSON holds; raises TypeError or ValueError where it holds something else."""
+        report = Report(**{**values, "corrupt": tuple(values["corrupt"])})
+        if not all(isinstance(line, str) for line in report.corrupt):
+            raise ValueError(report)
+        return report
+
+
+@dataclass(frozen=True)
 class Manifest:
     """`inputs` is what the corpus was made from, and decides whether it may be used again."""
 
@@ -49,6 +68,7 @@ class Manifest:
     dtype: str
     splits: dict[str, SplitEntry]
     files: tuple[FileEntry, ...]
+    report: Report
 
     @property
     def all_files(self) -> list[FileEntry]:
@@ -86,11 +106,12 @@ def read_manifest(folder: Path) -> Manifest:
         raise InputError(f"{path} is not JSON, so it is damaged; delete the folder and run `gptjax prepare`") from None
     try:
         schema = value.pop("schema")
-        if schema != SCHEMA:
+        if schema not in (1, SCHEMA):
             raise InputError(f"{path} has schema {schema!r}; wanted {SCHEMA}; prepare the corpus with this version")
+        report = Report.of(value.pop("report")) if schema == SCHEMA else Report()
         splits = {name: _split(split) for name, split in value.pop("splits").items()}
         files = tuple(_file(entry) for entry in value.pop("files"))
-        manifest = Manifest(splits=splits, files=files, **value)
+        manifest = Manifest(splits=splits, files=files, report=report, **value)
         if manifest.dtype not in ("uint16", "uint32") or manifest.page < 1 or manifest.vocab_size < 1:
             raise ValueError
     except InputError:

@@ -2,74 +2,112 @@
 
 A record is a page of a split's token stream; `starts` in it are the places on the page at which documents begin.
 `tfds.builder_from_directory(folder).as_data_source("train")` reads the folder, with no TensorFlow.
+
+Until it is finished, a folder has a folder WORK in it: the scan of the source, the tokenizer and the parts tokenised
+so far. Killed at any moment, the same command goes on from these; the manifest is written last.
 """
 
 import contextlib
 import fcntl
+import json
+import os
+import shutil
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from gptjax.config import TokenizerConfig, TrainTokenizerConfig
+from gptjax import __version__
+from gptjax.config import PrepareConfig, TokenizerConfig, TrainTokenizerConfig
+from gptjax.data import encode, shards
 from gptjax.data.corpus import Corpus, is_corpus, open_corpus
-from gptjax.data.manifest import DATASET, MANIFEST_FILE, Manifest, file_entry, write_manifest
-from gptjax.data.shards import PAGE, SplitWriter, write_tfds_metadata
-from gptjax.data.sources import SPLITS, Holdout, Split, file_sha256, holdout, source_sha256, split_documents
+from gptjax.data.manifest import DATASET, Manifest, SplitEntry, file_entry, write_manifest
+from gptjax.data.records import Source
+from gptjax.data.scan import Filters, Scan, changed, load_scan, scan
+from gptjax.data.sources import LOCK_FILE, SPLITS, ContentHash, open_source, source_sha256
 from gptjax.settings import InputError
-from gptjax.tokenizer import META_FILE, MODEL_FILE, Tokenizer, load_model, make_tokenizer
+from gptjax.tokenizer import FILES, MODEL_FILE, Tokenizer, load, load_model, make_tokenizer
 
 TRAINING_BYTES = 64 << 20  # text that a tokenizer is trained on, spread evenly over a larger source
-LOCK_FILE = ".prepare.lock"
+WORK = ".prepare"
 
-_BATCH_BYTES = 1 << 20  # text tokenised at a time
 _GOLDEN = 0.6180339887498949
+_METADATA = ("dataset_info.json", "features.json")
 
 Progress = Callable[[str, int, int], None]
 
 
-def prepare(
-    source: str,
-    folder: str | Path,
-    tokenizer_cfg: TokenizerConfig,
-    validation_fraction: float,
-    progress: Progress | None = None,
-) -> Corpus:
-    """Tokenises the source into the folder and opens it; a finished folder made from the same inputs is used again.
+def prepare(cfg: PrepareConfig, progress: Progress | None = None) -> Corpus:
+    """Tokenises the source into the folder cfg.out and opens it; a finished folder of the same inputs is used again.
 
-    `progress(what, done, total)` is called now and then, in bytes of text. Neither training nor the tokenizer's
-    training sees validation text. Raises InputError where the folder was made from other inputs, naming the
-    difference, and for everything that is wrong with the source.
+    The files are the same for any cfg.workers. `progress(what, done, total)` is called now and then, in bytes of text
+    (a total of 0 is not known yet). Neither training nor the tokenizer's training sees validation text. Raises
+    InputError where the folder was made from other inputs, naming the difference, and for everything that is wrong
+    with the source.
     """
-    folder = Path(folder)
+    folder = Path(cfg.out)
+    progress = progress or (lambda what, done, total: None)
+    source = open_source(cfg.source, cfg.text_field)
     inputs = {
-        "source_sha256": source_sha256(source),
-        "validation_fraction": validation_fraction,
-        "tokenizer.kind": tokenizer_cfg.kind,
-        "tokenizer.vocab_size": tokenizer_cfg.vocab_size,
-        "tokenizer.path": _model_sha256(tokenizer_cfg.path),
+        "source_sha256": source_sha256(source) if source.files else "",  # of its documents: known when they are read
+        "text_field": cfg.text_field,
+        "validation_fraction": cfg.validation_fraction,
+        "deduplicate": cfg.deduplicate,
+        "min_bytes": cfg.min_bytes,
+        "max_bytes": cfg.max_bytes,
+        "tokenizer.kind": cfg.tokenizer.kind,
+        "tokenizer.vocab_size": cfg.tokenizer.vocab_size,
+        "tokenizer.path": make_tokenizer(cfg.tokenizer, iter(())).sha256 if cfg.tokenizer.path else "",
     }
     if is_corpus(folder):
-        return _reused(folder, inputs)
+        return _reused(cfg, source, inputs)
     with _writing(folder), _locked(folder):
         if is_corpus(folder):  # another process finished it while we waited
-            return _reused(folder, inputs)
-        _clear(folder)
-        _write(source, folder, tokenizer_cfg, inputs, progress or (lambda what, done, total: None))
+            return _reused(cfg, source, inputs)
+        _write(cfg, source, inputs, progress)
     return open_corpus(folder)
 
 
 def report(corpus: Corpus) -> str:
-    """What a corpus holds, in a line for each split."""
-    manifest = corpus.manifest
+    """What a corpus holds, in a line for each split, and what of its source was left out."""
+    manifest, left = corpus.manifest, corpus.manifest.report
     lines = [f"{corpus.folder}: {manifest.tokenizer_kind} tokenizer of {manifest.vocab_size:,} ids"]
     for name, split in manifest.splits.items():
         lines.append(
             f"  {name}: {split.tokens:,} tokens in {split.documents:,} document{'s' * (split.documents > 1)}, "
             f"{split.bytes:,} bytes of text, {split.bytes / split.tokens:.2f} bytes a token"
         )
-    return "\n".join(lines)
+    if left.documents:
+        lines.append(
+            f"  left out of {left.documents:,} documents: {left.duplicates:,} duplicates, {left.too_short:,} too "
+            f"short, {left.too_long:,} too long; and {len(left.corrupt):,} corrupt files"
+        )
+    return "\n".join([*lines, *(f"  corrupt: {line}" for line in left.corrupt)])
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """Gives a Progress that is a bar on stderr, where that is a terminal, and is wiped away at the end."""
+    from tqdm import tqdm
+
+    bars: dict[str, Any] = {}
+
+    def show(what: str, done: int, total: int) -> None:
+        if what not in bars:
+            close()
+            settings = {"unit": "B", "unit_scale": True, "leave": False, "disable": None}
+            bars[what] = tqdm(desc=what, total=total or None, file=sys.stderr, **settings)
+        bars[what].update(done - bars[what].n)
+
+    def close() -> None:
+        for bar in bars.values():
+            bar.close()
+
+    try:
+        yield show
+    finally:
+        close()
 
 
 def train_tokenizer(cfg: TrainTokenizerConfig) -> Tokenizer:
@@ -78,8 +116,11 @@ def train_tokenizer(cfg: TrainTokenizerConfig) -> Tokenizer:
     It is the one that `prepare` would train. Raises InputError where the folder holds another one already.
     """
     settings = TokenizerConfig(kind="sentencepiece", vocab_size=cfg.vocab_size)
-    held = holdout(cfg.source, cfg.validation_fraction)
-    tokenizer = make_tokenizer(settings, _training_texts(cfg.source, held))
+    source = open_source(cfg.source, cfg.text_field)
+    filters = Filters(max_corrupt=cfg.max_corrupt)
+    with tempfile.TemporaryDirectory(prefix="gptjax-") as folder:
+        found = scan(source, cfg.validation_fraction, filters, Path(folder), lambda what, done, total: None)
+    tokenizer = make_tokenizer(settings, training_texts(source, found))
     path = Path(cfg.out) / MODEL_FILE
     if path.exists() and load_model(path).sha256 != tokenizer.sha256:
         raise InputError(f"{path} is another tokenizer; choose another folder with --out, or delete it")
@@ -88,45 +129,14 @@ def train_tokenizer(cfg: TrainTokenizerConfig) -> Tokenizer:
     return tokenizer
 
 
-def _write(source: str, folder: Path, cfg: TokenizerConfig, inputs: dict[str, Any], progress: Progress) -> None:
-    held = holdout(source, inputs["validation_fraction"])
-    progress("tokenizer", 0, held.num_bytes)
-    tokenizer = make_tokenizer(cfg, _training_texts(source, held))
-    tokenizer.save(folder)
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    writers = {name: SplitWriter(folder, name, tokenizer, dtype) for name in SPLITS}
-    done = 0
-    for batch in _batches(source, held):
-        encoded = tokenizer.encode_batch([text for _, _, text in batch], [first for _, first, _ in batch])
-        for (split, first, text), ids in zip(batch, encoded):
-            size = len(text.encode())
-            writers[split].add(ids, size, first)
-            done += size
-        progress("tokens", done, held.num_bytes)
-    splits = {name: writer.finish() for name, writer in writers.items()}
-    if source_sha256(source) != inputs["source_sha256"]:
-        raise InputError(f"source {source!r} changed while it was being read; prepare it again")
-    write_tfds_metadata(folder, splits, dtype)
-    others = [META_FILE, "dataset_info.json", "features.json"] + [MODEL_FILE] * (cfg.kind == "sentencepiece")
-    manifest = Manifest(
-        source=source,
-        inputs=inputs,
-        tokenizer_kind=tokenizer.kind,
-        tokenizer_sha256=tokenizer.sha256,
-        vocab_size=tokenizer.vocab_size,
-        page=PAGE,
-        dtype=dtype.name,
-        splits=splits,
-        files=tuple(file_entry(folder / name) for name in others),
-    )
-    write_manifest(folder, manifest)
+def training_texts(source: Source, found: Scan, total: int = 0) -> Iterator[str]:
+    """Yields training text for the tokenizer, at most about TRAINING_BYTES, the same pieces each time.
 
-
-def _training_texts(source: str, held: Holdout) -> Iterator[str]:
-    """Yields training text for the tokenizer, at most about TRAINING_BYTES, the same pieces each time."""
-    share = TRAINING_BYTES / held.num_bytes
+    Where it is trained on several sources, `total` is the bytes that all of them keep.
+    """
+    share = TRAINING_BYTES / (total or found.kept_bytes)
     number = 0
-    for split, document in split_documents(source, held):
+    for split, document in found.documents(source):
         if split == "train":
             for piece in document.pieces():
                 # Multiples of the golden ratio fall evenly into [0, 1), so the pieces are spread over the source.
@@ -135,49 +145,139 @@ def _training_texts(source: str, held: Holdout) -> Iterator[str]:
                 number += 1
 
 
-def _batches(source: str, held: Holdout) -> Iterator[list[tuple[Split, bool, str]]]:
-    """Yields lists of (split, whether a document begins, text), each list about a mebibyte of text."""
-    batch, size = [], 0
-    for split, document in split_documents(source, held):
-        first = True
-        for piece in document.pieces() if document.num_bytes else [""]:
-            batch.append((split, first, piece))
-            first = False
-            size += len(piece) + 64  # many tiny documents are no smaller in memory
-            if size >= _BATCH_BYTES:
-                yield batch
-                batch, size = [], 0
-    if batch:
-        yield batch
+def _write(cfg: PrepareConfig, source: Source, inputs: dict[str, Any], progress: Progress) -> None:
+    folder, work = Path(cfg.out), Path(cfg.out) / WORK
+    _begin(folder, inputs | {"max_corrupt": cfg.max_corrupt, "part_bytes": encode.PART_BYTES, "version": __version__})
+    found = load_scan(work)
+    if found is None:
+        filters = Filters(cfg.deduplicate, cfg.min_bytes, cfg.max_bytes, cfg.max_corrupt)
+        found = scan(source, cfg.validation_fraction, filters, work, progress)
+        found.save(work)
+    progress("tokenizer", 0, found.kept_bytes)
+    tokenizer = _tokenizer(cfg.tokenizer, source, found, work)
+    identity, content = inputs["source_sha256"], None if source.files else ContentHash()
+    count = _write_parts(source, found, tokenizer, content, work, cfg.workers or os.cpu_count() or 1, progress)
+    was, now = (found.content_sha256, content.hexdigest) if content else (identity, source_sha256(source))
+    if was != now:
+        shutil.rmtree(work)
+        raise changed(source)
+    splits = _write_shards(work, count, tokenizer)
+    manifest = Manifest(
+        source=cfg.source,
+        inputs=inputs | {"source_sha256": was},
+        tokenizer_kind=tokenizer.kind,
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        page=shards.PAGE,
+        dtype=encode.token_dtype(tokenizer).name,
+        splits=splits,
+        files=tuple(file_entry(work / "out" / name) for name in (*tokenizer.files, *_METADATA)),
+        report=found.report,
+    )
+    for entry in manifest.all_files:
+        os.replace(work / "out" / entry.name, folder / entry.name)
+    write_manifest(folder, manifest)
+    shutil.rmtree(work)
 
 
-def _reused(folder: Path, inputs: dict[str, Any]) -> Corpus:
+def _begin(folder: Path, inputs: dict[str, Any]) -> None:
+    """Keeps what an unfinished run of the same inputs left, and removes that of any other."""
+    path = folder / WORK / "inputs.json"
+    text = json.dumps(inputs, indent=1)
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return
+    shutil.rmtree(folder / WORK, ignore_errors=True)
+    # Only names that `prepare` itself writes.
+    for file in (*(folder / name for name in (*FILES, *_METADATA)), *folder.glob(f"{DATASET}-*")):
+        file.unlink(missing_ok=True)
+    path.parent.mkdir()
+    path.with_suffix(".partial").write_text(text, encoding="utf-8")
+    os.replace(path.with_suffix(".partial"), path)
+
+
+def _tokenizer(cfg: TokenizerConfig, source: Source, found: Scan, work: Path) -> Tokenizer:
+    """The tokenizer of the settings, trained once: where a run was killed after that, it is loaded."""
+    folder = work / "tokenizer"
+    if not folder.is_dir():
+        new = work / "tokenizer.partial"
+        shutil.rmtree(new, ignore_errors=True)
+        make_tokenizer(cfg, training_texts(source, found)).save(new)
+        os.replace(new, folder)
+    return load(folder)
+
+
+def _write_parts(
+    source: Source,
+    found: Scan,
+    tokenizer: Tokenizer,
+    content: ContentHash | None,
+    work: Path,
+    workers: int,
+    progress: Progress,
+) -> int:
+    """Tokenises every part that has no file yet, and returns the number of parts."""
+    done = count = 0
+
+    def missing() -> Iterator[tuple[list[encode.Piece], Path]]:
+        nonlocal count, done
+        for part in encode.parts(found.documents(source, content), tokenizer):
+            path = _part(work, count)
+            count += 1
+            if path.exists():
+                done += encode.part_bytes(part)
+                progress("tokens", done, found.kept_bytes)
+            else:
+                yield part, path
+
+    workers = min(workers, -(-found.kept_bytes // encode.PART_BYTES))
+    with contextlib.closing(encode.encode_parts(missing(), work / "tokenizer", workers)) as ready:
+        for num_bytes in ready:
+            done += num_bytes
+            progress("tokens", done, found.kept_bytes)
+    return count
+
+
+def _write_shards(work: Path, count: int, tokenizer: Tokenizer) -> dict[str, SplitEntry]:
+    """Joins the parts into the files of the corpus, and puts the tokenizer beside them."""
+    out = work / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    dtype = encode.token_dtype(tokenizer)
+    writers = {name: shards.SplitWriter(out, name, dtype) for name in SPLITS}
+    for number in range(count):
+        for name, tokens, starts, num_bytes in encode.read_part(_part(work, number)):
+            writers[name].add(tokens, starts, num_bytes)
+    splits = {name: writer.finish() for name, writer in writers.items()}
+    shards.write_tfds_metadata(out, splits, dtype)
+    tokenizer.save(out)
+    return splits
+
+
+def _part(work: Path, number: int) -> Path:
+    return work / f"part-{number:06d}.npz"
+
+
+def _reused(cfg: PrepareConfig, source: Source, inputs: dict[str, Any]) -> Corpus:
+    folder = Path(cfg.out)
     corpus = open_corpus(folder)
+    had = corpus.manifest.inputs
+    if not source.files:
+        inputs = inputs | {"source_sha256": source_sha256(source)}
     for name, value in inputs.items():
-        had = corpus.manifest.inputs.get(name)
-        if had != value:
+        if name in had and had[name] != value:  # an older version had fewer
             raise InputError(
-                f"{folder} was prepared with {name}={had!r}, got {value!r}; "
+                f"{folder} was prepared with {name}={had[name]!r}, got {value!r}; "
                 "prepare into another folder, or delete this one"
             )
+    if len(corpus.manifest.report.corrupt) > cfg.max_corrupt:
+        raise InputError(
+            f"{folder} was prepared without {len(corpus.manifest.report.corrupt)} corrupt files, max_corrupt="
+            f"{cfg.max_corrupt}: {' | '.join(corpus.manifest.report.corrupt)}"
+        )
+    if (folder / WORK).exists():  # killed after the manifest was written
+        with _writing(folder), _locked(folder):
+            shutil.rmtree(folder / WORK, ignore_errors=True)
     return corpus
-
-
-def _model_sha256(path: str) -> str:
-    """Identity of the given tokenizer; empty where one is to be trained."""
-    if not path:
-        return ""
-    file = Path(path) / MODEL_FILE if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise InputError(f"tokenizer.path={path!r} is no SentencePiece model; wanted a .model file or its folder")
-    return file_sha256(file)
-
-
-def _clear(folder: Path) -> None:
-    """Removes what an unfinished run left: only names that `prepare` itself writes."""
-    names = (META_FILE, MODEL_FILE, "dataset_info.json", "features.json", f"{MANIFEST_FILE}.partial")
-    for path in (*(folder / name for name in names), *folder.glob(f"{DATASET}-*")):
-        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -9,8 +9,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from gptjax.data.corpus import example_type
 from gptjax.data.manifest import DATASET, SplitEntry, file_entry
-from gptjax.tokenizer import Tokenizer
 
 PAGE = 4096  # tokens a record
 SHARD_BYTES = 64 << 20
@@ -19,12 +19,8 @@ SHARD_BYTES = 64 << 20
 class SplitWriter:
     """Writes one split's stream of tokens as pages, under temporary names until the number of shards is known."""
 
-    def __init__(self, folder: Path, name: str, tokenizer: Tokenizer, dtype: np.dtype):
-        from tensorflow_datasets.core import example_serializer
-
-        self.folder, self.name, self.tokenizer, self.dtype = folder, name, tokenizer, dtype
-        self.features = _features(dtype)
-        self.serializer = example_serializer.ExampleSerializer(self.features.get_serialized_info())
+    def __init__(self, folder: Path, name: str, dtype: np.dtype):
+        self.folder, self.name, self.dtype = folder, name, dtype
         self.buffer = np.empty(PAGE, dtype)
         self.filled = self.tokens = self.documents = self.bytes = 0
         self.page_starts: list[int] = []
@@ -33,23 +29,27 @@ class SplitWriter:
         self.shard: Any = None
         self.shard_pages: list[int] = []
 
-    def add(self, ids: list[int], num_bytes: int, first: bool) -> None:
-        """Appends a piece of text; `first` ends the document before it and begins a new one."""
-        if first:
-            self._end_document()
+    def add(self, tokens: np.ndarray, starts: np.ndarray, num_bytes: int) -> None:
+        """Appends tokens, of num_bytes of text; documents begin at the given places in them, in rising order."""
+        self.starts_file.write((starts + self.tokens).astype("<i8").tobytes())
+        self.documents += len(starts)
+        self.bytes += num_bytes
+        at = 0
+        while at < len(tokens):
+            part = tokens[at : at + PAGE - self.filled]
+            low, high = np.searchsorted(starts, [at, at + len(part)])
+            self.page_starts += (starts[low:high] - at + self.filled).tolist()
+            self.buffer[self.filled : self.filled + len(part)] = part
+            self.filled += len(part)
+            at += len(part)
             if self.filled == PAGE:
                 self._flush()
-            self.page_starts.append(self.filled)
-            self.starts_file.write(np.int64(self.tokens).astype("<i8").tobytes())
-            self.documents += 1
-            ids = [self.tokenizer.bos_id, *ids]
-        self.bytes += num_bytes
-        self._append(np.asarray(ids, np.int64))
+        self.tokens += len(tokens)
 
     def finish(self) -> SplitEntry:
-        """Ends the last document and gives every shard its final name."""
-        self._end_document()
-        self._flush()
+        """Gives every shard its final name."""
+        if self.filled:
+            self._flush()
         self._close_shard()
         self.starts_file.close()
         template = _template(self.folder, self.name)
@@ -60,20 +60,6 @@ class SplitWriter:
             shards.append(file_entry(path, pages))
         return SplitEntry(self.documents, self.tokens, self.bytes, tuple(shards), file_entry(self.starts_path))
 
-    def _end_document(self) -> None:
-        if self.documents:
-            self._append(np.array([self.tokenizer.eos_id]))
-
-    def _append(self, ids: np.ndarray) -> None:
-        assert not len(ids) or ids.max() < self.tokenizer.vocab_size, (self.starts_path, ids.max())
-        self.tokens += len(ids)
-        while len(ids):
-            if self.filled == PAGE:
-                self._flush()
-            part, ids = np.split(ids, [PAGE - self.filled])
-            self.buffer[self.filled : self.filled + len(part)] = part
-            self.filled += len(part)
-
     def _flush(self) -> None:
         from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -82,9 +68,16 @@ class SplitWriter:
             path = self._partial(len(self.shard_pages))
             self.shard = array_record_module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
             self.shard_pages.append(0)
-        page = {"tokens": self.buffer[: self.filled], "starts": np.array(self.page_starts, np.int32)}
+        page = example_type()()
+        for name, values in {
+            "tokens": self.buffer[: self.filled],
+            "starts": np.array(self.page_starts, np.int32),
+        }.items():
+            little = values.astype(values.dtype.newbyteorder("<"))
+            page.features.feature[name].bytes_list.value.append(little.tobytes())
         with _system_errors(self._partial(len(self.shard_pages) - 1)):
-            self.shard.write(self.serializer.serialize_example(self.features.encode_example(page)))
+            # TFDS's own serializer leaves the order of the features to a hash that differs from process to process.
+            self.shard.write(page.SerializeToString(deterministic=True))
         self.shard_pages[-1] += 1
         self.filled, self.page_starts = 0, []
 

@@ -1,6 +1,6 @@
 """What the model sees at a step, as text that a person can check."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -8,24 +8,26 @@ from gptjax.data.packing import Batch, batch_hash
 from gptjax.tokenizer import Tokenizer
 
 
-def show(batch: Batch, tokenizer: Tokenizer, rows: Iterable[int] = (0,)) -> str:
+def show(batch: Batch, tokenizer: Tokenizer, rows: Iterable[int] = (0,), sources: Sequence[str] = ()) -> str:
     """The chosen rows of a batch: each segment's place, its text with special tokens spelled out, and its targets.
 
-    Newlines are shown as a new line behind a bar, so that nothing of the text is changed or left out.
+    Newlines are shown as a new line behind a bar, so that nothing of the text is changed or left out. `sources` names
+    the source of each row of the batch, where it is a mixture's.
     """
     num_rows, length = batch["inputs_BL"].shape
     weighted = int(np.count_nonzero(batch["weights_BL"]))
     lines = [f"batch of {num_rows} rows of {length}: {weighted} weighted targets, sha256 {batch_hash(batch)}"]
     for row in rows:
-        lines.extend(_row(row, {name: value[row] for name, value in batch.items()}, tokenizer))
+        name = f"{row} of {sources[row]}" if sources else f"{row}"
+        lines.extend(_row(name, {name: value[row] for name, value in batch.items()}, tokenizer))
     return "\n".join(lines)
 
 
-def _row(number: int, row: dict[str, np.ndarray], tokenizer: Tokenizer) -> list[str]:
+def _row(name: str, row: dict[str, np.ndarray], tokenizer: Tokenizer) -> list[str]:
     segments_L, weights_L = row["segments_BL"], row["weights_BL"]
     weighted = int(np.count_nonzero(weights_L))
     edges = [0, *(np.flatnonzero(np.diff(segments_L)) + 1).tolist(), len(segments_L)]
-    lines = [f"row {number}: {int(segments_L.max())} segments, {weighted} weighted targets"]
+    lines = [f"row {name}: {int(segments_L.max())} segments, {weighted} weighted targets"]
     for start, stop in zip(edges[:-1], edges[1:]):
         place = f"  [{start}:{stop}]"
         if segments_L[start] == 0:

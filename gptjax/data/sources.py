@@ -1,105 +1,54 @@
-"""Documents from text files, folders, JSONL and the built-in corpora, and which of them are held out.
+"""Documents from any source in a fixed order, the source's identity, and which of its text is held out.
 
-Nothing is skipped silently and nothing is held in memory but one document of a JSONL file: text files are mapped.
+Files are read by formats.py, datasets and functions by records.py; nothing is skipped silently.
 """
 
-import gzip
 import hashlib
-import io
-import json
-import mmap
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from gptjax.data.formats import SUFFIXES, Damaged, Document, file_sha256, kind_of, read_file
+from gptjax.data.records import HF, TFDS, Source, Unit, open_function, open_hf, open_tfds
+from gptjax.plugins import is_name
 from gptjax.settings import InputError
 
 BUILTIN = "builtin:"
 CORPORA = Path(__file__).parent / "corpora"
-SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz")
-SPLITS = ("train", "validation")
 Split = Literal["train", "validation"]
+LOCK_FILE = ".prepare.lock"  # in every folder that `prepare` writes, from its beginning on
+SPLITS: tuple[Split, Split] = ("train", "validation")
 
-_PIECE = 1 << 16  # bytes; long enough to be quick, short enough that a tokenizer stays linear
-_WANTED = 'wanted {"text": "..."}'
+_PACKED = (".gz", ".zst", ".bz2", ".xz", ".zip", ".json", ".arrow")  # of these only the known kinds are read
 
 
-@dataclass(frozen=True)
-class Document:
-    """One text as UTF-8: bytes [start, stop) of a buffer; `origin` is the file, and for JSONL its line."""
+def open_source(source: str | Source, text_field: str = "text") -> Source:
+    """Finds the source's parts; raises InputError where it is not there or of a kind that is not known.
 
-    origin: str
-    data: bytes | mmap.mmap
-    start: int
-    stop: int
+    A file, a folder of files (.txt, .md, .jsonl, .jsonl.gz, .jsonl.zst, .parquet, also mixed), builtin:NAME, tfds:...,
+    hf:..., or MODULE:FUNCTION.
+    """
+    if isinstance(source, Source):
+        return source
+    if source.startswith(TFDS):
+        return open_tfds(source, text_field)
+    if source.startswith(HF):
+        return open_hf(source, text_field)
+    if is_function(source):
+        return open_function(source, text_field)
+    files = source_files(source)
+    units = tuple(Unit(str(path), lambda path=path: read_file(path, text_field)) for path in files)
+    return Source(source, units, tuple((kind_of(path), path) for path in files))
 
-    @property
-    def num_bytes(self) -> int:
-        return self.stop - self.start
 
-    @property
-    def digest(self) -> bytes:
-        """SHA-256 of the text."""
-        return hashlib.sha256(memoryview(self.data)[self.start : self.stop]).digest()
-
-    @property
-    def text(self) -> str:
-        """The whole text; raises InputError naming file and byte where it is not UTF-8."""
-        return self._decode(self.start, self.stop)
-
-    def pieces(self, size: int = _PIECE) -> Iterator[str]:
-        """Yields the text in pieces of at most `size` bytes, cut after a newline where there is one, or at a space."""
-        start = self.start
-        while start < self.stop:
-            stop = self._cut(start, min(start + size, self.stop))
-            yield self._decode(start, stop)
-            start = stop
-
-    def split_tail(self, fraction: float) -> "tuple[Document, Document]":
-        """The text without its tail, and the last `fraction` of its bytes, cut at the next whole character."""
-        middle = self.start + min(self.num_bytes - 1, max(1, round(self.num_bytes * (1 - fraction))))
-        cut = middle
-        while cut < self.stop and self.data[cut] & 0xC0 == 0x80:  # inside a UTF-8 character
-            cut += 1
-        if cut == self.stop:  # the tail keeps at least the last character
-            cut = self._character(middle)
-        return (
-            Document(self.origin, self.data, self.start, cut),
-            Document(self.origin, self.data, cut, self.stop),
-        )
-
-    def _cut(self, start: int, stop: int) -> int:
-        if stop == self.stop:
-            return stop
-        newline = self.data.rfind(b"\n", start, stop) + 1
-        if newline > start:
-            return newline
-        space = self.data.rfind(b" ", start + 1, stop)
-        if space > start:
-            return space
-        end = self._character(stop)
-        return end if end > start else stop
-
-    def _character(self, at: int) -> int:
-        """Where the character begins that the byte at this offset is part of."""
-        while at > self.start and self.data[at] & 0xC0 == 0x80:
-            at -= 1
-        return at
-
-    def _decode(self, start: int, stop: int) -> str:
-        try:
-            return self.data[start:stop].decode("utf-8")
-        except UnicodeDecodeError as error:
-            at = start + error.start
-            raise InputError(
-                f"{self.origin}: byte 0x{self.data[at]:02x} at offset {at} is not UTF-8; convert the file to UTF-8"
-            ) from None
+def is_function(source: str) -> bool:
+    """Whether a source is the name of a function, whose module is imported to read it."""
+    return not source.startswith((BUILTIN, TFDS, HF)) and is_name(source) and not Path(source).exists()
 
 
 def source_files(source: str) -> list[Path]:
-    """The files of a source in the order they are read.
+    """The files of a source of files in the order they are read, without those of prepared folders inside it.
 
     Raises InputError where there are none, or where a file is of a kind that is not known.
     """
@@ -110,39 +59,89 @@ def source_files(source: str) -> list[Path]:
         return [CORPORA / f"{source.removeprefix(BUILTIN)}.txt"]
     path = Path(source)
     if path.is_dir():
+        made = {p.parent for p in path.rglob(LOCK_FILE)} - {path}  # a tokenizer there may have a merges.txt
         files = [p for p in path.rglob("*") if p.name.lower().endswith(SUFFIXES) and p.is_file()]
+        files = [p for p in files if made.isdisjoint(p.parents)]
         if not files:
             raise InputError(f"source {source!r} has no text in it; wanted files {', '.join(SUFFIXES)}")
         return sorted(files, key=lambda p: p.relative_to(path).as_posix())
     if not path.exists():
-        raise InputError(f"source {source!r} does not exist; wanted a file, a folder or builtin:shakespeare")
-    if path.suffix.lower() in (".gz", ".zst", ".bz2", ".xz", ".zip", ".parquet", ".json") and not _is_jsonl(path):
+        raise InputError(
+            f"source {source!r} does not exist; wanted a file, a folder, builtin:shakespeare, tfds:NAME, hf:NAME or "
+            "MODULE:FUNCTION"
+        )
+    if path.suffix.lower() in _PACKED and kind_of(path) == "text":
         raise InputError(f"source {source!r}: this kind is not read; wanted {', '.join(SUFFIXES)} or a folder")
     return [path]
 
 
-def documents(source: str) -> Iterator[Document]:
-    """Yields every document of the source in a fixed order: one a text file, one a line of JSONL.
+class Corrupt:
+    """Counts the corrupt parts of a source that are left out; `found` says which, and why."""
 
-    Raises InputError, naming file and line or byte, for a text that is empty, is not UTF-8 or is not JSON.
+    def __init__(self, allowed: int):
+        self.allowed = allowed
+        self.found: list[str] = []
+
+    def add(self, error: Damaged) -> None:
+        """Raises InputError naming all of them where this is one more than allowed."""
+        self.found.append(str(error))
+        if not self.allowed:
+            raise error
+        if len(self.found) > self.allowed:
+            raise InputError(f"{len(self.found)} corrupt files, max_corrupt={self.allowed}: {' | '.join(self.found)}")
+
+
+def documents(
+    source: str | Source, text_field: str = "text", max_corrupt: int = 0, corrupt: Corrupt | None = None
+) -> Iterator[Document]:
+    """Yields every document of the source in a fixed order: one a text file, one a record of the other kinds.
+
+    Raises InputError, naming file and line, row or byte, for a record without the text, and for a corrupt file. Up to
+    max_corrupt corrupt files are skipped and counted in `corrupt`: the documents before the damage were yielded by
+    then, nothing of the file comes after it.
     """
-    for path in source_files(source):
-        yield from _lines(path) if _is_jsonl(path) else _whole(path)
+    corrupt = Corrupt(max_corrupt) if corrupt is None else corrupt
+    for unit in open_source(source, text_field).units:
+        try:
+            for document in unit.read():
+                if corrupt.allowed:
+                    document.check()
+                yield document
+        except Damaged as error:
+            corrupt.add(error)
 
 
-def source_sha256(source: str) -> str:
-    """Identity of a source's content: its files' kinds and bytes in order, wherever they lie."""
+def source_sha256(source: str | Source, text_field: str = "text") -> str:
+    """Identity of a source's content: its files' kinds and bytes in order, wherever they lie, or its documents."""
+    source = open_source(source, text_field)
+    if not source.files:
+        content = ContentHash()
+        for document in documents(source):
+            content.add(document.digest)
+        return content.hexdigest
     total = hashlib.sha256()
-    for path in source_files(source):
-        kind = "".join(path.suffixes[-2:]) if _is_jsonl(path) else "text"
-        total.update(f"{kind.lower()} {file_sha256(path)}\n".encode())
+    for kind, path in source.files:
+        total.update(f"{kind} {file_sha256(path)}\n".encode())
     return total.hexdigest()
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    with _opened(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+class ContentHash:
+    """The identity of a source that is no file, from the digests of its documents in order."""
+
+    def __init__(self):
+        self._total = hashlib.sha256(b"documents\n")
+
+    def add(self, digest: bytes) -> None:
+        self._total.update(digest)
+
+    def copy(self) -> "ContentHash":
+        made = ContentHash()
+        made._total = self._total.copy()
+        return made
+
+    @property
+    def hexdigest(self) -> str:
+        return self._total.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -162,109 +161,79 @@ class Holdout:
     def split(self, document: Document) -> Iterator[tuple[Split, Document]]:
         """Yields the document with its split, or its two parts where it is the only document."""
         if self.num_documents > 1:
-            yield "validation" if _unit(document.digest) <= self.threshold else "train", document
+            yield "validation" if unit_hash(document.digest) <= self.threshold else "train", document
         else:
             head, tail = document.split_tail(self.fraction)
             yield "train", head
             yield "validation", tail
 
 
-def holdout(source: str, fraction: float) -> Holdout:
-    """Reads the whole source once and says what is held out; raises InputError where it can't be split in two."""
-    count, size, lowest, highest, below, kept = 0, 0, 2.0, -1.0, -1.0, 0
-    for document in documents(source):
-        count += 1
-        size += document.num_bytes
-        unit = _unit(document.digest)
-        lowest = min(lowest, unit)
-        kept += unit > fraction
-        if unit != highest:
-            below, highest = (highest, unit) if unit > highest else (max(below, unit), highest)
-    if size == 0:
-        raise InputError(f"source {source!r} has no text in it; wanted at least two characters")
-    threshold = fraction
-    if count > 1:
-        if lowest == highest:
+@dataclass
+class Tally:
+    """What decides the Holdout, gathered document by document."""
+
+    count: int = 0
+    size: int = 0
+    only: Document | None = None  # the first one, while it is the only one
+    _lowest: float = 2.0
+    _highest: float = -1.0
+    _below: float = -1.0  # the second highest
+    _any_kept: bool = False
+
+    def add(self, document: Document, digest: bytes, fraction: float) -> None:
+        unit = unit_hash(digest)
+        self.only = None if self.count else document
+        self.count += 1
+        self.size += document.num_bytes
+        self._lowest = min(self._lowest, unit)
+        self._any_kept = self._any_kept or unit > fraction
+        if unit > self._highest:
+            self._below, self._highest = self._highest, unit
+        elif unit != self._highest:
+            self._below = max(self._below, unit)
+
+    def copy(self) -> "Tally":
+        return replace(self)
+
+    def holdout(self, source: str, fraction: float) -> Holdout:
+        """Raises InputError where there is nothing that could be split in two."""
+        if self.size == 0:
+            raise InputError(f"source {source!r} has no text in it; wanted at least two characters")
+        threshold = fraction
+        if self.count > 1:
+            if self._lowest == self._highest:
+                raise InputError(
+                    f"source {source!r}: all {self.count} documents have the same text; "
+                    "wanted two different ones, one to train on and one to hold out"
+                )
+            if self._lowest > fraction:
+                threshold = self._lowest
+            elif not self._any_kept:
+                threshold = self._below
+        held = Holdout(num_documents=self.count, num_bytes=self.size, fraction=fraction, threshold=threshold)
+        if self.only is not None and not all(part.num_bytes for _, part in held.split(self.only)):
             raise InputError(
-                f"source {source!r}: all {count} documents have the same text; "
-                "wanted two different ones, one to train on and one to hold out"
+                f"{self.only.origin}: one character can't be split in two; wanted at least two to hold one out"
             )
-        threshold = lowest if lowest > fraction else fraction if kept else below
-    found = Holdout(num_documents=count, num_bytes=size, fraction=fraction, threshold=threshold)
-    if count == 1:
-        only = next(documents(source))
-        if not all(part.num_bytes for _, part in found.split(only)):
-            raise InputError(f"{only.origin}: one character can't be split in two; wanted at least two to hold one out")
-    return found
+        return held
 
 
-def split_documents(source: str, held: Holdout) -> Iterator[tuple[Split, Document]]:
+def holdout(source: str | Source, fraction: float, text_field: str = "text", max_corrupt: int = 0) -> Holdout:
+    """Reads the whole source once and says what is held out; raises InputError where it can't be split in two."""
+    source, tally = open_source(source, text_field), Tally()
+    for document in documents(source, max_corrupt=max_corrupt):
+        tally.add(document, document.digest, fraction)
+    return tally.holdout(source.name, fraction)
+
+
+def split_documents(
+    source: str | Source, held: Holdout, text_field: str = "text", max_corrupt: int = 0
+) -> Iterator[tuple[Split, Document]]:
     """Yields every document of the source with the split that it belongs to."""
-    for document in documents(source):
+    for document in documents(source, text_field, max_corrupt):
         yield from held.split(document)
 
 
-def _unit(digest: bytes) -> float:
+def unit_hash(digest: bytes) -> float:
     """A hash as a number in [0, 1); 53 bits, so that no two of them round to the same one by accident."""
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
-
-
-def _is_jsonl(path: Path) -> bool:
-    return path.name.lower().endswith((".jsonl", ".jsonl.gz"))
-
-
-def _opened(path: Path) -> io.BufferedReader:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from None
-
-
-def _whole(path: Path) -> Iterator[Document]:
-    with _opened(path) as file:
-        size = file.seek(0, io.SEEK_END)
-        if size == 0:
-            raise InputError(f"{path} is empty; wanted text")
-        yield Document(str(path), mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), 0, size)
-
-
-def _lines(path: Path) -> Iterator[Document]:
-    number = offset = 0
-    with _opened(path) as raw:
-        file = gzip.open(raw) if path.name.lower().endswith(".gz") else raw
-        while True:
-            number += 1
-            try:
-                line = file.readline()
-            except (OSError, EOFError, zlib.error) as error:
-                raise InputError(f"{path}: line {number} cannot be unpacked ({error}); the file is damaged") from None
-            if not line:
-                break
-            data = _text_of(line, f"{path}:{number}", offset)
-            yield Document(f"{path}:{number}", data, 0, len(data))
-            offset += len(line)
-    if number == 1:
-        raise InputError(f"{path} is empty; {_WANTED} on each line")
-
-
-def _text_of(line: bytes, origin: str, offset: int) -> bytes:
-    """The text of one line of JSONL as UTF-8."""
-    try:
-        value = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        at = offset + error.start
-        raise InputError(f"{origin}: byte 0x{line[error.start]:02x} at offset {at} is not UTF-8; {_WANTED}") from None
-    except (ValueError, RecursionError) as error:
-        found = "a blank line" if not line.strip() else f"no JSON ({error})"
-        raise InputError(f"{origin}: found {found}; {_WANTED}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{origin}: found a JSON {type(value).__name__}; {_WANTED}")
-    if "text" not in value:
-        raise InputError(f'{origin}: found no "text" among {sorted(value)[:8]}; {_WANTED}')
-    text = value["text"]
-    if not isinstance(text, str):
-        raise InputError(f'{origin}: "text" is a {type(text).__name__}; {_WANTED}')
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise InputError(f'{origin}: "text" has half a surrogate pair, which is no character; {_WANTED}') from None

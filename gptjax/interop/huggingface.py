@@ -1,4 +1,4 @@
-"""Reads GPT-2 and Llama checkpoints in Hugging Face's safetensors layout into this project's parameters.
+"""Reads GPT-2, Llama, Mistral and Qwen3 in Hugging Face's safetensors layout into this project's parameters.
 
 Whatever would change the logits and can't be expressed as a ModelConfig is refused by name; so is a tensor that is
 missing, left over, or of another shape. Nothing but numbers is read: no pickle, no code that comes with a model.
@@ -24,21 +24,26 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 
 # Where our leaves come from: outside the layers by name; in layer n by the stem of the name ("q" of q_NDHK and of
 # q_bias_NHK), to which .weight or .bias is added. The prefix is left out by files of the bare model without a head.
-PREFIX = {"gpt2": "transformer.", "llama": "model."}
+LLAMA_LAYER = {
+    "q": "layers.{n}.self_attn.q_proj", "k": "layers.{n}.self_attn.k_proj", "v": "layers.{n}.self_attn.v_proj",
+    "o": "layers.{n}.self_attn.o_proj", "w_in": "layers.{n}.mlp.up_proj", "w_gate": "layers.{n}.mlp.gate_proj",
+    "w_out": "layers.{n}.mlp.down_proj",
+    "norm_attn": "layers.{n}.input_layernorm", "norm_mlp": "layers.{n}.post_attention_layernorm",
+    "norm_q": "layers.{n}.self_attn.q_norm", "norm_k": "layers.{n}.self_attn.k_norm",
+}  # fmt: skip
+LLAMA_TOP = {"embed_VD": "embed_tokens.weight", "norm_final_D": "norm.weight"}
+LLAMAS = ("llama", "mistral", "qwen3")
+PREFIX = {"gpt2": "transformer.", **dict.fromkeys(LLAMAS, "model.")}
 TOP = {
     "gpt2": {"embed_VD": "wte.weight", "position_TD": "wpe.weight",
              "norm_final_D": "ln_f.weight", "norm_final_bias_D": "ln_f.bias"},
-    "llama": {"embed_VD": "embed_tokens.weight", "norm_final_D": "norm.weight"},
+    **dict.fromkeys(LLAMAS, LLAMA_TOP),
 }  # fmt: skip
 LAYER = {
     "gpt2": {"q": "h.{n}.attn.c_attn", "k": "h.{n}.attn.c_attn", "v": "h.{n}.attn.c_attn", "o": "h.{n}.attn.c_proj",
              "w_in": "h.{n}.mlp.c_fc", "w_out": "h.{n}.mlp.c_proj",
              "norm_attn": "h.{n}.ln_1", "norm_mlp": "h.{n}.ln_2"},
-    "llama": {"q": "layers.{n}.self_attn.q_proj", "k": "layers.{n}.self_attn.k_proj",
-              "v": "layers.{n}.self_attn.v_proj", "o": "layers.{n}.self_attn.o_proj",
-              "w_in": "layers.{n}.mlp.up_proj", "w_gate": "layers.{n}.mlp.gate_proj",
-              "w_out": "layers.{n}.mlp.down_proj",
-              "norm_attn": "layers.{n}.input_layernorm", "norm_mlp": "layers.{n}.post_attention_layernorm"},
+    **dict.fromkeys(LLAMAS, LLAMA_LAYER),
 }  # fmt: skip
 HEAD = "lm_head.weight"
 
@@ -56,7 +61,7 @@ def import_huggingface(source: Path) -> tuple[ModelConfig, int, int, dict[str, A
     source = Path(source)
     if not (source / CONFIG).is_file():
         raise InputError(f"{source} holds no {CONFIG}; wanted a Hugging Face folder with {CONFIG} and {WEIGHTS}")
-    settings = Settings(source / CONFIG)
+    settings = Settings(source / CONFIG, _read_json(source / CONFIG))
     kind = settings.values.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise settings.error("model_type", kind, " or ".join(map(repr, FAMILIES)))
@@ -67,21 +72,20 @@ def import_huggingface(source: Path) -> tuple[ModelConfig, int, int, dict[str, A
         return cfg, vocab_size, context, _params(Tensors(source, stack), kind, Decoder(cfg, vocab_size, context))
 
 
-def sentencepiece_model(source: Path) -> Path | None:
-    """The SentencePiece model that lies beside the weights, where there is one."""
-    path = Path(source) / "tokenizer.model"
-    return path if path.is_file() else None
-
-
 class Settings:
     """A config.json whose values are checked as they are read; a missing one is its default."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.values = _read_json(path)
+    def __init__(self, path: Path, values: dict[str, Any], prefix: str = ""):
+        self.path, self.values, self.prefix = path, values, prefix
 
     def error(self, name: str, value: Any, wanted: str) -> InputError:
-        return InputError(f"{self.path}: {name}={value!r} is not supported; wanted {wanted}")
+        return InputError(f"{self.path}: {self.prefix}{name}={value!r} is not supported; wanted {wanted}")
+
+    def stated(self, name: str) -> Any:
+        """The value, which may be null but not missing."""
+        if name not in self.values:
+            raise InputError(f"{self.path}: {self.prefix}{name} is missing; wanted its value, or null")
+        return self.values[name]
 
     def only(self, name: str, *allowed: Any) -> Any:
         """The value, which is one of those allowed; the first of them where it is missing."""
@@ -126,54 +130,107 @@ def _gpt2(s: Settings) -> tuple[ModelConfig, int, int]:
 
 
 def _llama(s: Settings) -> tuple[ModelConfig, int, int]:
-    s.only("hidden_act", "silu", "swish")
-    width, heads = s.size("hidden_size"), s.size("num_attention_heads")
-    kv_heads = s.size("num_key_value_heads", heads)
-    if heads % kv_heads:
-        raise s.error("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads={heads}")
-    if width != heads * s.size("head_dim", width // heads):
-        raise s.error("head_dim", s.values.get("head_dim"), f"hidden_size / num_attention_heads = {width / heads:g}")
     biases = s.only("attention_bias", False, True)
     if s.only("mlp_bias", False, True) != biases:
         raise s.error("mlp_bias", not biases, f"the same as attention_bias={biases}")
+    return _llama_like(s, s.size("num_key_value_heads", s.size("num_attention_heads")), biases=biases)
+
+
+def _mistral(s: Settings) -> tuple[ModelConfig, int, int]:
+    """Llama with a sliding window in every layer; a key that is missing is not null in transformers, but 4096."""
+    s.only("layer_types", None)
+    window = 0 if s.stated("sliding_window") is None else s.size("sliding_window")
+    return _llama_like(s, s.size("num_key_value_heads"), biases=False, window=window)
+
+
+def _qwen3(s: Settings) -> tuple[ModelConfig, int, int]:
+    """Llama with queries and keys normalised, and heads whose size is stated."""
+    s.only("attention_bias", False)
+    s.only("use_sliding_window", False)
+    full = ["full_attention"] * s.size("num_hidden_layers")
+    s.only("layer_types", None, full)
+    s.size("head_dim")
+    return _llama_like(s, s.size("num_key_value_heads"), biases=False, qk_norm=True)
+
+
+def _llama_like(s: Settings, kv_heads: int, **more: Any) -> tuple[ModelConfig, int, int]:
+    s.only("hidden_act", "silu", "swish")
+    width, heads = s.size("hidden_size"), s.size("num_attention_heads")
+    if heads % kv_heads:
+        raise s.error("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads={heads}")
+    head_dim = s.size("head_dim", width // heads)
     cfg = ModelConfig(
         num_layers=s.size("num_hidden_layers"),
         width=width,
         num_heads=heads,
         queries_per_kv=heads // kv_heads,
+        head_dim=0 if width == heads * head_dim else head_dim,
         mlp_ratio=s.size("intermediate_size") / width,
         positions="rope",
         norm="rmsnorm",
         activation="swiglu",
-        biases=biases,
         tied=s.only("tie_word_embeddings", False, True),
-        rope_theta=_rope_theta(s),
         norm_epsilon=s.number("rms_norm_eps", 1e-6),
         init_std=s.number("initializer_range", 0.02),
         dtype=_dtype(s),
+        **_rope(s),
+        **more,
     )
     return cfg, s.size("vocab_size"), s.size("max_position_embeddings")
 
 
-FAMILIES = {"gpt2": _gpt2, "llama": _llama}
+FAMILIES = {"gpt2": _gpt2, "llama": _llama, "mistral": _mistral, "qwen3": _qwen3}
+
+# The kinds of rotary positions: the keys that must be there, and those that may only have one value (or be missing).
+ORIGINAL = "original_max_position_embeddings"
+ROPE_NEEDED = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", ORIGINAL, "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", ORIGINAL),
+}
+ROPE_FIXED = {
+    "default": {},
+    "linear": {},
+    "llama3": {"low_freq_factor": 1, "high_freq_factor": 4},
+    "yarn": {"beta_fast": 32, "beta_slow": 1, "truncate": True,
+             "attention_factor": None, "mscale": None, "mscale_all_dim": None},
+}  # fmt: skip
 
 
-def _rope_theta(s: Settings) -> float:
-    """The base of plain rotary positions, which newer files hold in rope_parameters; other kinds are refused."""
+def _rope(s: Settings) -> dict[str, Any]:
+    """Our settings of rotary positions: the base, which newer files hold in rope_parameters, and how it is scaled."""
     theta = s.number("rope_theta", 10_000.0)
     s.only("partial_rotary_factor", 1.0, 1, None)
-    for name in ("rope_scaling", "rope_parameters"):
-        rope = s.values.get(name)
-        if rope is None:
-            continue
-        plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
-        known = isinstance(rope, dict) and all(k == "rope_theta" or (k in plain and plain[k] == rope[k]) for k in rope)
-        if not known:
-            raise s.error(name, rope, "null, or rope_type 'default' with a rope_theta")
-        theta = rope.get("rope_theta", theta)
-        if type(theta) not in (int, float) or not 0 < theta < math.inf:
-            raise s.error(f"{name}.rope_theta", theta, "a number above 0")
-    return float(theta)
+    s.only(ORIGINAL, None)
+    name = "rope_parameters" if s.values.get("rope_scaling") is None else "rope_scaling"
+    rope = s.values.get(name)
+    if rope is None:
+        return {"rope_theta": theta}
+    if name == "rope_scaling" and s.values.get("rope_parameters") not in (None, rope):
+        raise s.error(name, rope, "null, or the same as rope_parameters")
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
+    if not isinstance(kind, str) or kind not in ROPE_NEEDED:
+        raise s.error(name, rope, f"null, or rope_type {' or '.join(map(repr, ROPE_NEEDED))}")
+    fixed = {"type": kind, "rope_type": kind, "partial_rotary_factor": 1} | ROPE_FIXED[kind]
+    for key in ROPE_NEEDED[kind]:
+        if rope.get(key) is None:
+            raise s.error(name, rope, f"{key} in it")
+    for key, value in rope.items():
+        same = key in fixed and value == fixed[key] and isinstance(value, bool) == isinstance(fixed[key], bool)
+        if value is not None and not same and key not in ("rope_theta", "factor", ORIGINAL):
+            raise s.error(f"{name}.{key}", value, f"{fixed[key]!r}" if key in fixed else f"no such key for {kind!r}")
+    inner = Settings(s.path, rope, f"{name}.")
+    made: dict[str, Any] = {"rope_theta": inner.number("rope_theta", theta)}
+    if kind != "default":
+        made |= {"rope_scaling": kind, "rope_factor": inner.number("factor", 1.0)}
+        if made["rope_factor"] < 1:
+            raise inner.error("factor", rope["factor"], "at least 1")
+    if ORIGINAL in ROPE_NEEDED[kind]:
+        made["rope_original_length"] = inner.size(ORIGINAL)
+    elif rope.get(ORIGINAL) is not None:
+        raise inner.error(ORIGINAL, rope[ORIGINAL], f"no such key for {kind!r}")
+    return made
 
 
 def _dtype(s: Settings) -> Any:
@@ -212,7 +269,7 @@ def _params(tensors: "Tensors", kind: str, decoder: Decoder) -> dict[str, Any]:
 def _layers(
     tensors: "Tensors", kind: str, prefix: str, name: str, shape: tuple[int, ...], decoder: Decoder
 ) -> np.ndarray:
-    """One stacked leaf. GPT-2 stores matrices as [in, out] with q, k and v side by side, Llama as [out, in]."""
+    """One stacked leaf. GPT-2 stores matrices as [in, out] with q, k and v side by side, the others as [out, in]."""
     letters = suffix(name)[1:]
     stem = name.removesuffix(f"_N{letters}")
     part = "bias" if stem.endswith("_bias") else "weight"
@@ -225,13 +282,13 @@ def _layers(
         split = len(shape) - 1 if letters.endswith("D") else 2
         flat = (math.prod(shape[1:split]), math.prod(shape[split:]))
     fused = there.endswith(f"c_attn.{part}")
-    stored = (*flat[:-1], 3 * flat[-1]) if fused else flat[::-1] if kind == "llama" else flat
+    stored = (*flat[:-1], 3 * flat[-1]) if fused else flat if kind == "gpt2" else flat[::-1]
     stacked = np.empty(shape, np.float32)
     for n in range(decoder.cfg.num_layers):
         x = tensors.take(there.format(n=n), stored)
         if fused:
             x = np.split(x, 3, axis=-1)["qkv".index(stem)]
-        stacked[n] = (x.T if kind == "llama" else x).reshape(shape[1:])
+        stacked[n] = (x if kind == "gpt2" else x.T).reshape(shape[1:])
     return stacked
 
 

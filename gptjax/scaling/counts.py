@@ -38,7 +38,7 @@ def parameters(cfg: ModelConfig, vocab_size: int, context: int) -> dict[str, int
         "positions": context * d if cfg.positions == "learned" else 0,
         "attention": layers * attention,
         "mlp": layers * mlp,
-        "norms": (2 * layers + 1) * norm,
+        "norms": ((1 if cfg.parallel else 2) * layers + 1) * norm + (2 * layers * cfg.head_size if cfg.qk_norm else 0),
         "head": 0 if cfg.tied else d * vocab_size,
     }
     total, embedding = sum(parts.values()), parts["embed"] + parts["positions"]
@@ -53,23 +53,33 @@ def parameters(cfg: ModelConfig, vocab_size: int, context: int) -> dict[str, int
 
 
 def forward_flops(cfg: ModelConfig, vocab_size: int, keys: float) -> float:
-    """FLOPs of the forward pass of one token that attends to `keys` keys, in its matrix products alone.
+    """FLOPs of the forward pass of one token with `keys` keys before it and at it, in its matrix products alone.
 
-    2 FLOPs a weight, and 2 `keys` K for each of the two products of each query head.
+    2 FLOPs a weight, and 2 K a key for each of the two products of each query head; a layer with a window attends to
+    the keys within it.
     """
-    attention = 4 * cfg.num_layers * cfg.num_heads * cfg.head_size * keys
-    return 2.0 * parameters(cfg, vocab_size, 0)["matrices"] + attention
+    return _products(cfg, vocab_size, sum(min(window or keys, keys) for window in cfg.layer_windows))
+
+
+def _products(cfg: ModelConfig, vocab_size: int, keys_of_all_layers: float) -> float:
+    return 2.0 * parameters(cfg, vocab_size, 0)["matrices"] + 4 * cfg.num_heads * cfg.head_size * keys_of_all_layers
+
+
+def _mean_keys(window: int, length: int) -> float:
+    """Mean over the tokens i = 1 .. length of a row of min(i, window), the keys that token i attends to."""
+    seen = min(window or length, length)
+    return seen - seen * (seen - 1) / (2 * length)
 
 
 def flops_per_token(cfg: ModelConfig, vocab_size: int, length: int) -> dict[str, float]:
     """FLOPs that training spends on a token of a row of `length` tokens, in three conventions and one of the forward.
 
     The backward pass costs twice the forward. `6n`: 6 FLOPs a weight, attention left out (Kaplan et al. 2020).
-    `causal`: the matrix products that are needed, token i of a row attending to i keys. `palm`: 6n and
-    12 N H K L, attention counted as if every token attended to the whole row (Chowdhery et al. 2022, appendix B).
-    `forward` is the forward share of `causal`.
+    `causal`: the matrix products that are needed, token i of a row attending to i keys, or to those of its window.
+    `palm`: 6n and 12 H K L a layer, attention counted as if every token attended to the whole row, or to a whole window
+    (Chowdhery et al. 2022, appendix B). `forward` is the forward share of `causal`.
     """
-    causal = forward_flops(cfg, vocab_size, (length + 1) / 2)
+    causal = _products(cfg, vocab_size, sum(_mean_keys(window, length) for window in cfg.layer_windows))
     return {
         "6n": 3 * forward_flops(cfg, vocab_size, 0),
         "causal": 3 * causal,

@@ -1,0 +1,102 @@
+"""The Python API, for notebooks and scripts: train, load, generate, evaluate. `import gptjax` gives all of it.
+
+config = gptjax.recipe("quickstart", {"steps": 200, "model.width": 128})
+model = gptjax.train(config)
+print(gptjax.generate(model, "ROMEO."))
+print(gptjax.evaluate(model)["eval_loss"])
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, overload
+
+import jax
+
+from gptjax.config import GenerateConfig, MeshConfig, TrainConfig
+from gptjax.flags import load_recipe, origins
+from gptjax.generate import generate as generate_texts
+from gptjax.plugins import named
+from gptjax.pretrain import pretrain
+from gptjax.settings import InputError, build, leaves, unknown_name
+from gptjax.trained import Trained, open_trained
+from gptjax.verbs import evaluate_trained
+
+
+def recipe(name: str, settings: Mapping[str, Any] | None = None, *, size: int | str | None = None) -> TrainConfig:
+    """The settings of a recipe (a shipped name or a file), some of them replaced by their dotted names.
+
+    Raises InputError for an unknown name or a value that is no good.
+    """
+    config = load_recipe(name).config("pretrain", "" if size is None else str(size))
+    return override(config, settings or {})
+
+
+def override(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:
+    """The config with {dotted name: value} replaced; raises InputError for an unknown name or a bad value."""
+    values = dict(leaves(config))
+    for setting in settings:
+        if setting not in values:
+            raise InputError(unknown_name(setting, list(values)))
+    return build(TrainConfig, values | dict(settings))
+
+
+def train(
+    config: TrainConfig,
+    *,
+    loss: Callable[..., Any] | None = None,
+    block: Callable[..., Any] | None = None,
+    source: Callable[..., Any] | None = None,
+) -> Trained:
+    """Trains, or goes on with, the run in config.run_dir and returns the model of its last step.
+
+    A user's own parts take the place of ours:
+    `loss(decoder)` returns loss_fn(params, frozen, batch, key) -> (loss, metrics), as `pretrain.language_model_loss`;
+    `block(cfg, p, x_BLD, ...)` is one layer, as `decoder.block`, and may declare parameters of its own;
+    `source()` yields texts, or mappings with the text under data.text_field.
+    Raises InputError for bad input and train.Interrupted after Ctrl-C, with everything saved.
+    """
+    given = {"loss": loss, "model.block": block, "data.source": source}
+    config = override(config, {setting: named(part) for setting, part in given.items() if part is not None})
+    pretrain(config, {"path": "", "sha256": ""}, origins(TrainConfig(), config, config))
+    return load(config.run_dir, block=block)
+
+
+def load(run_dir: str | Path, step: int = 0, *, block: Callable[..., Any] | None = None) -> Trained:
+    """The model of a run at a checkpoint (0: the newest), on all devices.
+
+    A run that was trained with a block of the user's own needs that block again: what a run's folder names is never
+    imported. Raises InputError where the folder is no run or has no sound checkpoint.
+    """
+    return open_trained(run_dir, MeshConfig(), step, block=block)
+
+
+@overload
+def generate(model: Trained, prompt: str = "", **settings: Any) -> str: ...
+
+
+@overload
+def generate(model: Trained, prompt: list[str], **settings: Any) -> list[str]: ...
+
+
+def generate(model: Trained, prompt: str | list[str] = "", **settings: Any) -> str | list[str]:
+    """The continuation of a prompt, or of each of several, without the prompt itself.
+
+    `settings` are those of config.GenerateConfig: max_new_tokens, temperature, top_k, top_p, min_p, seed, stop, ...
+    """
+    prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
+    values = dict(leaves(GenerateConfig())) | {"prompt": prompts}
+    for setting in settings:
+        if setting not in values:
+            raise InputError(unknown_name(setting, list(values)))
+    cfg = build(GenerateConfig, values | settings)
+    with jax.set_mesh(model.mesh):
+        texts = generate_texts(model.decoder, model.params, model.tokenizer, cfg)
+    return texts[0] if isinstance(prompt, str) else texts
+
+
+def evaluate(model: Trained, max_rows: int = 0) -> dict[str, Any]:
+    """step, eval_loss (nats a token), eval_perplexity, eval_bits_per_byte and eval_tokens on the run's validation sets.
+
+    Only the first max_rows rows of each where that is not 0.
+    """
+    return {"step": model.step, **evaluate_trained(model, max_rows)}

@@ -1,0 +1,289 @@
+"""How each kind of file is read: whole texts, JSONL (plain, gzip, zstd) and the text column of Parquet and Arrow.
+
+Nothing is held in memory but one document of a JSONL file or a batch of rows of a table: text files are mapped.
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import mmap
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptjax.settings import InputError
+
+TEXTS = (".txt", ".md")
+RECORDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+SUFFIXES = (*TEXTS, *RECORDS)
+
+_PIECE = 1 << 16  # bytes; long enough to be quick, short enough that a tokenizer stays linear
+_BLOCK = 1 << 16  # compressed bytes unpacked at a time
+_ROWS = 256  # of a table held at a time
+
+
+class Damaged(InputError):
+    """A file whose bytes are not what its writer wrote: it can't be unpacked, or holds no JSON or no UTF-8."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text as UTF-8: bytes [start, stop) of a buffer; `origin` is the file, and for records the line or row."""
+
+    origin: str
+    data: bytes | mmap.mmap
+    start: int
+    stop: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the text."""
+        return hashlib.sha256(memoryview(self.data)[self.start : self.stop]).digest()
+
+    @property
+    def text(self) -> str:
+        """The whole text; raises Damaged naming file and byte where it is not UTF-8."""
+        return self._decode(self.start, self.stop)
+
+    def check(self) -> None:
+        """Raises Damaged naming file and byte where the text is not UTF-8."""
+        for _ in self.pieces(_BLOCK):
+            pass
+
+    def pieces(self, size: int = _PIECE) -> Iterator[str]:
+        """Yields the text in pieces of at most `size` bytes, cut after a newline where there is one, or at a space."""
+        start = self.start
+        while start < self.stop:
+            stop = self._cut(start, min(start + size, self.stop))
+            yield self._decode(start, stop)
+            start = stop
+
+    def split_tail(self, fraction: float) -> "tuple[Document, Document]":
+        """The text without its tail, and the last `fraction` of its bytes, cut at the next whole character."""
+        middle = self.start + min(self.num_bytes - 1, max(1, round(self.num_bytes * (1 - fraction))))
+        cut = middle
+        while cut < self.stop and self.data[cut] & 0xC0 == 0x80:  # inside a UTF-8 character
+            cut += 1
+        if cut == self.stop:  # the tail keeps at least the last character
+            cut = self._character(middle)
+        return (
+            Document(self.origin, self.data, self.start, cut),
+            Document(self.origin, self.data, cut, self.stop),
+        )
+
+    def _cut(self, start: int, stop: int) -> int:
+        if stop == self.stop:
+            return stop
+        newline = self.data.rfind(b"\n", start, stop) + 1
+        if newline > start:
+            return newline
+        space = self.data.rfind(b" ", start + 1, stop)
+        if space > start:
+            return space
+        end = self._character(stop)
+        return end if end > start else stop
+
+    def _character(self, at: int) -> int:
+        """Where the character begins that the byte at this offset is part of."""
+        while at > self.start and self.data[at] & 0xC0 == 0x80:
+            at -= 1
+        return at
+
+    def _decode(self, start: int, stop: int) -> str:
+        try:
+            return self.data[start:stop].decode("utf-8")
+        except UnicodeDecodeError as error:
+            at = start + error.start
+            raise Damaged(
+                f"{self.origin}: byte 0x{self.data[at]:02x} at offset {at} is not UTF-8; convert the file to UTF-8"
+            ) from None
+
+
+def kind_of(path: Path) -> str:
+    """The suffix of a file of records, or "text" for a file that is one text."""
+    name = path.name.lower()
+    return next((suffix for suffix in RECORDS if name.endswith(suffix)), "text")
+
+
+def read_file(path: Path, field: str = "text") -> Iterator[Document]:
+    """Yields the documents of one file; `field` names the text in records.
+
+    Raises Damaged for a file that can't be unpacked or is no UTF-8 or JSON, and InputError for records without the
+    text; both name the file and the line, row or byte.
+    """
+    kind = kind_of(path)
+    if kind == "text":
+        return _whole(path)
+    return _table(path, field) if kind == ".parquet" else _lines(path, kind, field)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with opened(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def opened(path: Path) -> io.BufferedReader:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from None
+
+
+def document_of(text: Any, origin: str, field: str) -> Document:
+    """A document of a record's value; raises InputError where that is no text."""
+    if isinstance(text, str):
+        try:
+            text = text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise InputError(
+                f'{origin}: "{field}" has half a surrogate pair, which is no character; {_wanted(field)}'
+            ) from None
+    if not isinstance(text, bytes):
+        raise InputError(f'{origin}: "{field}" is a {type(text).__name__}; {_wanted(field)}')
+    return Document(origin, text, 0, len(text))
+
+
+def no_field(origin: str, field: str, names: list[str]) -> InputError:
+    """The error for records that have no such field."""
+    return InputError(
+        f'{origin}: found no "{field}" among {sorted(names)[:8]}; {_wanted(field)}, or name the text with text_field'
+    )
+
+
+def rows_of_table(batch: Any, field: str, origin: str, first: int) -> Iterator[Document]:
+    """Yields the text column of a pyarrow table or record batch; its rows are counted from `first`."""
+    import pyarrow
+
+    column = batch.column(field)
+    kinds = pyarrow.types
+    if kinds.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    tests = (kinds.is_string, kinds.is_large_string, kinds.is_binary, kinds.is_large_binary)
+    if not any(test(column.type) for test in (*tests, kinds.is_string_view, kinds.is_binary_view)):
+        raise InputError(f'{origin}: column "{field}" holds {column.type}; wanted text')
+    # As bytes: Arrow believes what a damaged file says about its UTF-8, Document.check does not.
+    for row, text in enumerate(column.cast(pyarrow.large_binary()).to_pylist(), first):
+        if text is None:
+            raise InputError(f'{origin}:{row}: "{field}" is null; {_wanted(field)}')
+        yield Document(f"{origin}:{row}", text, 0, len(text))
+
+
+def _wanted(field: str) -> str:
+    return f'wanted {{"{field}": "..."}}'
+
+
+def _whole(path: Path) -> Iterator[Document]:
+    with opened(path) as file:
+        size = file.seek(0, io.SEEK_END)
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""  # nothing can't be mapped
+        yield Document(str(path), data, 0, size)
+
+
+def _lines(path: Path, kind: str, field: str) -> Iterator[Document]:
+    number = offset = 0
+    with opened(path) as raw:
+        file = {".jsonl.gz": _ungzip, ".jsonl.zst": _unzstd}.get(kind, lambda file: file)(raw)
+        while True:
+            number += 1
+            try:
+                line = file.readline()
+            except (OSError, EOFError, zlib.error) as error:
+                raise Damaged(f"{path}: line {number} cannot be unpacked ({error}); the file is damaged") from None
+            if not line:
+                break
+            yield _of_line(line, f"{path}:{number}", offset, field)
+            offset += len(line)
+    if number == 1:
+        raise Damaged(f"{path} is empty; {_wanted(field)} on each line")
+
+
+def _of_line(line: bytes, origin: str, offset: int, field: str) -> Document:
+    """The text of one line of JSONL."""
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        at = offset + error.start
+        raise Damaged(
+            f"{origin}: byte 0x{line[error.start]:02x} at offset {at} is not UTF-8; {_wanted(field)}"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        found = "a blank line" if not line.strip() else f"no JSON ({error})"
+        raise Damaged(f"{origin}: found {found}; {_wanted(field)}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{origin}: found a JSON {type(value).__name__}; {_wanted(field)}")
+    if field not in value:
+        raise no_field(origin, field, list(value))
+    return document_of(value[field], origin, field)
+
+
+class _Unzstd(io.RawIOBase):
+    """The bytes packed in a zstd file of one or more frames; raises EOFError where the last one is cut off.
+
+    (The stream reader of zstandard takes a truncated file for a shorter one.)
+    """
+
+    def __init__(self, raw: io.BufferedReader):
+        import zstandard
+
+        self._zstandard, self._raw = zstandard, raw
+        self._frame: Any = None
+        self._packed, self._ready = b"", io.BytesIO()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not (size := self._ready.readinto(buffer)):
+            packed = self._packed or self._raw.read(_BLOCK)
+            if not packed:
+                if self._frame is not None and not self._frame.eof:
+                    raise EOFError("the zstd file ended before its end-of-frame mark")
+                return 0
+            if self._frame is None or self._frame.eof:
+                self._frame = self._zstandard.ZstdDecompressor().decompressobj()
+            try:
+                self._ready = io.BytesIO(self._frame.decompress(packed))
+            except self._zstandard.ZstdError as error:
+                raise OSError(str(error)) from None
+            self._packed = self._frame.unused_data if self._frame.eof else b""
+        return size
+
+
+def _ungzip(raw: io.BufferedReader) -> io.BufferedReader:
+    return io.BufferedReader(gzip.GzipFile(fileobj=raw), _BLOCK)  # its own readline is slower
+
+
+def _unzstd(raw: io.BufferedReader) -> io.BufferedReader:
+    try:
+        return io.BufferedReader(_Unzstd(raw), _BLOCK)
+    except ModuleNotFoundError:
+        raise InputError(f"{raw.name}: zstandard is not installed; run: pip install 'gptjax[hf]'") from None
+
+
+def _table(path: Path, field: str) -> Iterator[Document]:
+    """Reads only the text column of a Parquet file, a few rows at a time."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ModuleNotFoundError:
+        raise InputError(f"{path}: pyarrow is not installed; run: pip install 'gptjax[hf]'") from None
+    with opened(path) as raw:
+        first = 1
+        try:
+            file = parquet.ParquetFile(raw, buffer_size=_BLOCK, pre_buffer=False, page_checksum_verification=True)
+            if field not in file.schema_arrow.names:
+                raise no_field(str(path), field, file.schema_arrow.names)
+            for batch in file.iter_batches(_ROWS, columns=[field], use_threads=False):
+                yield from rows_of_table(batch, field, str(path), first)
+                first += batch.num_rows
+        except (pyarrow.ArrowException, OSError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise Damaged(f"{path}: row {first} cannot be read ({reason}); the file is damaged") from None

@@ -1,0 +1,217 @@
+"""Sources that are no text files: TFDS and Hugging Face datasets, by name or by folder, and functions of the user.
+
+TFDS data is read from ArrayRecord through its data source, with no TensorFlow; no code comes from any data.
+"""
+
+import difflib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptjax.data.formats import Damaged, Document, document_of, no_field, opened, rows_of_table
+from gptjax.plugins import resolve
+from gptjax.settings import InputError
+
+TFDS = "tfds:"
+HF = "hf:"
+
+_ROWS = 256  # of a dataset held at a time
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What can be corrupt by itself: a file of the source, or the whole of a source that is no file."""
+
+    name: str
+    read: Callable[[], Iterator[Document]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The units in the order they are read, and the files whose bytes are the source's identity, each with its kind.
+
+    A source without files is identified by its documents.
+    """
+
+    name: str
+    units: tuple[Unit, ...]
+    files: tuple[tuple[str, Path], ...] = ()
+
+
+def open_tfds(source: str, field: str) -> Source:
+    """tfds:NAME[/CONFIG][:VERSION][:SPLIT], or tfds:FOLDER[:SPLIT] of a prepared dataset; the split is train."""
+    try:
+        import tensorflow_datasets as tfds
+    except ModuleNotFoundError:
+        raise InputError(f"source {source!r}: tensorflow-datasets is not installed; run: pip install gptjax") from None
+    name, split = _name_and_split(source.removeprefix(TFDS))
+    try:
+        if _is_path(name):
+            builder: Any = tfds.builder_from_directory(name)  # pyright: ignore[reportCallIssue]
+        else:
+            builder = tfds.builder(name, file_format="array_record")
+            builder.download_and_prepare()
+        features = builder.info.features
+        splits = builder.info.splits
+        if splits and split not in splits:
+            raise InputError(f"source {source!r} has no split {split!r}; wanted one of {sorted(splits)}")
+        rows: Any = builder.as_data_source(split)
+    except InputError:
+        raise
+    except Exception as error:  # its builders raise whatever their authors chose
+        raise InputError(f"source {source!r} cannot be opened: {_tfds_reason(name, error)}") from None
+    if field not in features:
+        raise no_field(source, field, list(features))
+
+    def unit(name: str, start: int, stop: int) -> Unit:
+        return Unit(name, lambda: _tfds_rows(read, name, start, stop, field))
+
+    read = rows.__getitems__
+    if not splits:  # tfds.testing.mock_data, which gives records one by one alone
+        read = lambda numbers: [rows[number] for number in numbers]  # noqa: E731
+        return Source(source, (unit(source, 0, len(rows)),))
+    units, start = [], 0
+    for part in splits[split].file_instructions:
+        units.append(unit(str(part.filename), start, start + part.examples_in_shard))
+        start += part.examples_in_shard
+    files = tuple((".array_record", Path(unit.name)) for unit in units)
+    return Source(source, tuple(units), files if all(path.is_file() for _, path in files) else ())
+
+
+def open_hf(source: str, field: str) -> Source:
+    """hf:NAME[@CONFIG][:SPLIT], or hf:FOLDER[:SPLIT] of a folder that save_to_disk wrote; the split is train."""
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise InputError(f"source {source!r}: datasets is not installed; run: pip install 'gptjax[hf]'") from None
+    name, split = _name_and_split(source.removeprefix(HF))
+    if _is_path(name):
+        files = _saved_files(source, Path(name), split)
+    else:
+        name, _, config = name.partition("@")
+        try:
+            data: Any = datasets.load_dataset(name, config or None, split=split)
+        except Exception as error:  # of the network, of the hub, of the dataset's files
+            raise InputError(f"source {source!r} cannot be opened: {_first_line(error)}") from None
+        files = [Path(file["filename"]) for file in data.cache_files]
+        if not files or data._indices is not None:
+            return Source(source, (Unit(source, lambda: _hf_rows(lambda: data, source, field)),))
+
+    def unit(path: Path) -> Unit:
+        return Unit(str(path), lambda: _hf_rows(lambda: datasets.Dataset.from_file(str(path)), str(path), field))
+
+    return Source(source, tuple(unit(path) for path in files), tuple((".arrow", path) for path in files))
+
+
+def open_function(source: str, field: str) -> Source:
+    """MODULE:NAME of a function that yields texts or {field: text}, the same ones each time it is called."""
+    here = os.getcwd()
+    sys.path.append(here)  # last, so that a file beside the user hides no library
+    try:
+        function = resolve(source, "source")
+    finally:
+        sys.path.remove(here)
+    return Source(source, (Unit(source, lambda: _function_rows(function, source, field)),))
+
+
+def _tfds_rows(read: Callable[[list[int]], Any], name: str, start: int, stop: int, field: str) -> Iterator[Document]:
+    for first in range(start, stop, _ROWS):
+        numbers = list(range(first, min(first + _ROWS, stop)))
+        try:
+            batch = read(numbers)
+        except Exception as error:  # array_record and protobuf raise many kinds for damaged bytes
+            raise Damaged(f"{name}: record {first - start + 1} cannot be read ({_first_line(error)})") from None
+        for row, values in zip(numbers, batch):
+            yield document_of(values[field], f"{name}:{row - start + 1}", field)
+
+
+def _hf_rows(load: Callable[[], Any], name: str, field: str) -> Iterator[Document]:
+    import pyarrow
+
+    first = 1
+    try:
+        data = load()
+        if field not in data.column_names:
+            raise no_field(name, field, data.column_names)
+        for batch in data.select_columns([field]).with_format("arrow").iter(_ROWS):
+            yield from rows_of_table(batch, field, name, first)
+            first += batch.num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        raise Damaged(f"{name}: row {first} cannot be read ({_first_line(error)}); the file is damaged") from None
+
+
+def _function_rows(function: Callable[[], Any], source: str, field: str) -> Iterator[Document]:
+    number = 0
+    try:
+        for number, value in enumerate(function(), 1):
+            origin = f"{source}:{number}"
+            if isinstance(value, dict):
+                if field not in value:
+                    raise no_field(origin, field, [str(key) for key in value])
+                value = value[field]
+            elif not isinstance(value, str):
+                raise InputError(f'{origin} is a {type(value).__name__}; wanted a str or {{"{field}": "..."}}')
+            yield document_of(value, origin, field)
+    except InputError:
+        raise
+    except Exception as error:  # of the user's own code
+        kind = type(error).__name__
+        raise InputError(f"source {source!r} raised {kind} after text {number}: {_first_line(error)}") from error
+
+
+def _saved_files(source: str, folder: Path, split: str) -> list[Path]:
+    """The Arrow files of a folder that save_to_disk wrote, in order."""
+    if (folder / "dataset_dict.json").is_file():
+        splits = _json(folder / "dataset_dict.json", "splits")
+        if split not in splits:
+            raise InputError(f"source {source!r} has no split {split!r}; wanted one of {sorted(splits)}")
+        folder = folder / split
+    elif split != "train":
+        raise InputError(f"source {source!r} is one dataset without splits; leave out :{split}")
+    if not (folder / "state.json").is_file():
+        raise InputError(
+            f"source {source!r} is no folder that save_to_disk wrote; for a folder of text, JSONL or Parquet files "
+            f"give {str(folder)!r} itself"
+        )
+    return [folder / Path(entry["filename"]).name for entry in _json(folder / "state.json", "_data_files")]
+
+
+def _json(path: Path, key: str) -> Any:
+    with opened(path) as file:
+        try:
+            return json.load(file)[key]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{path} is damaged; wanted the JSON that save_to_disk writes") from None
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith(("/", "./", "../", "~")) or Path(name).exists()
+
+
+def _name_and_split(name: str) -> tuple[str, str]:
+    """A trailing :SPLIT is one where it is no version (which begins with a digit) and no part of a path."""
+    head, colon, tail = name.rpartition(":")
+    is_split = colon and re.fullmatch(r"[A-Za-z_]\w*", tail) and not Path(name).exists()
+    return (head, tail) if is_split else (name, "train")
+
+
+def _tfds_reason(name: str, error: Exception) -> str:
+    from tensorflow_datasets.core import registered
+
+    if isinstance(error, registered.DatasetNotFoundError):
+        wanted = re.split("[/:]", name)[0]
+        close = difflib.get_close_matches(wanted, registered.list_imported_builders(), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else "; wanted a name that tfds.list_builders() lists"
+        return f"TFDS has no dataset {wanted!r}" + hint
+    return _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of a library's message, that may be pages long."""
+    lines = [line.strip(" *") for line in str(error).splitlines()]
+    return next((line for line in lines if line), type(error).__name__)[:200]

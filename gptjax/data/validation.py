@@ -1,0 +1,115 @@
+"""Validation sets: the splits that a run holds out, and further texts that it is measured on."""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from gptjax.config import TrainConfig
+from gptjax.data.batches import TokenSplit, validation_batches
+from gptjax.data.corpus import is_corpus, open_corpus
+from gptjax.data.encode import Encoder
+from gptjax.data.formats import Document
+from gptjax.data.mixture import named
+from gptjax.data.packing import Batch
+from gptjax.data.sources import documents, is_function
+from gptjax.data.stream import pieces_of, tokenised
+from gptjax.plugins import is_given
+from gptjax.settings import InputError
+from gptjax.tokenizer import Tokenizer
+
+_TOGETHER = 64  # pieces of text tokenised at a time
+
+
+class TextSplit(TokenSplit, Protocol):
+    """A split that knows how much text its tokens stand for."""
+
+    num_bytes: int
+    num_documents: int
+
+
+@dataclass(frozen=True)
+class Validation:
+    """A validation set: its batches in order, and how many bytes of text a predicted token stands for."""
+
+    name: str  # "" for the one split of a corpus
+    split: TextSplit
+    config: TrainConfig
+    own: bool = True  # part of the run's own validation split, which eval_loss is about
+
+    def batches(self, max_rows: int) -> Iterator[Batch]:
+        """Yields the rows, or only the first max_rows of them (0: all)."""
+        return validation_batches(self.split, self.config.data, max_rows)
+
+    @property
+    def bytes_per_target(self) -> float:
+        """Each document is stored as beginning, text, end; a beginning is predicted only across documents."""
+        cfg = self.config.data
+        crossing = cfg.cross_documents and cfg.packing == "packed"
+        return self.split.num_bytes / (self.split.num_tokens - (1 if crossing else self.split.num_documents))
+
+
+class MemorySplit:
+    """A split in memory."""
+
+    def __init__(self, tokens: np.ndarray, starts: np.ndarray, num_bytes: int):
+        self._tokens, self.starts = tokens, starts
+        self.num_tokens, self.num_documents, self.num_bytes = len(tokens), len(starts), num_bytes
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) as int32."""
+        return self._tokens[start:stop]
+
+
+def no_code(source: str) -> str:
+    """The source, for a verb that reads a run: what the run's settings name is not imported then."""
+    if is_function(source) and not is_given(source):
+        raise InputError(
+            f"source {source!r} is a function, and a verb that reads a run imports no code that the run names; "
+            f"train with --data.loading prepared, which keeps its text"
+        )
+    return source
+
+
+def further(config: TrainConfig, tokenizer: Tokenizer, training: bool) -> list[Validation]:
+    """The validation sets of data.validation: the validation split of a prepared folder, or a whole text.
+
+    A text is tokenised into memory at each start, as much of it as evaluate.max_rows rows need (0: all of it; 4 bytes
+    a token). Raises InputError for a folder of another tokenizer, and for a function where this is not training.
+    """
+    found = []
+    for name, source in named(config.data.validation).items():
+        if is_corpus(source):
+            corpus = open_corpus(source)
+            if corpus.manifest.tokenizer_sha256 != tokenizer.sha256:
+                raise InputError(
+                    f"data.validation {name}={source} was prepared with another tokenizer than this run's "
+                    f"({corpus.manifest.tokenizer_sha256[:12]}, wanted {tokenizer.sha256[:12]}); prepare it with "
+                    f"--tokenizer.path set to this run's"
+                )
+            split = corpus.split("validation")
+        else:
+            source = source if training else no_code(source)
+            split = collected(documents(source, config.data.text_field), tokenizer, row_tokens(config))
+        found.append(Validation(name, split, config, own=False))
+    return found
+
+
+def row_tokens(config: TrainConfig) -> int:
+    """Tokens that evaluate.max_rows rows need; 0: all there are."""
+    return config.evaluate.max_rows * config.data.length + 1 if config.evaluate.max_rows else 0
+
+
+def collected(texts: Iterable[Document], tokenizer: Tokenizer, max_tokens: int = 0) -> MemorySplit:
+    """The documents as a split in memory, up to the piece of text in which max_tokens are reached (0: all)."""
+    encoder = Encoder(tokenizer)
+    pieces = (piece for text in texts for piece in pieces_of(text, tokenizer))
+    runs, starts, size, num_bytes = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)], 0, 0
+    while (not max_tokens or size < max_tokens) and (some := list(itertools.islice(pieces, _TOGETHER))):
+        tokens, begins = tokenised(some, tokenizer, encoder)
+        runs.append(tokens)
+        starts.append(begins + size)
+        size, num_bytes = size + len(tokens), num_bytes + sum(piece.num_bytes for piece in some)
+    return MemorySplit(np.concatenate(runs), np.concatenate(starts), num_bytes)

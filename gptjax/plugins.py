@@ -1,0 +1,51 @@
+"""A user's own functions by name: `module:name` in a recipe or on the command line, the function itself from Python.
+
+Only what the user gives to a training verb or to the Python API is imported. A run's folder is data: the verbs that
+read one never import what its config.json names.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from gptjax.settings import InputError
+
+_GIVEN: dict[str, Callable[..., Any]] = {}
+
+
+def named(function: Callable[..., Any]) -> str:
+    """The name `module:name` under which `resolve` finds this function, in this process, wherever it was defined."""
+    name = f"{function.__module__}:{getattr(function, '__qualname__', type(function).__qualname__)}"
+    _GIVEN[name] = function
+    return name
+
+
+def is_given(name: str) -> bool:
+    """Whether `resolve` finds the function with no import, since this process gave it."""
+    return name in _GIVEN
+
+
+def is_name(text: str) -> bool:
+    """Whether the text has the form module:name, with Python's identifiers."""
+    module, colon, name = text.partition(":")
+    parts = [*module.split("."), *name.replace("<locals>.", "").split(".")]
+    return bool(colon) and all(part.isidentifier() for part in parts)
+
+
+def resolve(name: str, setting: str) -> Callable[..., Any]:
+    """The function that a setting names; raises InputError where there is none. Its module is imported: code is run."""
+    if name in _GIVEN:
+        return _GIVEN[name]
+    module, _, path = name.partition(":")
+    wanted = f"{setting}={name!r}: wanted module:name of a function that Python can import here"
+    if not is_name(name):
+        raise InputError(wanted)
+    try:
+        found: Any = importlib.import_module(module)
+        for part in path.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as e:
+        raise InputError(f"{wanted} ({e})") from e
+    if not callable(found):
+        raise InputError(f"{wanted}, got a {type(found).__name__}")
+    return found

@@ -1,0 +1,29 @@
+"""Text to token ids and back, with nothing lost: raw bytes, SentencePiece, byte-level BPE, tiktoken's rank files.
+
+`decode(encode(text)) == text` for every string. Special tokens never come from text: a "<s>" or "<|endoftext|>" in
+the text is encoded as ordinary pieces. This is the only package that imports sentencepiece, tokenizers and tiktoken.
+"""
+
+from gptjax.tokenizer.bytes import BytesTokenizer
+from gptjax.tokenizer.files import load, load_model, make_tokenizer, open_tokenizer
+from gptjax.tokenizer.huggingface import HuggingFaceTokenizer
+from gptjax.tokenizer.interface import FILES, META_FILE, MODEL_FILE, Tokenizer, last_safe_cut
+from gptjax.tokenizer.sentencepiece import SentencePieceTokenizer, train_sentencepiece
+from gptjax.tokenizer.tiktoken import TiktokenTokenizer
+
+__all__ = [
+    "FILES",
+    "META_FILE",
+    "MODEL_FILE",
+    "BytesTokenizer",
+    "HuggingFaceTokenizer",
+    "SentencePieceTokenizer",
+    "TiktokenTokenizer",
+    "Tokenizer",
+    "last_safe_cut",
+    "load",
+    "load_model",
+    "make_tokenizer",
+    "open_tokenizer",
+    "train_sentencepiece",
+]

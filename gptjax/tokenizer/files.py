@@ -1,0 +1,157 @@
+"""Tokenizers as files: opened by kind, made by the settings, and loaded as they were saved."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from gptjax.config import TokenizerConfig
+from gptjax.settings import InputError
+from gptjax.tokenizer.bytes import BytesTokenizer
+from gptjax.tokenizer.huggingface import PAIRS, HuggingFaceTokenizer, read_huggingface
+from gptjax.tokenizer.interface import (
+    JSON_FILE,
+    MERGES_FILE,
+    META_FILE,
+    MODEL_FILE,
+    RANKS_FILE,
+    SCHEMA,
+    VOCAB_FILE,
+    Tokenizer,
+)
+from gptjax.tokenizer.sentencepiece import SentencePieceTokenizer, train_sentencepiece
+from gptjax.tokenizer.tiktoken import TiktokenTokenizer, looks_like_ranks
+
+_KINDS = ("bytes", "sentencepiece", "huggingface", "tiktoken")
+
+
+def load(folder: Path) -> Tokenizer:
+    """The tokenizer that `save` wrote into the folder; raises InputError where a file is missing or was changed."""
+    folder = Path(folder)
+    path = folder / META_FILE
+    try:
+        meta = json.loads(_read(path))
+        kind, wanted = meta["kind"], meta["sha256"]
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f'{path}: wanted a JSON object with "kind" and "sha256"; the file is damaged') from None
+    if kind not in _KINDS or meta.get("schema") != SCHEMA:
+        raise InputError(f"{path}: kind {kind!r} in schema {meta.get('schema')!r} is unknown; wanted schema {SCHEMA}")
+    file = folder / MODEL_FILE
+    if kind == "bytes":
+        file, tokenizer = path, BytesTokenizer()
+    elif kind == "sentencepiece":
+        tokenizer = load_model(file)
+    elif kind == "tiktoken":
+        file = folder / RANKS_FILE
+        tokenizer = TiktokenTokenizer(_read(file), str(meta.get("pattern", "")), str(file))
+    else:
+        file = folder / (JSON_FILE if (folder / JSON_FILE).exists() else VOCAB_FILE)
+        names = (JSON_FILE,) if file.name == JSON_FILE else (VOCAB_FILE, MERGES_FILE)
+        content = {name: _read(folder / name) for name in names}
+        tokenizer = HuggingFaceTokenizer(content, str(meta.get("bos", "")), str(meta.get("eos", "")), str(file))
+    if tokenizer.sha256 != wanted:
+        raise InputError(f"{file}: sha256 is {tokenizer.sha256[:12]}, wanted {wanted[:12]}; the file was changed")
+    return tokenizer
+
+
+def load_model(path: Path) -> SentencePieceTokenizer:
+    """Reads a SentencePiece .model file; raises InputError where there is none or it would lose text."""
+    return SentencePieceTokenizer(_read(Path(path)), name=str(path))
+
+
+def open_tokenizer(path: str | Path, kind: str = "", pattern: str = "") -> Tokenizer:
+    """The tokenizer in a file or folder, one that `save` wrote or one made elsewhere.
+
+    `kind` is one of tokenizer.kind; where empty, it is found out, and of several in a folder a SentencePiece model is
+    taken first, then ranks. `pattern` is tokenizer.pattern. Raises InputError where there is no tokenizer, one of
+    another kind, or one that would lose text.
+    """
+    path = Path(path)
+    if path.is_dir() and (path / META_FILE).exists():
+        tokenizer = load(path)
+        if kind not in ("", tokenizer.kind):
+            raise _other_kind(path, tokenizer.kind, kind)
+        if isinstance(tokenizer, TiktokenTokenizer) and pattern not in ("", tokenizer.pattern):
+            raise InputError(
+                f"tokenizer.pattern={pattern!r}, but {path} was saved with {tokenizer.pattern!r}; leave it out"
+            )
+        return tokenizer
+    found = _found(path)
+    if not found:
+        names = f"{MODEL_FILE}, *.tiktoken, {JSON_FILE} or {' and '.join(PAIRS[0])}"
+        raise InputError(f"tokenizer.path={str(path)!r} holds no tokenizer; wanted {names} in it")
+    kind = kind or next(iter(found))
+    if kind not in found:
+        raise _other_kind(path, " or a ".join(found), kind)
+    if kind == "huggingface":
+        try:
+            return read_huggingface(found[kind])
+        except OSError as error:
+            raise _unreadable(Path(error.filename), error) from None
+    if kind == "tiktoken":
+        return TiktokenTokenizer(_read(found[kind]), pattern, str(found[kind]))
+    return load_model(found[kind])
+
+
+def make_tokenizer(cfg: TokenizerConfig, texts: Iterator[str]) -> Tokenizer:
+    """The tokenizer of the settings: bytes, the one at tokenizer.path, or one trained on the texts.
+
+    The texts are read only for training. Raises InputError where the vocabulary is not tokenizer.vocab_size.
+    """
+    if cfg.kind == "bytes":
+        return BytesTokenizer()
+    if not cfg.path and cfg.kind == "sentencepiece":
+        return train_sentencepiece(texts, cfg.vocab_size)
+    if not cfg.path:
+        raise InputError(
+            f"tokenizer.path is empty, and none is trained of tokenizer.kind={cfg.kind!r}; "
+            "add --tokenizer.path with its file or folder, or --tokenizer.kind sentencepiece to train one"
+        )
+    tokenizer = open_tokenizer(cfg.path, cfg.kind, cfg.pattern)
+    if tokenizer.vocab_size != cfg.vocab_size:
+        raise InputError(
+            f"tokenizer.vocab_size={cfg.vocab_size}, but {cfg.path} has {tokenizer.vocab_size} tokens; "
+            f"add --tokenizer.vocab-size {tokenizer.vocab_size}"
+        )
+    return tokenizer
+
+
+def _found(path: Path) -> dict[str, Path]:
+    """The tokenizers at a path: kind -> file or folder, judged by what the files hold and not by their names."""
+    if not path.is_dir():
+        return {_kind_of(path): path}
+    found: dict[str, Path] = {}
+    for file in (path / MODEL_FILE, *sorted(path.glob("*.tiktoken"))):
+        if file.is_file():
+            found.setdefault(_kind_of(file), file)
+    if (path / JSON_FILE).is_file() or any(all((path / name).is_file() for name in pair) for pair in PAIRS):
+        found["huggingface"] = path
+    return found
+
+
+def _kind_of(file: Path) -> str:
+    if any(file.name in pair for pair in PAIRS):
+        return "huggingface"
+    start = _read(file, 4096).lstrip()
+    if start.startswith(b"{"):
+        return "huggingface"
+    return "tiktoken" if looks_like_ranks(start) else "sentencepiece"
+
+
+def _read(path: Path, size: int = -1) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(size)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> InputError:
+    return InputError(f"tokenizer file {path} cannot be read ({error.strerror}); wanted the file or its folder")
+
+
+def _other_kind(path: Path, has: str, wanted: str) -> InputError:
+    kind = has.split(" ")[0]
+    return InputError(f"tokenizer.path={str(path)!r} holds a {has} tokenizer; wanted {wanted}: "
+                      f"add --tokenizer.kind {kind}")  # fmt: skip

@@ -1,0 +1,176 @@
+"""What every tokenizer gives, and what those with a table of pieces share."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from gptjax.settings import InputError
+
+META_FILE = "tokenizer_meta.json"
+MODEL_FILE = "tokenizer.model"
+JSON_FILE = "tokenizer.json"
+VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"
+RANKS_FILE = "tokenizer.tiktoken"
+FILES = (META_FILE, MODEL_FILE, JSON_FILE, VOCAB_FILE, MERGES_FILE, RANKS_FILE)  # every name that a `save` may write
+SCHEMA = 1
+
+# SentencePiece writes a space as this character, so the character itself can only be spelled by its bytes.
+SPACE_SYMBOL = "\u2581"
+
+ANYWHERE, NOWHERE = re.compile(""), re.compile("(?!)")  # for `safe_cut`
+
+_WINDOW = 1 << 10  # characters first searched for the last safe cut
+
+
+class Tokenizer(Protocol):
+    """What every tokenizer gives: ids below vocab_size, of which bos_id, eos_id and specials never come from text.
+
+    `specials` are the control tokens by name, for prompts that are built from ids. `files` are the names that `save`
+    writes. `safe_cut` matches, without width, where a text may be cut: encoding both parts (the second one with
+    starts False) gives the ids of the whole. It may match nowhere.
+    """
+
+    kind: str
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    sha256: str
+    safe_cut: re.Pattern[str]
+
+    @property
+    def specials(self) -> Mapping[str, int]: ...
+
+    @property
+    def files(self) -> tuple[str, ...]: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_batch(self, texts: Sequence[str], starts: Sequence[bool] = ()) -> list[list[int]]: ...
+
+    def decode(self, ids: Iterable[int]) -> str: ...
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes: ...
+
+    def save(self, folder: Path) -> None: ...
+
+
+def last_safe_cut(tokenizer: Tokenizer, text: str) -> int:
+    """The last place inside the text at which `tokenizer.safe_cut` lets it be cut; 0 where there is none."""
+    window = _WINDOW
+    while True:
+        low = max(1, len(text) - window)
+        found = [m.start() for m in tokenizer.safe_cut.finditer(text, low) if m.start() < len(text)]
+        if found or low == 1:
+            return found[-1] if found else 0
+        window *= 8
+
+
+class PieceTokenizer:
+    """A tokenizer whose ids stand for pieces of text; a subclass encodes text without special tokens.
+
+    `_bytes` are the bytes of each id, empty for special ones; `_atoms` are strings that a model can't be given and the
+    ids they stand for; `_adds_space` says whether documents get a space in front that is no part of their text.
+    """
+
+    kind: ClassVar[str]
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    sha256: str
+    specials: dict[str, int]
+    safe_cut: re.Pattern[str]
+    _bytes: list[bytes]
+    _content: dict[str, bytes]  # what `save` writes, by file name
+    _adds_space: bool = False
+    _atoms: Mapping[str, list[int]] = {}
+
+    def _encode_parts(self, parts: list[str]) -> list[list[int]]:
+        raise NotImplementedError
+
+    def _described(self) -> dict[str, Any]:
+        """What `load` needs beside the files, as JSON."""
+        return {}
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (META_FILE, *self._content)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text, without special tokens; raises InputError where it holds half a surrogate pair."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str], starts: Sequence[bool] = ()) -> list[list[int]]:
+        """Encodes each text for itself, on all cores; starts[i] is False where texts[i] goes on with a document."""
+        for text in texts:
+            utf8(text)
+        if self._adds_space:
+            begins = starts or [True] * len(texts)
+            texts = [" " + text if text and first else text for text, first in zip(texts, begins, strict=True)]
+        if not self._atoms:
+            return self._encode_parts(list(texts))
+        longest_first = sorted(self._atoms, key=len, reverse=True)
+        split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")").split
+        texts_split = [split(text) for text in texts]  # every second part is an atom
+        encoded = iter(self._encode_parts([part for parts in texts_split for part in parts[::2]]))
+        result = []
+        for parts in texts_split:
+            ids = list(next(encoded))
+            for atom in parts[1::2]:
+                ids += self._atoms[atom]
+                ids += next(encoded)
+            result.append(ids)
+        return result
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text; special ids render as nothing, bytes that are not UTF-8 as U+FFFD."""
+        text = self.decode_bytes(ids).decode("utf-8", errors="replace")
+        return text[1:] if self._adds_space and text.startswith(" ") else text
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of the text; decode_bytes(a + b) == decode_bytes(a) + decode_bytes(b)."""
+        return b"".join([self._bytes[i] for i in checked_ids(ids, self.vocab_size)])
+
+    def save(self, folder: Path) -> None:
+        """Writes the files that the tokenizer was read from, and beside them what `load` checks them against."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in self._content.items():
+            (folder / name).write_bytes(content)
+        write_meta(self, folder, self._described())
+
+
+def is_text(piece: str) -> bool:
+    """Whether an added or user-defined token is text, not a control token: white space, or one printable character.
+
+    Runs of spaces and single digits are added to some vocabularies, and their models expect them. Anything longer
+    ("<|im_start|>", "[INST]") may stand for a role and so never comes from text.
+    """
+    return piece.isspace() or (len(piece) == 1 and piece.isprintable())
+
+
+def utf8(text: str) -> bytes:
+    """The text as UTF-8; raises InputError where it holds half a surrogate pair."""
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"text has half a surrogate pair, U+{ord(text[error.start]):04X}, at character {error.start}; "
+            "wanted text that UTF-8 can write"
+        ) from None
+
+
+def checked_ids(ids: Iterable[int], vocab_size: int) -> list[int]:
+    """The ids as a list; a negative one would pick a token from the end of the table."""
+    ids = [int(i) for i in ids]
+    if ids and not (0 <= min(ids) and max(ids) < vocab_size):
+        bad = next(i for i in ids if not 0 <= i < vocab_size)
+        raise InputError(f"token id {bad} is outside the tokenizer's vocabulary; wanted 0 to {vocab_size - 1}")
+    return ids
+
+
+def write_meta(tokenizer: Any, folder: Path, more: Mapping[str, Any]) -> None:
+    """Writes what `load` needs to know of a tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    meta = {"schema": SCHEMA, "kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256}
+    (folder / META_FILE).write_text(json.dumps(meta | dict(more), indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,80 @@
+"""Starting a run from another run's weights: `--init RUN`, with a schedule, optimizer and data order of its own.
+
+Resuming goes on with a run as it was; this makes a new one. The context may be longer and the vocabulary larger: rows
+that the old weights do not have begin as in a new model.
+"""
+
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from gptjax.config import TrainConfig
+from gptjax.settings import InputError
+from gptjax.sharding import shardings
+from gptjax.tokenizer import Tokenizer
+from gptjax.train import TrainState
+from gptjax.trained import Trained, open_trained
+
+# Leaves that may have more rows than before, and what their rows are.
+GROWING = {"embed_VD": "tokenizer.vocab_size", "head_VD": "tokenizer.vocab_size", "position_TD": "data.length"}
+
+
+def start_from(
+    config: TrainConfig, tokenizer: Tokenizer, state: TrainState, tx: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """`state`, a new one, with the weights of the run in config.init, and an optimizer that has seen nothing yet.
+
+    Raises InputError where that is no run, where its tokens have other meanings, and where a weight does not fit.
+    """
+    old = open_trained(config.init, config.mesh)
+    _check_tokens(old, tokenizer)
+    _check_shapes(old, state.params, config)
+    rows = {
+        "tokenizer.vocab_size": old.config.tokenizer.vocab_size,  # what only padded the old vocabulary stays behind
+        "data.length": old.config.data.length,
+    }
+
+    def merged(path: Any, fresh: jax.Array, kept: jax.Array) -> jax.Array:
+        limit = GROWING.get(path[-1].key)
+        return fresh.at[: rows[limit]].set(kept[: rows[limit]]) if limit else kept
+
+    def merge(fresh: Any, kept: Any) -> tuple[Any, Any, Any]:
+        params = jax.tree_util.tree_map_with_path(merged, fresh, kept)
+        return params, tx.init(params), params if state.ema else {}
+
+    shapes = jax.eval_shape(merge, state.params, old.params)
+    params, opt_state, ema = jax.jit(merge, out_shardings=shardings(shapes, mesh))(state.params, old.params)
+    return state.replace(params=params, opt_state=opt_state, ema=ema)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _check_tokens(old: Trained, tokenizer: Tokenizer) -> None:
+    """The old ids mean what they meant."""
+    before = old.tokenizer
+    if before.sha256 == tokenizer.sha256:
+        return
+    same = before.vocab_size <= tokenizer.vocab_size and (before.bos_id, before.eos_id) == (
+        tokenizer.bos_id, tokenizer.eos_id
+    )  # fmt: skip
+    if not same or any(before.decode_bytes([i]) != tokenizer.decode_bytes([i]) for i in range(before.vocab_size)):
+        raise InputError(
+            f"init={str(old.run.folder)!r} has another tokenizer, whose {before.vocab_size} ids mean other tokens; "
+            f"wanted the same one, or one that begins with it; e.g. --tokenizer.path {old.run.tokenizer}"
+        )
+
+
+def _check_shapes(old: Trained, params: Any, config: TrainConfig) -> None:
+    have = {jax.tree_util.keystr(p, simple=True, separator="."): x for p, x in _leaves(old.params)}
+    want = {jax.tree_util.keystr(p, simple=True, separator="."): x for p, x in _leaves(params)}
+    for name in sorted(have.keys() | want.keys()):
+        got, new = (tree[name].shape if name in tree else None for tree in (have, want))
+        limit = GROWING.get(name)
+        fits = got == new or bool(limit and got and new and got[1:] == new[1:] and got[0] < new[0])
+        if not fits:
+            advice = f"; {limit} may grow, not shrink" if limit else "; the model's settings must be those of that run"
+            raise InputError(f"init={config.init!r}: its {name} has shape {got}, this model's {new}{advice}")
+
+
+def _leaves(tree: Any) -> list[tuple[Any, jax.Array]]:
+    return jax.tree_util.tree_flatten_with_path(tree)[0]

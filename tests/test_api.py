@@ -1,0 +1,198 @@
+"""The Python API: what a notebook does, with parts of the user's own."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gptjax
+from gptjax.block import block as own_block
+from gptjax.decoder import head
+from gptjax.decoder import layer_params as own_params
+from gptjax.losses import token_log_probs
+from gptjax.settings import InputError
+
+TINY = {
+    "steps": 6, "model.num_layers": 2, "model.width": 16, "model.num_heads": 2, "tokenizer.kind": "bytes",
+    "tokenizer.vocab_size": 258, "data.length": 32, "data.batch_size": 8, "evaluate.max_rows": 8,
+    "generate.max_new_tokens": 4, "tensorboard": False, "compile_cache": False,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"line {i}: the quick brown fox jumps over the lazy dog\n" for i in range(400)))
+    return path
+
+
+def config(folder: Path, text: Path, **settings):
+    more = {name.replace("__", "."): value for name, value in settings.items()}
+    return gptjax.recipe("quickstart", TINY | {"run_dir": str(folder), "data.source": str(text)} | more)
+
+
+def losses(run_dir: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, text):
+    return gptjax.train(config(tmp_path_factory.mktemp("runs") / "plain", text, log_norms_every=2))
+
+
+def test_a_notebook_trains_loads_generates_and_evaluates(plain, capsys):
+    loaded = gptjax.load(plain.run.folder)
+    assert loaded.step == 6
+    assert gptjax.generate(loaded, "the ", max_new_tokens=5, seed=3) == gptjax.generate(
+        plain, "the ", max_new_tokens=5, seed=3
+    )
+    assert len(gptjax.generate(plain, ["a", "b"], max_new_tokens=2)) == 2
+    lines = [json.loads(line) for line in plain.run.metrics_path.read_text().splitlines()]
+    known = next(line for line in lines if "eval_loss" in line)
+    assert gptjax.evaluate(plain, max_rows=8)["eval_loss"] == pytest.approx(known["eval_loss"], rel=1e-6)
+
+
+def test_bad_settings_are_one_line(plain):
+    with pytest.raises(InputError, match="there is no setting model.widht; did you mean model.width"):
+        gptjax.recipe("quickstart", {"model.widht": 3})
+    with pytest.raises(InputError, match="there is no setting temprature; did you mean temperature"):
+        gptjax.generate(plain, "a", temprature=1.0)
+
+
+def test_the_functions_are_not_shadowed_by_the_modules_of_their_names():
+    from gptjax.generate import generate_ids
+    from gptjax.train import fit
+
+    assert callable(gptjax.train) and callable(gptjax.generate) and callable(gptjax.evaluate)
+    assert fit.__module__ == "gptjax.train" and generate_ids.__module__ == "gptjax.generate"
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        gptjax.trian  # noqa: B018
+
+
+def test_norms_by_layer_are_those_of_the_gradients_and_come_every_n_steps(plain):
+    lines = [json.loads(line) for line in plain.run.metrics_path.read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps if "grad_norm_by_layer" in line] == [1, 2, 4, 6]
+    for line in steps:
+        assert line["peak_memory_bytes"] > 0
+        if "grad_norm_by_layer" in line:
+            layers = np.array(line["grad_norm_by_layer"])
+            assert len(layers) == len(line["activation_rms_by_layer"]) == 2
+            # The layers' part of the whole gradient, which also has the embedding and the last norm.
+            assert 0 < np.sqrt((layers**2).sum()) < line["grad_norm"]
+
+
+def test_a_loss_of_the_users_own_is_trained(tmp_path, text):
+    def focal(decoder):
+        """Focal loss (Lin et al. 2017): tokens that are known already count less."""
+
+        def loss_fn(params, frozen, batch, key):
+            inputs = (batch["inputs_BL"], batch["positions_BL"], batch["segments_BL"])
+            x_BLD, _ = decoder.apply({"params": params}, *inputs, key=key)
+            log_p_BL = token_log_probs(x_BLD, head(params), batch["targets_BL"], decoder.vocab_size)
+            weight = batch["weights_BL"].sum()
+            loss = (batch["weights_BL"] * (1 - jnp.exp(log_p_BL)) ** 2 * -log_p_BL).sum() / weight
+            return loss, {"loss": loss, "weight": weight}
+
+        return loss_fn
+
+    model = gptjax.train(config(tmp_path / "focal", text), loss=focal)
+    first = losses(model.run.folder)[0]
+    assert 0.98 * np.log(258) < first < np.log(258), "a little below the plain loss of a new model"
+    assert (
+        json.loads(model.run.config_path.read_text())["settings"]["loss"]["value"].endswith(":focal")
+        or "focal" in (json.loads(model.run.config_path.read_text())["settings"]["loss"]["value"])
+    )
+
+
+class Scaled:
+    """A block whose branches are scaled by a number learned for each layer (ReZero; Bachlechner et al. 2020)."""
+
+    @staticmethod
+    def layer_params(cfg):
+        return own_params(cfg) | {"gate_ND": "zeros"}
+
+    def __call__(self, cfg, p, x_BLD, *rest):
+        y_BLD, cache = own_block(cfg, p, x_BLD, *rest)
+        return x_BLD + p["gate_D"].astype(x_BLD.dtype) * (y_BLD - x_BLD), cache
+
+
+def test_a_block_of_the_users_own_is_trained_and_needed_again_to_load(tmp_path, text):
+    model = gptjax.train(config(tmp_path / "scaled", text), block=Scaled())
+    gate_ND = np.asarray(model.params["layers"]["gate_ND"])
+    assert gate_ND.shape == (2, 16) and np.abs(gate_ND).max() > 0, "its parameter was trained"
+    with pytest.raises(InputError, match=r"was trained with the block .*gptjax.load"):
+        gptjax.load(model.run.folder)
+    again = gptjax.load(model.run.folder, block=Scaled())
+    assert gptjax.generate(again, "the", max_new_tokens=4) == gptjax.generate(model, "the", max_new_tokens=4)
+
+
+def test_a_source_of_the_users_own_is_read(tmp_path):
+    def numbers():
+        for i in range(300):
+            yield f"{i} squared is {i * i}, and its cube {i**3}."
+
+    model = gptjax.train(config(tmp_path / "numbers", Path("unused"), steps=2), source=numbers)
+    assert len(losses(model.run.folder)) == 2
+
+
+def test_names_that_lead_nowhere_are_refused(tmp_path, text):
+    with pytest.raises(InputError, match="loss='nowhere:f': wanted module:name"):
+        gptjax.train(config(tmp_path / "a", text, loss="nowhere:f"))
+    with pytest.raises(InputError, match="model.block='gptjax.block:nothing': wanted module:name"):
+        gptjax.train(config(tmp_path / "b", text, model__block="gptjax.block:nothing"))
+
+
+def test_averaged_weights_are_what_a_run_evaluates_and_generates_with(tmp_path, text):
+    model = gptjax.train(config(tmp_path / "ema", text, optim__ema=0.5))
+    raw = gptjax.train(config(tmp_path / "raw", text))
+    assert losses(model.run.folder) == losses(raw.run.folder), "averaging does not change training"
+    changed = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), model.params, raw.params)
+    assert max(jax.tree.leaves(changed)) > 1e-6
+    known = [json.loads(x) for x in model.run.metrics_path.read_text().splitlines() if "eval_loss" in x][-1]
+    assert gptjax.evaluate(model, 8)["eval_loss"] == pytest.approx(known["eval_loss"], rel=1e-6)
+    assert gptjax.evaluate(raw, 8)["eval_loss"] != known["eval_loss"]
+
+
+def test_a_run_starts_from_anothers_weights_with_a_schedule_of_its_own(plain, tmp_path, text):
+    folder = tmp_path / "longer"
+    more = {"init": str(plain.run.folder), "data__length": 64, "steps": 3, "optim__learning_rate": 1e-9}
+    model = gptjax.train(config(folder, text, **more))
+    for name, x in plain.params["layers"].items():
+        np.testing.assert_allclose(model.params["layers"][name], x, atol=1e-6)
+    lines = [json.loads(line) for line in model.run.metrics_path.read_text().splitlines()]
+    assert [line["updates"] for line in lines if "loss" in line] == [1, 2, 3]
+    assert losses(folder)[0] < losses(plain.run.folder)[0] - 0.005, "it knows what the other one learned"
+    with pytest.raises(InputError, match="its embed_VD has shape .*this model's"):
+        gptjax.train(config(tmp_path / "wider", text, init=str(plain.run.folder), model__width=32))
+    with pytest.raises(InputError, match="wanted the folder of a run"):
+        gptjax.train(config(tmp_path / "none", text, init=str(tmp_path / "nowhere")))
+
+
+def test_a_run_starts_from_one_with_fewer_token_ids_whose_meanings_are_the_same(tmp_path, text):
+    tokenizers = pytest.importorskip("tokenizers")
+
+    def bpe(size: int, reverse: bool = False) -> Path:
+        """A byte-level BPE; trained on the same text, a larger one begins with a smaller one."""
+        made = tokenizers.ByteLevelBPETokenizer()
+        lines = text.read_text().splitlines()
+        made.train_from_iterator([x[::-1] for x in lines] if reverse else lines, size, special_tokens=["<|endoftext|>"])
+        path = tmp_path / f"bpe-{size}-{reverse}" / "tokenizer.json"
+        path.parent.mkdir()
+        made.save(str(path))
+        return path
+
+    def settings(path: Path, size: int) -> dict:
+        return {"tokenizer__kind": "huggingface", "tokenizer__path": str(path), "tokenizer__vocab_size": size}
+
+    first = gptjax.train(config(tmp_path / "first", text, **settings(bpe(270), 270)))
+    more = {"init": str(first.run.folder), "steps": 1, "optim__learning_rate": 1e-9, "model__tied": True}
+    larger = gptjax.train(config(tmp_path / "larger", text, **settings(bpe(330), 330), **more))
+    np.testing.assert_allclose(larger.params["embed_VD"][:270], first.params["embed_VD"][:270], atol=1e-6)
+    assert larger.params["embed_VD"].shape == (384, 16)
+    with pytest.raises(InputError, match="has another tokenizer, whose 270 ids mean other tokens"):
+        gptjax.train(config(tmp_path / "other", text, **settings(bpe(300, reverse=True), 300), **more))

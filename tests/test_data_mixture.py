@@ -1,0 +1,296 @@
+"""Laws of prepared data: fixed proportions of a mixture, the same batches for any number of threads, exact resuming."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptjax.config import DataConfig, PrepareConfig, TokenizerConfig, TrainConfig
+from gptjax.data.batches import Rows, batches
+from gptjax.data.corpus import Split
+from gptjax.data.feed import open_feed
+from gptjax.data.mixture import Mixture, Schedule, rows_of_a_pass
+from gptjax.data.packing import MemoryStream, batch_hash
+from gptjax.data.prepare import prepare
+from gptjax.data.show import show
+from gptjax.settings import InputError
+
+BYTES = TokenizerConfig(kind="bytes", vocab_size=258)
+WORDS = {"abc": "abc abcabc", "xyz": "xyz xyyz zzxy", "pqr": "pq qr rp"}
+
+
+class MemorySplit(MemoryStream):
+    """A split in memory whose token at place p is first + p, so that a batch shows what it was cut from."""
+
+    def __init__(self, size: int, first: int = 0):
+        super().__init__([np.arange(first, first + size)])
+        self.num_tokens = size
+
+
+def write_jsonl(path: Path, letters: str, count: int, seed: int = 0) -> Path:
+    rng = random.Random(seed)
+    texts = ["".join(rng.choices(letters + " ", k=rng.randint(20, 200))) for _ in range(count)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Three texts whose letters tell them apart, the first two of them prepared too."""
+    folder = tmp_path_factory.mktemp("texts")
+    for count, letters in zip((120, 60, 30), WORDS):
+        write_jsonl(folder / f"{letters}.jsonl", letters, count)
+    for letters in list(WORDS)[:2]:
+        out = str(folder / letters)
+        prepare(
+            PrepareConfig(source=f"{out}.jsonl", out=out, validation_fraction=0.2, deduplicate=False, tokenizer=BYTES)
+        )
+    return folder
+
+
+def mixed(folder: Path, *names: str, tokenizer: TokenizerConfig = BYTES, steps: int = 100, **data) -> TrainConfig:
+    sources = tuple(f"{name.split('.')[0]}={folder / name}" for name in names)
+    settings = {"batch_size": 4, "length": 32, "validation_fraction": 0.2} | data
+    cfg = DataConfig(source="mixture", mixture=sources, **settings)
+    return TrainConfig(data=cfg, tokenizer=tokenizer, steps=steps)
+
+
+def letters_of(row: np.ndarray) -> str:
+    """Which text a row of bytes is from."""
+    seen = {chr(i) for i in row.tolist() if i < 256} - {" "}
+    (found,) = [letters for letters in WORDS if seen and seen <= set(letters)]
+    return found
+
+
+# One draw decides between sources of the same size (the hardest to spread) and of any size.
+some_counts = st.one_of(
+    st.lists(st.integers(1, 60), min_size=1, max_size=8),
+    st.builds(lambda count, k: [count] * k, st.integers(1, 20), st.integers(1, 8)),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(counts=some_counts)
+def test_every_prefix_of_a_mixture_has_each_source_in_its_proportion(counts):
+    schedule, k = Schedule(counts), len(counts)
+    number = np.arange(2 * sum(counts))
+    source, index = schedule.split(number)
+    bound = (1 + sum(1 / j for j in range(1, k - 1))) / 2
+    for i, count in enumerate(counts):
+        np.testing.assert_array_equal(index[source == i], np.arange(2 * count))  # none left out, in order
+        off = np.cumsum(source == i) - (number + 1) * count / sum(counts)
+        assert np.abs(off).max() <= bound + 1e-9
+        for r in (0, 1, len(number) // 3, len(number) - 1):
+            assert schedule.before(r)[i] == np.count_nonzero(source[:r] == i)
+
+
+def test_a_mixture_never_changes_between_versions():
+    # A resumed run must read what it would have read; a change here breaks every unfinished run.
+    assert "".join(map(str, Schedule([5, 3, 2]).split(np.arange(20))[0])) == "0102010201" * 2
+    mixture = Mixture({"a": MemorySplit(301), "b": MemorySplit(101, 1000)}, DataConfig(batch_size=4, length=10), 7)
+    assert batch_hash(mixture.batch(20))[:16] == "5b36204efc80d797"
+
+
+def test_rows_of_a_pass_follow_weights():
+    sizes = [(100, 1000), (50, 1000), (10, 100)]
+
+    def of(**settings):
+        return rows_of_a_pass(DataConfig(source="mixture", mixture=("a=a", "b=b", "c=c"), **settings), sizes)
+
+    assert of() == [100, 50, 10]  # each is passed once
+    assert of(weights=(1.0, 2.0, 0.55)) == [100, 100, 6]
+    shares = of(weights=(5.0, 3.0, 2.0), weights_are="shares")
+    tokens = [rows * t / r for rows, (r, t) in zip(shares, sizes)]
+    np.testing.assert_allclose(np.array(tokens) / sum(tokens), [0.5, 0.3, 0.2], rtol=1e-6)
+    huge = rows_of_a_pass(DataConfig(), [(1 << 40, 1 << 50)])
+    assert Schedule(huge).total <= 1 << 30
+
+
+def test_a_source_is_visited_as_if_it_were_alone():
+    cfg = DataConfig(source="mixture", mixture=("a=a", "b=b"), weights=(0.5, 3.0), batch_size=4, length=10)
+    mixture = Mixture({"a": MemorySplit(301), "b": MemorySplit(101, 1000)}, cfg, 7)
+    made = np.concatenate([mixture.batch(step)["inputs_BL"] for step in range(60)])
+    for i, (rows, low) in enumerate(zip(mixture.rows, (0, 1000))):
+        own = made[(made.max(axis=1) >= 1000) == (low == 1000)]
+        alone = np.concatenate([rows.rows(np.array([n]))["inputs_BL"] for n in range(len(own))])
+        np.testing.assert_array_equal(own, alone)
+        assert mixture.schedule.before(240)[i] == len(own)
+    # 15 rows of a and 30 of b in a pass: half a pass over a's 30 rows, three over b's 10.
+    assert mixture.schedule.counts == [15, 30]
+    assert mixture.passes(60) == {"a": 80 / 30, "b": 160 / 10}
+
+
+def test_threads_change_no_batch_and_no_order():
+    mixture = Mixture({"": MemorySplit(2000)}, DataConfig(batch_size=4, length=10), 3)
+    alone = Rows(MemorySplit(2000), DataConfig(batch_size=4, length=10), 3)
+    for workers in (0, 1, 3):
+        made = batches(mixture, 5, workers=workers)
+        found = [(batch_hash(batch), state["step"]) for batch, state in (next(made) for _ in range(12))]
+        made.close()
+        assert found == [(batch_hash(alone.batch(step)), step + 1) for step in range(5, 17)]
+
+
+def test_a_resumed_mixture_goes_on_and_counts_its_tokens(folder):
+    feed = open_feed(mixed(folder, "abc", "xyz", weights=(1.0, 2.0), workers=2), folder / "none", print)
+    tokens = dict.fromkeys(["abc", "xyz"], 0)
+    states, hashes = [feed.start], []
+    with_all = feed.batches(feed.start)
+    for _ in range(30):
+        batch, state = next(with_all)
+        for row, weights in zip(batch["inputs_BL"], batch["weights_BL"]):
+            tokens[letters_of(row)] += int(weights.sum())
+        states.append(json.loads(json.dumps(state)))
+        hashes.append(batch_hash(batch))
+        assert state["tokens"] == tokens
+    with_all.close()
+    feed.check(states[17])
+    resumed = feed.batches(states[17])
+    assert [batch_hash(next(resumed)[0]) for _ in range(5)] == hashes[17:22]
+    assert next(resumed)[1] == states[23]
+    resumed.close()
+    assert batch_hash(feed.batch(29)) == hashes[29]
+    passes = feed.passes(states[30])
+    assert passes["xyz"] == pytest.approx(2 * passes["abc"], rel=0.1)
+
+
+def test_a_mixture_is_measured_source_by_source(folder):
+    held = mixed(folder, "abc", "xyz", validation=(f"both={folder / 'xyz'}", f"text={folder / 'pqr.jsonl'}"))
+    feed = open_feed(held, folder / "none", print)
+    assert [(v.name, v.own) for v in feed.validation] == [
+        ("abc", True), ("xyz", True), ("both", False), ("text", False),
+    ]  # fmt: skip
+    own, same, text = (feed.validation[i] for i in (1, 2, 3))
+    for a, b in zip(own.batches(0), same.batches(0), strict=True):
+        assert batch_hash(a) == batch_hash(b)
+    size = sum(len(json.loads(line)["text"]) for line in (folder / "pqr.jsonl").read_text().splitlines())
+    assert (text.split.num_documents, text.split.num_bytes) == (30, size)
+    weights = sum(batch["weights_BL"].sum() for batch in text.batches(0))
+    assert weights == size + 30  # each byte, and each end
+    assert text.bytes_per_target * weights == pytest.approx(size)
+
+
+def test_a_mixtures_texts_share_one_trained_tokenizer(folder, tmp_path):
+    trained = TokenizerConfig(vocab_size=310)
+    said: list[str] = []
+    cfg = mixed(folder, "abc.jsonl", "pqr.jsonl", tokenizer=trained)
+    feed = open_feed(cfg, tmp_path, said.append)
+    assert sum("training one tokenizer" in line for line in said) == 1
+    assert feed.tokenizer.encode("abcpqr") and {"abc", "pqr", "shared-tokenizer"} <= {
+        p.name for p in tmp_path.iterdir()
+    }
+    pieces = {feed.tokenizer.decode([i]) for i in range(310)}
+    assert any({"a", "b"} & set(p) and len(p) > 1 for p in pieces) and any("q" in p and len(p) > 1 for p in pieces)
+    again = open_feed(cfg, tmp_path)  # opened to read: nothing is made
+    assert batch_hash(again.batch(3)) == batch_hash(feed.batch(3))
+    assert len(said) == 3
+    with pytest.raises(InputError, match="abc.* and .*other.* different tokenizers"):
+        other = str(tmp_path / "other")
+        prepare(PrepareConfig(source=str(folder / "xyz.jsonl"), out=other, tokenizer=trained, validation_fraction=0.2))
+        open_feed(
+            TrainConfig(
+                data=DataConfig(source="mixture", mixture=(f"abc={tmp_path / 'abc'}", f"o={other}"), length=32),
+                tokenizer=trained,
+            ),
+            tmp_path,
+            said.append,
+        )
+
+
+def test_a_text_beside_a_prepared_folder_is_prepared_with_its_tokenizer(folder, tmp_path):
+    feed = open_feed(mixed(folder, "abc", "pqr.jsonl"), tmp_path, print)
+    rows = {letters_of(row) for row in feed.batch(0)["inputs_BL"]}
+    assert rows == {"abc", "pqr"} and feed.tokenizer.kind == "bytes"
+
+
+def test_another_corpus_is_refused_by_name(folder, tmp_path):
+    feed = open_feed(mixed(folder, "abc", "xyz"), tmp_path, print)
+    state = feed.start
+    feed.check(state)
+    state["corpus"]["xyz"] = "0"
+    with pytest.raises(InputError, match="xyz is not the corpus"):
+        feed.check(state)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"mixture": ("a=x", "a=y")}, "names that differ"),
+        ({"mixture": ("a=x",), "weights": (1.0, 2.0)}, "one for each of the 1 sources"),
+        ({"mixture": ("a=x",), "validation": ("a=z",)}, "names that no source"),
+        ({"mixture": ("a=x",), "loading": "stream"}, "data.weights_are.*for a stream"),
+    ],
+)
+def test_a_mixture_that_makes_no_sense_is_refused(wrong, message):
+    with pytest.raises(InputError, match=message):
+        DataConfig(source="mixture", **wrong)
+
+
+def damage(shard: Path, split: Split, at: int) -> None:
+    """Flips the bits of a token, found by the tokens from there on."""
+    data = bytearray(shard.read_bytes())
+    place = data.find(split.tokens(at, at + 50).astype("<u2").tobytes())
+    assert place > 0
+    data[place] ^= 0xFF
+    shard.write_bytes(data)
+
+
+def test_a_damaged_page_stops_training_or_becomes_padding(tmp_path):
+    text = write_jsonl(tmp_path / "abc.jsonl", "abc", 300)
+    out = tmp_path / "corpus"
+    corpus = prepare(PrepareConfig(source=str(text), out=str(out), validation_fraction=0.1, tokenizer=BYTES))
+    (shard,) = out.glob("*train*array_record*")
+    page, split = corpus.manifest.page, corpus.split("train")
+    assert split.num_tokens > 3 * page
+    whole = open_feed(one(out), tmp_path / "none", print)
+    sound = [whole.batch(step) for step in range(100)]
+    damage(shard, split, page + 100)
+
+    with pytest.raises(InputError, match=r"train.*is damaged at page 1 "):
+        made = open_feed(one(out), tmp_path / "none", print).batches(whole.start)
+        for _ in range(300):
+            next(made)
+
+    said: list[str] = []
+    feed = open_feed(one(out, max_corrupt=1), tmp_path / "none", said.append)
+    damaged = 0
+    made, state = feed.batches(feed.start), {}
+    for want in sound:
+        batch, state = next(made)
+        hole = (batch["inputs_BL"] == 0) & (want["inputs_BL"] != 0)
+        damaged += int(hole.sum())
+        for name in ("inputs_BL", "positions_BL", "segments_BL"):
+            np.testing.assert_array_equal(batch[name], np.where(hole, 0, want[name]))
+        assert not batch["weights_BL"][hole].any() and not batch["segments_BL"][hole].any()
+        unknown = (batch["targets_BL"] == 0) & (want["targets_BL"] != 0)
+        assert not batch["weights_BL"][unknown].any()
+        lost = want["weights_BL"] != batch["weights_BL"]
+        assert (hole | np.roll(hole, -1, axis=1) | (np.arange(32) == 31))[lost].all()  # or its neighbour's target
+        np.testing.assert_array_equal(batch["targets_BL"][~lost], np.where(hole, 0, want["targets_BL"])[~lost])
+    made.close()
+    assert damaged >= page / 4
+    assert len(state["corrupt"]) == 1 and shard.name in state["corrupt"][0]
+    assert any("left out page 1 of at most data.max_corrupt=1" in line for line in said)
+
+    damage(shard, split, 100)
+    twice = open_feed(one(out, max_corrupt=1), tmp_path / "none", print)
+    with pytest.raises(InputError, match="data.max_corrupt=1 damaged pages were skipped before, and now"):
+        made = twice.batches(state)
+        for _ in range(300):
+            next(made)
+
+
+def one(corpus: Path, **data) -> TrainConfig:
+    cfg = DataConfig(source=str(corpus), batch_size=4, length=32, **data)
+    return TrainConfig(data=cfg, tokenizer=BYTES)
+
+
+def test_show_names_the_source_of_each_row(folder):
+    feed = open_feed(mixed(folder, "abc", "xyz"), folder / "none", print)
+    lines = show(feed.batch(1), feed.tokenizer, range(4), feed.sources(1)).splitlines()
+    rows = [line for line in lines if line.startswith("row ")]
+    for row, inputs in zip(rows, feed.batch(1)["inputs_BL"], strict=True):
+        assert f" of {letters_of(inputs)}: " in row

@@ -1,0 +1,294 @@
+"""Laws of the sources that are no files: datasets by name and by folder, and the user's own functions."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gptjax.config import PrepareConfig, TokenizerConfig
+from gptjax.data import records
+from gptjax.data.corpus import example_type
+from gptjax.data.prepare import prepare
+from gptjax.data.sources import documents, holdout, source_sha256
+from gptjax.settings import InputError
+
+TEXTS = ["first\nline", "\u4e2d\u6587", ""] + [f"text {i}" for i in range(300)]
+
+
+def own_texts() -> Iterator[str]:
+    yield from TEXTS
+
+
+def own_records() -> list[dict]:
+    return [{"body": text, "id": 1} for text in TEXTS]
+
+
+def failing() -> Iterator[str]:
+    yield "good"
+    raise KeyError("lost")
+
+
+def numbers() -> list:
+    return ["good", 7]
+
+
+NO_FUNCTION = 5
+
+
+def texts_of(source: str, *args, **settings) -> list[str]:
+    return [document.text for document in documents(source, *args, **settings)]
+
+
+def write_tfds(folder: Path, texts: list[str], field: str = "text") -> Path:
+    """A prepared TFDS dataset of two shards, as download_and_prepare writes it."""
+    import tensorflow_datasets as tfds
+    from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
+
+    folder.mkdir(parents=True)
+    half = len(texts) // 2
+    for shard, part in enumerate((texts[:half], texts[half:])):
+        path = folder / f"own-train.array_record-{shard:05d}-of-00002"
+        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+        for text in part:
+            example = example_type()()
+            example.features.feature[field].bytes_list.value.append(text.encode())
+            writer.write(example.SerializeToString())
+        writer.close()
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=folder, dataset_name="own", split="train", filetype_suffix="array_record"
+    )
+    tfds.folder_dataset.write_metadata(
+        data_dir=str(folder),
+        features=tfds.features.FeaturesDict({field: tfds.features.Text()}),
+        split_infos=[
+            tfds.core.SplitInfo(
+                name="train", shard_lengths=[half, len(texts) - half], num_bytes=0, filename_template=template
+            )
+        ],
+        filename_template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+        check_data=False,
+    )
+    return folder
+
+
+def write_hf(folder: Path, texts: list, field: str = "text", splits: bool = False) -> Path:
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    data = datasets.Dataset.from_dict({field: texts, "id": list(range(len(texts)))})
+    made = datasets.DatasetDict({"train": data, "test": data.select([0])}) if splits else data
+    made.save_to_disk(str(folder), **({"num_shards": {"train": 3, "test": 1}} if splits else {"num_shards": 2}))
+    return folder
+
+
+def test_a_prepared_tfds_folder_gives_its_texts(tmp_path):
+    folder = write_tfds(tmp_path / "own" / "1.0.0", TEXTS, "body")
+    assert texts_of(f"tfds:{folder}", "body") == TEXTS
+    assert texts_of(f"tfds:{folder}:train", "body") == TEXTS
+    again = write_tfds(tmp_path / "copy", TEXTS, "body")
+    assert source_sha256(f"tfds:{folder}", "body") == source_sha256(f"tfds:{again}", "body")
+    other = write_tfds(tmp_path / "other", TEXTS[1:] + ["new"], "body")
+    assert source_sha256(f"tfds:{folder}", "body") != source_sha256(f"tfds:{other}", "body")
+    with pytest.raises(InputError, match=r'found no "text" among \[\'body\'\]'):
+        texts_of(f"tfds:{folder}")
+    with pytest.raises(InputError, match=r"has no split 'test'; wanted one of \['train'\]"):
+        texts_of(f"tfds:{folder}:test", "body")
+
+
+def test_reading_tfds_needs_no_tensorflow(tmp_path):
+    folder = write_tfds(tmp_path / "own", TEXTS)
+    program = f"""
+import sys
+from gptjax.data.sources import documents
+assert len(list(documents("tfds:{folder}"))) == {len(TEXTS)}
+assert "tensorflow" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("how", ["truncated", "zeros", "missing"])
+def test_a_broken_array_record_is_named_and_can_be_left_out(tmp_path, how):
+    folder = write_tfds(tmp_path / "own", TEXTS)
+    shard = folder / "own-train.array_record-00001-of-00002"
+    good = shard.read_bytes()
+    if how == "missing":
+        shard.unlink()
+    else:
+        at = good.index(b"text 250")
+        shard.write_bytes(good[:at] if how == "truncated" else good[:at] + bytes(8) + good[at + 8 :])
+    with pytest.raises(InputError, match=rf"{shard.name}: record \d+ cannot be read") as error:
+        texts_of(f"tfds:{folder}")
+    assert "\n" not in str(error.value)
+    read = texts_of(f"tfds:{folder}", max_corrupt=1)
+    half = len(TEXTS) // 2
+    assert read[:half] == TEXTS[:half] and read == TEXTS[: len(read)]
+
+
+def test_a_tfds_name_is_prepared_from_mock_data(tmp_path):
+    import tensorflow_datasets as tfds
+
+    cfg = PrepareConfig(
+        source="tfds:lm1b", out=str(tmp_path / "out"), tokenizer=TokenizerConfig(kind="bytes", vocab_size=258)
+    )
+    with tfds.testing.mock_data(num_examples=20):
+        texts = texts_of("tfds:lm1b")
+        assert len(texts) == 20 and texts == texts_of("tfds:lm1b:1.1.0:train")
+        corpus = prepare(cfg)
+        assert prepare(cfg).sha256 == corpus.sha256  # the same documents, so the folder is used again
+        with pytest.raises(InputError, match="found no .text. among .*book_text"):
+            texts_of("tfds:pg19")
+    with tfds.testing.mock_data(num_examples=21):
+        with pytest.raises(InputError, match="was prepared with source_sha256="):
+            prepare(cfg)
+    kept = corpus.manifest.report
+    stored = sum(split.documents for split in corpus.manifest.splits.values())
+    assert kept.documents == 20 and stored == 20 - kept.duplicates == len(set(texts))
+
+
+def test_a_dataset_that_is_not_there_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "empty").mkdir()
+    cases = {
+        "tfds:lm1bb": "TFDS has no dataset 'lm1bb'; did you mean 'lm1b'",
+        "tfds:lm1b/foo": "BuilderConfig foo not found",
+        "tfds:lm1b:9.9.9": "cannot be loaded at version 9.9.9",
+        f"tfds:{tmp_path}/empty": "cannot be opened: Could not read dataset info",
+        f"hf:{tmp_path}/empty": "no folder that save_to_disk wrote; for a folder of text, JSONL or Parquet",
+        f"hf:{tmp_path}/absent": "no folder that save_to_disk wrote",
+    }
+    for source, says in cases.items():
+        with pytest.raises(InputError, match=says) as error:
+            texts_of(source)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_a_folder_by_save_to_disk_gives_its_texts(tmp_path):
+    plain = write_hf(tmp_path / "plain", TEXTS)
+    assert texts_of(f"hf:{plain}") == TEXTS
+    folder = write_hf(tmp_path / "dict", TEXTS, "body", splits=True)
+    assert texts_of(f"hf:{folder}", "body") == TEXTS
+    assert texts_of(f"hf:{folder}:test", "body") == TEXTS[:1]
+    assert source_sha256(f"hf:{folder}", "body") != source_sha256(f"hf:{folder}:test", "body")
+    with pytest.raises(InputError, match=r"has no split 'dev'; wanted one of \['test', 'train'\]"):
+        texts_of(f"hf:{folder}:dev", "body")
+    with pytest.raises(InputError, match="is one dataset without splits; leave out :test"):
+        texts_of(f"hf:{plain}:test")
+    with pytest.raises(InputError, match=r"found no \"text\" among \['body', 'id'\]"):
+        texts_of(f"hf:{folder}")
+    with pytest.raises(InputError, match='column "id" holds int64'):
+        texts_of(f"hf:{plain}", "id")
+    with pytest.raises(InputError, match='arrow:2: "text" is null'):
+        texts_of(f"hf:{write_hf(tmp_path / 'null', ['a', 'b', 'c', None])}")
+
+
+def test_a_broken_arrow_file_is_named_and_can_be_left_out(tmp_path):
+    folder = write_hf(tmp_path / "dict", TEXTS, splits=True)
+    whole = texts_of(f"hf:{folder}")
+    bad = folder / "train" / "data-00001-of-00003.arrow"
+    bad.write_bytes(bad.read_bytes()[:200])
+    with pytest.raises(InputError, match=f"{bad.name}: row 1 cannot be read"):
+        texts_of(f"hf:{folder}")
+    read = texts_of(f"hf:{folder}", max_corrupt=1)
+    assert read == whole[:101] + whole[202:]
+
+
+def test_a_hugging_face_name_is_read_by_its_config_and_split(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    folder = write_hf(tmp_path / "plain", TEXTS)
+    asked = []
+
+    def load_dataset(name, config, split):
+        asked.append((name, config, split))
+        return datasets.load_from_disk(str(folder))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert texts_of("hf:org/name@small:test") == TEXTS == texts_of("hf:name")
+    assert asked == [("org/name", "small", "test"), ("name", None, "train")]
+    assert source_sha256("hf:name") == source_sha256(f"hf:{folder}")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: datasets.Dataset.from_dict({"text": TEXTS}))
+    assert texts_of("hf:name") == TEXTS
+
+
+def test_a_function_is_a_source(tmp_path, monkeypatch):
+    here = __name__
+    assert texts_of(f"{here}:own_texts") == TEXTS == texts_of(f"{here}:own_records", "body")
+    assert source_sha256(f"{here}:own_texts") == source_sha256(f"{here}:own_records", "body")
+    assert holdout(f"{here}:own_texts", 0.1).num_documents == len(TEXTS)
+    cases = {
+        f"{here}:failing": "raised KeyError after text 1: 'lost'",
+        f"{here}:numbers": "numbers:2 is a int; wanted a str or",
+        f"{here}:own_records": 'own_records:1: found no "text" among',
+        f"{here}:absent": "wanted module:name of a function",
+        f"{here}:NO_FUNCTION": "got a int",
+        "no_such_module:texts": "No module named 'no_such_module'",
+    }
+    for source, says in cases.items():
+        with pytest.raises(InputError, match=says):
+            texts_of(source)
+    (tmp_path / "beside.py").write_text("def texts():\n    return ['found']\n")
+    monkeypatch.chdir(tmp_path)
+    assert texts_of("beside:texts") == ["found"]
+    assert str(tmp_path) not in sys.path
+
+
+def test_a_function_of_the_users_script_is_prepared_by_several_workers(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"""
+import sys
+from gptjax.config import PrepareConfig, TokenizerConfig
+from gptjax.data import encode
+from gptjax.data.prepare import prepare
+
+print("run")
+encode.PART_BYTES = 20_000
+
+def texts():
+    for i in range(1000):
+        yield f"text {{i}} " + "word " * (i % 50)
+
+# No `if __name__ == "__main__"`: the workers must not run the script again.
+tokenizer = TokenizerConfig(kind="bytes", vocab_size=258)
+corpus = prepare(PrepareConfig(source="__main__:texts", out={str(tmp_path / "out")!r}, workers=2, tokenizer=tokenizer))
+print(sum(split.documents for split in corpus.manifest.splits.values()))
+"""
+    )
+    done = subprocess.run([sys.executable, str(script)], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["run", "1000"], done.stderr
+
+
+def test_a_function_that_gives_other_texts_each_time_is_refused(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(sys.modules[__name__], "own_texts", lambda: [str(x) for x in rng.integers(0, 1 << 30, 50)])
+    cfg = PrepareConfig(
+        source=f"{__name__}:own_texts",
+        out=str(tmp_path / "out"),
+        tokenizer=TokenizerConfig(kind="bytes", vocab_size=258),
+    )
+    with pytest.raises(InputError, match="changed while it was being read"):
+        prepare(cfg)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("library", "source", "extra"), [("datasets", "hf:name", r"\[hf\]"), ("tensorflow_datasets", "tfds:lm1b", "")]
+)
+def test_a_missing_library_is_one_line(monkeypatch, library, source, extra):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(InputError, match=f"is not installed; run: pip install '?gptjax{extra}"):
+        texts_of(source)
+
+
+def test_saved_metadata_that_is_damaged_is_named(tmp_path):
+    folder = write_hf(tmp_path / "plain", TEXTS)
+    (folder / "state.json").write_text(json.dumps(["no object"]))
+    with pytest.raises(InputError, match="state.json is damaged"):
+        texts_of(f"hf:{folder}")
+
+
+def test_a_trailing_word_is_a_split_and_a_version_is_not():
+    assert records._name_and_split("lm1b/config:1.0.0:test") == ("lm1b/config:1.0.0", "test")
+    assert records._name_and_split("lm1b:1.0.0") == ("lm1b:1.0.0", "train")

@@ -1,0 +1,334 @@
+"""Laws of streams: the source's text once a pass and in order, exact resuming, the same rows for any workers."""
+
+import gzip
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gptjax.config import DataConfig, PrepareConfig, TokenizerConfig, TrainConfig
+from gptjax.data import stream
+from gptjax.data.feed import open_feed
+from gptjax.data.packing import MemoryStream, Spans, batch_hash, cut
+from gptjax.data.prepare import prepare
+from gptjax.data.sources import documents, unit_hash
+from gptjax.data.stream import Place, StreamRows, Text, start_state
+from gptjax.settings import InputError
+from gptjax.tokenizer import BytesTokenizer
+
+BYTES = TokenizerConfig(kind="bytes", vocab_size=258)
+BOS, EOS = 256, 257
+FRACTION = 0.1
+
+both_packings = pytest.mark.parametrize("packing", ["packed", "padded"])
+
+
+def write_gz(path: Path, texts: list[str]) -> None:
+    with gzip.open(path, "wt") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """Two files of short documents, among them empty ones, and a long one."""
+    rng = random.Random(1)
+    folder = tmp_path_factory.mktemp("source")
+    texts = ["".join(rng.choices("abcdefgh \n", k=rng.choice([0, 1, 5, 40, 200]))) for _ in range(60)]
+    texts[20] = "".join(rng.choices("abcd \n", k=3000))
+    write_gz(folder / "1.jsonl.gz", texts[:35])
+    write_gz(folder / "2.jsonl.gz", texts[35:])
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Chunks so small that the text has many of them."""
+    monkeypatch.setattr(stream, "CHUNK_BYTES", 300)
+
+
+def config(source: Path | str, tokenizer: TokenizerConfig = BYTES, **data) -> TrainConfig:
+    settings = {"batch_size": 3, "length": 20, "validation_fraction": FRACTION, "loading": "stream"} | data
+    return TrainConfig(data=DataConfig(source=str(source), **settings), tokenizer=tokenizer)
+
+
+def trained_on(source: Path) -> list[list[int]]:
+    """The tokens of each document that is not held out, in the order of the source."""
+    tokenizer = BytesTokenizer()
+    kept = [d for d in documents(str(source)) if unit_hash(d.digest) > FRACTION]
+    return [[BOS, *tokenizer.encode(d.text), EOS] for d in kept]
+
+
+def take(feed, state, count: int) -> list[tuple[str, dict]]:
+    """Hash and state of the next batches; states go through JSON, as those of a checkpoint do."""
+    made = feed.batches(state)
+    found = [(batch_hash(batch), json.loads(json.dumps(after))) for batch, after in itertools.islice(made, count)]
+    made.close()
+    return found
+
+
+def test_packed_rows_are_the_documents_end_to_end_pass_after_pass(source):
+    docs = trained_on(source) * 3
+    whole, length = MemoryStream(docs), 20
+    feed = open_feed(config(source), Path("none"))
+    for step, (batch, _) in enumerate(itertools.islice(feed.batches(feed.start), 110)):
+        start = (step * 3 + np.arange(3)) * length
+        spans = Spans(np.arange(3), np.zeros(3, np.int64), start, np.full(3, length))
+        assert batch_hash(batch) == batch_hash(cut(whole, spans, 3, length))
+    assert 110 * 60 > sum(map(len, docs)) / 3  # the second pass has begun
+
+
+def test_padded_rows_hold_each_target_once_a_pass(source):
+    feed = open_feed(config(source, packing="padded"), Path("none"))
+    wanted = [(a, b) for doc in trained_on(source) * 2 for a, b in zip(doc, doc[1:])]
+    found: list[tuple[int, int]] = []
+    for batch, _ in feed.batches(feed.start):
+        for row in range(3):
+            used = batch["weights_BL"][row] > 0
+            assert batch["segments_BL"][row].max() == 1 and used[0]
+            found += zip(batch["inputs_BL"][row][used].tolist(), batch["targets_BL"][row][used].tolist())
+        if len(found) >= len(wanted):
+            break
+    assert found[: len(wanted)] == wanted
+
+
+@both_packings
+def test_a_stream_goes_on_exactly_from_any_state(source, packing):
+    feed = open_feed(config(source, packing=packing), Path("none"))
+    straight = take(feed, feed.start, 120)
+    assert any(state["sources"][""]["epoch"] == 1 for _, state in straight)
+    assert len({state["sources"][""]["piece"] for _, state in straight}) == 1  # a document of one piece is never cut
+    for step in range(0, 115, 9):
+        again = open_feed(config(source, packing=packing), Path("none"))
+        again.check(straight[step][1])
+        assert take(again, straight[step][1], 4) == straight[step + 1 : step + 5]
+    assert batch_hash(feed.batch(30)) == straight[30][0]
+
+
+def test_a_stream_goes_on_exactly_inside_a_long_document(tmp_path):
+    text = "".join(random.Random(0).choices("abc \n", k=1 << 18))
+    (tmp_path / "long.txt").write_text(text)
+    (tmp_path / "short.txt").write_text("short")
+    cfg = config(tmp_path, batch_size=40, length=100)
+    feed = open_feed(cfg, Path("none"))
+    straight = take(feed, feed.start, 70)
+    pieces = [state["sources"][""]["piece"] for _, state in straight]
+    assert max(pieces) >= 2
+    at = pieces.index(2)
+    assert take(open_feed(cfg, Path("none")), straight[at][1], 3) == straight[at + 1 : at + 4]
+
+
+def test_rows_do_not_depend_on_how_many_are_taken_at_a_time(source):
+    cfg = DataConfig(length=20)
+    text = Text(str(source), "text", FRACTION, 0, BYTES)
+    ones, fives = (StreamRows(text.chunks(Place()), start_state(), cfg) for _ in range(2))
+    single = np.concatenate([ones.take(1)["inputs_BL"] for _ in range(50)])
+    np.testing.assert_array_equal(single, np.concatenate([fives.take(5)["inputs_BL"] for _ in range(10)]))
+    assert ones.state == fives.state
+
+
+def test_workers_make_every_chunk_between_them(source):
+    text = Text(str(source), "text", FRACTION, 0, BYTES)
+    alone = list(itertools.islice(text.chunks(Place()), 40))
+    assert len({chunk.place for chunk in alone}) == 40
+    for workers in (2, 3):
+        shares = [text.chunks(alone[5].place, i, workers) for i in range(workers)]
+        for i, want in enumerate(alone[5:30]):
+            got = next(shares[i % workers])
+            assert got.place == want.place
+            np.testing.assert_array_equal(got.tokens, want.tokens)
+
+
+def test_held_out_documents_are_those_of_a_prepared_corpus_and_never_trained_on(source, tmp_path):
+    out = str(tmp_path / "corpus")
+    corpus = prepare(
+        PrepareConfig(
+            source=str(source), out=out, validation_fraction=FRACTION, tokenizer=BYTES, deduplicate=False, min_bytes=0
+        )
+    )
+    feed = open_feed(config(source), Path("none"), print)
+    (own,) = feed.validation
+    held = corpus.split("validation")
+    np.testing.assert_array_equal(own.split.tokens(0, 10**6), held.tokens(0, held.num_tokens))
+    assert (own.name, own.own, own.split.num_bytes) == ("", True, held.num_bytes)
+    assert own.split.num_documents == held.num_documents > 0
+    tokens = sum(map(len, trained_on(source)))
+    assert tokens == corpus.split("train").num_tokens
+
+
+def test_validation_takes_as_many_rows_as_are_evaluated(source):
+    cfg = config(source, length=5)
+    few = TrainConfig(data=cfg.data, tokenizer=BYTES, evaluate=type(cfg.evaluate)(max_rows=2))
+    (own,) = open_feed(few, Path("none"), print).validation
+    (every,) = open_feed(cfg, Path("none"), print).validation
+    some, full = (next(iter(v.batches(2))) for v in (own, every))
+    assert batch_hash(some) == batch_hash(full)
+
+
+def test_a_mixture_of_streams_keeps_shares_and_resumes(source, tmp_path):
+    write_gz(tmp_path / "digits.jsonl.gz", ["0123456789" * i for i in range(30)])
+    cfg = config(
+        "mixture", mixture=(f"letters={source}", f"digits={tmp_path / 'digits.jsonl.gz'}"), weights=(3.0, 1.0),
+        weights_are="shares", batch_size=8,
+    )  # fmt: skip
+    feed = open_feed(cfg, Path("none"), print)
+    assert [v.name for v in feed.validation] == ["letters", "digits"]
+    tokens = {"letters": 0, "digits": 0}
+    made, states, hashes = feed.batches(feed.start), [], []
+    for _ in range(20):
+        batch, state = next(made)
+        for row, weights in zip(batch["inputs_BL"], batch["weights_BL"]):
+            digits = sum(48 <= i < 58 for i in row.tolist())
+            tokens["digits" if digits else "letters"] += int(weights.sum())
+        assert state["tokens"] == tokens
+        states.append(json.loads(json.dumps(state)))
+        hashes.append(batch_hash(batch))
+    made.close()
+    assert tokens["digits"] / sum(tokens.values()) == pytest.approx(0.25, abs=0.02)
+    assert [h for h, _ in take(feed, states[9], 5)] == hashes[10:15]
+
+
+def test_a_stream_wants_a_tokenizer_that_exists(source):
+    with pytest.raises(InputError, match="gptjax tokenizer train --source .* --tokenizer.path"):
+        open_feed(config(source, TokenizerConfig()), Path("none"))
+
+
+def test_a_prepared_folder_is_no_stream(source, tmp_path):
+    out = str(tmp_path / "corpus")
+    prepare(PrepareConfig(source=str(source), out=out, validation_fraction=FRACTION, tokenizer=BYTES))
+    with pytest.raises(InputError, match="prepared folder.*--data.loading prepared"):
+        open_feed(config(out), Path("none"))
+
+
+def test_a_stream_needs_text_on_both_sides(tmp_path):
+    (tmp_path / "only.txt").write_text("one document")
+    with pytest.raises(InputError, match="no document that is held out"):
+        open_feed(config(tmp_path), Path("none"), print)
+    with pytest.raises(InputError, match="all of its documents are held out"):
+        open_feed(config(tmp_path, validation_fraction=0.999999), Path("none")).batch(0)
+
+
+def test_a_changed_source_is_refused_or_gone_on_with_inexactly(source, tmp_path):
+    for file in source.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    feed = open_feed(config(tmp_path), Path("none"))
+    _, state = take(feed, feed.start, 8)[-1]
+    write_gz(tmp_path / "2.jsonl.gz", ["something else"] * 30)
+    with pytest.raises(InputError, match="not what this run was trained on.*--no-data.exact-resume"):
+        open_feed(config(tmp_path), Path("none")).check(state)
+    said: list[str] = []
+    anyway = open_feed(config(tmp_path, exact_resume=False), Path("none"), said.append)
+    anyway.check(state)
+    (line,) = (line for line in said if "changed: going on at document" in line)
+    after = take(anyway, state, 2)
+    assert after[-1][1]["step"] == 10
+    open_feed(config(tmp_path), Path("none")).check(after[-1][1])  # from here on it is exact again
+
+
+def some_texts():
+    """A source that is code."""
+    yield from (f"text {i}" for i in range(100))
+
+
+def test_verbs_that_read_a_run_import_no_source(source):
+    name = f"{__name__}:some_texts"
+    training = open_feed(config(name), Path("none"), print)
+    assert training.validation[0].split.num_documents > 0
+    with pytest.raises(InputError, match="imports no code that the run names"):
+        open_feed(config(name), Path("none"))
+    with pytest.raises(InputError, match="imports no code that the run names"):
+        _ = open_feed(config(source, validation=(f"more={name}",)), Path("none")).validation
+
+
+def test_another_tokenizer_is_refused(source):
+    feed = open_feed(config(source), Path("none"))
+    with pytest.raises(InputError, match="is not the tokenizer that this run was trained with"):
+        feed.check({**feed.start, "tokenizer": "0"})
+
+
+def test_a_corrupt_file_stops_a_stream_or_is_counted(source, tmp_path):
+    for file in source.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    second = tmp_path / "2.jsonl.gz"
+    second.write_bytes(second.read_bytes()[:-200])
+    with pytest.raises(InputError, match=r"2\.jsonl\.gz.*cannot be unpacked"):
+        feed = open_feed(config(tmp_path), Path("none"))
+        take(feed, feed.start, 120)
+    said: list[str] = []
+    feed = open_feed(config(tmp_path, max_corrupt=1), Path("none"), said.append)
+    states = [state for _, state in take(feed, feed.start, 200)]
+    (what,) = states[-1]["corrupt"]  # once, though two passes came by
+    assert states[-1]["sources"][""]["epoch"] >= 1 and "2.jsonl.gz" in what
+    assert "corrupt" not in states[0]
+    assert sum("left out 1 of at most data.max_corrupt=1" in line for line in said) == 1
+
+
+TRAINER = """
+import sys, time
+from pathlib import Path
+from gptjax.config import DataConfig, TokenizerConfig, TrainConfig
+from gptjax.data.feed import open_feed
+from gptjax.data.packing import batch_hash
+
+def main():
+    data = DataConfig(source=sys.argv[1], loading="stream", workers=2, batch_size=3, length=20, validation_fraction=0.1)
+    feed = open_feed(TrainConfig(data=data, tokenizer=TokenizerConfig(kind="bytes", vocab_size=258)), Path("none"))
+    made = feed.batches(feed.start)
+    for _ in range(60):
+        print(batch_hash(next(made)[0]), flush=True)
+    if sys.argv[2] == "end":
+        return made.close()
+    time.sleep(100)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def children(pid: int) -> list[int]:
+    """Processes below this one that are worth the name: the resource tracker is none."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            words = path.read_text().rsplit(")", 1)[1].split()
+            command = (path.parent / "cmdline").read_text()
+        except OSError:
+            continue
+        if words[1] == str(pid) and "spawn_main" in command:
+            found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_two_workers_make_the_same_rows_and_die_with_the_trainer(source, tmp_path):
+    script = tmp_path / "trainer.py"
+    script.write_text(textwrap.dedent(TRAINER))
+    want = [
+        h for h, _ in take(open_feed(config(source), Path("none")), open_feed(config(source), Path("none")).start, 60)
+    ]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "JAX_PLATFORMS": "cpu"}
+    for how in ("end", "kill"):
+        command = [sys.executable, str(script), str(source), how]
+        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert [process.stdout.readline().strip() for _ in range(60)] == want
+        if how == "end":
+            assert process.wait(timeout=60) == 0
+            continue
+        workers = children(process.pid)
+        assert len(workers) == 2
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        deadline = time.monotonic() + 20
+        while any(Path(f"/proc/{pid}").exists() for pid in workers):
+            assert time.monotonic() < deadline, "workers outlive their trainer"
+            time.sleep(0.1)

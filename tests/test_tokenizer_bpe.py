@@ -1,0 +1,469 @@
+"""Laws of the byte pair encoders made elsewhere: tokenizer.json, GPT-2's two files, tiktoken's ranks, SentencePiece."""
+
+import base64
+import io
+import json
+import pickle
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from gptjax.config import TokenizerConfig
+from gptjax.settings import InputError
+from gptjax.tokenizer import (
+    BytesTokenizer,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    TiktokenTokenizer,
+    last_safe_cut,
+    load,
+    make_tokenizer,
+    open_tokenizer,
+    train_sentencepiece,
+)
+from gptjax.tokenizer.huggingface import BYTE_CHARACTERS
+from gptjax.tokenizer.splitting import PATTERNS
+
+tokenizers = pytest.importorskip("tokenizers", reason="needs the extra gptjax[bpe]")
+tiktoken = pytest.importorskip("tiktoken", reason="needs the extra gptjax[bpe]")
+
+CORPUS = Path(__file__).parent.parent / "gptjax" / "data" / "corpora" / "shakespeare.txt"
+TEXT = (
+    CORPUS.read_bytes()[:120_000].decode()
+    + "\u4e2d\u6587\u7684\u4e00\u662f\u3002\n" * 200
+    + "x\n\n\n  y  12345,\n\n" * 50
+)
+END, ROLE, PLAIN = "<|endoftext|>", "<|im_start|>", "[INST]"
+SPACES = "        "  # an added token that is text, as GPT-NeoX has them
+
+
+def byte_level_files() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges of a byte-level BPE trained on TEXT; the end of a document comes last, as in GPT-2."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        [TEXT], trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False)
+    )
+    model = json.loads(made.to_str())["model"]
+    return model["vocab"] | {END: len(model["vocab"])}, [tuple(m) for m in model["merges"]]
+
+
+VOCAB, MERGES = byte_level_files()
+TWO_FILES = {
+    "vocab.json": json.dumps(VOCAB).encode(),
+    "merges.txt": ("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in MERGES)).encode(),
+}
+RANKS = {bytes(BYTE_CHARACTERS[c] for c in token): i for token, i in VOCAB.items() if token != END}
+
+
+def ranks_file(ranks: dict[bytes, int]) -> bytes:
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
+
+
+def byte_level_json(**changes) -> dict:
+    """A tokenizer.json as a chat model has it: added tokens, a template that adds some, Llama 3's way of splitting."""
+    added = [(END, VOCAB[END], True), (ROLE, len(VOCAB), False), (PLAIN, len(VOCAB) + 1, False)]
+    added += [(SPACES, len(VOCAB) + 2, False)]
+    split = {"type": "Split", "pattern": {"Regex": PATTERNS["cl100k"]}, "behavior": "Isolated", "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    bos = {"SpecialToken": {"id": END, "type_id": 0}}
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": i, "content": text, "special": special, "single_word": False, "lstrip": False,
+                          "rstrip": False, "normalized": False} for text, i, special in added],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
+        "post_processor": {"type": "TemplateProcessing", "single": [bos, {"Sequence": {"id": "A", "type_id": 0}}],
+                           "pair": [], "special_tokens": {END: {"id": END, "ids": [VOCAB[END]], "tokens": [END]}}},
+        "decoder": level,
+        "model": {"type": "BPE", "vocab": VOCAB, "merges": MERGES, "ignore_merges": True},
+    } | changes  # fmt: skip
+
+
+def sentencepiece_model(**changes) -> bytes:
+    import sentencepiece
+
+    model = io.BytesIO()
+    wanted = {"model_type": "bpe", "vocab_size": 700, "byte_fallback": True, "normalization_rule_name": "identity",
+              "remove_extra_whitespaces": False, "user_defined_symbols": [ROLE, PLAIN]}  # fmt: skip
+    lines = iter(TEXT[:60_000].split("\n"))
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines, model_writer=model, minloglevel=3, **(wanted | changes)
+    )
+    return model.getvalue()
+
+
+def llama_json(model: bytes, legacy: bool, **changes) -> dict:
+    """A SentencePiece BPE model as a tokenizer.json: its pieces, and as merges every way to make each of them."""
+    from sentencepiece import SentencePieceProcessor
+
+    processor = SentencePieceProcessor(model_proto=model)
+    vocab = {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}
+    merges = []
+    for piece in sorted(vocab, key=lambda p: -processor.get_score(vocab[p])):
+        pairs = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+        pairs = [pair for pair in pairs if pair[0] in vocab and pair[1] in vocab]
+        merges += sorted(pairs, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+    special = [p for p in vocab if processor.is_control(vocab[p]) or p in ("<unk>", ROLE, PLAIN)]
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    prepend = {"type": "Prepend", "prepend": "\u2581"}
+    metaspace = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
+    return {
+        "added_tokens": [{"id": vocab[p], "content": p, "special": p.startswith("<")} for p in special],
+        "normalizer": {"type": "Sequence", "normalizers": [prepend, replace]} if legacy else None,
+        "pre_tokenizer": None if legacy else metaspace,
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges, "byte_fallback": True, "fuse_unk": True,
+                  "unk_token": "<unk>"},
+    } | changes  # fmt: skip
+
+
+def from_json(values: dict, **ends) -> HuggingFaceTokenizer:
+    return HuggingFaceTokenizer({"tokenizer.json": json.dumps(values).encode()}, **ends)
+
+
+LLAMA = sentencepiece_model()
+TOKENIZERS = {
+    "two files": HuggingFaceTokenizer(TWO_FILES),
+    "tokenizer.json": from_json(byte_level_json()),
+    "llama, legacy": from_json(llama_json(LLAMA, legacy=True)),
+    "llama, metaspace": from_json(llama_json(LLAMA, legacy=False)),
+    "tiktoken": TiktokenTokenizer(ranks_file(RANKS), "gpt2"),
+    "tiktoken cl100k": TiktokenTokenizer(ranks_file(RANKS), "cl100k"),
+    "tiktoken o200k": TiktokenTokenizer(ranks_file(RANKS), "o200k"),
+    "sentencepiece": SentencePieceTokenizer(LLAMA),
+    "unigram": SentencePieceTokenizer(sentencepiece_model(model_type="unigram")),
+}
+every_tokenizer = pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
+
+AWKWARD = [
+    END, ROLE, PLAIN, SPACES, "<s>", "</s>", "<unk>", "<0x41>", "<0x4", "\u2581", " \u2581\u2581", "\0", "\r\n", "\n",
+    "\n\n", "\t", "  ", " ", "'s", "'S", "don't", "DON'T", "\x1c", "\x85", "\xa0", "\u2028", "\u3000",
+    "\U0001f469\u200d\U0001f680", "\u4e2d\u6587", "\uff0c\n", "\u3002", "e\u0301", "\ufeff", "\ufffd", "\U0010ffff",
+    "1234567", "_", "...", "),\n", "/", "The king",
+]  # fmt: skip
+texts = st.lists(st.one_of(st.sampled_from(AWKWARD), st.text(max_size=6)), max_size=14).map("".join)
+
+
+@every_tokenizer
+@settings(max_examples=100, deadline=None)
+@given(text=texts)
+@example(text="")
+def test_decoding_gives_back_every_text(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert all(0 <= i < tokenizer.vocab_size for i in ids)
+
+
+@every_tokenizer
+@settings(max_examples=50, deadline=None)
+@given(data=st.binary(max_size=60))
+def test_any_bytes_come_back_through_latin_1(tokenizer, data):
+    text = data.decode("latin-1")
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@every_tokenizer
+@settings(max_examples=100, deadline=None)
+@given(text=texts)
+@example(text=END + ROLE + PLAIN + "<s>")
+@example(text=ROLE)
+def test_special_tokens_never_come_from_text(tokenizer, text):
+    never = {tokenizer.bos_id, tokenizer.eos_id, *tokenizer.specials.values()}
+    assert never.isdisjoint(tokenizer.encode(text))
+
+
+def test_neither_merges_nor_whole_words_make_a_special_token():
+    token = next(token for token in VOCAB if len(token) > 3 and token.isalpha() and token.isascii())
+    values = byte_level_json()
+    values["added_tokens"] += [{"id": VOCAB[token], "content": token, "special": False}]
+    # With no pattern the whole text is one word, which ignore_merges looks up as it is.
+    values["pre_tokenizer"] = values["pre_tokenizer"]["pretokenizers"][1]
+    tokenizer = from_json(values)
+    assert VOCAB[token] in TOKENIZERS["two files"].encode(token)
+    for text in (token, token + "x", END):
+        assert {VOCAB[token], VOCAB[END]}.isdisjoint(tokenizer.encode(text)) and tokenizer.decode(
+            tokenizer.encode(text)
+        ) == text
+
+
+def test_text_that_looks_like_the_name_of_a_byte_is_text():
+    values = llama_json(LLAMA, legacy=False)
+    vocab, parts = values["model"]["vocab"], ["<", "0", "x", "4", "1", ">", "<0", "<0x", "<0x4", "1>"]
+    vocab |= {part: len(vocab) + i for i, part in enumerate(part for part in parts if part not in vocab)}
+    pairs = [("<", "0"), ("<0", "x"), ("<0x", "4"), ("1", ">"), ("<0x4", "1>")]
+    values["model"]["merges"] = pairs + values["model"]["merges"]
+    tokenizer = from_json(values)
+    assert tokenizer.decode(tokenizer.encode("a<0x41>")) == "a<0x41>"
+
+
+def test_tokens_that_may_stand_for_a_role_are_special():
+    for name in ("tokenizer.json", "llama, legacy", "llama, metaspace", "sentencepiece", "unigram"):
+        assert {ROLE, PLAIN} <= TOKENIZERS[name].specials.keys()
+    assert "".join(TOKENIZERS["sentencepiece"].decode([i]) for i in TOKENIZERS["sentencepiece"].specials.values()) == ""
+
+
+@every_tokenizer
+@settings(max_examples=50, deadline=None)
+@given(ids=st.lists(st.integers(0, 699), max_size=12), at=st.integers(0, 12))
+def test_bytes_of_joined_ids_are_the_joined_bytes(tokenizer, ids, at):
+    whole = tokenizer.decode_bytes(ids)
+    assert whole == tokenizer.decode_bytes(ids[:at]) + tokenizer.decode_bytes(ids[at:])
+
+
+@every_tokenizer
+@settings(max_examples=100, deadline=None)
+@given(text=texts)
+@example(text="a\n\nb\n\n\n  c")
+@example(text="x),\n\ny. z\u4e2d\u3002\n")
+def test_a_safe_cut_does_not_change_the_ids(tokenizer, text):
+    whole = tokenizer.encode(text)
+    for match in tokenizer.safe_cut.finditer(text):
+        parts = [text[: match.start()], text[match.start() :]]
+        first, rest = tokenizer.encode_batch(parts, starts=[True, False])
+        assert first + rest == whole, parts
+
+
+def test_safe_cuts_are_found_in_ordinary_text_and_the_last_one_is_taken():
+    text = TEXT[:5000]
+    for name, tokenizer in TOKENIZERS.items():
+        cut = last_safe_cut(tokenizer, text)
+        places = [m.start() for m in tokenizer.safe_cut.finditer(text) if 0 < m.start() < len(text)]
+        assert cut == max(places, default=0) and (cut > 4900) == (name != "unigram"), name
+    assert last_safe_cut(TOKENIZERS["two files"], "a b" + "\n" * 100_000) == 3
+    assert last_safe_cut(TOKENIZERS["two files"], "\u4e2d\u6587\uff0c\u4e2d") == 2
+    assert [last_safe_cut(BytesTokenizer(), text) for text in ("", "a", "ab")] == [0, 0, 1]
+    assert last_safe_cut(train_sentencepiece(iter([TEXT[:50_000]]), 400), "\u4e2d\n\n\u4e2d") == 3
+
+
+def test_cutting_after_a_newline_would_change_gpt2s_ids():
+    tokenizer = TOKENIZERS["two files"]
+    assert tokenizer.encode("x\n\ny") != tokenizer.encode("x\n\n") + tokenizer.encode("y")
+
+
+@every_tokenizer
+def test_a_batch_is_encoded_as_each_text_for_itself(tokenizer):
+    many = ["", "To be", END, " or\n", SPACES + "x" + SPACES]
+    assert tokenizer.encode_batch(many) == [tokenizer.encode(text) for text in many]
+    assert tokenizer.encode_batch([]) == []
+
+
+@every_tokenizer
+def test_pieces_of_a_document_decode_to_the_document(tokenizer):
+    pieces = [" and so", " on\n", "to the end"]
+    ids = tokenizer.encode_batch(pieces, starts=[True, False, False])
+    assert tokenizer.decode(i for piece in ids for i in piece) == "".join(pieces)
+
+
+@every_tokenizer
+def test_a_saved_tokenizer_is_loaded_as_it_was_and_a_changed_file_is_refused(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(tokenizer.files)
+    for loaded in (load(tmp_path), open_tokenizer(tmp_path), pickle.loads(pickle.dumps(tokenizer))):
+        assert loaded.encode(TEXT[:2000]) == tokenizer.encode(TEXT[:2000])
+        for name in ("kind", "sha256", "vocab_size", "bos_id", "eos_id", "specials"):
+            assert getattr(loaded, name) == getattr(tokenizer, name)
+    changed = tmp_path / tokenizer.files[-1]
+    content = changed.read_bytes()
+    changed.write_bytes(content + b"\n")
+    with pytest.raises(InputError, match="sha256|SentencePiece"):
+        load(tmp_path)
+    changed.unlink()
+    with pytest.raises(InputError, match="cannot be read"):
+        load(tmp_path)
+
+
+def test_ids_are_those_of_tiktoken():
+    whole = TEXT + "".join(AWKWARD) * 3
+    for pattern in PATTERNS:
+        special = {END: VOCAB[END]}
+        reference = tiktoken.Encoding("tiny", pat_str=PATTERNS[pattern], mergeable_ranks=RANKS, special_tokens=special)
+        ours = TiktokenTokenizer(ranks_file(RANKS), pattern)
+        assert ours.encode(whole) == reference.encode_ordinary(whole)
+        assert (ours.bos_id, ours.vocab_size) == (VOCAB[END], len(VOCAB))
+
+
+def test_ids_are_those_of_the_library_with_no_special_token_in_the_text():
+    reference = tokenizers.Tokenizer.from_str(json.dumps(byte_level_json()))
+    for text in (TEXT[:20_000], "a" + SPACES + "b" + SPACES * 2 + " ", SPACES, "x\n\n\n y"):
+        ids = TOKENIZERS["tokenizer.json"].encode(text)
+        assert ids == reference.encode(text, add_special_tokens=False).ids
+    assert len(VOCAB) + 2 in TOKENIZERS["tokenizer.json"].encode("a" + SPACES + "b")
+
+
+def test_a_llama_model_has_the_same_ids_in_either_form():
+    import sentencepiece
+
+    reference = sentencepiece.SentencePieceProcessor(model_proto=LLAMA)
+    for text in ("", "To be", " or not", "a\n  b", "\u4e2d \u6587", TEXT[:20_000]):
+        for name in ("llama, legacy", "llama, metaspace", "sentencepiece"):
+            assert TOKENIZERS[name].encode(text) == reference.encode(text), name
+
+
+def test_the_ends_of_a_document_are_found(tmp_path):
+    llama = llama_json(LLAMA, legacy=True)
+    assert (TOKENIZERS["llama, legacy"].bos_id, TOKENIZERS["llama, legacy"].eos_id) == (1, 2)
+    assert (TOKENIZERS["two files"].bos_id, TOKENIZERS["two files"].eos_id) == (VOCAB[END], VOCAB[END])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(llama))
+    role, plain = (llama["model"]["vocab"][token] for token in (ROLE, PLAIN))
+    for ends, ids in (
+        ({"bos_token": ROLE, "eos_token": {"content": PLAIN}}, (role, plain)),
+        ({"bos_token": None, "eos_token": PLAIN}, (1, plain)),
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(ends))
+        tokenizer = open_tokenizer(tmp_path)
+        assert (tokenizer.bos_id, tokenizer.eos_id) == ids
+        tokenizer.save(tmp_path / "saved")
+        assert (load(tmp_path / "saved").bos_id, load(tmp_path / "saved").eos_id) == ids
+    spaces = from_json(byte_level_json(), eos=SPACES)
+    assert spaces.eos_id not in spaces.encode("a" + SPACES) and spaces.decode(spaces.encode(SPACES)) == SPACES
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<fin>"}')
+    with pytest.raises(InputError, match="no token '<fin>'"):
+        open_tokenizer(tmp_path)
+
+
+SEQUENCE = {"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"Regex": "x"}, "content": ""}]}
+ISOLATED = byte_level_json()["pre_tokenizer"]["pretokenizers"][0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"normalizer": {"type": "NFKC"}}, "normalizer NFKC"),
+        ({"normalizer": {"type": "NFC"}}, 'normalizer NFC.*"normalizer": null'),
+        ({"normalizer": {"type": "Lowercase"}}, "normalizer Lowercase"),
+        ({"normalizer": {"type": "BertNormalizer", "lowercase": False}}, "normalizer BertNormalizer"),
+        ({"normalizer": SEQUENCE}, "normalizer Replace"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer Whitespace"),
+        ({"pre_tokenizer": {"type": "BertPreTokenizer"}}, "pre_tokenizer BertPreTokenizer"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "adds a space"),
+        ({"pre_tokenizer": ISOLATED | {"behavior": "Removed"}}, "leaves out"),
+        ({"pre_tokenizer": ISOLATED}, "neither byte-level"),
+        ({"pre_tokenizer": None}, "neither byte-level"),
+        ({"pre_tokenizer": ["ByteLevel"]}, "wanted steps"),
+        ({"model": {"type": "WordPiece", "vocab": VOCAB, "unk_token": "[UNK]"}}, "a WordPiece model"),
+        ({"model": {"type": "WordLevel", "vocab": VOCAB}}, "a WordLevel model"),
+        ({"model": {"type": "Unigram", "vocab": []}}, "a Unigram model.*SentencePiece"),
+        ({"model": {"type": "BPE", "vocab": VOCAB, "merges": MERGES, "dropout": 0.1}}, "dropout"),
+        ({"model": {"type": "BPE", "vocab": VOCAB, "merges": MERGES, "end_of_word_suffix": "</w>"}}, "</w>"),
+        ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}, "stands for a byte"),
+        ({"model": {"type": "BPE", "vocab": VOCAB, "merges": 3}}, "model.merges"),
+        ({"model": {"type": "BPE", "vocab": VOCAB | {"a": -1}, "merges": MERGES}}, "model.vocab"),
+        ({"model": {"type": "BPE", "vocab": VOCAB | {"xyz": 5}, "merges": MERGES}}, "same id"),
+        ({"model": {"type": "BPE", "vocab": VOCAB, "merges": [["xx", "yy"]]}}, "can't be used"),
+        ({"model": 7}, "no tokenizer.json"),
+        ({"added_tokens": []}, "begins or ends"),
+        ({"added_tokens": [{"id": 1.5, "content": "x"}]}, "added_tokens"),
+        ({"added_tokens": [{"id": 900, "content": "  ", "rstrip": True}]}, "takes text away"),
+    ],
+)
+def test_a_tokenizer_json_that_loses_text_is_refused_and_says_why(changes, says):
+    with pytest.raises(InputError, match=says) as error:
+        from_json(byte_level_json(**changes))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_what_looks_harmless_and_loses_text_is_found_by_trying():
+    hidden = byte_level_json(added_tokens=[{"id": VOCAB[END], "content": END, "special": True}])
+    hidden["model"] = hidden["model"] | {"vocab": {t: 0 if t == "\u0120" else i for t, i in VOCAB.items() if i}}
+    with pytest.raises(InputError):
+        from_json(hidden)
+    with pytest.raises(InputError, match="gives '.*' back as"):
+        from_json(byte_level_json(), bos="A", eos=END)  # a letter that may not come from text
+
+
+def test_white_space_of_any_length_comes_back():
+    for name, text in (("tiktoken", " " * 1_010_000 + "x"), ("tiktoken o200k", "y" + "\n" * 1_010_000 + " z")):
+        assert TOKENIZERS[name].decode(TOKENIZERS[name].encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"IQ== 0\nIg== x\n", "line 2"),
+        (b"IQ== 0\n!!!! 1\n", "line 2"),
+        (b"IQ== 0\nIQ== 1\n", "line 2 repeats"),
+        (b"IQ== 0\n", "byte 0x00"),
+        (ranks_file(RANKS | {b"zzzz": 5}), "two tokens of rank 5"),
+        (ranks_file(RANKS | {b"zzzz": 99_999_999}), "99999999"),
+        (ranks_file(RANKS), "none of the known files.*--tokenizer.pattern"),
+    ],
+)
+def test_a_damaged_or_unknown_file_of_ranks_is_refused(content, says):
+    with pytest.raises(InputError, match=says) as error:
+        TiktokenTokenizer(content)
+    assert "\n" not in str(error.value)
+
+
+def test_settings_that_do_not_fit_the_file_say_what_to_type(tmp_path):
+    for name, content in {**TWO_FILES, "own.tiktoken": ranks_file(RANKS), "tokenizer.model": LLAMA}.items():
+        (tmp_path / name).write_bytes(content)
+    size = len(VOCAB)
+
+    def make(kind, path="", **more):
+        settings = {"kind": kind, "vocab_size": size, "path": str(tmp_path / path)} | more
+        return make_tokenizer(TokenizerConfig(**settings), iter(()))
+
+    for path in ("", "vocab.json", "merges.txt"):
+        assert make("huggingface", path).kind == "huggingface"
+    for path in ("", "own.tiktoken"):
+        assert make("tiktoken", path, pattern="gpt2").kind == "tiktoken"
+    assert make("sentencepiece", vocab_size=700).kind == open_tokenizer(tmp_path).kind == "sentencepiece"
+    make("tiktoken", pattern="gpt2").save(tmp_path / "saved")
+    for arguments, more, says in (
+        (("huggingface", "own.tiktoken"), {}, "--tokenizer.kind tiktoken"),
+        (("sentencepiece", "vocab.json"), {}, "--tokenizer.kind huggingface"),
+        (("tiktoken", "tokenizer.model"), {}, "--tokenizer.kind sentencepiece"),
+        (("huggingface", "saved"), {}, "--tokenizer.kind tiktoken"),
+        (("tiktoken", "saved"), {"pattern": "o200k"}, "saved with 'gpt2'"),
+        (("huggingface",), {"vocab_size": 50_257}, f"--tokenizer.vocab-size {size}"),
+        (("huggingface", "absent"), {}, "absent cannot be read"),
+        (("huggingface",), {"pattern": "gpt2"}, "tokenizer.pattern='gpt2'"),
+        (("huggingface",), {"vocab_size": 200}, "at least 257"),
+        (("tiktoken", "saved/tokenizer_meta.json"), {}, "--tokenizer.kind huggingface"),
+    ):
+        with pytest.raises(InputError, match=says) as error:
+            make(*arguments, **more)
+        assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="tokenizer.path is empty.*add --tokenizer.path"):
+        make_tokenizer(TokenizerConfig(kind="tiktoken", vocab_size=size), iter(()))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds no tokenizer; wanted"):
+        open_tokenizer(tmp_path / "empty")
+    (tmp_path / "added_tokens.json").write_text("{}")
+    with pytest.raises(InputError, match="added_tokens.json"):
+        make("huggingface")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("vocab.json", b"{", "not JSON"),
+        ("vocab.json", b'{"\xff": 1}', "not UTF-8"),
+        ("vocab.json", b"[]", "JSON object"),
+        ("merges.txt", b"#version: 0.2\nt\n", "line 2"),
+        ("merges.txt", b"\xc4\xa0 zzz\n", "line 1"),
+    ],
+)
+def test_damaged_files_of_a_byte_pair_encoder_are_named(name, content, says):
+    with pytest.raises(InputError, match=says):
+        HuggingFaceTokenizer(TWO_FILES | {name: content})
+
+
+@pytest.mark.parametrize("library", ["tokenizers", "tiktoken"])
+def test_a_missing_library_names_the_extra(library, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(InputError, match=rf"{library}; pip install 'gptjax\[bpe\]'"):
+        HuggingFaceTokenizer(TWO_FILES) if library == "tokenizers" else TiktokenTokenizer(ranks_file(RANKS), "gpt2")
+
+
+def test_white_space_and_single_characters_that_a_model_defines_are_text():
+    model = SentencePieceTokenizer(sentencepiece_model(user_defined_symbols=["\u2581\u2581", "\u6587", "\ue000", ROLE]))
+    assert set(model.specials) == {"<s>", "</s>", "\ue000", ROLE}
+    assert model.decode(model.encode("  \u6587\ue000" + ROLE)) == "  \u6587\ue000" + ROLE
+    assert len(model.encode("\u6587")) == 2

@@ -1,0 +1,329 @@
+"""The model's options against transformers and torch: frequencies, attention, and the logits of whole models.
+
+    pip install torch transformers && pytest tests/test_transformers.py -m peers
+
+`python tests/test_transformers.py` writes again what the tests that need neither read from tests/fixtures.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.attention import causal
+from gptjax.block import heads, project
+from gptjax.config import ModelConfig
+from gptjax.decoder import Decoder
+from gptjax.interop.huggingface import import_huggingface
+from gptjax.losses import logits
+from gptjax.rope import rope
+
+pytestmark = pytest.mark.peers
+FIXTURES = Path(__file__).parent / "fixtures"
+VALUES = FIXTURES / "transformers.json"
+
+# model.rope_scaling, head size, theta, factor, original context.
+ROPES = [
+    ("none", 16, 10_000.0, 1.0, 0),
+    ("linear", 16, 10_000.0, 4.0, 0),
+    ("ntk", 16, 10_000.0, 4.0, 0),
+    ("ntk", 128, 500_000.0, 2.5, 0),
+    ("yarn", 16, 10_000.0, 4.0, 2048),
+    ("yarn", 64, 150_000.0, 32.0, 4096),
+    ("yarn", 8, 10_000.0, 2.0, 16),
+    ("llama3", 128, 500_000.0, 8.0, 8192),
+    ("llama3", 16, 10_000.0, 32.0, 64),
+]
+
+# The kinds of rope_parameters that are imported, for a model of head size 16 and context 64.
+SCALED = {
+    "linear": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0},
+    "llama3": {
+        "rope_type": "llama3", "factor": 4.0, "rope_theta": 10_000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10_000.0, "original_max_position_embeddings": 16},
+}  # fmt: skip
+
+
+def rope_config(scaling: str, size: int, theta: float, factor: float, original: int) -> ModelConfig:
+    return ModelConfig(
+        width=2 * size, num_heads=2, positions="rope", rope_theta=theta, rope_scaling=scaling, rope_factor=factor,
+        rope_original_length=original,
+    )  # fmt: skip
+
+
+def their_rope(scaling: str, size: int, theta: float, factor: float, original: int) -> tuple[list[float], float]:
+    """transformers' own frequencies and attention factor for these settings."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    base = {
+        "hidden_size": 2 * size,
+        "num_attention_heads": 2,
+        "max_position_embeddings": round(factor * original or 64),
+    }
+    values = {"rope_type": scaling, "rope_theta": theta, "factor": factor, "original_max_position_embeddings": original}
+    if scaling == "none":
+        made = LlamaRotaryEmbedding(LlamaConfig(**base))
+        return made.inv_freq.tolist(), made.attention_scaling
+    if scaling == "ntk":
+        # What `dynamic` with factor 1 has at `factor` times the length.
+        config = LlamaConfig(**base, rope_parameters={"rope_type": "dynamic", "rope_theta": theta, "factor": 1.0})
+        made = ROPE_INIT_FUNCTIONS["dynamic"](config, "cpu", seq_len=round(64 * factor))
+    else:
+        if scaling == "llama3":
+            values |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        config = LlamaConfig(**base, rope_parameters={k: v for k, v in values.items() if v != 0})
+        made = ROPE_INIT_FUNCTIONS[scaling](config, "cpu")
+    return made[0].tolist(), float(made[1])
+
+
+def wave(*shape: int, seed: int) -> np.ndarray:
+    """Numbers that every version of NumPy draws alike."""
+    return np.random.RandomState(seed).normal(size=shape).astype(np.float32)
+
+
+def their_attention(window: int, softcap: float) -> np.ndarray:
+    """Gemma 2's attention of q_BLHK, k_BLGK, v_BLGK (those of `attention_inputs`) over a window, as out_BLHK."""
+    import torch
+    from transformers import Gemma2Config
+    from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+    from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+
+    q, k, v = (torch.tensor(x).transpose(1, 2) for x in attention_inputs())
+    config = Gemma2Config(sliding_window=window or None, attn_implementation="eager")
+    positions = torch.arange(q.shape[2])[None]
+    make = create_sliding_window_causal_mask if window else create_causal_mask
+    embeds = torch.zeros(1, q.shape[2], 8)
+    mask = make(config=config, inputs_embeds=embeds, attention_mask=None, past_key_values=None, position_ids=positions)
+    groups = torch.nn.Module()
+    groups.num_key_value_groups = 2
+    with torch.no_grad():
+        more = {"scaling": q.shape[-1] ** -0.5, "softcap": softcap or None}
+        return eager_attention_forward(groups, q, k, v, mask, **more)[0].numpy()
+
+
+def attention_inputs() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """q_BLHK, k_BLGK, v_BLGK of 10 places and 4 heads in 2 groups; the scores reach beyond a cap of 2."""
+    return 2 * wave(1, 10, 4, 6, seed=1), 2 * wave(1, 10, 2, 6, seed=2), wave(1, 10, 2, 6, seed=3)
+
+
+ATTENTIONS = [(0, 0.0), (0, 2.0), (4, 0.0), (4, 2.0)]
+
+
+def save_model(folder: Path, config, scale: float = 8.0):
+    """A random model with weights `scale` times those of its initialisation, so that its logits are of order 1."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, x in model.named_parameters():
+            if "norm" in name:
+                x += 0.1 * torch.randn_like(x)
+            else:
+                x *= scale
+    model.save_pretrained(folder)
+    return model
+
+
+def their_logits(model, ids_BL: np.ndarray) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor(ids_BL)).logits.numpy()
+
+
+def our_logits(imported, ids_BL: np.ndarray) -> np.ndarray:
+    cfg, vocab_size, context, params = imported
+    decoder = Decoder(cfg, vocab_size, context)
+    position_BL = np.broadcast_to(np.arange(ids_BL.shape[1]), ids_BL.shape)
+    with jax.default_matmul_precision("highest"):
+        x_BLD, _ = decoder.apply({"params": params}, ids_BL, position_BL, np.ones_like(ids_BL))
+        return np.asarray(decoder.apply({"params": params}, x_BLD, method="logits"))[..., :vocab_size]
+
+
+def small(family: str, **values):
+    """A config of two layers, width 32 and 64 token ids."""
+    from transformers import AutoConfig
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 64}
+    return AutoConfig.for_model(family, **sizes | values)
+
+
+def token_ids(length: int = 40) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 64, (2, length))
+
+
+def close(got: np.ndarray, want: np.ndarray) -> None:
+    difference = np.abs(got - want).max()
+    print(f"max abs difference {difference:.2e} of values up to {np.abs(want).max():.2f}")
+    assert difference <= 1e-5 and want.std() > 0.1
+
+
+# Frequencies and attention
+
+
+@pytest.mark.parametrize("settings", ROPES, ids=str)
+def test_frequencies_are_theirs(settings):
+    frequency, temperature = rope(rope_config(*settings))
+    their_frequency, their_temperature = their_rope(*settings)
+    np.testing.assert_allclose(frequency, their_frequency, rtol=1e-6)
+    assert temperature == pytest.approx(their_temperature, rel=1e-7)
+
+
+@pytest.mark.parametrize(("window", "softcap"), ATTENTIONS)
+@pytest.mark.parametrize("attention", ["plain", "blockwise"])
+def test_attention_with_a_window_and_a_soft_cap_is_that_of_gemma2(window, softcap, attention):
+    from gptjax.attention import attend
+    from gptjax.blockwise import attend_blockwise
+
+    q_BLHK, k_BLGK, v_BLGK = attention_inputs()
+    sight = causal(jnp.ones((1, 10), jnp.int32))
+    more = {"scale": 6**-0.5, "window": window or None, "softcap": softcap}
+    with jax.default_matmul_precision("highest"):
+        if attention == "plain":
+            got = attend(q_BLHK, k_BLGK, v_BLGK, sight, **more)
+        else:
+            got = attend_blockwise(q_BLHK, k_BLGK, v_BLGK, sight, block=4, **more)
+    close(np.asarray(got), their_attention(window, softcap))
+
+
+def test_a_layer_of_attention_with_rotary_positions_and_a_soft_cap_is_that_of_gemma2():
+    import torch
+    from transformers import Gemma2Config
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, Gemma2RotaryEmbedding
+
+    theirs = Gemma2Config(
+        hidden_size=16, num_attention_heads=4, num_key_value_heads=2, head_dim=6, query_pre_attn_scalar=6,
+        attn_logit_softcapping=2.0, num_hidden_layers=2, attn_implementation="eager",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    layer = Gemma2Attention(theirs, layer_idx=1).eval()
+    x_BLD = 3 * wave(2, 10, 16, seed=4)
+    with torch.no_grad():
+        x = torch.tensor(x_BLD)
+        rotary = Gemma2RotaryEmbedding(theirs)(x, torch.arange(10)[None])
+        mask = torch.full((10, 10), torch.finfo(torch.float32).min).triu(1)[None, None]
+        want = layer(x, position_embeddings=rotary, attention_mask=mask)[0].numpy()
+    cfg = ModelConfig(
+        width=16, num_heads=4, queries_per_kv=2, head_dim=6, positions="rope", biases=False, dtype="float32",
+        attention_softcap=2.0,
+    )  # fmt: skip
+    weights = {name: x.detach().numpy().T for name, x in layer.named_parameters()}
+    p = {f"{n}_D{g}K": weights[f"{n}_proj.weight"].reshape(16, -1, 6) for n, g in (("q", "H"), ("k", "G"), ("v", "G"))}
+    p["o_HKD"] = weights["o_proj.weight"].reshape(4, 6, 16)
+    place_BL = jnp.broadcast_to(jnp.arange(10), (2, 10))
+    with jax.default_matmul_precision("highest"):
+        a_BLHK, _ = heads(cfg, p, jnp.asarray(x_BLD), place_BL, causal(jnp.ones((2, 10), int)), None, None, None)
+        close(np.asarray(project(a_BLHK, p, "o", "BLHK,HKD->BLD")), want)
+
+
+def test_capped_logits_are_those_of_gemma2(tmp_path):
+    import torch
+
+    model = save_model(tmp_path, small("gemma2", head_dim=8, final_logit_softcapping=2.0))
+    want = their_logits(model, token_ids())
+    with torch.no_grad():
+        x_BLD = model.model(torch.tensor(token_ids())).last_hidden_state.numpy()
+    with jax.default_matmul_precision("highest"):
+        got = logits(jnp.asarray(x_BLD), jnp.asarray(model.lm_head.weight.detach().numpy()), 64, softcap=2.0)
+    assert 1.9 < np.abs(want).max() <= 2
+    close(np.asarray(got), want)
+
+
+# Whole models
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_a_llama_with_scaled_rotary_positions_has_their_logits(tmp_path, kind):
+    model = save_model(tmp_path, small("llama", rope_parameters=dict(SCALED[kind]), head_dim=16))
+    imported = import_huggingface(tmp_path)
+    assert imported[0].rope_scaling == kind
+    want = their_logits(model, token_ids())
+    close(our_logits(imported, token_ids()), want)
+    plain = dataclasses.replace(imported[0], rope_scaling="none", rope_factor=1.0, rope_original_length=0)
+    assert abs(our_logits((plain, *imported[1:]), token_ids()) - want).max() > 0.1  # and the scaling matters
+
+
+def test_a_text_of_twice_the_context_has_the_logits_of_dynamic_scaling(tmp_path):
+    dynamic = {"rope_type": "dynamic", "factor": 1.0, "rope_theta": 10_000.0}
+    model = save_model(tmp_path, small("llama", rope_parameters=dynamic, max_position_embeddings=20))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 10_000.0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    cfg, *rest = import_huggingface(tmp_path)
+    cfg = dataclasses.replace(cfg, rope_scaling="ntk", rope_factor=2.0)
+    close(our_logits((cfg, *rest), token_ids(40)), their_logits(model, token_ids(40)))
+
+
+def test_a_mistral_has_their_logits_beyond_its_window(tmp_path):
+    model = save_model(tmp_path, small("mistral", sliding_window=7, head_dim=16))
+    imported = import_huggingface(tmp_path)
+    assert imported[0].window == 7
+    want = their_logits(model, token_ids())
+    close(our_logits(imported, token_ids()), want)
+    wide = dataclasses.replace(imported[0], window=8)
+    assert abs(our_logits((wide, *imported[1:]), token_ids()) - want).max() > 0.01
+
+
+def test_a_qwen3_has_their_logits(tmp_path):
+    model = save_model(tmp_path, small("qwen3", head_dim=16, tie_word_embeddings=True))
+    imported = import_huggingface(tmp_path)
+    assert imported[0].qk_norm and imported[0].tied
+    close(our_logits(imported, token_ids()), their_logits(model, token_ids()))
+
+
+# What the tests without torch read
+
+
+def test_the_stored_values_are_theirs():
+    stored = json.loads(VALUES.read_text())
+    for made, kept in zip(values()["ropes"], stored["ropes"], strict=True):
+        assert made["settings"] == kept["settings"]
+        np.testing.assert_allclose(made["frequency"], kept["frequency"], rtol=1e-6)
+    for made, kept in zip(values()["attentions"], stored["attentions"], strict=True):
+        np.testing.assert_allclose(made["out_BLHK"], kept["out_BLHK"], atol=1e-6)
+
+
+def values() -> dict:
+    ropes = [(s, *their_rope(*s)) for s in ROPES]
+    return {
+        "ropes": [{"settings": list(s), "frequency": f, "temperature": t} for s, f, t in ropes],
+        "attentions": [
+            {"window": w, "softcap": c, "out_BLHK": np.round(their_attention(w, c), 7).tolist()} for w, c in ATTENTIONS
+        ],
+    }
+
+
+def main() -> None:
+    """Writes the fixtures: values of functions, two small models, and logits of a third with scaled positions."""
+    import transformers
+
+    VALUES.write_text(json.dumps({"transformers": transformers.__version__} | values()))
+    for family, more in (("mistral", {"sliding_window": 7}), ("qwen3", {"tie_word_embeddings": True})):
+        folder = FIXTURES / f"tiny_random_{family}"
+        model = save_model(folder, small(family, head_dim=12, **more))
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        np.savez(folder / "reference.npz", ids=token_ids(), logits=their_logits(model, token_ids()))
+    llama = FIXTURES / "tiny_random_llama"
+    ids_BL = np.load(llama / "reference.npz")["ids"]
+    scaled = {}
+    for kind, parameters in SCALED.items():
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            llama, config=transformers.LlamaConfig.from_pretrained(llama, rope_parameters=dict(parameters))
+        ).eval()
+        scaled[kind] = their_logits(model, ids_BL)[..., :32]
+    np.savez(llama / "scaled.npz", **scaled)
+
+
+if __name__ == "__main__":
+    main()
