@@ -40,7 +40,8 @@ MOCK = """
 import sys
 import tensorflow_datasets as tfds
 
-tfds.testing.mock_data(num_examples=3000).__enter__()  # not below the `if`, so that the workers have it too
+mock = tfds.testing.mock_data(num_examples=3000)
+mock.__enter__()  # not below the `if`, so that the workers have it too
 if __name__ == "__main__":
     from gptjax.cli import main
 

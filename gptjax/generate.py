@@ -290,7 +290,7 @@ def decode(
         token_B = state["tokens_BM"][row_B, position_B]
         cache = {name: state[name] for name in CACHE}
         x_BLD, cache = decoder.apply({"params": params}, token_B[:, None], position_B[:, None], cache=cache)
-        logits_BV = logits(x_BLD, head(params), decoder.vocab_size)[:, 0]
+        logits_BV = logits(x_BLD, head(params), decoder.vocab_size, decoder.cfg.logit_softcap)[:, 0]
         keys = jax.vmap(jax.random.fold_in)(key_B, position_B + 1)
         next_B = sample(logits_BV, keys, settings, state.get("seen_BV"))
         next_B = jnp.where(done_B, token_B, next_B)

@@ -20,8 +20,8 @@ ROWS = {
 
 # Within row 0 some modules stand on others; this is their order.
 GROUND = [
-    "settings", "plugins", "config", "digest", "flags", "sharding", "mup", "tokenizer", "attention", "blockwise", "rope",
-    "block", "losses", "scaling",
+    "settings", "plugins", "config", "digest", "flags", "sharding", "mup", "tokenizer", "attention", "blockwise",
+    "rope", "block", "losses", "scaling",
 ]  # fmt: skip
 
 DOORS = {

@@ -246,7 +246,7 @@ def test_a_damaged_page_stops_training_or_becomes_padding(tmp_path):
     page, split = corpus.manifest.page, corpus.split("train")
     assert split.num_tokens > 3 * page
     whole = open_feed(one(out), tmp_path / "none", print)
-    sound = [whole.batch(step) for step in range(100)]
+    sound = [whole.batch(step) for step in range(300)]
     damage(shard, split, page + 100)
 
     with pytest.raises(InputError, match=r"train.*is damaged at page 1 "):
@@ -271,7 +271,7 @@ def test_a_damaged_page_stops_training_or_becomes_padding(tmp_path):
         assert (hole | np.roll(hole, -1, axis=1) | (np.arange(32) == 31))[lost].all()  # or its neighbour's target
         np.testing.assert_array_equal(batch["targets_BL"][~lost], np.where(hole, 0, want["targets_BL"])[~lost])
     made.close()
-    assert damaged >= page / 4
+    assert damaged >= page  # an epoch and more
     assert len(state["corrupt"]) == 1 and shard.name in state["corrupt"][0]
     assert any("left out page 1 of at most data.max_corrupt=1" in line for line in said)
 

@@ -5,10 +5,8 @@ import itertools
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -272,21 +270,28 @@ def test_a_corrupt_file_stops_a_stream_or_is_counted(source, tmp_path):
 
 
 TRAINER = """
-import sys, time
+import multiprocessing, sys, time
 from pathlib import Path
 from gptjax.config import DataConfig, TokenizerConfig, TrainConfig
 from gptjax.data.feed import open_feed
 from gptjax.data.packing import batch_hash
+from gptjax.settings import InputError
 
 def main():
-    data = DataConfig(source=sys.argv[1], loading="stream", workers=2, batch_size=3, length=20, validation_fraction=0.1)
+    data = DataConfig(source=sys.argv[1], loading="stream", workers=2, batch_size=6, length=60, validation_fraction=0.1)
     feed = open_feed(TrainConfig(data=data, tokenizer=TokenizerConfig(kind="bytes", vocab_size=258)), Path("none"))
     made = feed.batches(feed.start)
     for _ in range(60):
         print(batch_hash(next(made)[0]), flush=True)
-    if sys.argv[2] == "end":
-        return made.close()
-    time.sleep(100)
+    if sys.argv[2] == "killed":
+        time.sleep(100)
+    if sys.argv[2] == "loses a worker":
+        multiprocessing.active_children()[0].kill()
+        try:
+            while True:
+                next(made)
+        except InputError as error:
+            print(error)
 
 if __name__ == "__main__":
     main()
@@ -309,26 +314,29 @@ def children(pid: int) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
-def test_two_workers_make_the_same_rows_and_die_with_the_trainer(source, tmp_path):
-    script = tmp_path / "trainer.py"
-    script.write_text(textwrap.dedent(TRAINER))
-    want = [
-        h for h, _ in take(open_feed(config(source), Path("none")), open_feed(config(source), Path("none")).start, 60)
-    ]
+@pytest.mark.parametrize("how", ["ends", "killed", "loses a worker"])
+def test_two_workers_make_the_same_rows_and_end_with_the_trainer(tmp_path, how):
+    rng = random.Random(2)
+    path, script = tmp_path / "text.jsonl.gz", tmp_path / "trainer.py"
+    write_gz(path, ["".join(rng.choices("abcdefgh \n", k=rng.randint(1, 900))) for _ in range(200)])
+    script.write_text(TRAINER)
+    feed = open_feed(config(path, batch_size=6, length=60), Path("none"))
+    want = [h for h, _ in take(feed, feed.start, 60)]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "JAX_PLATFORMS": "cpu"}
-    for how in ("end", "kill"):
-        command = [sys.executable, str(script), str(source), how]
-        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        assert [process.stdout.readline().strip() for _ in range(60)] == want
-        if how == "end":
-            assert process.wait(timeout=60) == 0
-            continue
+    command = [sys.executable, str(script), str(path), how]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert [process.stdout.readline().strip() for _ in range(60)] == want
+    if how == "killed":
         workers = children(process.pid)
         assert len(workers) == 2
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
         deadline = time.monotonic() + 20
         while any(Path(f"/proc/{pid}").exists() for pid in workers):
             assert time.monotonic() < deadline, "workers outlive their trainer"
             time.sleep(0.1)
+    else:  # though the stream was never closed
+        said, errors = process.communicate(timeout=60)
+        assert process.returncode == 0 and errors == ""
+        assert ("ended (Worker process was terminated" in said) == (how == "loses a worker")

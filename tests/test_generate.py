@@ -269,6 +269,14 @@ def test_samples_are_drawn_with_the_filtered_probabilities():
     assert (np.abs(share_V - want_V) <= 5 * np.sqrt(want_V * (1 - want_V) / draws)).all()
 
 
+def test_samples_are_drawn_from_the_capped_logits(gpt2: Model):
+    # Under a cap of 0.01 no token is less than e^-0.02 as likely as another, so min_p=0.9 leaves all of them.
+    capped = Decoder(dataclasses.replace(GPT2, logit_softcap=0.01), TOKENIZER.vocab_size, CONTEXT), gpt2[1]
+    settings = [sampled(repetition_penalty=1.0, min_p=min_p) for min_p in (1e-9, 0.9)]
+    every, likely = (generate_ids(*capped, PROMPTS[:1], cfg, stop_ids=NEVER) for cfg in settings)
+    assert every == likely
+
+
 @pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-300])
 def test_a_vanishing_temperature_is_greedy(temperature):
     key_B = jax.random.split(jax.random.key(0), 3)

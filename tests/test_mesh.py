@@ -23,7 +23,11 @@ FAMILIES = {
     "llama": dataclasses.replace(
         GPT2, positions="rope", norm="rmsnorm", activation="swiglu", biases=False, tied=False, queries_per_kv=2
     ),
-}
+    "modern": dataclasses.replace(
+        GPT2, positions="rope", norm="rmsnorm", activation="relu2", biases=False, tied=False, qk_norm=True, window=5,
+        global_every=2, attention_softcap=20.0, logit_softcap=15.0, attention="blockwise", attention_block=5,
+    ),
+}  # fmt: skip
 MESHES = {
     "data=8": MeshConfig(),
     "fsdp=8": MeshConfig(data=1, fsdp=8),
@@ -42,6 +46,7 @@ SUBSET = [
     ("data=2 fsdp=2 tensor=2", 4, "dots", 1, "padded"),
     ("fsdp=4 context=2", 1, "none", 1, "packed"),
 ]
+MODERN = [("fsdp=4 context=2", 4, "names", 1, "padded"), ("fsdp=4 tensor=2", 1, "names", 0, "packed")]
 
 
 @pytest.fixture(autouse=True)
@@ -96,13 +101,16 @@ def assert_same(setting, reference):
         assert np.abs(g - want).max() <= bound, jax.tree_util.keystr(path)
 
 
-def marked(settings: list[tuple]) -> list:
-    """Every other setting belongs to the fast subset too: compiling is most of the suite's time."""
-    return [s if i % 2 else pytest.param(s, marks=pytest.mark.slow) for i, s in enumerate(settings)]
+def marked(cases: list[tuple]) -> list:
+    """Every other case belongs to the fast subset too: compiling is most of the suite's time."""
+    return [case if i % 2 else pytest.param(*case, marks=pytest.mark.slow) for i, case in enumerate(cases)]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("setting", marked(SUBSET), ids=str)
+@pytest.mark.parametrize(
+    ("family", "setting"),
+    marked([(f, s) for f, settings in (("gpt2", SUBSET), ("llama", SUBSET), ("modern", MODERN)) for s in settings]),
+    ids=str,
+)
 def test_a_mesh_and_its_settings_do_not_change_the_numbers(family, setting):
     assert_same(run(family, *setting), run(family, "one", 1, "none", 1, "packed"))
 
