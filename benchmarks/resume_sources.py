@@ -19,7 +19,6 @@ import json
 import os
 import platform
 import random
-import shlex
 import signal
 import subprocess
 import sys
@@ -77,7 +76,7 @@ def cases(texts: list[Path], folder: Path) -> list[Case]:
         Case("tfds", f"{stream} --data.source tfds:lm1b", (2, 1), (str(mock),)),
         stream_case(sources[0]),
         Case("parquet", f"{BYTES} --data.source {parquet}", change=parquet),
-        mixture_case(mixed, "--tokenizer.vocab-size 512", sources[1] / "text.jsonl.gz"),
+        mixture_case(mixed, "--tokenizer.kind sentencepiece --tokenizer.vocab-size 512", sources[1] / "text.jsonl.gz"),
     ]
 
 
@@ -175,7 +174,8 @@ def lines_of(run: Path) -> int:
 def curve(run: Path) -> list[tuple]:
     """Every training and evaluation line, without what a clock says, and with the tokens of each source."""
     return [
-        tuple(line.get(k) for k in COMPARED) + tuple(v for k, v in line.items() if k.startswith("tokens_first"))
+        tuple(line.get(k) for k in COMPARED)
+        + tuple(v for k, v in line.items() if k.startswith("tokens_") and k != "tokens_per_second")
         for line in read(run)
     ]
 
@@ -222,8 +222,8 @@ def main() -> None:
                 print(case.name, json.dumps(found[case.name]), flush=True)
     report = {
         "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", *sys.argv]),
-        "seed": args.seed,
+        "command": "python benchmarks/resume_sources.py --text FOLDER --out benchmarks/results "
+        f"--steps {args.steps} --kills {args.kills} --seed {args.seed}",
         "commit": commit(),
         "device": f"{platform.machine()} CPU, {os.cpu_count()} cores",
         "versions": {"python": platform.python_version(), **versions()},

@@ -1,8 +1,9 @@
 """Pretraining, from text to a trained run: the corpus, the model, the loop, evaluation and a sample."""
 
+import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -151,23 +152,26 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
             def save(i: int, state: Any, data_state: dict) -> None:
                 checkpoints.save(i, state, data_state, dict(leaves(config)))
 
-            def batches() -> Iterator[tuple[dict, dict]]:
-                for i, (batch, after) in enumerate(feed.batches(data_state), start + 1):
-                    by_source[i] = {f"tokens_{name}": count for name, count in after.get("tokens", {}).items()}
-                    yield batch, after
+            def batches() -> Generator[tuple[dict, dict]]:
+                with contextlib.closing(feed.batches(data_state)) as made:  # closing ends its threads and workers
+                    for i, (batch, after) in enumerate(made, start + 1):
+                        by_source[i] = {f"tokens_{name}": count for name, count in after.get("tokens", {}).items()}
+                        yield batch, after
 
             due = start > 0 and (start % config.evaluate.every == 0 or start == config.steps)
             if due and not metrics.file.has_evaluation(start):
                 evaluate_at(start, state)  # the run ended between a save and its evaluation
             profile = (*config.profile_steps, run.profile) if config.profile_steps else None
             signals.defer()
+            given = batches()
             try:
                 state = fit(
-                    step, state, {}, batches(), config.steps,
+                    step, state, {}, given, config.steps,
                     mesh=mesh, log=log, save=save, save_every=config.checkpoint.every,
                     hooks={evaluate_at: config.evaluate.every}, stop=signals.stop, trace=profile,
                 )  # fmt: skip
             finally:
+                given.close()
                 checkpoints.wait()
                 metrics.close()
             _print_sample(config, decoder, trained_params(state), feed.tokenizer)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 import gptjax
 from gptjax.block import block as own_block
@@ -18,8 +19,18 @@ from gptjax.settings import InputError
 TINY = {
     "steps": 6, "model.num_layers": 2, "model.width": 16, "model.num_heads": 2, "tokenizer.kind": "bytes",
     "tokenizer.vocab_size": 258, "data.length": 32, "data.batch_size": 8, "evaluate.max_rows": 8,
-    "generate.max_new_tokens": 4, "tensorboard": False, "compile_cache": False,
+    "generate.max_new_tokens": 4, "tensorboard": False,
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Most of these runs compile the same programs: a compile cache of this module's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +132,7 @@ class Scaled:
         return x_BLD + p["gate_D"].astype(x_BLD.dtype) * (y_BLD - x_BLD), cache
 
 
+@pytest.mark.slow
 def test_a_block_of_the_users_own_is_trained_and_needed_again_to_load(tmp_path, text):
     model = gptjax.train(config(tmp_path / "scaled", text), block=Scaled())
     gate_ND = np.asarray(model.params["layers"]["gate_ND"])
@@ -131,6 +143,7 @@ def test_a_block_of_the_users_own_is_trained_and_needed_again_to_load(tmp_path, 
     assert gptjax.generate(again, "the", max_new_tokens=4) == gptjax.generate(model, "the", max_new_tokens=4)
 
 
+@pytest.mark.slow
 def test_a_source_of_the_users_own_is_read(tmp_path):
     def numbers():
         for i in range(300):
@@ -147,6 +160,7 @@ def test_names_that_lead_nowhere_are_refused(tmp_path, text):
         gptjax.train(config(tmp_path / "b", text, model__block="gptjax.block:nothing"))
 
 
+@pytest.mark.slow
 def test_averaged_weights_are_what_a_run_evaluates_and_generates_with(tmp_path, text):
     model = gptjax.train(config(tmp_path / "ema", text, optim__ema=0.5))
     raw = gptjax.train(config(tmp_path / "raw", text))
@@ -158,6 +172,7 @@ def test_averaged_weights_are_what_a_run_evaluates_and_generates_with(tmp_path, 
     assert gptjax.evaluate(raw, 8)["eval_loss"] != known["eval_loss"]
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_anothers_weights_with_a_schedule_of_its_own(plain, tmp_path, text):
     folder = tmp_path / "longer"
     more = {"init": str(plain.run.folder), "data__length": 64, "steps": 3, "optim__learning_rate": 1e-9}
@@ -173,6 +188,7 @@ def test_a_run_starts_from_anothers_weights_with_a_schedule_of_its_own(plain, tm
         gptjax.train(config(tmp_path / "none", text, init=str(tmp_path / "nowhere")))
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_one_with_fewer_token_ids_whose_meanings_are_the_same(tmp_path, text):
     tokenizers = pytest.importorskip("tokenizers")
 

@@ -62,7 +62,8 @@ class ModelConfig(Section):
     init_std: float = 0.02
     """Standard deviation of initial weights; divided by sqrt(2 num_layers) where a branch rejoins the stream."""
     mup_base_width: int = 0
-    """Width at which learning rate and init_std were tuned; muP carries them over to this width. 0: no muP."""
+    """Width at which learning rate and init_std were tuned; muP carries them over to this width. 0: no muP. The base
+    has as many heads as this model where head_dim is 0, else heads of that size."""
     dropout: float = 0.0
     """Chance of dropping an element of the embedding, of an attention weight and of each branch."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"

@@ -113,7 +113,7 @@ class PreparedFeed:
         if self._mixed:
             targets_B = np.count_nonzero(batch["weights_BL"], axis=1)
             counts = np.bincount(source_B, targets_B, minlength=len(self._corpora)).astype(int).tolist()
-            tokens = {name: had + new for (name, had), new in zip(state["tokens"].items(), counts)}
+            tokens = {name: state["tokens"][name] + new for name, new in zip(self._corpora, counts)}
             state = {**state, "tokens": tokens}
         for i, (name, corpus) in enumerate(self._corpora.items()):
             split = corpus.split("train")

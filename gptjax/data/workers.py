@@ -31,7 +31,6 @@ def made_by_workers(text: Text, place: Place, workers: int) -> Generator[Chunk, 
         flags.FLAGS.mark_as_parsed()  # grain hands absl's flags to its workers, and ours is no absl program
     options = grain.multiprocessing.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=_AHEAD)
     parts = [iter(_Parts(text, place, i, workers).mp_prefetch(options, _start_worker)) for i in range(workers)]
-
     try:
         with ThreadPoolExecutor(workers) as pool:  # they start together
             first = list(pool.map(next, parts))
@@ -115,7 +114,6 @@ def _cut(chunk: Chunk) -> Iterator[dict]:
 def _start_worker(index: int, count: int) -> None:
     """Ties a worker's life to its parent's and to nothing else: the trainer answers signals and closes its workers."""
     del index, count
-    os.environ["JAX_PLATFORMS"] = "cpu"  # the accelerator belongs to the trainer
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
