@@ -157,7 +157,7 @@ def checkpoint_verify(args: list[str]) -> int:
 
 
 def import_run(args: list[str]) -> int:
-    """import SOURCE RUN        make a run of a Hugging Face GPT-2 or Llama folder"""
+    """import SOURCE RUN        make a run of a Hugging Face GPT-2, Llama, Mistral or Qwen3 folder"""
     source, args = _positional(args, "SOURCE", "gptjax import SOURCE RUN")
     run, args = _positional(args, "RUN", "gptjax import SOURCE RUN")
     _nothing_left(args, "gptjax import SOURCE RUN")

@@ -62,7 +62,7 @@ def show_step(run_dir: str | Path, step: int, rows: int) -> str:
 
 
 def import_run(source: str | Path, run_dir: str | Path) -> str:
-    """Makes a run of a Hugging Face GPT-2 or Llama folder and returns a line that says what it is.
+    """Makes a run of a Hugging Face folder (GPT-2, Llama, Mistral, Qwen3) and returns a line that says what it is.
 
     Raises InputError where the folder is not one, holds what the decoder can't represent, or run_dir is a run already.
     """
