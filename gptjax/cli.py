@@ -4,6 +4,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from gptjax import __version__
 from gptjax.config import ContinueConfig, EvalConfig, PrepareConfig, ShowConfig, TrainConfig, TrainTokenizerConfig
@@ -36,9 +37,7 @@ def prepare(args: list[str]) -> int:
     with progress_bar() as progress:
         corpus = prepare(cfg, progress)
     _say(report(corpus))
-    kind = "" if cfg.tokenizer.kind == "sentencepiece" else f" --tokenizer.kind {cfg.tokenizer.kind}"
-    _next(f"gptjax pretrain quickstart --data.source {cfg.out}{kind} --tokenizer.vocab-size {corpus.vocab_size} "
-          f"--run-dir runs/NAME")  # fmt: skip
+    _next(_train_on(cfg.out, corpus))
     return 0
 
 
@@ -66,7 +65,7 @@ def data_verify(args: list[str]) -> int:
     corpus.verify()
     _say(report(corpus))
     _say("every file is as it was written")
-    _next(f"gptjax pretrain quickstart --data.source {folder} --tokenizer.vocab-size {corpus.vocab_size}")
+    _next(_train_on(folder, corpus))
     return 0
 
 
@@ -250,6 +249,14 @@ def _nothing_left(args: list[str], usage: str) -> None:
         raise SystemExit(0)
     if args:
         raise InputError(f"unexpected {args[0]!r}; wanted {usage}")
+
+
+def _train_on(folder: str, corpus: Any) -> str:
+    """The command that trains on a prepared folder."""
+    kind = corpus.manifest.tokenizer_kind
+    other = "" if kind == "sentencepiece" else f" --tokenizer.kind {kind}"
+    size = f"--tokenizer.vocab-size {corpus.vocab_size}"
+    return f"gptjax pretrain quickstart --data.source {shlex.quote(folder)}{other} {size} --run-dir runs/NAME"
 
 
 def _say(line: str) -> None:

@@ -191,8 +191,9 @@ def head(params: Params) -> jax.Array:
 def make_decoder(config: TrainConfig, block: Callable = block) -> Decoder:
     """The decoder of a run: its vocabulary is the tokenizer's and its context the length of the rows.
 
-    `block` is one layer: our own, or the function that model.block names.
+    `block` is one layer: our own, or what model.block names, a function or a class that makes one.
     """
+    block = block() if isinstance(block, type) else block
     return Decoder(config.model, vocab_size=config.tokenizer.vocab_size, context=config.data.length, block=block)
 
 

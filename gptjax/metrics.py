@@ -9,6 +9,7 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,10 @@ class MetricsFile:
             temporary.write_bytes(b"".join(raw for raw, _ in kept))
             os.replace(temporary, self.path)
 
-    def best_steps(self, count: int) -> list[int]:
-        """The `count` steps of lowest evaluation loss, the best first; of equals the earlier."""
-        losses = {line["step"]: line["eval_loss"] for line in self._evaluations()} if count else {}
+    def best_steps(self, count: int, among: Collection[int] | None = None) -> list[int]:
+        """The `count` steps of lowest evaluation loss (of those `among`), the best first; of equals the earlier."""
+        lines = self._evaluations() if count else []
+        losses = {line["step"]: line["eval_loss"] for line in lines if among is None or line["step"] in among}
         return sorted((s for s in losses if math.isfinite(losses[s])), key=lambda s: (losses[s], s))[:count]
 
     def has_evaluation(self, step: int) -> bool:
@@ -291,14 +293,16 @@ class Metrics:
         if not self._active:
             return
         self._throughput.lap()
-        layers = {name.removesuffix("_N"): metrics[name] for name in metrics if name.endswith("_N")}
-        metrics = {name: value for name, value in metrics.items() if not name.endswith("_N")}
+        stacks = {name for name, value in metrics.items() if name.endswith("_N") and getattr(value, "ndim", 0)}
+        layers = {name.removesuffix("_N"): metrics[name] for name in stacks}
+        metrics = {name: value for name, value in metrics.items() if name not in stacks}
         known = {"step": step, "updates": step, "tokens": step * self._tokens_a_step, **metrics}
         known = {k: _number(v) for k, v in known.items()} | self._throughput.rates()
         line = {k: known[k] for k in FIRST_KEYS if k in known} | known
         line["seconds"] = round(self._seconds_before + time.perf_counter() - self._start, 3)
         line["peak_memory_bytes"] = peak_memory()
-        if layers and (step % self._cfg.log_norms_every == 0 or step == 1):
+        every = self._cfg.log_norms_every
+        if layers and every and (step % every == 0 or step == 1):
             line |= {f"{name}_by_layer": [float(x) for x in values] for name, values in layers.items()}
         self.file.write(line)
         self.progress.step(line, self._throughput.seconds(self._cfg.steps - step))

@@ -4,7 +4,10 @@ Only what the user gives to a training verb or to the Python API is imported. A 
 read one never import what its config.json names.
 """
 
+import functools
 import importlib
+import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +18,8 @@ _GIVEN: dict[str, Callable[..., Any]] = {}
 
 def named(function: Callable[..., Any]) -> str:
     """The name `module:name` under which `resolve` finds this function, in this process, wherever it was defined."""
+    if isinstance(function, functools.partial):
+        raise InputError(f"{function}: a partial has no name of its own; wanted a function, give it one with def")
     name = f"{function.__module__}:{getattr(function, '__qualname__', type(function).__qualname__)}"
     _GIVEN[name] = function
     return name
@@ -40,12 +45,16 @@ def resolve(name: str, setting: str) -> Callable[..., Any]:
     wanted = f"{setting}={name!r}: wanted module:name of a function that Python can import here"
     if not is_name(name):
         raise InputError(wanted)
+    here = os.getcwd()
+    sys.path.append(here)  # last, so that a file beside the user hides no library
     try:
         found: Any = importlib.import_module(module)
         for part in path.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as e:
         raise InputError(f"{wanted} ({e})") from e
+    finally:
+        sys.path.remove(here)
     if not callable(found):
         raise InputError(f"{wanted}, got a {type(found).__name__}")
     return found

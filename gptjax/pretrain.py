@@ -77,6 +77,11 @@ def assemble(config: TrainConfig) -> Parts:
     decoder = make_decoder(config, resolve(config.model.block, "model.block") if config.model.block else block)
     norms, ema = config.log_norms_every > 0, config.optim.ema
     if config.loss:
+        if config.optim.z_loss:
+            raise InputError(
+                f"optim.z_loss={config.optim.z_loss:g} belongs to the built-in loss, whose place loss={config.loss!r} "
+                f"takes; set --optim.z-loss 0"
+            )
         loss_fn = resolve(config.loss, "loss")(decoder)
     else:
         loss_fn = language_model_loss(decoder, config.optim.z_loss, norms)
@@ -141,15 +146,18 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
             def evaluate_at(i: int, state: Any) -> None:
                 found = evaluate(eval_step, trained_params(state), feed.validation, config.evaluate.max_rows, mesh)
                 metrics.log_evaluation(i, found)
-                # Decided after the evaluation, and only once the save it may refer to is on the disk.
-                checkpoints.wait()
-                checkpoints.retain(metrics.file.best_steps(config.checkpoint.keep_best))
+                retain()  # decided after the evaluation, which may make this step one of the best
+
+            def retain() -> None:
+                checkpoints.wait()  # the save that it may refer to is on the disk
+                checkpoints.retain(metrics.file.best_steps(config.checkpoint.keep_best, among=checkpoints.steps()))
 
             def log(i: int, values: dict) -> None:
                 checkpoints.check()  # a save that failed in the background is told at the next step
                 metrics.log_step(i, values | by_source.pop(i, {}))
 
             def save(i: int, state: Any, data_state: dict) -> None:
+                retain()
                 checkpoints.save(i, state, data_state, dict(leaves(config)))
 
             def batches() -> Generator[tuple[dict, dict]]:

@@ -98,12 +98,14 @@ def make_train_step(
             i, part = i_and_part
             part = {name: constrain(x, suffix(name)) for name, x in part.items()}
             (_, metrics), grads = value_and_grad(params, frozen, part, jax.random.fold_in(key, i))
-            weighted = jax.tree.map(lambda x: x * metrics["weight"], (grads, {**metrics, "weight": 1.0}))
+            values = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), {**metrics, "weight": 1.0})
+            weighted = jax.tree.map(lambda x: x * metrics["weight"], (grads, values))
             return jax.tree.map(jnp.add, total, weighted), None
 
         first = jax.tree.map(lambda x: x[0], parts)
         shapes = jax.eval_shape(value_and_grad, params, frozen, first, key)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[1], shapes[0][1]))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[1])
+        zeros = zeros, jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes[0][1])
         (grads, metrics), _ = jax.lax.scan(add, zeros, (jnp.arange(accumulate), parts))
         weight = metrics["weight"]
         grads, metrics = jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-30), (grads, metrics))
@@ -176,13 +178,15 @@ def fit(
                 raise Diverged(f"{name} is {values[name]} at step {i}; lower optim.learning_rate or optim.clip_norm")
         log(i, values)
 
-    previous = None
-    for i in range(int(state.step) + 1, until + 1):
+    previous, start = None, int(state.step) + 1
+    # A run that is resumed within the steps to trace, or ends there, traces those that it makes.
+    first, last = (max(trace[0], start), min(trace[1], until)) if trace else (0, 0)
+    for i in range(start, until + 1):
         host_batch, data_state = next(batches)
-        if trace and i == trace[0]:
+        if trace and i == first <= last:
             jax.profiler.start_trace(trace[2])
         state, metrics = step(state, frozen, put(host_batch, mesh))  # dispatched, not yet computed
-        if trace and i == trace[1]:
+        if trace and first <= i == last:
             jax.block_until_ready(metrics)
             jax.profiler.stop_trace()
         if previous is not None:

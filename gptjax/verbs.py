@@ -1,5 +1,6 @@
 """What the verbs on a run do: evaluate it, continue prompts, show its data, make one of foreign weights."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,9 @@ def evaluate_run(run_dir: str | Path, cfg: EvalConfig) -> dict[str, Any]:
 
 def evaluate_trained(model: Trained, max_rows: int = 0) -> dict[str, Any]:
     """The same numbers for a model that is open already."""
-    feed = open_feed(model.config, model.run.data)
+    # How much of a set in memory is tokenised depends on it.
+    limits = dataclasses.replace(model.config.evaluate, max_rows=max_rows)
+    feed = open_feed(dataclasses.replace(model.config, evaluate=limits), model.run.data)
     with jax.set_mesh(model.mesh):
         eval_step = make_eval_step(model.decoder, model.mesh, model.params, feed.batch(0))
         return evaluate(eval_step, model.params, feed.validation, max_rows, model.mesh)

@@ -1,5 +1,6 @@
 """The Python API: what a notebook does, with parts of the user's own."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from gptjax.block import block as own_block
 from gptjax.decoder import head
 from gptjax.decoder import layer_params as own_params
 from gptjax.losses import token_log_probs
+from gptjax.plugins import resolve
 from gptjax.settings import InputError
 
 TINY = {
@@ -139,7 +141,7 @@ def test_a_block_of_the_users_own_is_trained_and_needed_again_to_load(tmp_path, 
     assert gate_ND.shape == (2, 16) and np.abs(gate_ND).max() > 0, "its parameter was trained"
     with pytest.raises(InputError, match=r"was trained with the block .*gptjax.load"):
         gptjax.load(model.run.folder)
-    again = gptjax.load(model.run.folder, block=Scaled())
+    again = gptjax.load(model.run.folder, block=Scaled)  # the class does as well
     assert gptjax.generate(again, "the", max_new_tokens=4) == gptjax.generate(model, "the", max_new_tokens=4)
 
 
@@ -212,3 +214,21 @@ def test_a_run_starts_from_one_with_fewer_token_ids_whose_meanings_are_the_same(
     assert larger.params["embed_VD"].shape == (384, 16)
     with pytest.raises(InputError, match="has another tokenizer, whose 270 ids mean other tokens"):
         gptjax.train(config(tmp_path / "other", text, **settings(bpe(300, reverse=True), 300), **more))
+
+
+def test_what_would_be_ignored_or_confused_is_refused(tmp_path, text):
+    with pytest.raises(InputError, match="optim.z_loss=0.1 belongs to the built-in loss"):
+        gptjax.train(config(tmp_path / "z", text, optim__z_loss=0.1), loss=lambda decoder: None)
+    with pytest.raises(InputError, match="a partial has no name of its own"):
+        gptjax.train(config(tmp_path / "p", text), loss=functools.partial(print))
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(InputError, match="data.validation held=.*holds no text"):
+        gptjax.train(config(tmp_path / "e", text, data__validation=(f"held={tmp_path / 'empty.txt'}",)))
+    with pytest.raises(InputError, match="data.weights=.*wanted one for each source where data.weights_are is shares"):
+        gptjax.override(config(tmp_path / "w", text), {"data.weights_are": "shares"})
+
+
+def test_a_module_in_the_working_folder_is_found_by_its_name(tmp_path, monkeypatch):
+    (tmp_path / "own_parts_here.py").write_text("def answer():\n    return 42\n")
+    monkeypatch.chdir(tmp_path)
+    assert resolve("own_parts_here:answer", "loss")() == 42

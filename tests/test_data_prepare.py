@@ -196,10 +196,21 @@ def test_a_folder_made_from_something_else_is_refused_by_name(tmp_path, one, man
         prepare(many, tmp_path / "out", PIECES, 0.1)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json", "corpus-1.txt", "features.json"])
+def test_preparing_into_a_folder_with_files_of_the_users_leaves_them(tmp_path, one, name):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("mine")
+    with pytest.raises(InputError, match=f"{name} would be overwritten; delete it, or prepare into another folder"):
+        prepare(one, tmp_path / "mine", BYTES, 0.1)
+    assert (tmp_path / "mine" / name).read_text() == "mine"
+
+
 def test_an_unfinished_folder_is_begun_afresh(tmp_path, one, many):
     whole = prepare(one, tmp_path / "a", BYTES, 0.1)
     prepare(many, tmp_path / "b", PIECES_OF_MANY, 0.1)
-    (tmp_path / "b" / MANIFEST_FILE).unlink()
+    (tmp_path / "b" / MANIFEST_FILE).unlink()  # a kill just before the manifest was written
+    (tmp_path / "b" / prepare_module.WORK).mkdir()
+    (tmp_path / "b" / prepare_module.WORK / "inputs.json").write_text("{}")
     (tmp_path / "b" / "notes").write_text("of the user")
     assert not is_corpus(tmp_path / "b")
     with pytest.raises(InputError, match="no finished corpus"):

@@ -159,6 +159,7 @@ def test_the_best_steps_are_those_of_lowest_evaluation_loss(tmp_path):
     assert file.best_steps(0) == []
     assert file.best_steps(2) == [20, 50]
     assert file.best_steps(9) == [20, 50, 30, 10]
+    assert file.best_steps(1, among=[10, 30]) == [30], "the best of those that were saved"
     assert file.has_evaluation(30) and not file.has_evaluation(31)
 
 

@@ -126,6 +126,23 @@ def test_a_loss_that_is_no_number_ends_training_before_it_is_saved():
     assert len(saved) < 10
 
 
+@pytest.mark.parametrize("steps", [(2, 3), (1, 9), (9, 9)])
+def test_a_run_that_starts_or_ends_within_the_steps_to_trace_traces_its_own(tmp_path, steps, monkeypatch):
+    calls, mesh, state, step = [], *make()
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    with jax.set_mesh(mesh):
+        state = fit(
+            step, state, FROZEN, endless(), 2, mesh=mesh, log=lambda *_: None, save=lambda *_: None, save_every=9
+        )
+        calls.clear()
+        fit(
+            step, state, FROZEN, endless(2), 4, mesh=mesh, log=lambda *_: None, save=lambda *_: None, save_every=9,
+            trace=(*steps, tmp_path),
+        )  # fmt: skip
+    assert calls == ([] if steps == (9, 9) else ["start", "stop"])
+
+
 def test_training_refuses_sharded_state_without_a_mesh():
     mesh, state, step = make()
     with pytest.raises(InputError, match="no mesh is set"):

@@ -61,6 +61,8 @@ class DataConfig(Section):
             self.require(len({n for n, _, _ in pairs}) == len(pairs), name, "names that differ")
         twice = {n.partition("=")[0] for n in self.mixture} & {n.partition("=")[0] for n in self.validation}
         self.require(not twice, "validation", "names that no source of data.mixture has")
+        shares = self.weights_are == "epochs" or bool(self.weights)
+        self.require(shares, "weights", "one for each source where data.weights_are is shares")
         given = not self.weights or len(self.weights) == len(self.mixture)
         self.require(given, "weights", f"one for each of the {len(self.mixture)} sources in data.mixture")
         self.require(all(math.isfinite(w) and w > 0 for w in self.weights), "weights", "finite numbers above 0")

@@ -79,7 +79,7 @@ class ModelConfig(Section):
     """What remat=names and remat=offload keep of each block: of query, key, value (the projections), attention (its
     output), mlp (its products before the activation)."""
     block: str = ""
-    """Function module:name that is one layer, in place of gptjax.block.block."""
+    """Function or class module:name that is one layer, in place of gptjax.block.block."""
     unroll: int = 1
     """Layers in one step of the compiled loop over layers; 0 unrolls all (slower to compile, often faster to run)."""
 

@@ -186,10 +186,13 @@ def _begin(folder: Path, inputs: dict[str, Any]) -> None:
     text = json.dumps(inputs, indent=1)
     if path.is_file() and path.read_text(encoding="utf-8") == text:
         return
+    ours = path.is_file()  # else what lies here is the user's: a tokenizer, or the texts themselves
     shutil.rmtree(folder / WORK, ignore_errors=True)
-    # Only names that `prepare` itself writes.
     for file in (*(folder / name for name in (*FILES, *_METADATA)), *folder.glob(f"{DATASET}-*")):
-        file.unlink(missing_ok=True)
+        if ours:
+            file.unlink(missing_ok=True)
+        elif file.exists():
+            raise InputError(f"{file} would be overwritten; delete it, or prepare into another folder with --out")
     path.parent.mkdir()
     path.with_suffix(".partial").write_text(text, encoding="utf-8")
     os.replace(path.with_suffix(".partial"), path)

@@ -117,7 +117,7 @@ class PreparedFeed:
             state = {**state, "tokens": tokens}
         for i, (name, corpus) in enumerate(self._corpora.items()):
             split = corpus.split("train")
-            if split.damage:
+            if split.damage and (source_B == i).any():
                 spans = self._mixture.rows[i].spans(index_B[source_B == i])
                 for start, count in zip(spans.start.tolist(), spans.count.tolist()):
                     for error in split.damage_in(start, start + count + 1):

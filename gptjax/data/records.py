@@ -5,9 +5,7 @@ TFDS data is read from ArrayRecord through its data source, with no TensorFlow; 
 
 import difflib
 import json
-import os
 import re
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,12 +108,7 @@ def open_hf(source: str, field: str) -> Source:
 
 def open_function(source: str, field: str) -> Source:
     """MODULE:NAME of a function that yields texts or {field: text}, the same ones each time it is called."""
-    here = os.getcwd()
-    sys.path.append(here)  # last, so that a file beside the user hides no library
-    try:
-        function = resolve(source, "source")
-    finally:
-        sys.path.remove(here)
+    function = resolve(source, "source")
     return Source(source, (Unit(source, lambda: _function_rows(function, source, field)),))
 
 

@@ -93,6 +93,8 @@ def further(config: TrainConfig, tokenizer: Tokenizer, training: bool) -> list[V
         else:
             source = source if training else no_code(source)
             split = collected(documents(source, config.data.text_field), tokenizer, row_tokens(config))
+        if not split.num_documents or not split.num_bytes:
+            raise InputError(f"data.validation {name}={source} holds no text; wanted at least one document with some")
         found.append(Validation(name, split, config, own=False))
     return found
 
