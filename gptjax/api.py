@@ -15,7 +15,7 @@ import jax
 from gptjax.config import GenerateConfig, MeshConfig, TrainConfig
 from gptjax.flags import load_recipe, origins
 from gptjax.generate import generate as generate_texts
-from gptjax.plugins import named, resolve
+from gptjax.plugins import named, optional
 from gptjax.pretrain import pretrain
 from gptjax.settings import InputError, build, leaves, unknown_name
 from gptjax.trained import Trained, open_trained
@@ -58,8 +58,7 @@ def train(
     given = {"loss": loss, "model.block": block, "data.source": source}
     config = override(config, {setting: named(part) for setting, part in given.items() if part is not None})
     pretrain(config, {"path": "", "sha256": ""}, origins(TrainConfig(), config, config))
-    named_block = resolve(config.model.block, "model.block") if config.model.block else None
-    return load(config.run_dir, block=named_block)
+    return load(config.run_dir, block=optional(config.model.block, "model.block"))
 
 
 def load(run_dir: str | Path, step: int = 0, *, block: Callable[..., Any] | None = None) -> Trained:

@@ -188,13 +188,13 @@ def head(params: Params) -> jax.Array:
     return params["head_VD"] if "head_VD" in params else params["embed_VD"]
 
 
-def make_decoder(config: TrainConfig, block: Callable = block) -> Decoder:
+def make_decoder(config: TrainConfig, block: Callable | None = None) -> Decoder:
     """The decoder of a run: its vocabulary is the tokenizer's and its context the length of the rows.
 
-    `block` is one layer: our own, or what model.block names, a function or a class that makes one.
+    `block` is one layer in place of our own: a function, or a class that makes one.
     """
-    block = block() if isinstance(block, type) else block
-    return Decoder(config.model, vocab_size=config.tokenizer.vocab_size, context=config.data.length, block=block)
+    decoder = Decoder(config.model, vocab_size=config.tokenizer.vocab_size, context=config.data.length)
+    return decoder if block is None else decoder.clone(block=block() if isinstance(block, type) else block)
 
 
 def init_params(decoder: Decoder) -> Callable[[jax.Array], Params]:

@@ -37,6 +37,11 @@ def is_name(text: str) -> bool:
     return bool(colon) and all(part.isidentifier() for part in parts)
 
 
+def optional(name: str, setting: str) -> Callable[..., Any] | None:
+    """The function that a setting names, as `resolve` finds it; None where the setting is empty."""
+    return resolve(name, setting) if name else None
+
+
 def resolve(name: str, setting: str) -> Callable[..., Any]:
     """The function that a setting names; raises InputError where there is none. Its module is imported: code is run."""
     if name in _GIVEN:

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gptjax.block import block
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import TrainConfig
 from gptjax.data.feed import open_feed
@@ -21,7 +20,7 @@ from gptjax.generate import generate
 from gptjax.losses import cross_entropy
 from gptjax.metrics import Metrics
 from gptjax.optim import make_optimizer, make_schedule
-from gptjax.plugins import resolve
+from gptjax.plugins import optional, resolve
 from gptjax.run import Run
 from gptjax.settings import InputError, leaves
 from gptjax.sharding import abstract, make_mesh
@@ -74,7 +73,7 @@ class Parts(NamedTuple):
 
 def assemble(config: TrainConfig) -> Parts:
     """The decoder, optimizer, initial state and training step of a run, with the user's own loss and block."""
-    decoder = make_decoder(config, resolve(config.model.block, "model.block") if config.model.block else block)
+    decoder = make_decoder(config, optional(config.model.block, "model.block"))
     norms, ema = config.log_norms_every > 0, config.optim.ema
     if config.loss:
         if config.optim.z_loss:
@@ -137,7 +136,7 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
                 if config.init:
                     state = start_from(config, feed.tokenizer, state, tx, mesh)
                     _say(f"weights from {config.init}")
-            example = feed.batch(0)
+            example = feed.batch(0)  # read in earnest, so that damaged data is told before anything is compiled
             step = compile_step(step, mesh, state, {}, example)
             eval_step = make_eval_step(decoder, mesh, state.params, example)
             metrics = Metrics(run.metrics_path, run.tensorboard, config, decoder.vocab_size, resumed_step=start)

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 
-from gptjax.block import block as own_block
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import MeshConfig, TrainConfig
 from gptjax.decoder import Decoder, init_params, make_decoder
@@ -48,7 +47,7 @@ def open_trained(
             f"{run_dir} was trained with the block {config.model.block!r}, which is code and not in the run; open it "
             f"from Python: gptjax.load({str(run_dir)!r}, block=...)"
         )
-    mesh, decoder = make_mesh(mesh_cfg), make_decoder(config, block or own_block)
+    mesh, decoder = make_mesh(mesh_cfg), make_decoder(config, block)
     shapes = jax.eval_shape(init_params(decoder), jax.random.key(0))
     item = "ema" if config.optim.ema else "params"
     wanted = {item: abstract(shapes, mesh)}

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from gptjax.config import TrainConfig
-from gptjax.plugins import resolve
+from gptjax.plugins import optional
 from gptjax.settings import InputError
 from gptjax.sharding import shardings
 from gptjax.tokenizer import Tokenizer
@@ -30,8 +30,7 @@ def start_from(
     Raises InputError where that is no run, where its tokens have other meanings, and where a weight does not fit.
     """
     # The old run's block is not read from its folder: it is the one that this run was given.
-    block = resolve(config.model.block, "model.block") if config.model.block else None
-    old = open_trained(config.init, config.mesh, block=block)
+    old = open_trained(config.init, config.mesh, block=optional(config.model.block, "model.block"))
     _check_tokens(old, tokenizer)
     _check_shapes(old, state.params, config)
     rows = {

@@ -11,6 +11,7 @@ import jax
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import ContinueConfig, DataConfig, EvalConfig, MeshConfig, TokenizerConfig, TrainConfig
 from gptjax.data.feed import open_feed
+from gptjax.data.packing import example_batch
 from gptjax.data.show import show
 from gptjax.evaluate import evaluate, make_eval_step
 from gptjax.generate import stream
@@ -33,7 +34,8 @@ def evaluate_trained(model: Trained, max_rows: int = 0) -> dict[str, Any]:
     limits = dataclasses.replace(model.config.evaluate, max_rows=max_rows)
     feed = open_feed(dataclasses.replace(model.config, evaluate=limits), model.run.data)
     with jax.set_mesh(model.mesh):
-        eval_step = make_eval_step(model.decoder, model.mesh, model.params, feed.batch(0))
+        example = example_batch(model.config.data.batch_size, model.config.data.length)
+        eval_step = make_eval_step(model.decoder, model.mesh, model.params, example)
         return evaluate(eval_step, model.params, feed.validation, max_rows, model.mesh)
 
 

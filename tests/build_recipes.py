@@ -9,6 +9,7 @@ import sys
 
 import jax
 
+from gptjax.data.packing import example_batch
 from gptjax.flags import load_recipe
 from gptjax.pretrain import assemble, check_divisible
 from gptjax.sharding import make_mesh, shardings
@@ -26,9 +27,7 @@ for name in sys.argv[1:]:
     parts = assemble(config)
     state = jax.eval_shape(parts.init, 0)
     where = shardings(state, mesh)
-    rows = jax.ShapeDtypeStruct((config.data.batch_size, config.data.length), "int32")
-    batch = {f"{n}_BL": rows for n in ("inputs", "targets", "positions", "segments")}
-    batch["weights_BL"] = jax.ShapeDtypeStruct(rows.shape, "float32")
+    batch = example_batch(config.data.batch_size, config.data.length)
     with jax.set_mesh(mesh):
         after, _ = jax.eval_shape(parts.step, state, {}, batch)
     placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(s.shard_shape(x.shape), x.dtype), state, where)

@@ -73,6 +73,13 @@ def cut(stream: Stream, spans: Spans, num_rows: int, length: int, cross_document
     }
 
 
+def example_batch(num_rows: int, length: int) -> Batch:
+    """Names, shapes and types of the batches of `cut`, with nothing read and nothing allocated."""
+    whole = np.broadcast_to(np.int32(0), (num_rows, length))
+    names = ("inputs_BL", "targets_BL", "positions_BL", "segments_BL")
+    return dict.fromkeys(names, whole) | {"weights_BL": np.broadcast_to(np.float32(0), whole.shape)}
+
+
 def _covered(spans: Spans, num_rows: int, length: int) -> np.ndarray:
     """Which places some span covers, by adding up where spans open and close."""
     edges_BL = np.zeros((num_rows, length + 1), np.int8)
