@@ -10,13 +10,9 @@ adds to the first. Before anything is timed, its outputs and gradients are compa
 
 import argparse
 import functools
-import importlib.metadata
 import json
 import platform
-import shlex
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from facts import facts
 
 from gptjax.attention import attend, causal
 from gptjax.blockwise import attend_blockwise
@@ -34,7 +31,6 @@ from gptjax.pretrain import language_model_loss
 
 ROWS, HEADS, HEAD_SIZE, BLOCK = 1, 4, 64, 512
 MEMORY_LENGTHS, SPEED_LENGTHS, BLOCKS = (4096, 8192, 16384), (1024, 2048, 4096), (128, 256, 512, 1024)
-ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:
@@ -47,7 +43,7 @@ def main() -> None:
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds}: wanted at least 1")
 
-    report: dict[str, Any] = facts() | {"rows": ROWS, "heads": HEADS, "head_size": HEAD_SIZE, "block": BLOCK}
+    report: dict[str, Any] = machine() | {"rows": ROWS, "heads": HEADS, "head_size": HEAD_SIZE, "block": BLOCK}
     report["attention_bytes"] = memory(lambda kind, n: compiled(kind, n, BLOCK, "float32"), ("plain", "blockwise"))
     report["decoder_bytes"] = memory(compiled_decoder, ("plain", "blockwise"))
     report["speed"] = [
@@ -66,17 +62,10 @@ def main() -> None:
         print(f"wrote {args.out}")
 
 
-def facts() -> dict[str, Any]:
-    """What must stand beside the numbers: the machine, versions, commit and command."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    names = ("jax", "jaxlib", "flax", "optax")
-    return {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip(),
-        "device": f"{platform.machine()} {jax.devices()[0].device_kind}, shared with other work",
-        "versions": {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in names},
-    }
+def machine() -> dict[str, Any]:
+    """The facts of this machine and of the packages that these measurements depend on."""
+    device = f"{platform.machine()} {jax.devices()[0].device_kind}, shared with other work"
+    return facts(device, "jax", "jaxlib", "flax", "optax")
 
 
 def compiled(kind: str, length: int, block: int, dtype: str) -> Any:

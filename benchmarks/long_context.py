@@ -17,7 +17,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from attention_memory import ROOT, facts
+from attention_memory import machine
+from facts import ROOT
 
 from gptjax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, TokenizerConfig, TrainConfig
 from gptjax.pretrain import assemble
@@ -40,7 +41,7 @@ def main() -> None:
     if not 2 <= args.steps <= most:
         parser.error(f"--steps {args.steps}: wanted 2 to {most}, the rows of {args.length} bytes in the text")
 
-    report = facts() | train(recipe(args.length, args.steps, args.block))
+    report = machine() | train(recipe(args.length, args.steps, args.block))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(report, indent=2) + "\n")

@@ -17,9 +17,6 @@ import importlib.metadata
 import importlib.resources
 import json
 import platform
-import shlex
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -29,13 +26,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from facts import facts
 
 from gptjax.config import ModelConfig, OptimConfig
 from gptjax.decoder import Decoder, head, init_params
 from gptjax.losses import cross_entropy
 from gptjax.optim import make_optimizer, make_schedule
 
-ROOT = Path(__file__).parents[1]
 BASE, WIDTHS = 64, (64, 256)
 LEARNING_RATES = tuple(2.0**-n for n in range(12, 5, -1))
 ROWS, LENGTH, STEPS, WARMUP, TAIL, SEED = 16, 64, 150, 15, 20, 0
@@ -47,7 +44,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the dated report")
     args = parser.parse_args()
 
-    report, began = facts(), time.perf_counter()
+    device = f"{platform.machine()} {jax.default_backend()}, {jax.device_count()} device(s)"
+    setting = {"rows": ROWS, "length": LENGTH, "steps": STEPS, "seed": SEED}
+    report, began = facts(device, "jax", "flax", "optax") | setting, time.perf_counter()
     report["losses"] = {}
     for width in WIDTHS:
         for base in (BASE, 0) if width != BASE else (BASE,):
@@ -67,20 +66,6 @@ def main() -> None:
     plot(report, path.with_suffix(".png"))
     print(f"best at 256 over best at 64: {report['best_at_256_over_best_at_64']}")
     print(f"wrote {path} and .png")
-
-
-def facts() -> dict[str, Any]:
-    """What must stand beside the numbers: the machine, versions, commit and command."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip(),
-        "device": f"{platform.machine()} {jax.default_backend()}, {jax.device_count()} device(s)",
-        "versions": {"python": platform.python_version()}
-        | {package: importlib.metadata.version(package) for package in ("jax", "flax", "optax")},
-        "rows": ROWS, "length": LENGTH, "steps": STEPS, "seed": SEED,
-    }  # fmt: skip
 
 
 def name(width: int, base: int) -> str:

@@ -13,7 +13,6 @@ Writes DATE_optimizers.json, .md and .png (which takes matplotlib: pip install '
 """
 
 import argparse
-import importlib.metadata
 import json
 import math
 import platform
@@ -29,6 +28,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from facts import ROOT, facts
 from jax.sharding import AbstractMesh, AxisType
 
 from gptjax.config import OptimConfig
@@ -36,7 +36,6 @@ from gptjax.decoder import init_params, make_decoder
 from gptjax.optim import make_optimizer, make_schedule
 from gptjax.sharding import AXES, shardings
 
-ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "configs" / "quickstart.py"
 # Lion's steps have the size of the learning rate in every element, AdamW's are two to five times smaller.
 LEARNING_RATES = {
@@ -57,7 +56,11 @@ def main() -> None:
     if args.steps < TAIL:
         parser.error(f"--steps {args.steps}: wanted at least {TAIL}, whose losses are averaged")
 
-    report = facts() | {"recipe": RECIPE.relative_to(ROOT).as_posix(), "steps": args.steps}
+    device = f"{platform.machine()} {jax.default_backend()}, {jax.device_count()} device(s)"
+    report = facts(device, "jax", "flax", "optax") | {
+        "recipe": RECIPE.relative_to(ROOT).as_posix(),
+        "steps": args.steps,
+    }
     report["state_bytes"] = {kind: state_bytes(kind) for kind in args.kinds}
     with tempfile.TemporaryDirectory(prefix="gptjax-bench-") as folder:
         corpus = prepare(Path(folder))
@@ -73,19 +76,6 @@ def main() -> None:
     plot(report, path.with_suffix(".png"))
     print(table(report))
     print(f"wrote {path}, .md and .png")
-
-
-def facts() -> dict[str, Any]:
-    """What must stand beside the numbers: the machine, versions, commit and command."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip(),
-        "device": f"{platform.machine()} {jax.default_backend()}, {jax.device_count()} device(s)",
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
-    }
 
 
 def gptjax(verb: str, *options: str) -> None:

@@ -11,10 +11,8 @@ file must be those of the first.
 """
 
 import argparse
-import datetime
 import gzip
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -30,11 +28,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from facts import ROOT, facts
+
 from gptjax.data.corpus import open_corpus
 from gptjax.data.prepare import WORK
 from gptjax.tokenizer import open_tokenizer
 
-ROOT = Path(__file__).parents[1]
 EVERY = 0.1  # seconds between two samples of memory
 
 
@@ -87,12 +86,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         name: {"documents": split.documents, "tokens": split.tokens, "bytes": split.bytes}
         for name, split in corpus.manifest.splits.items()
     }
-    return {
-        "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", *sys.argv]),
-        "commit": commit(),
-        "device": {"cpu": cpu(), "cores": os.cpu_count(), "load_before": LOAD, "system": platform.platform()},
-        "versions": {"python": platform.python_version()} | versions(),
+    device = {"cpu": cpu(), "cores": os.cpu_count(), "load_before": LOAD, "system": platform.platform()}
+    return facts(device, "numpy", "sentencepiece", "tensorflow-datasets", "array-record") | {
         "tokenizer": {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256},
         "workers": args.workers,
         "text_files": len(list(source.iterdir())),
@@ -175,25 +170,9 @@ def files(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
-def versions() -> dict[str, str]:
-    names = ("gptjax", "numpy", "sentencepiece", "tensorflow-datasets", "array-record")
-    found = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "source"
-    return found
-
-
 def cpu() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
-def commit() -> str:
-    done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
 
 
 LOAD = [round(load, 2) for load in os.getloadavg()]

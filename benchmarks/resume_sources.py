@@ -12,9 +12,7 @@ changed, and going on must be refused with exit code 2.
 """
 
 import argparse
-import datetime
 import gzip
-import importlib.metadata
 import json
 import os
 import platform
@@ -28,7 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from facts import ROOT, facts
+
 MODEL = """
 --model.num-layers 1 --model.width 32 --model.num-heads 2 --model.dtype float32 --model.dropout 0.1 --data.length 64
 --data.batch-size 8 --optim.warmup-steps 10 --evaluate.max-rows 16 --checkpoint.keep-best 1 --no-tensorboard
@@ -220,13 +219,10 @@ def main() -> None:
             if case.name in args.only or not args.only:
                 found[case.name] = measure(case, Path(name), args.steps, args.kills, rng)
                 print(case.name, json.dumps(found[case.name]), flush=True)
-    report = {
-        "date": datetime.date.today().isoformat(),
+    device = f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    report = facts(device, "jax", "jaxlib", "grain", "tensorflow-datasets") | {
         "command": "python benchmarks/resume_sources.py --text FOLDER --out benchmarks/results "
         f"--steps {args.steps} --kills {args.kills} --seed {args.seed}",
-        "commit": commit(),
-        "device": f"{platform.machine()} CPU, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version(), **versions()},
         "texts": [path.name for path in texts[-3:]],
         "cases": found,
     }
@@ -234,15 +230,6 @@ def main() -> None:
     path = args.out / f"{report['date']}_resume_sources.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
     print(f"wrote {path}")
-
-
-def versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "grain", "tensorflow-datasets")}
-
-
-def commit() -> str:
-    done = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ stronger baseline. The last tenth of the text is held out.
 
 Reports, for each seed, the loss in nats a byte over the whole held-out split (windows of 64 that do not overlap, each
 byte but the first predicted once), tokens a second from the median step, and wall time; then the mean loss, versions
-and command. Nothing of this project is imported, so that it runs in an environment that holds only torch.
+and command. Nothing of gptjax is imported, so that it runs in an environment that holds only torch.
 """
 
 import argparse
@@ -18,15 +18,13 @@ import hashlib
 import json
 import math
 import platform
-import shlex
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
+from facts import ROOT, facts
 from torch import nn  # pyright: ignore[reportMissingImports]
 from torch.nn import functional  # pyright: ignore[reportMissingImports]
 
@@ -36,7 +34,6 @@ WEIGHT_DECAY, BETAS, CLIP_NORM = 0.1, (0.9, 0.99), 1.0
 HELD_OUT = 0.1
 UNTIMED_STEPS = 20  # the first steps fill caches and memory pools
 THREADS = 2
-ROOT = Path(__file__).parents[1]
 TEXT = ROOT / "gptjax" / "data" / "corpora" / "shakespeare.txt"
 
 
@@ -142,15 +139,10 @@ def run(ids, vocab_size: int, seed: int, steps: int) -> dict:
     return {"seed": seed, "loss": loss, "tokens_per_second": speed, "seconds": time.perf_counter() - start}
 
 
-def facts(text: bytes, steps: int) -> dict:
-    """What must stand beside the numbers: the text, the machine, versions, commit and command."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip(),
-        "device": f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}, {THREADS} threads",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+def setting(text: bytes, steps: int) -> dict:
+    """What must stand beside the numbers: the machine, versions, commit and command, and the text."""
+    device = f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}, {THREADS} threads"
+    return facts(device, "torch", "numpy") | {
         "source_sha256": hashlib.sha256(text).hexdigest(),
         "source_bytes": len(text),
         "held_out_bytes": int(len(text) * HELD_OUT),
@@ -181,7 +173,7 @@ def main():
         parser.error(f"--source {args.source}: {len(text)} bytes, wanted more than {LENGTH / HELD_OUT:g}")
 
     torch.set_num_threads(THREADS)
-    report = facts(text, args.steps)
+    report = setting(text, args.steps)
     print(json.dumps(report, indent=2), flush=True)
     ids = torch.from_numpy(np.unique(np.frombuffer(text, np.uint8), return_inverse=True)[1])
     report["runs"] = [run(ids, report["vocabulary"], seed, args.steps) for seed in args.seeds]
