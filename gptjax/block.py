@@ -3,7 +3,6 @@
 Parameters go by their names without N; every option of ModelConfig that lies inside a layer is read here.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ from gptjax.attention import Sight, attend, dropout
 from gptjax.blockwise import attend_blockwise
 from gptjax.config import ModelConfig
 from gptjax.mup import attention_scale
+from gptjax.products import add_bias, products
 from gptjax.rope import rope, rotate
 
 Params = dict[str, Any]
@@ -36,36 +36,13 @@ def norm_heads(x_BLHK: jax.Array, scale_K: jax.Array, epsilon: float) -> jax.Arr
     return x.astype(x_BLHK.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """einsum(equation, x, w), whose weight gradient is x^T g where jax's own is (g^T x)^T.
-
-    The two are equal, but for the second XLA on a CPU writes g out transposed, by a loop over single numbers that
-    takes longer than the product: an MLP's forward and backward pass in half the time.
-    """
-    return jnp.einsum(equation, x, w)
-
-
-def _product_forward(equation, x, w):
-    return jnp.einsum(equation, x, w), (x, w)
-
-
-def _product_backward(equation, kept, g):
-    (x, w), (inputs, out) = kept, equation.split("->")
-    x_letters, w_letters = inputs.split(",")
-    dx = jnp.einsum(f"{out},{w_letters}->{x_letters}", g, w)
-    return dx, jnp.einsum(f"{x_letters},{out}->{w_letters}", x, g)
-
-
-product.defvjp(_product_forward, _product_backward)
-
-
-def project(x: jax.Array, p: Params, stem: str, equation: str) -> jax.Array:
-    """x times the weight `stem_...`, plus its bias where it has one; the equation's letters name the weight."""
-    letters = equation.split("->")[0].split(",")[1]
-    y: jax.Array = product(equation, x, p[f"{stem}_{letters}"].astype(x.dtype))
-    out = equation.split("->")[1].removeprefix("BL")
-    return y + p[f"{stem}_bias_{out}"].astype(x.dtype) if f"{stem}_bias_{out}" in p else y
+def project(x: jax.Array, p: Params, stems: dict[str, str]) -> tuple[jax.Array, ...]:
+    """x times each weight `stem_...`, plus its bias where it has one; an equation's letters name the weight."""
+    letters = [equation.split(",")[1].split("->")[0] for equation in stems.values()]
+    weights = tuple(p[f"{stem}_{w}"].astype(x.dtype) for stem, w in zip(stems, letters, strict=True))
+    ys = products(tuple(stems.values()), x, weights)
+    biases = [f"{stem}_bias_{equation.split('->')[1].removeprefix('BL')}" for stem, equation in stems.items()]
+    return tuple(add_bias(y, p[name]) if name in p else y for y, name in zip(ys, biases, strict=True))
 
 
 def block(
@@ -87,11 +64,11 @@ def block(
     keys = (None, None, None) if key is None else jax.random.split(key, 3)
     h_BLD = norm(x_BLD, p["norm_attn_D"], p.get("norm_attn_bias_D"), cfg)
     a_BLHK, cache = heads(cfg, p, h_BLD, positions_BL, sight, cache, keys[0], window)
-    x_BLD = x_BLD + dropout(project(a_BLHK, p, "o", "BLHK,HKD->BLD"), cfg.dropout, keys[1])
+    x_BLD = x_BLD + dropout(project(a_BLHK, p, {"o": "BLHK,HKD->BLD"})[0], cfg.dropout, keys[1])
     if not cfg.parallel:
         h_BLD = norm(x_BLD, p["norm_mlp_D"], p.get("norm_mlp_bias_D"), cfg)
     h_BLF = hidden(cfg, p, h_BLD)
-    return x_BLD + dropout(project(h_BLF, p, "w_out", "BLF,FD->BLD"), cfg.dropout, keys[2]), cache
+    return x_BLD + dropout(project(h_BLF, p, {"w_out": "BLF,FD->BLD"})[0], cfg.dropout, keys[2]), cache
 
 
 def heads(
@@ -106,9 +83,8 @@ def heads(
 ) -> tuple[jax.Array, Cache | None]:
     """What each head gathers, a_BLHK, before it is projected back into the stream; and the cache with the new rows."""
     # The names are for remat: a product that is kept is never computed twice, what follows it is cheap.
-    q_BLHK = checkpoint_name(project(h_BLD, p, "q", "BLD,DHK->BLHK"), "query")
-    k_BLGK = checkpoint_name(project(h_BLD, p, "k", "BLD,DGK->BLGK"), "key")
-    v_BLGK = checkpoint_name(project(h_BLD, p, "v", "BLD,DGK->BLGK"), "value")
+    made = project(h_BLD, p, {"q": "BLD,DHK->BLHK", "k": "BLD,DGK->BLGK", "v": "BLD,DGK->BLGK"})
+    q_BLHK, k_BLGK, v_BLGK = (checkpoint_name(y, n) for y, n in zip(made, ("query", "key", "value"), strict=True))
     if cfg.qk_norm:
         q_BLHK = norm_heads(q_BLHK, p["norm_q_K"], cfg.norm_epsilon)
         k_BLGK = norm_heads(k_BLGK, p["norm_k_K"], cfg.norm_epsilon)
@@ -134,9 +110,11 @@ def heads(
 
 def hidden(cfg: ModelConfig, p: Params, h_BLD: jax.Array) -> jax.Array:
     """The MLP's hidden layer h_BLF: GELU, a SiLU gate (Shazeer 2020), or ReLU squared (So et al. 2021, Primer)."""
-    h_BLF = checkpoint_name(project(h_BLD, p, "w_in", "BLD,DF->BLF"), "mlp")
+    stems = ("w_in", "w_gate") if cfg.activation == "swiglu" else ("w_in",)
+    made = project(h_BLD, p, dict.fromkeys(stems, "BLD,DF->BLF"))
+    h_BLF, *gate_BLF = (checkpoint_name(y, "mlp") for y in made)
     if cfg.activation == "swiglu":
-        return jax.nn.silu(checkpoint_name(project(h_BLD, p, "w_gate", "BLD,DF->BLF"), "mlp")) * h_BLF
+        return jax.nn.silu(gate_BLF[0]) * h_BLF
     if cfg.activation == "relu2":
         return jnp.square(jax.nn.relu(h_BLF))
     # In float32 inside: on a CPU the bfloat16 form takes three times as long, elsewhere it is fused and free.

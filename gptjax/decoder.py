@@ -16,6 +16,7 @@ from gptjax.block import Cache, Params, block, norm
 from gptjax.config import ModelConfig, TrainConfig
 from gptjax.losses import logits
 from gptjax.mup import init_factor, logits_factor
+from gptjax.products import lookup
 from gptjax.scaling.counts import padded_vocab
 from gptjax.sharding import constrain, suffix
 
@@ -144,9 +145,9 @@ class Decoder(nn.Module):
 
     def _run(self, tokens_BL, positions_BL, segments_BL, cache, key, norms=False):
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
-        x_BLD = self.top["embed_VD"].astype(dtype)[tokens_BL]
+        x_BLD = lookup(self.top["embed_VD"], tokens_BL, dtype)
         if cfg.positions == "learned":
-            x_BLD = x_BLD + self.top["position_TD"].astype(dtype)[positions_BL]
+            x_BLD = x_BLD + lookup(self.top["position_TD"], positions_BL, dtype)
         if cache is not None:
             sight = cached(positions_BL)
         else:

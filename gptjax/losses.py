@@ -5,11 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from gptjax.products import transpose
 from gptjax.sharding import RULES, constrain
 
-# float32 logits of one chunk on one device: on a CPU what its cache holds (4 MiB: 30 % faster than 16), elsewhere small
-# beside the activations and large enough for efficient products.
-CHUNK_BYTES = {"cpu": 1 << 22, "gpu": 1 << 28, "tpu": 1 << 28}
+# float32 logits of one chunk on one device: on a CPU the fastest of 4 to 128 MiB, elsewhere little beside activations
+# and large enough for efficient products.
+CHUNK_BYTES = {"cpu": 1 << 24, "gpu": 1 << 28, "tpu": 1 << 28}
 
 # float32's softmax gives exactly 0 here, and a finite number keeps gradients finite.
 MASKED = -1e30
@@ -20,12 +21,16 @@ def logits(x_BLD: jax.Array, head_VD: jax.Array, vocab_size: int, softcap: float
 
     With a soft-cap c above 0 each logit z becomes c tanh(z / c) (Gemma 2, 2024).
     """
-    logits_BLV = jnp.einsum("BLD,VD->BLV", x_BLD, head_VD.astype(x_BLD.dtype)).astype(jnp.float32)
-    logits_BLV = constrain(logits_BLV, "BLV")
+    return _finished(jnp.einsum("BLD,VD->BLV", x_BLD, head_VD.astype(x_BLD.dtype)), vocab_size, softcap)
+
+
+def _finished(logits_BLV: jax.Array, vocab_size: int, softcap: float) -> jax.Array:
+    """Logits as a product leaves them, in float32, capped and masked."""
+    logits_BLV = constrain(logits_BLV.astype(jnp.float32), "BLV")
     if softcap:
         logits_BLV = softcap * jnp.tanh(logits_BLV / softcap)
-    if vocab_size < head_VD.shape[0]:
-        logits_BLV = jnp.where(jnp.arange(head_VD.shape[0]) < vocab_size, logits_BLV, MASKED)
+    if vocab_size < logits_BLV.shape[-1]:
+        logits_BLV = jnp.where(jnp.arange(logits_BLV.shape[-1]) < vocab_size, logits_BLV, MASKED)
     return logits_BLV
 
 
@@ -73,9 +78,11 @@ def _num_chunks(shape: tuple[int, ...], vocab_size: int) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _cross_entropy(x_BLD, head_VD, targets_BL, weights_BL, vocab_size, extras, chunks):
+    head_DV = transpose(head_VD.astype(x_BLD.dtype), (1, 0))
+
     def add(total, chunk):
         x_BCD, targets_BC, weights_BC = chunk
-        return total + _chunk_loss(x_BCD, targets_BC, weights_BC, head_VD, vocab_size, extras)[0], None
+        return total + _chunk_loss(x_BCD, targets_BC, weights_BC, head_DV, vocab_size, extras)[0], None
 
     return jax.lax.scan(add, jnp.zeros(()), _split(chunks, x_BLD, targets_BL, weights_BL))[0]
 
@@ -85,10 +92,10 @@ def _split(chunks: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(jnp.moveaxis(a.reshape(a.shape[0], chunks, -1, *a.shape[2:]), 1, 0) for a in arrays)
 
 
-def _chunk_loss(x_BCD, targets_BC, weights_BC, head_VD, vocab_size, extras):
+def _chunk_loss(x_BCD, targets_BC, weights_BC, head_DV, vocab_size, extras):
     """The loss of one chunk, its logits, their softmax's numerator and normaliser, and log Z."""
     z_loss, softcap = extras
-    logits_BCV = logits(x_BCD, head_VD, vocab_size, softcap)
+    logits_BCV = _finished(jnp.einsum("BLD,DV->BLV", x_BCD, head_DV), vocab_size, softcap)
     highest_BC = logits_BCV.max(axis=-1)
     exp_BCV = jnp.exp(logits_BCV - highest_BC[..., None])
     sum_BC = exp_BCV.sum(axis=-1)
@@ -100,11 +107,13 @@ def _chunk_loss(x_BCD, targets_BC, weights_BC, head_VD, vocab_size, extras):
 
 def _forward(x_BLD, head_VD, targets_BL, weights_BL, vocab_size, extras, chunks):
     z_loss, softcap = extras
+    head = head_VD.astype(x_BLD.dtype)
+    head_DV = transpose(head, (1, 0))
 
     def add(carry, chunk):
-        total, dhead_VD = carry
+        total, dhead_DV = carry
         x_BCD, targets_BC, weights_BC = chunk
-        loss, *softmax = _chunk_loss(x_BCD, targets_BC, weights_BC, head_VD, vocab_size, extras)
+        loss, *softmax = _chunk_loss(x_BCD, targets_BC, weights_BC, head_DV, vocab_size, extras)
         logits_BCV, exp_BCV, sum_BC, log_z_BC = softmax
         # d loss / d logits = w (softmax (1 + 2 z log Z) - one-hot(target))
         scale_BC = weights_BC * (1 + 2 * z_loss * log_z_BC) / sum_BC
@@ -114,13 +123,13 @@ def _forward(x_BLD, head_VD, targets_BL, weights_BL, vocab_size, extras, chunks)
             # d c tanh(z / c) / dz = 1 - tanh^2; the bound turns the masked ids, which have no gradient, into 0 x 0.
             dlogits_BCV *= 1 - jnp.clip(logits_BCV / softcap, -1, 1) ** 2
         dlogits_BCV = dlogits_BCV.astype(x_BCD.dtype)
-        dx_BCD = jnp.einsum("BCV,VD->BCD", dlogits_BCV, head_VD.astype(x_BCD.dtype))
-        dhead_VD += jnp.einsum("BCV,BCD->VD", dlogits_BCV, x_BCD).astype(jnp.float32)
-        return (total + loss, dhead_VD), dx_BCD
+        dx_BCD = jnp.einsum("BCV,VD->BCD", dlogits_BCV, head)
+        dhead_DV += jnp.einsum("DBC,BCV->DV", transpose(x_BCD, (2, 0, 1)), dlogits_BCV).astype(jnp.float32)
+        return (total + loss, dhead_DV), dx_BCD
 
-    start = (jnp.zeros(()), jnp.zeros(head_VD.shape, jnp.float32))
-    (total, dhead_VD), dx = jax.lax.scan(add, start, _split(chunks, x_BLD, targets_BL, weights_BL))
-    return total, (jnp.moveaxis(dx, 0, 1).reshape(x_BLD.shape), dhead_VD.astype(head_VD.dtype))
+    start = (jnp.zeros(()), jnp.zeros(head_DV.shape, jnp.float32))
+    (total, dhead_DV), dx = jax.lax.scan(add, start, _split(chunks, x_BLD, targets_BL, weights_BL))
+    return total, (jnp.moveaxis(dx, 0, 1).reshape(x_BLD.shape), dhead_DV.T.astype(head_VD.dtype))
 
 
 def _backward(vocab_size, extras, chunks, kept, g):

@@ -1,0 +1,125 @@
+"""Products with parameters, whose gradients are fast on every platform and version of JAX: weights, biases, tables.
+
+The gradient of y = x w is dx = g w^T and dw = x^T g. XLA on a CPU folds each transpose into the product that reads it
+and so leaves its fast path: in bfloat16, on cores with matrix units, such a product takes 3 to 7 times as long.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+def transpose(x: jax.Array, order: tuple[int, ...]) -> jax.Array:
+    """jnp.transpose(x, order); on a CPU, in bfloat16, as an array of its own that no product can fold away.
+
+    The compiler looks through a transposed matrix, also behind an optimization barrier, but not through a reshaped one.
+    """
+    if x.ndim > 2 or x.shape[0] % 2 or x.dtype != jnp.bfloat16 or jax.default_backend() != "cpu":
+        return jnp.transpose(x, order)
+    rows, columns = x.shape
+    return jnp.transpose(x.reshape(2, rows // 2, columns), (2, 0, 1)).reshape(columns, rows)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def products(equations: tuple[str, ...], x: jax.Array, weights: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """(einsum(equation, x, w), ...) for several weights of one input, whose gradients share what they need of x.
+
+    Each equation is "batch input, input output -> batch output", as in BLD,DHK->BLHK.
+    """
+    return tuple(jnp.einsum(e, x, w) for e, w in zip(equations, weights, strict=True))
+
+
+def _forward(equations, x, weights):
+    return products(equations, x, weights), (x, weights)
+
+
+def _backward(equations, kept, gs):
+    x, weights = kept
+    x_letters = equations[0].split(",")[0]
+    # Input before batch: then dw is a plain product of rows and columns, and one copy of x serves every weight.
+    inputs = [n for n in x_letters if n in equations[0].split(",")[1].split("->")[0]]
+    turned = "".join(inputs + [n for n in x_letters if n not in inputs])
+    x_turned = transpose(x, tuple(x_letters.index(n) for n in turned))
+    dx, dws = None, []
+    for equation, w, g in zip(equations, weights, gs, strict=True):
+        w_letters, y_letters = equation.split(",")[1].split("->")
+        out = [n for n in w_letters if n not in inputs]
+        w_turned = transpose(w, tuple(w_letters.index(n) for n in out + inputs))
+        part = jnp.einsum(f"{y_letters},{''.join(out + inputs)}->{x_letters}", g, w_turned)
+        dx = part if dx is None else dx + part
+        dws.append(jnp.einsum(f"{turned},{y_letters}->{w_letters}", x_turned, g))
+    return dx, tuple(dws)
+
+
+products.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """y + bias over y's last dimensions. The bias's gradient, a sum over all others, is added up in float32.
+
+    jax's own sums in y's type, which XLA on a CPU does on one core and 30 times slower.
+    """
+    return y + bias.astype(y.dtype)
+
+
+def _bias_forward(y, bias):
+    return add_bias(y, bias), bias
+
+
+def _bias_backward(bias, g):
+    return g, g.astype(jnp.float32).sum(tuple(range(g.ndim - bias.ndim))).astype(bias.dtype)
+
+
+add_bias.defvjp(_bias_forward, _bias_backward)
+
+
+# Tokens in one product of the one-hot form: 1,024 x 50,304 numbers of bfloat16 are 98 MiB.
+ONE_HOT_ROWS = 1024
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def lookup(table_VD: jax.Array, ids_BL: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Rows of a table, as `dtype`. The table's gradient is added up in float32, however often a row occurs."""
+    return table_VD.astype(dtype)[ids_BL]
+
+
+def _lookup_forward(table_VD, ids_BL, dtype):
+    # An array of no elements carries the table's size and type to the backward pass.
+    return lookup(table_VD, ids_BL, dtype), (ids_BL, jnp.zeros((table_VD.shape[0], 0), table_VD.dtype))
+
+
+def _lookup_backward(dtype, kept, g_BLD):
+    ids_BL, like_VD = kept
+    if slow_scatter():
+        dtable_VD = one_hot_gradient(like_VD.shape[0], ids_BL, g_BLD)
+    else:
+        zeros = jnp.zeros((like_VD.shape[0], g_BLD.shape[-1]), jnp.float32)
+        dtable_VD = zeros.at[ids_BL].add(g_BLD.astype(jnp.float32))
+    return dtable_VD.astype(like_VD.dtype), None
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
+def slow_scatter() -> bool:
+    """True where adding to scattered rows in float32 can take 2,000 times as long: GPUs before jaxlib 0.11.1."""
+    return jax.default_backend() == "gpu" and tuple(map(int, jax.lib.__version__.split(".")[:3])) < (0, 11, 1)
+
+
+def one_hot_gradient(rows: int, ids_BL: jax.Array, g_BLD: jax.Array) -> jax.Array:
+    """The float32 gradient of a table of `rows` rows as a product with one-hot ids, some tokens at a time."""
+    ids, g = ids_BL.reshape(-1), g_BLD.reshape(-1, g_BLD.shape[-1])
+    size = min(ONE_HOT_ROWS, len(ids))
+    short = -len(ids) % size
+    # The id that fills up the last part is no row's, so its one-hot row is 0.
+    ids, g = jnp.pad(ids, (0, short), constant_values=rows), jnp.pad(g, ((0, short), (0, 0)))
+
+    def add(total_VD, part):
+        ids_C, g_CD = part
+        hit_CV = jax.nn.one_hot(ids_C, rows, dtype=g_CD.dtype)
+        return total_VD + jnp.einsum("CV,CD->VD", hit_CV, g_CD, preferred_element_type=jnp.float32), None
+
+    parts = ids.reshape(-1, size), g.reshape(-1, size, g.shape[-1])
+    return jax.lax.scan(add, jnp.zeros((rows, g.shape[-1]), jnp.float32), parts)[0]
