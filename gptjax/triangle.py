@@ -2,8 +2,7 @@
 
 Queries are taken in a few chunks, unrolled when compiled, and each meets the keys up to its own end only: 4 chunks save
 37 % of the scores, exponentials and products. What a CPU is slow at is left out: scores stand keys by queries, forward
-and backward, so that no product has a transposed operand and the softmax reduces over rows, and the weights are kept
-before they are divided by their sums.
+and backward, so that no product has a transposed operand and the softmax reduces over rows.
 """
 
 import dataclasses
@@ -72,39 +71,37 @@ def _forward(options, q_BLHK, k_BLGK, v_BLGK, mask_BML):
             tanh_BGMJL = jnp.tanh(s_BGMJL / options.softcap)
             s_BGMJL, slope_BGMJL = options.softcap * tanh_BGMJL, 1 - tanh_BGMJL**2
         s_BGMJL = jnp.where(mask_BML[:, None, keys, None, queries], s_BGMJL, jnp.finfo(jnp.float32).min)
-        e_BGMJL = jnp.exp(s_BGMJL - s_BGMJL.max(axis=2, keepdims=True))
-        sum_BGJL, e_BGMJL = e_BGMJL.sum(axis=2), e_BGMJL.astype(v_BLGK.dtype)
-        out_BGKJL = jnp.einsum("BGKM,BGMJL->BGKJL", v_BGKM[..., keys], e_BGMJL)
-        out.append(out_BGKJL.astype(jnp.float32) / sum_BGJL[:, :, None])
-        kept.append((e_BGMJL, sum_BGJL, slope_BGMJL))
+        p_BGMJL = jax.nn.softmax(s_BGMJL, axis=2).astype(v_BLGK.dtype)
+        out.append(jnp.einsum("BGKM,BGMJL->BGKJL", v_BGKM[..., keys], p_BGMJL))
+        kept.append((p_BGMJL, slope_BGMJL))
     out_BLHK = jnp.transpose(jnp.concatenate(out, axis=-1), (0, 4, 1, 3, 2)).reshape(B, L, H, K)
-    out_BLHK = checkpoint_name(out_BLHK.astype(q_BLHK.dtype), "attention")
-    return out_BLHK, (q_BLHK, k_BLGK, v_BLGK, out_BLHK, kept)
+    out_BLHK = checkpoint_name(out_BLHK, "attention")
+    return out_BLHK, (q_BLHK, k_BLGK, v_BLGK, kept)
 
 
 def _backward(options, saved, g_BLHK):
-    q_BLHK, k_BLGK, v_BLGK, out_BLHK, kept = saved
+    q_BLHK, k_BLGK, v_BLGK, kept = saved
     (B, L, H, K), G = q_BLHK.shape, k_BLGK.shape[2]
 
     def grouped(x_BLHK):
         return jnp.transpose(x_BLHK.reshape(B, L, G, H // G, K), (0, 2, 3, 1, 4))
 
-    q_BGJLK, g_BGJLK = grouped(q_BLHK * options.scale), grouped(g_BLHK.astype(jnp.float32))
-    # Row sums of p dp, without p: FlashAttention-2, equation 4.
-    delta_BGJL = jnp.sum(g_BGJLK * grouped(out_BLHK.astype(jnp.float32)), axis=-1)
+    q_BGJLK, g_BGJLK = grouped(q_BLHK * options.scale), grouped(g_BLHK)
+    g_BGKJL = jnp.transpose(g_BGJLK, (0, 1, 4, 2, 3))
     k_BGKM, v_BGMK = jnp.transpose(k_BLGK, (0, 2, 3, 1)), jnp.moveaxis(v_BLGK, 1, 2)
     dk_BGMK, dv_BGMK, dq = jnp.zeros(v_BGMK.shape, jnp.float32), jnp.zeros(v_BGMK.shape, jnp.float32), []
-    for (queries, keys), (e_BGMJL, sum_BGJL, slope_BGMJL) in zip(_chunks(L, options.window), kept, strict=True):
-        # The weights are e over its sum; divided into g and delta, which are smaller.
-        part_BGJLK = (g_BGJLK[..., queries, :] / sum_BGJL[..., None]).astype(v_BGMK.dtype)
-        part_BGKJL = jnp.transpose(part_BGJLK, (0, 1, 4, 2, 3))
-        dp_BGMJL = jnp.einsum("BGMK,BGKJL->BGMJL", v_BGMK[:, :, keys], part_BGKJL).astype(jnp.float32)
-        ds_BGMJL = e_BGMJL.astype(jnp.float32) * (dp_BGMJL - (delta_BGJL[..., queries] / sum_BGJL)[:, :, None])
+    for (queries, keys), (p_BGMJL, slope_BGMJL) in zip(_chunks(L, options.window), kept, strict=True):
+        dp_BGMJL = jnp.einsum("BGMK,BGKJL->BGMJL", v_BGMK[:, :, keys], g_BGKJL[..., queries]).astype(jnp.float32)
+        # The mean of dp not by the output, as FlashAttention has it: what was rounded in dp would not cancel.
+        weights_BGMJL = p_BGMJL.astype(jnp.float32)
+        mean_BGMJL = (weights_BGMJL * dp_BGMJL).sum(axis=2, keepdims=True)
+        ds_BGMJL = weights_BGMJL * (dp_BGMJL - mean_BGMJL)
         ds_BGMJL = (ds_BGMJL if slope_BGMJL is None else ds_BGMJL * slope_BGMJL).astype(k_BLGK.dtype)
         dq.append(jnp.einsum("BGKM,BGMJL->BGKJL", k_BGKM[..., keys], ds_BGMJL))
-        part_BGMK = jnp.einsum("BGMJL,BGJLK->BGMK", ds_BGMJL, q_BGJLK[..., queries, :])
-        dk_BGMK = dk_BGMK.at[:, :, keys].add(part_BGMK.astype(jnp.float32))
-        dv_BGMK = dv_BGMK.at[:, :, keys].add(jnp.einsum("BGMJL,BGJLK->BGMK", e_BGMJL, part_BGJLK).astype(jnp.float32))
+        dk = jnp.einsum("BGMJL,BGJLK->BGMK", ds_BGMJL, q_BGJLK[..., queries, :])
+        dv = jnp.einsum("BGMJL,BGJLK->BGMK", p_BGMJL, g_BGJLK[..., queries, :])
+        dk_BGMK = dk_BGMK.at[:, :, keys].add(dk.astype(jnp.float32))
+        dv_BGMK = dv_BGMK.at[:, :, keys].add(dv.astype(jnp.float32))
     dq_BGKJL = jnp.concatenate(dq, axis=-1) * options.scale
     dq_BLHK = jnp.transpose(dq_BGKJL, (0, 4, 1, 3, 2)).reshape(B, L, H, K)
     dk_BLGK, dv_BLGK = (jnp.moveaxis(x, 2, 1) for x in (dk_BGMK, dv_BGMK))
