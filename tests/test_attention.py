@@ -280,3 +280,33 @@ def test_a_run_is_told_its_attention():
     line = "attention: plain (chosen by model.attention=auto), documents of a row kept apart by segments"
     assert describe(cfg, 64, True) == line
     assert describe(MODEL, 64, False) == "attention: plain, each row one document"
+
+
+def benchmark(monkeypatch, *flags: str) -> int:
+    """The exit code of the benchmark at its smallest."""
+    import attention as command  # benchmarks/attention.py
+
+    small = ["--lengths", "32", "--tokens", "32", "--heads", "2", "--head-size", "8", "--rounds", "1", *flags]
+    monkeypatch.setattr("sys.argv", ["attention.py", "--document", "8", *small])
+    with pytest.raises(SystemExit) as stopped:
+        command.main()
+    return int(stopped.value.code or 0)
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_what_is_right(monkeypatch, tmp_path, capsys):
+    assert benchmark(monkeypatch, "--out", str(tmp_path)) == 0
+    assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".png"}
+    assert "splash is left out: it runs on a tpu" in capsys.readouterr().out
+
+
+def test_the_benchmark_fails_where_documents_cross(monkeypatch, capsys):
+    import attention as command
+
+    def crossing(cfg, q_BLHK, k_BLGK, v_BLGK, sight, *, scale):
+        return attend(q_BLHK, k_BLGK, v_BLGK, causal(sight.query_BL, packed=False), scale=scale)
+
+    monkeypatch.setattr(command, "attention", crossing)
+    assert benchmark(monkeypatch) == 1
+    out = capsys.readouterr().out
+    assert "WRONG: blockwise at 32, packed" in out and "one document: " not in out
