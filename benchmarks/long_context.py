@@ -9,6 +9,7 @@ step (which other work on the machine hardly changes) and the process's peak mem
 
 import argparse
 import json
+import platform
 import resource
 import statistics
 import time
@@ -17,8 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from attention_memory import machine
-from facts import ROOT
+from facts import ROOT, facts
 
 from gptjax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, TokenizerConfig, TrainConfig
 from gptjax.pretrain import assemble
@@ -41,7 +41,8 @@ def main() -> None:
     if not 2 <= args.steps <= most:
         parser.error(f"--steps {args.steps}: wanted 2 to {most}, the rows of {args.length} bytes in the text")
 
-    report = machine() | train(recipe(args.length, args.steps, args.block))
+    device = f"{platform.machine()} {jax.devices()[0].device_kind}, shared with other work"
+    report = facts(device, "jax", "jaxlib", "flax", "optax") | train(recipe(args.length, args.steps, args.block))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(report, indent=2) + "\n")

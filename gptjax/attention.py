@@ -8,26 +8,30 @@ import jax.numpy as jnp
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["query_BL", "query_segments_BL", "key_segments_BM"],
-                   meta_fields=[])  # fmt: skip
+                   meta_fields=["aligned"])  # fmt: skip
 @dataclasses.dataclass(frozen=True)
 class Sight:
     """Which keys each query sees, without an L x M array: those at places m <= query_BL, in the same segment.
 
-    query_BL is the place of each query among the keys. Segments are None where all keys belong to one document.
+    query_BL is the place of each query among the keys. Segments are None where all keys belong to one document. Aligned
+    is what is known before anything runs: there are as many keys as queries, and query l is at place l.
     """
 
     query_BL: jax.Array
     query_segments_BL: jax.Array | None = None
     key_segments_BM: jax.Array | None = None
+    aligned: bool = False
 
 
-def causal(segments_BL: jax.Array) -> Sight:
+def causal(segments_BL: jax.Array, packed: bool = True) -> Sight:
     """A training row: position l sees m where m <= l and both lie in the same document.
 
-    Padding is segment 0. It sees only itself and other padding, so that no softmax is empty.
+    Padding is segment 0. It sees only itself and other padding, so that no softmax is empty. Where a row is known to
+    hold one document and, behind it, padding (not `packed`), the segments are left out: only padding sees more by it.
     """
     places_BL = jnp.broadcast_to(jnp.arange(segments_BL.shape[1], dtype=jnp.int32), segments_BL.shape)
-    return Sight(places_BL, segments_BL, segments_BL)
+    segments = segments_BL if packed else None
+    return Sight(places_BL, segments, segments, aligned=True)
 
 
 def cached(positions_BL: jax.Array) -> Sight:

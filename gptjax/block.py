@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from gptjax.attention import Sight, attend, dropout
-from gptjax.blockwise import attend_blockwise
+from gptjax.attention import Sight, dropout
+from gptjax.backends import attention
 from gptjax.config import ModelConfig
 from gptjax.mup import attention_scale
 from gptjax.products import add_bias, products
@@ -99,13 +99,8 @@ def heads(
         k_BMGK, v_BMGK = (c.astype(h_BLD.dtype) for c in cache.values())
     else:
         k_BMGK, v_BMGK = k_BLGK, v_BLGK
-    seen = {"scale": attention_scale(cfg), "window": window, "softcap": cfg.attention_softcap}
-    # One query's scores are M numbers a head: for it the plain product already is linear in memory.
-    if cfg.attention == "blockwise" and q_BLHK.shape[1] > 1:
-        # It names its output itself: named a second time, it would be kept twice.
-        return attend_blockwise(q_BLHK, k_BMGK, v_BMGK, sight, block=cfg.attention_block, **seen), cache
-    a_BLHK = attend(q_BLHK, k_BMGK, v_BMGK, sight, dropout_rate=cfg.dropout, key=key, **seen)
-    return checkpoint_name(a_BLHK, "attention"), cache
+    scale = attention_scale(cfg)
+    return attention(cfg, q_BLHK, k_BMGK, v_BMGK, sight, scale=scale, window=window, key=key), cache
 
 
 def hidden(cfg: ModelConfig, p: Params, h_BLD: jax.Array) -> jax.Array:

@@ -9,18 +9,14 @@ Beside the alphabet of sharding.py, Q counts blocks of queries and C blocks of k
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AxisType
 
 from gptjax.attention import Sight
-from gptjax.sharding import RULES
-
-P = jax.P
+from gptjax.sharding import axes_of, on_each_device
 
 
 @functools.partial(jax.tree_util.register_dataclass, meta_fields=[],
@@ -64,11 +60,20 @@ def attend_blockwise(
     first_BL = jnp.zeros_like(last_BL) if window is None else jnp.maximum(sight.query_BL - window + 1, 0)
     query_BL, key_BM = sight.query_segments_BL, sight.key_segments_BM
     span = _Span(first_BL, last_BL, None if query_BL is None or key_BM is None else (query_BL, key_BM))
-    axes = _axes(q_BLHK, k_BMGK)
-    if "H" in axes and "G" not in axes:
-        # Too few key-value heads for the tensor axis: each query head brings a copy of its own, and those divide.
-        k_BMGK, v_BMGK = (jnp.repeat(t, q_BLHK.shape[2] // t.shape[2], axis=2) for t in (k_BMGK, v_BMGK))
+    k_BMGK, v_BMGK = divisible(q_BLHK, k_BMGK, v_BMGK)
     return _attend(_Options(scale, softcap, block), q_BLHK, k_BMGK, v_BMGK, span)
+
+
+def divisible(q_BLHK: jax.Array, k_BMGK: jax.Array, v_BMGK: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys and values whose heads lie over the tensor axis wherever those of the queries do.
+
+    Where they are too few for it, each query head brings a copy of its own, and those divide.
+    """
+    axes = _axes(q_BLHK, k_BMGK)
+    if "H" not in axes or "G" in axes:
+        return k_BMGK, v_BMGK
+    copies = q_BLHK.shape[2] // k_BMGK.shape[2]
+    return jnp.repeat(k_BMGK, copies, axis=2), jnp.repeat(v_BMGK, copies, axis=2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -101,16 +106,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _axes(q_BLHK: jax.Array, k_BMGK: jax.Array) -> dict[str, tuple[str, ...]]:
-    """The mesh axes over which each dimension lies; none where they do not divide it.
-
-    Empty without a mesh, and inside a shard_map, whose arrays are one device's already.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
-        return {}
-    sizes = {**dict(zip("BLHK", q_BLHK.shape)), "G": k_BMGK.shape[2]}
-    over = {x: tuple(a for a in RULES[x] if mesh.shape[a] > 1) for x in "BLHG"}
-    return {x: axes for x, axes in over.items() if axes and sizes[x] % math.prod(mesh.shape[a] for a in axes) == 0}
+    return axes_of({**dict(zip("BLH", q_BLHK.shape)), "G": k_BMGK.shape[2]})
 
 
 def _on_each_device(function: Callable, q_BLHK: jax.Array, k_BMGK: jax.Array, span: _Span, outputs: str) -> Callable:
@@ -119,22 +115,13 @@ def _on_each_device(function: Callable, q_BLHK: jax.Array, k_BMGK: jax.Array, sp
     Each device then has loops of its own, as long as its own rows and queries need. Left to itself, XLA would put the
     collectives inside the loops and, where the length is sharded, have each device do all of it.
     """
-    axes = _axes(q_BLHK, k_BMGK)
-    if not axes:
-        return function
-
-    def specs(letters: str) -> list[jax.sharding.PartitionSpec]:
-        return [P(*(axes.get(x) for x in word)) for word in letters.split()]
-
     leaves, tree = jax.tree.flatten(span)
-    of_span = jax.tree.unflatten(tree, specs("BL BL BL BM")[: len(leaves)])
-    inputs = (*specs("BLHK BMGK BMGK"), of_span, *specs("BLHK BHL BLHK"))
+    of_span = jax.tree.unflatten(tree, ["BL", "BL", "BL", "BM"][: len(leaves)])
+    words = ("BLHK", "BMGK", "BMGK", of_span, "BLHK", "BHL", "BLHK")
 
     def call(*arguments):
-        # Unchecked: jax can't see which results are equal on which devices through loops as long as their data say.
-        return jax.shard_map(
-            function, in_specs=inputs[: len(arguments)], out_specs=tuple(specs(outputs)), check_vma=False
-        )(*arguments)
+        inputs = words[: len(arguments)]
+        return on_each_device(function, _axes(q_BLHK, k_BMGK), inputs, tuple(outputs.split()))(*arguments)
 
     return call
 

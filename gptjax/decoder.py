@@ -91,6 +91,7 @@ class Decoder(nn.Module):
     vocab_size: int
     context: int
     block: Callable = block  # one layer; another one may declare parameters of its own, see `layer_params`
+    packed: bool = True  # rows may hold several documents, kept apart by segments; else these are not looked at
 
     def setup(self):
         cfg, size = self.cfg, dims(self.cfg, self.vocab_size, self.context)
@@ -152,7 +153,7 @@ class Decoder(nn.Module):
             sight = cached(positions_BL)
         else:
             assert segments_BL is not None, "without a cache, segments say which positions see each other"
-            sight = causal(segments_BL)
+            sight = causal(segments_BL, self.packed)
 
         layer_keys = None
         if key is not None and cfg.dropout:
@@ -194,7 +195,8 @@ def make_decoder(config: TrainConfig, block: Callable | None = None) -> Decoder:
 
     `block` is one layer in place of our own: a function, or a class that makes one.
     """
-    decoder = Decoder(config.model, vocab_size=config.tokenizer.vocab_size, context=config.data.length)
+    several = config.data.several_documents
+    decoder = Decoder(config.model, vocab_size=config.tokenizer.vocab_size, context=config.data.length, packed=several)
     return decoder if block is None else decoder.clone(block=block() if isinstance(block, type) else block)
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gptjax.backends import describe
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import TrainConfig
 from gptjax.data.feed import open_feed
@@ -116,6 +117,8 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
             enable_compile_cache()
         mesh = make_mesh(config.mesh)
         check_divisible(config, mesh)
+        with jax.set_mesh(mesh):
+            _say(describe(config.model, config.data.length, config.data.several_documents))
         decoder, tx, init, step = assemble(config)
         run = Run.open(config.run_dir, config, recipe, origins)
         for line in run.changes:

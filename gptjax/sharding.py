@@ -11,7 +11,7 @@ optimizer state, batches, activations and caches.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -157,3 +157,30 @@ def require_mesh(tree: Any) -> None:
     spread = any(len(x.devices()) > 1 for x in jax.tree.leaves(tree) if isinstance(x, jax.Array))
     if spread and jax.sharding.get_abstract_mesh().empty:
         raise InputError("arrays lie on several devices but no mesh is set; call this under `with jax.set_mesh(mesh):`")
+
+
+def axes_of(sizes: dict[str, int]) -> dict[str, tuple[str, ...]]:
+    """The mesh axes over which the dimension of each letter lies; none where they do not divide its size.
+
+    Empty without a mesh, and inside a shard_map, whose arrays are one device's already.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
+        return {}
+    over = {x: tuple(a for a in RULES.get(x, ()) if mesh.shape[a] > 1) for x in sizes}
+    return {x: axes for x, axes in over.items() if axes and sizes[x] % math.prod(mesh.shape[a] for a in axes) == 0}
+
+
+def on_each_device(function: Callable, axes: dict[str, tuple[str, ...]], inputs: tuple, outputs: Any) -> Callable:
+    """`function` on what each device holds of arrays whose letters `inputs` and `outputs` give, split over `axes`.
+
+    Both are trees of words such as "BLHK", shaped as the arguments and the result.
+    """
+    if not axes:
+        return function
+
+    def specs(words: Any) -> Any:
+        return jax.tree.map(lambda word: P(*(axes.get(x) for x in word)), words)
+
+    # Unchecked: jax can't see which results are equal on which devices through loops as long as their data say.
+    return jax.shard_map(function, in_specs=specs(inputs), out_specs=specs(outputs), check_vma=False)

@@ -71,6 +71,11 @@ class DataConfig(Section):
         self.require(bool(shares), "weights_are", "shares, and data.weights, for a stream: its size is not known", then)
         self.require(0 < self.validation_fraction < 1, "validation_fraction", "a share above 0 and below 1")
 
+    @property
+    def several_documents(self) -> bool:
+        """Attention needs segments: a row may hold several documents that do not see each other, or a skipped page."""
+        return (self.packing == "packed" and not self.cross_documents) or self.max_corrupt > 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig(Section):

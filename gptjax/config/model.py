@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from gptjax.config.attention import AttentionName, Refusal, refusal
 from gptjax.settings import Section
 
 REMAT_NAMES = ("query", "key", "value", "attention", "mlp")
@@ -68,8 +69,9 @@ class ModelConfig(Section):
     """Chance of dropping an element of the embedding, of an attention weight and of each branch."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of activations and products; weights and optimizer stay float32."""
-    attention: Literal["plain", "blockwise"] = "plain"
-    """The plain product of all queries and keys, or blocks of them with an online softmax: memory linear in length."""
+    attention: AttentionName = "plain"
+    """The plain product of queries and keys; blocks of them with an online softmax (blockwise): memory linear in
+    length; cuDNN's fused kernel on a GPU; the splash kernel on a TPU; or auto: by device and length."""
     attention_block: int = 512
     """Keys, and queries, in one block of blockwise attention."""
     remat: Literal["none", "full", "dots", "names", "offload"] = "none"
@@ -104,9 +106,10 @@ class ModelConfig(Section):
         self.require(local, "global_every", "0 where model.window=0", "set --model.window too")
         most = f"at most model.num_layers={self.num_layers}, or no layer would attend to everything"
         self.require(self.global_every <= self.num_layers, "global_every", most)
-        plain = self.attention == "plain" or self.dropout == 0
-        advice = "set --model.dropout 0 or --model.attention plain"
-        self.require(plain, "dropout", "0 with model.attention=blockwise, which has no dropout", advice)
+        found = None if self.attention == "auto" else self.attention_refusal(self.attention)
+        if found:
+            advice = f"set --model.{found.field.replace('_', '-')} {found.value} or --model.attention auto"
+            self.require(False, found.field, f"{found.wanted} with model.attention={self.attention}", advice)
         known = set(self.remat_names) <= set(REMAT_NAMES) and len(set(self.remat_names)) == len(self.remat_names)
         each = f"one or more of {', '.join(REMAT_NAMES)}, each once"
         self.require(known and len(self.remat_names) > 0, "remat_names", each)
@@ -140,6 +143,11 @@ class ModelConfig(Section):
         """The window of each layer, 0 where it attends to everything."""
         everything = [self.global_every > 0 and (n + 1) % self.global_every == 0 for n in range(self.num_layers)]
         return tuple(0 if e else self.window for e in everything)
+
+    def attention_refusal(self, name: str, capability: float | None = None) -> Refusal | None:
+        """The first setting that attention by this name can't honour, on a device of this capability or on any."""
+        windows = len(set(self.layer_windows))
+        return refusal(name, self.dropout, self.attention_softcap, self.dtype, windows, self.head_size, capability)
 
     @property
     def mlp_width(self) -> int:
