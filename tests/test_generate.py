@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from gptjax.config import GenerateConfig, MeshConfig, ModelConfig
-from gptjax.decoder import Decoder
+from gptjax.decoder import Decoder, empty_cache, extend, unstacked
 from gptjax.generate import (
     TextStream,
-    compute_weights,
     decode,
+    decode_params,
     filtered,
     generate,
     generate_ids,
@@ -74,7 +74,7 @@ def forward(decoder, params, ids_BL):
 
 @functools.partial(jax.jit, static_argnums=0)
 def cached_step(decoder, params, cache, ids_BL, position_BL):
-    x_BLD, cache = decoder.apply({"params": params}, ids_BL, position_BL, cache=cache)
+    x_BLD, cache = extend(decoder, unstacked(params, "float32"), ids_BL, position_BL, cache)
     return decoder.apply({"params": params}, x_BLD, method="logits")[:, 0], cache
 
 
@@ -104,8 +104,7 @@ def test_cached_decoding_equals_the_full_forward_pass(lm: Model):
     # All rows but the first read padding, too, and then overwrite it.
     length_B, row_B = np.array([9, 3, 1, 8], np.int32), np.arange(4)
     prompt_BL = np.where(np.arange(16) < length_B[:, None], np.pad(ids_BL, ((0, 0), (0, 2))), 0)
-    state = prefill(decoder, params, prompt_BL, length_B, CONTEXT, False)
-    cache = {name: state[name] for name in ("k_NBMGK", "v_NBMGK")}
+    cache = prefill(decoder, decode_params(params, "float32"), prompt_BL, length_B, CONTEXT, False)["cache"]
     for i in range(5):
         position_B = length_B + i
         ids_B = ids_BL[row_B, position_B]
@@ -123,9 +122,14 @@ def test_greedy_text_is_the_argmax_of_the_full_forward_pass_to_the_end_of_the_co
 
 def test_casting_the_weights_early_changes_no_bit():
     decoder, params = model(dataclasses.replace(GPT2, dtype="bfloat16"))
-    cast = compute_weights(params, "bfloat16")
+    cast = decode_params(params, "bfloat16")
     assert {str(x.dtype) for x in jax.tree.leaves(cast)} == {"bfloat16", "float32"}
-    np.testing.assert_array_equal(full_logits((decoder, params), PROMPTS), full_logits((decoder, cast), PROMPTS))
+    ids_BL = np.array(PROMPTS[1:], np.int32)
+    position_BL = np.broadcast_to(np.arange(6), ids_BL.shape)
+    cache = empty_cache(decoder.cfg, 3, 8, "bfloat16")
+    got = jax.jit(extend, static_argnums=0)(decoder, cast, ids_BL, position_BL, cache)
+    want = jax.jit(decoder.apply)({"params": params}, ids_BL, position_BL, cache=cache)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 @pytest.mark.slow
