@@ -155,14 +155,14 @@ def stream_ids(
     require_mesh(params)
     params = decode_params(params, decoder.cfg.dtype)
     length_B = np.array([len(ids) for ids in prompts], np.int32)
-    prompt_BL = np.zeros((len(prompts), _bucket(length_B.max(), decoder.context)), np.int32)
+    prompt_BL = np.zeros((len(prompts), bucket(length_B.max(), decoder.context)), np.int32)
     for row, ids in enumerate(prompts):
         prompt_BL[row, : len(ids)] = ids
     seen = [tuple(ids) for ids in prompts]
     copies = copies or [seen[:row].count(ids) for row, ids in enumerate(seen)]
     rows = {"copy_B": np.array(copies, np.int32), "last_B": length_B + cfg.max_new_tokens - 1}
     settings, seed = active(cfg), np.uint32(cfg.seed)
-    slots = _bucket(length_B.max() + cfg.max_new_tokens, decoder.context)
+    slots = bucket(length_B.max() + cfg.max_new_tokens, decoder.context)
     state = prefill(decoder, params, prompt_BL, length_B, slots, "repetition_penalty" in settings)
     position_B = length_B - 1
     while True:
@@ -200,7 +200,7 @@ def _check(decoder: Decoder, prompts: Sequence[Sequence[int]], cfg: GenerateConf
             )
 
 
-def _bucket(size: int, most: int) -> int:
+def bucket(size: int, most: int) -> int:
     """The size rounded up to 2^i or 3 2^i, from 16 to `most`: few programs to compile, at most half again the work."""
     fits = (n for i in range(4, 64) for n in (1 << i, 3 << (i - 1)) if n >= size)
     return min(next(fits), most)
