@@ -194,7 +194,7 @@ def measure(
     program = decode.lower(  # pyright: ignore[reportFunctionMemberAccess]
         decoder, weights, jax.eval_shape(lambda: prefill(decoder, weights, padded_BL, length_B, slots, False)), *rest
     ).compile()
-    memory = program.memory_analysis()
+    memory: Any = program.memory_analysis()
     stats = jax.devices()[0].memory_stats() or {}
     return {
         "bytes_a_step": size,
@@ -256,7 +256,8 @@ def forward_tokens(decoder: Decoder, params: Params, prompt_BL: np.ndarray, new_
     @jax.jit
     def best(params, ids_BL, position_BL):
         x_BLD, _ = decoder.apply({"params": params}, ids_BL, position_BL, jnp.ones_like(ids_BL))
-        return decoder.apply({"params": params}, x_BLD, method="logits").argmax(-1)
+        logits_BLV: Any = decoder.apply({"params": params}, x_BLD, method="logits")
+        return logits_BLV.argmax(-1)
 
     return np.asarray(best(params, ids_BL, position_BL))[:, prompt_BL.shape[1] - 1 : -1]
 

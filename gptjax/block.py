@@ -151,7 +151,15 @@ def write_rows(cache_BGMK: jax.Array, new_BLGK: jax.Array, start_B: jax.Array) -
         return jax.lax.dynamic_update_slice(cache_GMK, new_GLK, (0, start, 0))
 
     new_BGLK = jnp.moveaxis(new_BLGK, 1, 2).astype(cache_BGMK.dtype)
-    # The general form is a scatter, which XLA on a CPU copies the cache for where there is one row.
-    if len(start_B) == 1:
-        return jax.lax.dynamic_update_slice(cache_BGMK, new_BGLK, (0, 0, start_B[0], 0))
-    return jax.vmap(row)(cache_BGMK, new_BGLK, start_B)
+    if len(start_B) > 1:
+        return jax.vmap(row)(cache_BGMK, new_BGLK, start_B)
+    start = start_B[0]
+
+    def write(_, cache_BGMK):
+        return jax.lax.dynamic_update_slice(cache_BGMK, new_BGLK, (0, 0, start, 0))
+
+    if jax.default_backend() != "cpu":
+        return write(0, cache_BGMK)
+    # XLA on a CPU fuses the write of one row into every reader and then copies the whole cache to keep the old one for
+    # them; a loop that runs once, as the compiler can't know, is what it does not look through.
+    return jax.lax.fori_loop(0, (start >= 0).astype(jnp.int32), write, cache_BGMK)

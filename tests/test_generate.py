@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from gptjax.config import GenerateConfig, MeshConfig, ModelConfig
-from gptjax.decoder import Decoder, empty_cache, extend, unstacked
+from gptjax.decoder import Decoder, empty_cache, extend, init_params, unstacked
 from gptjax.generate import (
     TextStream,
     decode,
@@ -130,6 +131,21 @@ def test_casting_the_weights_early_changes_no_bit():
     got = jax.jit(extend, static_argnums=0)(decoder, cast, ids_BL, position_BL, cache)
     want = jax.jit(decoder.apply)({"params": params}, ids_BL, position_BL, cache=cache)
     jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_compiled_loop_copies_neither_the_cache_nor_a_weight(rows: int):
+    decoder, slots = Decoder(GPT2, TOKENIZER.vocab_size, 1024), 1024
+    shapes = jax.eval_shape(lambda: unstacked(init_params(decoder)(jax.random.key(0)), "float32"))
+    prompt_BL, row_B = np.zeros((rows, 16), np.int32), np.zeros(rows, np.int32)
+    state = jax.eval_shape(lambda p: prefill(decoder, p, prompt_BL, row_B, slots, False), shapes)
+    rest = ({"copy_B": row_B, "last_B": row_B}, {}, np.uint32(0), np.array(NEVER), row_B > 0, np.int32(1))
+    loop = decode.lower(decoder, shapes, state, *rest).compile()  # pyright: ignore[reportFunctionMemberAccess]
+    kept = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state["cache"]))
+    # A step holds one layer's scores and, for one row, its keys turned: less than two of the cache's four arrays.
+    assert loop.memory_analysis().temp_size_in_bytes < kept * 0.65
+    for shape in {x.shape for x in jax.tree.leaves((shapes["layers"], state["cache"])) if x.ndim > 1}:
+        assert not re.search(rf"= f32\[{','.join(map(str, shape))}\]\S* copy\(", loop.as_text())
 
 
 @pytest.mark.slow
