@@ -58,7 +58,7 @@ def block(
     """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)). `p` is one layer: names without N.
 
     In parallel (GPT-J, Wang & Komatsuzaki 2021; PaLM, Chowdhery et al. 2022): x + attention(norm(x)) + mlp(norm(x)),
-    with one norm. With a cache (k_BMGK, v_BMGK), the new keys and values are written at their positions and attended
+    with one norm. With a cache (k_BGMK, v_BGMK), the new keys and values are written at their positions and attended
     with the rest. A window lets a position see that many places, its own included.
     """
     keys = (None, None, None) if key is None else jax.random.split(key, 3)
@@ -93,10 +93,10 @@ def heads(
         q_BLHK, k_BLGK = (rotate(t, positions_BL, frequency, temperature) for t in (q_BLHK, k_BLGK))
     if cache is not None:
         cache = {
-            "k_BMGK": write_rows(cache["k_BMGK"], k_BLGK, positions_BL[:, 0]),
-            "v_BMGK": write_rows(cache["v_BMGK"], v_BLGK, positions_BL[:, 0]),
+            "k_BGMK": write_rows(cache["k_BGMK"], k_BLGK, positions_BL[:, 0]),
+            "v_BGMK": write_rows(cache["v_BGMK"], v_BLGK, positions_BL[:, 0]),
         }
-        k_BMGK, v_BMGK = (c.astype(h_BLD.dtype) for c in cache.values())
+        k_BMGK, v_BMGK = (jnp.moveaxis(cache[name], 1, 2).astype(h_BLD.dtype) for name in ("k_BGMK", "v_BGMK"))
     else:
         k_BMGK, v_BMGK = k_BLGK, v_BLGK
     scale = attention_scale(cfg)
@@ -116,10 +116,22 @@ def hidden(cfg: ModelConfig, p: Params, h_BLD: jax.Array) -> jax.Array:
     return jax.nn.gelu(h_BLF.astype(jnp.float32), approximate=True).astype(h_BLF.dtype)
 
 
-def write_rows(cache_BMGK: jax.Array, new_BLGK: jax.Array, start_B: jax.Array) -> jax.Array:
+def write_rows(cache_BGMK: jax.Array, new_BLGK: jax.Array, start_B: jax.Array) -> jax.Array:
     """Writes each row's new entries into its slots start .. start + L - 1."""
 
-    def row(cache_MGK, new_LGK, start):
-        return jax.lax.dynamic_update_slice(cache_MGK, new_LGK.astype(cache_MGK.dtype), (start, 0, 0))
+    def row(cache_GMK, new_GLK, start):
+        return jax.lax.dynamic_update_slice(cache_GMK, new_GLK, (0, start, 0))
 
-    return jax.vmap(row)(cache_BMGK, new_BLGK, start_B)
+    new_BGLK = jnp.moveaxis(new_BLGK, 1, 2).astype(cache_BGMK.dtype)
+    if len(start_B) > 1:
+        return jax.vmap(row)(cache_BGMK, new_BGLK, start_B)
+    start = start_B[0]
+
+    def write(_, cache_BGMK):
+        return jax.lax.dynamic_update_slice(cache_BGMK, new_BGLK, (0, 0, start, 0))
+
+    if jax.default_backend() != "cpu":
+        return write(0, cache_BGMK)
+    # XLA on a CPU fuses the write of one row into every reader and then copies the whole cache to keep the old one for
+    # them; a loop that runs once, as the compiler can't know, is what it does not look through.
+    return jax.lax.fori_loop(0, (start >= 0).astype(jnp.int32), write, cache_BGMK)

@@ -1,5 +1,8 @@
 """The decoder: GPT-2 and the Llama family as settings of one model, its key-value cache an argument and a result.
 
+Training scans over the stacked layers (`Decoder`). Decoding takes them one by one (`unstacked`), each with a cache of
+its own (`extend`), so that a step reads every weight once, where it lies, and writes its tokens in place.
+
 One declaration (`layer_params`, `Decoder.setup`) gives every parameter's name; the letters of the name give its shape
 (`dims`) and, in sharding.py, its place on the mesh. Layers are stored stacked (N) and scanned by a pure function.
 """
@@ -11,10 +14,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from gptjax import fewrows
 from gptjax.attention import cached, causal, dropout
 from gptjax.block import Cache, Params, block, norm
 from gptjax.config import ModelConfig, TrainConfig
-from gptjax.losses import logits
+from gptjax.losses import capped, logits
 from gptjax.mup import init_factor, logits_factor
 from gptjax.products import lookup
 from gptjax.scaling.counts import padded_vocab
@@ -56,10 +60,71 @@ def windows(cfg: ModelConfig) -> jax.Array | int | None:
     return jnp.array([w or EVERYTHING for w in cfg.layer_windows], jnp.int32)
 
 
-def empty_cache(cfg: ModelConfig, rows: int, slots: int, dtype: Any) -> Cache:
-    """A key-value cache for `rows` sequences of at most `slots` tokens: k_NBMGK and v_NBMGK."""
-    shape = (cfg.num_layers, rows, slots, cfg.num_kv_heads, cfg.head_size)
-    return {"k_NBMGK": jnp.zeros(shape, dtype), "v_NBMGK": jnp.zeros(shape, dtype)}
+def empty_cache(cfg: ModelConfig, rows: int, slots: int, dtype: Any) -> list[Cache]:
+    """A key-value cache for `rows` sequences of at most `slots` tokens: one k_BGMK and v_BGMK a layer.
+
+    One array a layer, since a stack of them would be copied whole at every step; heads before slots, as attention
+    reads them.
+    """
+    shape = (rows, cfg.num_kv_heads, slots, cfg.head_size)
+    return [{"k_BGMK": jnp.zeros(shape, dtype), "v_BGMK": jnp.zeros(shape, dtype)} for _ in range(cfg.num_layers)]
+
+
+def unstacked(params: Params, dtype: str) -> Params:
+    """The parameters as decoding reads them: each layer's in arrays of their own, in the type they are used in.
+
+    The head is head_DV, its inputs first as in every other matrix: XLA on a CPU reads it several times faster so.
+    It costs a second copy of the layers' weights, of a tied head, and of whatever changes its type, made once, never in
+    the loop. Norms are computed in float32 and keep it. Parameters that are unstacked already come back as they are.
+    """
+    if isinstance(params["layers"], list):
+        return params
+
+    def cast(path, x):
+        return x if path[-1].key.startswith("norm_") else x.astype(dtype)
+
+    params = jax.tree_util.tree_map_with_path(cast, params)
+    layers = _unstacked(params["layers"])
+    count = len(next(iter(layers.values())))
+    top = {name: x for name, x in params.items() if name not in ("layers", "head_VD")}
+    top["head_DV"] = head(params).T
+    return top | {"layers": [{name: x[n] for name, x in layers.items()} for n in range(count)]}
+
+
+def extend(
+    decoder: "Decoder", params: Params, tokens_BL: jax.Array, positions_BL: jax.Array, cache: list[Cache]
+) -> tuple[jax.Array, list[Cache]]:
+    """Hidden states x_BLD of tokens that go on the rows of a cache, and the cache with them in it.
+
+    `params` are `unstacked`. The slots of the cache are positions: each row's tokens are written at positions_BL[:, 0]
+    onward.
+    """
+    cfg, sight = decoder.cfg, cached(positions_BL)
+    x_BLD = embed(cfg, params, tokens_BL, positions_BL)
+    new: list[Cache] = []
+    for p, old, window in zip(params["layers"], cache, cfg.layer_windows, strict=True):
+        x_BLD, written = decoder.block(cfg, p, x_BLD, positions_BL, sight, old, None, window or None)
+        assert written is not None, "a block that is given a cache returns one"
+        x_BLD = constrain(x_BLD, "BLD")
+        new.append(written)
+    return final(cfg, params, x_BLD), new
+
+
+def next_logits(decoder: "Decoder", params: Params, x_BLD: jax.Array) -> jax.Array:
+    """float32 logits_BV of the token behind each row's last one; `params` are `unstacked`."""
+    logits_BLV = fewrows.product("BLD,DV->BLV", x_BLD[:, -1:], params["head_DV"])
+    return capped(logits_BLV, decoder.vocab_size, decoder.cfg.logit_softcap)[:, 0]
+
+
+def embed(cfg: ModelConfig, top: Params, tokens_BL: jax.Array, positions_BL: jax.Array) -> jax.Array:
+    """The stream x_BLD that the first layer reads; `top` holds the parameters outside the layers."""
+    x_BLD = lookup(top["embed_VD"], tokens_BL, cfg.dtype)
+    return x_BLD + lookup(top["position_TD"], positions_BL, cfg.dtype) if cfg.positions == "learned" else x_BLD
+
+
+def final(cfg: ModelConfig, top: Params, x_BLD: jax.Array) -> jax.Array:
+    """The stream behind the last layer as every head reads it: normed, and divided where muP divides the logits."""
+    return logits_factor(cfg) * norm(x_BLD, top["norm_final_D"], top.get("norm_final_bias_D"), cfg)
 
 
 def _unstacked(tree: Params) -> Params:
@@ -126,35 +191,29 @@ class Decoder(nn.Module):
         positions_BL: jax.Array,
         segments_BL: jax.Array | None = None,
         *,
-        cache: Cache | None = None,
+        cache: list[Cache] | None = None,
         key: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
+    ) -> tuple[jax.Array, list[Cache] | None]:
         """Hidden states x_BLD after the final norm, and the cache with the new tokens in it.
 
-        Training gives segments_BL (documents of a packed row; 0 is padding), decoding a cache from `empty_cache`, whose
-        slots are positions: each row's tokens are written at positions_BL[:, 0] onward. A key turns dropout on.
+        Training gives segments_BL (documents of a packed row; 0 is padding) and may give a key, which turns dropout on;
+        decoding a cache from `empty_cache`: see `extend`, which a loop calls itself, with parameters unstacked once.
         """
-        x_BLD, cache, _ = self._run(tokens_BL, positions_BL, segments_BL, cache, key)
-        return x_BLD, cache
+        if cache is not None:
+            params = unstacked({**self.top, "layers": self.layers}, self.cfg.dtype)
+            return extend(self, params, tokens_BL, positions_BL, cache)
+        assert segments_BL is not None, "without a cache, segments say which positions see each other"
+        return self._run(tokens_BL, positions_BL, segments_BL, key)[0], None
 
     def with_norms(
         self, tokens_BL: jax.Array, positions_BL: jax.Array, segments_BL: jax.Array, *, key: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """Hidden states x_BLD as in training, and rms_N, the root mean square of the stream after each layer."""
-        x_BLD, _, rms_N = self._run(tokens_BL, positions_BL, segments_BL, None, key, norms=True)
-        return x_BLD, rms_N
+        return self._run(tokens_BL, positions_BL, segments_BL, key, norms=True)
 
-    def _run(self, tokens_BL, positions_BL, segments_BL, cache, key, norms=False):
-        cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
-        x_BLD = lookup(self.top["embed_VD"], tokens_BL, dtype)
-        if cfg.positions == "learned":
-            x_BLD = x_BLD + lookup(self.top["position_TD"], positions_BL, dtype)
-        if cache is not None:
-            sight = cached(positions_BL)
-        else:
-            assert segments_BL is not None, "without a cache, segments say which positions see each other"
-            sight = causal(segments_BL, self.packed)
-
+    def _run(self, tokens_BL, positions_BL, segments_BL, key, norms=False):
+        cfg, sight = self.cfg, causal(segments_BL, self.packed)
+        x_BLD = embed(cfg, self.top, tokens_BL, positions_BL)
         layer_keys = None
         if key is not None and cfg.dropout:
             key_embed, key_layers = jax.random.split(key)
@@ -165,19 +224,17 @@ class Decoder(nn.Module):
         window_N = shared if isinstance(shared, jax.Array) else None
 
         def body(x_BLD, layer):
-            p, layer_cache, layer_key, layer_window = layer
+            p, layer_key, layer_window = layer
             window = shared if layer_window is None else layer_window
-            x_BLD, layer_cache = self.block(cfg, p, x_BLD, positions_BL, sight, layer_cache, layer_key, window)
+            x_BLD, _ = self.block(cfg, p, x_BLD, positions_BL, sight, None, layer_key, window)
             # Without this line FSDP's sharded weights make XLA replicate every activation on every device.
             x_BLD = constrain(x_BLD, "BLD")
             rms = jnp.sqrt(jnp.square(x_BLD.astype(jnp.float32)).mean()) if norms else None
-            return x_BLD, (layer_cache, rms)
+            return x_BLD, rms
 
-        layers = (_unstacked(self.layers), cache and _unstacked(cache), layer_keys, window_N)
-        x_BLD, (new, rms_N) = jax.lax.scan(remat(cfg, body), x_BLD, layers, unroll=cfg.unroll or cfg.num_layers)
-        # muP divides the logits; here, so that every head on these states has it, whoever computes the product.
-        x_BLD = logits_factor(cfg) * norm(x_BLD, self.top["norm_final_D"], self.top.get("norm_final_bias_D"), cfg)
-        return x_BLD, new and {"k_NBMGK": new["k_BMGK"], "v_NBMGK": new["v_BMGK"]}, rms_N
+        layers = (_unstacked(self.layers), layer_keys, window_N)
+        x_BLD, rms_N = jax.lax.scan(remat(cfg, body), x_BLD, layers, unroll=cfg.unroll or cfg.num_layers)
+        return final(cfg, self.top, x_BLD), rms_N
 
     def logits(self, x_BLD: jax.Array) -> jax.Array:
         """float32 logits_BLV of hidden states; the ids that pad the vocabulary are masked out."""

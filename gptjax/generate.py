@@ -22,16 +22,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gptjax.config import GenerateConfig
-from gptjax.decoder import Decoder, Params, empty_cache, head
-from gptjax.losses import MASKED, logits
+from gptjax.decoder import Decoder, Params, empty_cache, extend, next_logits, unstacked
+from gptjax.losses import MASKED
 from gptjax.settings import InputError
 from gptjax.sharding import constrain, require_mesh, suffix
 from gptjax.tokenizer import Tokenizer
 
-State = dict[str, jax.Array]
+State = dict[str, Any]
 Settings = dict[str, float]
-
-CACHE = ("k_NBMGK", "v_NBMGK")
 
 # Values at which a setting changes nothing. Such a setting is left out, and its filter is not even compiled.
 OFF = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -155,16 +153,16 @@ def stream_ids(
         return
     _check(decoder, prompts, cfg)
     require_mesh(params)
-    params = compute_weights(params, decoder.cfg.dtype)
+    params = decode_params(params, decoder.cfg.dtype)
     length_B = np.array([len(ids) for ids in prompts], np.int32)
-    prompt_BL = np.zeros((len(prompts), _bucket(length_B.max(), decoder.context)), np.int32)
+    prompt_BL = np.zeros((len(prompts), bucket(length_B.max(), decoder.context)), np.int32)
     for row, ids in enumerate(prompts):
         prompt_BL[row, : len(ids)] = ids
     seen = [tuple(ids) for ids in prompts]
     copies = copies or [seen[:row].count(ids) for row, ids in enumerate(seen)]
     rows = {"copy_B": np.array(copies, np.int32), "last_B": length_B + cfg.max_new_tokens - 1}
     settings, seed = active(cfg), np.uint32(cfg.seed)
-    slots = _bucket(length_B.max() + cfg.max_new_tokens, decoder.context)
+    slots = bucket(length_B.max() + cfg.max_new_tokens, decoder.context)
     state = prefill(decoder, params, prompt_BL, length_B, slots, "repetition_penalty" in settings)
     position_B = length_B - 1
     while True:
@@ -202,7 +200,7 @@ def _check(decoder: Decoder, prompts: Sequence[Sequence[int]], cfg: GenerateConf
             )
 
 
-def _bucket(size: int, most: int) -> int:
+def bucket(size: int, most: int) -> int:
     """The size rounded up to 2^i or 3 2^i, from 16 to `most`: few programs to compile, at most half again the work."""
     fits = (n for i in range(4, 64) for n in (1 << i, 3 << (i - 1)) if n >= size)
     return min(next(fits), most)
@@ -215,22 +213,12 @@ def _read(x: jax.Array) -> np.ndarray:
     return np.array(x if local else multihost_utils.process_allgather(x, tiled=True))
 
 
-def _placed(state: State) -> State:
-    """Shards every array of the state as its name says, so that all programs agree on where it lies."""
-    return {name: constrain(x, suffix(name)) for name, x in state.items()}
+def _placed(tree: Any) -> Any:
+    """Shards every array as its name says, so that all programs agree on where it lies."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: constrain(x, suffix(path[-1].key)), tree)
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
-def compute_weights(params: Params, dtype: str) -> Params:
-    """The parameters in the type they are used in, so that no step of the loop reads or casts the wider ones.
-
-    Norms are computed in float32 and keep it: every activation has the very bits it has without this.
-    """
-
-    def cast(path, x):
-        return x if path[-1].key.startswith("norm_") else x.astype(dtype)
-
-    return jax.tree_util.tree_map_with_path(cast, params)
+decode_params = jax.jit(unstacked, static_argnames="dtype")
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "slots", "keep_seen"))
@@ -244,17 +232,16 @@ def prefill(
     """
     B, L = prompt_BL.shape
     position_BL = jnp.broadcast_to(jnp.arange(L), (B, L))
-    cache = empty_cache(decoder.cfg, B, slots, jnp.dtype(decoder.cfg.dtype))
-    cache = {name: constrain(x, suffix(name)) for name, x in cache.items()}
-    _, cache = decoder.apply({"params": params}, prompt_BL, position_BL, cache=cache)
-    state = {
-        **cache,
+    cache = _placed(empty_cache(decoder.cfg, B, slots, jnp.dtype(decoder.cfg.dtype)))
+    _, cache = extend(decoder, params, prompt_BL, position_BL, cache)
+    state: State = {
+        "cache": cache,
         "tokens_BM": jnp.pad(prompt_BL, ((0, 0), (0, slots - L))),
         "position_B": length_B - 1,
         "done_B": jnp.zeros(B, bool),
     }
     if keep_seen:
-        none_BV = jnp.zeros((B, head(params).shape[0]), bool)
+        none_BV = jnp.zeros((B, params["embed_VD"].shape[0]), bool)
         state["seen_BV"] = none_BV.at[jnp.arange(B)[:, None], prompt_BL].max(position_BL < length_B[:, None])
     return _placed(state)
 
@@ -288,15 +275,14 @@ def decode(
         i, state = carry
         position_B, done_B = state["position_B"], state["done_B"]
         token_B = state["tokens_BM"][row_B, position_B]
-        cache = {name: state[name] for name in CACHE}
-        x_BLD, cache = decoder.apply({"params": params}, token_B[:, None], position_B[:, None], cache=cache)
-        logits_BV = logits(x_BLD, head(params), decoder.vocab_size, decoder.cfg.logit_softcap)[:, 0]
+        x_BLD, cache = extend(decoder, params, token_B[:, None], position_B[:, None], state["cache"])
+        logits_BV = next_logits(decoder, params, x_BLD)
         keys = jax.vmap(jax.random.fold_in)(key_B, position_B + 1)
         next_B = sample(logits_BV, keys, settings, state.get("seen_BV"))
         next_B = jnp.where(done_B, token_B, next_B)
         position_B = jnp.where(done_B, position_B, position_B + 1)
         done_B = done_B | (position_B >= rows["last_B"]) | jnp.isin(next_B, stop_ids)
-        new = {**cache, "position_B": position_B, "done_B": done_B}
+        new: State = {"cache": cache, "position_B": position_B, "done_B": done_B}
         new["tokens_BM"] = state["tokens_BM"].at[row_B, position_B].set(next_B)
         if "seen_BV" in state:
             new["seen_BV"] = state["seen_BV"].at[row_B, next_B].set(True)

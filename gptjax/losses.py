@@ -17,15 +17,15 @@ MASKED = -1e30
 
 
 def logits(x_BLD: jax.Array, head_VD: jax.Array, vocab_size: int, softcap: float = 0.0) -> jax.Array:
-    """float32 logits_BLV; the ids that only pad the vocabulary are masked out.
+    """float32 logits_BLV of hidden states and a head: see `capped`."""
+    return capped(jnp.einsum("BLD,VD->BLV", x_BLD, head_VD.astype(x_BLD.dtype)), vocab_size, softcap)
+
+
+def capped(logits_BLV: jax.Array, vocab_size: int, softcap: float = 0.0) -> jax.Array:
+    """float32 logits_BLV of a head's product; the ids that only pad the vocabulary are masked out.
 
     With a soft-cap c above 0 each logit z becomes c tanh(z / c) (Gemma 2, 2024).
     """
-    return _finished(jnp.einsum("BLD,VD->BLV", x_BLD, head_VD.astype(x_BLD.dtype)), vocab_size, softcap)
-
-
-def _finished(logits_BLV: jax.Array, vocab_size: int, softcap: float) -> jax.Array:
-    """Logits as a product leaves them, in float32, capped and masked."""
     logits_BLV = constrain(logits_BLV.astype(jnp.float32), "BLV")
     if softcap:
         logits_BLV = softcap * jnp.tanh(logits_BLV / softcap)
@@ -95,7 +95,7 @@ def _split(chunks: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
 def _chunk_loss(x_BCD, targets_BC, weights_BC, head_DV, vocab_size, extras):
     """The loss of one chunk, its logits, their softmax's numerator and normaliser, and log Z."""
     z_loss, softcap = extras
-    logits_BCV = _finished(jnp.einsum("BLD,DV->BLV", x_BCD, head_DV), vocab_size, softcap)
+    logits_BCV = capped(jnp.einsum("BLD,DV->BLV", x_BCD, head_DV), vocab_size, softcap)
     highest_BC = logits_BCV.max(axis=-1)
     exp_BCV = jnp.exp(logits_BCV - highest_BC[..., None])
     sum_BC = exp_BCV.sum(axis=-1)

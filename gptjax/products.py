@@ -9,6 +9,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from gptjax import fewrows
+
 
 def transpose(x: jax.Array, order: tuple[int, ...]) -> jax.Array:
     """jnp.transpose(x, order); on a CPU, in bfloat16, as an array of its own that no product can fold away.
@@ -27,7 +29,7 @@ def products(equations: tuple[str, ...], x: jax.Array, weights: tuple[jax.Array,
 
     Each equation is "batch input, input output -> batch output", as in BLD,DHK->BLHK.
     """
-    return tuple(jnp.einsum(e, x, w) for e, w in zip(equations, weights, strict=True))
+    return tuple(fewrows.product(e, x, w) for e, w in zip(equations, weights, strict=True))
 
 
 def _forward(equations, x, weights):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,11 @@ import numpy as np
 import pytest
 
 from gptjax.config import GenerateConfig, MeshConfig, ModelConfig
-from gptjax.decoder import Decoder
+from gptjax.decoder import Decoder, empty_cache, extend, init_params, unstacked
 from gptjax.generate import (
     TextStream,
-    compute_weights,
     decode,
+    decode_params,
     filtered,
     generate,
     generate_ids,
@@ -74,7 +75,7 @@ def forward(decoder, params, ids_BL):
 
 @functools.partial(jax.jit, static_argnums=0)
 def cached_step(decoder, params, cache, ids_BL, position_BL):
-    x_BLD, cache = decoder.apply({"params": params}, ids_BL, position_BL, cache=cache)
+    x_BLD, cache = extend(decoder, unstacked(params, "float32"), ids_BL, position_BL, cache)
     return decoder.apply({"params": params}, x_BLD, method="logits")[:, 0], cache
 
 
@@ -104,8 +105,7 @@ def test_cached_decoding_equals_the_full_forward_pass(lm: Model):
     # All rows but the first read padding, too, and then overwrite it.
     length_B, row_B = np.array([9, 3, 1, 8], np.int32), np.arange(4)
     prompt_BL = np.where(np.arange(16) < length_B[:, None], np.pad(ids_BL, ((0, 0), (0, 2))), 0)
-    state = prefill(decoder, params, prompt_BL, length_B, CONTEXT, False)
-    cache = {name: state[name] for name in ("k_NBMGK", "v_NBMGK")}
+    cache = prefill(decoder, decode_params(params, "float32"), prompt_BL, length_B, CONTEXT, False)["cache"]
     for i in range(5):
         position_B = length_B + i
         ids_B = ids_BL[row_B, position_B]
@@ -123,9 +123,29 @@ def test_greedy_text_is_the_argmax_of_the_full_forward_pass_to_the_end_of_the_co
 
 def test_casting_the_weights_early_changes_no_bit():
     decoder, params = model(dataclasses.replace(GPT2, dtype="bfloat16"))
-    cast = compute_weights(params, "bfloat16")
+    cast = decode_params(params, "bfloat16")
     assert {str(x.dtype) for x in jax.tree.leaves(cast)} == {"bfloat16", "float32"}
-    np.testing.assert_array_equal(full_logits((decoder, params), PROMPTS), full_logits((decoder, cast), PROMPTS))
+    ids_BL = np.array(PROMPTS[1:], np.int32)
+    position_BL = np.broadcast_to(np.arange(6), ids_BL.shape)
+    cache = empty_cache(decoder.cfg, 3, 8, "bfloat16")
+    got = jax.jit(extend, static_argnums=0)(decoder, cast, ids_BL, position_BL, cache)
+    want = jax.jit(decoder.apply)({"params": params}, ids_BL, position_BL, cache=cache)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_compiled_loop_copies_neither_the_cache_nor_a_weight(rows: int):
+    decoder, slots = Decoder(GPT2, TOKENIZER.vocab_size, 1024), 1024
+    shapes = jax.eval_shape(lambda: unstacked(init_params(decoder)(jax.random.key(0)), "float32"))
+    prompt_BL, row_B = np.zeros((rows, 16), np.int32), np.zeros(rows, np.int32)
+    state = jax.eval_shape(lambda p: prefill(decoder, p, prompt_BL, row_B, slots, False), shapes)
+    rest = ({"copy_B": row_B, "last_B": row_B}, {}, np.uint32(0), np.array(NEVER), row_B > 0, np.int32(1))
+    loop = decode.lower(decoder, shapes, state, *rest).compile()  # pyright: ignore[reportFunctionMemberAccess]
+    kept = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state["cache"]))
+    # A step holds one layer's scores and, for one row, its keys turned: less than two of the cache's four arrays.
+    assert loop.memory_analysis().temp_size_in_bytes < kept * 0.65
+    for shape in {x.shape for x in jax.tree.leaves((shapes["layers"], state["cache"])) if x.ndim > 1}:
+        assert not re.search(rf"= f32\[{','.join(map(str, shape))}\]\S* copy\(", loop.as_text())
 
 
 @pytest.mark.slow
