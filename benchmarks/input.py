@@ -2,16 +2,18 @@
 
     python benchmarks/input.py --out benchmarks/results --text FOLDER --tokenizer MODEL
 
-Tokens are 10^6 predictions (rows x length) a second. `rows` are the batches of a prepared corpus in training's own
-shuffled order, made by one thread of this process bound to one core: with the pages of the corpus in the cache of
-decoded pages, as they are after a while where they fit (64 MiB), and with a cache of 8 pages, so that almost every
-page is read from its file (which the system may hold in memory) and decoded. `streams` are text read, tokenised and
-packed by so many worker processes (0: a thread of this one), after 20 batches. `waits` is the share of the quickstart's
-time that its steps waited for their batch: input_seconds of metrics.jsonl over the time between its lines, the first
-10 steps left out. Medians of the rounds, with 5th and 95th percentiles; every round measures everything once.
+Rates are 10^6 predictions (rows x length) a second. `rows` are the batches of a prepared corpus in training's own
+shuffled order, by the thread that makes them in training, the process bound to one core: with the pages of the corpus
+in the cache of decoded pages, as they are after a while where they fit (64 MiB), and with a cache of 8 pages, so that
+almost every page is read from its file (which the system may hold in memory) and decoded. `streams` are text read,
+tokenised and packed by so many worker processes (0: a thread of this one), after 20 batches. `waits` is the share of
+the quickstart's time that its steps waited for their batch: input_seconds of metrics.jsonl over the time between its
+lines, the first 10 steps left out. Medians of the rounds, with 5th and 95th percentiles; every round measures
+everything once.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -27,6 +29,7 @@ from facts import ROOT, facts
 
 from gptjax.config import DataConfig, PrepareConfig, TokenizerConfig, TrainConfig
 from gptjax.data import corpus
+from gptjax.data.batches import batches
 from gptjax.data.mixture import Mixture
 from gptjax.data.prepare import prepare
 from gptjax.data.streamed import StreamFeed
@@ -103,7 +106,8 @@ def rows_rate(folder: Path, data: DataConfig, cache_bytes: int, seconds: float) 
         split = corpus.open_corpus(folder).split("train")
         split.tokens(0, split.num_tokens)
         mixture = Mixture({"": split}, data, 0)
-        return rate((mixture.batch(step) for step in range(1 << 30)), data, seconds)
+        with contextlib.closing(batches(mixture, 0)) as made:
+            return rate(made, data, seconds, warm=20)
     finally:
         os.sched_setaffinity(0, cores)
         corpus.CACHE_BYTES = before
@@ -112,21 +116,18 @@ def rows_rate(folder: Path, data: DataConfig, cache_bytes: int, seconds: float) 
 def stream_rate(config: TrainConfig, seconds: float) -> float:
     """Million tokens a second of a stream."""
     feed = StreamFeed(config)
-    batches = feed.batches(feed.start)
-    try:
-        return rate(batches, config.data, seconds, warm=20)
-    finally:
-        batches.close()
+    with contextlib.closing(feed.batches(feed.start)) as made:
+        return rate(made, config.data, seconds, warm=20)
 
 
-def rate(batches: Iterator[Any], data: DataConfig, seconds: float, warm: int = 3) -> float:
+def rate(made: Iterator[Any], data: DataConfig, seconds: float, warm: int) -> float:
     for _ in range(warm):
-        next(batches)
-    made, start = 0, time.perf_counter()
+        next(made)
+    count, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
-        next(batches)
-        made += 1
-    return made * data.batch_size * data.length / (time.perf_counter() - start) / 1e6
+        next(made)
+        count += 1
+    return count * data.batch_size * data.length / (time.perf_counter() - start) / 1e6
 
 
 def quickstart_wait(steps: int) -> float:

@@ -5,6 +5,7 @@ Neither the number of hosts nor who reads ahead changes a batch.
 """
 
 import collections
+import contextlib
 import functools
 import itertools
 import math
@@ -24,7 +25,8 @@ State = dict[str, Any]  # of the data after some batches; JSON, saved with the c
 ALL_ROWS = slice(None)
 
 _ROUNDS = 8
-_AHEAD = 2  # batches made before they are asked for, besides one for each further thread
+_AHEAD = 2  # makings ahead of what is asked for, besides one for each further thread
+_TOGETHER = 1 << 13  # tokens cut at a time: numpy's overhead is that of a call, whatever its size
 
 
 class TokenSplit(Stream, Protocol):
@@ -55,6 +57,10 @@ class Rows:
         """The batch that is trained on after `step` steps, or some rows of it; what `packing.cut` describes."""
         return self.rows(row_numbers(self.cfg, step, rows))
 
+    def several(self, steps: range, rows: slice = ALL_ROWS) -> list[Batch]:
+        """The batches of these steps, cut at once."""
+        return separate(self.rows(numbers_of(self.cfg, steps, rows)), len(steps))
+
     def rows(self, number: np.ndarray) -> Batch:
         """The rows with these numbers (int64, counted on through the epochs) as a batch."""
         return cut(self.split, self.spans(number), len(number), self.cfg.length, self.cfg.cross_documents)
@@ -77,6 +83,17 @@ def row_numbers(cfg: DataConfig, step: int, rows: slice = ALL_ROWS) -> np.ndarra
     return step * cfg.batch_size + np.arange(cfg.batch_size)[rows]
 
 
+def numbers_of(cfg: DataConfig, steps: range, rows: slice = ALL_ROWS) -> np.ndarray:
+    """Numbers of the rows of several steps, one step after the other."""
+    return np.concatenate([row_numbers(cfg, step, rows) for step in steps])
+
+
+def separate(rows: Batch, count: int) -> list[Batch]:
+    """So many batches of equal size from their rows, one batch after the other; nothing is copied."""
+    size = len(rows["inputs_BL"]) // count
+    return [{name: x[i * size : (i + 1) * size] for name, x in rows.items()} for i in range(count)]
+
+
 def validation_batches(split: TokenSplit, cfg: DataConfig, max_rows: int = 0) -> Iterator[Batch]:
     """Yields the split's rows in order, each target once, or only the first max_rows rows.
 
@@ -90,9 +107,13 @@ def validation_batches(split: TokenSplit, cfg: DataConfig, max_rows: int = 0) ->
 
 
 class Batches(Protocol):
-    """Batches that are a pure function of the step."""
+    """Batches that are a pure function of the step; `several` gives those of some steps, made together."""
+
+    cfg: DataConfig
 
     def batch(self, step: int, rows: slice = ALL_ROWS) -> Batch: ...
+
+    def several(self, steps: range, rows: slice = ALL_ROWS) -> list[Batch]: ...
 
 
 def batches(
@@ -104,10 +125,20 @@ def batches(
     no order. What one raises is raised here, in its batch's place. Closing the iterator ends the threads.
     """
 
-    def make(step: int) -> tuple[Batch, State]:
-        return rows.batch(step, part), {"step": step + 1}
+    together = max(1, _TOGETHER // (rows.cfg.batch_size * rows.cfg.length))
 
-    return ahead((functools.partial(make, step) for step in itertools.count(start_step)), workers)
+    def make(first: int) -> tuple[range, list[Batch]]:
+        steps = range(first, first + together)
+        try:
+            return steps, rows.several(steps, part)
+        except InputError:  # of one of them; the others are good
+            return steps, []
+
+    firsts = itertools.count(start_step, together)
+    with contextlib.closing(ahead((functools.partial(make, first) for first in firsts), workers)) as groups:
+        for steps, made in groups:
+            for i, step in enumerate(steps):
+                yield made[i] if made else rows.batch(step, part), {"step": step + 1}
 
 
 def ahead(makes: Iterator[Callable[[], T]], workers: int = 0) -> Generator[T, None, None]:

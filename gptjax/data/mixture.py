@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 
 from gptjax.config import DataConfig
-from gptjax.data.batches import ALL_ROWS, Rows, TokenSplit, mixed_key, row_numbers
+from gptjax.data.batches import ALL_ROWS, Rows, TokenSplit, mixed_key, numbers_of, row_numbers, separate
 from gptjax.data.packing import Batch
 from gptjax.settings import InputError
 
@@ -74,7 +74,14 @@ class Mixture:
 
     def batch(self, step: int, rows: slice = ALL_ROWS) -> Batch:
         """The batch that is trained on after `step` steps, or some rows of it."""
-        source_B, index_B = self.schedule.split(row_numbers(self.cfg, step, rows))
+        return self._rows(row_numbers(self.cfg, step, rows))
+
+    def several(self, steps: range, rows: slice = ALL_ROWS) -> list[Batch]:
+        """The batches of these steps, cut at once."""
+        return separate(self._rows(numbers_of(self.cfg, steps, rows)), len(steps))
+
+    def _rows(self, number: np.ndarray) -> Batch:
+        source_B, index_B = self.schedule.split(number)
         counts = np.bincount(source_B).tolist()
         parts = {i: self.rows[i].rows(index_B[source_B == i]) for i, count in enumerate(counts) if count}
         return joined(source_B, parts)
