@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import functools
 import json
 import math
 import os
@@ -120,9 +121,15 @@ class TensorBoard:
     """Scalars for TensorBoard. After a resume, curves beyond the restored step are dropped from the display."""
 
     def __init__(self, folder: Path, resumed_step: int):
+        self._folder, self._resumed_step = folder, resumed_step
+
+    @functools.cached_property
+    def _writer(self) -> Any:
+        """Made at the first write, while the second step runs: where PyTorch is installed this imports all of it."""
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=resumed_step + 1 if resumed_step else None, flush_secs=5)
+        purge = self._resumed_step + 1 if self._resumed_step else None
+        return SummaryWriter(str(self._folder), purge_step=purge, flush_secs=5)
 
     def write(self, step: int, group: str, values: dict[str, Any]) -> None:
         for name, value in values.items():

@@ -15,6 +15,7 @@ from gptjax.backends import describe
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import TrainConfig
 from gptjax.data.feed import open_feed
+from gptjax.data.packing import example_batch
 from gptjax.decoder import Decoder, head, init_params, make_decoder
 from gptjax.evaluate import evaluate, make_eval_step
 from gptjax.generate import generate
@@ -32,6 +33,7 @@ from gptjax.train import (
     compile_step,
     enable_compile_cache,
     fit,
+    in_background,
     init_state,
     make_init,
     make_train_step,
@@ -120,6 +122,10 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
         with jax.set_mesh(mesh):
             _say(describe(config.model, config.data.length, config.data.several_documents))
         decoder, tx, init, step = assemble(config)
+        shapes = abstract(jax.eval_shape(init, 0), mesh)
+        example = example_batch(config.data.batch_size, config.data.length)
+        step = compile_step(step, mesh, shapes, {}, example)
+        compiled = in_background(lambda: step.lower(shapes, {}, example).compile(), mesh)
         run = Run.open(config.run_dir, config, recipe, origins)
         for line in run.changes:
             _say(line)
@@ -131,7 +137,7 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
         with jax.set_mesh(mesh):
             start, data_state = 0, feed.start
             if checkpoints.newest() is not None:
-                start, state, data_state, _ = checkpoints.restore(abstract(jax.eval_shape(init, 0), mesh))
+                start, state, data_state, _ = checkpoints.restore(shapes)
                 feed.check(data_state)
                 _say(f"resumed {run.folder} after step {start}")
             else:
@@ -139,8 +145,8 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
                 if config.init:
                     state = start_from(config, feed.tokenizer, state, tx, mesh)
                     _say(f"weights from {config.init}")
-            example = feed.batch(0)  # read in earnest, so that damaged data is told before anything is compiled
-            step = compile_step(step, mesh, state, {}, example)
+            feed.batch(0)  # damaged data is told now, not after the wait for a long compilation
+            train_step = compiled.result()
             eval_step = make_eval_step(decoder, mesh, state.params, example)
             metrics = Metrics(run.metrics_path, run.tensorboard, config, decoder.vocab_size, resumed_step=start)
             by_source: dict[int, dict[str, int]] = {}
@@ -176,7 +182,7 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
             given = batches()
             try:
                 state = fit(
-                    step, state, {}, given, config.steps,
+                    train_step, state, {}, given, config.steps,
                     mesh=mesh, log=log, save=save, save_every=config.checkpoint.every,
                     hooks={evaluate_at: config.evaluate.every}, stop=signals.stop, trace=profile,
                 )  # fmt: skip

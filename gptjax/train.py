@@ -5,9 +5,11 @@ import math
 import os
 import signal
 import stat
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.struct
 import jax
@@ -17,6 +19,8 @@ from jax.sharding import Mesh
 
 from gptjax.settings import InputError
 from gptjax.sharding import constrain, put, require_mesh, shardings, suffix
+
+T = TypeVar("T")
 
 # loss_fn(params, frozen, batch, key) -> (loss, metrics). The loss is a weighted mean over the batch, and
 # metrics["weight"] is the sum of its weights (tokens, pairs): it is what micro-batches and rows are averaged by.
@@ -67,6 +71,22 @@ def init_state(init: Callable, seed: int, mesh: Mesh) -> TrainState:
     """The initial state, made already sharded; the same numbers on every mesh."""
     where = shardings(jax.eval_shape(init, 0), mesh)
     return jax.jit(init, out_shardings=where)(seed)
+
+
+def in_background(make: Callable[[], T], mesh: Mesh) -> Future[T]:
+    """Calls make() in a thread under the mesh, e.g. to compile while text is prepared: XLA works without Python's lock.
+
+    The process does not end before the thread does.
+    """
+
+    def under_mesh() -> T:
+        with jax.set_mesh(mesh):
+            return make()
+
+    thread = ThreadPoolExecutor(1, "background")
+    made = thread.submit(under_mesh)
+    thread.shutdown(wait=False)
+    return made
 
 
 def make_train_step(
@@ -163,13 +183,19 @@ def fit(
 ) -> TrainState:
     """Trains from state.step to `until` and returns the last state.
 
-    `batches` yields (host batch, state of the data after it); what is saved belongs to the last batch trained.
+    `batches` yields (host batch, state of the data after it); what is saved belongs to the last batch trained. A thread
+    asks for the next batch and sends it to the devices while a step runs, one batch ahead and no more; what `batches`
+    raises is raised here in that batch's place. metrics["input_seconds"] is how long a step waited for its batch.
     log(i, metrics) is called once a step, in order, while the device works on the next one; before a save or a hook,
     every step so far has been logged. save and then the hooks {hook: every} run each so many steps and at the end.
     Raises Interrupted, after a save, when stop() turns true, and Diverged where the numbers end.
     trace = (first, last, folder) profiles those steps.
     """
     require_mesh(state)
+
+    def take() -> tuple[dict, dict]:
+        host_batch, data_state = next(batches)
+        return put(host_batch, mesh), data_state
 
     def report(i: int, metrics: dict) -> None:
         values = jax.device_get(metrics)
@@ -181,29 +207,37 @@ def fit(
     previous, start = None, int(state.step) + 1
     # A run that is resumed within the steps to trace, or ends there, traces those that it makes.
     first, last = (max(trace[0], start), min(trace[1], until)) if trace else (0, 0)
-    for i in range(start, until + 1):
-        host_batch, data_state = next(batches)
-        if trace and i == first <= last:
-            jax.profiler.start_trace(trace[2])
-        state, metrics = step(state, frozen, put(host_batch, mesh))  # dispatched, not yet computed
-        if trace and first <= i == last:
-            jax.block_until_ready(metrics)
-            jax.profiler.stop_trace()
-        if previous is not None:
-            report(i - 1, previous)
-        previous = metrics
-        stopping = stop()
-        saving = stopping or i % save_every == 0 or i == until
-        due = [hook for hook, every in (hooks or {}).items() if i % every == 0 or i == until]
-        if saving or due:
-            report(i, metrics)
-            previous = None
-        if saving:
-            save(i, state, data_state)
-        if stopping and i < until:
-            raise Interrupted
-        for hook in due:
-            hook(i, state)
+    with ThreadPoolExecutor(1, "input") as thread:
+        coming = thread.submit(take) if start <= until else None
+        for i in range(start, until + 1):
+            assert coming is not None
+            asked = time.perf_counter()
+            batch, data_state = coming.result()
+            waited = time.perf_counter() - asked
+            if trace and i == first <= last:
+                jax.profiler.start_trace(trace[2])
+            state, metrics = step(state, frozen, batch)  # dispatched, not yet computed
+            metrics["input_seconds"] = waited
+            if i < until:
+                coming = thread.submit(take)
+            if trace and first <= i == last:
+                jax.block_until_ready(metrics)
+                jax.profiler.stop_trace()
+            if previous is not None:
+                report(i - 1, previous)
+            previous = metrics
+            stopping = stop()
+            saving = stopping or i % save_every == 0 or i == until
+            due = [hook for hook, every in (hooks or {}).items() if i % every == 0 or i == until]
+            if saving or due:
+                report(i, metrics)
+                previous = None
+            if saving:
+                save(i, state, data_state)
+            if stopping and i < until:
+                raise Interrupted
+            for hook in due:
+                hook(i, state)
     return state
 
 

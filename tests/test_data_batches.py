@@ -180,6 +180,7 @@ def test_resuming_at_a_step_goes_on_with_that_steps_batch(packing):
         batch, state = next(straight)
         hashes.append(batch_hash(batch))
     assert state == {"step": 6}
+    assert hashes == [batch_hash(rows.batch(step)) for step in range(6)]  # cut together, or each by itself
     resumed = batches(rows, 4)
     assert [(batch_hash(batch), state["step"]) for batch, state in (next(resumed), next(resumed))] == [
         (hashes[4], 5),
@@ -204,14 +205,14 @@ def test_closing_the_iterator_ends_its_thread():
 
 def test_an_error_while_reading_ahead_reaches_the_reader_in_its_place():
     rows = Rows(MemorySplit([30, 50]), DataConfig(batch_size=2, length=10), 0)
-    good = rows.batch
+    good = rows.rows
 
-    def batch(step, rows=slice(None)):
-        if step == 2:
+    def damaged(number):
+        if {4, 5} & set(number.tolist()):  # of the third batch
             raise InputError("shard 7 is damaged")
-        return good(step, rows)
+        return good(number)
 
-    rows.batch = batch  # pyright: ignore[reportAttributeAccessIssue]
+    rows.rows = damaged  # pyright: ignore[reportAttributeAccessIssue]
     iterator = batches(rows, 0)
     assert [next(iterator)[1]["step"] for _ in range(2)] == [1, 2]
     with pytest.raises(InputError, match="shard 7 is damaged"):

@@ -1,5 +1,8 @@
 """Laws of the step and the loop, on a model of one matrix: train.py knows no decoder."""
 
+import itertools
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,7 +70,7 @@ def test_training_lowers_the_loss_and_logs_every_step_once_in_order():
     assert list(logged) == list(range(1, 61)) and int(state.step) == int(state.updates) == 60
     assert logged[60]["loss"] < 0.2 * logged[1]["loss"]
     assert saved == [(60, 60, {"step": 60})]
-    assert set(logged[1]) == {"loss", "weight", "noise", "grad_norm", "learning_rate", "updates"}
+    assert set(logged[1]) == {"loss", "weight", "noise", "grad_norm", "learning_rate", "updates", "input_seconds"}
 
 
 @pytest.mark.parametrize("accumulate", [2])
@@ -114,6 +117,54 @@ def test_a_request_to_stop_saves_the_step_just_done_and_raises():
             save=lambda i, s, d: saved.append((i, d)), save_every=1000, stop=lambda: True,
         )  # fmt: skip
     assert saved == [(1, {"step": 1})]
+
+
+def test_the_next_batch_and_no_more_is_on_its_way_while_a_step_runs_and_what_is_saved_is_what_was_trained():
+    asked, seen, mesh, state, step = [], [], *make()
+
+    def counted():
+        for made in endless():
+            asked.append(made[1]["step"])
+            yield made
+
+    def save(i, state, data):
+        until = time.monotonic() + 5
+        while len(asked) < min(i + 1, 4) and time.monotonic() < until:
+            time.sleep(0.001)
+        seen.append((i, data["step"], asked[-1]))
+
+    with jax.set_mesh(mesh):
+        fit(step, state, FROZEN, counted(), 4, mesh=mesh, log=lambda *_: None, save=save, save_every=1)
+    assert seen == [(1, 1, 2), (2, 2, 3), (3, 3, 4), (4, 4, 4)]
+
+
+def test_a_batch_that_can_not_be_made_ends_training_in_its_place():
+    saved, mesh, state, step = [], *make()
+
+    def three():
+        yield from itertools.islice(endless(), 3)
+        raise InputError("page 7 is damaged")
+
+    with jax.set_mesh(mesh), pytest.raises(InputError, match="page 7"):
+        fit(
+            step, state, FROZEN, three(), 9, mesh=mesh, log=lambda *_: None,
+            save=lambda i, s, d: saved.append((i, d["step"])), save_every=1,
+        )  # fmt: skip
+    assert saved == [(1, 1), (2, 2), (3, 3)]
+
+
+def test_a_step_states_how_long_it_waited_for_its_batch():
+    mesh, state, step = make()
+
+    def slow_third():
+        for made in endless():
+            time.sleep(0.3 if made[1]["step"] == 3 else 0.0)
+            yield made
+
+    logged = {}
+    with jax.set_mesh(mesh):
+        fit(step, state, FROZEN, slow_third(), 4, mesh=mesh, log=logged.__setitem__, save=lambda *_: None, save_every=9)
+    assert logged[3]["input_seconds"] > 0.1 > logged[4]["input_seconds"]
 
 
 def test_a_loss_that_is_no_number_ends_training_before_it_is_saved():

@@ -5,6 +5,7 @@ Neither the number of hosts nor who reads ahead changes a batch.
 """
 
 import collections
+import contextlib
 import functools
 import itertools
 import math
@@ -24,7 +25,8 @@ State = dict[str, Any]  # of the data after some batches; JSON, saved with the c
 ALL_ROWS = slice(None)
 
 _ROUNDS = 8
-_AHEAD = 2  # batches made before they are asked for, besides one for each further thread
+_AHEAD = 2  # makings ahead of what is asked for, besides one for each further thread
+_TOGETHER = 1 << 13  # tokens cut at a time: numpy's overhead is that of a call, whatever its size
 
 
 class TokenSplit(Stream, Protocol):
@@ -55,26 +57,41 @@ class Rows:
         """The batch that is trained on after `step` steps, or some rows of it; what `packing.cut` describes."""
         return self.rows(row_numbers(self.cfg, step, rows))
 
+    def several(self, steps: range, rows: slice = ALL_ROWS) -> list[Batch]:
+        """The batches of these steps, cut at once."""
+        return separate(self.rows(numbers_of(self.cfg, steps, rows)), len(steps))
+
     def rows(self, number: np.ndarray) -> Batch:
         """The rows with these numbers (int64, counted on through the epochs) as a batch."""
         return cut(self.split, self.spans(number), len(number), self.cfg.length, self.cfg.cross_documents)
 
     def spans(self, number: np.ndarray) -> Spans:
-        """Where the rows with these numbers lie in the split's stream."""
+        """Where the rows with these numbers (rising) lie in the split's stream."""
         epochs, places = np.divmod(number, self.rows_per_epoch)
-        parts = []
-        for epoch in np.unique(epochs).tolist():
-            (at,) = np.nonzero(epochs == epoch)
-            chosen = permuted(places[at], self.rows_per_epoch, self.seed, epoch)
-            shift = self._layout.shift(self.seed, epoch)
-            spans = self._layout.spans(chosen, shift)
-            parts.append(spans._replace(row=at[spans.row]))
-        return Spans(*(np.concatenate(column) for column in zip(*parts)))
+        parts, at = [], 0
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+            stop = int(np.searchsorted(epochs, epoch, side="right"))
+            chosen = permuted(places[at:stop], self.rows_per_epoch, self.seed, epoch)
+            spans = self._layout.spans(chosen, self._layout.shift(self.seed, epoch))
+            parts.append(spans._replace(row=spans.row + at))
+            at = stop
+        return parts[0] if len(parts) == 1 else Spans(*(np.concatenate(column) for column in zip(*parts)))
 
 
 def row_numbers(cfg: DataConfig, step: int, rows: slice = ALL_ROWS) -> np.ndarray:
     """Numbers of the rows that are trained on after `step` steps, or of some of them: int64[rows]."""
     return step * cfg.batch_size + np.arange(cfg.batch_size)[rows]
+
+
+def numbers_of(cfg: DataConfig, steps: range, rows: slice = ALL_ROWS) -> np.ndarray:
+    """Numbers of the rows of several steps, one step after the other."""
+    return np.concatenate([row_numbers(cfg, step, rows) for step in steps])
+
+
+def separate(rows: Batch, count: int) -> list[Batch]:
+    """So many batches of equal size from their rows, one batch after the other; nothing is copied."""
+    size = len(rows["inputs_BL"]) // count
+    return [{name: x[i * size : (i + 1) * size] for name, x in rows.items()} for i in range(count)]
 
 
 def validation_batches(split: TokenSplit, cfg: DataConfig, max_rows: int = 0) -> Iterator[Batch]:
@@ -90,9 +107,13 @@ def validation_batches(split: TokenSplit, cfg: DataConfig, max_rows: int = 0) ->
 
 
 class Batches(Protocol):
-    """Batches that are a pure function of the step."""
+    """Batches that are a pure function of the step; `several` gives those of some steps, made together."""
+
+    cfg: DataConfig
 
     def batch(self, step: int, rows: slice = ALL_ROWS) -> Batch: ...
+
+    def several(self, steps: range, rows: slice = ALL_ROWS) -> list[Batch]: ...
 
 
 def batches(
@@ -104,10 +125,20 @@ def batches(
     no order. What one raises is raised here, in its batch's place. Closing the iterator ends the threads.
     """
 
-    def make(step: int) -> tuple[Batch, State]:
-        return rows.batch(step, part), {"step": step + 1}
+    together = max(1, _TOGETHER // (rows.cfg.batch_size * rows.cfg.length))
 
-    return ahead((functools.partial(make, step) for step in itertools.count(start_step)), workers)
+    def make(first: int) -> tuple[range, list[Batch]]:
+        steps = range(first, first + together)
+        try:
+            return steps, rows.several(steps, part)
+        except InputError:  # of one of them; the others are good
+            return steps, []
+
+    firsts = itertools.count(start_step, together)
+    with contextlib.closing(ahead((functools.partial(make, first) for first in firsts), workers)) as groups:
+        for steps, made in groups:
+            for i, step in enumerate(steps):
+                yield made[i] if made else rows.batch(step, part), {"step": step + 1}
 
 
 def ahead(makes: Iterator[Callable[[], T]], workers: int = 0) -> Generator[T, None, None]:
@@ -186,26 +217,40 @@ def permuted(places: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray
     A generalised Feistel network over pairs (left, right), left < a and right < b with a b >= size, walked until
     it lands below size (Black & Rogaway 2002, Ciphers with Arbitrary Finite Domains). It needs no table.
     """
-    b = math.isqrt(size - 1) + 1
-    a = -(-size // b)
+    a, b, keys = _network(size, seed, epoch)
     out = places.astype(np.uint64)
     todo = np.arange(len(out))
     while len(todo):
-        left, right = np.divmod(out[todo], np.uint64(b))
+        left, right = np.divmod(out[todo], b)
         for i in range(0, _ROUNDS, 2):
-            left = (left + _mixed(right, seed, epoch, i) % np.uint64(a)) % np.uint64(a)
-            right = (right + _mixed(left, seed, epoch, i + 1) % np.uint64(b)) % np.uint64(b)
-        out[todo] = left * np.uint64(b) + right
+            left = (left + _mixed(right, keys[i]) % a) % a
+            right = (right + _mixed(left, keys[i + 1]) % b) % b
+        out[todo] = left * b + right
         todo = todo[out[todo] >= size]
     return out.astype(np.int64)
 
 
-def _mixed(values: np.ndarray, *key: int) -> np.ndarray:
+@functools.lru_cache(maxsize=256)
+def _network(size: int, seed: int, epoch: int) -> tuple[np.uint64, np.uint64, list[np.uint64]]:
+    """a, b and the key of each round of `permuted`."""
+    b = math.isqrt(size - 1) + 1
+    keys = [np.uint64(mixed_key(seed, epoch, i)) for i in range(_ROUNDS)]
+    return np.uint64(-(-size // b)), np.uint64(b), keys
+
+
+_SHIFTS = tuple(np.uint64(n) for n in (30, 27, 31))
+_FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+
+
+def _mixed(values: np.ndarray, key: np.uint64) -> np.ndarray:
     """Pseudo-random uint64 numbers from values and a key: the finaliser of splitmix64 (Steele, Lea & Flood 2014)."""
-    mixed = values + np.uint64(mixed_key(*key))
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
+    mixed = values + key
+    mixed ^= mixed >> _SHIFTS[0]
+    mixed *= _FACTORS[0]
+    mixed ^= mixed >> _SHIFTS[1]
+    mixed *= _FACTORS[1]
+    mixed ^= mixed >> _SHIFTS[2]
+    return mixed
 
 
 @functools.lru_cache(maxsize=256)

@@ -128,21 +128,23 @@ class Split:
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of the stream as int32; raises DamagedPage, naming shard and page, or see the class."""
         assert 0 <= start <= stop <= self.num_tokens, (start, stop, self.num_tokens)
-        out = np.empty(stop - start, np.int32)
-        page, at = self._manifest.page, start
-        while at < stop:
-            index, inside = divmod(at, page)
+        page = self._manifest.page
+        first, inside = divmod(start, page)
+        pages = [self._page_or_hole(index) for index in range(first, (stop - 1) // page + 1)]
+        tokens = pages[0] if len(pages) == 1 else np.concatenate([x.astype(np.int32) for x in pages] or [self._NONE])
+        return tokens[inside : inside + stop - start].astype(np.int32)
+
+    _NONE = np.zeros(0, np.int32)
+
+    def _page_or_hole(self, index: int) -> np.ndarray:
+        if index not in self.damage:
             try:
-                tokens = self._page(index) if index not in self.damage else np.full(page, HOLE)
+                return self._page(index)
             except DamagedPage as error:
                 if not self.skip_damaged:
                     raise
                 self.damage[index] = error
-                continue
-            part = tokens[inside : inside + stop - at]
-            out[at - start : at - start + len(part)] = part
-            at += len(part)
-        return out
+        return np.full(self._manifest.page, HOLE)
 
     def damage_in(self, start: int, stop: int) -> list[DamagedPage]:
         """What was wrong with the pages that hold tokens [start, stop), of those that were found damaged so far."""

@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 
 from gptjax.config import DataConfig
-from gptjax.data.batches import ALL_ROWS, Rows, TokenSplit, mixed_key, row_numbers
+from gptjax.data.batches import ALL_ROWS, Rows, TokenSplit, mixed_key, numbers_of, row_numbers, separate
 from gptjax.data.packing import Batch
 from gptjax.settings import InputError
 
@@ -74,8 +74,16 @@ class Mixture:
 
     def batch(self, step: int, rows: slice = ALL_ROWS) -> Batch:
         """The batch that is trained on after `step` steps, or some rows of it."""
-        source_B, index_B = self.schedule.split(row_numbers(self.cfg, step, rows))
-        parts = {i: self.rows[i].rows(index_B[source_B == i]) for i in np.unique(source_B).tolist()}
+        return self._rows(row_numbers(self.cfg, step, rows))
+
+    def several(self, steps: range, rows: slice = ALL_ROWS) -> list[Batch]:
+        """The batches of these steps, cut at once."""
+        return separate(self._rows(numbers_of(self.cfg, steps, rows)), len(steps))
+
+    def _rows(self, number: np.ndarray) -> Batch:
+        source_B, index_B = self.schedule.split(number)
+        counts = np.bincount(source_B).tolist()
+        parts = {i: self.rows[i].rows(index_B[source_B == i]) for i, count in enumerate(counts) if count}
         return joined(source_B, parts)
 
     def split(self, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -105,6 +113,8 @@ def rows_of_a_pass(cfg: DataConfig, sizes: Sequence[tuple[int, int]]) -> list[in
 def joined(source_B: np.ndarray, parts: dict[int, Batch]) -> Batch:
     """One batch of the rows of several, which `source_B` lists in their order."""
     first = next(iter(parts.values()))
+    if len(parts) == 1:
+        return first
     out = {name: np.empty((len(source_B), *value.shape[1:]), value.dtype) for name, value in first.items()}
     for i, part in parts.items():
         for name, value in part.items():
