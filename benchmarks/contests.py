@@ -17,8 +17,8 @@ from gptjax.scaling.counts import padded_vocab
 from gptjax.settings import leaves
 
 TEXT = ROOT / "gptjax" / "data" / "corpora" / "shakespeare.txt"
-# A documented range of lengths, log-uniform: some documents fill several rows, others share one.
-DOCUMENT_TOKENS = (64, 4096)
+# The lengths of documents, log-uniform, in rows: some fill several rows, others share one.
+DOCUMENT_ROWS = (0.25, 4.0)
 MOST_BATCHES = 16
 
 Family = Literal["gpt2", "llama"]
@@ -109,15 +109,15 @@ def words(vocab_size: int) -> np.ndarray:
 def batches(config: TrainConfig, documents: Documents, count: int) -> list[Batch]:
     """`count` packed batches of real text, by the code that cuts the rows of every run; the same in each process.
 
-    The text is cut into documents of DOCUMENT_TOKENS, log-uniform, and rows into it end to end. Isolated, a row's
-    documents are told apart; crossing, each row is one segment.
+    The text is cut into documents of DOCUMENT_ROWS times the length, log-uniform, and into rows end to end. Isolated,
+    a row's documents are told apart; crossing, each row is one segment.
     """
     ids = words(config.tokenizer.vocab_size)
     rows, length = config.data.batch_size, config.data.length
     ids = np.resize(ids, max(len(ids), count * rows * length + 1))
     rng = np.random.default_rng(config.seed)
-    low, high = np.log(DOCUMENT_TOKENS)
-    sizes = np.exp(rng.uniform(low, high, len(ids) // DOCUMENT_TOKENS[0])).astype(np.int64)
+    low, high = (length * share for share in DOCUMENT_ROWS)
+    sizes = np.exp(rng.uniform(np.log(low), np.log(high), int(len(ids) / low))).astype(np.int64)
     ends = np.cumsum(sizes)
     stream = MemoryStream(np.split(ids, ends[ends < len(ids)]))
     row = np.arange(rows)

@@ -40,10 +40,8 @@ def judge(contest: Contest, timed: dict[str, Any], right: dict[str, Rows]) -> li
             continue
         for what, gap in gaps(found["rows"], right[documents(name)]).items():
             if not gap <= TOLERANCE[contest.dtype][what]:
-                limit = TOLERANCE[contest.dtype][what]
-                faults.append(
-                    f"{contest.name}: {name}: {what} is {gap:.1e} off the reference; wanted at most {limit:g}"
-                )
+                off = f"{gap:.1e} off the reference; wanted at most {TOLERANCE[contest.dtype][what]:g}"
+                faults.append(f"{contest.name}: {name}: {what} is {off}")
     return faults
 
 

@@ -48,7 +48,7 @@ def judged(found, right, dtype="float32"):
     return throughput_report.judge(TINY._replace(dtype=dtype), {"ours": {"rows": found}}, right)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.exhaustive)])
 def test_a_right_step_passes_in_both_types(folder, right, dtype):
     found = rows(folder, contests.recipe(TINY._replace(dtype=dtype)))
     assert judged(found, right, dtype) == []
@@ -58,7 +58,14 @@ def test_the_plain_baseline_does_the_same_work(folder, right):
     assert judged(rows(folder, contests.recipe(TINY), kind="plain"), right) == []
 
 
-@pytest.mark.parametrize("fault", ["dropped_layer", "future_seen", "half_the_rows", "no_mlp_gradient"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "dropped_layer",
+        "future_seen",
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("half_the_rows", "no_mlp_gradient")),
+    ],
+)
 def test_a_fast_but_wrong_step_fails_even_by_the_looser_tolerance(folder, right, fault):
     found = rows(folder, contests.recipe(TINY, 0, (f"loss=planted:{fault}",)))
     assert judged(found, right, "bfloat16")
