@@ -14,10 +14,10 @@ Each is a process of its own. After warm-up they take turns, one at a time while
 makes --steps steps. Ratios are taken within a round; reported are medians with 5th and 95th percentiles.
 
 Every loss and the norm of the first gradient are compared with a float32 run of the plain attention at highest
-precision on the same rows. A step that is not within TOLERANCE of it, or a competitor that fails, ends with code 1, the
-report written all the same. MFU is in the three conventions of gptjax/scaling/counts.py, of a measured ceiling (the
-median GFLOP/s over the shapes of the model's own products, forward and backward, in each round; the higher of jax's and
-torch's) and of the device's data sheet where gptjax/metrics.py knows it.
+precision on the same rows. A step further off than its tolerance (throughput_report.py says why), or a competitor that
+fails, ends with code 1, the report written all the same. MFU is in the three conventions of gptjax/scaling/counts.py,
+of a measured ceiling (the median GFLOP/s over the shapes of the model's own products, forward and backward, in each
+round; the higher of jax's and torch's) and of the device's data sheet where gptjax/metrics.py knows it.
 
 Writes DATE_throughput.json, .md and .png (matplotlib: pip install 'gptjax[plots]'). Torch: pip install 'gptjax[peers]'.
 """
