@@ -36,7 +36,7 @@ from typing import Any
 
 from contests import MOST_BATCHES, SHAPES, SUITES, Contest, batches, flat, products, recipe, reference, write_batches
 from facts import ROOT, facts
-from throughput_report import judge, plot, summary, table
+from throughput_report import judge, plot, rows, summary, table
 from turns import Competitor, Failed
 
 from gptjax.settings import InputError
@@ -60,6 +60,8 @@ def main() -> int:
                     report["contests"].append(compete(contest, args, place))
                 except Failed as e:
                     wrong.append(f"{contest.name}: {e}")
+                else:
+                    say("\n".join(rows(report["contests"][-1])))
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

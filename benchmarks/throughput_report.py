@@ -127,11 +127,15 @@ def table(report: dict[str, Any]) -> str:
         ceilings = [f"{library} {m['median_gflops']:,.0f}" for library, m in contest["ceiling"].items()]
         sheet = contest["data_sheet_flops"]
         lines += [f"Ceiling, GFLOP/s: {', '.join(ceilings)}; data sheet: {sheet / 1e9 if sheet else 'unknown'}", ""]
-        lines += ["| | tokens/s | ratio | MFU | memory, MiB | first step, s | loss | gap of loss, gradient |",
-                  "|---|---|---|---|---|---|---|---|"]  # fmt: skip
-        lines += [_row(name, found) for name, found in contest["competitors"].items()]
+        lines += rows(contest)
         lines += [f"\n**FAILED** {fault}" for fault in contest["faults"]]
     return "\n".join(lines) + "\n"
+
+
+def rows(contest: dict[str, Any]) -> list[str]:
+    """A contest as a table, one line a competitor."""
+    head = "| | tokens/s | ratio | MFU | memory, MiB | first step, s | loss | gap of loss, gradient |"
+    return [head, "|---|---|---|---|---|---|---|---|", *(_row(*item) for item in contest["competitors"].items())]
 
 
 def _row(name: str, c: dict[str, Any]) -> str:
