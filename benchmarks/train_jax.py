@@ -132,7 +132,8 @@ def huggingface_names(family: str, params: dict[str, Any]) -> dict[str, np.ndarr
         named[HEAD] = np.asarray(params["head_VD"])
     if "position_TD" in params:
         named[PREFIX[family] + "wpe.weight"] = np.asarray(params["position_TD"])
-    for name, stack in params["layers"].items():
+    # GPT-2 has queries, keys and values side by side in this order; a tree from jax is in that of the alphabet.
+    for name, stack in sorted(params["layers"].items(), key=lambda item: "qkv".find(item[0].split("_")[0])):
         letters = suffix(name)[1:]
         stem = name.removesuffix(f"_N{letters}")
         part, stem = ("bias" if stem.endswith("_bias") else "weight"), stem.removesuffix("_bias")
@@ -143,7 +144,6 @@ def huggingface_names(family: str, params: dict[str, Any]) -> dict[str, np.ndarr
                 x = x.reshape(-1, x.shape[-1]) if letters.endswith("D") else x.reshape(x.shape[0], -1)
                 x = x if family == "gpt2" else x.T
             there = f"{PREFIX[family]}{LAYER[family][stem].format(n=n)}.{part}"
-            # GPT-2 has queries, keys and values side by side; their leaves come in this order.
             named[there] = np.concatenate([named[there], x], axis=-1) if there in named else x
     return named
 
