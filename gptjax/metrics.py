@@ -183,7 +183,8 @@ class Throughput:
 # (TF32 on NVIDIA from Ampere on, one bfloat16 pass on TPU). T4 and V100 have float16 tensor cores only. A device of
 # jax is half a chip on TPU v2 and v3. The first entry whose words all occur in the device kind counts.
 PEAKS = {
-    "h200": (989.4e12, 494.7e12), "h100 pcie": (756e12, 378e12), "h100 nvl": (835e12, 417.5e12),
+    "h200 nvl": (835.5e12, 417.5e12), "h200": (989.4e12, 494.7e12),
+    "h100 pcie": (756e12, 378e12), "h100 nvl": (835e12, 417.5e12),
     "h100": (989.4e12, 494.7e12), "a100": (312e12, 156e12), "v100": (125e12, 15.7e12), "t4": (65e12, 8.1e12),
     "l4": (121e12, 60e12), "a10g": (70e12, 35e12), "rtx 4090": (165.2e12, 82.6e12),
     "tpu v6": (918e12, 918e12), "tpu v5 lite": (197e12, 197e12), "tpu v5e": (197e12, 197e12),

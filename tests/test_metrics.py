@@ -210,6 +210,7 @@ def test_rates_follow_a_change_of_speed(monkeypatch):
         ("NVIDIA H100 80GB HBM3", "bfloat16", 989.4e12),
         ("NVIDIA H100 PCIe", "bfloat16", 756e12),
         ("NVIDIA H200", "bfloat16", 989.4e12),
+        ("NVIDIA H200 NVL", "bfloat16", 835.5e12),
         ("NVIDIA A100-SXM4-40GB", "bfloat16", 312e12),
         ("NVIDIA A100-SXM4-40GB", "float32", 156e12),
         ("Tesla V100-SXM2-16GB", "bfloat16", 125e12),

@@ -1,0 +1,279 @@
+"""Training steps of gptjax against its peers in one run: tokens a second, memory, MFU, and whether they are right.
+
+    python benchmarks/throughput.py --out benchmarks/results
+    python benchmarks/throughput.py --suite h100 --out benchmarks/results      (one H100, under ten minutes)
+
+Who competes, by name:
+
+    ours, ours-isolated   our step as `gptjax pretrain` makes it; isolated: attention does not cross the row's documents
+    plain                 benchmarks/plain_decoder.py: GPT-2 in plain JAX, einsums and optax, float32 logits
+    torch, torch-compiled Hugging Face's GPT-2 or Llama in torch, eager and torch.compile, AdamW fused, autocast
+
+All start from the same weights and train on the same packed rows of real text (documents crossing, but for isolated).
+Each is a process of its own. After warm-up they take turns, one at a time while the others wait: in each round each
+makes --steps steps. Ratios are taken within a round; reported are medians with 5th and 95th percentiles.
+
+Every loss and the norm of the first gradient are compared with a float32 run of the plain attention at highest
+precision on the same rows. A step further off than its tolerance (throughput_report.py says why), or a competitor that
+fails, ends with code 1, the report written all the same. MFU is in the three conventions of gptjax/scaling/counts.py,
+of a measured ceiling (the median GFLOP/s over the shapes of the model's own products, forward and backward, in each
+round; the higher of jax's and torch's) and of the device's data sheet where gptjax/metrics.py knows it.
+
+Writes DATE_throughput.json, .md and .png (matplotlib: pip install 'gptjax[plots]'). Torch: pip install 'gptjax[peers]'.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from contests import MOST_BATCHES, SHAPES, SUITES, Contest, batches, flat, products, recipe, reference, write_batches
+from facts import ROOT, facts
+from throughput_report import judge, plot, rows, summary, table
+from turns import Competitor, Failed
+
+from gptjax.settings import InputError
+
+HERE = Path(__file__).parent
+COMPETITORS = ("ours", "ours-isolated", "plain", "torch", "torch-compiled")
+WARM_UP = 2
+PRODUCT_SECONDS = 0.05  # for each shape in each round
+
+
+def main() -> int:
+    args, wrong = arguments(), []
+    try:
+        contests = choose(args)
+        report = machine() | {"suite": args.suite, "rounds": args.rounds, "steps": args.steps, "contests": []}
+        with tempfile.TemporaryDirectory(prefix="gptjax-bench-") as folder:
+            for contest in contests:
+                place = Path(folder) / contest.name
+                place.mkdir()
+                try:
+                    report["contests"].append(compete(contest, args, place))
+                except Failed as e:
+                    wrong.append(f"{contest.name}: {e}")
+                else:
+                    say("\n".join(rows(report["contests"][-1])))
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    wrong += [fault for contest in report["contests"] for fault in contest["faults"]]
+    report["faults"] = wrong
+    if args.suite == "h100":
+        report["others"] = others(args.out)
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{report['date']}_throughput.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    path.with_suffix(".md").write_text(table(report))
+    plot(report, path.with_suffix(".png"))
+    print(table(report))
+    print(f"wrote {path}, .md and .png")
+    for fault in wrong:
+        print(f"FAILED: {fault}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the dated report")
+    parser.add_argument("--suite", choices=SUITES, default="cpu", help="what to run (default: %(default)s)")
+    parser.add_argument("--shape", choices=SHAPES, help="only this shape, in place of a suite")
+    parser.add_argument("--family", nargs="+", choices=("gpt2", "llama"), default=["gpt2", "llama"])
+    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    parser.add_argument("--competitors", nargs="+", choices=COMPETITORS, default=list(COMPETITORS))
+    parser.add_argument("--jax-only", action="store_true", help="no torch")
+    parser.add_argument("--torch-python", default=sys.executable, help="Python that has torch and transformers")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2, help="steps of each competitor in each round")
+    parser.add_argument("--batch", type=int, default=0, help="rows a step (default: the shape's)")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="torch's (default: all)")
+    parser.add_argument("--patience", type=float, default=300.0, help="seconds for an answer, compiling included")
+    parser.add_argument("--warm-start", action="store_true", help="time a second start of ours, from its compile cache")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of ours alone")
+    args = parser.parse_args()
+    for name in ("rounds", "steps", "threads"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: wanted at least 1")
+    if "ours" not in args.competitors:
+        parser.error("--competitors: wanted ours among them, which the others are compared with")
+    args.warm_start |= args.suite == "h100"
+    return args
+
+
+def choose(args: argparse.Namespace) -> list[Contest]:
+    """The contests asked for; raises InputError where there are none, or torch is wanted and not there."""
+    known = SUITES[args.suite]
+    if args.shape:
+        families = SHAPES[args.shape].mlp_width
+        known = [Contest(args.shape, family, dtype) for family in families for dtype in ("float32", "bfloat16")]
+    chosen = [contest for contest in known if contest.family in args.family and contest.dtype in args.dtype]
+    if not chosen:
+        had = ", ".join(f"{c.family} {c.dtype}" for c in known)
+        raise InputError(f"--family {' '.join(args.family)} --dtype {' '.join(args.dtype)}: wanted one of {had}")
+    for contest in chosen:
+        recipe(contest, args.batch, tuple(args.set))
+    if any(entrants(contest, args, "torch") for contest in chosen):
+        found = subprocess.run([args.torch_python, "-c", "import torch, transformers"], capture_output=True)
+        if found.returncode:
+            raise InputError(
+                f"{args.torch_python} can't import torch and transformers; pip install 'gptjax[peers]', or give "
+                f"--torch-python PATH or --jax-only"
+            )
+    return chosen
+
+
+def entrants(contest: Contest, args: argparse.Namespace, prefix: str = "") -> list[str]:
+    """Who takes part: the plain decoder is a GPT-2; torch's gradients of a billion weights don't fit beside ours."""
+    left_out = {"plain"} if contest.family == "llama" else set()
+    if args.jax_only or contest.shape == "llama_1b":
+        left_out |= {"torch", "torch-compiled"}
+    return [name for name in args.competitors if name not in left_out and name.startswith(prefix)]
+
+
+def machine() -> dict[str, Any]:
+    """The facts of this run; what a device is, the children say."""
+    name = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    cpu = {"cpu": name, "cores": len(os.sched_getaffinity(0)), "load_before": round(os.getloadavg()[0], 2)}
+    return facts(cpu, "jax", "jaxlib", "flax", "optax") | {"xla_flags": os.environ.get("XLA_FLAGS", "")}
+
+
+def compete(contest: Contest, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Runs one contest and returns its report, with `faults` for all that failed or is wrong.
+
+    Raises Failed where the reference fails, without which nothing can be judged.
+    """
+    config, names = recipe(contest, args.batch, tuple(args.set)), entrants(contest, args)
+    total = WARM_UP + args.rounds * args.steps
+    right: dict[str, list[dict[str, float]]] = {}
+    faults: list[str] = []
+    for documents in ("crossing", "isolated"):
+        if documents == "isolated" and "ours-isolated" not in names:
+            continue
+        write_batches(folder / f"{documents}.npz", batches(config, documents, min(total, MOST_BATCHES)))
+        say(f"{contest.name}: reference, documents {documents}")
+        child = start("reference", contest, args, folder, documents)
+        right[documents] = child.ask("run", total)["result"]
+        child.close()
+
+    running: dict[str, Competitor] = {}
+    timed: dict[str, dict[str, Any]] = {}
+    ceilings: dict[str, list[list[float]]] = {}
+    shapes = products(config)
+
+    def attempt(act: Callable[..., None], name: str, *more: str) -> None:
+        """act(name, *more); a competitor that fails leaves the contest, and the report says so."""
+        try:
+            act(name, *more)
+        except Failed as e:
+            faults.append(f"{contest.name}: {e}")
+            timed.setdefault(name, {})["failed"] = str(e)
+            if name in running:
+                running.pop(name).close()
+
+    def enter(name: str) -> None:
+        began = time.perf_counter()
+        child = running[name] = start(name, contest, args, folder)
+        timed[name] = child.facts | {"start_seconds": time.perf_counter() - began, "seconds": []}
+        first = child.ask("run", 1)
+        timed[name]["first_step_seconds"] = first["seconds"]
+        timed[name]["rows"] = first["result"] + child.ask("run", WARM_UP - 1)["result"]
+
+    def turn(name: str) -> None:
+        answer = running[name].ask("run", args.steps)
+        timed[name]["seconds"].append(answer["seconds"] / args.steps)
+        timed[name]["rows"] += answer["result"]
+
+    def measure(name: str, library: str) -> None:
+        rates = running[name].ask("products", shapes, contest.dtype, PRODUCT_SECONDS)["result"]
+        ceilings.setdefault(library, []).append(rates)
+
+    def remember(name: str) -> None:
+        timed[name] |= running[name].ask("memory")["result"]
+
+    def enter_again(name: str) -> None:
+        child = running[name] = start(name, contest, args, folder)
+        timed[name]["warm_first_step_seconds"] = child.ask("run", 1)["seconds"]
+        child.close()
+
+    try:
+        for name in names:
+            say(f"{contest.name}: {name} starts")
+            attempt(enter, name)
+        for i in range(args.rounds):
+            order = list(running)
+            turned = i % max(1, len(order))
+            for name in order[turned:] + order[:turned]:
+                attempt(turn, name)
+            for library, prefix in (("jax", "ours"), ("torch", "torch")):
+                for name in [name for name in running if name.startswith(prefix)][:1]:
+                    attempt(measure, name, library)
+            say(f"{contest.name}: round {i + 1} of {args.rounds}")
+        for name in list(running):
+            attempt(remember, name)
+    finally:
+        for child in running.values():
+            child.close()
+    if args.warm_start:
+        for name in [name for name in running if name.startswith("ours")]:
+            attempt(enter_again, name)
+    report = summary(contest, config, timed, ceilings, shapes, right)
+    report["faults"] = faults + judge(contest, timed, right)
+    return report
+
+
+def start(name: str, contest: Contest, args: argparse.Namespace, folder: Path, documents: str = "") -> Competitor:
+    """A competitor's process, ready to run."""
+    config = recipe(contest, args.batch, tuple(args.set) if name.startswith("ours") else ())
+    config = reference(config) if name == "reference" else config
+    documents = documents or ("isolated" if name == "ours-isolated" else "crossing")
+    setting = {
+        "kind": name, "family": contest.family, "dtype": contest.dtype, "config": flat(config),
+        "precision": "highest" if name == "reference" else "", "batches": str(folder / f"{documents}.npz"),
+        "threads": args.threads, "compile": name == "torch-compiled",
+    }  # fmt: skip
+    torch = name.startswith("torch")
+    if torch or (name == "reference" and documents == "crossing" and entrants(contest, args, "torch")):
+        setting["weights"] = str(folder / "weights.npz")
+    # A cache of compiled programs of each one's own, empty at first, so that its first start is a cold one.
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "XDG_CACHE_HOME": str(folder / name)}
+    env.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    command = [args.torch_python if torch else sys.executable, str(HERE / f"train_{'torch' if torch else 'jax'}.py")]
+    return Competitor(name, command, setting, folder / f"{name}.log", env, args.patience)
+
+
+def others(out: Path) -> dict[str, Any]:
+    """The other benchmarks of a GPU, each in a process; how each ended, for none of them may end this report."""
+    commands = {
+        "decode": [str(HERE / "decode.py"), "--shape", "1b", "--out", str(out)],
+        "attention": [str(HERE / "attention.py"), "--out", str(out)],
+    }
+    ended: dict[str, Any] = {}
+    for name, command in commands.items():
+        say(f"{name} starts")
+        try:
+            done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=100)
+            ended[name] = {"code": done.returncode, "end": (done.stdout + done.stderr)[-400:]}
+        except (OSError, subprocess.TimeoutExpired) as e:
+            ended[name] = {"code": None, "end": str(e)[:400]}
+        say(f"{name} ended with {ended[name]['code']}")
+    return ended
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

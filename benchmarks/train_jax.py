@@ -1,0 +1,153 @@
+"""A competitor of throughput.py in JAX: our training step as a run makes it, or the plain decoder. A child of turns.py.
+
+Our own step is made by the functions of gptjax/pretrain.py (assemble, init_state, compile_step) and run by the loop of
+every run (train.fit), which reads the numbers of a step while the next one runs.
+"""
+
+import os
+import resource
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from plain_decoder import PlainDecoder, from_stacked
+from turns import serve
+
+from gptjax.config import TrainConfig
+from gptjax.interop.huggingface import HEAD, LAYER, PREFIX, TOP
+from gptjax.metrics import peak_memory
+from gptjax.pretrain import assemble
+from gptjax.settings import build
+from gptjax.sharding import make_mesh, suffix
+from gptjax.train import compile_step, enable_compile_cache, fit, init_state
+
+Rows = list[dict[str, float]]
+
+
+class JaxCompetitor:
+    """What every competitor in JAX answers; `run` is its own."""
+
+    def __init__(self, setting: dict[str, Any]):
+        self.config = build(TrainConfig, setting["config"])
+        if self.config.compile_cache:
+            enable_compile_cache()
+        if setting["precision"]:
+            jax.config.update("jax_default_matmul_precision", setting["precision"])
+        stored = np.load(setting["batches"])
+        count = int(stored["count"])
+        names = [name for name in stored.files if name != "count"]
+        arrays = {name: stored[name] for name in names}
+        self.batches = [{name: np.ascontiguousarray(arrays[name][i]) for name in names} for i in range(count)]
+        self.mesh, self.parts = make_mesh(self.config.mesh, jax.devices()[:1]), assemble(self.config)
+        self.done = 0
+        self.facts = {
+            "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")},
+            "device": jax.devices()[0].device_kind,
+            "platform": jax.default_backend(),
+            "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        }
+
+    def memory(self) -> dict[str, int]:
+        """The most that the process has had resident, and that the device held (on a CPU, which does not count: 0)."""
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {"resident_bytes": resident, "device_bytes": 0 if jax.default_backend() == "cpu" else peak_memory()}
+
+    def products(self, shapes: list[tuple[int, int, int]], dtype: str, seconds: float) -> list[float]:
+        """GFLOP/s of [m, k] @ [k, n] for each shape, both operands in plain row-major order."""
+        multiply = jax.jit(jnp.matmul)
+        rates = []
+        for m, k, n in shapes:
+            a, b = jnp.ones((m, k), dtype), jnp.ones((k, n), dtype)
+            multiply(a, b).block_until_ready()
+            start = time.perf_counter()
+            multiply(a, b).block_until_ready()
+            count = max(1, min(50, int(seconds / (time.perf_counter() - start))))
+            start = time.perf_counter()
+            for _ in range(count):
+                product = multiply(a, b)
+            product.block_until_ready()
+            rates.append(2e-9 * m * k * n * count / (time.perf_counter() - start))
+        return rates
+
+    def next_batches(self) -> Iterator[tuple[dict, dict]]:
+        """The batches of the steps to come, with no state of the data beside them."""
+        for i in range(self.done, self.done + 2**31):
+            yield self.batches[i % len(self.batches)], {}
+
+
+class Ours(JaxCompetitor):
+    """Our step; with setting["weights"] the initial weights are written there first, by their Hugging Face names."""
+
+    def __init__(self, setting: dict[str, Any]):
+        super().__init__(setting)
+        with jax.set_mesh(self.mesh):
+            self.state = init_state(self.parts.init, self.config.seed, self.mesh)
+            self.step = compile_step(self.parts.step, self.mesh, self.state, {}, self.batches[0])
+        if setting.get("weights"):
+            named = huggingface_names(setting["family"], self.state.params)
+            np.savez(setting["weights"], **named)  # pyright: ignore[reportArgumentType]
+
+    def run(self, steps: int) -> Rows:
+        """So many steps of the training loop; the loss and the norm of the gradient of each."""
+        rows: Rows = []
+
+        def log(_: int, values: dict[str, Any]) -> None:
+            rows.append({name: float(values[name]) for name in ("loss", "grad_norm")})
+
+        with jax.set_mesh(self.mesh):
+            self.state = fit(
+                self.step, self.state, {}, self.next_batches(), self.done + steps,
+                mesh=self.mesh, log=log, save=lambda *_: None, save_every=2**31,
+            )  # fmt: skip
+            jax.block_until_ready(self.state)
+        self.done += steps
+        return rows
+
+
+class Plain(JaxCompetitor):
+    """The plain decoder with our initial weights and our optimizer's settings."""
+
+    def __init__(self, setting: dict[str, Any]):
+        super().__init__(setting)
+        model, optim = self.config.model, self.config.optim
+        assert model.norm == "layernorm" and model.positions == "learned" and model.tied and model.biases, model
+        params = from_stacked(jax.jit(lambda seed: self.parts.init(seed).params)(self.config.seed))
+        self.decoder = PlainDecoder(params, model.norm_epsilon, model.dtype, vars(optim))
+
+    def run(self, steps: int) -> Rows:
+        given = self.next_batches()
+        rows = self.decoder.run([next(given)[0] for _ in range(steps)])
+        self.done += steps
+        return rows
+
+
+def huggingface_names(family: str, params: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Our parameters by the names, and in the layouts, of a Hugging Face model: the way back of interop.huggingface."""
+    named = {PREFIX[family] + there: np.asarray(params[name]) for name, there in TOP[family].items() if name in params}
+    if "head_VD" in params:
+        named[HEAD] = np.asarray(params["head_VD"])
+    if "position_TD" in params:
+        named[PREFIX[family] + "wpe.weight"] = np.asarray(params["position_TD"])
+    # GPT-2 has queries, keys and values side by side in this order; a tree from jax is in that of the alphabet.
+    for name, stack in sorted(params["layers"].items(), key=lambda item: "qkv".find(item[0].split("_")[0])):
+        letters = suffix(name)[1:]
+        stem = name.removesuffix(f"_N{letters}")
+        part, stem = ("bias" if stem.endswith("_bias") else "weight"), stem.removesuffix("_bias")
+        for n, x in enumerate(np.asarray(stack)):
+            if part == "bias" or stem.startswith("norm_"):
+                x = x.reshape(-1)
+            else:
+                x = x.reshape(-1, x.shape[-1]) if letters.endswith("D") else x.reshape(x.shape[0], -1)
+                x = x if family == "gpt2" else x.T
+            there = f"{PREFIX[family]}{LAYER[family][stem].format(n=n)}.{part}"
+            named[there] = np.concatenate([named[there], x], axis=-1) if there in named else x
+    return named
+
+
+if __name__ == "__main__":
+    kinds = {"plain": Plain}
+    serve(lambda setting: kinds.get(setting["kind"], Ours)(setting), ("run", "products", "memory"))

@@ -1,0 +1,121 @@
+"""The throughput benchmark times what is right and fails what is wrong; its GPU suite lowers for CUDA as it stands."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from gptjax.config import TrainConfig
+from gptjax.data.packing import example_batch
+from gptjax.pretrain import assemble
+from gptjax.sharding import make_mesh
+from gptjax.train import compile_step
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import contests  # noqa: E402
+import throughput_report  # noqa: E402
+import train_jax  # noqa: E402
+
+TINY = contests.Contest("tiny", "gpt2", "float32")
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("batches")
+    for documents in ("crossing", "isolated"):
+        contests.write_batches(folder / f"{documents}.npz", contests.batches(contests.recipe(TINY), documents, STEPS))
+    return folder
+
+
+def rows(folder: Path, config: TrainConfig, documents: str = "crossing", kind: str = "ours") -> list[dict[str, float]]:
+    settings = contests.flat(config) | {"compile_cache": False}
+    setting = {"config": settings, "precision": "", "batches": str(folder / f"{documents}.npz")}
+    return (train_jax.Plain if kind == "plain" else train_jax.Ours)(setting).run(STEPS)
+
+
+@pytest.fixture(scope="module")
+def right(folder):
+    return {"crossing": rows(folder, contests.reference(contests.recipe(TINY)))}
+
+
+def judged(found, right, dtype="float32"):
+    return throughput_report.judge(TINY._replace(dtype=dtype), {"ours": {"rows": found}}, right)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.exhaustive)])
+def test_a_right_step_passes_in_both_types(folder, right, dtype):
+    found = rows(folder, contests.recipe(TINY._replace(dtype=dtype)))
+    assert judged(found, right, dtype) == []
+
+
+def test_the_plain_baseline_does_the_same_work(folder, right):
+    assert judged(rows(folder, contests.recipe(TINY), kind="plain"), right) == []
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "dropped_layer",
+        "future_seen",
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("half_the_rows", "no_mlp_gradient")),
+    ],
+)
+def test_a_fast_but_wrong_step_fails_even_by_the_looser_tolerance(folder, right, fault):
+    found = rows(folder, contests.recipe(TINY, 0, (f"loss=planted:{fault}",)))
+    assert judged(found, right, "bfloat16")
+
+
+def test_a_step_that_looks_across_documents_fails_where_they_are_isolated(folder, right):
+    isolated = {"isolated": rows(folder, contests.recipe(TINY), "isolated")}
+    crossing = {"ours-isolated": {"rows": right["crossing"]}}
+    assert throughput_report.judge(TINY, crossing, isolated)
+
+
+def test_isolated_rows_hold_several_documents_and_crossing_ones_one():
+    config = contests.recipe(contests.Contest("small", "gpt2", "float32"))
+    crossing, isolated = (contests.batches(config, documents, 1)[0] for documents in ("crossing", "isolated"))
+    assert (crossing["inputs_BL"] == isolated["inputs_BL"]).all()
+    assert crossing["segments_BL"].max() == 1 < isolated["segments_BL"].max()
+    assert crossing["weights_BL"].all(), "the peers train on every place of a row"
+
+
+@pytest.mark.slow
+def test_the_report_says_what_was_measured_and_a_planted_fault_ends_it_with_code_1(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "throughput.py"), "--shape", "tiny", "--family", "gpt2"]
+    command += ["--dtype", "float32", "--competitors", "ours", "plain", "--jax-only", "--rounds", "1", "--steps", "1"]
+    command += ["--set", "loss=planted:dropped_layer", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "tiny_gpt2_float32: ours: " in done.stderr, done.stderr
+    (path,) = tmp_path.glob("*_throughput.json")
+    report = json.loads(path.read_text())
+    (contest,) = report["contests"]
+    assert report["faults"] == contest["faults"] and {"date", "command", "commit", "versions"} <= set(report)
+    assert contest["parameters"] > 1e5 and contest["ceiling"]["jax"]["median_gflops"] > 0
+    ours, plain = contest["competitors"]["ours"], contest["competitors"]["plain"]
+    assert plain["right"] and not ours["right"]
+    assert ours["ratio"] == {"median": 1.0, "p5": 1.0, "p95": 1.0}
+    for found in (ours, plain):
+        assert found["tokens_per_second"]["p5"] <= found["tokens_per_second"]["median"]
+        assert 0 < found["mfu"]["of_measured"]["6n"] < found["mfu"]["of_measured"]["palm"]
+        assert found["resident_bytes"] > 1e8 and found["first_step_seconds"] > 0
+    assert path.with_suffix(".png").exists() and "WRONG" in path.with_suffix(".md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("contest", contests.SUITES["h100"], ids=lambda c: c.name)
+def test_the_steps_of_the_gpu_suite_lower_for_cuda(contest):
+    config = contests.recipe(contest)
+    parts = assemble(config)
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    state = jax.eval_shape(parts.init, 0)
+    batch = example_batch(config.data.batch_size, config.data.length)
+    with jax.set_mesh(mesh):
+        step = compile_step(parts.step, mesh, state, {}, batch)
+        lowered = step.trace(state, {}, batch).lower(lowering_platforms=("cuda",))
+    assert "dot_general" in lowered.as_text()
