@@ -23,6 +23,7 @@ from gptjax.metrics import peak_memory
 from gptjax.pretrain import assemble
 from gptjax.settings import build
 from gptjax.sharding import make_mesh, suffix
+from gptjax.startup import tune_process
 from gptjax.train import compile_step, enable_compile_cache, fit, init_state
 
 Rows = list[dict[str, float]]
@@ -148,6 +149,13 @@ def huggingface_names(family: str, params: dict[str, Any]) -> dict[str, np.ndarr
     return named
 
 
+def competitor(setting: dict[str, Any]) -> JaxCompetitor:
+    """The competitor that a setting describes; ours in a process that is tuned as `gptjax pretrain` tunes its own."""
+    if setting["kind"] == "plain":
+        return Plain(setting)
+    tune_process()
+    return Ours(setting)
+
+
 if __name__ == "__main__":
-    kinds = {"plain": Plain}
-    serve(lambda setting: kinds.get(setting["kind"], Ours)(setting), ("run", "products", "memory"))
+    serve(competitor, ("run", "products", "memory"))

@@ -9,7 +9,7 @@ from typing import Any
 from gptjax import __version__
 from gptjax.config import ContinueConfig, EvalConfig, PrepareConfig, ShowConfig, TrainConfig, TrainTokenizerConfig
 from gptjax.settings import InputError
-from gptjax.xla_flags import set_xla_flags
+from gptjax.startup import tune_process
 
 Verb = Callable[[list[str]], int]
 
@@ -81,7 +81,7 @@ def pretrain(args: list[str]) -> int:
     size, args = take(args, "size")
     written = recipe.config("pretrain", size)
     cfg = parse(written, args, f"gptjax pretrain {name}", recipe.doc)
-    set_xla_flags()
+    tune_process()
     from gptjax.checkpoint import CheckpointError
     from gptjax.pretrain import pretrain
     from gptjax.train import Diverged, Interrupted
@@ -106,7 +106,7 @@ def evaluate(args: list[str]) -> int:
     from gptjax.flags import parse
 
     cfg = parse(EvalConfig(), args, f"gptjax eval {run}")
-    set_xla_flags()
+    tune_process()
     from gptjax.verbs import evaluate_run
 
     for name, value in evaluate_run(run, cfg).items():
@@ -121,7 +121,7 @@ def generate(args: list[str]) -> int:
     from gptjax.flags import parse
 
     cfg = parse(ContinueConfig(), args, f"gptjax generate {run}")
-    set_xla_flags()
+    tune_process()
     from gptjax.verbs import generate_run
 
     generate_run(run, cfg, write=lambda piece: print(piece, end="", flush=True))

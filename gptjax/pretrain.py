@@ -120,15 +120,15 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
         mesh = make_mesh(config.mesh)
         check_divisible(config, mesh)
         with jax.set_mesh(mesh):
-            _say(describe(config.model, config.data.length, config.data.several_documents))
+            attention = describe(config.model, config.data.length, config.data.several_documents)
         decoder, tx, init, step = assemble(config)
+        run = Run.open(config.run_dir, config, recipe, origins)
+        for line in run.changes:
+            _say(line)
         shapes = abstract(jax.eval_shape(init, 0), mesh)
         example = example_batch(config.data.batch_size, config.data.length)
         step = compile_step(step, mesh, shapes, {}, example)
         compiled = in_background(lambda: step.lower(shapes, {}, example).compile(), mesh)
-        run = Run.open(config.run_dir, config, recipe, origins)
-        for line in run.changes:
-            _say(line)
         feed = open_feed(config, run.data, _say)
         feed.tokenizer.save(run.tokenizer)
         _say(feed.describe())
@@ -146,6 +146,7 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
                     state = start_from(config, feed.tokenizer, state, tx, mesh)
                     _say(f"weights from {config.init}")
             feed.batch(0)  # damaged data is told now, not after the wait for a long compilation
+            _say(attention)
             train_step = compiled.result()
             eval_step = make_eval_step(decoder, mesh, state.params, example)
             metrics = Metrics(run.metrics_path, run.tensorboard, config, decoder.vocab_size, resumed_step=start)

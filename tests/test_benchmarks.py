@@ -5,8 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import contests
 import jax
 import pytest
+import throughput_report
+import train_jax
 
 from gptjax.config import TrainConfig
 from gptjax.data.packing import example_batch
@@ -15,11 +18,7 @@ from gptjax.sharding import make_mesh
 from gptjax.train import compile_step
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import contests  # noqa: E402
-import throughput_report  # noqa: E402
-import train_jax  # noqa: E402
 
 TINY = contests.Contest("tiny", "gpt2", "float32")
 STEPS = 3
