@@ -41,6 +41,7 @@ from facts import facts
 from gptjax.config import ModelConfig
 from gptjax.decoder import Decoder, Params, init_params
 from gptjax.generate import bucket, decode, decode_params, prefill
+from gptjax.startup import tune_process
 
 NEVER = np.array([-1], np.int32)  # stop ids that no row meets
 SHAPES = {
@@ -294,4 +295,5 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
+    tune_process()
     main()

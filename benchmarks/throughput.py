@@ -8,6 +8,7 @@ Who competes, by name:
     ours, ours-isolated   our step as `gptjax pretrain` makes it; isolated: attention does not cross the row's documents
     plain                 benchmarks/plain_decoder.py: GPT-2 in plain JAX, einsums and optax, float32 logits
     torch, torch-compiled Hugging Face's GPT-2 or Llama in torch, eager and torch.compile, AdamW fused, autocast
+    ...-float32           plain or torch (eager) in float32 where the others use bfloat16
 
 All start from the same weights and train on the same packed rows of real text (documents crossing, but for isolated).
 Each is a process of its own. After warm-up they take turns, one at a time while the others wait: in each round each
@@ -42,7 +43,8 @@ from turns import Competitor, Failed
 from gptjax.settings import InputError
 
 HERE = Path(__file__).parent
-COMPETITORS = ("ours", "ours-isolated", "plain", "torch", "torch-compiled")
+FLOAT32 = "-float32"
+COMPETITORS = ("ours", "ours-isolated", "plain", f"plain{FLOAT32}", "torch", f"torch{FLOAT32}", "torch-compiled")
 WARM_UP = 2
 PRODUCT_SECONDS = 0.05  # for each shape in each round
 
@@ -132,10 +134,11 @@ def choose(args: argparse.Namespace) -> list[Contest]:
 
 def entrants(contest: Contest, args: argparse.Namespace, prefix: str = "") -> list[str]:
     """Who takes part: the plain decoder is a GPT-2; torch's gradients of a billion weights don't fit beside ours."""
-    left_out = {"plain"} if contest.family == "llama" else set()
+    left_out = ["plain"] if contest.family == "llama" else []
     if args.jax_only or contest.shape == "llama_1b":
-        left_out |= {"torch", "torch-compiled"}
-    return [name for name in args.competitors if name not in left_out and name.startswith(prefix)]
+        left_out.append("torch")
+    names = [name for name in args.competitors if name.startswith(prefix) and name.split("-")[0] not in left_out]
+    return [name for name in names if not name.endswith(FLOAT32) or contest.dtype != "float32"]
 
 
 def machine() -> dict[str, Any]:
@@ -234,11 +237,12 @@ def compete(contest: Contest, args: argparse.Namespace, folder: Path) -> dict[st
 
 def start(name: str, contest: Contest, args: argparse.Namespace, folder: Path, documents: str = "") -> Competitor:
     """A competitor's process, ready to run."""
+    contest = contest._replace(dtype="float32") if name.endswith(FLOAT32) else contest
     config = recipe(contest, args.batch, tuple(args.set) if name.startswith("ours") else ())
     config = reference(config) if name == "reference" else config
     documents = documents or ("isolated" if name == "ours-isolated" else "crossing")
     setting = {
-        "kind": name, "family": contest.family, "dtype": contest.dtype, "config": flat(config),
+        "kind": name.removesuffix(FLOAT32), "family": contest.family, "dtype": contest.dtype, "config": flat(config),
         "precision": "highest" if name == "reference" else "", "batches": str(folder / f"{documents}.npz"),
         "threads": args.threads, "compile": name == "torch-compiled",
     }  # fmt: skip

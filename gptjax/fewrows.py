@@ -11,7 +11,9 @@ import os
 import jax
 import jax.numpy as jnp
 
-FEW = 64  # rows; from about here on a product is bound by arithmetic, and XLA's own form is the faster one
+# Rows up to which this is the faster form: beyond, a product is bound by arithmetic, and before jax 0.11 cut ones do it
+# worse than whole ones.
+FEW = 64 if jax.__version_info__ >= (0, 11) else 8
 
 
 def product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
