@@ -11,6 +11,8 @@ from gptjax.sharding import RULES, constrain
 # float32 logits of one chunk on one device: on a CPU the fastest of 4 to 128 MiB, elsewhere little beside activations
 # and large enough for efficient products.
 CHUNK_BYTES = {"cpu": 1 << 24, "gpu": 1 << 28, "tpu": 1 << 28}
+# Each chunk reads and writes the head's gradient: on a CPU its logits may be so large a share of that, if it is more.
+HEAD_SHARE = {"cpu": 0.5}
 
 # float32's softmax gives exactly 0 here, and a finite number keeps gradients finite.
 MASKED = -1e30
@@ -63,17 +65,18 @@ def cross_entropy(
     The length is cut into chunks whose gradient is computed while their logits exist: nothing is computed twice and
     only one chunk of logits is ever held. z-loss: PaLM (Chowdhery et al. 2022), section 5; `softcap` as in `logits`.
     """
-    chunks = _num_chunks(targets_BL.shape, head_VD.shape[0])
+    chunks = _num_chunks(targets_BL.shape, head_VD.shape)
     return _cross_entropy(x_BLD, head_VD, targets_BL, weights_BL, vocab_size, (z_loss, softcap), chunks)
 
 
-def _num_chunks(shape: tuple[int, ...], vocab_size: int) -> int:
-    """The fewest chunks, dividing the length, that keep a device's logits within CHUNK_BYTES."""
-    B, L = shape
+def _num_chunks(shape: tuple[int, ...], head: tuple[int, ...]) -> int:
+    """The fewest chunks, dividing the length, that keep a device's logits within CHUNK_BYTES and HEAD_SHARE."""
+    (B, L), (V, D) = shape, head
     mesh = jax.sharding.get_abstract_mesh()
     parts = 1 if mesh.empty else functools.reduce(lambda n, a: n * mesh.shape[a], RULES["B"] + RULES["V"], 1)
-    limit = CHUNK_BYTES.get(jax.default_backend(), 1 << 28) * parts
-    return next((n for n in range(1, L + 1) if L % n == 0 and 4 * B * (L // n) * vocab_size <= limit), L)
+    backend = jax.default_backend()
+    limit = max(CHUNK_BYTES.get(backend, 1 << 28) * parts, HEAD_SHARE.get(backend, 0) * 4 * V * D)
+    return next((n for n in range(1, L + 1) if L % n == 0 and 4 * B * (L // n) * V <= limit), L)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))

@@ -32,8 +32,9 @@ def plain(x_BLD, head_VD, targets_BL, weights_BL, z_loss=0.0, softcap=0.0):
 @pytest.mark.parametrize("rows_a_chunk", [1, 2, 8])
 def test_chunks_change_neither_the_loss_nor_its_gradients(monkeypatch, rows_a_chunk, z_loss, softcap):
     monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", 4 * B * rows_a_chunk * V)
+    monkeypatch.setitem(losses.HEAD_SHARE, "cpu", 0)
     x, head, targets, weights = arrays()
-    assert losses._num_chunks(targets.shape, V) == L // rows_a_chunk
+    assert losses._num_chunks(targets.shape, head.shape) == L // rows_a_chunk
     more = {"z_loss": z_loss, "softcap": softcap}
     chunked = lambda x, h: 3 * cross_entropy(x, h, targets, weights, VOCAB, **more)  # noqa: E731
     direct = lambda x, h: 3 * plain(x, h, targets, weights, **more)  # noqa: E731
@@ -47,6 +48,7 @@ def test_chunks_change_neither_the_loss_nor_its_gradients(monkeypatch, rows_a_ch
 
 def test_no_array_of_all_logits_is_made(monkeypatch):
     monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", 4 * B * V)
+    monkeypatch.setitem(losses.HEAD_SHARE, "cpu", 0)
     x, head, targets, weights = arrays()
     step = jax.jit(jax.grad(lambda x, h: cross_entropy(x, h, targets, weights, VOCAB), argnums=(0, 1)))
     text = step.lower(x, head).as_text()
