@@ -55,8 +55,8 @@ class Shape(NamedTuple):
 SHAPES = {
     "tiny": Shape(2, 64, 2, 1, {"gpt2": 256, "llama": 176}, 512, 32, 4, {}),
     "small": Shape(6, 384, 6, 1, {"gpt2": 1536, "llama": 1024}, 8192, 256, 16, {"unroll": 0}),
-    "gpt2_124m": Shape(12, 768, 12, 1, {"gpt2": 3072}, 50_304, 1024, 16, {"unroll": 0}),
-    "llama_1b": Shape(16, 2048, 32, 4, {"llama": 8192}, 128_256, 2048, 8, {"remat": "dots"}),
+    "gpt2_124m": Shape(12, 768, 12, 1, {"gpt2": 3072}, 50_304, 1024, 16, {"unroll": 0, "attention": "auto"}),
+    "llama_1b": Shape(16, 2048, 32, 4, {"llama": 8192}, 128_256, 2048, 8, {"remat": "dots", "attention": "auto"}),
 }
 SUITES = {
     "cpu": [Contest("small", family, dtype) for family in ("gpt2", "llama") for dtype in ("float32", "bfloat16")],
