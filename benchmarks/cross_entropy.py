@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,7 @@ def main() -> int:
         for name, program in programs.items():
             found = program(*inputs)
             errors = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max() / jnp.abs(b).max()), found, want)
-            memory = program.memory_analysis()
+            memory: Any = program.memory_analysis()
             line[name] = {
                 "bytes": memory.temp_size_in_bytes + memory.output_size_in_bytes,
                 "loss_error": errors[0], "hidden_gradient_error": errors[1][0], "head_gradient_error": errors[1][1],

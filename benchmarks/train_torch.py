@@ -13,9 +13,9 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-import transformers
+import torch  # pyright: ignore[reportMissingImports]
+import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
+import transformers  # pyright: ignore[reportMissingImports]
 from turns import serve
 
 UNDECAYED = ("norm", "bias", "ln_", "wpe")

@@ -40,7 +40,7 @@ def project(x: jax.Array, p: Params, stems: dict[str, str]) -> tuple[jax.Array, 
     """x times each weight `stem_...`, plus its bias where it has one; an equation's letters name the weight."""
     letters = [equation.split(",")[1].split("->")[0] for equation in stems.values()]
     weights = tuple(p[f"{stem}_{w}"].astype(x.dtype) for stem, w in zip(stems, letters, strict=True))
-    ys = products(tuple(stems.values()), x, weights)
+    ys: tuple[jax.Array, ...] = products(tuple(stems.values()), x, weights)
     biases = [f"{stem}_bias_{equation.split('->')[1].removeprefix('BL')}" for stem, equation in stems.items()]
     return tuple(add_bias(y, p[name]) if name in p else y for y, name in zip(ys, biases, strict=True))
 

@@ -118,8 +118,11 @@ def next_logits(decoder: "Decoder", params: Params, x_BLD: jax.Array) -> jax.Arr
 
 def embed(cfg: ModelConfig, top: Params, tokens_BL: jax.Array, positions_BL: jax.Array) -> jax.Array:
     """The stream x_BLD that the first layer reads; `top` holds the parameters outside the layers."""
-    x_BLD = lookup(top["embed_VD"], tokens_BL, cfg.dtype)
-    return x_BLD + lookup(top["position_TD"], positions_BL, cfg.dtype) if cfg.positions == "learned" else x_BLD
+    x_BLD: jax.Array = lookup(top["embed_VD"], tokens_BL, cfg.dtype)
+    if cfg.positions == "rope":
+        return x_BLD
+    learned_BLD: jax.Array = lookup(top["position_TD"], positions_BL, cfg.dtype)
+    return x_BLD + learned_BLD
 
 
 def final(cfg: ModelConfig, top: Params, x_BLD: jax.Array) -> jax.Array:

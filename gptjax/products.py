@@ -108,7 +108,7 @@ lookup.defvjp(_lookup_forward, _lookup_backward)
 
 def slow_scatter() -> bool:
     """True where adding to scattered rows in float32 can take 2,000 times as long: GPUs before jaxlib 0.11.1."""
-    return jax.default_backend() == "gpu" and tuple(map(int, jax.lib.__version__.split(".")[:3])) < (0, 11, 1)
+    return jax.default_backend() == "gpu" and jax.__version_info__ < (0, 11, 1)
 
 
 def one_hot_gradient(rows: int, ids_BL: jax.Array, g_BLD: jax.Array) -> jax.Array:
