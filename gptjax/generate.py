@@ -156,7 +156,7 @@ def stream_ids(
     require_mesh(params)
     if jax.default_backend() == "cpu":
         # There a product of one row reads bfloat16 at a tenth of float32's speed; the numbers only get more exact.
-        decoder = decoder.clone(cfg=dataclasses.replace(decoder.cfg, dtype="float32"))
+        decoder = decoder.clone(cfg=dataclasses.replace(decoder.cfg.anywhere(), dtype="float32"))
     params = decode_params(params, decoder.cfg.dtype)
     length_B = np.array([len(ids) for ids in prompts], np.int32)
     prompt_BL = np.zeros((len(prompts), bucket(length_B.max(), decoder.context)), np.int32)

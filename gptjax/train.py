@@ -218,7 +218,8 @@ def fit(
                 jax.profiler.start_trace(trace[2])
             state, metrics = step(state, frozen, batch)  # dispatched, not yet computed
             metrics["input_seconds"] = waited
-            if i < until:
+            stopping = stop()
+            if i < until and not stopping:  # a batch that nobody wants could keep a stopped run waiting
                 coming = thread.submit(take)
             if trace and first <= i == last:
                 jax.block_until_ready(metrics)
@@ -226,7 +227,6 @@ def fit(
             if previous is not None:
                 report(i - 1, previous)
             previous = metrics
-            stopping = stop()
             saving = stopping or i % save_every == 0 or i == until
             due = [hook for hook, every in (hooks or {}).items() if i % every == 0 or i == until]
             if saving or due:

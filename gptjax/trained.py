@@ -48,6 +48,8 @@ def open_trained(
             f"from Python: gptjax.load({str(run_dir)!r}, block=...)"
         )
     mesh, decoder = make_mesh(mesh_cfg), make_decoder(config, block)
+    # It is read on devices, and given rows, that its training may not have known.
+    decoder = decoder.clone(cfg=decoder.cfg.anywhere(), packed=True)
     shapes = jax.eval_shape(init_params(decoder), jax.random.key(0))
     item = "ema" if config.optim.ema else "params"
     wanted = {item: abstract(shapes, mesh)}

@@ -42,6 +42,8 @@ def set_xla_flags() -> None:
     name = platform()
     variable = VARIABLE[name]
     given = os.environ.get(variable, "")
+    if given.strip() and not given.lstrip().startswith("-"):
+        return  # XLA takes it for the name of a file that holds the flags
     wanted = [flag for flag in FLAGS[name] if _name(flag) not in {_name(word) for word in given.split()}]
     if wanted and (known := known_flags(wanted, variable)):
         os.environ[variable] = " ".join([*given.split(), *known])
@@ -72,12 +74,12 @@ def known_flags(flags: Sequence[str], variable: str) -> list[str]:
     known, why = _tried(flags, variable)
     if left := [flag for flag in flags if flag not in known]:
         print(f"left out of {variable}: {' '.join(left)} ({why})", file=sys.stderr, flush=True)
-    if why != _TOO_LONG:
+    if why in ("", _UNKNOWN):  # any other reason may be gone the next time
         _write(path, kept | {key: known})
     return known
 
 
-_TOO_LONG = f"trying took more than {_SECONDS:.0f} s"
+_UNKNOWN = "unknown to this XLA"
 
 
 def _tried(flags: Sequence[str], variable: str) -> tuple[list[str], str]:
@@ -90,13 +92,13 @@ def _tried(flags: Sequence[str], variable: str) -> tuple[list[str], str]:
         try:
             done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=_SECONDS)
         except subprocess.TimeoutExpired:
-            return [], _TOO_LONG
+            return [], f"trying took more than {_SECONDS:.0f} s"
         if done.returncode == 0:
             break
         lines = [line for line in done.stderr.splitlines() if "Unknown flag" in line]
         unknown = {_name(word) for line in lines for word in re.findall(r"--\w+", line)}
         left = [flag for flag in known if _name(flag) not in unknown]
-        why = "unknown to this XLA" if len(left) < len(known) else f"jax does not start with them: {done.returncode}"
+        why = _UNKNOWN if len(left) < len(known) else f"jax does not start with them: {done.returncode}"
         known = left if len(left) < len(known) else []
     return known, why
 

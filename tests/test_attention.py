@@ -13,8 +13,9 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from gptjax import backends
 from gptjax.attention import attend, causal
 from gptjax.backends import Device, attend_cudnn, attend_splash, attention, choose, describe
-from gptjax.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
-from gptjax.decoder import make_decoder
+from gptjax.config import DataConfig, GenerateConfig, MeshConfig, ModelConfig, TrainConfig
+from gptjax.decoder import Decoder, init_params, make_decoder
+from gptjax.generate import generate_ids
 from gptjax.settings import InputError
 from gptjax.sharding import make_mesh, put
 from gptjax.triangle import attend_triangle
@@ -310,3 +311,13 @@ def test_the_benchmark_fails_where_documents_cross(monkeypatch, capsys):
     assert benchmark(monkeypatch) == 1
     out = capsys.readouterr().out
     assert "WRONG: blockwise at 32, packed" in out and "one document: " not in out
+
+
+def test_a_model_bound_to_a_platform_is_read_and_continued_anywhere():
+    bound = ModelConfig(num_layers=1, width=32, num_heads=4, dtype="bfloat16", attention="cudnn")
+    assert bound.anywhere().attention == "auto"
+    assert dataclasses.replace(bound, attention="blockwise").anywhere().attention == "blockwise"
+    decoder = Decoder(bound, vocab_size=32, context=32)
+    params = init_params(decoder.clone(cfg=bound.anywhere()))(jax.random.key(0))
+    ids = generate_ids(decoder, params, [[1, 2, 3]], GenerateConfig(max_new_tokens=4))
+    assert len(ids[0]) == 4

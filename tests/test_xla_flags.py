@@ -83,3 +83,11 @@ def test_neither_the_flags_nor_the_command_line_import_jax():
     program = "import sys, gptjax.cli, gptjax.xla_flags; assert 'jax' not in sys.modules"
     root = str(Path(xla_flags.__file__).parents[1])
     assert subprocess.run([sys.executable, "-c", program], cwd=root).returncode == 0
+
+
+def test_a_file_of_flags_is_left_to_the_user(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "/some/flags.txt")
+    monkeypatch.setitem(xla_flags.FLAGS, "cpu", (REAL,))
+    monkeypatch.setattr(xla_flags, "platform", lambda: "cpu")
+    xla_flags.set_xla_flags()
+    assert os.environ["XLA_FLAGS"] == "/some/flags.txt"

@@ -1,10 +1,11 @@
 """The shape of the decoder."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from gptjax.config.attention import AttentionName, Refusal, refusal
+from gptjax.config.attention import BACKENDS, AttentionName, Refusal, refusal
 from gptjax.settings import Section
 
 REMAT_NAMES = ("query", "key", "value", "attention", "mlp")
@@ -148,6 +149,11 @@ class ModelConfig(Section):
         """The first setting that attention by this name can't honour, on a device of this capability or on any."""
         windows = len(set(self.layer_windows))
         return refusal(name, self.dropout, self.attention_softcap, self.dtype, windows, self.head_size, capability)
+
+    def anywhere(self) -> "ModelConfig":
+        """The same model on any device: attention that one platform alone has becomes auto."""
+        bound = self.attention != "auto" and BACKENDS[self.attention].platform
+        return dataclasses.replace(self, attention="auto") if bound else self
 
     @property
     def mlp_width(self) -> int:

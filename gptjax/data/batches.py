@@ -131,7 +131,7 @@ def batches(
         steps = range(first, first + together)
         try:
             return steps, rows.several(steps, part)
-        except InputError:  # of one of them; the others are good
+        except Exception:  # of one of them, which raises it again in its place; the others are good
             return steps, []
 
     firsts = itertools.count(start_step, together)
