@@ -15,7 +15,6 @@ Also: forward and backward of blockwise attention by size of block, and the memo
 
 import argparse
 import dataclasses
-import json
 import platform
 import sys
 import time
@@ -26,7 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from facts import facts
+from facts import facts, spread, write_report
 
 from gptjax.attention import attend, causal
 from gptjax.backends import attention, choose, here, obstacle
@@ -175,12 +174,11 @@ def measure(variants: dict[str, tuple[ModelConfig, str]], length: int, packed: b
             print(f"{length:7} {kind:8} {label:14} left out: {row['left_out']}")
             continue
         for what, values in zip(("forward", "both"), times[label], strict=True):
-            low, middle, high = np.percentile(values, [5, 50, 95]).tolist()
-            row[what] = {"median_ms": middle, "p5_ms": low, "p95_ms": high}
+            row[what] = {f"{name}_ms": value for name, value in spread(values).items()}
         row["tokens_per_second"] = 1e3 * count * length / row["both"]["median_ms"]
         ratios = np.array(times[label][1]) / np.array(times["reference"][1]) if "reference" in times else None
         if ratios is not None:
-            row["ratio"] = dict(zip(("p5", "median", "p95"), np.percentile(ratios, [5, 50, 95]).tolist(), strict=True))
+            row["ratio"] = spread(ratios.tolist())
         ratio = f"{row['ratio']['median']:.2f}" if "ratio" in row else "-"
         both = row["both"]
         print(f"{length:7} {kind:8} {label:14} {row['forward']['median_ms']:9.2f} {both['median_ms']:9.2f} "
@@ -234,9 +232,7 @@ def save(report: dict[str, Any], folder: Path) -> None:
     """Writes DATE_attention.json and DATE_attention.png into the folder."""
     from matplotlib import pyplot
 
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{report['date']}_attention.json"
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    path = write_report(report, folder, "attention")
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5))
     for name in dict.fromkeys(r["attention"] for r in report["rows"]):
         for packed, line in ((True, "-"), (False, "--")):

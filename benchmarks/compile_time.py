@@ -22,8 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from facts import ROOT, facts
+from facts import ROOT, facts, spread, write_report
 
 PRETRAIN = [sys.executable, "-m", "gptjax.cli", "pretrain"]
 KINDS = ("cold", "warm", "resumed")
@@ -41,9 +40,7 @@ def main() -> None:
         print(json.dumps(compile_seconds(args.recipe, args.compile_one == "unrolled")))
         return
     report = measure(args)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{report['date']}_compile_time.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    path = write_report(report, args.out, "compile_time")
     print(table(report))
     print(f"wrote {path}")
 
@@ -142,11 +139,6 @@ def timed(command: list[str]) -> float:
 def environment(cache: Path | None = None) -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     return {**os.environ, "PYTHONPATH": path} | ({"XDG_CACHE_HOME": str(cache)} if cache else {})
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    low, middle, high = np.percentile(values, [5, 50, 95])
-    return {"p5": round(low, 4), "median": round(middle, 4), "p95": round(high, 4)}
 
 
 def table(report: dict[str, Any]) -> str:

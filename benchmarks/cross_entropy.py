@@ -8,7 +8,6 @@ of each round. Fails (exit 1) where loss or gradients differ by more than the to
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -17,7 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from facts import facts
+from facts import facts, write_report
 
 from gptjax.losses import cross_entropy
 from gptjax.startup import tune_process
@@ -92,10 +91,7 @@ def main() -> int:
         )
     setting = {"positions": [rows, length], "width": width, "vocab_size": vocab, "rounds": args.rounds}
     document = facts(f"{jax.devices()[0].device_kind}", "jax", "jaxlib") | {"setting": setting, "results": report}
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{document['date']}_cross_entropy_jax{jax.__version__}.json"
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(path)
+    print(write_report(document, args.out, "cross_entropy"))
     if wrong:
         print("the chunked loss or its gradient is wrong", file=sys.stderr)
     return int(wrong)

@@ -22,10 +22,8 @@ and .png; the peer takes torch and transformers, the plot matplotlib.
 import argparse
 import dataclasses
 import importlib.util
-import json
 import os
 import platform
-import statistics
 import sys
 import tempfile
 import time
@@ -36,7 +34,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from facts import facts
+from facts import facts, spread, write_report
 
 from gptjax.config import ModelConfig
 from gptjax.decoder import Decoder, Params, init_params
@@ -86,9 +84,7 @@ def main() -> None:
         row = report["batches"][str(rows)] = measure(decoder, params, weights, peer, rows, args)
         show(rows, row)
         failed |= not row["tokens_agree"]
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{report['date']}_decode.json"
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    path = write_report(report, args.out, "decode")
     print(f"wrote {path}")
     if importlib.util.find_spec("matplotlib"):
         plot(report, path.with_suffix(".png"))
@@ -206,11 +202,6 @@ def measure(
         "tokens_equal_in_all": float((got_BN == wanted_BN).mean()),
         "rounds": rounds,
     } | {name: spread([r[name] for r in rounds]) for name in rounds[0]}
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    low, high = np.percentile(values, (5, 95))
-    return {"median": statistics.median(values), "p5": float(low), "p95": float(high)}
 
 
 def read_weights(weights: Params) -> int:

@@ -1,6 +1,7 @@
-"""What must stand beside the numbers of a report: date, command, commit and versions."""
+"""What reports have in common: the facts beside their numbers, the spread of a measurement, the file they are in."""
 
 import importlib.metadata
+import json
 import platform
 import shlex
 import subprocess
@@ -8,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,3 +26,17 @@ def facts(device: str | dict[str, Any], *packages: str) -> dict[str, Any]:
         "versions": {"python": platform.python_version()}
         | {package: importlib.metadata.version(package) for package in packages},
     }
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, 5th and 95th percentile."""
+    low, middle, high = np.percentile(values, [5, 50, 95])
+    return {"median": float(middle), "p5": float(low), "p95": float(high)}
+
+
+def write_report(report: dict[str, Any], folder: Path, name: str) -> Path:
+    """Writes DATE_name.json into the folder, which is made where it is missing, and returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{report['date']}_{name}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    return path

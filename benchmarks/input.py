@@ -24,8 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from facts import ROOT, facts
+from facts import ROOT, facts, spread, write_report
 
 from gptjax.config import DataConfig, PrepareConfig, TokenizerConfig, TrainConfig
 from gptjax.data import corpus
@@ -52,9 +51,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="gptjax-bench-") as folder:
         report = measure(args, Path(folder))
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{report['date']}_input.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    path = write_report(report, args.out, "input")
     print(table(report))
     print(f"wrote {path}")
 
@@ -145,16 +142,12 @@ def quickstart_wait(steps: int) -> float:
     return waited / (lines[-1]["seconds"] - lines[0]["seconds"])
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    low, middle, high = np.percentile(values, [5, 50, 95])
-    return {"p5": round(low, 5), "median": round(middle, 5), "p95": round(high, 5)}
-
-
 def table(report: dict[str, Any]) -> str:
     lines = ["| million tokens/s | p5 | median | p95 |", "|---|---|---|---|"]
     for name, x in report["results"].items():
         factor, unit = (100, " %") if name.startswith("waits") else (1, "")
-        lines.append(f"| {name} | " + " | ".join(f"{factor * value:.3f}{unit}" for value in x.values()) + " |")
+        values = " | ".join(f"{factor * x[at]:.3f}{unit}" for at in ("p5", "median", "p95"))
+        lines.append(f"| {name} | {values} |")
     return "\n".join(lines)
 
 

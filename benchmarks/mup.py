@@ -15,7 +15,6 @@ Writes DATE_mup.json and .png (which takes matplotlib: pip install 'gptjax[plots
 import argparse
 import importlib.metadata
 import importlib.resources
-import json
 import platform
 import time
 from functools import partial
@@ -26,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from facts import facts
+from facts import facts, write_report
 
 from gptjax.config import ModelConfig, OptimConfig
 from gptjax.decoder import Decoder, head, init_params
@@ -60,9 +59,7 @@ def main() -> None:
     }
     report["seconds"] = round(time.perf_counter() - began, 1)
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{report['date']}_mup.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    path = write_report(report, args.out, "mup")
     plot(report, path.with_suffix(".png"))
     print(f"best at 256 over best at 64: {report['best_at_256_over_best_at_64']}")
     print(f"wrote {path} and .png")

@@ -28,7 +28,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from facts import ROOT, facts
+from facts import ROOT, facts, write_report
 from jax.sharding import AbstractMesh, AxisType
 
 from gptjax.config import OptimConfig
@@ -69,9 +69,7 @@ def main() -> None:
         ]
     report["best"] = {kind: best(report["runs"], kind) for kind in args.kinds}
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{report['date']}_optimizers.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    path = write_report(report, args.out, "optimizers")
     path.with_suffix(".md").write_text(table(report))
     plot(report, path.with_suffix(".png"))
     print(table(report))

@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from facts import ROOT, facts
+from facts import ROOT, facts, write_report
 
 from gptjax.data.corpus import open_corpus
 from gptjax.data.prepare import WORK
@@ -48,9 +48,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="gptjax-bench-") as folder:
         report = measure(args, Path(folder))
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{report['date']}_prepare.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    path = write_report(report, args.out, "prepare")
     print(json.dumps(report, indent=1))
     print(f"wrote {path}")
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from facts import ROOT, facts
+from facts import ROOT, facts, write_report
 
 MODEL = """
 --model.num-layers 1 --model.width 32 --model.num-heads 2 --model.dtype float32 --model.dropout 0.1 --data.length 64
@@ -226,9 +226,7 @@ def main() -> None:
         "texts": [path.name for path in texts[-3:]],
         "cases": found,
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{report['date']}_resume_sources.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    path = write_report(report, args.out, "resume_sources")
     print(f"wrote {path}")
 
 

@@ -25,7 +25,6 @@ Writes DATE_throughput.json, .md and .png (matplotlib: pip install 'gptjax[plots
 
 import argparse
 import dataclasses
-import json
 import os
 import platform
 import subprocess
@@ -37,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from contests import MOST_BATCHES, SHAPES, SUITES, Contest, batches, flat, products, recipe, reference, write_batches
-from facts import ROOT, facts
+from facts import ROOT, facts, write_report
 from throughput_report import judge, plot, rows, summary, table
 from turns import Competitor, Failed
 
@@ -72,9 +71,7 @@ def main() -> int:
     report["faults"] = wrong
     if args.suite == "h100":
         report["others"] = others(args.out)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{report['date']}_throughput.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    path = write_report(report, args.out, "throughput")
     path.with_suffix(".md").write_text(table(report))
     plot(report, path.with_suffix(".png"))
     print(table(report))

@@ -4,8 +4,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from contests import Contest, flat
+from facts import spread
 
 from gptjax.config import TrainConfig
 from gptjax.metrics import CONVENTIONS, sheet_flops
@@ -18,12 +18,6 @@ from gptjax.scaling.counts import flops_per_token, parameters
 TOLERANCE = {"float32": {"loss": 3e-4, "grad_norm": 2e-3}, "bfloat16": {"loss": 2e-3, "grad_norm": 3e-3}}
 
 Rows = list[dict[str, float]]
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, 5th and 95th percentile."""
-    low, middle, high = np.percentile(values, [5, 50, 95])
-    return {"median": float(middle), "p5": float(low), "p95": float(high)}
 
 
 def gaps(rows: Rows, right: Rows) -> dict[str, float]:

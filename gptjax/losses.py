@@ -70,7 +70,7 @@ def cross_entropy(
 
 
 def _num_chunks(shape: tuple[int, ...], head: tuple[int, ...]) -> int:
-    """The fewest chunks, dividing the length, that keep a device's logits within CHUNK_BYTES and HEAD_SHARE."""
+    """The fewest chunks, dividing the length, whose logits keep within the larger of CHUNK_BYTES and HEAD_SHARE."""
     (B, L), (V, D) = shape, head
     mesh = jax.sharding.get_abstract_mesh()
     parts = 1 if mesh.empty else functools.reduce(lambda n, a: n * mesh.shape[a], RULES["B"] + RULES["V"], 1)
