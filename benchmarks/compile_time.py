@@ -105,9 +105,9 @@ def compile_seconds(name: str, unrolled: bool) -> dict[str, float]:
     """Seconds to trace, lower and compile a recipe's training step on one row, in this process."""
     import jax
 
+    from gptjax.assemble import assemble
     from gptjax.data.packing import example_batch
     from gptjax.flags import load_recipe
-    from gptjax.pretrain import assemble
     from gptjax.sharding import abstract, make_mesh
     from gptjax.train import compile_step
 

@@ -20,8 +20,8 @@ import jax
 import numpy as np
 from facts import ROOT, facts
 
+from gptjax.assemble import assemble
 from gptjax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, TokenizerConfig, TrainConfig
-from gptjax.pretrain import assemble
 from gptjax.sharding import make_mesh, put
 from gptjax.train import compile_step, init_state
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 
+from gptjax.assemble import language_model_loss
 from gptjax.block import block
 from gptjax.decoder import Decoder
-from gptjax.pretrain import language_model_loss
 from gptjax.train import LossFn
 
 

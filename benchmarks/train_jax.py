@@ -1,7 +1,7 @@
 """A competitor of throughput.py in JAX: our training step as a run makes it, or the plain decoder. A child of turns.py.
 
-Our own step is made by the functions of gptjax/pretrain.py (assemble, init_state, compile_step) and run by the loop of
-every run (train.fit), which reads the numbers of a step while the next one runs.
+Our own step is made by the functions of gptjax/assemble.py and train.py (assemble, init_state, compile_step) and run by
+the loop of every run (train.fit), which reads the numbers of a step while the next one runs.
 """
 
 import os
@@ -17,10 +17,10 @@ import numpy as np
 from plain_decoder import PlainDecoder, from_stacked
 from turns import serve
 
+from gptjax.assemble import assemble
 from gptjax.config import TrainConfig
 from gptjax.interop.huggingface import HEAD, LAYER, PREFIX, TOP
 from gptjax.metrics import peak_memory
-from gptjax.pretrain import assemble
 from gptjax.settings import build
 from gptjax.sharding import make_mesh, suffix
 from gptjax.startup import tune_process

@@ -3,109 +3,36 @@
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
 
+from gptjax.assemble import assemble, check_divisible
 from gptjax.backends import describe
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import TrainConfig
 from gptjax.data.feed import open_feed
 from gptjax.data.packing import example_batch
-from gptjax.decoder import Decoder, head, init_params, make_decoder
+from gptjax.decoder import Decoder
 from gptjax.evaluate import evaluate, make_eval_step
 from gptjax.generate import generate
-from gptjax.losses import cross_entropy
 from gptjax.metrics import Metrics
-from gptjax.optim import make_optimizer, make_schedule
-from gptjax.plugins import optional, resolve
 from gptjax.run import Run
-from gptjax.settings import InputError, leaves
+from gptjax.settings import leaves
 from gptjax.sharding import abstract, make_mesh
 from gptjax.tokenizer import Tokenizer
 from gptjax.train import (
-    LossFn,
     TrainState,
     compile_step,
     enable_compile_cache,
     fit,
     in_background,
     init_state,
-    make_init,
-    make_train_step,
     stop_on_signals,
 )
 from gptjax.transfer import start_from
-
-
-def language_model_loss(decoder: Decoder, z_loss: float = 0.0, norms: bool = False) -> LossFn:
-    """Mean over weighted tokens of -log p(next token) + z_loss log(Z)^2, in nats.
-
-    With `norms` the metrics hold activation_rms_N, the root mean square of the stream after each layer.
-    """
-
-    def loss_fn(params: Any, frozen: Any, batch: dict[str, jax.Array], key: jax.Array):
-        del frozen  # nothing is held fixed in pretraining
-        inputs = (batch["inputs_BL"], batch["positions_BL"], batch["segments_BL"])
-        more: dict[str, Any] = {}
-        if norms:
-            x_BLD, more["activation_rms_N"] = decoder.apply({"params": params}, *inputs, key=key, method="with_norms")
-        else:
-            x_BLD, _ = decoder.apply({"params": params}, *inputs, key=key)
-        targets = (batch["targets_BL"], batch["weights_BL"], decoder.vocab_size)
-        total = cross_entropy(x_BLD, head(params), *targets, z_loss=z_loss, softcap=decoder.cfg.logit_softcap)
-        weight = batch["weights_BL"].sum()
-        loss = total / jnp.maximum(weight, 1.0)
-        return loss, {"loss": loss, "weight": weight} | more
-
-    return loss_fn
-
-
-class Parts(NamedTuple):
-    """What the settings of a run make, before anything is allocated or compiled."""
-
-    decoder: Decoder
-    tx: optax.GradientTransformation
-    init: Callable  # (seed) -> TrainState
-    step: Callable  # (state, frozen, batch) -> (state, metrics)
-
-
-def assemble(config: TrainConfig) -> Parts:
-    """The decoder, optimizer, initial state and training step of a run, with the user's own loss and block."""
-    decoder = make_decoder(config, optional(config.model.block, "model.block"))
-    norms, ema = config.log_norms_every > 0, config.optim.ema
-    if config.loss:
-        if config.optim.z_loss:
-            raise InputError(
-                f"optim.z_loss={config.optim.z_loss:g} belongs to the built-in loss, whose place loss={config.loss!r} "
-                f"takes; set --optim.z-loss 0"
-            )
-        loss_fn = resolve(config.loss, "loss")(decoder)
-    else:
-        loss_fn = language_model_loss(decoder, config.optim.z_loss, norms)
-    schedule = make_schedule(config.optim, config.steps)
-    tx = make_optimizer(config.optim, schedule, config.model)
-    step = make_train_step(loss_fn, tx, schedule, config.optim.accumulate, ema, norms)
-    return Parts(decoder, tx, make_init(init_params(decoder), tx, ema), step)
-
-
-def check_divisible(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
-    """Raises InputError where the rows or their length do not divide over the mesh."""
-    shards, parts = mesh.shape["data"] * mesh.shape["fsdp"], config.optim.accumulate
-    if config.data.batch_size % (shards * parts):
-        raise InputError(
-            f"data.batch_size={config.data.batch_size} does not divide over mesh.data x mesh.fsdp = {shards} and "
-            f"optim.accumulate={parts}; e.g. --data.batch-size {shards * parts}"
-        )
-    if config.data.length % mesh.shape["context"]:
-        raise InputError(
-            f"data.length={config.data.length} does not divide over mesh.context={mesh.shape['context']}; "
-            f"choose a length that does"
-        )
 
 
 def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str]) -> Path:

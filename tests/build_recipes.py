@@ -9,9 +9,9 @@ import sys
 
 import jax
 
+from gptjax.assemble import assemble, check_divisible
 from gptjax.data.packing import example_batch
 from gptjax.flags import load_recipe
-from gptjax.pretrain import assemble, check_divisible
 from gptjax.sharding import make_mesh, shardings
 
 

@@ -11,9 +11,9 @@ import pytest
 import throughput_report
 import train_jax
 
+from gptjax.assemble import assemble
 from gptjax.config import TrainConfig
 from gptjax.data.packing import example_batch
-from gptjax.pretrain import assemble
 from gptjax.sharding import make_mesh
 from gptjax.train import compile_step
 

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax.assemble import language_model_loss
 from gptjax.attention import Sight, attend, cached, causal
 from gptjax.blockwise import attend_blockwise
 from gptjax.config import MeshConfig, ModelConfig
 from gptjax.decoder import Decoder, init_params
-from gptjax.pretrain import language_model_loss
 from gptjax.sharding import make_mesh, put
 
 

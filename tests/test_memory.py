@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from gptjax import decoder as decoder_module
+from gptjax.assemble import language_model_loss
 from gptjax.attention import attend, causal
 from gptjax.blockwise import attend_blockwise
 from gptjax.config import ModelConfig, OptimConfig
 from gptjax.decoder import Decoder, init_params
 from gptjax.optim import make_optimizer, make_schedule
-from gptjax.pretrain import language_model_loss
 from gptjax.sharding import AXES
 from gptjax.train import compile_step, make_init, make_train_step
 

@@ -9,10 +9,10 @@ import numpy as np
 import optax
 import pytest
 
+from gptjax.assemble import language_model_loss
 from gptjax.config import MeshConfig, ModelConfig
 from gptjax.data.packing import pack_documents, pad_documents
 from gptjax.decoder import Decoder, init_params
-from gptjax.pretrain import language_model_loss
 from gptjax.sharding import AXES, make_mesh, put
 from gptjax.train import compile_step, init_state, make_init, make_train_step
 
