@@ -38,6 +38,7 @@ from facts import facts, spread, write_report
 
 from gptjax.config import ModelConfig
 from gptjax.decoder import Decoder, Params, init_params
+from gptjax.fewrows import several
 from gptjax.generate import bucket, decode, decode_params, prefill
 from gptjax.startup import tune_process
 
@@ -78,10 +79,11 @@ def main() -> None:
     report: dict[str, Any] = facts(device, *packages) | {"setting": vars(args) | {"out": str(args.out)}, "batches": {}}
     decoder = Decoder(cfg, vocab_size, context)
     peer, params = (None, random_params(decoder)) if args.peer == "none" else Peer.make(decoder, args.threads)
-    weights = jax.block_until_ready(decode_params(params, cfg.dtype))
     failed = False
     for rows in args.batch:
+        weights = jax.block_until_ready(decode_params(params, cfg.dtype, several(rows, cfg.dtype)))
         row = report["batches"][str(rows)] = measure(decoder, params, weights, peer, rows, args)
+        del weights
         show(rows, row)
         failed |= not row["tokens_agree"]
     path = write_report(report, args.out, "decode")

@@ -1,4 +1,4 @@
-"""One layer of the decoder as a pure function of its parameters: norms, attention, MLP, and the key-value cache's rows.
+"""One layer of the decoder as a pure function of its parameters: norms, attention, MLP.
 
 Parameters go by their names without N; every option of ModelConfig that lies inside a layer is read here.
 """
@@ -11,13 +11,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.attention import Sight, dropout
 from gptjax.backends import attention
+from gptjax.cache import Cache, attend_one, keys_and_values, write
 from gptjax.config import ModelConfig
+from gptjax.fewrows import outputs_first
 from gptjax.mup import attention_scale
 from gptjax.products import add_bias, products
 from gptjax.rope import rope, rotate
 
 Params = dict[str, Any]
-Cache = dict[str, jax.Array]
 
 
 def norm(x_BLD: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, cfg: ModelConfig) -> jax.Array:
@@ -37,12 +38,19 @@ def norm_heads(x_BLHK: jax.Array, scale_K: jax.Array, epsilon: float) -> jax.Arr
 
 
 def project(x: jax.Array, p: Params, stems: dict[str, str]) -> tuple[jax.Array, ...]:
-    """x times each weight `stem_...`, plus its bias where it has one; an equation's letters name the weight."""
-    letters = [equation.split(",")[1].split("->")[0] for equation in stems.values()]
-    weights = tuple(p[f"{stem}_{w}"].astype(x.dtype) for stem, w in zip(stems, letters, strict=True))
-    ys: tuple[jax.Array, ...] = products(tuple(stems.values()), x, weights)
+    """x times each weight `stem_...`, plus its bias where it has one; an equation's letters name the weight.
+
+    A weight may also lie outputs first, as decoding keeps some: then its letters come in that order.
+    """
+    equations = [e if _weight(stem, e) in p else outputs_first(e) for stem, e in stems.items()]
+    weights = tuple(p[_weight(stem, e)].astype(x.dtype) for stem, e in zip(stems, equations, strict=True))
+    ys: tuple[jax.Array, ...] = products(tuple(equations), x, weights)
     biases = [f"{stem}_bias_{equation.split('->')[1].removeprefix('BL')}" for stem, equation in stems.items()]
     return tuple(add_bias(y, p[name]) if name in p else y for y, name in zip(ys, biases, strict=True))
+
+
+def _weight(stem: str, equation: str) -> str:
+    return f"{stem}_{equation.split(',')[1].split('->')[0]}"
 
 
 def block(
@@ -58,7 +66,7 @@ def block(
     """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)). `p` is one layer: names without N.
 
     In parallel (GPT-J, Wang & Komatsuzaki 2021; PaLM, Chowdhery et al. 2022): x + attention(norm(x)) + mlp(norm(x)),
-    with one norm. With a cache (k_BGMK, v_BGMK), the new keys and values are written at their positions and attended
+    with one norm. With a cache (k_BGKM, v_BGMK), the new keys and values are written at their positions and attended
     with the rest. A window lets a position see that many places, its own included.
     """
     keys = (None, None, None) if key is None else jax.random.split(key, 3)
@@ -91,16 +99,14 @@ def heads(
     if cfg.positions == "rope":
         frequency, temperature = rope(cfg)
         q_BLHK, k_BLGK = (rotate(t, positions_BL, frequency, temperature) for t in (q_BLHK, k_BLGK))
-    if cache is not None:
-        cache = {
-            "k_BGMK": write_rows(cache["k_BGMK"], k_BLGK, positions_BL[:, 0]),
-            "v_BGMK": write_rows(cache["v_BGMK"], v_BLGK, positions_BL[:, 0]),
-        }
-        k_BMGK, v_BMGK = (jnp.moveaxis(cache[name], 1, 2).astype(h_BLD.dtype) for name in ("k_BGMK", "v_BGMK"))
-    else:
-        k_BMGK, v_BMGK = k_BLGK, v_BLGK
     scale = attention_scale(cfg)
-    return attention(cfg, q_BLHK, k_BMGK, v_BMGK, sight, scale=scale, window=window, key=key), cache
+    if cache is not None:
+        cache = write(cache, k_BLGK, v_BLGK, positions_BL[:, 0])
+        if q_BLHK.shape[1] == 1:
+            capped = {"window": window, "softcap": cfg.attention_softcap}
+            return attend_one(q_BLHK, cache, sight, scale=scale, **capped), cache
+        k_BLGK, v_BLGK = keys_and_values(cache, h_BLD.dtype)
+    return attention(cfg, q_BLHK, k_BLGK, v_BLGK, sight, scale=scale, window=window, key=key), cache
 
 
 def hidden(cfg: ModelConfig, p: Params, h_BLD: jax.Array) -> jax.Array:
@@ -114,24 +120,3 @@ def hidden(cfg: ModelConfig, p: Params, h_BLD: jax.Array) -> jax.Array:
         return jnp.square(jax.nn.relu(h_BLF))
     # In float32 inside: on a CPU the bfloat16 form takes three times as long, elsewhere it is fused and free.
     return jax.nn.gelu(h_BLF.astype(jnp.float32), approximate=True).astype(h_BLF.dtype)
-
-
-def write_rows(cache_BGMK: jax.Array, new_BLGK: jax.Array, start_B: jax.Array) -> jax.Array:
-    """Writes each row's new entries into its slots start .. start + L - 1."""
-
-    def row(cache_GMK, new_GLK, start):
-        return jax.lax.dynamic_update_slice(cache_GMK, new_GLK, (0, start, 0))
-
-    new_BGLK = jnp.moveaxis(new_BLGK, 1, 2).astype(cache_BGMK.dtype)
-    if len(start_B) > 1:
-        return jax.vmap(row)(cache_BGMK, new_BGLK, start_B)
-    start = start_B[0]
-
-    def write(_, cache_BGMK):
-        return jax.lax.dynamic_update_slice(cache_BGMK, new_BGLK, (0, 0, start, 0))
-
-    if jax.default_backend() != "cpu":
-        return write(0, cache_BGMK)
-    # XLA on a CPU fuses the write of one row into every reader and then copies the whole cache to keep the old one for
-    # them; a loop that runs once, as the compiler can't know, is what it does not look through.
-    return jax.lax.fori_loop(0, (start >= 0).astype(jnp.int32), write, cache_BGMK)

@@ -8,21 +8,20 @@ One declaration (`layer_params`, `Decoder.setup`) gives every parameter's name; 
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gptjax import fewrows
 from gptjax.attention import cached, causal, dropout
-from gptjax.block import Cache, Params, block, norm
+from gptjax.block import Params, block, norm, project
+from gptjax.cache import Cache
 from gptjax.config import ModelConfig, TrainConfig
 from gptjax.losses import capped, logits
 from gptjax.mup import init_factor, logits_factor
 from gptjax.products import lookup
 from gptjax.scaling.counts import padded_vocab
-from gptjax.sharding import constrain, suffix
+from gptjax.sharding import constrain, matrix, suffix
 
 # A layer that attends to everything, in the list of windows: more places than any text has.
 EVERYTHING = 2**31 - 1
@@ -60,22 +59,13 @@ def windows(cfg: ModelConfig) -> jax.Array | int | None:
     return jnp.array([w or EVERYTHING for w in cfg.layer_windows], jnp.int32)
 
 
-def empty_cache(cfg: ModelConfig, rows: int, slots: int, dtype: Any) -> list[Cache]:
-    """A key-value cache for `rows` sequences of at most `slots` tokens: one k_BGMK and v_BGMK a layer.
-
-    One array a layer, since a stack of them would be copied whole at every step; heads before slots, as attention
-    reads them.
-    """
-    shape = (rows, cfg.num_kv_heads, slots, cfg.head_size)
-    return [{"k_BGMK": jnp.zeros(shape, dtype), "v_BGMK": jnp.zeros(shape, dtype)} for _ in range(cfg.num_layers)]
-
-
-def unstacked(params: Params, dtype: str) -> Params:
+def unstacked(params: Params, dtype: str, outputs_first: bool = False) -> Params:
     """The parameters as decoding reads them: each layer's in arrays of their own, in the type they are used in.
 
-    The head is head_DV, its inputs first as in every other matrix: XLA on a CPU reads it several times faster so.
-    It costs a second copy of the layers' weights, of a tied head, and of whatever changes its type, made once, never in
-    the loop. Norms are computed in float32 and keep it. Parameters that are unstacked already come back as they are.
+    With `outputs_first` each matrix lies that way, and its name says so: q_HKD, head_VD. Without, the head is head_DV,
+    its inputs first as in every other matrix: XLA on a CPU reads it several times faster so. It costs a second copy of
+    the layers' weights, of a tied head that is turned, and of whatever changes its type, made once, never in the loop.
+    Norms are computed in float32 and keep it. Parameters that are unstacked already come back as they are.
     """
     if isinstance(params["layers"], list):
         return params
@@ -87,8 +77,22 @@ def unstacked(params: Params, dtype: str) -> Params:
     layers = _unstacked(params["layers"])
     count = len(next(iter(layers.values())))
     top = {name: x for name, x in params.items() if name not in ("layers", "head_VD")}
-    top["head_DV"] = head(params).T
-    return top | {"layers": [{name: x[n] for name, x in layers.items()} for n in range(count)]}
+    top |= {"head_VD": head(params)} if outputs_first else {"head_DV": head(params).T}
+
+    def layer(n: int) -> Params:
+        return dict(turned(name, x[n]) if outputs_first else (name, x[n]) for name, x in layers.items())
+
+    return top | {"layers": [layer(n) for n in range(count)]}
+
+
+def turned(name: str, w: jax.Array) -> tuple[str, jax.Array]:
+    """A layer's parameter with its outputs first, and its name; one that is no matrix as it is."""
+    sides = None if "_bias_" in name or name.startswith("norm_") else matrix(name)
+    if sides is None:
+        return name, w
+    inputs, outputs = sides
+    stem = name.removesuffix(inputs + outputs)
+    return stem + outputs + inputs, jnp.moveaxis(w, range(len(inputs)), range(-len(inputs), 0))
 
 
 def extend(
@@ -112,7 +116,7 @@ def extend(
 
 def next_logits(decoder: "Decoder", params: Params, x_BLD: jax.Array) -> jax.Array:
     """float32 logits_BV of the token behind each row's last one; `params` are `unstacked`."""
-    logits_BLV = fewrows.product("BLD,DV->BLV", x_BLD[:, -1:], params["head_DV"])
+    (logits_BLV,) = project(x_BLD[:, -1:], params, {"head": "BLD,DV->BLV"})
     return capped(logits_BLV, decoder.vocab_size, decoder.cfg.logit_softcap)[:, 0]
 
 

@@ -1,8 +1,8 @@
 """Products of few rows with a weight, which decoding is made of: their time is that of reading the weight.
 
-XLA on a CPU computes the product of one row on one core (jax 0.12), and that of some dozens at a third of the speed of
-many. Cut along the inputs into one product a core, whose results are added up, both read the weight as fast as the
-memory gives it.
+XLA on a CPU computes the product of one row on one core (jax 0.12), and that of some dozens at a third to two thirds of
+the speed of many. Two forms read the weight as fast as the memory gives it: for a row or a few, the product cut along
+the inputs into one a core, whose results are added up; for more, a weight that lies outputs first.
 """
 
 import math
@@ -11,19 +11,34 @@ import os
 import jax
 import jax.numpy as jnp
 
-# Rows up to which this is the faster form: beyond, a product is bound by arithmetic, and before jax 0.11 cut ones do it
-# worse than whole ones.
-FEW = 64 if jax.__version_info__ >= (0, 11) else 8
+# Rows from which on the weight should lie outputs first (on a CPU, in float32); one row reads it a quarter slower so.
+SEVERAL = 8
+
+
+def several(rows: int, dtype: str) -> bool:
+    """Whether decoding so many rows at once is faster with weights outputs first."""
+    return rows >= SEVERAL and dtype == "float32" and jax.default_backend() == "cpu"
+
+
+def outputs_first(equation: str) -> str:
+    """The equation of the same product with the weight's outputs named first: BLD,HKD->BLHK for BLD,DHK->BLHK."""
+    x, rest = equation.split(",")
+    w, y = rest.split("->")
+    return f"{x},{''.join([n for n in w if n in y] + [n for n in w if n not in y])}->{y}"
 
 
 def product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """einsum(equation, x, w), w being named inputs first: "batch inputs, inputs outputs -> batch outputs"."""
+    """einsum(equation, x, w), w being named inputs first, "batch inputs, inputs outputs -> batch outputs", or last."""
     letters, outputs = equation.split(",")[1].split("->")
     num_inputs = sum(letter not in outputs for letter in letters)
     batch, inputs = x.shape[: x.ndim - num_inputs], x.shape[x.ndim - num_inputs :]
     rows, size = math.prod(batch), math.prod(inputs)
+    if letters[0] in outputs:
+        # As matrices: with more dimensions XLA on a CPU copies the weight at each step.
+        y_RO = jnp.einsum("RC,OC->RO", x.reshape(rows, size), w.reshape(-1, size))
+        return y_RO.reshape(*batch, *w.shape[: w.ndim - num_inputs])
     parts = math.gcd(size, _cores())
-    if parts == 1 or rows > FEW or x.dtype != jnp.float32 or jax.default_backend() != "cpu":
+    if parts == 1 or rows >= SEVERAL or x.dtype != jnp.float32 or jax.default_backend() != "cpu":
         return jnp.einsum(equation, x, w)
     x_PRC = jnp.moveaxis(x.reshape(rows, parts, size // parts), 1, 0)
     y_PRO = jnp.einsum("PRC,PCO->PRO", x_PRC, w.reshape(parts, size // parts, -1))

@@ -22,8 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from gptjax import fewrows
+from gptjax.cache import empty_cache
 from gptjax.config import GenerateConfig
-from gptjax.decoder import Decoder, Params, empty_cache, extend, next_logits, unstacked
+from gptjax.decoder import Decoder, Params, extend, next_logits, unstacked
 from gptjax.losses import MASKED
 from gptjax.settings import InputError
 from gptjax.sharding import constrain, require_mesh, suffix
@@ -157,7 +159,7 @@ def stream_ids(
     if jax.default_backend() == "cpu":
         # There a product of one row reads bfloat16 at a tenth of float32's speed; the numbers only get more exact.
         decoder = decoder.clone(cfg=dataclasses.replace(decoder.cfg.anywhere(), dtype="float32"))
-    params = decode_params(params, decoder.cfg.dtype)
+    params = decode_params(params, decoder.cfg.dtype, fewrows.several(len(prompts), decoder.cfg.dtype))
     length_B = np.array([len(ids) for ids in prompts], np.int32)
     prompt_BL = np.zeros((len(prompts), bucket(length_B.max(), decoder.context)), np.int32)
     for row, ids in enumerate(prompts):
@@ -222,7 +224,7 @@ def _placed(tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, x: constrain(x, suffix(path[-1].key)), tree)
 
 
-decode_params = jax.jit(unstacked, static_argnames="dtype")
+decode_params = jax.jit(unstacked, static_argnames=("dtype", "outputs_first"))
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "slots", "keep_seen"))

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax.cache import empty_cache
 from gptjax.config import ModelConfig
-from gptjax.decoder import Decoder, dims, empty_cache, head, init_params
+from gptjax.decoder import Decoder, dims, head, init_params
 from gptjax.scaling.counts import parameters
 from gptjax.sharding import suffix
 

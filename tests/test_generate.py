@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax.cache import empty_cache
 from gptjax.config import GenerateConfig, MeshConfig, ModelConfig
-from gptjax.decoder import Decoder, empty_cache, extend, init_params, unstacked
+from gptjax.decoder import Decoder, extend, init_params, unstacked
 from gptjax.generate import (
     TextStream,
     decode,

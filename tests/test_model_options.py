@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from gptjax.attention import causal
 from gptjax.block import block
+from gptjax.cache import empty_cache
 from gptjax.config import ModelConfig
-from gptjax.decoder import Decoder, dims, empty_cache, init_params, windows
+from gptjax.decoder import Decoder, dims, init_params, windows
 from gptjax.scaling.counts import flops_per_token, forward_flops, parameters
 from gptjax.settings import InputError
 from gptjax.sharding import suffix
