@@ -310,8 +310,16 @@ def sample(
     """One token id a row: drawn from the filtered logits with the row's key, or the likeliest without a temperature."""
     logits_BV = filtered(logits_BV, settings, seen_BV)
     if "temperature" not in settings:
-        return logits_BV.argmax(axis=-1).astype(jnp.int32)
+        return likeliest(logits_BV)
     return jax.vmap(jax.random.categorical)(key_B, logits_BV).astype(jnp.int32)
+
+
+def likeliest(logits_BV: jax.Array) -> jax.Array:
+    """argmax over V, the first of equals. XLA on a CPU computes its own on one core, these two reductions on all."""
+    ids_V = jnp.arange(logits_BV.shape[1], dtype=jnp.int32)
+    best_B = logits_BV.max(axis=-1, keepdims=True)
+    # A NaN equals nothing: such a row takes the last id.
+    return jnp.where(logits_BV == best_B, ids_V, ids_V[-1]).min(axis=-1)
 
 
 def filtered(logits_BV: jax.Array, settings: dict[str, Any], seen_BV: jax.Array | None = None) -> jax.Array:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax import fewrows
 from gptjax.cache import empty_cache
 from gptjax.config import GenerateConfig, MeshConfig, ModelConfig
 from gptjax.decoder import Decoder, extend, init_params, unstacked
@@ -19,6 +20,7 @@ from gptjax.generate import (
     filtered,
     generate,
     generate_ids,
+    likeliest,
     prefill,
     sample,
     stream,
@@ -170,6 +172,21 @@ def test_a_row_does_not_depend_on_its_batch(gpt2: Model):
     assert generate_ids(*gpt2, turned, sampled(), stop_ids=NEVER) == [together[i] for i in (2, 1, 3, 0)]
     for prompt, new in list(zip(PROMPTS, together, strict=True))[:3]:
         assert generate_ids(*gpt2, [prompt], sampled(), stop_ids=NEVER) == [new]
+
+
+def test_the_likeliest_token_is_the_first_of_equals():
+    logits_BV = np.random.default_rng(2).integers(-3, 3, (5, 40)).astype(np.float32)
+    np.testing.assert_array_equal(likeliest(logits_BV), logits_BV.argmax(-1))
+    assert 0 <= int(likeliest(np.full((1, 40), np.nan, np.float32))[0]) < 40
+
+
+@pytest.mark.parametrize("family", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_weights_outputs_first_write_the_same_text(family):
+    decoder, params = model(family)
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(fewrows.SEVERAL)]
+    assert {name for name in decode_params(params, "float32", True)["layers"][0] if name.startswith("q_")} == {"q_HKD"}
+    together = generate_ids(decoder, params, prompts, GREEDY)
+    assert together[: len(PROMPTS)] == generate_ids(decoder, params, PROMPTS, GREEDY)
 
 
 def test_the_seed_decides_the_sample_and_copies_of_a_prompt_differ(gpt2: Model):
