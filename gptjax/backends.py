@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from gptjax import zigzag
 from gptjax.attention import Sight, attend, mask
 from gptjax.blockwise import attend_blockwise, divisible
 from gptjax.config import ModelConfig
@@ -18,6 +19,8 @@ from gptjax.config.attention import BACKENDS, PREFERRED
 from gptjax.settings import InputError
 from gptjax.sharding import axes_of, on_each_device
 from gptjax.triangle import attend_triangle
+
+P = jax.P
 
 # Keys from which on auto takes blocks where no kernel of the device serves: scores of more would crowd the memory.
 LONG = 1024
@@ -111,7 +114,7 @@ def attention(
     if L == 1:
         # One query's scores are M numbers a head: for it the plain product already is linear in memory.
         name = "plain"
-    elif sight.aligned:
+    elif sight.of_rows:
         name = choose(cfg, L, device)
     else:
         blocks = cfg.attention == "blockwise" or (cfg.attention != "plain" and M > LONG)
@@ -125,8 +128,41 @@ def attention(
     drops = key is not None and cfg.dropout > 0
     if sight.aligned and L > 1 and not drops and device.platform == "cpu" and not device.shares_rows:
         return attend_triangle(q_BLHK, k_BMGK, v_BMGK, sight, **seen)
-    out_BLHK = attend(q_BLHK, k_BMGK, v_BMGK, sight, dropout_rate=cfg.dropout, key=key, **seen)
+    plain = attend if sight.shards == 1 else attend_shared
+    out_BLHK = plain(q_BLHK, k_BMGK, v_BMGK, sight, dropout_rate=cfg.dropout, key=key if drops else None, **seen)
     return checkpoint_name(out_BLHK, "attention")
+
+
+def attend_shared(
+    q_BLHK: jax.Array,
+    k_BLGK: jax.Array,
+    v_BLGK: jax.Array,
+    sight: Sight,
+    *,
+    window: jax.typing.ArrayLike | None = None,
+    key: jax.Array | None = None,
+    **options: float,
+) -> jax.Array:
+    """out_BLHK of attention.attend for rows in zigzag order: each device holds L x M / n scores.
+
+    Keys and values are gathered whole by each of the n devices that share a row; the gradients of their parts are
+    summed back to where they lie.
+    """
+
+    def on_shard(q_BLHK, k_BLGK, v_BLGK, query_BL, segments, known):
+        k_BMGK, v_BMGK, *key_segments = (zigzag.whole(x, axes, sight.shards) for x in (k_BLGK, v_BLGK, *segments))
+        here = Sight(query_BL, *segments, *key_segments)
+        key = None if known[1] is None else jax.random.fold_in(known[1], jax.lax.axis_index(zigzag.AXIS))
+        return attend(q_BLHK, k_BMGK, v_BMGK, here, window=known[0], key=key, **options)
+
+    axes = (zigzag.AXIS,)
+    segments = () if sight.query_segments_BL is None else (sight.query_segments_BL,)
+    over, each = P(None, zigzag.AXIS), P()
+    # Over the context axis alone: rows and heads stay with the compiler, as in `attend`.
+    call = jax.shard_map(
+        on_shard, in_specs=(over, over, over, over, over, each), out_specs=over, axis_names={zigzag.AXIS}
+    )
+    return call(q_BLHK, k_BLGK, v_BLGK, sight.query_BL, segments, (window, key))
 
 
 def attend_cudnn(
