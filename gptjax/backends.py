@@ -87,6 +87,8 @@ def describe(cfg: ModelConfig, length: int, packed: bool) -> str:
     """One line on the attention that rows of this length take on the devices at hand; raises what `choose` raises."""
     name = choose(cfg, length, here())
     chosen = f"attention: {name}" + (" (chosen by model.attention=auto)" if cfg.attention == "auto" else "")
+    if (shards := zigzag.shards(length)) > 1:
+        chosen += f", each row over {shards} devices in zigzag order"
     if not packed:
         return f"{chosen}, each row one document"
     cost = f"a mask of {2 * length * length / 2**20:,.1f} MiB a row" if name == "cudnn" else "segments"

@@ -1,6 +1,10 @@
 """Rows that several devices share: a balanced order inside, the row as it was written outside, the same numbers."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +25,7 @@ from gptjax.sharding import abstract, make_mesh, put
 from gptjax.train import compile_step
 
 LENGTH = 64
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -208,9 +213,7 @@ def test_a_cache_is_attended_over_the_context_axis_too():
 def test_a_length_that_the_devices_cannot_share_evenly_is_refused():
     mesh = make_mesh(MeshConfig(data=2, context=4))
     check_divisible(TrainConfig(data=DataConfig(batch_size=2, length=24)), mesh)
-    with pytest.raises(
-        InputError, match="data.length=20 .*two chunks.*mesh.context=4.*--data.length 16"
-    ):
+    with pytest.raises(InputError, match="data.length=20 .*two chunks.*mesh.context=4.*--data.length 16"):
         check_divisible(TrainConfig(data=DataConfig(batch_size=2, length=20)), mesh)
 
 
@@ -229,6 +232,35 @@ def step_bytes(context: int, length: int, **model) -> int:
 
 def test_the_memory_of_a_device_falls_with_the_devices_that_share_a_row():
     assert step_bytes(1, 1024) > 3 * step_bytes(4, 1024)
+
+
+def context_benchmark(length: int, *flags: str) -> subprocess.CompletedProcess:
+    """The benchmark that compares ten losses and the first gradients with those of one device a row."""
+    command = [sys.executable, ROOT / "benchmarks" / "long_context.py", "--length", str(length), *flags]
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [*command, "--context", "4", "--rows", "2", "--block", "64", "--against-one"],
+        env=env, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_benchmark_compares_a_shared_row_with_one_device():
+    assert "losses differ by" in context_benchmark(256, "--steps", "3").stdout
+
+
+def test_the_benchmark_tells_other_numbers_apart():
+    import long_context
+
+    same = long_context.Result({"losses": [1.0, 2.0], "step_temporary_bytes": 8}, {"w_DF": np.ones((2, 2))})
+    other = same._replace(gradients={"w_DF": np.array([[1, 1], [1, 1.001]])})
+    later = same._replace(numbers=same.numbers | {"losses": [1.0, 2.0001]})
+    assert [long_context.compare(x, same)["equal"] for x in (same, other, later)] == [True, False, False]
+
+
+@pytest.mark.exhaustive
+def test_long_rows_that_devices_share_train_as_on_one():
+    context_benchmark(4096, "--layers", "2", "--groups", "2")
 
 
 @pytest.mark.exhaustive
