@@ -20,8 +20,6 @@ from gptjax.settings import InputError
 from gptjax.sharding import axes_of, on_each_device
 from gptjax.triangle import attend_triangle
 
-P = jax.P
-
 # Keys from which on auto takes blocks where no kernel of the device serves: scores of more would crowd the memory.
 LONG = 1024
 
@@ -151,19 +149,20 @@ def attend_shared(
     summed back to where they lie.
     """
 
-    def on_shard(q_BLHK, k_BLGK, v_BLGK, query_BL, segments, known):
-        k_BMGK, v_BMGK, *key_segments = (zigzag.whole(x, axes, sight.shards) for x in (k_BLGK, v_BLGK, *segments))
-        here = Sight(query_BL, *segments, *key_segments)
-        key = None if known[1] is None else jax.random.fold_in(known[1], jax.lax.axis_index(zigzag.AXIS))
-        return attend(q_BLHK, k_BMGK, v_BMGK, here, window=known[0], key=key, **options)
+    k_BLGK, v_BLGK = divisible(q_BLHK, k_BLGK, v_BLGK)
+    axes = axes_of({**dict(zip("BLH", q_BLHK.shape)), "G": k_BLGK.shape[2]})
 
-    axes = (zigzag.AXIS,)
+    def on_device(q_BLHK, k_BLGK, v_BLGK, query_BL, segments, known):
+        k_BMGK, v_BMGK, *key_segments = (zigzag.whole(x, axes["L"], sight.shards) for x in (k_BLGK, v_BLGK, *segments))
+        window, key = known
+        if key is not None:  # each device drops elements of its own
+            key = jax.random.fold_in(key, jax.lax.axis_index(tuple(dict.fromkeys(sum(axes.values(), ())))))
+        return attend(
+            q_BLHK, k_BMGK, v_BMGK, Sight(query_BL, *segments, *key_segments), window=window, key=key, **options
+        )
+
     segments = () if sight.query_segments_BL is None else (sight.query_segments_BL,)
-    over, each = P(None, zigzag.AXIS), P()
-    # Over the context axis alone: rows and heads stay with the compiler, as in `attend`.
-    call = jax.shard_map(
-        on_shard, in_specs=(over, over, over, over, over, each), out_specs=over, axis_names={zigzag.AXIS}
-    )
+    call = on_each_device(on_device, axes, ("BLHK", "BLGK", "BLGK", "BL", "BL", ""), "BLHK")
     return call(q_BLHK, k_BLGK, v_BLGK, sight.query_BL, segments, (window, key))
 
 

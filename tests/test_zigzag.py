@@ -108,11 +108,19 @@ def segments() -> np.ndarray:
     return np.stack([np.repeat([1, 2, 3, 0], n) for n in ([10, 23, 20, 11], [1, 40, 20, 3])]).astype(np.int32)
 
 
+def arrays(case: Case) -> dict[str, np.ndarray]:
+    rng, (H, G) = np.random.default_rng(0), case.heads
+    shapes = {"q_BLHK": H, "k_BLGK": G, "v_BLGK": G, "g_BLHK": H}
+    made = {name: rng.normal(size=(2, LENGTH, heads, 8)).astype(np.float32) for name, heads in shapes.items()}
+    return made | {"segments_BL": segments()}
+
+
 def value_and_grads(case: Case, name: str, given: dict[str, Any]) -> list[np.ndarray]:
     """Output and gradients of attention over rows as they were written, whatever order it is computed in."""
     H, G = case.heads
-    cfg = ModelConfig(width=8 * H, num_heads=H, queries_per_kv=H // G, dtype="float32", attention=name,
-                      attention_block=case.block, **case.settings)  # fmt: skip
+    cfg = ModelConfig(width=8 * H, num_heads=H, queries_per_kv=H // G, attention=name, attention_block=case.block,
+                      **({"dtype": "float32"} | case.settings))  # fmt: skip
+    given = {n: x if n == "segments_BL" else x.astype(cfg.dtype) for n, x in given.items()}
 
     def run(given, window):
         n = zigzag.shards(LENGTH)
@@ -126,18 +134,14 @@ def value_and_grads(case: Case, name: str, given: dict[str, Any]) -> list[np.nda
         out_BLHK, back = jax.vjp(attended, given["q_BLHK"], given["k_BLGK"], given["v_BLGK"])
         return out_BLHK, *back(given["g_BLHK"])
 
-    return [np.asarray(x) for x in jax.jit(run)(given, case.window if isinstance(case.window, np.generic) else None)]
+    return [np.asarray(x, np.float32) for x in jax.jit(run)(given, case.window if isinstance(case.window, np.generic) else None)]
 
 
 @pytest.mark.parametrize("name", ["blockwise", "plain"])
 @pytest.mark.parametrize("case", CASES)
 def test_devices_that_share_rows_attend_as_one_does(case, name):
     case = CASES[case]
-    rng, (H, G) = np.random.default_rng(0), case.heads
-    given: dict[str, Any] = {
-        n: rng.normal(size=(2, LENGTH, heads, 8)).astype(np.float32)
-        for n, heads in (("q_BLHK", H), ("k_BLGK", G), ("v_BLGK", G), ("g_BLHK", H))
-    } | {"segments_BL": segments()}
+    given = arrays(case)
     wanted = value_and_grads(case, "plain", given)
     mesh = make_mesh(case.mesh)
     with jax.set_mesh(mesh):
@@ -145,6 +149,20 @@ def test_devices_that_share_rows_attend_as_one_does(case, name):
     np.testing.assert_allclose(got[0], wanted[0], rtol=1e-5, atol=1e-5)
     for g, want in zip(got[1:], wanted[1:], strict=True):
         assert np.abs(g - want).max() <= 1e-4 * np.abs(want).max() > 0
+
+
+@pytest.mark.parametrize("name", ["blockwise", "plain"])
+@pytest.mark.parametrize("case", ["packed", "heads that do not divide"])
+def test_devices_that_share_rows_add_up_bfloat16(case, name):
+    """XLA on a CPU has ended whole processes over sums of bfloat16 in a shard_map."""
+    case = CASES[case]
+    wanted = value_and_grads(case, "plain", arrays(case))
+    mesh = make_mesh(case.mesh)
+    with jax.set_mesh(mesh):
+        rounded = dataclasses.replace(case, settings=case.settings | {"dtype": "bfloat16"})
+        got = value_and_grads(rounded, name, put(arrays(case), mesh))
+    for g, want in zip(got, wanted, strict=True):
+        assert np.linalg.norm(g - want) <= 2e-2 * np.linalg.norm(want)
 
 
 def test_a_mask_of_rows_in_zigzag_order_is_that_of_the_written_rows_in_that_order():
