@@ -148,7 +148,6 @@ def attend_shared(
     Keys and values are gathered whole by each of the n devices that share a row; the gradients of their parts are
     summed back to where they lie.
     """
-
     k_BLGK, v_BLGK = divisible(q_BLHK, k_BLGK, v_BLGK)
     axes = axes_of({**dict(zip("BLH", q_BLHK.shape)), "G": k_BLGK.shape[2]})
 

@@ -134,7 +134,8 @@ def value_and_grads(case: Case, name: str, given: dict[str, Any]) -> list[np.nda
         out_BLHK, back = jax.vjp(attended, given["q_BLHK"], given["k_BLGK"], given["v_BLGK"])
         return out_BLHK, *back(given["g_BLHK"])
 
-    return [np.asarray(x, np.float32) for x in jax.jit(run)(given, case.window if isinstance(case.window, np.generic) else None)]
+    traced = case.window if isinstance(case.window, np.generic) else None
+    return [np.asarray(x, np.float32) for x in jax.jit(run)(given, traced)]
 
 
 @pytest.mark.parametrize("name", ["blockwise", "plain"])
