@@ -138,8 +138,11 @@ def value_and_grads(case: Case, name: str, given: dict[str, Any]) -> list[np.nda
     return [np.asarray(x, np.float32) for x in jax.jit(run)(given, traced)]
 
 
-@pytest.mark.parametrize("name", ["blockwise", "plain"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [(case, "blockwise") for case in CASES]
+    + [(case, "plain") for case in ("packed", "window of the layer, soft-cap", "too few key heads")],
+)
 def test_devices_that_share_rows_attend_as_one_does(case, name):
     case = CASES[case]
     given = arrays(case)
@@ -263,7 +266,7 @@ def context_benchmark(length: int, *flags: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_benchmark_compares_a_shared_row_with_one_device():
     assert "losses differ by" in context_benchmark(256, "--steps", "3").stdout
 
