@@ -75,8 +75,9 @@ def check_divisible(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
             f"data.batch_size={config.data.batch_size} does not divide over mesh.data x mesh.fsdp = {shards} and "
             f"optim.accumulate={parts}; e.g. --data.batch-size {shards * parts}"
         )
-    if config.data.length % mesh.shape["context"]:
+    shared, length = mesh.shape["context"], config.data.length
+    if shared > 1 and length % (2 * shared):
         raise InputError(
-            f"data.length={config.data.length} does not divide over mesh.context={mesh.shape['context']}; "
-            f"choose a length that does"
+            f"data.length={length} does not divide into two chunks for each of the mesh.context={shared} devices that "
+            f"share a row; e.g. --data.length {max(1, length // (2 * shared)) * 2 * shared}"
         )

@@ -6,32 +6,42 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from gptjax import zigzag
+
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["query_BL", "query_segments_BL", "key_segments_BM"],
-                   meta_fields=["aligned"])  # fmt: skip
+                   meta_fields=["aligned", "shards"])  # fmt: skip
 @dataclasses.dataclass(frozen=True)
 class Sight:
     """Which keys each query sees, without an L x M array: those at places m <= query_BL, in the same segment.
 
-    query_BL is the place of each query among the keys. Segments are None where all keys belong to one document. Aligned
-    is what is known before anything runs: there are as many keys as queries, and query l is at place l.
+    query_BL is the place of each query among the keys. Segments are None where all keys belong to one document. Known
+    before anything runs is, of rows with as many keys as queries, whether query l is at place l (aligned), or else how
+    many context shards' zigzag order both stand in (shards, see zigzag.py).
     """
 
     query_BL: jax.Array
     query_segments_BL: jax.Array | None = None
     key_segments_BM: jax.Array | None = None
     aligned: bool = False
+    shards: int = 1
+
+    @property
+    def of_rows(self) -> bool:
+        """Queries and keys are the same rows, as in training; a cache's queries meet keys that were there before."""
+        return self.aligned or self.shards > 1
 
 
-def causal(segments_BL: jax.Array, packed: bool = True) -> Sight:
+def causal(segments_BL: jax.Array, packed: bool = True, shards: int = 1) -> Sight:
     """A training row: position l sees m where m <= l and both lie in the same document.
 
     Padding is segment 0. It sees only itself and other padding, so that no softmax is empty. Where a row is known to
     hold one document and, behind it, padding (not `packed`), the segments are left out: only padding sees more by it.
+    With `shards` above 1 segments_BL, and what will be attended, stand in the zigzag order of so many.
     """
-    places_BL = jnp.broadcast_to(jnp.arange(segments_BL.shape[1], dtype=jnp.int32), segments_BL.shape)
+    places_BL = jnp.broadcast_to(zigzag.places(segments_BL.shape[1], shards), segments_BL.shape)
     segments = segments_BL if packed else None
-    return Sight(places_BL, segments, segments, aligned=True)
+    return Sight(places_BL, segments, segments, aligned=shards == 1, shards=shards)
 
 
 def cached(positions_BL: jax.Array) -> Sight:
@@ -40,8 +50,8 @@ def cached(positions_BL: jax.Array) -> Sight:
 
 
 def mask(sight: Sight, keys: int, window: jax.typing.ArrayLike | None = None) -> jax.Array:
-    """mask_BLM over keys 0..keys - 1: what `sight` allows and, with a window, only the last `window` places of it."""
-    behind_BLM = sight.query_BL[:, :, None] - jnp.arange(keys)[None, None, :]
+    """mask_BLM over all the keys: what `sight` allows and, with a window, only the last `window` places of it."""
+    behind_BLM = sight.query_BL[:, :, None] - zigzag.places(keys, sight.shards)[None, None, :]
     mask_BLM = behind_BLM >= 0
     if window is not None:
         mask_BLM &= behind_BLM < window

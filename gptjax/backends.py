@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from gptjax import zigzag
 from gptjax.attention import Sight, attend, mask
 from gptjax.blockwise import attend_blockwise, divisible
 from gptjax.config import ModelConfig
@@ -84,6 +85,8 @@ def describe(cfg: ModelConfig, length: int, packed: bool) -> str:
     """One line on the attention that rows of this length take on the devices at hand; raises what `choose` raises."""
     name = choose(cfg, length, here())
     chosen = f"attention: {name}" + (" (chosen by model.attention=auto)" if cfg.attention == "auto" else "")
+    if (shards := zigzag.shards(length)) > 1:
+        chosen += f", each row over {shards} devices in zigzag order"
     if not packed:
         return f"{chosen}, each row one document"
     cost = f"a mask of {2 * length * length / 2**20:,.1f} MiB a row" if name == "cudnn" else "segments"
@@ -111,7 +114,7 @@ def attention(
     if L == 1:
         # One query's scores are M numbers a head: for it the plain product already is linear in memory.
         name = "plain"
-    elif sight.aligned:
+    elif sight.of_rows:
         name = choose(cfg, L, device)
     else:
         blocks = cfg.attention == "blockwise" or (cfg.attention != "plain" and M > LONG)
@@ -125,8 +128,41 @@ def attention(
     drops = key is not None and cfg.dropout > 0
     if sight.aligned and L > 1 and not drops and device.platform == "cpu" and not device.shares_rows:
         return attend_triangle(q_BLHK, k_BMGK, v_BMGK, sight, **seen)
-    out_BLHK = attend(q_BLHK, k_BMGK, v_BMGK, sight, dropout_rate=cfg.dropout, key=key, **seen)
+    plain = attend if sight.shards == 1 else attend_shared
+    out_BLHK = plain(q_BLHK, k_BMGK, v_BMGK, sight, dropout_rate=cfg.dropout, key=key if drops else None, **seen)
     return checkpoint_name(out_BLHK, "attention")
+
+
+def attend_shared(
+    q_BLHK: jax.Array,
+    k_BLGK: jax.Array,
+    v_BLGK: jax.Array,
+    sight: Sight,
+    *,
+    window: jax.typing.ArrayLike | None = None,
+    key: jax.Array | None = None,
+    **options: float,
+) -> jax.Array:
+    """out_BLHK of attention.attend for rows in zigzag order: each device holds L x M / n scores.
+
+    Keys and values are gathered whole by each of the n devices that share a row; the gradients of their parts are
+    summed back to where they lie.
+    """
+    k_BLGK, v_BLGK = divisible(q_BLHK, k_BLGK, v_BLGK)
+    axes = axes_of({**dict(zip("BLH", q_BLHK.shape)), "G": k_BLGK.shape[2]})
+
+    def on_device(q_BLHK, k_BLGK, v_BLGK, query_BL, segments, known):
+        k_BMGK, v_BMGK, *key_segments = (zigzag.whole(x, axes["L"], sight.shards) for x in (k_BLGK, v_BLGK, *segments))
+        window, key = known
+        if key is not None:  # each device drops elements of its own
+            key = jax.random.fold_in(key, jax.lax.axis_index(tuple(dict.fromkeys(sum(axes.values(), ())))))
+        return attend(
+            q_BLHK, k_BMGK, v_BMGK, Sight(query_BL, *segments, *key_segments), window=window, key=key, **options
+        )
+
+    segments = () if sight.query_segments_BL is None else (sight.query_segments_BL,)
+    call = on_each_device(on_device, axes, ("BLHK", "BLGK", "BLGK", "BL", "BL", ""), "BLHK")
+    return call(q_BLHK, k_BLGK, v_BLGK, sight.query_BL, segments, (window, key))
 
 
 def attend_cudnn(

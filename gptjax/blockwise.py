@@ -4,6 +4,9 @@ Rabe & Staats 2021 (Self-attention does not need O(n^2) memory) in the form of F
 keys are taken a block at a time, and only the output and one log-sum-exp a query and head are kept for the backward
 pass, which computes the scores again. Blocks in which no query sees a key are not visited.
 
+Where devices share a row (the context axis), each has some of its queries, keys and values. The keys and values are
+gathered whole for one layer at a time, forward and again backward, so that only parts are kept between the two.
+
 Beside the alphabet of sharding.py, Q counts blocks of queries and C blocks of keys.
 """
 
@@ -13,8 +16,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from gptjax import zigzag
 from gptjax.attention import Sight
 from gptjax.sharding import axes_of, on_each_device
 
@@ -35,6 +40,8 @@ class _Options:
     scale: float
     softcap: float
     block: int
+    of_rows: bool  # the keys are the queries' own rows
+    shards: int  # of the zigzag order; 1: none
 
 
 def attend_blockwise(
@@ -61,7 +68,8 @@ def attend_blockwise(
     query_BL, key_BM = sight.query_segments_BL, sight.key_segments_BM
     span = _Span(first_BL, last_BL, None if query_BL is None or key_BM is None else (query_BL, key_BM))
     k_BMGK, v_BMGK = divisible(q_BLHK, k_BMGK, v_BMGK)
-    return _attend(_Options(scale, softcap, block), q_BLHK, k_BMGK, v_BMGK, span)
+    options = _Options(scale, softcap, block, sight.of_rows, sight.shards)
+    return _attend(options, q_BLHK, k_BMGK, v_BMGK, span)
 
 
 def divisible(q_BLHK: jax.Array, k_BMGK: jax.Array, v_BMGK: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -82,7 +90,11 @@ def _attend(options: _Options, q_BLHK: jax.Array, k_BMGK: jax.Array, v_BMGK: jax
 
 
 def _attend_forward(options, q_BLHK, k_BMGK, v_BMGK, span):
-    forward = _on_each_device(functools.partial(_forward, options), q_BLHK, k_BMGK, span, "BLHK BHL")
+    def gathered(q_BLHK, *keys_and_span):
+        return _forward(options, q_BLHK, *_whole(options, axes, *keys_and_span))
+
+    axes = _axes(q_BLHK, k_BMGK)
+    forward = _on_each_device(gathered, options, axes, span, "BLHK BHL")
     # Named, so that a remat policy that keeps "attention" spares the backward pass this whole loop.
     out_BLHK, lse_BHL = checkpoint_name(forward(q_BLHK, k_BMGK, v_BMGK, span), "attention")
     return out_BLHK, (q_BLHK, k_BMGK, v_BMGK, span, out_BLHK, lse_BHL)
@@ -91,14 +103,17 @@ def _attend_forward(options, q_BLHK, k_BMGK, v_BMGK, span):
 def _attend_backward(options, kept, g_BLHK):
     q_BLHK, k_BMGK, _, span, _, _ = kept
 
-    def summed(*arguments):
-        dq_BLHK, dk_BMGK, dv_BMGK = _backward(options, *arguments)
-        if "L" in axes:  # devices that share a row's queries each have a part of the gradient of its keys
-            dk_BMGK, dv_BMGK = jax.lax.psum((dk_BMGK, dv_BMGK), axes["L"])
-        return dq_BLHK, dk_BMGK, dv_BMGK
+    def summed(q_BLHK, k_BMGK, v_BMGK, span, *more):
+        k_BMGK, v_BMGK, span = _whole(options, axes, k_BMGK, v_BMGK, span)
+        dq_BLHK, *dkv = _backward(options, q_BLHK, k_BMGK, v_BMGK, span, *more)
+        if "L" in axes:  # devices that share a row's queries each have a part of the gradient of all of its keys
+            shared = options.of_rows
+            dkv = [zigzag.part_of_sum(x, axes["L"], options.shards) if shared else jax.lax.psum(x, axes["L"])
+                   for x in dkv]  # fmt: skip
+        return dq_BLHK, *dkv
 
     axes = _axes(q_BLHK, k_BMGK)
-    backward = _on_each_device(summed, q_BLHK, k_BMGK, span, "BLHK BMGK BMGK")
+    backward = _on_each_device(summed, options, axes, span, f"BLHK {_keys(options)} {_keys(options)}")
     return (*backward(*kept, g_BLHK), None)
 
 
@@ -109,19 +124,37 @@ def _axes(q_BLHK: jax.Array, k_BMGK: jax.Array) -> dict[str, tuple[str, ...]]:
     return axes_of({**dict(zip("BLH", q_BLHK.shape)), "G": k_BMGK.shape[2]})
 
 
-def _on_each_device(function: Callable, q_BLHK: jax.Array, k_BMGK: jax.Array, span: _Span, outputs: str) -> Callable:
-    """function(q_BLHK, k_BMGK, v_BMGK, span[, out_BLHK, lse_BHL, g_BLHK]) on each device's rows, heads and queries.
+def _keys(options: _Options) -> str:
+    """Keys that are the queries' own rows lie where the queries do; a cache is whole along M."""
+    return "BLGK" if options.of_rows else "BMGK"
+
+
+def _whole(options, axes, k_BMGK, v_BMGK, span):
+    """What a device needs to know of all keys, from its own part of them, in the order that they were written in."""
+    if not options.of_rows or "L" not in axes:
+        assert options.shards == 1, "rows in zigzag order lie over the context axis"
+        return k_BMGK, v_BMGK, span
+    k_BMGK, v_BMGK = (zigzag.whole(x, axes["L"], options.shards) for x in (k_BMGK, v_BMGK))
+    if span.segments is not None:
+        query_BL, key_BM = span.segments
+        span = dataclasses.replace(span, segments=(query_BL, zigzag.whole(key_BM, axes["L"], options.shards)))
+    return k_BMGK, v_BMGK, span
+
+
+def _on_each_device(function: Callable, options: _Options, axes: dict, span: _Span, outputs: str) -> Callable:
+    """function(q_BLHK, k_BMGK, v_BMGK, span[, out_BLHK, lse_BHL, g_BLHK]) on each device's rows, heads and places.
 
     Each device then has loops of its own, as long as its own rows and queries need. Left to itself, XLA would put the
     collectives inside the loops and, where the length is sharded, have each device do all of it.
     """
     leaves, tree = jax.tree.flatten(span)
-    of_span = jax.tree.unflatten(tree, ["BL", "BL", "BL", "BM"][: len(leaves)])
-    words = ("BLHK", "BMGK", "BMGK", of_span, "BLHK", "BHL", "BLHK")
+    keys = _keys(options)
+    of_span = jax.tree.unflatten(tree, ["BL", "BL", "BL", keys[:2]][: len(leaves)])
+    words = ("BLHK", keys, keys, of_span, "BLHK", "BHL", "BLHK")
 
     def call(*arguments):
         inputs = words[: len(arguments)]
-        return on_each_device(function, _axes(q_BLHK, k_BMGK), inputs, tuple(outputs.split()))(*arguments)
+        return on_each_device(function, axes, inputs, tuple(outputs.split()))(*arguments)
 
     return call
 
@@ -129,8 +162,8 @@ def _on_each_device(function: Callable, q_BLHK: jax.Array, k_BMGK: jax.Array, sp
 def _forward(options, q_BLHK, k_BMGK, v_BMGK, span):
     B, L, H, K = q_BLHK.shape
     M, G = k_BMGK.shape[1:3]
-    J, size_L, size_M = H // G, min(options.block, L), min(options.block, M)
-    start_Q, from_Q, until_Q = _visits(span, L, M, size_L, size_M)
+    J, (size_L, size_M) = H // G, _sizes(options, L, M)
+    start_Q, _, from_Q, until_Q = visits(span, options.shards, M, size_L, size_M)
 
     def query_block(q, carry):
         start = start_Q[q]
@@ -168,14 +201,14 @@ def _forward(options, q_BLHK, k_BMGK, v_BMGK, span):
 
 def _backward(options, q_BLHK, k_BMGK, v_BMGK, span, out_BLHK, lse_BHL, g_BLHK):
     L, M, G = q_BLHK.shape[1], *k_BMGK.shape[1:3]
-    size_L, size_M = min(options.block, L), min(options.block, M)
-    start_Q, from_Q, until_Q = _visits(span, L, M, size_L, size_M)
+    size_L, size_M = _sizes(options, L, M)
+    start_Q, new_Q, from_Q, until_Q = visits(span, options.shards, M, size_L, size_M)
 
     def query_block(q, grads):
         dq_BLHK, dk_BMGK, dv_BMGK = grads
         start = start_Q[q]
         # The last block may reach back into the one before; rows that were done there count nothing here.
-        new_L = start + jnp.arange(size_L) >= q * size_L
+        new_L = start + jnp.arange(size_L) >= new_Q[q]
         g_BGJLK = _grouped(jnp.where(new_L[:, None, None], _cut(g_BLHK, start, size_L), 0), G)
         q_BGJLK = _grouped(_cut(q_BLHK, start, size_L) * options.scale, G)
         out_BGJLK = _grouped(_cut(out_BLHK, start, size_L), G)
@@ -210,13 +243,24 @@ def _backward(options, q_BLHK, k_BMGK, v_BMGK, span, out_BLHK, lse_BHL, g_BLHK):
     return tuple(g.astype(t.dtype) for g, t in zip(grads, (q_BLHK, k_BMGK, v_BMGK), strict=True))
 
 
-def _visits(span: _Span, L: int, M: int, size_L: int, size_M: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(start_Q, from_Q, until_Q): where a block of queries starts, and the blocks of keys from <= c < until it needs.
+def _sizes(options: _Options, L: int, M: int) -> tuple[int, int]:
+    """Queries and keys in a block. In zigzag order no block of queries holds some of both of its device's chunks."""
+    return min(options.block, L // 2 if options.shards > 1 else L), min(options.block, M)
 
-    The last block of queries starts early where size_L does not divide L, so that all have one size. What lies in the
-    future, out of the window, or in other documents of every row is left out; both ends are the same for all rows.
+
+def visits(span: _Span, shards: int, M: int, size_L: int, size_M: int) -> tuple[jax.Array, ...]:
+    """(start_Q, new_Q, from_Q, until_Q): where a block of queries starts, and which blocks of keys it needs.
+
+    These are from <= c < until, the same for all rows: what lies in the future, out of the window, or in other
+    documents of every row is left out. Where size_L does not divide the length the last block starts early, so that all
+    have one size, and its queries before new were in the block before it.
     """
-    start_Q = jnp.minimum(jnp.arange(0, L, size_L), L - size_L)
+    L, start_Q, new_Q = span.first_BL.shape[1], [], []
+    chunk = L // 2 if shards > 1 else L
+    for start in range(0, L, chunk):
+        new = start + np.arange(0, chunk, size_L, dtype=np.int32)
+        new_Q, start_Q = [*new_Q, *new], [*start_Q, *np.minimum(new, start + chunk - size_L)]
+    new_Q, start_Q = jnp.array(new_Q), jnp.array(start_Q)
     start_C = jnp.arange(0, M, size_M)
     rows_QL = start_Q[:, None] + jnp.arange(size_L)
     first_BQ, last_BQ = span.first_BL[:, rows_QL].min(axis=-1), span.last_BL[:, rows_QL].max(axis=-1)
@@ -228,7 +272,7 @@ def _visits(span: _Span, L: int, M: int, size_L: int, size_M: int) -> tuple[jax.
         needed_BQC &= query_BQL.min(axis=-1)[:, :, None] <= key_BCM.max(axis=-1)[:, None]
         needed_BQC &= key_BCM.min(axis=-1)[:, None] <= query_BQL.max(axis=-1)[:, :, None]
     needed_QC, c = needed_BQC.any(axis=0), jnp.arange(len(start_C))
-    return start_Q, jnp.where(needed_QC, c, len(c)).min(axis=1), jnp.where(needed_QC, c + 1, 0).max(axis=1)
+    return start_Q, new_Q, jnp.where(needed_QC, c, len(c)).min(axis=1), jnp.where(needed_QC, c + 1, 0).max(axis=1)
 
 
 def _part(span: _Span, start: jax.Array, size_L: int) -> _Span:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from gptjax.attention import Sight, probabilities
 from gptjax.config import ModelConfig
+from gptjax.fewrows import several
 
 Cache = dict[str, jax.Array]
 
@@ -64,14 +65,14 @@ def attend_one(
     assert L == 1, "several queries are products of matrices, which attention.attend computes"
     k_BGKM, v_BGMK = (cache[name].astype(q_BLHK.dtype) for name in ("k_BGKM", "v_BGMK"))
     q_BGJK = (q_BLHK * scale).reshape(B, G, H // G, K)
-    # As products of a matrix with one row, XLA on a CPU would compute both on one core.
-    alone = G == H and q_BLHK.dtype == jnp.float32 and jax.default_backend() == "cpu"
-    if alone:
+    # As products of a matrix with one row, XLA on a CPU would compute both on one core; for few rows, that is faster.
+    sums = G == H and several(B, q_BLHK.dtype.name)
+    if sums:
         s_BGJM = (q_BGJK[:, :, 0, :, None] * k_BGKM).sum(2)[:, :, None]
     else:
         s_BGJM = jnp.einsum("BGJK,BGKM->BGJM", q_BGJK, k_BGKM)
     p_BGJM = probabilities(s_BGJM[:, :, :, None], sight, window, softcap)[:, :, :, 0].astype(v_BGMK.dtype)
-    if alone and M % 2 == 0:
+    if sums and M % 2 == 0:
         # In two parts, which it may not add up in the same loop: a sum of fewer results is not worth its threads.
         parts = p_BGJM.reshape(B, G, 2, M // 2, 1) * v_BGMK.reshape(B, G, 2, M // 2, K)
         out_BGJK = jax.lax.optimization_barrier(parts.sum(3)).sum(2)

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from gptjax import zigzag
 from gptjax.attention import cached, causal, dropout
 from gptjax.block import Params, block, norm, project
 from gptjax.cache import Cache
@@ -219,7 +220,9 @@ class Decoder(nn.Module):
         return self._run(tokens_BL, positions_BL, segments_BL, key, norms=True)
 
     def _run(self, tokens_BL, positions_BL, segments_BL, key, norms=False):
-        cfg, sight = self.cfg, causal(segments_BL, self.packed)
+        cfg, shards = self.cfg, zigzag.shards(tokens_BL.shape[1])
+        tokens_BL, positions_BL, segments_BL = (zigzag.into(x, shards) for x in (tokens_BL, positions_BL, segments_BL))
+        sight = causal(segments_BL, self.packed, shards)
         x_BLD = embed(cfg, self.top, tokens_BL, positions_BL)
         layer_keys = None
         if key is not None and cfg.dropout:
@@ -241,7 +244,7 @@ class Decoder(nn.Module):
 
         layers = (_unstacked(self.layers), layer_keys, window_N)
         x_BLD, rms_N = jax.lax.scan(remat(cfg, body), x_BLD, layers, unroll=cfg.unroll or cfg.num_layers)
-        return final(cfg, self.top, x_BLD), rms_N
+        return final(cfg, self.top, zigzag.out_of(x_BLD, shards)), rms_N
 
     def logits(self, x_BLD: jax.Array) -> jax.Array:
         """float32 logits_BLV of hidden states; the ids that pad the vocabulary are masked out."""

@@ -1,12 +1,13 @@
 """Losses on hidden states and a head: cross-entropy in chunks, so that the logits of a whole batch never exist."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
 from gptjax.products import transpose
-from gptjax.sharding import RULES, constrain
+from gptjax.sharding import RULES, axes_of, constrain
 
 # float32 logits of one chunk on one device: on a CPU the fastest of 4 to 128 MiB, elsewhere little beside activations
 # and large enough for efficient products.
@@ -65,18 +66,24 @@ def cross_entropy(
     The length is cut into chunks whose gradient is computed while their logits exist: nothing is computed twice and
     only one chunk of logits is ever held. z-loss: PaLM (Chowdhery et al. 2022), section 5; `softcap` as in `logits`.
     """
-    chunks = _num_chunks(targets_BL.shape, head_VD.shape)
+    chunks = _chunks(targets_BL.shape, head_VD.shape)
     return _cross_entropy(x_BLD, head_VD, targets_BL, weights_BL, vocab_size, (z_loss, softcap), chunks)
 
 
-def _num_chunks(shape: tuple[int, ...], head: tuple[int, ...]) -> int:
-    """The fewest chunks, dividing the length, whose logits keep within the larger of CHUNK_BYTES and HEAD_SHARE."""
+def _chunks(shape: tuple[int, ...], head: tuple[int, ...]) -> tuple[int, int]:
+    """(number of chunks, devices that share a row): each chunk has a part of every device's places.
+
+    The fewest chunks, dividing the places, whose logits keep within the larger of CHUNK_BYTES and HEAD_SHARE.
+    """
     (B, L), (V, D) = shape, head
     mesh = jax.sharding.get_abstract_mesh()
-    parts = 1 if mesh.empty else functools.reduce(lambda n, a: n * mesh.shape[a], RULES["B"] + RULES["V"], 1)
+    shards = math.prod(mesh.shape[a] for a in axes_of({"L": L}).get("L", ()))
+    parts = shards * (1 if mesh.empty else math.prod(mesh.shape[a] for a in RULES["B"] + RULES["V"]))
     backend = jax.default_backend()
     limit = max(CHUNK_BYTES.get(backend, 1 << 28) * parts, HEAD_SHARE.get(backend, 0) * 4 * V * D)
-    return next((n for n in range(1, L + 1) if L % n == 0 and 4 * B * (L // n) * V <= limit), L)
+    places = L // shards
+    fits = (n for n in range(1, places + 1) if places % n == 0 and 4 * B * (L // n) * V <= limit)
+    return next(fits, places), shards
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -90,9 +97,18 @@ def _cross_entropy(x_BLD, head_VD, targets_BL, weights_BL, vocab_size, extras, c
     return jax.lax.scan(add, jnp.zeros(()), _split(chunks, x_BLD, targets_BL, weights_BL))[0]
 
 
-def _split(chunks: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Cuts dimension L of each array into `chunks` parts and puts them first: BL... to (chunks) BC..."""
-    return tuple(jnp.moveaxis(a.reshape(a.shape[0], chunks, -1, *a.shape[2:]), 1, 0) for a in arrays)
+def _split(chunks: tuple[int, int], *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Cuts dimension L of each array into chunks and puts them first: BL... to (chunks) BC..."""
+    count, shards = chunks
+    cut = (jnp.moveaxis(a.reshape(a.shape[0], shards, count, -1, *a.shape[2:]), 2, 0) for a in arrays)
+    return tuple(a.reshape(count, a.shape[1], -1, *a.shape[4:]) for a in cut)
+
+
+def _joined(chunks: tuple[int, int], x: jax.Array) -> jax.Array:
+    """The inverse of `_split` of one array."""
+    count, shards = chunks
+    x = jnp.moveaxis(x.reshape(count, x.shape[1], shards, -1, *x.shape[3:]), 0, 2)
+    return x.reshape(x.shape[0], -1, *x.shape[4:])
 
 
 def _chunk_loss(x_BCD, targets_BC, weights_BC, head_DV, vocab_size, extras):
@@ -132,7 +148,7 @@ def _forward(x_BLD, head_VD, targets_BL, weights_BL, vocab_size, extras, chunks)
 
     start = (jnp.zeros(()), jnp.zeros(head_DV.shape, jnp.float32))
     (total, dhead_DV), dx = jax.lax.scan(add, start, _split(chunks, x_BLD, targets_BL, weights_BL))
-    return total, (jnp.moveaxis(dx, 0, 1).reshape(x_BLD.shape), dhead_DV.T.astype(head_VD.dtype))
+    return total, (_joined(chunks, dx), dhead_DV.T.astype(head_VD.dtype))
 
 
 def _backward(vocab_size, extras, chunks, kept, g):

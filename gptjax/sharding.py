@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from gptjax.config import MeshConfig
@@ -68,9 +70,9 @@ def spec(letters: str) -> jax.sharding.PartitionSpec:
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of all devices (or of those given), with -1 filled in.
+    """The mesh of all devices (or of those given), with -1 filled in, laid out for the network between them.
 
-    Raises InputError where the sizes do not cover the devices.
+    Raises InputError where the sizes do not cover the devices, or these do not form cfg.slices slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(cfg, axis) for axis in AXES]
@@ -82,11 +84,53 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"{shown} does not cover the {count} device(s) here; "
             f"make the product of the sizes {count}, or set one of them to -1"
         )
-    # Auto: XLA propagates shardings from our constraints. make_mesh would default to Explicit.
-    return jax.make_mesh(filled, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    # Auto: XLA propagates shardings from our constraints.
+    return Mesh(_arranged(filled, cfg.slices, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _axes_size(entry: Any, mesh: Any) -> int:
+def _arranged(sizes: list[int], slices: int, devices: Sequence[Any]) -> np.ndarray:
+    """The devices in the shape of the mesh: neighbours along an axis are near in the network.
+
+    Of several slices each holds one stretch of the data axis and, whole, every other axis.
+    """
+    # As jax.make_mesh does: only of these kinds may an axis of the network be cut for two of the mesh.
+    split = devices[0].device_kind in ("TPU v5 lite", "TPU v5e")
+    found = {unit: len({getattr(d, unit, None) for d in devices}) for unit in ("slice_index", "process_index")}
+    if slices == 1:
+        if found["slice_index"] > 1 and devices[0].platform == "tpu":
+            raise InputError(
+                f"mesh.slices=1, but the devices form {found['slice_index']} slices, between which the network is "
+                f"slow; set --mesh.slices {found['slice_index']}, and the data axis is cut over them"
+            )
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=split)
+    if slices not in found.values():
+        raise InputError(
+            f"mesh.slices={slices}, but the {len(devices)} device(s) form {found['slice_index']} slice(s) and belong "
+            f"to {found['process_index']} process(es); set --mesh.slices to one of these numbers"
+        )
+    unit = "slice_index" if found["slice_index"] == slices else "process_index"
+    counts = {getattr(d, unit): 0 for d in devices}
+    for d in devices:
+        counts[getattr(d, unit)] += 1
+    if sizes[0] % slices or len(set(counts.values())) > 1:
+        raise InputError(
+            f"mesh.slices={slices} slices of {', '.join(map(str, sorted(counts.values())))} devices do not each hold "
+            f"an equal part of mesh.data={sizes[0]} and all of the other axes; make mesh.data a multiple of "
+            f"{slices}, and the product of the others a divisor of the devices of a slice"
+        )
+    inside = [sizes[0] // slices, *sizes[1:]]
+    return mesh_utils.create_hybrid_device_mesh(
+        inside, [slices] + [1] * (len(sizes) - 1), devices, process_is_granule=unit == "process_index",
+        allow_split_physical_axes=split,
+    )  # fmt: skip
+
+
+def _divides(size: int, entry: Any, mesh: Any) -> bool:
+    """Whether a dimension of this size can lie over a mesh axis, or several."""
+    return size % _parts(entry, mesh) == 0
+
+
+def _parts(entry: Any, mesh: Any) -> int:
     axes = (entry,) if isinstance(entry, str) else entry or ()
     return math.prod(mesh.shape[a] for a in axes)
 
@@ -99,7 +143,7 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    entries = [e if n % _axes_size(e, mesh) == 0 else None for e, n in zip(spec(letters), x.shape, strict=True)]
+    entries = [e if _divides(n, e, mesh) else None for e, n in zip(spec(letters), x.shape, strict=True)]
     return jax.lax.with_sharding_constraint(x, P(*entries))
 
 
@@ -111,15 +155,13 @@ def sharding_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     assert len(letters) == len(shape), f"{name} has shape {shape}: its name must end with one letter a dimension"
     entries = []
     for letter, entry, size in zip(letters, spec(letters), shape, strict=True):
-        parts = _axes_size(entry, mesh)
-        if size % parts and letter in WHOLE_IF_UNEVEN:
-            entry = None
-        elif size % parts:
+        divides = _divides(size, entry, mesh)
+        if not divides and letter not in WHOLE_IF_UNEVEN:
             raise InputError(
-                f"dimension {letter}={size} of {name} does not divide over {parts} devices ({entry}); "
+                f"dimension {letter}={size} of {name} does not divide over {_parts(entry, mesh)} devices ({entry}); "
                 f"choose mesh sizes that divide it"
             )
-        entries.append(entry)
+        entries.append(entry if divides else None)
     return NamedSharding(mesh, P(*entries))
 
 
@@ -168,7 +210,7 @@ def axes_of(sizes: dict[str, int]) -> dict[str, tuple[str, ...]]:
     if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
         return {}
     over = {x: tuple(a for a in RULES.get(x, ()) if mesh.shape[a] > 1) for x in sizes}
-    return {x: axes for x, axes in over.items() if axes and sizes[x] % math.prod(mesh.shape[a] for a in axes) == 0}
+    return {x: axes for x, axes in over.items() if axes and _divides(sizes[x], axes, mesh)}
 
 
 def on_each_device(function: Callable, axes: dict[str, tuple[str, ...]], inputs: tuple, outputs: Any) -> Callable:

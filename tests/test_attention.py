@@ -281,6 +281,9 @@ def test_a_run_is_told_its_attention():
     line = "attention: plain (chosen by model.attention=auto), documents of a row kept apart by segments"
     assert describe(cfg, 64, True) == line
     assert describe(MODEL, 64, False) == "attention: plain, each row one document"
+    with jax.set_mesh(make_mesh(MeshConfig(context=4))):
+        line = "attention: plain, each row over 4 devices in zigzag order, each row one document"
+        assert describe(MODEL, 64, False) == line
 
 
 def benchmark(monkeypatch, *flags: str) -> int:

@@ -1,12 +1,16 @@
 """Laws of the losses: chunks change nothing, padding counts for nothing, and a hand-computed case."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gptjax import losses
+from gptjax.config import MeshConfig
 from gptjax.losses import MASKED, cross_entropy, logits, masked_mean, token_log_probs
+from gptjax.sharding import make_mesh, put
 
 B, L, D, V, VOCAB = 3, 8, 16, 64, 50
 
@@ -34,7 +38,7 @@ def test_chunks_change_neither_the_loss_nor_its_gradients(monkeypatch, rows_a_ch
     monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", 4 * B * rows_a_chunk * V)
     monkeypatch.setitem(losses.HEAD_SHARE, "cpu", 0)
     x, head, targets, weights = arrays()
-    assert losses._num_chunks(targets.shape, head.shape) == L // rows_a_chunk
+    assert losses._chunks(targets.shape, head.shape)[0] == L // rows_a_chunk
     more = {"z_loss": z_loss, "softcap": softcap}
     chunked = lambda x, h: 3 * cross_entropy(x, h, targets, weights, VOCAB, **more)  # noqa: E731
     direct = lambda x, h: 3 * plain(x, h, targets, weights, **more)  # noqa: E731
@@ -53,6 +57,28 @@ def test_no_array_of_all_logits_is_made(monkeypatch):
     step = jax.jit(jax.grad(lambda x, h: cross_entropy(x, h, targets, weights, VOCAB), argnums=(0, 1)))
     text = step.lower(x, head).as_text()
     assert f"tensor<{B}x1x{V}xf32>" in text and f"tensor<{B}x{L}x{V}xf32>" not in text
+
+
+def test_chunks_of_rows_that_devices_share_stay_where_they_lie(monkeypatch):
+    """Each chunk has a part of every device's places; else each would have to be sent to all devices."""
+    monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", 4 * B * V)
+    monkeypatch.setitem(losses.HEAD_SHARE, "cpu", 0)
+    x, head, targets, weights = (np.asarray(a) for a in arrays())
+    mesh = make_mesh(MeshConfig(data=1, context=4), jax.devices()[:4])
+    batch = {"x_BLD": x, "head_VD": head, "targets_BL": targets, "weights_BL": weights}
+    step = jax.value_and_grad(
+        lambda x, head, b: cross_entropy(x, head, b["targets_BL"], b["weights_BL"], VOCAB), argnums=(0, 1)
+    )
+    want, want_grads = step(x, head, batch)
+    with jax.set_mesh(mesh):
+        assert losses._chunks(targets.shape, head.shape) == (2, 4)
+        batch = put(batch, mesh)
+        compiled = jax.jit(step).lower(batch["x_BLD"], batch["head_VD"], batch).compile()
+        got, got_grads = compiled(batch["x_BLD"], batch["head_VD"], batch)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    for a, b in zip(got_grads, want_grads, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    assert not re.search("all-gather|all-to-all|collective-permute", compiled.as_text())
 
 
 def test_weight_zero_counts_for_nothing():

@@ -34,6 +34,7 @@ MESHES = {
     "fsdp=4 tensor=2": MeshConfig(data=1, fsdp=4, tensor=2),
     "data=2 fsdp=2 tensor=2": MeshConfig(data=2, fsdp=2, tensor=2),
     "fsdp=4 context=2": MeshConfig(data=1, fsdp=4, context=2),
+    "tensor=2 context=4": MeshConfig(data=1, tensor=2, context=4),
 }
 
 # Each value of each setting at least once, and the pairs that share a mechanism: accumulation and remat both rewrite
@@ -46,7 +47,7 @@ SUBSET = [
     ("data=2 fsdp=2 tensor=2", 4, "dots", 1, "padded"),
     ("fsdp=4 context=2", 1, "none", 1, "packed"),
 ]
-MODERN = [("fsdp=4 context=2", 4, "names", 1, "padded"), ("fsdp=4 tensor=2", 1, "names", 0, "packed")]
+MODERN = [("tensor=2 context=4", 4, "names", 1, "padded"), ("fsdp=4 tensor=2", 1, "names", 0, "packed")]
 
 
 @pytest.fixture(autouse=True)

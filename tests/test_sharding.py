@@ -1,4 +1,6 @@
-"""The letters of a name are its sharding."""
+"""The letters of a name are its sharding; a mesh lies on the network as its axes need."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +47,69 @@ def test_a_mesh_must_cover_the_devices():
         make_mesh(MeshConfig(data=2))
     with pytest.raises(InputError, match="mesh.data"):
         MeshConfig(data=-1, fsdp=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What the layout of a mesh asks of a device."""
+
+    id: int
+    process_index: int
+    slice_index: int | None = None
+    platform: str = "gpu"
+    device_kind: str = "a kind"
+    coords: tuple[int, int, int] = (0, 0, 0)
+    core_on_chip: int = 0
+
+
+def slices(num_slices: int, devices_each: int, **more) -> list[Device]:
+    """Devices of several slices of two processes each, in an order that says nothing."""
+    half = devices_each // 2
+    made = [Device(i, i // half, i // devices_each, **more) for i in range(num_slices * devices_each)]
+    return [made[i] for i in np.random.default_rng(0).permutation(len(made))]
+
+
+def test_only_the_data_axis_crosses_slices():
+    mesh = make_mesh(MeshConfig(data=4, fsdp=2, tensor=2, context=2, slices=2), slices(2, 16))
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 2, "context": 2}
+    slice_of = np.vectorize(lambda d: d.slice_index)(mesh.devices)
+    for axis in (1, 2, 3):
+        assert (slice_of.min(axis=axis) == slice_of.max(axis=axis)).all()
+    assert slice_of[:, 0, 0, 0].tolist() == [0, 0, 1, 1]  # each slice has one stretch of it
+    assert len(set(mesh.devices.flat)) == 32
+
+
+def test_devices_without_slices_are_cut_by_their_processes():
+    nodes = [dataclasses.replace(d, slice_index=None) for d in slices(1, 8)]
+    mesh = make_mesh(MeshConfig(fsdp=4, slices=2), nodes)
+    processes = np.vectorize(lambda d: d.process_index)(mesh.devices)
+    assert processes.reshape(2, 4).tolist() == [[0] * 4, [1] * 4]
+
+
+def test_a_slice_of_a_tpu_keeps_neighbours_beside_each_other():
+    chips = [Device(i, 0, s, "tpu", "TPU v4", (i % 4, i // 4 % 2, 0)) for s in (0, 1) for i in range(s * 8, s * 8 + 8)]
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=4, slices=2), chips)
+    place = np.array([d.coords for d in mesh.devices.flat]).reshape(2, 2, 4, 3)
+    steps = np.abs(np.diff(place, axis=2)).sum(axis=-1)
+    assert (steps == 1).all()  # along tensor the next device is one link away
+    with pytest.raises(InputError, match="mesh.slices=1, but the devices form 2 slices.*set --mesh.slices 2"):
+        make_mesh(MeshConfig(tensor=4), chips)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "devices", "message"),
+    [
+        (MeshConfig(slices=3), slices(2, 8), "mesh.slices=3.*16 device.* form 2 slice.*4 process.*one of these"),
+        (MeshConfig(fsdp=8, slices=4), slices(2, 8), "mesh.data=2 .*make mesh.data a multiple of 4"),
+        (MeshConfig(slices=2), [*slices(2, 8)[:-1], Device(99, 1, 1)][3:], "slices of .* devices do not each"),
+    ],
+    ids=["other number", "data", "unequal"],
+)
+def test_devices_that_do_not_form_the_slices_are_refused(mesh, devices, message):
+    with pytest.raises(InputError, match=message):
+        make_mesh(mesh, devices)
+    with pytest.raises(InputError, match="mesh.data=6: wanted a multiple of mesh.slices=4"):
+        MeshConfig(data=6, slices=4)
 
 
 def test_heads_that_do_not_divide_stay_whole_and_widths_that_do_not_are_refused():

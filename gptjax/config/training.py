@@ -36,12 +36,17 @@ class MeshConfig(Section):
     """Devices that share heads, MLP width and vocabulary."""
     context: int = 1
     """Devices that share the length of each row."""
+    slices: int = 1
+    """Slices (or nodes) joined by a slower network, over which the data axis alone is cut."""
 
     def __post_init__(self):
-        for name, size in dataclasses.asdict(self).items():
+        sizes = {name: size for name, size in dataclasses.asdict(self).items() if name != "slices"}
+        for name, size in sizes.items():
             self.require(size == -1 or size >= 1, name, "a number of devices, or -1 for all that are left")
-        sizes = list(dataclasses.asdict(self).values())
-        self.require(sizes.count(-1) <= 1, "data", "at most one mesh size of -1")
+        self.require(list(sizes.values()).count(-1) <= 1, "data", "at most one mesh size of -1")
+        self.require(self.slices >= 1, "slices", "at least 1")
+        cut = self.data == -1 or self.data % self.slices == 0
+        self.require(cut, "data", f"a multiple of mesh.slices={self.slices}, over which it is cut")
 
 
 @dataclass(frozen=True, kw_only=True)
