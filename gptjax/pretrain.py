@@ -22,7 +22,7 @@ from gptjax.generate import generate
 from gptjax.metrics import Metrics
 from gptjax.run import Run
 from gptjax.settings import leaves
-from gptjax.sharding import abstract, make_mesh
+from gptjax.sharding import abstract, make_mesh, rows_here
 from gptjax.tokenizer import Tokenizer
 from gptjax.train import (
     TrainState,
@@ -48,6 +48,7 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
             enable_compile_cache()
         mesh = make_mesh(config.mesh)
         check_divisible(config, mesh)
+        rows = rows_here(config.data.batch_size, mesh)
         with jax.set_mesh(mesh):
             attention = describe(config.model, config.data.length, config.data.several_documents)
         decoder, tx, init, step = assemble(config)
@@ -77,7 +78,7 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
                 if config.init:
                     state = start_from(config, feed.tokenizer, state, tx, mesh)
                     _say(f"weights from {config.init}")
-            feed.batch(0)  # damaged data is told now, not after the wait for a long compilation
+            feed.batch(0, rows.numbers)  # damaged data is told now, not after the wait for a long compilation
             _say(attention)
             train_step = compiled.result()
             barrier("compiled")  # Gloo waits 30 s where processes first meet, and compiling may differ by more
@@ -103,7 +104,8 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
                 checkpoints.save(i, state, data_state, dict(leaves(config)))
 
             def batches() -> Generator[tuple[dict, dict]]:
-                with contextlib.closing(feed.batches(data_state)) as made:  # closing ends its threads and workers
+                # Closing it ends its threads and workers.
+                with contextlib.closing(feed.batches(data_state, rows.numbers)) as made:
                     for i, (batch, after) in enumerate(made, start + 1):
                         by_source[i] = {f"tokens_{name}": count for name, count in after.get("tokens", {}).items()}
                         yield batch, after
@@ -117,7 +119,7 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
             try:
                 state = fit(
                     train_step, state, {}, given, config.steps,
-                    mesh=mesh, log=log, save=save, save_every=config.checkpoint.every,
+                    mesh=mesh, rows=rows, log=log, save=save, save_every=config.checkpoint.every,
                     hooks={evaluate_at: config.evaluate.every}, stop=agreed(signals.stop), trace=profile,
                 )  # fmt: skip
             finally:

@@ -18,7 +18,7 @@ import optax
 from jax.sharding import Mesh
 
 from gptjax.settings import InputError
-from gptjax.sharding import constrain, put, require_mesh, shardings, suffix
+from gptjax.sharding import RowsHere, constrain, put, require_mesh, shardings, suffix
 
 T = TypeVar("T")
 
@@ -174,6 +174,7 @@ def fit(
     until: int,
     *,
     mesh: Mesh,
+    rows: RowsHere | None = None,
     log: Callable[[int, dict], None],
     save: Callable[[int, TrainState, dict], None],
     save_every: int,
@@ -185,7 +186,8 @@ def fit(
 
     `batches` yields (host batch, state of the data after it); what is saved belongs to the last batch trained. A thread
     asks for the next batch and sends it to the devices while a step runs, one batch ahead and no more; what `batches`
-    raises is raised here in that batch's place. metrics["input_seconds"] is how long a step waited for its batch.
+    raises is raised here in that batch's place. With `rows` each batch holds only those: what this process must give.
+    metrics["input_seconds"] is how long a step waited for its batch.
     log(i, metrics) is called once a step, in order, while the device works on the next one; before a save or a hook,
     every step so far has been logged. save and then the hooks {hook: every} run each so many steps and at the end.
     Raises Interrupted, after a save, when stop() turns true, and Diverged where the numbers end.
@@ -195,7 +197,7 @@ def fit(
 
     def take() -> tuple[dict, dict]:
         host_batch, data_state = next(batches)
-        return put(host_batch, mesh), data_state
+        return put(host_batch, mesh, rows), data_state
 
     def report(i: int, metrics: dict) -> None:
         values = jax.device_get(metrics)
