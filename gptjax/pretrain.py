@@ -23,8 +23,10 @@ from gptjax.metrics import Metrics
 from gptjax.run import Run
 from gptjax.settings import leaves
 from gptjax.sharding import abstract, make_mesh, rows_here
+from gptjax.startup import STARTED
 from gptjax.tokenizer import Tokenizer
 from gptjax.train import (
+    TimeLimit,
     TrainState,
     compile_step,
     enable_compile_cache,
@@ -34,6 +36,8 @@ from gptjax.train import (
     stop_on_signals,
 )
 from gptjax.transfer import start_from
+
+SAVE_BYTES_A_SECOND = 5e7  # of a process, to a slow disk; how long the last save may take is guessed by it at first
 
 
 def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str]) -> Path:
@@ -114,13 +118,24 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
             if due and not from_first("evaluated", metrics.file.has_evaluation(start)):
                 evaluate_at(start, state)  # the run ended between a save and its evaluation
             profile = (*config.profile_steps, run.profile) if config.profile_steps else None
+            size = sum(s.data.nbytes for x in jax.tree.leaves(state) for s in x.addressable_shards)
+            limit = TimeLimit(
+                config.time_limit_seconds, STARTED, lambda: checkpoints.seconds or size / SAVE_BYTES_A_SECOND
+            )
+
+            def stop() -> bool:
+                if limit.near() and not signals.stop():
+                    _say(f"time_limit={config.time_limit} is near: saving, and ending")
+                    signals.ask()
+                return signals.stop()
+
             signals.defer()
             given = batches()
             try:
                 state = fit(
                     train_step, state, {}, given, config.steps,
                     mesh=mesh, rows=rows, log=log, save=save, save_every=config.checkpoint.every,
-                    hooks={evaluate_at: config.evaluate.every}, stop=agreed(signals.stop), trace=profile,
+                    hooks={evaluate_at: config.evaluate.every}, stop=agreed(stop), trace=profile,
                 )  # fmt: skip
             finally:
                 given.close()

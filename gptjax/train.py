@@ -244,12 +244,13 @@ def fit(
 
 
 class Signals:
-    """SIGTERM and SIGINT: until `defer` the first one raises Interrupted; after it, `stop` turns true instead.
+    """Signals to end: until `defer` the first one raises Interrupted; after it, `stop` turns true instead.
 
-    Any further signal ends the process at once, as it would have without us.
+    A second Ctrl-C ends the process at once. Of what schedulers send no second one does: they send it to a process
+    and to its parents, which pass it on, and Slurm its warning (SIGUSR1, with --signal) and then SIGTERM.
     """
 
-    NAMES = (signal.SIGTERM, signal.SIGINT)
+    NAMES = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
     def __init__(self):
         self._deferred = self._received = False
@@ -257,13 +258,17 @@ class Signals:
     def defer(self) -> None:
         self._deferred = True
 
+    def ask(self) -> None:
+        """Has `stop` turn true as a signal does."""
+        self._received = True
+
     def stop(self) -> bool:
         return self._received
 
     def __call__(self, number: int, frame: Any) -> None:
         self._received = True
         for name in self.NAMES:
-            signal.signal(name, signal.SIG_DFL)
+            signal.signal(name, signal.SIG_DFL if name == signal.SIGINT else signal.SIG_IGN)
         if not self._deferred:
             raise Interrupted
 
@@ -278,6 +283,25 @@ def stop_on_signals() -> Iterator[Signals]:
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)
+
+
+class TimeLimit:
+    """Tells when it is time to save, so that a run ends before `seconds` (0: never) have passed since it started.
+
+    `near` is to be called once a step. Left for the end are three times the longest step so far, with the evaluations
+    and saves that fell into it, twice the longest save, and MARGIN seconds. save_seconds() is how long a save took.
+    """
+
+    MARGIN = 5.0
+
+    def __init__(self, seconds: float, started: float, save_seconds: Callable[[], float]):
+        self._end = started + seconds if seconds else math.inf
+        self._save_seconds, self._longest, self._last = save_seconds, 0.0, time.monotonic()
+
+    def near(self) -> bool:
+        now = time.monotonic()
+        self._longest, self._last = max(self._longest, now - self._last), now
+        return now + 3 * self._longest + 2 * self._save_seconds() + self.MARGIN > self._end
 
 
 def enable_compile_cache() -> None:

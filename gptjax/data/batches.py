@@ -105,7 +105,9 @@ def separate(rows: Batch, count: int) -> list[Batch]:
 
 
 def part_of(batch: Batch, part: Part) -> Batch:
-    """Some rows of a batch that is there; a slice copies nothing."""
+    """Some rows of a batch that is there; a slice, and all of them, copies nothing."""
+    if not isinstance(part, slice) and len(part) == len(next(iter(batch.values()))):
+        return batch
     return {name: x[part] for name, x in batch.items()}
 
 
