@@ -62,7 +62,9 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
         shapes = abstract(jax.eval_shape(init, 0), mesh)
         example = abstract(example_batch(config.data.batch_size, config.data.length), mesh)
         step = compile_step(step, mesh, shapes, {}, example)
-        compiled = in_background(lambda: step.lower(shapes, {}, example).compile(), mesh)
+        with jax.set_mesh(mesh):  # traced here: some libraries that the data needs replace Python's import for a while
+            lowered = step.lower(shapes, {}, example)
+        compiled = in_background(lowered.compile, mesh)
         with first_alone("feed"):
             feed = open_feed(config, run.data, _say)
             if is_first():
