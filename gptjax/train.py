@@ -292,7 +292,7 @@ class TimeLimit:
     and saves that fell into it, twice the longest save, and MARGIN seconds. save_seconds() is how long a save took.
     """
 
-    MARGIN = 5.0
+    MARGIN = 20.0
 
     def __init__(self, seconds: float, started: float, save_seconds: Callable[[], float]):
         self._end = started + seconds if seconds else math.inf

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 
 from gptjax.cluster import Cluster, find_cluster
-from gptjax.config import DataConfig
+from gptjax.config import DataConfig, TrainConfig
 from gptjax.data.batches import Rows, validation_batches
 from gptjax.data.packing import MemoryStream
 from gptjax.preflight import NotNow, preflight
 from gptjax.settings import InputError
 
 SETTINGS = """
---model.num-layers 2 --model.width 32 --model.num-heads 2 --model.dtype float32 --model.dropout 0
+--model.num-layers 1 --model.width 32 --model.num-heads 2 --model.dtype float32 --model.dropout 0
 --tokenizer.kind bytes --tokenizer.vocab-size 258 --data.length 32 --data.batch-size 8
 --optim.warmup-steps 4 --evaluate.max-rows 13 --no-tensorboard --generate.max-new-tokens 4
 """
@@ -264,8 +264,11 @@ def text(tmp_path_factory) -> Path:
     return path
 
 
-def start(count: int, run: Path, text: Path, *more: str, devices: int = 1, **variables: str) -> list[subprocess.Popen]:
-    """The processes of one training run, each with so many fake devices."""
+def start(
+    count: int, run: Path, text: Path, *more: str, devices: int = 1, own: dict[int, dict[str, str]] | None = None,
+    **variables: str,
+) -> list[subprocess.Popen]:  # fmt: skip
+    """The processes of one training run, each with so many fake devices; `own` are variables of single ones."""
     command = [sys.executable, "-m", "gptjax.cli", "pretrain", "shakespeare_char", "--run-dir", str(run)]
     command += [*SETTINGS.split(), "--data.source", str(text), *more]
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
@@ -274,9 +277,10 @@ def start(count: int, run: Path, text: Path, *more: str, devices: int = 1, **var
     address = f"127.0.0.1:{free_port()}"
     made = []
     for i in range(count):
-        own = {"GPTJAX_COORDINATOR": address, "GPTJAX_PROCESSES": str(count), "GPTJAX_PROCESS": str(i)}
+        who = {"GPTJAX_COORDINATOR": address, "GPTJAX_PROCESSES": str(count), "GPTJAX_PROCESS": str(i)}
+        mine = env | (who if count > 1 else {}) | (own or {}).get(i, {})
         pipes: dict = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        made.append(subprocess.Popen(command, env=env | (own if count > 1 else {}), **pipes))
+        made.append(subprocess.Popen(command, env=mine, **pipes))
     return made
 
 
@@ -369,37 +373,32 @@ def test_every_split_over_processes_trains_as_one(tmp_path, text, count, devices
 @pytest.mark.exhaustive
 def test_a_lost_process_ends_the_others(tmp_path, text):
     run = tmp_path / "run"
-    both = start(2, run, text, "--steps", "4000", GPTJAX_HEARTBEAT_SECONDS="10")
+    both = start(2, run, text, "--steps", "4000", GPTJAX_HEARTBEAT_SECONDS="30")
     reaches(run, 3, both)
     both[1].kill()
     began = time.monotonic()
     assert codes(finish(both, 60)) == [-signal.SIGABRT, -signal.SIGKILL]
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 60
 
 
 @pytest.mark.exhaustive
 def test_a_process_that_fails_names_itself_and_ends_the_others(tmp_path, text):
-    wrong = tmp_path / "no folder of ours"
-    wrong.write_text("")
-    run = tmp_path / "run"
-    both = start(2, run, text, "--steps", "40")
-    (codes_, _, errors), other = finish(both)[0], both[1]
-    assert codes_ == 0 and other.returncode == 0, errors
-    both = start(2, run, text, "--steps", "40", "--model.width", "64")
-    (code, _, errors), (other_code, _, _) = finish(both)
-    assert (code, other_code) == (2, 2)
-    assert "gptjax: process 0 of 2 on" in errors and "model.width was 32" in errors
-    both = start(2, tmp_path / "cache", text, "--steps", "40")
-    del both
+    (tmp_path / "cache" / "gptjax" / "compiled").mkdir(parents=True)
+    (tmp_path / "cache" / "gptjax" / "compiled").chmod(0o777)
+    both = start(2, tmp_path / "run", text, "--steps", "40", own={1: {"XDG_CACHE_HOME": str(tmp_path / "cache")}})
+    (first, _, said), (second, _, errors) = finish(both)
+    assert (first, second) == (2, 2)
+    assert errors.startswith("gptjax: process 1 of 2 on ") and "can be written by others" in errors
+    assert len(errors.splitlines()) == 1 and "gptjax:" not in said
 
 
 @pytest.mark.exhaustive
 def test_the_time_limit_saves_and_ends_all_processes_before_it(tmp_path, text):
     run, began = tmp_path / "run", time.monotonic()
-    ended = finish(start(2, run, text, "--steps", "100000", "--checkpoint.every", "100000", "--time-limit", "60"))
+    ended = finish(start(2, run, text, "--steps", "100000", "--checkpoint.every", "100000", "--time-limit", "90"))
     assert codes(ended) == [75, 75], ended
-    assert time.monotonic() - began < 65
-    assert "time_limit=60 is near" in ended[0][2]
+    assert time.monotonic() - began < 92
+    assert "time_limit=90 is near" in ended[0][2]
     stopped = lines(run)[-1]["step"]
     assert (run / "checkpoints" / f"{stopped:08d}" / "manifest.json").is_file()
 
