@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from gptjax import __version__
+from gptjax.cluster import NotNow
 from gptjax.config import ContinueConfig, EvalConfig, PrepareConfig, ShowConfig, TrainConfig, TrainTokenizerConfig
 from gptjax.distributed import is_first, leave, title
-from gptjax.preflight import NotNow
 from gptjax.settings import InputError
 from gptjax.startup import tune_process
 

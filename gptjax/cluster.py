@@ -20,6 +20,10 @@ from gptjax.settings import InputError
 JOBSET_PORT = 8476
 
 
+class NotNow(Exception):
+    """The processes could not come together this time; the same command may do it later."""
+
+
 class Cluster(NamedTuple):
     """A job of several processes, and which of them this one is."""
 

@@ -10,17 +10,14 @@ import contextlib
 import functools
 import json
 import os
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
 from gptjax.cluster import Cluster, find_cluster
-from gptjax.preflight import preflight
 from gptjax.settings import InputError
 
 T = TypeVar("T")
@@ -55,6 +52,8 @@ def join_processes(settings: Mapping[str, Any], folder: str | Path | None = None
     if cluster is None:
         return
     _cluster = cluster
+    from gptjax.preflight import preflight
+
     path = None if folder is None or "://" in str(folder) else Path(folder).absolute()
     preflight(cluster, _versions(), settings, path, wait, _seconds("GPTJAX_CLOCK_SECONDS", CLOCK_SECONDS))
     # Its handler would take SIGTERM from ours, and knows no other signal.
@@ -91,7 +90,7 @@ def title() -> str:
     """What this process calls itself in its errors: "process 1 of 4 on host"; "" where it is alone."""
     if _cluster is None:
         return ""
-    return f"process {_cluster.process} of {_cluster.processes} on {socket.gethostname()}"
+    return f"process {_cluster.process} of {_cluster.processes} on {os.uname().nodename}"
 
 
 def barrier(name: str) -> None:
@@ -115,6 +114,8 @@ def from_first(name: str, value: T) -> T:
 
 def _waited(call: Callable[[], T]) -> T:
     """call(), in a thread: a signal reaches the main thread only while that waits in Python."""
+    from concurrent.futures import Future
+
     made: Future[T] = Future()
 
     def run() -> None:

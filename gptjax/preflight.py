@@ -16,16 +16,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gptjax.cluster import Cluster
+from gptjax.cluster import Cluster, NotNow
 from gptjax.settings import InputError
 
 MAGIC = "gptjax preflight 1"
 TRY_SECONDS, RETRY_SECONDS, LOOK_SECONDS, LINGER_SECONDS = 3.0, 0.3, 10.0, 5.0
 LOOPBACK = ("127.", "localhost", "::1", "[::1]")
-
-
-class NotNow(Exception):
-    """The processes could not come together this time; the same command may do it later."""
 
 
 class Verdict(NamedTuple):

@@ -14,17 +14,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptjax.cluster import Cluster, find_cluster
+from gptjax.cluster import Cluster, NotNow, find_cluster
 from gptjax.config import DataConfig, TrainConfig
 from gptjax.data.batches import Rows, validation_batches
 from gptjax.data.packing import MemoryStream
-from gptjax.preflight import NotNow, preflight
+from gptjax.preflight import preflight
 from gptjax.settings import InputError
 
 SETTINGS = """
 --model.num-layers 1 --model.width 32 --model.num-heads 2 --model.dtype float32 --model.dropout 0
 --tokenizer.kind bytes --tokenizer.vocab-size 258 --data.length 32 --data.batch-size 8
---optim.warmup-steps 4 --evaluate.max-rows 13 --no-tensorboard --generate.max-new-tokens 4
+--optim.warmup-steps 4 --optim.schedule constant --evaluate.max-rows 13 --no-tensorboard --generate.max-new-tokens 4
 """
 
 
@@ -269,18 +269,24 @@ def start(
     **variables: str,
 ) -> list[subprocess.Popen]:  # fmt: skip
     """The processes of one training run, each with so many fake devices; `own` are variables of single ones."""
-    command = [sys.executable, "-m", "gptjax.cli", "pretrain", "shakespeare_char", "--run-dir", str(run)]
-    command += [*SETTINGS.split(), "--data.source", str(text), *more]
+    command = ["-m", "gptjax.cli", "pretrain", "shakespeare_char", "--run-dir", str(run), *SETTINGS.split()]
+    command += ["--data.source", str(text), *more]
+    return launch(count, command, text.parent / "cache", variables | {"JAX_NUM_CPU_DEVICES": str(devices)}, own or {})
+
+
+def launch(
+    count: int, command: list[str], cache: Path, variables: dict[str, str] | None = None,
+    own: dict[int, dict[str, str]] | None = None,
+) -> list[subprocess.Popen]:  # fmt: skip
+    """So many processes of a command of Python, as one job."""
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    env |= {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(text.parent / "cache"), "JAX_NUM_CPU_DEVICES": str(devices)}
-    env |= {"GPTJAX_HEARTBEAT_SECONDS": "60", **variables}
-    address = f"127.0.0.1:{free_port()}"
-    made = []
+    env |= {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache), "GPTJAX_HEARTBEAT_SECONDS": "60"}
+    address, made = f"127.0.0.1:{free_port()}", []
     for i in range(count):
         who = {"GPTJAX_COORDINATOR": address, "GPTJAX_PROCESSES": str(count), "GPTJAX_PROCESS": str(i)}
-        mine = env | (who if count > 1 else {}) | (own or {}).get(i, {})
+        mine = env | (variables or {}) | who | (own or {}).get(i, {})
         pipes: dict = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        made.append(subprocess.Popen(command, env=mine, **pipes))
+        made.append(subprocess.Popen([sys.executable, *command], env=mine, **pipes))
     return made
 
 
@@ -352,8 +358,7 @@ def test_a_signal_to_any_process_stops_all_and_other_numbers_of_processes_go_on(
         assert (run / "checkpoints" / f"{stopped:08d}" / "manifest.json").is_file()
         assert not before or f"after step {before}" in ended[0][2]
     assert codes(finish(start(1, alone, text, "--steps", str(stopped), "--mesh.data", "1"))) == [0]
-    # Another end of the schedule changes no loss while it warms up and hardly one after.
-    same(losses(run)[:4], losses(alone)[:4])
+    same(losses(run), losses(alone))
 
 
 @pytest.mark.exhaustive
@@ -423,3 +428,57 @@ def test_a_time_limit_is_read_as_users_and_slurm_write_it(written, seconds):
 def test_a_time_limit_that_is_none_is_refused(written):
     with pytest.raises(InputError, match="time_limit='.*': wanted a time above 0"):
         TrainConfig(time_limit=written)
+
+
+BATCHES = """
+import itertools, json, sys
+from pathlib import Path
+import jax, numpy as np
+from gptjax.config import TrainConfig
+from gptjax.data.feed import open_feed
+from gptjax.data.packing import batch_hash
+from gptjax.distributed import first_alone, is_first, join_processes
+from gptjax.settings import build, leaves
+from gptjax.sharding import make_mesh, put, rows_here
+
+cfg = build(TrainConfig, dict(leaves(TrainConfig())) | json.loads(sys.argv[1]))
+join_processes(dict(leaves(cfg)), cfg.run_dir)
+mesh = make_mesh(cfg.mesh)
+with first_alone("feed"):
+    feed = open_feed(cfg, Path(cfg.run_dir) / "data", lambda line: None)
+rows = rows_here(cfg.data.batch_size, mesh)
+whole = jax.jit(lambda batch: batch, out_shardings=jax.sharding.NamedSharding(mesh, jax.P()))
+hashes = []
+for batch, state in itertools.islice(feed.batches(feed.start, rows.numbers), 12):
+    assert len(batch["inputs_BL"]) == len(rows.numbers)
+    hashes.append(batch_hash({name: np.asarray(x) for name, x in whole(put(batch, mesh, rows)).items()}))
+if is_first():
+    print(json.dumps([hashes, state, len(rows.numbers)]))
+"""
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("kind", ["prepared", "padded", "mixture", "stream", "holes"])
+def test_the_batches_of_many_processes_are_those_of_one(tmp_path, text, kind):
+    for name, letter in (("a", "z"), ("b", "y")):
+        documents = text.read_text().replace("a", letter).split("e")
+        some = [json.dumps({"text": document}) for document in documents if document]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(some))
+    settings = {
+        "run_dir": str(tmp_path / "run"), "tokenizer.kind": "bytes", "tokenizer.vocab_size": 258, "data.length": 32,
+        "data.batch_size": 8, "data.source": str(tmp_path / "a.jsonl"),
+    }  # fmt: skip
+    settings |= {
+        "prepared": {}, "padded": {"data.packing": "padded"}, "stream": {"data.loading": "stream"},
+        "holes": {"data.max_corrupt": 3},
+        "mixture": {"data.source": "mixture", "data.mixture": [f"{n}={tmp_path / n}.jsonl" for n in "ab"]},
+    }[kind]  # fmt: skip
+    found = []
+    for mesh in ((1, 1, 1), (2, 1, 1), (2, 2, 1), (1, 1, 2)):
+        sizes = {f"mesh.{axis}": size for axis, size in zip(("data", "fsdp", "tensor"), mesh)}
+        ended = finish(launch(int(np.prod(mesh)), ["-c", BATCHES, json.dumps(settings | sizes)], text.parent / "cache"))
+        assert not any(codes(ended)), ended
+        *made, rows = json.loads(ended[0][1])
+        assert rows == 8 // (mesh[0] * mesh[1])
+        found.append(made)
+    assert all(made == found[0] for made in found)
