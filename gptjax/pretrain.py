@@ -16,14 +16,17 @@ from gptjax.config import TrainConfig
 from gptjax.data.feed import open_feed
 from gptjax.data.packing import example_batch
 from gptjax.decoder import Decoder
+from gptjax.distributed import agreed, barrier, first_alone, from_first, is_first, join_processes
 from gptjax.evaluate import evaluate, make_eval_step
 from gptjax.generate import generate
 from gptjax.metrics import Metrics
 from gptjax.run import Run
 from gptjax.settings import leaves
-from gptjax.sharding import abstract, make_mesh
+from gptjax.sharding import abstract, make_mesh, rows_here
+from gptjax.startup import STARTED
 from gptjax.tokenizer import Tokenizer
 from gptjax.train import (
+    TimeLimit,
     TrainState,
     compile_step,
     enable_compile_cache,
@@ -34,6 +37,8 @@ from gptjax.train import (
 )
 from gptjax.transfer import start_from
 
+SAVE_BYTES_A_SECOND = 5e7  # of a process, to a slow disk; how long the last save may take is guessed by it at first
+
 
 def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str]) -> Path:
     """Trains, or goes on with, the run in config.run_dir and returns its folder.
@@ -42,10 +47,12 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
     train.Interrupted after a signal, with everything saved.
     """
     with stop_on_signals() as signals:
+        join_processes(dict(leaves(config)) | {"recipe": recipe["sha256"]}, config.run_dir)
         if config.compile_cache:
             enable_compile_cache()
         mesh = make_mesh(config.mesh)
         check_divisible(config, mesh)
+        rows = rows_here(config.data.batch_size, mesh)
         with jax.set_mesh(mesh):
             attention = describe(config.model, config.data.length, config.data.several_documents)
         decoder, tx, init, step = assemble(config)
@@ -53,17 +60,22 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
         for line in run.changes:
             _say(line)
         shapes = abstract(jax.eval_shape(init, 0), mesh)
-        example = example_batch(config.data.batch_size, config.data.length)
+        example = abstract(example_batch(config.data.batch_size, config.data.length), mesh)
         step = compile_step(step, mesh, shapes, {}, example)
-        compiled = in_background(lambda: step.lower(shapes, {}, example).compile(), mesh)
-        feed = open_feed(config, run.data, _say)
-        feed.tokenizer.save(run.tokenizer)
+        with jax.set_mesh(mesh):  # traced here: some libraries that the data needs replace Python's import for a while
+            lowered = step.lower(shapes, {}, example)
+        compiled = in_background(lowered.compile, mesh)
+        with first_alone("feed"):
+            feed = open_feed(config, run.data, _say)
+            if is_first():
+                feed.tokenizer.save(run.tokenizer)
         _say(feed.describe())
 
         checkpoints = Checkpoints(run.checkpoints, config.checkpoint)
+        barrier("ready")
         with jax.set_mesh(mesh):
             start, data_state = 0, feed.start
-            if checkpoints.newest() is not None:
+            if from_first("newest", checkpoints.newest()) is not None:
                 start, state, data_state, _ = checkpoints.restore(shapes)
                 feed.check(data_state)
                 _say(f"resumed {run.folder} after step {start}")
@@ -72,9 +84,10 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
                 if config.init:
                     state = start_from(config, feed.tokenizer, state, tx, mesh)
                     _say(f"weights from {config.init}")
-            feed.batch(0)  # damaged data is told now, not after the wait for a long compilation
+            feed.batch(0, rows.numbers)  # damaged data is told now, not after the wait for a long compilation
             _say(attention)
             train_step = compiled.result()
+            barrier("compiled")  # Gloo waits 30 s where processes first meet, and compiling may differ by more
             eval_step = make_eval_step(decoder, mesh, state.params, example)
             metrics = Metrics(run.metrics_path, run.tensorboard, config, decoder.vocab_size, resumed_step=start)
             by_source: dict[int, dict[str, int]] = {}
@@ -97,22 +110,34 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
                 checkpoints.save(i, state, data_state, dict(leaves(config)))
 
             def batches() -> Generator[tuple[dict, dict]]:
-                with contextlib.closing(feed.batches(data_state)) as made:  # closing ends its threads and workers
+                # Closing it ends its threads and workers.
+                with contextlib.closing(feed.batches(data_state, rows.numbers)) as made:
                     for i, (batch, after) in enumerate(made, start + 1):
                         by_source[i] = {f"tokens_{name}": count for name, count in after.get("tokens", {}).items()}
                         yield batch, after
 
             due = start > 0 and (start % config.evaluate.every == 0 or start == config.steps)
-            if due and not metrics.file.has_evaluation(start):
+            if due and not from_first("evaluated", metrics.file.has_evaluation(start)):
                 evaluate_at(start, state)  # the run ended between a save and its evaluation
             profile = (*config.profile_steps, run.profile) if config.profile_steps else None
+            size = sum(s.data.nbytes for x in jax.tree.leaves(state) for s in x.addressable_shards)
+            limit = TimeLimit(
+                config.time_limit_seconds, STARTED, lambda: checkpoints.seconds or size / SAVE_BYTES_A_SECOND
+            )
+
+            def stop() -> bool:
+                if limit.near() and not signals.stop():
+                    _say(f"time_limit={config.time_limit} is near: saving, and ending")
+                    signals.ask()
+                return signals.stop()
+
             signals.defer()
             given = batches()
             try:
                 state = fit(
                     train_step, state, {}, given, config.steps,
-                    mesh=mesh, log=log, save=save, save_every=config.checkpoint.every,
-                    hooks={evaluate_at: config.evaluate.every}, stop=signals.stop, trace=profile,
+                    mesh=mesh, rows=rows, log=log, save=save, save_every=config.checkpoint.every,
+                    hooks={evaluate_at: config.evaluate.every}, stop=agreed(stop), trace=profile,
                 )  # fmt: skip
             finally:
                 given.close()
@@ -138,9 +163,10 @@ def _print_sample(config: TrainConfig, decoder: Decoder, params: Any, tokenizer:
         config.generate, prompt=(prompt,), max_new_tokens=min(room, config.generate.max_new_tokens)
     )
     text = generate(decoder, params, tokenizer, settings)[0]
-    print(f"\nsample of {settings.max_new_tokens} tokens:\n{prompt}{text}\n", flush=True)
+    if is_first():
+        print(f"\nsample of {settings.max_new_tokens} tokens:\n{prompt}{text}\n", flush=True)
 
 
 def _say(line: str) -> None:
-    if jax.process_index() == 0:
+    if is_first():
         print(line, file=sys.stderr, flush=True)

@@ -13,17 +13,20 @@ from gptjax.config import ContinueConfig, DataConfig, EvalConfig, MeshConfig, To
 from gptjax.data.feed import open_feed
 from gptjax.data.packing import example_batch
 from gptjax.data.show import show
+from gptjax.distributed import join_processes
 from gptjax.evaluate import evaluate, make_eval_step
 from gptjax.generate import stream
 from gptjax.interop.huggingface import import_huggingface
 from gptjax.run import Run, load_config
 from gptjax.settings import InputError, leaves
+from gptjax.sharding import abstract
 from gptjax.tokenizer import open_tokenizer
 from gptjax.trained import Trained, open_trained
 
 
 def evaluate_run(run_dir: str | Path, cfg: EvalConfig) -> dict[str, Any]:
     """Evaluates a run on its validation split: step, eval_loss, eval_perplexity, eval_bits_per_byte, eval_tokens."""
+    join_processes({"run": str(run_dir), **dict(leaves(cfg))})
     model = open_trained(run_dir, cfg.mesh, cfg.step)
     return {"step": model.step, **evaluate_trained(model, cfg.max_rows)}
 
@@ -34,13 +37,14 @@ def evaluate_trained(model: Trained, max_rows: int = 0) -> dict[str, Any]:
     limits = dataclasses.replace(model.config.evaluate, max_rows=max_rows)
     feed = open_feed(dataclasses.replace(model.config, evaluate=limits), model.run.data)
     with jax.set_mesh(model.mesh):
-        example = example_batch(model.config.data.batch_size, model.config.data.length)
+        example = abstract(example_batch(model.config.data.batch_size, model.config.data.length), model.mesh)
         eval_step = make_eval_step(model.decoder, model.mesh, model.params, example)
         return evaluate(eval_step, model.params, feed.validation, max_rows, model.mesh)
 
 
 def generate_run(run_dir: str | Path, cfg: ContinueConfig, write: Callable[[str], None]) -> None:
     """Continues cfg.prompt with a run, writing text as it comes; several prompts are written one after the other."""
+    join_processes({"run": str(run_dir), **dict(leaves(cfg))})
     model = open_trained(run_dir, MeshConfig(), cfg.step)
     with jax.set_mesh(model.mesh):
         pieces = stream(model.decoder, model.params, model.tokenizer, cfg)

@@ -10,22 +10,21 @@ PACKAGE = Path(__file__).parent.parent / "gptjax"
 # A module imports from lower rows, or from its own package.
 ROWS = {
     "cli": 5, "api": 5,
-    "pretrain": 4, "verbs": 4,
-    "assemble": 3, "evaluate": 3, "transfer": 3,
+    "pretrain": 4, "verbs": 4, "plan": 4, "verify": 4,
+    "assemble": 3, "evaluate": 3, "transfer": 3, "doctor": 3,
     "train": 2, "trained": 2, "generate": 2, "data": 2, "interop": 2,
     "decoder": 1, "optim": 1, "checkpoint": 1, "metrics": 1, "run": 1,
-    "xla_flags": 0, "startup": 0, "settings": 0, "plugins": 0, "config": 0, "digest": 0, "flags": 0, "sharding": 0,
-    "zigzag": 0,
-    "mup": 0, "tokenizer": 0, "attention": 0, "blockwise": 0, "triangle": 0, "backends": 0, "rope": 0, "fewrows": 0,
-    "products": 0, "cache": 0, "block": 0, "losses": 0, "scaling": 0,
+    "xla_flags": 0, "startup": 0, "settings": 0, "paths": 0, "cluster": 0, "preflight": 0, "distributed": 0,
+    "hardware": 0, "plugins": 0, "config": 0, "digest": 0, "flags": 0, "sharding": 0, "zigzag": 0, "mup": 0,
+    "tokenizer": 0, "attention": 0, "blockwise": 0, "triangle": 0, "backends": 0, "rope": 0, "fewrows": 0,
+    "products": 0, "cache": 0, "block": 0, "losses": 0, "scaling": 0, "lint": 0,
 }  # fmt: skip
 
 # Within row 0 some modules stand on others; this is their order.
 GROUND = [
-    "xla_flags", "startup", "settings", "plugins", "config", "digest", "flags", "sharding", "mup", "tokenizer",
-    "zigzag", "attention", "blockwise", "triangle", "backends", "rope", "fewrows", "products", "cache", "block",
-    "losses",
-    "scaling",
+    "xla_flags", "startup", "settings", "paths", "cluster", "preflight", "distributed", "hardware", "plugins", "config",
+    "digest", "flags", "sharding", "zigzag", "mup", "tokenizer", "attention", "blockwise", "triangle", "backends",
+    "rope", "fewrows", "products", "cache", "block", "losses", "scaling", "lint",
 ]  # fmt: skip
 
 DOORS = {
@@ -44,6 +43,9 @@ DOORS = {
     "pyarrow": {"data"},
     "zstandard": {"data"},
     "datasets": {"data"},
+    "fsspec": {"paths"},
+    "etils": {"paths", "data"},
+    "packaging": {"doctor"},
 }
 
 
