@@ -56,8 +56,11 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
         example = example_batch(config.data.batch_size, config.data.length)
         step = compile_step(step, mesh, shapes, {}, example)
         compiled = in_background(lambda: step.lower(shapes, {}, example).compile(), mesh)
+        run.pull(run.data)
         feed = open_feed(config, run.data, _say)
         feed.tokenizer.save(run.tokenizer)
+        if jax.process_index() == 0:
+            run.push(run.data, run.tokenizer)
         _say(feed.describe())
 
         checkpoints = Checkpoints(run.checkpoints, config.checkpoint)
@@ -94,7 +97,7 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
 
             def save(i: int, state: Any, data_state: dict) -> None:
                 retain()
-                checkpoints.save(i, state, data_state, dict(leaves(config)))
+                checkpoints.save(i, state, data_state, dict(leaves(config)), first=run.push_logs)
 
             def batches() -> Generator[tuple[dict, dict]]:
                 with contextlib.closing(feed.batches(data_state)) as made:  # closing ends its threads and workers
@@ -118,6 +121,7 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
                 given.close()
                 checkpoints.wait()
                 metrics.close()
+                run.close()
             _print_sample(config, decoder, trained_params(state), feed.tokenizer)
     return run.folder
 
