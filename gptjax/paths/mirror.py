@@ -114,7 +114,8 @@ class Mirror:
     def _files(self, name: str) -> list[str]:
         top = self.local / name
         found = [top] if top.is_file() else [p for p in top.rglob("*") if p.is_file()]
-        return [path.relative_to(self.local).as_posix() for path in found]
+        # What begins with a dot is a lock, or on its way to another name.
+        return [path.relative_to(self.local).as_posix() for path in found if not path.name.startswith(".")]
 
     def _state(self, path: str) -> list[int]:
         try:
