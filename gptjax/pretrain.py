@@ -55,7 +55,11 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
         shapes = abstract(jax.eval_shape(init, 0), mesh)
         example = example_batch(config.data.batch_size, config.data.length)
         step = compile_step(step, mesh, shapes, {}, example)
-        compiled = in_background(lambda: step.lower(shapes, {}, example).compile(), mesh)
+        with jax.set_mesh(mesh):
+            # Traced here: tracing imports, and while tensorflow_datasets is imported (to prepare text, next) no other
+            # thread may, since it exchanges Python's own import for one that breaks JAX's.
+            lowered = step.lower(shapes, {}, example)
+        compiled = in_background(lowered.compile, mesh)
         run.pull(run.data)
         feed = open_feed(config, run.data, _say)
         feed.tokenizer.save(run.tokenizer)
