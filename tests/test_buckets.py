@@ -218,6 +218,12 @@ def test_a_store_that_does_not_answer_is_not_taken_for_an_empty_one(fake):
     assert set(fake.store) == before
 
 
+def test_several_processes_are_refused_where_one_would_have_to_upload_all(fake, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(InputError, match="2 processes train this run, .*; wanted a gs:// or a shared --run-dir"):
+        Checkpoints(place(RUN), CFG)
+
+
 # Runs.
 
 
@@ -363,7 +369,8 @@ def serve(kind: str, patch: pytest.MonkeyPatch):
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     settings = {
-        "gs": {"STORAGE_EMULATOR_HOST": url, "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"},
+        "gs": {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url, "GOOGLE_AUTH_TOKEN_FOR_TESTING": "a",
+               "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"},
         "s3": {"AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b",
                "AWS_DEFAULT_REGION": "us-east-1"},
     }[kind]  # fmt: skip
@@ -383,10 +390,15 @@ def serve(kind: str, patch: pytest.MonkeyPatch):
         bucket_module.bucket.cache_clear()
 
 
-@pytest.fixture(scope="module", params=["gs", "s3"])
-def kind(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> str:
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def kind(request, cache):
     patch = pytest.MonkeyPatch()
-    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    patch.setenv("XDG_CACHE_HOME", cache)
     try:
         with serve(request.param, patch):
             yield request.param
@@ -394,6 +406,7 @@ def kind(request, tmp_path_factory):
         patch.undo()
 
 
+@pytest.mark.parametrize("kind", ["gs", "s3"], indirect=True)
 def test_a_store_has_what_the_promises_are_made_of(kind, tmp_path):
     folder = place(f"{kind}://bucket/store")
     objects = store(folder)
@@ -421,14 +434,17 @@ def test_a_store_has_what_the_promises_are_made_of(kind, tmp_path):
 
 SETTINGS = """
 --steps 40 --model.num-layers 2 --model.width 32 --model.num-heads 2 --model.dtype float32 --model.dropout 0.1
---tokenizer.kind bytes --tokenizer.vocab-size 258 --data.length 32 --data.batch-size 4 --data.source {text}
+--tokenizer.kind bytes --tokenizer.vocab-size 258 --data.length 32 --data.batch-size 8 --data.source {text}
 --evaluate.every 20 --evaluate.max-rows 8 --checkpoint.every 10 --checkpoint.keep-best 1 --generate.max-new-tokens 4
 """
 
 
-def start(run: str, text: Path, *more: str) -> subprocess.Popen:
+GS_AND_S3 = ["gs", pytest.param("s3", marks=pytest.mark.exhaustive)]
+
+
+def start(run: str, text: Path, cache: str, *more: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "gptjax.cli", "pretrain", "shakespeare_char", "--run-dir", run, *more]
-    env = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": cache}
     command += SETTINGS.format(text=text).split()
     return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
@@ -440,23 +456,24 @@ def curve(text: bytes) -> list[tuple]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, kind) -> tuple[Path, Path]:
+def uninterrupted(tmp_path_factory, cache) -> tuple[Path, Path]:
     """The run on this machine's disk, and its text."""
     folder = tmp_path_factory.mktemp("disk")
     text = folder / "words.txt"
     text.write_text(" ".join("abcdefgh"[i % 7 :] for i in range(2000)))
-    process = start(str(folder / "run"), text, "--no-tensorboard")
+    process = start(str(folder / "run"), text, cache, "--no-tensorboard")
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     return folder / "run", text
 
 
 @pytest.mark.slow
-def test_a_run_in_a_bucket_that_was_killed_has_the_curve_of_one_on_a_disk_that_was_not(kind, uninterrupted):
+@pytest.mark.parametrize("kind", GS_AND_S3, indirect=True)
+def test_a_run_in_a_bucket_that_was_killed_has_the_curve_of_one_on_a_disk_that_was_not(kind, uninterrupted, cache):
     reference, text = uninterrupted
     folder = place(f"{kind}://bucket/killed")
     objects, run = store(folder), Run.at(folder)
-    process = start(str(folder), text)
+    process = start(str(folder), text, cache)
     while not objects.is_file(folder / "checkpoints" / "00000010" / "manifest.json") and process.poll() is None:
         time.sleep(0.05)
     process.kill()
@@ -465,7 +482,7 @@ def test_a_run_in_a_bucket_that_was_killed_has_the_curve_of_one_on_a_disk_that_w
     logged = [line["step"] for line in map(json.loads, objects.read(folder / "metrics.jsonl").splitlines())]
     assert logged[:10] == list(range(1, 11)), "every line up to the committed step is in the bucket"
     objects.clear(folder)  # as on another machine
-    process = start(str(folder), text)
+    process = start(str(folder), text, cache)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0 and "resumed" in errors, errors
     assert curve(objects.read(folder / "metrics.jsonl")) == curve((reference / "metrics.jsonl").read_bytes())
@@ -479,13 +496,14 @@ def test_a_run_in_a_bucket_that_was_killed_has_the_curve_of_one_on_a_disk_that_w
 
 
 @pytest.mark.slow
-def test_the_verbs_read_a_run_in_a_bucket_as_one_on_a_disk(kind, uninterrupted, capsys):
+@pytest.mark.parametrize("kind", GS_AND_S3, indirect=True)
+def test_the_verbs_read_a_run_in_a_bucket_as_one_on_a_disk(kind, uninterrupted, cache, capsys):
     from gptjax.cli import main
 
     reference, text = uninterrupted
     folder = f"{kind}://bucket/killed"
     if not store(place(folder)).is_file(place(folder) / "config.json"):
-        assert start(folder, text).wait(300) == 0
+        assert start(folder, text, cache).wait(300) == 0
     jax.clear_caches()
     for words in (
         "checkpoint verify {}",

@@ -75,9 +75,12 @@ class Bucket:
         from fsspec.config import conf
 
         protocol = self._scheme.protocol
-        # Orbax's path layer makes its own from the same settings.
-        conf.setdefault(protocol, {})["use_listings_cache"] = False
-        if emulator := os.environ.get("STORAGE_EMULATOR_HOST"):  # gcsfs knows it, tensorstore has another name for it
+        settings = conf.setdefault(protocol, {})  # Orbax's path layer makes its own file system of them
+        settings["use_listings_cache"] = False
+        emulator = os.environ.get("STORAGE_EMULATOR_HOST", "default")  # "default" is Google itself
+        if protocol == "gcs" and emulator != "default":
+            settings["token"] = "anon"
+            # gcsfs knows the variable; tensorstore, by which Orbax writes arrays, has another name for it.
             url = emulator if "://" in emulator else f"http://{emulator}"
             os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", url)
         return fsspec.filesystem(protocol)
