@@ -319,8 +319,15 @@ def test_a_dead_process_of_this_machine_holds_nothing(fake, hasty, monkeypatch):
         assert Lease(objects, folder).term == 2  # or this would take a minute
 
 
-def test_of_many_that_want_a_run_one_gets_it(fake, hasty):
+def test_of_many_that_want_a_run_at_once_one_gets_it(fake, hasty, monkeypatch):
     objects, folder, held, refused = store(place(RUN)), place(RUN), [], []
+    create, together = objects.create, threading.Barrier(8)
+
+    def create_together(*args):
+        together.wait(20)  # each has seen that nobody holds the run
+        create(*args)
+
+    monkeypatch.setattr(objects, "create", create_together)
 
     def want():
         try:
@@ -335,6 +342,21 @@ def test_of_many_that_want_a_run_one_gets_it(fake, hasty):
         thread.join()
     assert (len(held), len(refused)) == (1, 7)
     held[0].release()
+
+
+def test_one_that_was_slow_does_not_get_a_term_that_is_over(fake, hasty, monkeypatch):
+    objects, folder = store(place(RUN)), place(RUN)
+    create = objects.create
+
+    def create_late(*args):
+        monkeypatch.setattr(objects, "create", create)
+        Lease(objects, folder).release()
+        Lease(objects, folder)  # which removes the first term
+        create(*args)
+
+    monkeypatch.setattr(objects, "create", create_late)
+    with pytest.raises(InputError, match="taken over by process"):
+        Lease(objects, folder)
 
 
 def test_a_lost_run_is_neither_committed_nor_deleted_from(fake, hasty, monkeypatch):

@@ -55,7 +55,7 @@ class Lease:
         self.check(now=True)  # one that was slow may have created a term that was over and deleted long ago
         self._beat()
         for name in store.names(self._folder):
-            if int(name.split(".")[0]) < self.term:
+            if (number := name.split(".")[0]).isdecimal() and int(number) < self.term:
                 store.remove(self._folder / name)
         threading.Thread(target=self._keep, name="lease", daemon=True).start()
         atexit.register(self.release)
