@@ -6,13 +6,11 @@ notice a flipped bit in array data, so each leaf also carries a digest computed 
 """
 
 import contextlib
-import os
 import re
-import shutil
 import sys
 import threading
 import time
-import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +19,10 @@ import jax
 from gptjax.config import CheckpointConfig
 from gptjax.digest import MANIFEST, check_manifest, digests, folder_files, leaf_names, write_manifest
 from gptjax.distributed import barrier, from_first, nobody_objects
-from gptjax.settings import InputError, make_writable
+from gptjax.paths import PROBE, TRASH, place, store
+from gptjax.settings import InputError
 
-TRASH, PROBE, UNSOUND = ".trash-", ".probe-", ".unsound"
+UNSOUND = ".unsound"
 JSON_ITEMS = ("data", "config", "digests")
 
 
@@ -48,24 +47,28 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, cfg: CheckpointConfig, readonly: bool = False):
-        self.folder, self.cfg, self.readonly = Path(folder).absolute(), cfg, readonly
+        folder = place(folder)
+        self.store = store(folder)
+        self.folder, self.cfg, self.readonly = self.store.absolute(folder), cfg, readonly
         self.problems: list[str] = []
         self._thread: threading.Thread | None = None
         self._error: CheckpointError | None = None
         self.seconds = 0.0  # of the longest save so far, from the call to its commit
         if not readonly:
-            make_writable(self.folder, "checkpoints")
+            self.store.make_writable(self.folder, "checkpoints")
+            if jax.process_count() > 1 and not self.store.direct:
+                raise InputError(
+                    f"{self.folder}: {jax.process_count()} processes train this run, but Orbax can't write there and "
+                    "one process would have to upload all; wanted a gs:// or a shared --run-dir, or one process"
+                )
             self.clean()
 
     # What is on the disk.
 
     def steps(self) -> list[int]:
         """The committed steps, in order, read from the disk at each call."""
-        try:
-            names = os.listdir(self.folder)
-        except OSError:
-            return []
-        return sorted(int(n) for n in names if re.fullmatch("[0-9]{8,}", n) and (self.folder / n / MANIFEST).is_file())
+        names = [n for n in self.store.names(self.folder) if re.fullmatch("[0-9]{8,}", n)]
+        return sorted(int(n) for n in names if self.store.is_file(self.folder / n / MANIFEST))
 
     def newest(self) -> int | None:
         """The newest committed step; None where there is none."""
@@ -80,7 +83,7 @@ class Checkpoints:
         for step in self.steps():
             files = folder_files(self.path(step))
             with contextlib.suppress(FileNotFoundError):  # deleted in this moment by the run that owns it
-                seconds = (self.path(step) / MANIFEST).stat().st_mtime
+                seconds = self.store.seconds(self.path(step) / MANIFEST)
                 saved.append(Saved(step, sum(files.values()), len(files), seconds))
         return saved
 
@@ -90,11 +93,12 @@ class Checkpoints:
 
     # Writing.
 
-    def save(self, step: int, state: Any, data: dict, config: dict) -> None:
+    def save(self, step: int, state: Any, data: dict, config: dict, first: Callable[[], None] = lambda: None) -> None:
         """Saves in the background; `state` may be donated as soon as this returns.
 
         `data` (the position in the data) and `config` hold what JSON can hold. A step that is already committed is
-        left as it is. Waits for the save before it, and raises CheckpointError where that one failed.
+        left as it is. `first` is called, by the first process, before the step is committed: what a committed step
+        promises to be there. Waits for the save before it, and raises CheckpointError where that one failed.
         """
         assert not self.readonly, "these checkpoints were opened for reading"
         self.wait()
@@ -106,17 +110,23 @@ class Checkpoints:
         marks = {n: [d, str(leaves[n].dtype), list(leaves[n].shape)] for n, d in digests(state).items()}
         items = {"state": _nested(leaves), "data": data, "config": config, "digests": marks}
         try:
+            staged = self.store.stage(self.path(step))
             with _orbax():
-                response = ocp.save_checkpointables_async(str(self.path(step)), items)
+                response = ocp.save_checkpointables_async(str(staged), items)
         except Exception as e:
             self._remove_partial(step)
             raise _failed(step, e) from e
         self._began = time.monotonic()
-        self._thread = threading.Thread(target=self._commit, args=(step, response), name=f"checkpoint {step}")
+        commit = (step, response, staged, first)
+        self._thread = threading.Thread(target=self._commit, args=commit, name=f"checkpoint {step}")
         self._thread.start()
 
     def check(self) -> None:
-        """Raises CheckpointError if a save failed in the background; does not wait for one that runs."""
+        """Raises CheckpointError if a save failed in the background; does not wait for one that runs.
+
+        Raises InputError where another process took the run over, which can happen in a bucket.
+        """
+        self.store.check(self.folder)
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -129,10 +139,13 @@ class Checkpoints:
             barrier("checkpoint committed")
         self.check()
 
-    def _commit(self, step: int, response: Any) -> None:
+    def _commit(self, step: int, response: Any, staged: Path, first: Callable[[], None]) -> None:
         try:
             response.result()
+            self.store.publish(staged, self.path(step))
             if jax.process_index() == 0:
+                first()
+                self.store.check(self.folder, now=True)
                 write_manifest(self.path(step), step)
             self.seconds = max(self.seconds, time.monotonic() - self._began)
         except Exception as e:
@@ -141,16 +154,18 @@ class Checkpoints:
 
     def _remove_partial(self, step: int) -> None:
         if jax.process_index() == 0:
-            for leftover in (self.path(step), *self.folder.glob(f"{step:08d}.orbax*")):
-                _remove(leftover)
+            for name in self.store.names(self.folder):
+                if name == f"{step:08d}" or name.startswith(f"{step:08d}.orbax"):
+                    self.store.remove(self.folder / name)
 
     def clean(self) -> None:
         """Removes what a kill in the middle of a save or a delete left behind."""
         if jax.process_index() == 0:
-            for entry in self.folder.iterdir():
-                unsealed = re.match(r"[0-9]{8,}($|\.orbax)", entry.name) and not (entry / MANIFEST).is_file()
-                if unsealed or entry.name.startswith((TRASH, PROBE)):
-                    _remove(entry)
+            for name in self.store.names(self.folder):
+                step = re.match(r"[0-9]{8,}($|\.orbax)", name)
+                unsealed = step and not self.store.is_file(self.folder / name / MANIFEST)
+                if unsealed or name.startswith((TRASH, PROBE)):
+                    self.store.remove(self.folder / name)
         barrier("checkpoints cleaned")
 
     def retain(self, best: list[int]) -> list[int]:
@@ -174,10 +189,8 @@ class Checkpoints:
     def _delete(self, steps: list[int]) -> None:
         if jax.process_index() == 0:
             for step in steps:
-                # The rename takes the step away whole: a kill in mid-delete can't leave half of one.
-                trash = self.folder / f"{TRASH}{step:08d}-{uuid.uuid4().hex[:8]}"
-                os.replace(self.path(step), trash)
-                _remove(trash)
+                self.store.check(self.folder, now=True)
+                self.store.discard(self.path(step), MANIFEST)
 
     # Reading.
 
@@ -214,16 +227,19 @@ class Checkpoints:
         if not self.readonly and jax.process_index() == 0:
             for step in steps:
                 aside = self.folder / f"{step:08d}{UNSOUND}"
-                _remove(aside)
-                os.replace(self.path(step), aside)
+                self.store.remove(aside)
+                self.store.move(self.path(step), aside, MANIFEST)
                 print(f"warning: it was set aside as {aside}", file=sys.stderr, flush=True)
         barrier("unsound checkpoints set aside")
 
     def _load(self, step: int, abstract_state: Any, partial: bool) -> tuple[Any, Any, Any, list[str]]:
+        with self.store.readable(self.path(step)) as path:
+            return self._load_from(str(path), step, abstract_state, partial)
+
+    def _load_from(self, path: str, step: int, abstract_state: Any, partial: bool) -> tuple[Any, Any, Any, list[str]]:
         from orbax.checkpoint import v1 as ocp
 
         names, leaves = leaf_names(abstract_state), jax.tree.leaves(abstract_state)
-        path = str(self.path(step))
         try:
             with _orbax():
                 marks = ocp.load_checkpointables(path, {"digests": None})["digests"]
@@ -292,13 +308,6 @@ def _at(tree: dict, name: str) -> Any:
 def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _failed(step: int, error: Exception) -> CheckpointError:

@@ -1,10 +1,8 @@
 """What shows that nothing changed: digests of arrays, the same on any mesh, and manifests of the files of a folder."""
 
-import contextlib
 import functools
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
+
+from gptjax.paths import store
 
 P = jax.P
 
@@ -76,21 +76,13 @@ def write_manifest(folder: Path, step: int) -> None:
     text = json.dumps({"step": step, "files": files, "sha256": _seal(step, files)}, indent=1)
     # Beside the folder, not inside it: a leftover of a kill must not count as one of its files.
     temporary = folder.with_name(f"{folder.name}.orbax-manifest")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / MANIFEST)
-    for parent in (folder, folder.parent):
-        descriptor = os.open(parent, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    store(folder).write(folder / MANIFEST, text.encode(), temporary)
 
 
 def check_manifest(folder: Path, step: int) -> list[str]:
     """How the folder of a step differs from its manifest, one line each; empty where it does not."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        manifest = json.loads(store(folder).read(folder / MANIFEST))
         files = manifest["files"]
         sealed = manifest["sha256"] == _seal(manifest["step"], files) and manifest["step"] == step
     except OSError as e:
@@ -116,17 +108,13 @@ def check_manifest(folder: Path, step: int) -> list[str]:
 
 def folder_files(folder: Path) -> dict[str, int]:
     """Size of every file below the folder but its manifest, by the path inside."""
-    there = {}
-    for parent, _, names in os.walk(folder):
-        for path in (Path(parent) / name for name in names):
-            with contextlib.suppress(FileNotFoundError):  # deleted in this moment by the run that owns it
-                there[path.relative_to(folder).as_posix()] = path.lstat().st_size
+    there = store(folder).sizes(folder)
     there.pop(MANIFEST, None)
     return there
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with store(path).open(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

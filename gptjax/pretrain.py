@@ -62,13 +62,17 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
         shapes = abstract(jax.eval_shape(init, 0), mesh)
         example = abstract(example_batch(config.data.batch_size, config.data.length), mesh)
         step = compile_step(step, mesh, shapes, {}, example)
-        with jax.set_mesh(mesh):  # traced here: some libraries that the data needs replace Python's import for a while
+        with jax.set_mesh(mesh):
+            # Traced here: tracing imports, and while tensorflow_datasets is imported (to prepare text, next) no other
+            # thread may, since it exchanges Python's own import for one that breaks JAX's.
             lowered = step.lower(shapes, {}, example)
         compiled = in_background(lowered.compile, mesh)
         with first_alone("feed"):
+            run.pull(run.data)
             feed = open_feed(config, run.data, _say)
             if is_first():
                 feed.tokenizer.save(run.tokenizer)
+                run.push(run.data, run.tokenizer)
         _say(feed.describe())
 
         checkpoints = Checkpoints(run.checkpoints, config.checkpoint)
@@ -107,7 +111,7 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
 
             def save(i: int, state: Any, data_state: dict) -> None:
                 retain()
-                checkpoints.save(i, state, data_state, dict(leaves(config)))
+                checkpoints.save(i, state, data_state, dict(leaves(config)), first=run.push_logs)
 
             def batches() -> Generator[tuple[dict, dict]]:
                 # Closing it ends its threads and workers.
@@ -143,6 +147,7 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
                 given.close()
                 checkpoints.wait()
                 metrics.close()
+                run.close()
             _print_sample(config, decoder, trained_params(state), feed.tokenizer)
     return run.folder
 

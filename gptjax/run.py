@@ -1,27 +1,28 @@
-"""A run is a folder: its settings and where each came from, the machine, metrics, checkpoints."""
+"""A run is a folder: its settings and where each came from, the machine, metrics, checkpoints.
+
+In a bucket (gs://, s3://) the folder is made of objects. What is appended to, mapped into memory or read by libraries
+as files lies in `local`, a folder of this machine that `pull` makes equal to the bucket and `push` brings there.
+"""
 
 import dataclasses
-import fcntl
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from gptjax.config import EXTENDABLE, SCHEMA, TrainConfig, frozen_changes
-from gptjax.settings import InputError, build, leaves, make_writable
+from gptjax.digest import MANIFEST
+from gptjax.paths import place, store
+from gptjax.settings import InputError, build, leaves
 
 PACKAGES = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 HEADER = ("schema", "stage", "recipe", "settings")
-
-# Locks this process holds, by the run's folder; kept until it ends, since closing any handle of the file would
-# give a POSIX lock up.
-_LOCKS: dict[Path, TextIO] = {}
+LOGS = ("metrics.jsonl", "tensorboard")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,11 @@ class Run:
     """What differs from the settings it was last started with, one line each, to be shown to the user."""
 
     @property
+    def local(self) -> Path:
+        """Where this machine has the files of the run that must be files: the folder itself, or a bucket's mirror."""
+        return store(self.folder).local(self.folder)
+
+    @property
     def config_path(self) -> Path:
         return self.folder / "config.json"
 
@@ -42,7 +48,7 @@ class Run:
 
     @property
     def metrics_path(self) -> Path:
-        return self.folder / "metrics.jsonl"
+        return self.local / "metrics.jsonl"
 
     @property
     def checkpoints(self) -> Path:
@@ -50,19 +56,19 @@ class Run:
 
     @property
     def tensorboard(self) -> Path:
-        return self.folder / "tensorboard"
+        return self.local / "tensorboard"
 
     @property
     def tokenizer(self) -> Path:
-        return self.folder / "tokenizer"
+        return self.local / "tokenizer"
 
     @property
     def data(self) -> Path:
-        return self.folder / "data"
+        return self.local / "data"
 
     @property
     def profile(self) -> Path:
-        return self.folder / "profile"
+        return self.local / "profile"
 
     @staticmethod
     def open(folder: str | Path, config: TrainConfig, recipe: Mapping[str, str], origins: Mapping[str, str]) -> "Run":
@@ -75,24 +81,57 @@ class Run:
         """
         import jax
 
-        run = Run(Path(folder).absolute())
+        run = Run.at(folder)
+        files = store(run.folder)
         if jax.process_index() == 0:
-            make_writable(run.folder, "a run")
-            _lock(run.folder)
+            files.make_writable(run.folder, "a run")
+            files.lock(run.folder)
+            if not files.is_file(run.config_path):
+                files.clear(run.folder)
         changes = _changes(run, config)
         if jax.process_index() == 0:
             settings = {n: {"value": v, "from": origins.get(n, "default")} for n, v in leaves(config)}
             document = {"schema": SCHEMA, "stage": "pretrain", "recipe": dict(recipe), "settings": settings}
             write_json(run.config_path, document)
             write_json(run.environment_path, environment())
+            run.pull(run.metrics_path)
+            run.local.mkdir(parents=True, exist_ok=True)
+            files.keep_pushing(run.folder, *LOGS)
         return dataclasses.replace(run, changes=changes)
+
+    @staticmethod
+    def at(folder: str | Path) -> "Run":
+        """The run in `folder`, whether there is one or not."""
+        path = place(folder)
+        return Run(store(path).absolute(path))
+
+    def pull(self, *paths: Path) -> None:
+        """Makes these (`data`, `tokenizer`, ...) what they are in the run's bucket; of a local run they are that."""
+        store(self.folder).pull(self.folder, *(path.name for path in paths))
+
+    def push(self, *paths: Path) -> None:
+        """Brings these (`data`, `tokenizer`, ...) into the run's bucket; a local run has them."""
+        store(self.folder).push(self.folder, *(path.name for path in paths))
+
+    def push_logs(self) -> None:
+        """Brings the metrics into the run's bucket; called before a step is committed, so that none is missing."""
+        store(self.folder).push(self.folder, *LOGS)
+
+    def close(self) -> None:
+        """After training: the logs and profiles go to a run's bucket, and its lease is given up."""
+        import jax
+
+        if jax.process_index() == 0:
+            self.push_logs()
+            self.push(self.profile)
+        store(self.folder).release(self.folder)
 
     @staticmethod
     def existing(folder: str | Path) -> "Run":
         """The run in `folder`, to read; raises InputError where there is none."""
-        run = Run(Path(folder).absolute())
-        if not run.config_path.is_file():
-            is_a = "a folder without config.json" if run.folder.is_dir() else "no folder"
+        run, files = Run.at(folder), store(place(folder))
+        if not files.is_file(run.config_path):
+            is_a = "a folder without config.json" if files.is_folder(run.folder) else "no folder"
             raise InputError(f"{folder}: {is_a}; wanted the folder of a run, as given to --run-dir when it was trained")
         return run
 
@@ -103,14 +142,14 @@ def load_config(run_dir: str | Path) -> TrainConfig:
     try:
         return build(TrainConfig, {name: setting["value"] for name, setting in settings.items()})
     except InputError as e:
-        raise InputError(f"{Run(Path(run_dir)).config_path}: {e}") from e
+        raise InputError(f"{Run.at(run_dir).config_path}: {e}") from e
 
 
 def read_config(run_dir: str | Path) -> dict[str, Any]:
     """All of a run's config.json: schema, stage, recipe, and settings with where each value came from."""
     path = Run.existing(run_dir).config_path
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(store(path).read(path).decode("utf-8"))
     except OSError as e:
         raise InputError(f"{path}: can't be read ({e.strerror})") from e
     except UnicodeDecodeError as e:
@@ -156,25 +195,20 @@ def environment() -> dict[str, Any]:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Writes a file whole or not at all: to a temporary one, to the disk, and then by a rename."""
+    """Writes a file whole or not at all."""
     text = json.dumps(document, indent=1) + "\n"
-    temporary = path.with_name(f".{path.name}.new")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        store(path).write(path, text.encode())
     except OSError as e:
-        temporary.unlink(missing_ok=True)
         raise InputError(f"{path}: can't be written ({e.strerror}); free the disk, or give another --run-dir") from e
 
 
 def _changes(run: Run, config: TrainConfig) -> tuple[str, ...]:
     """What differs from the settings in config.json; raises where a checkpoint forbids it."""
-    if not any(run.checkpoints.glob("*/manifest.json")):
+    files = store(run.folder)
+    if not any(files.is_file(run.checkpoints / name / MANIFEST) for name in files.names(run.checkpoints)):
         return ()  # no step was ever committed, so nothing is lost by starting afresh
-    if not run.config_path.exists():
+    if not files.is_file(run.config_path):
         raise InputError(
             f"{run.folder} holds checkpoints but no config.json, so it can't be told what they are; "
             "restore that file, or give another --run-dir"
@@ -192,32 +226,6 @@ def _changes(run: Run, config: TrainConfig) -> tuple[str, ...]:
             then = ": the learning-rate schedule changes with it" if name in EXTENDABLE else ""
             lines.append(f"{name} was {before[name]!r}, now {value!r}{then}")
     return tuple(lines)
-
-
-def _lock(folder: Path) -> None:
-    """Holds the run for this process until it ends; a dead process holds nothing, so its run can be taken over."""
-    folder = folder.resolve()
-    if folder in _LOCKS:
-        return
-    path = folder / ".lock"
-    try:
-        file = path.open("a+", encoding="utf-8")
-    except OSError as e:
-        raise InputError(f"{path}: can't be opened ({e.strerror}); remove it, or give another --run-dir") from e
-    try:
-        # Unlike flock's, these locks are not passed on to forked workers, which may outlive a killed trainer.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
-        raise InputError(
-            f"{folder} is being trained by {holder}; wait for it, stop it, or give another --run-dir"
-        ) from e
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-    file.flush()
-    _LOCKS[folder] = file
 
 
 def _version(package: str) -> str:

@@ -3,10 +3,8 @@
 import dataclasses
 import difflib
 import math
-import os
 import typing
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 T = TypeVar("T")
@@ -99,14 +97,3 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
     if not ok:
         raise InputError(f"{name}={value!r}: wanted {wanted}")
     return value
-
-
-def make_writable(folder: Path, what: str) -> None:
-    """Makes the folder and tries a file in it; raises InputError at the start instead of after hours of training."""
-    probe = folder / f".probe-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as e:
-        raise InputError(f"{folder}: {what} can't be written there ({e.strerror}); give another --run-dir") from e

@@ -29,6 +29,7 @@ class Trained:
 
     @property
     def tokenizer(self) -> Tokenizer:
+        self.run.pull(self.run.tokenizer)
         return load(self.run.tokenizer)
 
 

@@ -17,6 +17,7 @@ from gptjax.distributed import join_processes
 from gptjax.evaluate import evaluate, make_eval_step
 from gptjax.generate import stream
 from gptjax.interop.huggingface import import_huggingface
+from gptjax.paths import place, store
 from gptjax.run import Run, load_config
 from gptjax.settings import InputError, leaves
 from gptjax.sharding import abstract
@@ -35,6 +36,7 @@ def evaluate_trained(model: Trained, max_rows: int = 0) -> dict[str, Any]:
     """The same numbers for a model that is open already."""
     # How much of a set in memory is tokenised depends on it.
     limits = dataclasses.replace(model.config.evaluate, max_rows=max_rows)
+    model.run.pull(model.run.data)
     feed = open_feed(dataclasses.replace(model.config, evaluate=limits), model.run.data)
     with jax.set_mesh(model.mesh):
         example = abstract(example_batch(model.config.data.batch_size, model.config.data.length), model.mesh)
@@ -64,8 +66,9 @@ def generate_run(run_dir: str | Path, cfg: ContinueConfig, write: Callable[[str]
 
 def show_step(run_dir: str | Path, step: int, rows: int) -> str:
     """The rows of a training step of a run, as text; step 1 is the first."""
-    config = load_config(run_dir)
-    feed = open_feed(config, Run.existing(run_dir).data)
+    config, run = load_config(run_dir), Run.existing(run_dir)
+    run.pull(run.data)
+    feed = open_feed(config, run.data)
     shown = range(min(rows, config.data.batch_size))
     return show(feed.batch(step - 1), feed.tokenizer, shown, feed.sources(step - 1))
 
@@ -75,7 +78,7 @@ def import_run(source: str | Path, run_dir: str | Path) -> str:
 
     Raises InputError where the folder is not one, holds what the decoder can't represent, or run_dir is a run already.
     """
-    if (Path(run_dir) / "config.json").exists():
+    if store(place(run_dir)).is_file(Run.at(run_dir).config_path):
         raise InputError(f"{run_dir} is a run already; give another folder")
     model, vocab_size, context, params = import_huggingface(Path(source))
     tokenizer, note = None, ""
@@ -96,8 +99,10 @@ def import_run(source: str | Path, run_dir: str | Path) -> str:
     run = Run.open(run_dir, config, {"path": str(source), "sha256": ""}, {})
     if tokenizer is not None:
         tokenizer.save(run.tokenizer)
+        run.push(run.tokenizer)
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint)
     checkpoints.save(0, {"params": params}, {"step": 0}, dict(leaves(config)))
     checkpoints.wait()
+    run.close()
     count = sum(x.size for x in jax.tree.leaves(params))
     return f"imported {count:,} parameters (vocabulary padded) into {run.folder}{note}"

@@ -30,6 +30,8 @@ GROUND = [
 DOORS = {
     "flax.linen": {"decoder"},
     "orbax": {"checkpoint"},
+    "fsspec": {"paths"},
+    "etils": {"paths", "data"},
     "sentencepiece": {"tokenizer"},
     "tokenizers": {"tokenizer"},
     "tiktoken": {"tokenizer"},
@@ -43,8 +45,6 @@ DOORS = {
     "pyarrow": {"data"},
     "zstandard": {"data"},
     "datasets": {"data"},
-    "fsspec": {"paths"},
-    "etils": {"paths", "data"},
     "packaging": {"doctor"},
 }
 

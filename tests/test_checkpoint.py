@@ -273,7 +273,7 @@ def test_leftovers_of_a_kill_are_removed_and_committed_steps_are_not(folder):
 
 
 KILLED = """
-import os, signal, sys, threading
+import os, shutil, signal, sys, threading
 import jax.numpy as jnp
 from gptjax import checkpoint, digest
 from gptjax.config import CheckpointConfig
@@ -289,7 +289,7 @@ elif sys.argv[2] == "delete":
     def rmtree(path, **_):
         os.remove(os.path.join(path, "commit_success.txt"))
         die()
-    checkpoint.shutil.rmtree = rmtree
+    shutil.rmtree = rmtree
 c.save(2, {"w_D": jnp.arange(4.0) + 1}, {"row": 2}, {})
 if sys.argv[2] == "write":
     die()

@@ -105,7 +105,7 @@ class TrainConfig(Section):
     """Pretraining from start to end."""
 
     run_dir: str = "runs/unnamed"
-    """Folder of the run; the same command on the same folder resumes."""
+    """Folder of the run, also as gs://BUCKET/FOLDER or s3://BUCKET/FOLDER; the same command on it resumes."""
     steps: int = 1000
     """Training steps; may be raised to go on with a finished run."""
     seed: int = 0

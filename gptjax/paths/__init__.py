@@ -1,0 +1,11 @@
+"""What a run folder is: a folder of a file system, or a prefix in a bucket (gs://, s3://).
+
+`place` makes a path of what the user wrote, `store` gives what can be done there. Both stores have the same methods:
+`Disk` works by rename, append and POSIX locks, `Bucket` by what object stores have instead.
+"""
+
+from gptjax.paths.bucket import Bucket
+from gptjax.paths.disk import PROBE, TRASH, Disk
+from gptjax.paths.place import place, store
+
+__all__ = ["PROBE", "TRASH", "Bucket", "Disk", "place", "store"]

@@ -1,0 +1,143 @@
+"""The files that this machine keeps of a run in a bucket: what is appended to, mapped into memory, or read as files.
+
+The bucket has the truth. `pull` makes the files equal to it, `push` writes whole objects of files that changed.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+INTERVAL = 60.0  # seconds from one upload to the next
+SHARE = 20  # an upload that takes long is repeated after this many times as long
+INDEX = ".mirror.json"
+LAST = "manifest.json"  # a prepared folder without it is not finished, and so it is written after the others
+
+
+def mirror_of(folder: Path) -> Path:
+    """The folder on this machine that stands for one in a bucket."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "gptjax" / "runs" / f"{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}"
+
+
+class Objects(Protocol):
+    """What a mirror needs of a store."""
+
+    def infos(self, folder: Path) -> dict[str, Any]: ...
+    def write(self, path: Path, data: bytes) -> None: ...
+    def download(self, path: Path, to: Path) -> None: ...
+    def check(self, folder: Path, now: bool = False) -> None: ...
+
+
+class Mirror:
+    """Files in mirror_of(folder) for the objects in `folder`; names are of files or folders directly below these.
+
+    The index holds, for each file that is known to be equal to its object, its size and time and the object's version.
+    """
+
+    def __init__(self, store: Objects, folder: Path):
+        self._store, self._folder, self.local = store, folder, mirror_of(folder)
+        self._lock = threading.Lock()  # an older upload must not come after a newer one
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+
+    def clear(self) -> None:
+        """Forgets what an earlier run of the same name left here."""
+        shutil.rmtree(self.local, ignore_errors=True)
+
+    def pull(self, *names: str) -> None:
+        """Makes the files of each name equal to the objects; a name that the bucket does not have is left as it is."""
+        with self._lock:
+            index = self._read_index()
+            for name in names:
+                there = self._objects(name)
+                for path, version in there.items():
+                    if index.get(path) != [*self._state(path), version]:
+                        self._store.download(self._folder / path, self.local / path)
+                        index[path] = [*self._state(path), version]
+                if there:
+                    for path in self._files(name):
+                        if path not in there:
+                            (self.local / path).unlink()
+                self._write_index(index)
+
+    def push(self, *names: str) -> None:
+        """Writes every file of each name that changed; what was only deleted here stays in the bucket."""
+        with self._lock:
+            self._store.check(self._folder, now=True)
+            index = self._read_index()
+            for name in names:
+                sent = []
+                for path in sorted(self._files(name), key=lambda p: (p.endswith(LAST), p)):
+                    size, changed = state = self._state(path)
+                    if index.get(path, [])[:2] != state:
+                        with (self.local / path).open("rb") as file:
+                            data = file.read(size)  # it may be growing
+                        self._store.write(self._folder / path, data)
+                        sent.append((path, size, changed))
+                if sent:
+                    there = self._objects(name)
+                    index |= {path: [size, changed, there[path]] for path, size, changed in sent}
+                    self._write_index(index)
+
+    def keep_pushing(self, *names: str) -> None:
+        """Pushes again and again in the background, until `stop`."""
+
+        def push() -> None:
+            pause = INTERVAL
+            while not self._stop.wait(pause):
+                start = time.monotonic()
+                try:
+                    self.push(*names)
+                except Exception as e:  # a checkpoint, whose push must succeed, will tell
+                    print(f"warning: {self._folder} was not brought up to date: {e}", file=sys.stderr, flush=True)
+                pause = max(INTERVAL, SHARE * (time.monotonic() - start))
+
+        self._stop.clear()
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=push, name="upload", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def _objects(self, name: str) -> dict[str, str]:
+        """The version of each object of a name, by its path below the run's folder."""
+        found = self._store.infos(self._folder / name)
+        return {f"{name}/{path}" if path else name: _version(info) for path, info in found.items()}
+
+    def _files(self, name: str) -> list[str]:
+        top = self.local / name
+        found = [top] if top.is_file() else [p for p in top.rglob("*") if p.is_file()]
+        # What begins with a dot is a lock, or on its way to another name.
+        return [path.relative_to(self.local).as_posix() for path in found if not path.name.startswith(".")]
+
+    def _state(self, path: str) -> list[int]:
+        try:
+            status = (self.local / path).stat()
+        except FileNotFoundError:
+            return []
+        return [status.st_size, status.st_mtime_ns]
+
+    def _read_index(self) -> dict[str, list]:
+        try:
+            return json.loads((self.local / INDEX).read_text())
+        except (FileNotFoundError, ValueError):
+            return {}
+
+    def _write_index(self, index: dict[str, list]) -> None:
+        if self.local.is_dir():
+            temporary = self.local / f"{INDEX}.{os.getpid()}"
+            temporary.write_text(json.dumps(index))
+            os.replace(temporary, self.local / INDEX)
+
+
+def _version(info: dict[str, Any]) -> str:
+    """What changes whenever an object is written: a generation, a hash, or a time."""
+    keys = ("generation", "ETag", "etag", "mtime", "created")
+    return next((str(info[k]) for k in keys if info.get(k)), "")

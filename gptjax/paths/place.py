@@ -1,0 +1,40 @@
+"""From what the user wrote to a path, and from a path to its store."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from gptjax.paths.bucket import SCHEMES, Bucket, bucket
+from gptjax.paths.disk import Disk
+from gptjax.settings import InputError
+
+DISK = Disk()
+
+
+def place(text: str | os.PathLike[str]) -> Path:
+    """A path of a file system, or one with the same methods in a bucket; not yet absolute.
+
+    Raises InputError for another scheme, for a bucket without a folder, and where a package is missing.
+    """
+    written = os.fspath(text)
+    scheme, found, rest = written.partition("://")
+    if not found or not re.fullmatch("[A-Za-z][A-Za-z0-9+.-]*", scheme):
+        return Path(text)
+    wanted = "wanted a folder, or " + " or ".join(f"{name}://BUCKET/FOLDER" for name in SCHEMES)
+    if scheme not in SCHEMES:
+        raise InputError(f"{written}: there is no store for {scheme}://; {wanted}")
+    parts = rest.rstrip("/").split("/")
+    if len(parts) < 2 or {"", ".", ".."} & set(parts):
+        raise InputError(f"{written}: does not name a folder in a bucket; {wanted}")
+    bucket(scheme)
+    from etils import epath
+
+    path: Any = epath.Path(written.rstrip("/"))
+    return path
+
+
+def store(path: os.PathLike[str]) -> Disk | Bucket:
+    """What can be done where a path made by `place` lies."""
+    scheme, found, _ = os.fspath(path).partition("://")
+    return bucket(scheme) if found and scheme in SCHEMES else DISK

@@ -1,0 +1,540 @@
+"""Run folders in buckets: the same promises as on a disk, from stores that can neither append, rename nor lock."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import fsspec
+import jax
+import jax.numpy as jnp
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from gptjax.checkpoint import Checkpoints
+from gptjax.config import CheckpointConfig, ModelConfig, TrainConfig
+from gptjax.metrics import MetricsFile
+from gptjax.paths import bucket as bucket_module
+from gptjax.paths import lease, place, store
+from gptjax.paths.bucket import SCHEMES, BucketError, Scheme
+from gptjax.paths.lease import Lease
+from gptjax.run import Run, load_config
+from gptjax.settings import InputError
+
+CFG = CheckpointConfig(keep_newest=1)
+RUN = "s3://bucket/run"
+
+
+class Killed(BaseException):
+    """kill -9, as far as a store can see it: nothing more comes."""
+
+
+class Fake(MemoryFileSystem):
+    """A store in memory that can be killed before its n-th write or delete, and can stop to answer."""
+
+    protocol, cachable = "fake", False
+    store: dict = {}
+    pseudo_dirs = [""]
+    left: float = float("inf")
+    answers = True
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("s3://"))
+
+    @classmethod
+    def count(cls):
+        if cls.left <= 0:
+            raise Killed
+        cls.left -= 1
+
+    def info(self, path, **kwargs):
+        if not self.answers:
+            raise RuntimeError("the store\ndoes not answer")
+        return super().info(path, **kwargs)
+
+    def ls(self, path, detail=True, **kwargs):
+        if not self.answers:
+            raise RuntimeError("the store\ndoes not answer")
+        return super().ls(path, detail, **kwargs)
+
+    def pipe_file(self, path, value, mode="overwrite", **kwargs):
+        self.count()
+        return super().pipe_file(path, value, mode=mode, **kwargs)
+
+    def put_file(self, lpath, rpath, **kwargs):
+        self.pipe_file(rpath, Path(lpath).read_bytes())
+
+    def rm_file(self, path):
+        self.count()
+        return super().rm_file(path)
+
+    def rm(self, path, recursive=False, maxdepth=None):
+        for key in self.find(path):  # an object store knows no order
+            self.rm_file(key)
+
+    def cp_file(self, path1, path2, **kwargs):
+        self.pipe_file(path2, self.cat_file(path1))
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    fsspec.register_implementation("fake", Fake, clobber=True)
+    monkeypatch.setitem(SCHEMES, "s3", Scheme("fake", "fsspec", "s3", direct=False))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(Fake, "store", {})
+    monkeypatch.setattr(Fake, "left", float("inf"))
+    monkeypatch.setattr(Fake, "answers", True)
+    bucket_module.bucket.cache_clear()
+    yield Fake
+    Fake.left, Fake.answers = float("inf"), True
+    bucket_module.bucket.cache_clear()
+
+
+def reborn(fake) -> None:
+    """Another process: it remembers nothing, and its writes arrive."""
+    fake.left = float("inf")
+    bucket_module.bucket.cache_clear()
+
+
+def make_state(step: int) -> dict:
+    return {"params": {"w_D": jnp.arange(8.0) + step}}
+
+
+SHAPES = jax.eval_shape(make_state, 0)
+
+
+# Names.
+
+
+@pytest.mark.parametrize("text", ["ftp://bucket/run", "gs:///run", "gs://bucket", "gs://bucket/", "s3://b/../run"])
+def test_what_is_no_place_for_a_run_is_refused_in_one_line(text):
+    with pytest.raises(InputError, match="wanted a folder, or gs://BUCKET/FOLDER or s3://BUCKET/FOLDER") as e:
+        place(text)
+    assert str(e.value).startswith(text) and "\n" not in str(e.value)
+
+
+def test_a_missing_package_is_named_with_what_to_install(monkeypatch):
+    monkeypatch.setitem(SCHEMES, "gs", Scheme("gcs", "no_such_package", "gcs", direct=True))
+    bucket_module.bucket.cache_clear()
+    with pytest.raises(InputError, match=r"needs the package no_such_package; .*pip install 'gptjax\[gcs\]'"):
+        place("gs://bucket/run")
+
+
+@pytest.mark.parametrize("text", ["runs/a", "/runs/a", "a:b", "C:/x", "s3/x"])
+def test_every_other_name_is_a_folder_of_the_file_system(text):
+    assert place(text) == Path(text) and type(store(place(text))).__name__ == "Disk"
+
+
+def test_a_place_in_a_bucket_is_kept_as_it_was_written(fake):
+    assert str(place(RUN + "/") / "x") == RUN + "/x" and str(place(place(RUN))) == RUN
+
+
+# Kills.
+
+
+def save(step: int, log: Path) -> None:
+    """A step of a run: its line in the log, its checkpoint, and the delete of the one before."""
+    checkpoints = Checkpoints(place(RUN) / "checkpoints", CFG)
+    MetricsFile(log).write({"step": step, "loss": 0.5})
+    checkpoints.save(step, make_state(step), {"row": step}, {}, first=Run.at(RUN).push_logs)
+    checkpoints.wait()
+    checkpoints.retain([])
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize(("step", "stride"), [(1, 5), (2, 1)])
+def test_a_kill_at_any_operation_leaves_a_sound_step_and_the_log_up_to_it(fake, step, stride):
+    log = Run.at(RUN).metrics_path
+    log.parent.mkdir(parents=True)
+    if step == 2:
+        save(1, log)
+    objects, files = dict(fake.store), [(p, p.read_bytes()) for p in log.parent.iterdir()]
+    fake.left = 1000
+    save(step, log)
+    operations = int(1000 - fake.left)
+    assert operations > 15
+    seen = set()
+    for n in range(operations, -1, -stride):
+        fake.store.clear()
+        fake.store.update(objects)
+        store(place(RUN)).clear(place(RUN))
+        log.parent.mkdir()
+        for path, data in files:
+            path.write_bytes(data)
+        fake.left = n
+        with contextlib.suppress(Killed, FileNotFoundError):
+            save(step, log)
+        reborn(fake)
+        sealed = [k for k in fake.store if k.endswith("manifest.json")]
+        checkpoints = Checkpoints(place(RUN) / "checkpoints", CFG)
+        newest = checkpoints.newest() or 0
+        seen.add(newest)
+        assert len(sealed) == len(checkpoints.steps())
+        Run.at(RUN).pull(log)
+        assert [line["step"] for line in MetricsFile(log).read()][:newest] == list(range(1, newest + 1))
+        if not newest:
+            assert not [k for k in fake.store if "checkpoints/" in k], "what was unfinished is gone"
+        else:
+            assert all(checkpoints.verify(s) == [] for s in checkpoints.steps()), n
+            if n % 8 == 0:  # a restore takes long
+                found, state, data, _ = checkpoints.restore(SHAPES)
+                assert (found, data["row"]) == (newest, newest)
+                assert state["params"]["w_D"].tolist() == make_state(newest)["params"]["w_D"].tolist()
+    assert seen == {step - 1, step}
+
+
+def test_an_unsound_step_is_set_aside_and_found_whole_under_its_new_name(fake, capsys):
+    checkpoints = Checkpoints(place(RUN), CheckpointConfig())
+    for step in (1, 2):
+        checkpoints.save(step, make_state(step), {}, {})
+        checkpoints.wait()
+    objects = store(place(RUN))
+    names = set(objects.sizes(checkpoints.path(2)))
+    objects.write(checkpoints.path(2) / "commit_success.txt", b"")
+    assert checkpoints.restore(SHAPES)[0] == 1
+    assert "commit_success.txt" in capsys.readouterr().err
+    assert checkpoints.steps() == [1] and set(objects.sizes(place(RUN) / "00000002.unsound")) == names
+
+
+def test_a_store_that_does_not_answer_is_not_taken_for_an_empty_one(fake):
+    checkpoints = Checkpoints(place(RUN), CFG)
+    checkpoints.save(1, make_state(1), {}, {})
+    checkpoints.wait()
+    before = set(fake.store)
+    fake.answers = False
+    for ask in (checkpoints.steps, checkpoints.clean, lambda: load_config(RUN)):
+        with pytest.raises(BucketError, match="the store does not answer") as e:
+            ask()
+        assert isinstance(e.value, InputError) and isinstance(e.value, OSError)
+        assert str(e.value).startswith("s3://bucket/run") and "\n" not in str(e.value)
+    assert set(fake.store) == before
+
+
+def test_several_processes_are_refused_where_one_would_have_to_upload_all(fake, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(InputError, match="2 processes train this run, .*; wanted a gs:// or a shared --run-dir"):
+        Checkpoints(place(RUN), CFG)
+
+
+# Runs.
+
+
+def test_a_run_in_a_bucket_has_its_settings_and_starts_with_an_empty_mirror(fake):
+    cfg = TrainConfig(steps=100, model=ModelConfig(num_layers=2, width=64, num_heads=4))
+    stale = Run.at(RUN).local / "data" / "manifest.json"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("of an earlier run of this name")
+    run = Run.open(RUN, cfg, {"path": "", "sha256": ""}, {})
+    assert load_config(RUN) == cfg and not stale.exists()
+    run.data.mkdir()
+    (run.data / "manifest.json").write_text("{}")
+    (run.data / "a").write_bytes(b"12")
+    run.push(run.data)
+    run.close()
+    store(run.folder).clear(run.folder)
+    again = Run.open(RUN, cfg, {"path": "", "sha256": ""}, {})
+    again.pull(again.data)
+    assert sorted(p.name for p in again.data.iterdir()) == ["a", "manifest.json"]
+    again.close()
+    with pytest.raises(InputError, match="s3://bucket/other: no folder"):
+        Run.existing("s3://bucket/other")
+
+
+def test_only_what_changed_is_transferred_and_the_bucket_has_the_truth(fake):
+    run = Run.at(RUN)
+    run.data.mkdir(parents=True)
+    for name in "abc":
+        (run.data / name).write_text(name)
+    run.push(run.data)
+    fake.left = 0
+    run.push(run.data)  # nothing to write
+    fake.left = 1
+    (run.data / "b").write_text("longer")
+    run.push(run.data)
+    fake.left = float("inf")
+    objects = store(run.folder)
+    assert objects.read(run.folder / "data" / "b") == b"longer"
+    (run.data / "c").write_text("torn")
+    (run.data / "stranger").write_text("")
+    run.pull(run.data)
+    assert {p.name: p.read_text() for p in run.data.iterdir()} == {"a": "a", "b": "longer", "c": "c"}
+
+
+# Leases.
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    for name, value in {"BEAT": 0.05, "LEASE": 0.6, "LOOK": 0.05}.items():
+        monkeypatch.setattr(lease, name, value)
+
+
+def test_a_run_is_held_by_one_process_and_given_up_at_once(fake, hasty):
+    objects, folder = store(place(RUN)), place(RUN)
+    first = Lease(objects, folder)
+    with pytest.raises(InputError, match=f"is being trained by process {os.getpid()} on .*--run-dir") as e:
+        Lease(objects, folder)
+    assert "\n" not in str(e.value)
+    first.release()
+    start = time.monotonic()
+    second = Lease(objects, folder)
+    assert time.monotonic() - start < 0.5 and second.term == 2
+    assert objects.names(folder / ".lease") == ["00000002", "00000002.beat"], "what is over is removed"
+    second.release()
+
+
+def test_a_holder_without_a_sign_of_life_loses_the_run_and_is_told(fake, hasty, monkeypatch):
+    objects, folder = store(place(RUN)), place(RUN)
+    monkeypatch.setattr(Lease, "_keep", lambda self: None)  # a process that was stopped
+    first = Lease(objects, folder)
+    start = time.monotonic()
+    second = Lease(objects, folder)
+    assert time.monotonic() - start >= 0.6
+    with pytest.raises(InputError, match="was taken over by process"):
+        first.check(now=True)
+    with pytest.raises(InputError, match="was taken over"):
+        first.check()
+    second.check(now=True)
+    second.release()
+
+
+def test_a_dead_process_of_this_machine_holds_nothing(fake, hasty, monkeypatch):
+    objects, folder = store(place(RUN)), place(RUN)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    monkeypatch.setattr(Lease, "_keep", lambda self: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(lease, "_identity", lambda: {**identity, "pid": gone.pid})
+        identity = {"boot": "b", "namespace": "n", "ticks": "1"}
+        Lease(objects, folder)
+        patch.setattr(lease, "LEASE", 60.0)
+        assert Lease(objects, folder).term == 2  # or this would take a minute
+
+
+def test_of_many_that_want_a_run_at_once_one_gets_it(fake, hasty, monkeypatch):
+    objects, folder, held, refused = store(place(RUN)), place(RUN), [], []
+    create, together = objects.create, threading.Barrier(8)
+
+    def create_together(*args):
+        together.wait(20)  # each has seen that nobody holds the run
+        create(*args)
+
+    monkeypatch.setattr(objects, "create", create_together)
+
+    def want():
+        try:
+            held.append(Lease(objects, folder))
+        except InputError as e:
+            refused.append(e)
+
+    threads = [threading.Thread(target=want) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(held), len(refused)) == (1, 7)
+    held[0].release()
+
+
+def test_one_that_was_slow_does_not_get_a_term_that_is_over(fake, hasty, monkeypatch):
+    objects, folder = store(place(RUN)), place(RUN)
+    create = objects.create
+
+    def create_late(*args):
+        monkeypatch.setattr(objects, "create", create)
+        Lease(objects, folder).release()
+        Lease(objects, folder)  # which removes the first term
+        create(*args)
+
+    monkeypatch.setattr(objects, "create", create_late)
+    with pytest.raises(InputError, match="taken over by process"):
+        Lease(objects, folder)
+
+
+def test_a_lost_run_is_neither_committed_nor_deleted_from(fake, hasty, monkeypatch):
+    monkeypatch.setattr(Lease, "_keep", lambda self: None)
+    objects = store(place(RUN))
+    checkpoints = Checkpoints(place(RUN) / "checkpoints", CheckpointConfig(keep_newest=1))
+    checkpoints.save(1, make_state(1), {}, {})
+    checkpoints.wait()
+    objects.lock(place(RUN))
+    checkpoints.save(2, make_state(2), {}, {})
+    checkpoints.wait()
+    Lease(objects, place(RUN))
+    checkpoints.save(3, make_state(3), {}, {})
+    with pytest.raises(Exception, match="taken over"):
+        checkpoints.wait()
+    with pytest.raises(InputError, match="taken over"):
+        checkpoints.retain([])
+    assert checkpoints.steps() == [1, 2]
+
+
+# Real protocols, on loopback.
+
+PACKAGES = {"gs": ("gcsfs", "gcp_storage_emulator"), "s3": ("s3fs", "moto", "flask")}
+
+
+@contextlib.contextmanager
+def serve(kind: str, patch: pytest.MonkeyPatch):
+    if missing := [p for p in PACKAGES[kind] if importlib.util.find_spec(p) is None]:
+        pytest.skip(f"{', '.join(missing)} not installed: pip install 'gptjax[dev]'")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    settings = {
+        "gs": {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url, "GOOGLE_AUTH_TOKEN_FOR_TESTING": "a",
+               "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"},
+        "s3": {"AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b",
+               "AWS_DEFAULT_REGION": "us-east-1"},
+    }[kind]  # fmt: skip
+    for name, value in settings.items():
+        patch.setenv(name, value)
+    command = [sys.executable, str(Path(__file__).with_name("bucket_server.py")), kind, str(port)]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        assert process.stdout is not None and "ready\n" in iter(process.stdout.readline, "")
+        bucket_module.bucket.cache_clear()
+        yield
+    finally:
+        process.kill()
+        process.wait()
+        bucket_module.bucket.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> str:
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def kind(request, cache):
+    patch = pytest.MonkeyPatch()
+    patch.setenv("XDG_CACHE_HOME", cache)
+    try:
+        with serve(request.param, patch):
+            yield request.param
+    finally:
+        patch.undo()
+
+
+@pytest.mark.parametrize("kind", ["gs", "s3"], indirect=True)
+def test_a_store_has_what_the_promises_are_made_of(kind, tmp_path):
+    folder = place(f"{kind}://bucket/store")
+    objects = store(folder)
+    objects.make_writable(folder, "a run")
+    objects.create(folder / "a", b"1")
+    with pytest.raises(FileExistsError):
+        objects.create(folder / "a", b"2")
+    assert objects.read(folder / "a") == b"1"
+    objects.write(folder / "d" / "b", b"x" * 100)
+    assert objects.sizes(folder) == {"a": 1, "d/b": 100} and sorted(objects.names(folder)) == ["a", "d"]
+    assert objects.is_file(folder / "a") and objects.is_folder(folder / "d") and not objects.is_file(folder / "d")
+    assert abs(objects.seconds(folder / "a") - time.time()) < 60
+    assert list(objects.infos(folder / "a")) == [""] and objects.infos(folder / "none") == {}
+    objects.move(folder / "d", folder / "e", "b")
+    assert objects.sizes(folder) == {"a": 1, "e/b": 100}
+    objects.discard(folder / "e", "b")
+    objects.remove(folder / "none")
+    objects.remove(folder / "a")
+    assert objects.names(folder) == [] and not objects.is_folder(folder)
+    with pytest.raises(FileNotFoundError):
+        objects.read(folder / "a")
+    with pytest.raises(InputError, match=r"://nowhere/run: a run can't be written there"):
+        objects.make_writable(place(f"{kind}://nowhere/run"), "a run")
+
+
+SETTINGS = """
+--steps 40 --model.num-layers 2 --model.width 32 --model.num-heads 2 --model.dtype float32 --model.dropout 0.1
+--tokenizer.kind bytes --tokenizer.vocab-size 258 --data.length 32 --data.batch-size 8 --data.source {text}
+--evaluate.every 20 --evaluate.max-rows 8 --checkpoint.every 10 --checkpoint.keep-best 1 --generate.max-new-tokens 4
+"""
+
+
+GS_AND_S3 = ["gs", pytest.param("s3", marks=pytest.mark.exhaustive)]
+
+
+def start(run: str, text: Path, cache: str, *more: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "gptjax.cli", "pretrain", "shakespeare_char", "--run-dir", run, *more]
+    env = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": cache}
+    command += SETTINGS.format(text=text).split()
+    return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def curve(text: bytes) -> list[tuple]:
+    """Every training and evaluation line, without what a clock says."""
+    kept = ("step", "updates", "loss", "grad_norm", "learning_rate", "eval_loss", "eval_bits_per_byte")
+    return [tuple(json.loads(line).get(k) for k in kept) for line in text.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, cache) -> tuple[Path, Path]:
+    """The run on this machine's disk, and its text."""
+    folder = tmp_path_factory.mktemp("disk")
+    text = folder / "words.txt"
+    text.write_text(" ".join("abcdefgh"[i % 7 :] for i in range(2000)))
+    process = start(str(folder / "run"), text, cache, "--no-tensorboard")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return folder / "run", text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", GS_AND_S3, indirect=True)
+def test_a_run_in_a_bucket_that_was_killed_has_the_curve_of_one_on_a_disk_that_was_not(kind, uninterrupted, cache):
+    reference, text = uninterrupted
+    folder = place(f"{kind}://bucket/killed")
+    objects, run = store(folder), Run.at(folder)
+    process = start(str(folder), text, cache)
+    while not objects.is_file(folder / "checkpoints" / "00000010" / "manifest.json") and process.poll() is None:
+        time.sleep(0.05)
+    process.kill()
+    _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors
+    logged = [line["step"] for line in map(json.loads, objects.read(folder / "metrics.jsonl").splitlines())]
+    assert logged[:10] == list(range(1, 11)), "every line up to the committed step is in the bucket"
+    objects.clear(folder)  # as on another machine
+    process = start(str(folder), text, cache)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0 and "resumed" in errors, errors
+    assert curve(objects.read(folder / "metrics.jsonl")) == curve((reference / "metrics.jsonl").read_bytes())
+    objects.clear(folder)
+    checkpoints = Checkpoints(run.checkpoints, CFG, readonly=True)
+    same = Checkpoints(reference / "checkpoints", CFG, readonly=True)
+    assert checkpoints.steps() == same.steps() and all(checkpoints.verify(s) == [] for s in checkpoints.steps())
+    digests = [json.loads(c.store.read(c.path(40) / "digests" / "data.json")) for c in (checkpoints, same)]
+    assert digests[0] == digests[1], "the same weights, bit for bit"
+    assert [n for n in objects.names(folder / "tensorboard") if n.startswith("events")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", GS_AND_S3, indirect=True)
+def test_the_verbs_read_a_run_in_a_bucket_as_one_on_a_disk(kind, uninterrupted, cache, capsys):
+    from gptjax.cli import main
+
+    reference, text = uninterrupted
+    folder = f"{kind}://bucket/killed"
+    if not store(place(folder)).is_file(place(folder) / "config.json"):
+        assert start(folder, text, cache).wait(300) == 0
+    jax.clear_caches()
+    for words in (
+        "checkpoint verify {}",
+        "eval {}",
+        "data show {} --step 3",
+        "generate {} --prompt ab --max-new-tokens 3",
+    ):
+        shown = []
+        for run in (folder, str(reference)):
+            assert main(words.format(run).split()) == 0
+            shown.append(capsys.readouterr().out.replace(run, "RUN"))
+        assert shown[0] == shown[1] and shown[0]
