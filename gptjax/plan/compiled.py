@@ -5,7 +5,6 @@ minute; with `code` left out, the process is stopped as soon as its memory is kn
 the way. Anything else is compiled for that many fake CPU devices.
 """
 
-import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -120,6 +119,7 @@ def _compile(config: TrainConfig, target: Target, folder: Path, code: bool) -> d
 
     from gptjax.assemble import assemble, check_divisible
     from gptjax.data.packing import example_batch
+    from gptjax.lint import findings
     from gptjax.sharding import abstract, make_mesh
     from gptjax.train import compile_step, in_background
 
@@ -132,10 +132,14 @@ def _compile(config: TrainConfig, target: Target, folder: Path, code: bool) -> d
         batch = abstract(example_batch(config.data.batch_size, config.data.length), mesh)
         step = compile_step(parts.step, mesh, state, {}, batch).lower(state, {}, batch)
         thread = in_background(step.compile, mesh)
+
+        def lint(program: str) -> list[str]:
+            return findings(config, dict(mesh.shape), state, batch, program)
+
         while target.tpu and not code and not thread.done():
-            found = _from_files(folder)
-            if found:
-                return found
+            if files := _files(folder):
+                assignment, program = files
+                return {"fits": True, "findings": lint(program)} | memory_of(assignment)
             time.sleep(0.05)
     try:
         compiled = thread.result()
@@ -148,7 +152,7 @@ def _compile(config: TrainConfig, target: Target, folder: Path, code: bool) -> d
     return {
         "fits": True, "code": True, "arguments": stats.argument_size_in_bytes, "outputs": stats.output_size_in_bytes,
         "aliases": stats.alias_size_in_bytes, "temporaries": stats.temp_size_in_bytes,
-        "findings": [],
+        "findings": lint(compiled.as_text()),
     }  # fmt: skip
 
 
@@ -175,13 +179,15 @@ def _too_much(message: str) -> str:
     return f"temporaries of {found[1]}iB, memory of {found[2]}iB" if found else message.splitlines()[0][:200]
 
 
-def _from_files(folder: Path) -> dict[str, Any] | None:
-    """The memory of the step from the files that XLA writes once it is laid out; None: not there yet."""
-    with contextlib.suppress(StopIteration):
-        next(folder.glob(f"*{_MODULE}*after_optimizations_after_buffer_assignment.txt"))  # written after the others
-        assignment = next(folder.glob(f"*{_MODULE}*after_optimizations-buffer-assignment.txt")).read_text()
-        return {"fits": True, "findings": []} | memory_of(assignment)
-    return None
+def _files(folder: Path) -> tuple[str, str] | None:
+    """The buffer assignment and the program that XLA writes once memory is laid out; None: not there yet."""
+    names = ("after_optimizations-buffer-assignment", "after_optimizations_after_buffer_assignment")  # in this order
+    found = [next(folder.glob(f"*{_MODULE}*{name}.txt"), None) for name in names]
+    if found[0] is None or found[1] is None:
+        return None
+    assignment, program = (path.read_text(encoding="utf-8", errors="replace") for path in found if path)
+    # The last file may still be written: a whole one ends its last computation.
+    return (assignment, program) if program.rstrip().endswith("}") else None
 
 
 def memory_of(assignment: str) -> dict[str, int]:

@@ -11,11 +11,11 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
-from gptjax.config import TrainConfig
+from gptjax.config import ModelConfig, TrainConfig
 from gptjax.losses import CHUNK_BYTES
 from gptjax.scaling.counts import padded_vocab
 from gptjax.sharding import AXES, sharding_of
@@ -82,49 +82,67 @@ class Memory:
         return self.gradients + self.weights + self.activations + self.logits
 
 
-def step_memory(
-    config: TrainConfig, shapes: Any, sizes: Mapping[str, int], *, tiles: bool, kept: Temporaries = Temporaries()
-) -> Memory:
-    """Memory of a step of these settings on a mesh of these sizes; `shapes` is the state's, from jax.eval_shape.
+class StateBytes(NamedTuple):
+    """Bytes of a run's state on each device."""
 
-    With `tiles` arrays are filled up as a TPU lays them out.
+    parameters: int
+    layers: int
+    """Those of the parameters that are the stacked layers."""
+    optimizer: int
+    layer: int
+    """float32 bytes of one layer's weights whole but for its tensor shard."""
+    largest: int
+    """Of the largest stack of the layers."""
+
+
+def state_bytes(config: TrainConfig, shapes: Any, sizes: Mapping[str, int], *, tiles: bool) -> StateBytes:
+    """Bytes of the state on a mesh of these sizes; `shapes` is jax.eval_shape of its init.
+
+    With `tiles` arrays are filled up as a TPU lays them out. Raises InputError where a parameter does not divide.
     """
-    cfg, size = config.model, local_sizes(config, sizes)
     mesh = jax.sharding.AbstractMesh(tuple(sizes[a] for a in AXES), AXES)
     whole = jax.sharding.AbstractMesh(tuple(sizes["tensor"] if a == "tensor" else 1 for a in AXES), AXES)
-    item = 2 if cfg.dtype == "bfloat16" else 4
-    layers = _bytes(shapes.params["layers"], mesh, tiles)
-    parameters = _bytes(shapes.params, mesh, tiles)
-    rest = parameters - layers
-    more = {"key_W": shapes.key_W, "step": shapes.step, "updates": shapes.updates}
-    optimizer = _bytes(shapes.opt_state, mesh, tiles) + _bytes(shapes.ema, mesh, tiles) + _bytes(more, mesh, tiles)
+    stacks = {name: _bytes({name: x}, mesh, tiles) for name, x in shapes.params["layers"].items()}
+    parameters = sum(stacks.values()) + _bytes({n: x for n, x in shapes.params.items() if n != "layers"}, mesh, tiles)
+    counters = {"key_W": shapes.key_W, "step": shapes.step, "updates": shapes.updates}
+    optimizer = _bytes((shapes.opt_state, shapes.ema, counters), mesh, tiles)
+    layer = _bytes(shapes.params["layers"], whole, False) // config.model.num_layers
+    return StateBytes(parameters, sum(stacks.values()), optimizer, layer, max(stacks.values()))
 
-    rows, V, D = size["B"], size["V"], cfg.width
+
+def step_memory(
+    config: TrainConfig, state: StateBytes, sizes: Mapping[str, int], *, tiles: bool, kept: Temporaries = Temporaries()
+) -> Memory:
+    """Memory of a step of these settings, model.attention chosen (not auto), on a mesh of these sizes."""
+    cfg, size = config.model, local_sizes(config, sizes)
+    item = item_size(cfg)
+    rows, V, D, layers = size["B"], size["V"], cfg.width, state.layers
     stream, hidden = item * rows * size["L"] * D, item * rows * size["L"] * size["F"]
-    layer = _bytes(shapes.params["layers"], whole, False) // 4 * item // cfg.num_layers
     saved = cfg.num_layers * saved_by_layer(config, size, item, tiles)
 
     # What lives through the whole backward pass: copies of this device's weights, the float32 gradient of the head
     # (by then also the embedding's), and the sums of all gradients where there are several micro-batches.
     head_gradient = 4 * V * D // sizes["fsdp"]
-    summed = parameters if config.optim.accumulate > 1 else 0
+    summed = state.parameters if config.optim.accumulate > 1 else 0
     copies = layers // 2
     attention = kept.stream * stream + (
         kept.scores[cfg.remat] * scores
-        if (scores := _scores(config, size))
+        if (scores := score_count(config, size))
         else kept.heads * item * rows * size["L"] * size["H"] * _head(config, size, tiles)
     )
+    if cfg.attention == "cudnn" and config.data.several_documents:
+        attention += 2 * rows * size["L"] * size["M"]  # its mask
     mlp = kept.stream * stream + (kept.gated if cfg.activation == "swiglu" else kept.hidden) * hidden
-    gathered = kept.gathered * layer if sizes["fsdp"] > 1 else 0
+    gathered = kept.gathered * state.layer // 4 * item if sizes["fsdp"] > 1 else 0
     backward = max(attention, mlp) + gathered + layers
     logits = 1.5 * _chunk(config, sizes, size)
     pieces = kept.head_pieces / PIECEWISE if sizes["fsdp"] == PIECEWISE else kept.head + (0 if cfg.tied else kept.untied)
-    heads = pieces * item * V * D
+    # A float32 matrix is gathered as it is and multiplied as bfloat16, as a TPU does by default.
+    heads = pieces * (item / 2 + 1) * V * D
     loss = logits + heads + 2 * stream
     lives = summed + head_gradient
-    largest = max(_bytes({n: x}, mesh, tiles) for n, x in shapes.params["layers"].items())
     arrays = kept.muon + (kept.muon_shared if sizes["fsdp"] > 1 else 0)
-    update = layers + arrays * largest - saved - copies if config.optim.kind == "muon" else 0
+    update = layers + arrays * state.largest - saved - copies if config.optim.kind == "muon" else 0
     if update > max(loss, backward):
         gradients, weights, temporary, logits = lives + layers + update, 0, -saved, 0
     elif loss > backward:
@@ -132,7 +150,7 @@ def step_memory(
     else:
         gradients, weights, temporary, logits = lives + layers, copies + gathered, max(attention, mlp), 0
     return Memory(
-        parameters=parameters, optimizer=optimizer, gradients=round(gradients), weights=round(weights),
+        parameters=state.parameters, optimizer=state.optimizer, gradients=round(gradients), weights=round(weights),
         activations=round(saved + temporary), logits=round(logits),
         batch=5 * padded((rows * config.optim.accumulate, size["L"]), 4, tiles),
     )  # fmt: skip
@@ -163,11 +181,13 @@ def saved_by_layer(config: TrainConfig, size: Mapping[str, int], item: int, tile
         return item * (stream + sum(named[n] for n in cfg.remat_names))
     if cfg.remat == "dots":
         return item * (2 * stream + query + 2 * key + products)
-    # Each norm keeps two float32 arrays; GELU, which is computed in float32, four.
-    norms = 4 * stream * 2 * (1 if cfg.parallel else 2)
-    inside = {"swiglu": 6 * item, "relu2": 3 * item, "gelu": 16 + item}[cfg.activation] * tokens * size["F"]
+    # Each norm keeps two float32 arrays; GELU, which is computed in float32, four. Where the products are float32 too,
+    # the stream and what enters the GELU are among these.
+    norms, also = 4 * stream * 2 * (1 if cfg.parallel else 2), 0 if item == 4 else 1
+    inside = {"swiglu": 6 * item, "relu2": 3 * item, "gelu": 16 + item * also}[cfg.activation] * tokens * size["F"]
     kernel = item * stream if cfg.attention == "splash" else 0
-    return norms + 2 * item * stream + inside + 2 * item * (query + key) + kernel + (4 + item) * _scores(config, size)
+    kept = norms + 2 * item * also * stream + inside + 2 * item * (query + key) + kernel
+    return kept + (4 + item) * score_count(config, size)
 
 
 def _head(config: TrainConfig, size: Mapping[str, int], tiles: bool) -> int:
@@ -175,16 +195,14 @@ def _head(config: TrainConfig, size: Mapping[str, int], tiles: bool) -> int:
     return -(-size["K"] // 128) * 128 if config.model.attention == "splash" and tiles else size["K"]
 
 
-def _scores(config: TrainConfig, size: Mapping[str, int]) -> int:
-    """Scores of one layer that plain attention holds; the others hold none."""
-    if attention_of(config) != "plain":
-        return 0
-    return size["B"] * size["H"] * size["L"] * size["M"]
+def score_count(config: TrainConfig, size: Mapping[str, int]) -> int:
+    """Scores of one layer that plain attention holds on a device; the others hold none."""
+    return size["B"] * size["H"] * size["L"] * size["M"] if config.model.attention == "plain" else 0
 
 
-def attention_of(config: TrainConfig) -> str:
-    """plain, or any other word where memory is linear in length."""
-    return config.model.attention
+def item_size(cfg: ModelConfig) -> int:
+    """Bytes of a number in the type of products."""
+    return 2 if cfg.dtype == "bfloat16" else 4
 
 
 def _chunk(config: TrainConfig, sizes: Mapping[str, int], size: Mapping[str, int]) -> int:
