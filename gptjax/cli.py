@@ -100,14 +100,17 @@ def pretrain(args: list[str]) -> int:
     return 0
 
 
+PLAN = "gptjax plan RECIPE [--topology KIND:SIZE] [--json FILE] [--out FILE] [--compiles N]"
+
+
 def plan(args: list[str]) -> int:
-    """plan RECIPE              memory, speed and price of a recipe on --topology v5e:4x4, h100:8, ..., before any bill"""
+    """plan RECIPE              memory, speed and price on --topology v5e:4x4, h100:8 ..., before any bill"""
     name, args = _positional(args, "RECIPE", "gptjax plan configs/llama_8b.py --topology v5p:4x4x4")
     os.environ["JAX_PLATFORMS"] = "cpu"  # a GPU or TPU that is here is not taken
     from gptjax.flags import load_recipe, parse, take
 
     if name == "RECIPE":
-        parse(TrainConfig(), args, "gptjax plan RECIPE [--topology KIND:SIZE] [--json FILE] [--out FILE] [--compiles N]")
+        parse(TrainConfig(), args, PLAN)
     recipe, given = load_recipe(name), {}
     for flag in ("topology", "json", "out", "compiles", "size"):
         given[flag], args = take(args, flag)

@@ -21,9 +21,9 @@ ROWS = {
 
 # Within row 0 some modules stand on others; this is their order.
 GROUND = [
-    "xla_flags", "startup", "settings", "hardware", "plugins", "config", "digest", "flags", "sharding", "mup", "tokenizer",
-    "attention", "blockwise", "triangle", "backends", "rope", "fewrows", "products", "block", "losses", "scaling",
-    "lint",
+    "xla_flags", "startup", "settings", "hardware", "plugins", "config", "digest", "flags", "sharding", "mup",
+    "tokenizer", "attention", "blockwise", "triangle", "backends", "rope", "fewrows", "products", "block", "losses",
+    "scaling", "lint",
 ]  # fmt: skip
 
 DOORS = {

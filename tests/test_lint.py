@@ -21,10 +21,11 @@ P = jax.P
 # Sizes that no two dimensions share: the lint goes by sizes.
 SMALL = """--model.num-layers 2 --model.width 48 --model.num-heads 4 --model.head-dim 20 --data.length 40
 --model.mlp-ratio 3.0 --tokenizer.vocab-size 300""".split()
-# One of each structure that the recipes have: mesh, remat, attention, family.
-STRUCTURES = ("gpt2_124m", "gpt2_1p5b", "gpt3_2p7b", "gpt3_175b", "llama_1b", "llama_8b", "modern")
-RECIPES = sorted({*STRUCTURES, "gpt2_355m", "gpt2_774m", "gpt3_125m", "gpt3_350m", "gpt3_760m", "gpt3_1p3b", "gpt3_6p7b",
-                  "gpt3_13b", "quickstart", "shakespeare_char"})  # fmt: skip
+# One of each structure that the recipes have: mesh, remat, attention, family. The first three differ most.
+STRUCTURES = ("gpt3_175b", "llama_8b", "gpt3_2p7b", "gpt2_124m", "gpt2_1p5b", "llama_1b", "modern")
+LATER = [pytest.param(name, marks=pytest.mark.exhaustive) for name in STRUCTURES[3:]]
+RECIPES = sorted({*STRUCTURES, "gpt2_355m", "gpt2_774m", "gpt3_125m", "gpt3_350m", "gpt3_760m", "gpt3_1p3b",
+                  "gpt3_6p7b", "gpt3_13b", "quickstart", "shakespeare_char"})  # fmt: skip
 
 
 def small(name: str) -> TrainConfig:
@@ -33,7 +34,7 @@ def small(name: str) -> TrainConfig:
     tensor = min(2, written.mesh.tensor)
     fsdp = min(8 // tensor, written.mesh.fsdp)
     mesh = MeshConfig(data=8 // tensor // fsdp, fsdp=fsdp, tensor=tensor)
-    accumulate = min(2, written.optim.accumulate)
+    accumulate = 2 if name == "gpt3_175b" else 1
     config = parse(dataclasses.replace(
         written,
         model=dataclasses.replace(written.model, queries_per_kv=min(2, written.model.queries_per_kv), window=0,
@@ -54,7 +55,7 @@ def linted(config: TrainConfig) -> list[str]:
     return findings(config, dict(mesh.shape), state, batch, program)
 
 
-@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("name", [*STRUCTURES[:3], *LATER])
 def test_the_structure_of_every_recipe_is_clean(name):
     assert linted(small(name)) == []
 
@@ -66,15 +67,14 @@ def test_a_decoder_without_activation_constraints_is_told_by_name(monkeypatch):
     assert any("BLD,DF->BLF" in line for line in found)
 
 
-def test_the_structures_are_those_of_all_recipes():
+def test_every_recipe_has_one_of_these_structures():
     def structure(name):
         config = load_recipe(name).config("pretrain")
         used = tuple(axis for axis in AXES if getattr(config.mesh, axis) > 1)
         return used, config.model.remat, config.model.positions, config.model.attention
 
-    assert {structure(name) for name in RECIPES} <= {structure(name) for name in STRUCTURES} | {
-        structure("quickstart"), structure("shakespeare_char")
-    }  # fmt: skip
+    told = {structure(name) for name in (*STRUCTURES, "quickstart", "shakespeare_char")}
+    assert {structure(name) for name in RECIPES} <= told
 
 
 @pytest.fixture(scope="module")

@@ -90,7 +90,9 @@ def compile_for(config: TrainConfig, target: Target, *, seconds: float = 600, co
                 command, env=env, input=json.dumps(asked), capture_output=True, text=True, timeout=seconds
             )
         except subprocess.TimeoutExpired:
-            raise InputError(f"compiling took more than {seconds:.0f} s; give fewer layers, or --model.unroll 1") from None
+            raise InputError(
+                f"compiling took more than {seconds:.0f} s; give fewer layers, or --model.unroll 1"
+            ) from None
         taken = time.perf_counter() - start
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if not lines:

@@ -135,8 +135,10 @@ def step_memory(
     mlp = kept.stream * stream + (kept.gated if cfg.activation == "swiglu" else kept.hidden) * hidden
     gathered = kept.gathered * state.layer // 4 * item if sizes["fsdp"] > 1 else 0
     backward = max(attention, mlp) + gathered + layers
-    logits = 1.5 * _chunk(config, sizes, size)
-    pieces = kept.head_pieces / PIECEWISE if sizes["fsdp"] == PIECEWISE else kept.head + (0 if cfg.tied else kept.untied)
+    logits = 1.5 * _chunk(size)
+    pieces = (
+        kept.head_pieces / PIECEWISE if sizes["fsdp"] == PIECEWISE else kept.head + (0 if cfg.tied else kept.untied)
+    )
     # A float32 matrix is gathered as it is and multiplied as bfloat16, as a TPU does by default.
     heads = pieces * (item / 2 + 1) * V * D
     loss = logits + heads + 2 * stream
@@ -205,12 +207,11 @@ def item_size(cfg: ModelConfig) -> int:
     return 2 if cfg.dtype == "bfloat16" else 4
 
 
-def _chunk(config: TrainConfig, sizes: Mapping[str, int], size: Mapping[str, int]) -> int:
+def _chunk(size: Mapping[str, int]) -> int:
     """Bytes of one chunk of float32 logits on a device: see losses.cross_entropy."""
-    limit = CHUNK_BYTES["tpu"]
-    pieces = next((n for n in range(1, size["L"] + 1)
-                   if size["L"] % n == 0 and 4 * size["B"] * (size["L"] // n) * size["V"] <= limit), size["L"])  # fmt: skip
-    return 4 * size["B"] * (size["L"] // pieces) * size["V"]
+    L, each = size["L"], 4 * size["B"] * size["V"]
+    fits = (n for n in range(1, L + 1) if L % n == 0 and each * (L // n) <= CHUNK_BYTES["tpu"])
+    return each * (L // next(fits, L))
 
 
 def _bytes(tree: Any, mesh: Any, tiles: bool) -> int:

@@ -12,7 +12,6 @@ from typing import Any
 from gptjax.config import TrainConfig
 from gptjax.hardware import PRICE_DATE, PRICE_SOURCES, Topology, topology
 from gptjax.plan.compiled import Compiled, Target, compile_for, has_libtpu
-from gptjax.plan.memory import Memory
 from gptjax.plan.search import MOST_COMPILES, MOST_SECONDS, SAFE, Candidate, Found, Planner
 from gptjax.scaling.counts import parameters
 from gptjax.settings import InputError, leaves
@@ -88,9 +87,9 @@ def compare(config: TrainConfig, say: Callable[[str], None]) -> dict[str, Any]:
         made = _costs(config, best, where)
         rows.append({"topology": name, "found": describe(best)} | made)
         say(
-            f"{name:10} {best.memory.total / GIB:5.1f} {where.chip.memory / GIB:5.0f} {made['tokens_per_second']:9,.0f} "
-            f"{best.speed.mfu:4.0%} {made['days']:6,.1f} {_dollars(made['dollars']):>13}  "
-            f"{shlex.join(to_flags(changes(config, best.config)))}"
+            f"{name:10} {best.memory.total / GIB:5.1f} {where.chip.memory / GIB:5.0f} "
+            f"{made['tokens_per_second']:9,.0f} {best.speed.mfu:4.0%} {made['days']:6,.1f} "
+            f"{_dollars(made['dollars']):>13}  {shlex.join(to_flags(changes(config, best.config)))}"
         )
     say(_prices())
     return {"offers": rows}
@@ -123,7 +122,7 @@ def to_flags(settings: dict[str, Any]) -> list[str]:
 def recipe_text(source: str, size: str, settings: dict[str, Any], topology_name: str) -> str:
     """A recipe that takes the settings of another and changes these."""
     given = f', "{size}"' if size else ""
-    return f'''"""The settings of {source} for {topology_name}, as gptjax plan found them: counted and compiled, not run."""
+    return f'''"""The settings of {source} for {topology_name}, as gptjax plan found them; they were not run."""
 
 from gptjax.config import TrainConfig
 from gptjax.flags import load_recipe
@@ -216,7 +215,9 @@ def _memory_lines(c: Candidate, limit: float, where: Topology) -> list[str]:
 
 def _check_on_cpu(c: Candidate, where: Topology, say: Callable[[str], None]) -> dict[str, Any]:
     """The count's check where there is no compiler for the device: the same step for as many fake CPU devices."""
-    model = dataclasses.replace(c.config.model, attention="blockwise" if c.config.model.attention != "plain" else "plain")
+    model = dataclasses.replace(
+        c.config.model, attention="blockwise" if c.config.model.attention != "plain" else "plain"
+    )
     config = dataclasses.replace(c.config, model=model)
     sizes = c.sizes
     counted = Planner(config, topology(f"cpu:{where.devices}")).candidate(config).memory.total
@@ -247,8 +248,8 @@ def _estimate(config: TrainConfig, c: Candidate, where: Topology, say: Callable[
     assert fast is not None
     say(
         f"estimate, by a roofline, not measured: {made['tokens_per_second']:,.0f} tokens/s, MFU {fast.mfu:.0%}, "
-        f"{fast.seconds:.3g} s a step (compute {fast.compute:.3g}, memory {fast.memory:.3g}, network {fast.network:.3g}, "
-        f"tensor {fast.tensor:.3g})"
+        f"{fast.seconds:.3g} s a step (compute {fast.compute:.3g}, memory {fast.memory:.3g}, network "
+        f"{fast.network:.3g}, tensor {fast.tensor:.3g})"
     )
     say(f"{config.steps:,} steps: {made['days']:,.1f} days, {_dollars(made['dollars'])}. {_prices()}")
     return made | {"price_date": PRICE_DATE, "price_sources": PRICE_SOURCES}
@@ -281,8 +282,8 @@ def _on_cpu(planner: Planner, compiles: int, say: Callable[[str], None]) -> dict
         found = written.compiled = compile_for(written.config, Target(devices=planner.topology.devices))
         here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / planner.topology.devices
         say(
-            f"  compiled for {planner.topology.devices} fake CPU devices in {found.seconds:.0f} s: {found.total / GIB:.3f} "
-            f"GiB; this machine has {here / GIB:.1f} for each"
+            f"  compiled for {planner.topology.devices} fake CPU devices in {found.seconds:.0f} s: "
+            f"{found.total / GIB:.3f} GiB; this machine has {here / GIB:.1f} for each"
         )
         say(f"sharding lint: {'; '.join(found.findings) or 'nothing'}")
     return {"as_written": describe(written)}

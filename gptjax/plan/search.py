@@ -92,11 +92,15 @@ class Planner:
         if math.prod(filled.values()) != devices:
             raise InputError(f"{shown} does not cover the {devices} devices of {self.topology.name}")
         if not self._laid_out(list(filled.values())):
-            raise InputError(f"jax can't lay {shown} on {self.topology.name}: each axis takes whole dimensions of a slice")
+            raise InputError(
+                f"jax can't lay {shown} on {self.topology.name}: each axis takes whole dimensions of a slice"
+            )
         rows, parts = self.config.data.batch_size, self.config.optim.accumulate
         shards = filled["data"] * filled["fsdp"] * parts
         if rows % shards:
-            raise InputError(f"data.batch_size={rows} does not divide over mesh.data x mesh.fsdp x accumulate = {shards}")
+            raise InputError(
+                f"data.batch_size={rows} does not divide over mesh.data x mesh.fsdp x accumulate = {shards}"
+            )
         return self.candidate(dataclasses.replace(self.config, mesh=MeshConfig(**filled)))
 
     def search(
