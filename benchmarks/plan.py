@@ -22,6 +22,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import jax
 from facts import facts, write_report
 
 from gptjax.config import TrainConfig
@@ -77,6 +78,7 @@ def main() -> None:
     parser.add_argument("--cpu", type=int, default=0, help="compile for so many fake CPU devices instead")
     parser.add_argument("--layers", type=int, nargs="*", default=[], help="time compiling with so many layers instead")
     args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed here: a TPU or GPU stays free
     report: dict[str, Any] = facts("compiled for, not run on", "jax", "jaxlib", "libtpu")
     if args.layers:
         report["layers"] = [compile_time(n) for n in args.layers]

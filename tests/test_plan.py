@@ -69,7 +69,7 @@ def test_the_state_is_counted_to_the_byte():
     counted = state_bytes(config, shapes, {"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, tiles=False)
     assert counted.parameters + counted.optimizer == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
     shared = state_bytes(config, shapes, {"data": 2, "fsdp": 8, "tensor": 4, "context": 1}, tiles=False)
-    assert counted.parameters / 32 <= shared.parameters < 1.001 * counted.parameters / 32
+    assert counted.parameters / 32 <= shared.parameters < 1.01 * counted.parameters / 32
     assert counted.layer * 32 == counted.layers and shared.layer * 4 < 1.01 * counted.layer
 
 
@@ -149,7 +149,7 @@ def test_the_search_compiles_six_times_at_most_and_believes_the_compiler(planner
     assert best is not None and best.compiled.total <= limit and len(asked) <= 6
     assert asked == sorted(asked, reverse=True)  # nothing that needs more than what did not fit
     asked.clear()
-    assert planner.search(compiler(99)).best is None and len(asked) == 6 and asked[-1] <= SAFE * limit
+    assert planner.search(compiler(99)).best is None and 1 < len(asked) <= 6 and asked[-1] <= SAFE * limit
     asked.clear()
     assert planner.search(compiler(1.0), seconds=0).best is None and not asked
 

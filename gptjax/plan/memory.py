@@ -29,6 +29,8 @@ class Temporaries:
         default_factory=lambda: {"none": 6.0, "full": 8.0, "names": 8.0, "dots": 9.0, "offload": 8.0}
     )
     """Bytes a score (rows x heads x length x keys) in plain attention's gradient, by model.remat."""
+    float32: float = 1.0
+    """More of them where the products are float32."""
     stream: float = 6.0
     """Arrays of rows x length x width, in attention's gradient and in the MLP's."""
     hidden: float = 4.0
@@ -126,7 +128,7 @@ def step_memory(
     summed = state.parameters if config.optim.accumulate > 1 else 0
     copies = layers // 2
     attention = kept.stream * stream + (
-        kept.scores[cfg.remat] * scores
+        (kept.scores[cfg.remat] + (kept.float32 if item == 4 else 0)) * scores
         if (scores := score_count(config, size))
         else kept.heads * item * rows * size["L"] * size["H"] * _head(config, size, tiles)
     )
