@@ -2,6 +2,7 @@
 
     python benchmarks/plan.py --out benchmarks/results
     python benchmarks/plan.py --cpu 8 --out benchmarks/results
+    python benchmarks/plan.py --again benchmarks/results/DATE_plan.json --out benchmarks/results
     python benchmarks/plan.py --layers 12 24 48 96 --out benchmarks/results
 
 Needs libtpu (pip install 'gptjax[tpu-plan]'), and no TPU: everything is compiled for slices that are not here, nothing
@@ -10,12 +11,13 @@ arguments' memory, temporaries, from the compiler's buffer assignment. FITTED ar
 of plan/memory.py's Temporaries were chosen. Held-out settings are drawn at random by a seed, after those numbers were
 fixed; those that take less than 1 GiB are given apart, since a chip's own fast memory then holds a good part. Settings
 that do not fit, or that jax can't lay on the slice, are counted and left out. --cpu does the same for some settings on
-fake CPU devices. --layers times tracing, lowering and the whole compilation for a TPU slice with layers scanned, each
-in a process of its own.
+fake CPU devices. --again counts the settings of an earlier report anew, with its compiled bytes. --layers times processes that
+trace, lower and compile GPT-2's step with so many layers, scanned: for a CPU device, all of it; for a TPU slice until
+its memory is laid out.
 """
 
 import argparse
-import dataclasses
+import json
 import random
 import shlex
 import statistics
@@ -25,7 +27,6 @@ from typing import Any
 import jax
 from facts import facts, write_report
 
-from gptjax.config import TrainConfig
 from gptjax.flags import load_recipe, parse
 from gptjax.hardware import topology
 from gptjax.plan.compiled import Target, compile_for
@@ -68,6 +69,7 @@ DRAWN = {
     "gpt3_2p7b": ((1024, 2048), ("v5e:4x8", "v6e:4x4", "v5p:2x2x4")),
 }
 SMALL = 2**30
+KNOWN: dict[tuple[str, str, str], dict[str, Any]] = {}  # of an earlier report
 
 
 def main() -> None:
@@ -76,24 +78,41 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=36, help="settings to draw (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=6, help="of the draw (default: %(default)s)")
     parser.add_argument("--cpu", type=int, default=0, help="compile for so many fake CPU devices instead")
+    parser.add_argument("--again", type=Path, help="an earlier report, whose compiled bytes are taken")
     parser.add_argument("--layers", type=int, nargs="*", default=[], help="time compiling with so many layers instead")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # nothing is computed here: a TPU or GPU stays free
     report: dict[str, Any] = facts("compiled for, not run on", "jax", "jaxlib", "libtpu")
+    if args.again:
+        earlier = json.loads(args.again.read_text())
+        report["compiled_by"] = {name: earlier[name] for name in ("date", "commit", "versions")}
+        fitted, held_out = earlier["fitted"], earlier["held_out"]
+        KNOWN.update({_key(r): r for r in fitted + held_out})
+    else:
+        fitted = held_out = []
     if args.layers:
         report["layers"] = [compile_time(n) for n in args.layers]
-        lines = [f"{x['layers']:4} layers: {x['seconds']:.1f} s" for x in report["layers"]]
+        lines = [
+            f"{x['layers']:4} layers: {x['cpu']:.1f} s for a CPU, {x['tpu']:.1f} s for v5e:2x4 until its memory"
+            for x in report["layers"]
+        ]
     elif args.cpu:
         report["cpu"] = [measured(*s) for s in on_cpu(args.cpu)]
         lines = [table(report["cpu"]), f"fake CPU devices: {summary(report['cpu'])}"]
     else:
-        report["fitted"] = [measured(*s) for s in map(setting, FITTED)]
-        report["held_out"] = [measured(*s) for s in drawn(args.held_out, args.seed)]
+        first = [*map(_key, fitted)] or [*map(setting, FITTED)]
+        second = [*map(_key, held_out), *drawn(args.held_out, args.seed)]
+        report["fitted"] = [measured(*s) for s in first]
+        report["held_out"] = [measured(*s) for s in dict.fromkeys(second)]
         lines = [table(report["fitted"] + report["held_out"])]
         lines += [f"{name}: {summary(report[name.replace('-', '_')])}" for name in ("fitted", "held-out")]
     path = write_report(report, args.out, "plan_layers" if args.layers else "plan_cpu" if args.cpu else "plan")
     print("\n".join(lines))
     print(f"wrote {path}")
+
+
+def _key(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["for"], row["recipe"], row["flags"]
 
 
 def setting(row: tuple) -> tuple[str, str, str]:
@@ -138,8 +157,14 @@ def measured(place: str, recipe: str, flags: str) -> dict[str, Any]:
     row: dict[str, Any] = {"for": place, "recipe": recipe, "flags": flags}
     where, config = topology(place), load_recipe(recipe).config("pretrain")
     config = parse(config, shlex.split(flags), "benchmark")
+    known = KNOWN.get((place, recipe, flags), {})
+    if "left_out" in known:
+        return known
     try:
         counted = Planner(config, where).as_written()
+        if known:
+            total = counted.memory.total
+            return known | {"counted": total, "error": round(total / known["compiled"] - 1, 4)}
         target = Target(devices=where.devices, tpu=where.libtpu, megacore=where.kind == "v4")
         compiled = compile_for(counted.config, target)
     except InputError as e:
@@ -155,12 +180,14 @@ def measured(place: str, recipe: str, flags: str) -> dict[str, Any]:
 
 
 def compile_time(layers: int) -> dict[str, float]:
-    """Seconds of the whole process that compiles GPT-2's step with so many layers for a TPU slice, machine code too."""
-    config: TrainConfig = parse(load_recipe("gpt2_124m").config("pretrain"), shlex.split(
-        f"--model.num-layers {layers} --data.batch-size 8 --optim.accumulate 1 --model.remat full --mesh.data 1 "
-        f"--mesh.fsdp 8"), "benchmark")  # fmt: skip
-    found = compile_for(dataclasses.replace(config), Target(devices=8, tpu="v5e:2x4"), code=True)
-    return {"layers": layers, "seconds": found.seconds, "compiled": found.total}
+    """Seconds of the processes that compile GPT-2's step with so many layers, from their start to their end."""
+    flags = f"--model.num-layers {layers} --data.batch-size 8 --optim.accumulate 1 --model.remat full --mesh.data 1"
+    one, eight = (
+        parse(load_recipe("gpt2_124m").config("pretrain"), shlex.split(f"{flags} --mesh.fsdp {n}"), "benchmark")
+        for n in (1, 8)
+    )
+    cpu, tpu = compile_for(one, Target(devices=1)), compile_for(eight, Target(devices=8, tpu="v5e:2x4"))
+    return {"layers": layers, "cpu": cpu.seconds, "tpu": tpu.seconds, "cpu_bytes": cpu.total, "tpu_bytes": tpu.total}
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
