@@ -11,14 +11,15 @@ arguments' memory, temporaries, from the compiler's buffer assignment. FITTED ar
 of plan/memory.py's Temporaries were chosen. Held-out settings are drawn at random by a seed, after those numbers were
 fixed; those that take less than 1 GiB are given apart, since a chip's own fast memory then holds a good part. Settings
 that do not fit, or that jax can't lay on the slice, are counted and left out. --cpu does the same for some settings on
-fake CPU devices. --again counts the settings of an earlier report anew, with its compiled bytes. --layers times processes that
-trace, lower and compile GPT-2's step with so many layers, scanned: for a CPU device, all of it; for a TPU slice until
-its memory is laid out.
+fake CPU devices. --again counts the settings of an earlier report anew, with its compiled bytes. --layers times
+processes that trace, lower and compile GPT-2's step with so many layers, scanned: for a CPU device, all of it; for a
+TPU slice until its memory is laid out. Their processor seconds, of all threads, are of use on a busy machine.
 """
 
 import argparse
 import json
 import random
+import resource
 import shlex
 import statistics
 from pathlib import Path
@@ -93,7 +94,8 @@ def main() -> None:
     if args.layers:
         report["layers"] = [compile_time(n) for n in args.layers]
         lines = [
-            f"{x['layers']:4} layers: {x['cpu']:.1f} s for a CPU, {x['tpu']:.1f} s for v5e:2x4 until its memory"
+            f"{x['layers']:4} layers: {x['cpu']:.1f} s for a CPU (processor {x['cpu_processor']:.1f}), "
+            f"{x['tpu']:.1f} s for v5e:2x4 until its memory (processor {x['tpu_processor']:.1f})"
             for x in report["layers"]
         ]
     elif args.cpu:
@@ -186,8 +188,16 @@ def compile_time(layers: int) -> dict[str, float]:
         parse(load_recipe("gpt2_124m").config("pretrain"), shlex.split(f"{flags} --mesh.fsdp {n}"), "benchmark")
         for n in (1, 8)
     )
-    cpu, tpu = compile_for(one, Target(devices=1)), compile_for(eight, Target(devices=8, tpu="v5e:2x4"))
-    return {"layers": layers, "cpu": cpu.seconds, "tpu": tpu.seconds, "cpu_bytes": cpu.total, "tpu_bytes": tpu.total}
+    used = [resource.getrusage(resource.RUSAGE_CHILDREN)]
+    made = []
+    for config, target in ((one, Target(devices=1)), (eight, Target(devices=8, tpu="v5e:2x4"))):
+        made.append(compile_for(config, target))
+        used.append(resource.getrusage(resource.RUSAGE_CHILDREN))
+    spent = [b.ru_utime + b.ru_stime - a.ru_utime - a.ru_stime for a, b in zip(used, used[1:])]
+    return {
+        "layers": layers, "cpu": made[0].seconds, "cpu_processor": round(spent[0], 2), "cpu_bytes": made[0].total,
+        "tpu": made[1].seconds, "tpu_processor": round(spent[1], 2), "tpu_bytes": made[1].total,
+    }  # fmt: skip
 
 
 def summary(rows: list[dict[str, Any]]) -> str:

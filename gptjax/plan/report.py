@@ -12,7 +12,7 @@ from typing import Any
 from gptjax.config import TrainConfig
 from gptjax.hardware import PRICE_DATE, PRICE_SOURCES, Topology, topology
 from gptjax.plan.compiled import Compiled, Target, compile_for, has_libtpu
-from gptjax.plan.search import MOST_COMPILES, MOST_SECONDS, SAFE, Candidate, Found, Planner
+from gptjax.plan.search import MOST_COMPILES, MOST_SECONDS, SAFE, Candidate, Found, Planner, with_attention
 from gptjax.scaling.counts import parameters
 from gptjax.settings import InputError, leaves
 
@@ -41,6 +41,7 @@ def plan(
     compiler = _compiler(where) if compiles > 0 and where.libtpu and has_libtpu() else None
     if where.libtpu and not has_libtpu():
         say(NO_LIBTPU)
+    _hint(config, where, say)
     written = _as_written(planner, compiler, say)
     report["as_written"] = written and describe(written)
     used = int(written is not None and written.compiled is not None)
@@ -62,8 +63,10 @@ def plan(
     if not where.libtpu and compiles > 0:
         report["cpu_check"] = _check_on_cpu(best, where, say)
     report["estimate"] = _estimate(config, best, where, say)
-    lint = best.compiled.findings if best.compiled else ()
-    say("sharding lint: " + ("; ".join(lint) or ("nothing" if best.compiled else "not run, nothing was compiled")))
+    if best.compiled:
+        say(f"sharding lint: {'; '.join(best.compiled.findings) or 'nothing'}")
+    elif where.libtpu:
+        say("sharding lint: not run, for nothing was compiled")
     attention = config.model.attention  # what the devices choose is theirs to choose again
     return report, dataclasses.replace(best.config, model=dataclasses.replace(best.config.model, attention=attention))
 
@@ -163,6 +166,14 @@ def _headline(config: TrainConfig, where: Topology) -> str:
     )
 
 
+def _hint(config: TrainConfig, where: Topology, say: Callable[[str], None]) -> None:
+    """What the devices would choose where plain attention, which keeps all scores, was asked for."""
+    auto = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
+    chosen = with_attention(auto, where).model.attention
+    if config.model.attention == "plain" and chosen != "plain":
+        say(f"model.attention=plain holds every score; --model.attention auto would take {chosen} here")
+
+
 def _compiler(where: Topology) -> Callable[[TrainConfig, float], Compiled]:
     target = Target(devices=where.devices, tpu=where.libtpu, megacore=where.kind == "v4")
     return lambda config, seconds: compile_for(config, target, seconds=seconds)
@@ -215,23 +226,19 @@ def _memory_lines(c: Candidate, limit: float, where: Topology) -> list[str]:
 
 def _check_on_cpu(c: Candidate, where: Topology, say: Callable[[str], None]) -> dict[str, Any]:
     """The count's check where there is no compiler for the device: the same step for as many fake CPU devices."""
-    model = dataclasses.replace(
-        c.config.model, attention="blockwise" if c.config.model.attention != "plain" else "plain"
-    )
-    config = dataclasses.replace(c.config, model=model)
-    sizes = c.sizes
-    counted = Planner(config, topology(f"cpu:{where.devices}")).candidate(config).memory.total
     try:
+        name = "plain" if c.config.model.attention == "plain" else "blockwise"
+        config = dataclasses.replace(c.config, model=dataclasses.replace(c.config.model, attention=name))
+        counted = Planner(config, topology(f"cpu:{where.devices}")).candidate(config).memory.total
         found = compile_for(config, Target(devices=where.devices), seconds=MOST_SECONDS)
     except InputError as e:
         say(f"  check on fake CPU devices: {e}")
         return {"failure": str(e)}
-    c.compiled = None
     say(
-        f"  check: compiled for {where.devices} fake CPU devices, attention {model.attention}: {found.total / GIB:.2f} "
+        f"  check: compiled for {where.devices} fake CPU devices, attention {name}: {found.total / GIB:.2f} "
         f"GiB, counted {counted / GIB:.2f}; sharding lint: {'; '.join(found.findings) or 'nothing'}"
     )
-    return {"mesh": sizes, "compiled": found.total, "counted": counted, "findings": found.findings}
+    return {"mesh": c.sizes, "compiled": found.total, "counted": counted, "findings": found.findings}
 
 
 def _costs(config: TrainConfig, c: Candidate, where: Topology) -> dict[str, float]:

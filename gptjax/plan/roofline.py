@@ -87,10 +87,10 @@ def memory_traffic(config: TrainConfig, sizes: Mapping[str, int], memory: Memory
     tokens, N = size["B"] * size["L"], cfg.num_layers
     layer = parameters(cfg, config.tokenizer.vocab_size, 0)["matrices"] * item / sizes["tensor"]
     forward = item * tokens * (10 * cfg.width + (6 if cfg.activation == "swiglu" else 4) * size["F"]) * N
-    # Scores: float32 and the type of products, written and read by the softmax, its gradient and four products.
-    scores = (6 * 4 + 6 * item) * score_count(config, size) * N
-    saved = 2 * saved_by_layer(config, size, item, True) * N
     again = 0.0 if cfg.remat == "none" else 1.0
+    # Scores, float32 and in the type of products: the softmax and its product, and as much twice in the backward pass.
+    scores = (2 * 4 + 2 * item) * score_count(config, size) * N * (3 + again)
+    saved = 2 * saved_by_layer(config, size, item, True) * N
     micro = 3 * layer + forward * (3 + again) + scores + saved
     return config.optim.accumulate * micro + 2 * (memory.parameters + memory.optimizer) + memory.gradients
 
