@@ -102,6 +102,39 @@ def pretrain(args: list[str]) -> int:
     return 0
 
 
+PLAN = "gptjax plan RECIPE [--topology KIND:SIZE] [--json FILE] [--out FILE] [--compiles N]"
+
+
+def plan(args: list[str]) -> int:
+    """plan RECIPE              memory, speed and price on --topology v5e:4x4, h100:8 ..., before any bill"""
+    name, args = _positional(args, "RECIPE", "gptjax plan configs/llama_8b.py --topology v5p:4x4x4")
+    os.environ["JAX_PLATFORMS"] = "cpu"  # a GPU or TPU that is here is not taken
+    from gptjax.flags import load_recipe, parse, take
+
+    if name == "RECIPE":
+        parse(TrainConfig(), args, PLAN)
+    recipe, given = load_recipe(name), {}
+    for flag in ("topology", "json", "out", "compiles", "size"):
+        given[flag], args = take(args, flag)
+    place, out, size = given["topology"], given["out"], given["size"]
+    written = recipe.config("pretrain", size)
+    cfg = parse(written, args, f"gptjax plan {name}", recipe.doc)
+    from gptjax.plan import report
+
+    if place:
+        found, best = report.plan(cfg, place, report.check_compiles(given["compiles"]), print)
+        settings = {} if best is None else report.changes(written, best)
+        if out:
+            report.write_recipe(out, str(recipe.path), size, settings, place, best is not None)
+        _next(shlex.join(["gptjax", "pretrain", out or name, *([] if out else report.to_flags(settings))]))
+    else:
+        found = report.compare(cfg, print)
+        _next(f"gptjax plan {name} --topology v5e:4x4")
+    if given["json"]:
+        report.write(given["json"], report.to_json(found))
+    return 0
+
+
 def evaluate(args: list[str]) -> int:
     """eval RUN                 loss, perplexity and bits per byte on the validation split"""
     run, args = _positional(args, "RUN", "gptjax eval RUN")
@@ -183,6 +216,7 @@ VERBS: dict[str, Verb] = {
     "prepare": prepare,
     "data show": data_show,
     "data verify": data_verify,
+    "plan": plan,
     "pretrain": pretrain,
     "eval": evaluate,
     "generate": generate,

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.config import TrainConfig
+from gptjax.hardware import sheet_flops
 from gptjax.scaling.counts import flops_per_token
 from gptjax.settings import InputError
 
@@ -179,20 +180,6 @@ class Throughput:
         return steps * sum(self._laps) / len(self._laps) if self._laps else None
 
 
-# FLOP/s of dense matrix products from the makers' data sheets: bfloat16, and float32 as jax multiplies it by default
-# (TF32 on NVIDIA from Ampere on, one bfloat16 pass on TPU). T4 and V100 have float16 tensor cores only. A device of
-# jax is half a chip on TPU v2 and v3. The first entry whose words all occur in the device kind counts.
-PEAKS = {
-    "h200 nvl": (835.5e12, 417.5e12), "h200": (989.4e12, 494.7e12),
-    "h100 pcie": (756e12, 378e12), "h100 nvl": (835e12, 417.5e12),
-    "h100": (989.4e12, 494.7e12), "a100": (312e12, 156e12), "v100": (125e12, 15.7e12), "t4": (65e12, 8.1e12),
-    "l4": (121e12, 60e12), "a10g": (70e12, 35e12), "rtx 4090": (165.2e12, 82.6e12),
-    "tpu v6": (918e12, 918e12), "tpu v5 lite": (197e12, 197e12), "tpu v5e": (197e12, 197e12),
-    "tpu v5p": (459e12, 459e12), "tpu v5": (459e12, 459e12),
-    "tpu v4": (275e12, 275e12), "tpu v3": (61.5e12, 61.5e12), "tpu v2": (22.5e12, 22.5e12),
-}  # fmt: skip
-
-
 def peak_flops(dtype: str) -> tuple[float, str]:
     """FLOP/s of one device in this type, and where the number is from: "data sheet", or "measured" with a product."""
     device = jax.local_devices()[0]
@@ -211,15 +198,6 @@ def peak_flops(dtype: str) -> tuple[float, str]:
     # CPU devices, of which XLA makes as many as it is told to, share the cores.
     shared = jax.local_device_count() if device.platform == "cpu" else 1
     return 2 * size**3 / best / shared, "measured"
-
-
-def sheet_flops(kind: str, dtype: str) -> float | None:
-    """The data sheet's FLOP/s for a jax device kind; None for one unknown, a slice (MIG), or a laptop's version."""
-    words = kind.lower().replace("-", " ").split()
-    for name, (bfloat16, float32) in PEAKS.items():
-        if not {"mig", "laptop"} & set(words) and set(name.split()) <= set(words):
-            return bfloat16 if dtype == "bfloat16" else float32
-    return None
 
 
 class Progress:

@@ -1,0 +1,170 @@
+"""The chips that we know: speed, memory, network and price of each in one table, and slices or nodes of them by name.
+
+Speeds and sizes are the makers' data sheets. PRICES are list prices on demand; they are dated, and yours will differ.
+"""
+
+import difflib
+import math
+from dataclasses import dataclass
+
+from gptjax.settings import InputError
+
+PRICE_DATE = "2025-06"
+PRICE_SOURCES = "Google's Cloud TPU price list (US regions); AWS's EC2 price list (US East) for p5, p5en, p4de and p4d"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chip:
+    """What one device of jax is; bytes, bytes a second, FLOP/s of dense products. 0: not known, or there is none."""
+
+    bfloat16: float
+    float32: float
+    """As jax multiplies float32 by default: TF32 on NVIDIA from Ampere on, one bfloat16 pass on a TPU."""
+    memory: float = 0
+    bandwidth: float = 0
+    """Of the chip's own memory."""
+    link: float = 0
+    """Sent each second in a collective within a host (NVLink, PCIe) or along one axis of a torus, both ways."""
+    network: float = 0
+    """Of a chip's share of the network between hosts."""
+    host: int = 8
+    """Chips that share a host, or NVLink."""
+    torus: int = 0
+    """Dimensions of a TPU slice's torus; it has no hosts in the way."""
+    price: float = 0
+    """Dollars an hour."""
+    tpu: str = ""
+    """libtpu's name of its topologies."""
+
+    def flops(self, dtype: str) -> float:
+        return self.bfloat16 if dtype == "bfloat16" else self.float32
+
+
+_T, _G = 1e12, 1e9
+
+# The first entry whose words all occur in a jax device kind is that device. T4 and V100 have float16 tensor cores only.
+# A device of jax is half a chip on TPU v2 and v3. Memory is what a program can have, less than is printed on the box.
+CHIPS = {
+    "h200 nvl": Chip(bfloat16=835.5 * _T, float32=417.5 * _T, memory=140 * _G, bandwidth=4800 * _G, link=450 * _G,
+                     host=4),
+    "h200": Chip(bfloat16=989.4 * _T, float32=494.7 * _T, memory=140 * _G, bandwidth=4800 * _G, link=450 * _G,
+                 network=50 * _G, price=7.91),
+    "h100 pcie": Chip(bfloat16=756 * _T, float32=378 * _T, memory=79 * _G, bandwidth=2000 * _G, link=64 * _G),
+    "h100 nvl": Chip(bfloat16=835 * _T, float32=417.5 * _T, memory=93 * _G, bandwidth=3900 * _G, link=300 * _G, host=2),
+    "h100": Chip(bfloat16=989.4 * _T, float32=494.7 * _T, memory=79 * _G, bandwidth=3350 * _G, link=450 * _G,
+                 network=50 * _G, price=6.88),
+    "a100 40gb": Chip(bfloat16=312 * _T, float32=156 * _T, memory=39 * _G, bandwidth=1555 * _G, link=300 * _G,
+                      network=6.25 * _G, price=2.75),
+    "a100": Chip(bfloat16=312 * _T, float32=156 * _T, memory=79 * _G, bandwidth=2039 * _G, link=300 * _G,
+                 network=6.25 * _G, price=3.43),
+    "v100": Chip(bfloat16=125 * _T, float32=15.7 * _T),
+    "t4": Chip(bfloat16=65 * _T, float32=8.1 * _T),
+    "l4": Chip(bfloat16=121 * _T, float32=60 * _T, memory=22 * _G, bandwidth=300 * _G, link=32 * _G),
+    "a10g": Chip(bfloat16=70 * _T, float32=35 * _T, memory=22 * _G, bandwidth=600 * _G, link=32 * _G),
+    "rtx 4090": Chip(bfloat16=165.2 * _T, float32=82.6 * _T, memory=23 * _G, bandwidth=1008 * _G, link=32 * _G),
+    "tpu v6": Chip(bfloat16=918 * _T, float32=918 * _T, memory=31.25 * 2**30, bandwidth=1640 * _G, link=180 * _G,
+                   torus=2, price=2.70, tpu="v6e"),
+    "tpu v5 lite": Chip(bfloat16=197 * _T, float32=197 * _T, memory=15.75 * 2**30, bandwidth=819 * _G, link=90 * _G,
+                        torus=2, price=1.20, tpu="v5e"),
+    "tpu v5": Chip(bfloat16=459 * _T, float32=459 * _T, memory=95.74 * 2**30, bandwidth=2765 * _G, link=180 * _G,
+                   host=4, torus=3, price=4.20, tpu="v5p"),
+    "tpu v4": Chip(bfloat16=275 * _T, float32=275 * _T, memory=30.75 * 2**30, bandwidth=1228 * _G, link=90 * _G,
+                   host=4, torus=3, price=3.22, tpu="v4"),
+    "tpu v3": Chip(bfloat16=61.5 * _T, float32=61.5 * _T),
+    "tpu v2": Chip(bfloat16=22.5 * _T, float32=22.5 * _T),
+}  # fmt: skip
+# Other names of devices, and those that a topology goes by.
+ALIASES = {"tpu v5e": "tpu v5 lite", "tpu v5p": "tpu v5", "v4": "tpu v4", "v5e": "tpu v5 lite", "v5p": "tpu v5",
+           "v6e": "tpu v6", "a100-40gb": "a100 40gb", "a100-80gb": "a100", "rtx4090": "rtx 4090"}  # fmt: skip
+
+# What `gptjax plan --topology` takes.
+SLICES = ("v4", "v5e", "v5p", "v6e")
+NODES = ("h200", "h100", "a100", "a100-40gb", "l4", "rtx4090", "cpu")
+EXAMPLES = "v5e:4x4, v5p:2x2x4, h100:8, cpu:8"
+
+
+def sheet_flops(kind: str, dtype: str) -> float | None:
+    """The data sheet's FLOP/s for a jax device kind; None for one unknown, a slice (MIG), or a laptop's version."""
+    chip = chip_of(kind)
+    return chip.flops(dtype) if chip else None
+
+
+def chip_of(kind: str) -> Chip | None:
+    """The chip of a jax device kind; None for one unknown, a slice (MIG), or a laptop's version."""
+    words = set(kind.lower().replace("-", " ").split())
+    if {"mig", "laptop"} & words:
+        return None
+    names = [*CHIPS, *(name for name in ALIASES if name.startswith("tpu "))]
+    # The longest name first: "tpu v5 lite" before "tpu v5".
+    for name in sorted(names, key=lambda name: -len(name.split())):
+        if set(name.split()) <= words:
+            return CHIPS[ALIASES.get(name, name)]
+    return None
+
+
+@dataclass(frozen=True)
+class Topology:
+    """So many chips of a kind: a slice of TPUs by its shape, GPUs in hosts, or fake CPU devices."""
+
+    name: str
+    chip: Chip | None  # None: CPU devices, which are there to count memory
+    shape: tuple[int, ...]
+
+    @property
+    def devices(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def kind(self) -> str:
+        return self.name.partition(":")[0]
+
+    @property
+    def hosts(self) -> int:
+        return math.ceil(self.devices / self.chip.host) if self.chip else 1
+
+    @property
+    def libtpu(self) -> str:
+        """libtpu's name of it; empty where it is no slice of TPUs."""
+        return f"{self.chip.tpu}:{self.name.partition(':')[2]}" if self.chip and self.chip.tpu else ""
+
+    def bandwidth(self, devices: int, inner: int = 1) -> float:
+        """Bytes a second that each device sends in a collective of so many, `inner` devices lying between neighbours.
+
+        In a torus a group larger than its longest dimensions uses the links of several. On hosts of GPUs a group that
+        crosses hosts has the network's share, one within has NVLink.
+        """
+        assert self.chip is not None, "CPU devices have no network"
+        if not self.chip.torus:
+            within = devices * inner <= self.chip.host
+            return self.chip.link if within or not self.chip.network else self.chip.network
+        covered, used = 1, 0
+        for length in sorted(self.shape, reverse=True):
+            if covered >= devices:
+                break
+            covered, used = covered * length, used + (length > 1)
+        return self.chip.link * max(1, used)
+
+
+def topology(name: str) -> Topology:
+    """The topology of a name such as v5e:4x4, h100:8 or cpu:8; raises InputError naming what is known."""
+    kind, colon, size = name.lower().partition(":")
+    known = [*SLICES, *NODES]
+    what = f"wanted one of {', '.join(known)} with a size, e.g. {EXAMPLES}"
+    if kind not in known:
+        close = difflib.get_close_matches(kind, known, n=1)
+        raise InputError(f"--topology {name}: {kind or 'nothing'} is not known{_meant(close)}; {what}")
+    numbers = size.split("x")
+    if not colon or not all(n.isdecimal() and int(n) > 0 for n in numbers):
+        raise InputError(f"--topology {name}: no size; {what}")
+    shape = tuple(map(int, numbers))
+    if kind == "cpu":
+        return Topology(f"{kind}:{size}", None, (math.prod(shape),))
+    chip = CHIPS[ALIASES.get(kind, kind)]
+    if chip.torus and len(shape) != chip.torus:
+        example = {2: "4x4", 3: "2x2x4"}[chip.torus]
+        raise InputError(f"--topology {name}: a slice of {kind} has {chip.torus} dimensions, e.g. {kind}:{example}")
+    return Topology(f"{kind}:{size}", chip, shape if chip.torus else (math.prod(shape),))
+
+
+def _meant(close: list[str]) -> str:
+    return f"; did you mean {close[0]}?" if close else ""

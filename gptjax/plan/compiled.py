@@ -1,0 +1,217 @@
+"""The real training step compiled for devices that are not there, in a process of its own, and its memory a device.
+
+TPUs: libtpu compiles for any slice on a CPU. It lays out the memory within seconds and then writes machine code for a
+minute; with `code` left out, the process is stopped as soon as its memory is known from the files that XLA writes on
+the way. Anything else is compiled for that many fake CPU devices.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptjax.config import TrainConfig
+from gptjax.settings import InputError, build, leaves
+
+# libtpu looks for the machine that it is on unless it is told; the type named here is not that which is compiled for.
+TPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+_MODULE = "jit_train_step"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What to compile for: a TPU topology by libtpu's name, such as v5e:4x4, or so many fake CPU devices."""
+
+    devices: int
+    tpu: str = ""
+    megacore: bool = False
+    """The two cores of a chip are one device (v4, v5p)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """What the compiler said of a step: bytes on each device, or by how much it does not fit."""
+
+    fits: bool
+    seconds: float
+    arguments: int = 0
+    outputs: int = 0
+    aliases: int = 0
+    temporaries: int = 0
+    error: str = ""
+    findings: tuple[str, ...] = ()
+    """What the sharding lint says of the compiled program."""
+    code: bool = False
+    """The machine code was made too, not only the layout of the memory."""
+
+    @property
+    def total(self) -> int:
+        """Arguments, outputs that are not the arguments' own memory, and temporaries."""
+        return self.arguments + self.outputs - self.aliases + self.temporaries
+
+
+def has_libtpu() -> bool:
+    """Whether steps can be compiled for TPUs here."""
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def compile_for(config: TrainConfig, target: Target, *, seconds: float = 600, code: bool = False) -> Compiled:
+    """Compiles the step of these settings, all mesh sizes given, and reads its memory; takes at most so many seconds.
+
+    Raises InputError where the settings can't be compiled for another reason than too little memory, or not in time.
+    """
+    with tempfile.TemporaryDirectory(prefix="gptjax-plan-") as folder:
+        flags = f"--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re={_MODULE}"
+        env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+        if target.tpu:
+            env |= TPU_ENVIRONMENT
+        else:
+            env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={target.devices}"
+        root = str(Path(__file__).parent.parent.parent)
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [os.getcwd(), root, os.environ.get("PYTHONPATH", "")]))
+        asked = {"config": dict(leaves(config)), "target": dataclasses.asdict(target), "code": code, "folder": folder}
+        command = [sys.executable, "-m", "gptjax.plan.compiled"]
+        start = time.perf_counter()
+        try:
+            done = subprocess.run(
+                command, env=env, input=json.dumps(asked), capture_output=True, text=True, timeout=seconds
+            )
+        except subprocess.TimeoutExpired:
+            raise InputError(
+                f"compiling took more than {seconds:.0f} s; give fewer layers, or --model.unroll 1"
+            ) from None
+        taken = time.perf_counter() - start
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if not lines:
+        last = (done.stderr.strip().splitlines() or ["no word of why"])[-1]
+        raise InputError(f"the step can't be compiled: {last}")
+    found = json.loads(lines[-1])
+    if "input_error" in found:
+        raise InputError(found["input_error"])
+    return Compiled(**found | {"findings": tuple(found.get("findings", ())), "seconds": round(taken, 2)})
+
+
+def main() -> None:
+    """The process of its own: reads what to compile from stdin and prints one JSON object."""
+    asked = json.load(sys.stdin)
+    config, target = build(TrainConfig, asked["config"]), Target(**asked["target"])
+    try:
+        found = _compile(config, target, Path(asked["folder"]), asked["code"])
+    except InputError as e:
+        found = {"input_error": str(e)}
+    print(json.dumps(found), flush=True)
+    os._exit(0)  # the compiler may still be at work in a thread that nothing ends
+
+
+def _compile(config: TrainConfig, target: Target, folder: Path, code: bool) -> dict[str, Any]:
+    import jax
+
+    from gptjax.assemble import assemble, check_divisible
+    from gptjax.data.packing import example_batch
+    from gptjax.lint import findings
+    from gptjax.sharding import abstract, make_mesh
+    from gptjax.train import compile_step, in_background
+
+    devices = _devices(target)
+    mesh = make_mesh(config.mesh, devices)
+    check_divisible(config, mesh)
+    parts = assemble(config)
+    with jax.set_mesh(mesh):
+        state = abstract(jax.eval_shape(parts.init, 0), mesh)
+        batch = abstract(example_batch(config.data.batch_size, config.data.length), mesh)
+        step = compile_step(parts.step, mesh, state, {}, batch).lower(state, {}, batch)
+        thread = in_background(step.compile, mesh)
+
+        def lint(program: str) -> list[str]:
+            return findings(config, dict(mesh.shape), state, batch, program)
+
+        while target.tpu and not code and not thread.done():
+            if files := _files(folder):
+                assignment, program = files
+                return {"fits": True, "findings": lint(program)} | memory_of(assignment)
+            time.sleep(0.05)
+    try:
+        compiled = thread.result()
+    except jax.errors.JaxRuntimeError as e:
+        message = str(e)
+        if "RESOURCE_EXHAUSTED" not in message:
+            raise
+        return {"fits": False, "error": _too_much(message)}
+    stats = compiled.memory_analysis()
+    return {
+        "fits": True, "code": True, "arguments": stats.argument_size_in_bytes, "outputs": stats.output_size_in_bytes,
+        "aliases": stats.alias_size_in_bytes, "temporaries": stats.temp_size_in_bytes,
+        "findings": lint(compiled.as_text()),
+    }  # fmt: skip
+
+
+def _devices(target: Target) -> Any:
+    """The devices to compile for; jax then takes the CPU's place by theirs wherever we ask which platform it is."""
+    import jax
+
+    if not target.tpu:
+        return jax.devices()[: target.devices]
+    from jax.experimental import topologies
+
+    more = {"chip_config_name": "megacore"} if target.megacore else {}
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=target.tpu, **more).devices
+    except Exception as e:
+        raise InputError(f"libtpu knows no topology {target.tpu}: {str(e).splitlines()[0]}") from e
+    # This process computes nothing, and compiles for these devices alone: what the program asks about is them.
+    jax.default_backend = lambda: "tpu"
+    return devices
+
+
+def _too_much(message: str) -> str:
+    found = re.search(r"\(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)", message)
+    return f"temporaries of {found[1]}iB, memory of {found[2]}iB" if found else message.splitlines()[0][:200]
+
+
+def _files(folder: Path) -> tuple[str, str] | None:
+    """The buffer assignment and the program that XLA writes once memory is laid out; None: not there yet."""
+    names = ("after_optimizations-buffer-assignment", "after_optimizations_after_buffer_assignment")  # in this order
+    found = [next(folder.glob(f"*{_MODULE}*{name}.txt"), None) for name in names]
+    if found[0] is None or found[1] is None:
+        return None
+    assignment, program = (path.read_text(encoding="utf-8", errors="replace") for path in found if path)
+    # The last file may still be written: a whole one ends its last computation.
+    return (assignment, program) if program.rstrip().endswith("}") else None
+
+
+def memory_of(assignment: str) -> dict[str, int]:
+    """Bytes of arguments, outputs, aliases and temporaries in a device's main memory, from a buffer assignment.
+
+    Outputs that the donated state's memory holds are aliases. Other memories (color above 0) are on the chip.
+    """
+    arguments = outputs = aliases = temporaries = 0
+    for line in re.findall(r"^allocation \d+: (.*)$", assignment, re.MULTILINE):
+        size = int(re.match(r"size (\d+)", line)[1])  # pyright: ignore[reportOptionalSubscript]
+        if re.search(r"color [1-9]", line):
+            continue
+        if "parameter " in line:
+            arguments += size
+            aliases += size if "maybe-live-out" in line else 0
+            outputs += size if "maybe-live-out" in line else 0
+        elif "maybe-live-out" in line:
+            outputs += size
+        elif "preallocated-temp" in line:
+            temporaries += size
+    return {"arguments": arguments, "outputs": outputs, "aliases": aliases, "temporaries": temporaries}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""Memory of a training step on each device, from its settings alone: nothing is compiled.
+
+Where bytes are an array's, the formula is that array's, cut as sharding.py cuts it and, on a TPU, filled up to whole
+tiles. What no formula knows is how many temporaries of a layer the compiler keeps at the same time: the few numbers of
+`Temporaries` say so. They were chosen by what libtpu reports; benchmarks/plan.py measures how far off this model is,
+also on settings that were not used to choose them.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+
+from gptjax.config import ModelConfig, TrainConfig
+from gptjax.losses import CHUNK_BYTES
+from gptjax.scaling.counts import padded_vocab
+from gptjax.sharding import AXES, sharding_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Temporaries:
+    """How many arrays of each kind the compiler keeps at once in the backward pass of a layer, and in the loss."""
+
+    scores: Mapping[str, float] = dataclasses.field(
+        default_factory=lambda: {"none": 6.0, "full": 8.0, "names": 8.0, "dots": 9.0, "offload": 8.0}
+    )
+    """Bytes a score (rows x heads x length x keys) in plain attention's gradient, by model.remat."""
+    float32: float = 1.0
+    """More of them where the products are float32."""
+    stream: float = 6.0
+    """Arrays of rows x length x width, in attention's gradient and in the MLP's."""
+    hidden: float = 4.0
+    """Arrays of rows x length x MLP width in the MLP's gradient."""
+    gated: float = 6.0
+    """The same for an MLP with a gate."""
+    heads: float = 6.0
+    """Arrays of rows x length x heads in attention's gradient where it is no plain product: some are float32."""
+    gathered: float = 1.0
+    """Weights of one layer as other devices sent them, in the type of products, with fsdp."""
+    head: float = 2.0
+    """Copies of the head matrix, whole but for its tensor shard, in the type of products while the loss is computed."""
+    untied: float = 0.5
+    """The same of an embedding that is another matrix: one on v5e, none on v5p and v6e."""
+    head_pieces: float = 4.0
+    """Pieces of it, as one device holds them, where it is sent in pieces: PIECEWISE devices share it."""
+    muon: float = 10.0
+    """float32 arrays of the size of the largest stack of matrices in Muon's update, beside the gradient and update."""
+    muon_shared: float = 5.0
+    """More of them where devices share the matrices."""
+
+
+# libtpu multiplies with pieces of the head while others are on their way for some groups, and gathers it for others.
+# By what it decides was not found out; of groups of 8, 16, 32 and 64 it was those of 16.
+PIECEWISE = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on each device, by kind."""
+
+    parameters: int
+    optimizer: int
+    """Moments, averages of the parameters, counters."""
+    gradients: int
+    weights: int
+    """Copies of the weights in the type of products, of this device and gathered from others."""
+    activations: int
+    """What the forward pass keeps for the backward, and the temporaries of one layer."""
+    logits: int
+    """A chunk of logits and its gradient; 0 where a layer's backward pass, at another time, needs more."""
+    batch: int
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+    @property
+    def temporaries(self) -> int:
+        """What is neither state nor batch."""
+        return self.gradients + self.weights + self.activations + self.logits
+
+
+class StateBytes(NamedTuple):
+    """Bytes of a run's state on each device."""
+
+    parameters: int
+    layers: int
+    """Those of the parameters that are the stacked layers."""
+    optimizer: int
+    layer: int
+    """float32 bytes of one layer's weights whole but for its tensor shard."""
+    largest: int
+    """Of the largest stack of the layers."""
+
+
+def state_bytes(config: TrainConfig, shapes: Any, sizes: Mapping[str, int], *, tiles: bool) -> StateBytes:
+    """Bytes of the state on a mesh of these sizes; `shapes` is jax.eval_shape of its init.
+
+    With `tiles` arrays are filled up as a TPU lays them out. Raises InputError where a parameter does not divide.
+    """
+    mesh = jax.sharding.AbstractMesh(tuple(sizes[a] for a in AXES), AXES)
+    whole = jax.sharding.AbstractMesh(tuple(sizes["tensor"] if a == "tensor" else 1 for a in AXES), AXES)
+    stacks = {name: _bytes({name: x}, mesh, tiles) for name, x in shapes.params["layers"].items()}
+    parameters = sum(stacks.values()) + _bytes({n: x for n, x in shapes.params.items() if n != "layers"}, mesh, tiles)
+    counters = {"key_W": shapes.key_W, "step": shapes.step, "updates": shapes.updates}
+    optimizer = _bytes((shapes.opt_state, shapes.ema, counters), mesh, tiles)
+    layer = _bytes(shapes.params["layers"], whole, False) // config.model.num_layers
+    return StateBytes(parameters, sum(stacks.values()), optimizer, layer, max(stacks.values()))
+
+
+def step_memory(
+    config: TrainConfig, state: StateBytes, sizes: Mapping[str, int], *, tiles: bool, kept: Temporaries = Temporaries()
+) -> Memory:
+    """Memory of a step of these settings, model.attention chosen (not auto), on a mesh of these sizes."""
+    cfg, size = config.model, local_sizes(config, sizes)
+    item = item_size(cfg)
+    rows, V, D, layers = size["B"], size["V"], cfg.width, state.layers
+    stream, hidden = item * rows * size["L"] * D, item * rows * size["L"] * size["F"]
+    saved = cfg.num_layers * saved_by_layer(config, size, item, tiles)
+
+    # What lives through the whole backward pass: copies of this device's weights, the float32 gradient of the head
+    # (by then also the embedding's), and the sums of all gradients where there are several micro-batches.
+    head_gradient = 4 * V * D // sizes["fsdp"]
+    summed = state.parameters if config.optim.accumulate > 1 else 0
+    copies = layers // 2
+    attention = kept.stream * stream + (
+        (kept.scores[cfg.remat] + (kept.float32 if item == 4 else 0)) * scores
+        if (scores := score_count(config, size))
+        else kept.heads * item * rows * size["L"] * size["H"] * _head(config, size, tiles)
+    )
+    if cfg.attention == "cudnn" and config.data.several_documents:
+        attention += 2 * rows * size["L"] * size["M"]  # its mask
+    mlp = kept.stream * stream + (kept.gated if cfg.activation == "swiglu" else kept.hidden) * hidden
+    gathered = kept.gathered * state.layer // 4 * item if sizes["fsdp"] > 1 else 0
+    backward = max(attention, mlp) + gathered + layers
+    logits = 1.5 * _chunk(size)
+    pieces = (
+        kept.head_pieces / PIECEWISE if sizes["fsdp"] == PIECEWISE else kept.head + (0 if cfg.tied else kept.untied)
+    )
+    # A float32 matrix is gathered as it is and multiplied as bfloat16, as a TPU does by default.
+    heads = pieces * (item / 2 + 1) * V * D
+    loss = logits + heads + 2 * stream
+    lives = summed + head_gradient
+    arrays = kept.muon + (kept.muon_shared if sizes["fsdp"] > 1 else 0)
+    update = layers + arrays * state.largest - saved - copies if config.optim.kind == "muon" else 0
+    if update > max(loss, backward):
+        gradients, weights, temporary, logits = lives + layers + update, 0, -saved, 0
+    elif loss > backward:
+        gradients, weights, temporary = lives, copies + heads, 2 * stream
+    else:
+        gradients, weights, temporary, logits = lives + layers, copies + gathered, max(attention, mlp), 0
+    return Memory(
+        parameters=state.parameters, optimizer=state.optimizer, gradients=round(gradients), weights=round(weights),
+        activations=round(saved + temporary), logits=round(logits),
+        batch=5 * padded((rows * config.optim.accumulate, size["L"]), 4, tiles),
+    )  # fmt: skip
+
+
+def local_sizes(config: TrainConfig, sizes: Mapping[str, int]) -> dict[str, int]:
+    """The sizes of one device's part of a micro-batch, by letter; heads that do not divide stay whole."""
+    cfg, tensor = config.model, sizes["tensor"]
+    rows = config.data.batch_size // (sizes["data"] * sizes["fsdp"] * config.optim.accumulate)
+    heads, groups = (n // tensor if n % tensor == 0 else n for n in (cfg.num_heads, cfg.num_kv_heads))
+    return {
+        "B": rows, "L": config.data.length // sizes["context"], "M": config.data.length, "H": heads, "G": groups,
+        "K": cfg.head_size, "F": cfg.mlp_width // tensor, "V": padded_vocab(config.tokenizer.vocab_size) // tensor,
+    }  # fmt: skip
+
+
+def saved_by_layer(config: TrainConfig, size: Mapping[str, int], item: int, tiles: bool) -> int:
+    """Bytes that the forward pass of one layer keeps for its gradient, by model.remat: arrays of the block, counted."""
+    cfg = config.model
+    tokens, head = size["B"] * size["L"], _head(config, size, tiles)
+    stream, gated = tokens * cfg.width, cfg.activation == "swiglu"
+    products = tokens * size["F"] * (2 if gated else 1)
+    query, key = tokens * size["H"] * head, tokens * size["G"] * head
+    named = {"query": query, "key": key, "value": key, "attention": query, "mlp": products}
+    if cfg.remat == "full" or cfg.remat == "offload":
+        return item * stream
+    if cfg.remat == "names":
+        return item * (stream + sum(named[n] for n in cfg.remat_names))
+    if cfg.remat == "dots":
+        return item * (2 * stream + query + 2 * key + products)
+    # Each norm keeps two float32 arrays; GELU, which is computed in float32, four. Where the products are float32 too,
+    # the stream and what enters the GELU are among these.
+    norms, also = 4 * stream * 2 * (1 if cfg.parallel else 2), 0 if item == 4 else 1
+    inside = {"swiglu": 6 * item, "relu2": 3 * item, "gelu": 16 + item * also}[cfg.activation] * tokens * size["F"]
+    kernel = item * stream if cfg.attention == "splash" else 0
+    kept = norms + 2 * item * also * stream + inside + 2 * item * (query + key) + kernel
+    return kept + (4 + item) * score_count(config, size)
+
+
+def _head(config: TrainConfig, size: Mapping[str, int], tiles: bool) -> int:
+    """Numbers that one head of one token takes: splash's arrays end in heads, which a TPU fills up to 128."""
+    return -(-size["K"] // 128) * 128 if config.model.attention == "splash" and tiles else size["K"]
+
+
+def score_count(config: TrainConfig, size: Mapping[str, int]) -> int:
+    """Scores of one layer that plain attention holds on a device; the others hold none."""
+    return size["B"] * size["H"] * size["L"] * size["M"] if config.model.attention == "plain" else 0
+
+
+def item_size(cfg: ModelConfig) -> int:
+    """Bytes of a number in the type of products."""
+    return 2 if cfg.dtype == "bfloat16" else 4
+
+
+def _chunk(size: Mapping[str, int]) -> int:
+    """Bytes of one chunk of float32 logits on a device: see losses.cross_entropy."""
+    L, each = size["L"], 4 * size["B"] * size["V"]
+    fits = (n for n in range(1, L + 1) if L % n == 0 and each * (L // n) <= CHUNK_BYTES["tpu"])
+    return each * (L // next(fits, L))
+
+
+def _bytes(tree: Any, mesh: Any, tiles: bool) -> int:
+    """Bytes on each device of a tree of shapes, cut as their names say."""
+    total = 0
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        name = str(getattr(path[-1], "key", getattr(path[-1], "name", "")))
+        shape = sharding_of(name if x.shape else "", x.shape, mesh).shard_shape(x.shape)
+        total += padded(shape, x.dtype.itemsize, tiles)
+    return total
+
+
+@functools.cache
+def padded(shape: tuple[int, ...], item: int, tiles: bool) -> int:
+    """Bytes of an array; on a TPU its two fastest dimensions are filled up to tiles of 8 x 128.
+
+    XLA chooses which two dimensions these are, as we do here: those that waste least.
+    """
+    if not tiles:
+        return math.prod(shape) * item
+    if len(shape) < 2:
+        tile = 128 if math.prod(shape) <= 1024 else 1024
+        return max(512, -(-math.prod(shape) // tile) * tile * item)
+    best = math.inf
+    for minor in range(len(shape)):
+        for second in range(len(shape)):
+            if minor != second:
+                rows = min(8, 1 << (shape[second] - 1).bit_length())
+                filled = -(-shape[minor] // 128) * 128 * -(-shape[second] // rows) * rows
+                best = min(best, math.prod(shape) // (shape[minor] * shape[second]) * filled)
+    return int(best) * item

@@ -1,0 +1,309 @@
+"""`gptjax plan`: one screen and one JSON object on what a recipe needs on a topology, how fast it may be, its price."""
+
+import dataclasses
+import json
+import os
+import pprint
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gptjax.config import TrainConfig
+from gptjax.hardware import PRICE_DATE, PRICE_SOURCES, Topology, topology
+from gptjax.plan.compiled import Compiled, Target, compile_for, has_libtpu
+from gptjax.plan.search import MOST_COMPILES, MOST_SECONDS, SAFE, Candidate, Found, Planner, with_attention
+from gptjax.scaling.counts import parameters
+from gptjax.settings import InputError, leaves
+
+GIB = 2**30
+# What is compared where no topology is asked for.
+OFFERS = ("v5e:4x4", "v5e:16x16", "v6e:4x4", "v6e:16x16", "v5p:2x2x4", "v5p:4x4x4", "v5p:8x8x8", "h100:8", "h100:64",
+          "h100:512", "h200:8", "a100:8")  # fmt: skip
+NO_LIBTPU = "libtpu is not installed, so memory is counted and not compiled; pip install 'gptjax[tpu-plan]'"
+
+
+def plan(
+    config: TrainConfig, name: str, compiles: int, say: Callable[[str], None]
+) -> tuple[dict[str, Any], TrainConfig | None]:
+    """What the settings need on the topology of this name, as a JSON object, and the best settings that were found.
+
+    Each line of one screen goes to `say`.
+    """
+    where = topology(name)
+    planner = Planner(config, where)
+    report: dict[str, Any] = {"topology": where.name, "devices": where.devices, "hosts": where.hosts}
+    say(_headline(config, where))
+    if where.chip is None:
+        return report | _on_cpu(planner, compiles, say), None
+    limit = where.chip.memory
+    report["memory_a_device"] = limit
+    compiler = _compiler(where) if compiles > 0 and where.libtpu and has_libtpu() else None
+    if where.libtpu and not has_libtpu():
+        say(NO_LIBTPU)
+    _hint(config, where, say)
+    written = _as_written(planner, compiler, say)
+    report["as_written"] = written and describe(written)
+    used = int(written is not None and written.compiled is not None)
+    found = planner.search(compiler, compiles - used, MOST_SECONDS)
+    best = found.best
+    report |= {"candidates": found.counted, "compiles": [describe(c) for c in found.tried]}
+    report["found"] = best and describe(best)
+    if best is None:
+        say(_nothing(found, limit))
+        return report, None
+    flags = changes(config, best.config)
+    report["flags"] = shlex.join(to_flags(flags))
+    kind = f"{len(found.tried)} compiled" if compiler else f"{1 - SAFE:.0%} of the memory kept free"
+    say(f"fastest that fits, by estimate, of {found.counted:,} counted ({kind}): {report['flags'] or 'as written'}")
+    for c in found.tried[:-1] if best.compiled else found.tried:
+        say(f"  did not: {shlex.join(to_flags(changes(config, c.config)))}: {_why(c)}")
+    for line in _memory_lines(best, limit, where):
+        say(line)
+    if not where.libtpu and compiles > 0:
+        report["cpu_check"] = _check_on_cpu(best, where, say)
+    report["estimate"] = _estimate(config, best, where, say)
+    if best.compiled:
+        say(f"sharding lint: {'; '.join(best.compiled.findings) or 'nothing'}")
+    elif where.libtpu:
+        say("sharding lint: not run, for nothing was compiled")
+    attention = config.model.attention  # what the devices choose is theirs to choose again
+    return report, dataclasses.replace(best.config, model=dataclasses.replace(best.config.model, attention=attention))
+
+
+def compare(config: TrainConfig, say: Callable[[str], None]) -> dict[str, Any]:
+    """A line for each topology of OFFERS: the fastest settings that fit by the count, their time and price."""
+    rows = []
+    say("where         GiB of  tokens/s  MFU   days       dollars  settings (counted and estimated; nothing compiled)")
+    for name in OFFERS:
+        where = topology(name)
+        assert where.chip is not None
+        try:
+            best = Planner(config, where).search(None).best
+        except InputError as e:
+            say(f"{name:10} {e}")
+            continue
+        if best is None or best.speed is None:
+            say(f"{name:10} nothing fits")
+            rows.append({"topology": name, "found": None})
+            continue
+        made = _costs(config, best, where)
+        rows.append({"topology": name, "found": describe(best)} | made)
+        say(
+            f"{name:10} {best.memory.total / GIB:5.1f} {where.chip.memory / GIB:5.0f} "
+            f"{made['tokens_per_second']:9,.0f} {best.speed.mfu:4.0%} {made['days']:6,.1f} "
+            f"{_dollars(made['dollars']):>13}  {shlex.join(to_flags(changes(config, best.config)))}"
+        )
+    say(_prices())
+    return {"offers": rows}
+
+
+def describe(c: Candidate) -> dict[str, Any]:
+    """A candidate as JSON."""
+    compiled = c.compiled and dataclasses.asdict(c.compiled) | {"total": c.compiled.total}
+    fast = c.speed and dataclasses.asdict(c.speed) | {"seconds": c.speed.seconds, "bound": c.speed.bound}
+    return {
+        "mesh": c.sizes, "remat": c.config.model.remat, "accumulate": c.config.optim.accumulate,
+        "attention": c.config.model.attention, "batch_size": c.config.data.batch_size,
+        "counted": dataclasses.asdict(c.memory) | {"total": c.memory.total},
+        "compiled": compiled, "failure": c.failure, "speed": fast,
+    }  # fmt: skip
+
+
+def changes(before: TrainConfig, after: TrainConfig) -> dict[str, Any]:
+    """The settings that differ, by dotted name; what the devices choose anyway (attention) is left out."""
+    old = dict(leaves(before))
+    auto = {"model.attention"} if before.model.attention == "auto" else set()
+    return {name: value for name, value in leaves(after) if value != old[name] and name not in auto}
+
+
+def to_flags(settings: dict[str, Any]) -> list[str]:
+    """The settings as a command line has them."""
+    return [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def recipe_text(source: str, size: str, settings: dict[str, Any], topology_name: str) -> str:
+    """A recipe that takes the settings of another and changes these."""
+    given = f', "{size}"' if size else ""
+    return f'''"""The settings of {source} for {topology_name}, as gptjax plan found them; they were not run."""
+
+from gptjax.config import TrainConfig
+from gptjax.flags import load_recipe
+from gptjax.settings import build, leaves
+
+CHANGED = {pprint.pformat(settings, width=110)}
+
+
+def pretrain() -> TrainConfig:
+    config = load_recipe({source!r}).config("pretrain"{given})
+    return build(TrainConfig, dict(leaves(config)) | CHANGED)
+'''
+
+
+def write_recipe(path: str, source: str, size: str, settings: dict[str, Any], place: str, found: bool) -> None:
+    """Writes the recipe of what was found; raises InputError where nothing was."""
+    if not found:
+        raise InputError(f"{path} is not written, for no settings were found for {place}; try more or larger chips")
+    write(path, recipe_text(source, size, settings, place))
+
+
+def write(path: str, text: str) -> None:
+    """Writes a file; raises InputError where it can't be."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as e:
+        raise InputError(f"{path}: can't be written ({e.strerror}); give another file") from e
+
+
+def _headline(config: TrainConfig, where: Topology) -> str:
+    count = parameters(config.model, config.tokenizer.vocab_size, config.data.length)["total"]
+    chip = f" of {where.chip.memory / GIB:.1f} GiB on {where.hosts} host(s)" if where.chip else ""
+    rows, length = config.data.batch_size, config.data.length
+    return (
+        f"{count / 1e9:.3g}B parameters, {rows:,} rows of {length:,} tokens a step, {config.steps:,} steps; "
+        f"{where.name}: {where.devices} device(s){chip}"
+    )
+
+
+def _hint(config: TrainConfig, where: Topology, say: Callable[[str], None]) -> None:
+    """What the devices would choose where plain attention, which keeps all scores, was asked for."""
+    auto = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
+    chosen = with_attention(auto, where).model.attention
+    if config.model.attention == "plain" and chosen != "plain":
+        say(f"model.attention=plain holds every score; --model.attention auto would take {chosen} here")
+
+
+def _compiler(where: Topology) -> Callable[[TrainConfig, float], Compiled]:
+    target = Target(devices=where.devices, tpu=where.libtpu, megacore=where.kind == "v4")
+    return lambda config, seconds: compile_for(config, target, seconds=seconds)
+
+
+def _as_written(planner: Planner, compiler: Any, say: Callable[[str], None]) -> Candidate | None:
+    where = planner.topology
+    assert where.chip is not None
+    try:
+        written = planner.as_written()
+        if compiler is not None:
+            written.compiled = compiler(written.config, MOST_SECONDS / 2)
+    except InputError as e:
+        say(f"as written: {e}")
+        return None
+    total = written.compiled.total if written.compiled and written.compiled.fits else written.memory.total
+    fits = written.compiled.fits if written.compiled else total <= SAFE * where.chip.memory
+    how = f"compiled for {where.name} in {written.compiled.seconds:.0f} s" if written.compiled else "counted"
+    if fits:
+        say(f"as written: fits, {total / GIB:.1f} GiB of {where.chip.memory / GIB:.1f} ({how})")
+    else:
+        missing = (written.memory.total - where.chip.memory) / GIB
+        more = f"; {written.compiled.error}" if written.compiled else ""
+        short = f"about {missing:.1f} GiB a chip are missing" if missing > 0 else "too little is left to be safe"
+        say(f"as written: does not fit, {short} (counted {written.memory.total / GIB:.1f}; {how}{more})")
+    return written
+
+
+def _why(c: Candidate) -> str:
+    if c.failure:
+        return c.failure
+    assert c.compiled is not None
+    return c.compiled.error or f"{c.compiled.total / GIB:.1f} GiB"
+
+
+def _memory_lines(c: Candidate, limit: float, where: Topology) -> list[str]:
+    kinds = dataclasses.asdict(c.memory)
+    line = ", ".join(f"{name} {value / GIB:.2f}" for name, value in kinds.items())
+    share = c.memory.total / limit
+    lines = [f"  GiB a chip, counted: {line}; in all {c.memory.total / GIB:.2f} of {limit / GIB:.1f} ({share:.0%})"]
+    if c.compiled:
+        x = c.compiled
+        off = c.memory.total / x.total - 1
+        lines.append(
+            f"  compiled for {where.name} in {x.seconds:.0f} s: arguments {x.arguments / GIB:.2f}, temporaries "
+            f"{x.temporaries / GIB:.2f}, in all {x.total / GIB:.2f} GiB (the count is {off:+.1%} off)"
+        )
+    return lines
+
+
+def _check_on_cpu(c: Candidate, where: Topology, say: Callable[[str], None]) -> dict[str, Any]:
+    """The count's check where there is no compiler for the device: the same step for as many fake CPU devices."""
+    try:
+        name = "plain" if c.config.model.attention == "plain" else "blockwise"
+        config = dataclasses.replace(c.config, model=dataclasses.replace(c.config.model, attention=name))
+        counted = Planner(config, topology(f"cpu:{where.devices}")).candidate(config).memory.total
+        found = compile_for(config, Target(devices=where.devices), seconds=MOST_SECONDS)
+    except InputError as e:
+        say(f"  check on fake CPU devices: {e}")
+        return {"failure": str(e)}
+    say(
+        f"  check: compiled for {where.devices} fake CPU devices, attention {name}: {found.total / GIB:.2f} "
+        f"GiB, counted {counted / GIB:.2f}; sharding lint: {'; '.join(found.findings) or 'nothing'}"
+    )
+    return {"mesh": c.sizes, "compiled": found.total, "counted": counted, "findings": found.findings}
+
+
+def _costs(config: TrainConfig, c: Candidate, where: Topology) -> dict[str, float]:
+    assert c.speed is not None and where.chip is not None
+    seconds = config.steps * c.speed.seconds
+    return {
+        "tokens_per_second": c.speed.tokens_per_second, "mfu": c.speed.mfu, "days": seconds / 86400,
+        "dollars": seconds / 3600 * where.devices * where.chip.price,
+    }  # fmt: skip
+
+
+def _estimate(config: TrainConfig, c: Candidate, where: Topology, say: Callable[[str], None]) -> dict[str, Any]:
+    made, fast = _costs(config, c, where), c.speed
+    assert fast is not None
+    say(
+        f"estimate, by a roofline, not measured: {made['tokens_per_second']:,.0f} tokens/s, MFU {fast.mfu:.0%}, "
+        f"{fast.seconds:.3g} s a step (compute {fast.compute:.3g}, memory {fast.memory:.3g}, network "
+        f"{fast.network:.3g}, tensor {fast.tensor:.3g})"
+    )
+    say(f"{config.steps:,} steps: {made['days']:,.1f} days, {_dollars(made['dollars'])}. {_prices()}")
+    return made | {"price_date": PRICE_DATE, "price_sources": PRICE_SOURCES}
+
+
+def _dollars(amount: float) -> str:
+    return f"${amount:,.0f}" if amount else "no price"
+
+
+def _prices() -> str:
+    return f"List prices on demand as known in {PRICE_DATE}; check yours"
+
+
+def _nothing(found: Found, limit: float) -> str:
+    small = found.smallest
+    if small is None:
+        return "nothing fits: no mesh of these devices divides the model's dimensions and the batch"
+    missing = (small.memory.total / SAFE - limit) / GIB
+    flags = f"mesh {small.sizes}, remat={small.config.model.remat}, accumulate={small.config.optim.accumulate}"
+    short = f"about {missing:.1f} GiB a chip are missing" if missing > 0 else "the compiler needs more than was counted"
+    return f"nothing fits: the least is {small.memory.total / GIB:.1f} GiB a chip ({flags}); {short}"
+
+
+def _on_cpu(planner: Planner, compiles: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Memory alone: fake CPU devices have no speed and no price."""
+    written = planner.as_written()
+    kinds = ", ".join(f"{name} {value / GIB:.3f}" for name, value in dataclasses.asdict(written.memory).items())
+    say(f"  GiB a device, counted: {kinds}; in all {written.memory.total / GIB:.3f}")
+    if compiles > 0:
+        found = written.compiled = compile_for(written.config, Target(devices=planner.topology.devices))
+        here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / planner.topology.devices
+        say(
+            f"  compiled for {planner.topology.devices} fake CPU devices in {found.seconds:.0f} s: "
+            f"{found.total / GIB:.3f} GiB; this machine has {here / GIB:.1f} for each"
+        )
+        say(f"sharding lint: {'; '.join(found.findings) or 'nothing'}")
+    return {"as_written": describe(written)}
+
+
+def to_json(report: dict[str, Any]) -> str:
+    return json.dumps(report, indent=2) + "\n"
+
+
+def check_compiles(text: str) -> int:
+    """How many settings may be compiled, from the command line."""
+    if not text:
+        return MOST_COMPILES
+    if not text.isdecimal() or int(text) > MOST_COMPILES:
+        raise InputError(f"--compiles {text}: wanted 0 to {MOST_COMPILES}")
+    return int(text)

@@ -1,0 +1,215 @@
+"""The fastest settings that fit: meshes, remat and micro-batches, counted first, and the best of them compiled.
+
+The batch and everything else that changes what is learned stay as they are.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import jax
+
+from gptjax.assemble import assemble
+from gptjax.backends import Device, choose
+from gptjax.config import MeshConfig, TrainConfig
+from gptjax.hardware import Topology
+from gptjax.plan.compiled import Compiled
+from gptjax.plan.memory import Memory, StateBytes, state_bytes, step_memory
+from gptjax.plan.roofline import Speed, speed
+from gptjax.scaling.counts import padded_vocab
+from gptjax.settings import InputError
+from gptjax.sharding import AXES
+
+# Memory that the count may use up where no compiler has the last word: its own error, and what a run needs besides.
+SAFE = 0.9
+MOST_COMPILES, MOST_SECONDS = 6, 600.0
+REMATS = ("none", "names", "dots", "full")
+
+
+@dataclass(kw_only=True)
+class Candidate:
+    """Settings, on a mesh without -1, with what is known of them."""
+
+    config: TrainConfig
+    memory: Memory
+    speed: Speed | None = None
+    compiled: Compiled | None = None
+    failure: str = ""
+    """Why the compiler refused it, where that was not its memory."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {axis: getattr(self.config.mesh, axis) for axis in AXES}
+
+
+@dataclass(kw_only=True)
+class Found:
+    """What a search found: the best candidate that fits, or none, and all that were compiled on the way."""
+
+    best: Candidate | None
+    smallest: Candidate | None
+    """The candidate of least memory."""
+    fitting: int
+    """Candidates that fit by the count."""
+    counted: int
+    tried: list[Candidate] = field(default_factory=list)
+
+
+class Planner:
+    """Counts the memory and the time of settings of one model on one topology."""
+
+    def __init__(self, config: TrainConfig, topology: Topology):
+        self.topology = topology
+        self.config = with_attention(config, topology)
+        self._shapes = jax.eval_shape(assemble(self.config).init, 0)
+        self._state = functools.cache(self._state_bytes)
+
+    @property
+    def tiles(self) -> bool:
+        return bool(self.topology.libtpu)
+
+    def _state_bytes(self, sizes: tuple[int, ...]) -> StateBytes:
+        return state_bytes(self.config, self._shapes, dict(zip(AXES, sizes)), tiles=self.tiles)
+
+    def candidate(self, config: TrainConfig) -> Candidate:
+        """These settings with their memory and speed; raises InputError where they can't be."""
+        sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
+        memory = step_memory(config, self._state(tuple(sizes.values())), sizes, tiles=self.tiles)
+        chip = self.topology.chip
+        fast = speed(config, sizes, self.topology, memory) if chip and chip.bandwidth else None
+        return Candidate(config=config, memory=memory, speed=fast)
+
+    def as_written(self) -> Candidate:
+        """The settings as they are, -1 filled in; raises InputError where the mesh does not cover the topology."""
+        mesh, devices = self.config.mesh, self.topology.devices
+        sizes = {axis: getattr(mesh, axis) for axis in AXES}
+        known = math.prod(n for n in sizes.values() if n != -1)
+        filled = {axis: devices // known if n == -1 else n for axis, n in sizes.items()}
+        shown = ", ".join(f"mesh.{a}={n}" for a, n in sizes.items())
+        if math.prod(filled.values()) != devices:
+            raise InputError(f"{shown} does not cover the {devices} devices of {self.topology.name}")
+        if not self._laid_out(list(filled.values())):
+            raise InputError(
+                f"jax can't lay {shown} on {self.topology.name}: each axis takes whole dimensions of a slice"
+            )
+        rows, parts = self.config.data.batch_size, self.config.optim.accumulate
+        shards = filled["data"] * filled["fsdp"] * parts
+        if rows % shards:
+            raise InputError(
+                f"data.batch_size={rows} does not divide over mesh.data x mesh.fsdp x accumulate = {shards}"
+            )
+        return self.candidate(dataclasses.replace(self.config, mesh=MeshConfig(**filled)))
+
+    def search(
+        self,
+        compile_it: Callable[[TrainConfig, float], Compiled] | None,
+        compiles: int = MOST_COMPILES,
+        seconds: float = MOST_SECONDS,
+    ) -> Found:
+        """The fastest candidate that fits.
+
+        Without a compiler the count decides, with room to spare. With one, those that may fit are compiled from the
+        fastest on; one that needs more than one that did not fit is left out, and the last compile goes to a safe one.
+        """
+        chip = self.topology.chip
+        assert chip is not None, "fake CPU devices have no speed to search by"
+        every = list(self._candidates())
+        fitting = [c for c in every if c.memory.total <= SAFE * chip.memory]
+        found = Found(best=None, smallest=min(every, key=lambda c: c.memory.total, default=None),
+                      fitting=len(fitting), counted=len(every))  # fmt: skip
+        if compile_it is None:
+            found.best = max(fitting, key=_worth, default=None)
+            return found
+        possible = [c for c in every if c.memory.total <= (2 - SAFE) * chip.memory]
+        ceiling, start = math.inf, time.perf_counter()
+        for c in sorted(possible, key=_worth, reverse=True):
+            left = seconds - (time.perf_counter() - start)
+            if len(found.tried) >= compiles or left <= 0:
+                break
+            last = len(found.tried) == compiles - 1
+            if c.memory.total > (SAFE * chip.memory if last else ceiling):
+                continue
+            found.tried.append(c)
+            try:
+                c.compiled = compile_it(c.config, left)
+            except InputError as e:
+                c.failure = str(e)
+                continue
+            if c.compiled.fits and c.compiled.total <= chip.memory:
+                found.best = c
+                break
+            ceiling = 0.97 * c.memory.total
+        return found
+
+    def _candidates(self) -> Iterator[Candidate]:
+        config = self.config
+        for sizes in self._meshes():
+            rows, rest = divmod(config.data.batch_size, sizes["data"] * sizes["fsdp"])
+            for accumulate in (n for n in range(1, rows + 1) if rest == 0 and rows % n == 0):
+                for remat in dict.fromkeys((*REMATS, config.model.remat)):
+                    try:
+                        yield self.candidate(
+                            dataclasses.replace(
+                                config,
+                                mesh=MeshConfig(**sizes),
+                                model=dataclasses.replace(config.model, remat=remat),
+                                optim=dataclasses.replace(config.optim, accumulate=accumulate),
+                            )
+                        )
+                    except InputError:  # a dimension that does not divide
+                        continue
+
+    def _meshes(self) -> Iterator[dict[str, int]]:
+        """Meshes of all devices that the model's dimensions divide over; the context axis stays as it is set."""
+        cfg, devices = self.config.model, self.topology.devices
+        context = max(1, self.config.mesh.context)
+        if devices % context:
+            return
+        vocab = padded_vocab(self.config.tokenizer.vocab_size)
+        for tensor in _divisors(devices // context):
+            uneven = any(n % tensor for n in (cfg.num_heads, cfg.num_kv_heads, cfg.mlp_width, vocab))
+            if uneven or tensor * context > 16:
+                continue
+            for fsdp in _divisors(devices // context // tensor):
+                sizes = {"data": devices // context // tensor // fsdp, "fsdp": fsdp, "tensor": tensor,
+                         "context": context}  # fmt: skip
+                if cfg.width % fsdp == 0 and self._laid_out(list(sizes.values())):
+                    yield sizes
+
+    def _laid_out(self, sizes: list[int]) -> bool:
+        """Whether jax can lay the axes on the torus: each takes whole dimensions of it."""
+        shape = list(self.topology.shape) if self.tiles else []
+        return not shape or _assigned([n for n in sizes if n > 1], [n for n in shape if n > 1])
+
+
+def with_attention(config: TrainConfig, topology: Topology) -> TrainConfig:
+    """The settings with model.attention as the devices of the topology would choose it; raises what `choose` raises."""
+    platform = "cpu" if topology.chip is None else "tpu" if topology.libtpu else "gpu"
+    device = Device(platform, 9.0 if platform == "gpu" else 0.0, config.mesh.context > 1)
+    name = choose(config.model, config.data.length, device)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention=name))
+
+
+def _worth(c: Candidate) -> tuple[float, int]:
+    """The faster the better; of equally fast ones the smaller."""
+    return (round(c.speed.tokens_per_second, -1) if c.speed else 0.0), -c.memory.total
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _assigned(axes: list[int], dimensions: list[int]) -> bool:
+    """Whether each axis is the product of some of the dimensions, none used twice."""
+    if not axes:
+        return not dimensions
+    first, rest = axes[0], axes[1:]
+    for mask in range(1, 1 << len(dimensions)):
+        chosen = [d for i, d in enumerate(dimensions) if mask >> i & 1]
+        left = [d for i, d in enumerate(dimensions) if not mask >> i & 1]
+        if math.prod(chosen) == first and _assigned(rest, left):
+            return True
+    return False

@@ -1,0 +1,120 @@
+"""The sharding lint is silent on our decoder and names each fault that is planted."""
+
+import dataclasses
+import math
+
+import jax
+import pytest
+from jax.sharding import NamedSharding
+
+from gptjax import decoder as decoder_module
+from gptjax.assemble import assemble
+from gptjax.config import MeshConfig, TrainConfig
+from gptjax.data.packing import example_batch
+from gptjax.flags import load_recipe, parse
+from gptjax.lint import findings, replicated_parameters, unused_axes, whole_heads
+from gptjax.plan.compiled import Target, compile_for
+from gptjax.sharding import AXES, abstract, make_mesh
+from gptjax.train import compile_step
+
+P = jax.P
+# Sizes that no two dimensions share: the lint goes by sizes.
+SMALL = """--model.num-layers 2 --model.width 48 --model.num-heads 4 --model.head-dim 20 --data.length 40
+--model.mlp-ratio 3.0 --tokenizer.vocab-size 300""".split()
+# One of each structure that the recipes have: mesh, remat, attention, family. The first three differ most.
+STRUCTURES = ("gpt3_175b", "llama_8b", "gpt3_2p7b", "gpt2_124m", "gpt2_1p5b", "llama_1b", "modern")
+LATER = [pytest.param(name, marks=pytest.mark.exhaustive) for name in STRUCTURES[3:]]
+RECIPES = sorted({*STRUCTURES, "gpt2_355m", "gpt2_774m", "gpt3_125m", "gpt3_350m", "gpt3_760m", "gpt3_1p3b",
+                  "gpt3_6p7b", "gpt3_13b", "quickstart", "shakespeare_char"})  # fmt: skip
+
+
+def small(name: str) -> TrainConfig:
+    """A recipe with its mesh on eight devices and its structure, but few and narrow layers."""
+    written = load_recipe(name).config("pretrain")
+    tensor = min(2, written.mesh.tensor)
+    fsdp = min(8 // tensor, written.mesh.fsdp)
+    mesh = MeshConfig(data=8 // tensor // fsdp, fsdp=fsdp, tensor=tensor)
+    accumulate = 2 if name == "gpt3_175b" else 1
+    config = parse(dataclasses.replace(
+        written,
+        model=dataclasses.replace(written.model, queries_per_kv=min(2, written.model.queries_per_kv), window=0,
+                                  global_every=0, unroll=1),
+        data=dataclasses.replace(written.data, batch_size=24 * accumulate),
+        optim=dataclasses.replace(written.optim, accumulate=accumulate),
+        mesh=mesh,
+    ), [] if written.tokenizer.kind == "bytes" else SMALL, "test")  # fmt: skip
+    return config if written.tokenizer.kind != "bytes" else parse(config, SMALL[:-2], "test")
+
+
+def linted(config: TrainConfig) -> list[str]:
+    mesh, parts = make_mesh(config.mesh), assemble(config)
+    with jax.set_mesh(mesh):
+        state = abstract(jax.eval_shape(parts.init, 0), mesh)
+        batch = abstract(example_batch(config.data.batch_size, config.data.length), mesh)
+        program = compile_step(parts.step, mesh, state, {}, batch).lower(state, {}, batch).compile().as_text()
+    return findings(config, dict(mesh.shape), state, batch, program)
+
+
+@pytest.mark.parametrize("name", [*STRUCTURES[:3], *LATER])
+def test_the_structure_of_every_recipe_is_clean(name):
+    assert linted(small(name)) == []
+
+
+def test_a_decoder_without_activation_constraints_is_told_by_name(monkeypatch):
+    monkeypatch.setattr(decoder_module, "constrain", lambda x, letters: x)
+    found = linted(small("gpt2_1p5b"))
+    assert found and all("holds all 24 rows on every device, not 3" in line for line in found)
+    assert any("BLD,DF->BLF" in line for line in found)
+
+
+def test_every_recipe_has_one_of_these_structures():
+    def structure(name):
+        config = load_recipe(name).config("pretrain")
+        used = tuple(axis for axis in AXES if getattr(config.mesh, axis) > 1)
+        return used, config.model.remat, config.model.positions, config.model.attention
+
+    told = {structure(name) for name in (*STRUCTURES, "quickstart", "shakespeare_char")}
+    assert {structure(name) for name in RECIPES} <= told
+
+
+@pytest.fixture(scope="module")
+def params():
+    config = small("gpt3_175b")
+    mesh = make_mesh(config.mesh)
+    return mesh, abstract(jax.eval_shape(assemble(config).init, 0), mesh).params
+
+
+def test_a_big_parameter_that_is_whole_is_told_and_small_ones_are_not(params):
+    mesh, tree = params
+    assert not list(replicated_parameters(tree, mesh.shape))
+    whole = dict(tree, layers=dict(tree["layers"]))
+    x = tree["layers"]["w_in_NDF"]
+    whole["layers"]["w_in_NDF"] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P()))
+    (line,) = replicated_parameters(whole, mesh.shape)
+    assert line.startswith("parameter w_in_NDF") and "each of the 8 devices" in line
+
+
+def test_an_axis_that_nothing_lies_over_is_told(params):
+    mesh, tree = params
+    assert not list(unused_axes(tree, mesh.shape))
+    (line,) = unused_axes(tree, dict(mesh.shape) | {"context": 2})
+    assert line.startswith("mesh.context=2 is not used")
+
+
+def test_heads_that_fall_back_to_whole_are_told(params):
+    _, tree = params
+    sizes = {"data": 1, "fsdp": 1, "tensor": 3, "context": 1}
+    lines = list(whole_heads(tree, sizes))
+    assert len(lines) == 2 and any("4 query heads do not divide over mesh.tensor=3" in line for line in lines)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_clean_at_its_true_width_and_mesh(name):
+    config = load_recipe(name).config("pretrain")
+    sizes = {axis: max(1, getattr(config.mesh, axis)) for axis in AXES}
+    devices = math.prod(sizes.values())
+    if devices == 1:
+        sizes["data"] = devices = 8
+    config = dataclasses.replace(config, mesh=MeshConfig(**sizes))
+    assert compile_for(config, Target(devices=devices)).findings == ()
