@@ -7,7 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 from gptjax import __version__
-from gptjax.config import ContinueConfig, EvalConfig, PrepareConfig, ShowConfig, TrainConfig, TrainTokenizerConfig
+from gptjax.config import (
+    ContinueConfig,
+    EvalConfig,
+    PrepareConfig,
+    ShowConfig,
+    TrainConfig,
+    TrainTokenizerConfig,
+    VerifyConfig,
+)
 from gptjax.settings import InputError
 from gptjax.startup import tune_process
 
@@ -171,6 +179,21 @@ def import_run(args: list[str]) -> int:
     return 0
 
 
+def verify(args: list[str]) -> int:
+    """verify                   prove on these devices that every mesh and setting gives the same numbers"""
+    from gptjax.flags import parse
+
+    cfg = parse(VerifyConfig(), args, "gptjax verify")
+    tune_process()
+    from gptjax.verify.checks import verify
+
+    if not verify(cfg, _print):
+        _next("gptjax doctor")
+        return 3
+    _next("gptjax pretrain quickstart")
+    return 0
+
+
 VERBS: dict[str, Verb] = {
     "tokenizer train": tokenizer_train,
     "prepare": prepare,
@@ -182,6 +205,7 @@ VERBS: dict[str, Verb] = {
     "checkpoint list": checkpoint_list,
     "checkpoint verify": checkpoint_verify,
     "import": import_run,
+    "verify": verify,
 }
 
 USAGE = f"""gptjax {__version__}: from a folder of text to a model that talks, in JAX and Flax.
@@ -261,6 +285,10 @@ def _train_on(folder: str, corpus: Any) -> str:
     other = "" if kind == "sentencepiece" else f" --tokenizer.kind {kind}"
     size = f"--tokenizer.vocab-size {corpus.vocab_size}"
     return f"gptjax pretrain quickstart --data.source {shlex.quote(folder)}{other} {size} --run-dir runs/NAME"
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
 
 
 def _say(line: str) -> None:
