@@ -9,6 +9,7 @@ from typing import Any
 from gptjax import __version__
 from gptjax.config import (
     ContinueConfig,
+    DoctorConfig,
     EvalConfig,
     PrepareConfig,
     ShowConfig,
@@ -194,6 +195,19 @@ def verify(args: list[str]) -> int:
     return 0
 
 
+def doctor(args: list[str]) -> int:
+    """doctor                   what this machine and its cluster can do, and what is wrong with them"""
+    from gptjax.flags import parse
+
+    cfg = parse(DoctorConfig(), args, "gptjax doctor")
+    from gptjax.doctor.examine import examine
+
+    if not examine(cfg, _print, start=tune_process):
+        return 3
+    _next("gptjax verify")
+    return 0
+
+
 VERBS: dict[str, Verb] = {
     "tokenizer train": tokenizer_train,
     "prepare": prepare,
@@ -206,6 +220,7 @@ VERBS: dict[str, Verb] = {
     "checkpoint verify": checkpoint_verify,
     "import": import_run,
     "verify": verify,
+    "doctor": doctor,
 }
 
 USAGE = f"""gptjax {__version__}: from a folder of text to a model that talks, in JAX and Flax.

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "gptjax"
 ROWS = {
     "cli": 5, "api": 5,
     "pretrain": 4, "verbs": 4, "verify": 4,
-    "assemble": 3, "evaluate": 3, "transfer": 3,
+    "assemble": 3, "evaluate": 3, "transfer": 3, "doctor": 3,
     "train": 2, "trained": 2, "generate": 2, "data": 2, "interop": 2,
     "decoder": 1, "optim": 1, "checkpoint": 1, "metrics": 1, "run": 1,
     "xla_flags": 0, "startup": 0, "settings": 0, "plugins": 0, "config": 0, "digest": 0, "flags": 0, "sharding": 0,
@@ -40,6 +40,7 @@ DOORS = {
     "safetensors": {"interop"},
     "pyarrow": {"data"},
     "zstandard": {"data"},
+    "packaging": {"doctor"},
     "datasets": {"data"},
 }
 
