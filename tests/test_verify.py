@@ -21,7 +21,7 @@ OPTIONS = {"attention": 2, "packing": 2, "unroll": 2, "accumulate": 2, "family":
 
 
 def test_every_two_values_of_two_options_meet_within_eight_settings():
-    first = settings(1)[:8]
+    first = settings(meshes(1))[:8]
     for a, b in itertools.combinations(OPTIONS, 2):
         met = {(getattr(s, a), getattr(s, b)) for s in first}
         assert len(met) == OPTIONS[a] * OPTIONS[b], (a, b)
@@ -32,7 +32,7 @@ def test_eight_devices_are_tried_in_every_shape_and_many_with_every_set_of_axes(
         return [(m.data, m.fsdp, m.tensor, m.context) for m in meshes(count)]
 
     every = [s for s in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(s) == 8]
-    assert sorted(sizes(8)) == sorted(every) and {s.mesh for s in settings(8)} == set(meshes(8))
+    assert sorted(sizes(8)) == sorted(every) and {s.mesh for s in settings(meshes(8))} == set(meshes(8))
     assert sizes(1) == [(1, 1, 1, 1)] and sizes(3) == [(3, 1, 1, 1)]
     many = sizes(64)
     assert all(np.prod(s) == 64 for s in many) and len(many) <= 15

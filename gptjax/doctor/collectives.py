@@ -14,9 +14,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from gptjax.config import MeshConfig
 from gptjax.doctor.finding import Finding
-from gptjax.sharding import AXES, make_mesh
+from gptjax.sharding import AXES
 
 P = jax.P
 
@@ -39,7 +38,8 @@ def look() -> list[Finding]:
     count = jax.device_count()
     if count == 1:
         return [Finding("collectives", "ok", "one device: nothing to exchange")]
-    mesh = make_mesh(MeshConfig(**dict(zip(AXES, sizes_over_axes(count), strict=True))))
+    # Not make_mesh, which wants axes that suit the network: here every group of devices is to exchange.
+    mesh = Mesh(np.array(jax.devices()).reshape(sizes_over_axes(count)), AXES)
     groups = [(axis,) for axis in AXES if mesh.shape[axis] > 1]
     groups += [AXES] if len(groups) > 1 else []
     wrong, seconds = [], {}

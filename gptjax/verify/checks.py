@@ -22,7 +22,7 @@ from gptjax.decoder import empty_cache
 from gptjax.run import environment, write_json
 from gptjax.sharding import put
 from gptjax.verify import numbers
-from gptjax.verify.settings import KERNELS, Setting, kernel_obstacle, mesh_name, meshes, settings
+from gptjax.verify.settings import KERNELS, Setting, kernel_obstacle, mesh_name, meshes, num_slices, settings, sizes
 
 LOGITS_BOUND, START_BOUND = 1e-5, 1e-6  # of the largest logit, for the cache; of the largest initial weight
 
@@ -89,8 +89,8 @@ def verify(cfg: VerifyConfig, say: Callable[[str], None]) -> bool:
 
 def checks(pool: ThreadPoolExecutor) -> Iterator[tuple[str, Callable[[str], Result]]]:
     """The name of each check and how to make it; programs are compiled ahead."""
-    tried, over = settings(jax.device_count()), meshes(jax.device_count())
-    most = max(over, key=lambda mesh: sum(n > 1 for n in dataclasses.astuple(mesh)))
+    over = meshes(jax.device_count(), num_slices())
+    tried, most = settings(over), max(over, key=lambda mesh: sum(n > 1 for n in sizes(mesh)))
     references = list(dict.fromkeys(setting.reference for setting in tried))
     starts = [(setting.family, mesh) for mesh in (None, most) for setting in references]
     list(pool.map(lambda start: numbers.first_state(*start), starts))  # before any setting needs it

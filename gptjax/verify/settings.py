@@ -4,9 +4,12 @@ import dataclasses
 import itertools
 from typing import Any
 
+import jax
+
 from gptjax.backends import here, obstacle
 from gptjax.config import MeshConfig, ModelConfig
 from gptjax.config.attention import BACKENDS
+from gptjax.sharding import AXES
 
 GPT2 = ModelConfig(num_layers=2, width=32, num_heads=4, attention_block=5, dtype="float32")
 FAMILIES = {
@@ -54,25 +57,36 @@ class Setting:
 def mesh_name(mesh: MeshConfig | None) -> str:
     if mesh is None:
         return "one"
-    sizes = dataclasses.asdict(mesh)
-    return " ".join(f"{axis}={n}" for axis, n in sizes.items() if n != 1) or "data=1"
+    return " ".join(f"{axis}={n}" for axis, n in zip(AXES, sizes(mesh)) if n != 1) or "data=1"
 
 
-def meshes(count: int) -> list[MeshConfig]:
+def sizes(mesh: MeshConfig) -> tuple[int, ...]:
+    return tuple(getattr(mesh, axis) for axis in AXES)
+
+
+def meshes(count: int, slices: int = 1) -> list[MeshConfig]:
     """The meshes of so many devices: all of them, up to 20, else one for each set of axes that share the devices.
 
-    What the tiny models divide over: powers of two up to 8 along fsdp, tensor and context; data takes the rest.
+    What the tiny models divide over: powers of two up to 8 along fsdp, tensor and context; data takes the rest, and is
+    cut over the slices.
     """
     found = []
+    cut = {"slices": slices} if slices > 1 else {}
     for fsdp, tensor, context in itertools.product((1, 2, 4, 8), repeat=3):
-        if count % (fsdp * tensor * context) == 0:
-            found.append(MeshConfig(data=count // (fsdp * tensor * context), fsdp=fsdp, tensor=tensor, context=context))
+        data, rest = divmod(count, fsdp * tensor * context)
+        if rest == 0 and data % slices == 0:
+            found.append(MeshConfig(data=data, fsdp=fsdp, tensor=tensor, context=context, **cut))
     if len(found) <= 20:
         return found
     even: dict[tuple, MeshConfig] = {}  # by the axes in use: the one whose largest size is smallest
-    for mesh in sorted(found, key=lambda mesh: max(dataclasses.astuple(mesh))):
-        even.setdefault(tuple(n > 1 for n in dataclasses.astuple(mesh)), mesh)
+    for mesh in sorted(found, key=lambda mesh: max(sizes(mesh))):
+        even.setdefault(tuple(n > 1 for n in sizes(mesh)), mesh)
     return list(even.values())
+
+
+def num_slices() -> int:
+    """Slices that the devices form: of TPUs several may be joined by a slower network."""
+    return len({getattr(device, "slice_index", 0) for device in jax.devices()}) if here().platform == "tpu" else 1
 
 
 # How the options are laid over the settings: half h of block r has each two-valued option at h, but the one whose turn
@@ -83,9 +97,8 @@ OPTIONS: dict[str, tuple] = {
 }  # fmt: skip
 
 
-def settings(count: int) -> list[Setting]:
-    """What is tried on so many devices: every mesh, with options such that every two of their values meet."""
-    over = meshes(count)
+def settings(over: list[MeshConfig]) -> list[Setting]:
+    """What is tried over these meshes: every one, with options such that every two of their values meet."""
     tried = []
     for i in range(max(len(over), 2 * len(REMATS))):
         turn, half = divmod(i % (2 * len(REMATS)), 2)
