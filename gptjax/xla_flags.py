@@ -21,11 +21,12 @@ from pathlib import Path
 # GPU: asynchronous collectives, their stream of highest priority and the pipelining of reduce-scatters are defaults of
 # jaxlib 0.10.2 and 0.12.0 (a test looks), and so are left out.
 #
-# TPU: nothing. libtpu 0.0.52, compiling a layer scan over fsdp for a v5e:2x4 slice, makes its collectives asynchronous
-# and fuses them with products, unasked. The flags that published recipes add to it concern single generations
-# (SparseCore of v6e and later), and two groups of them together gave NaN (AI-Hypercomputer/maxdiffusion#429, v6e). Who
-# wants them sets LIBTPU_INIT_ARGS, which stays as it is; and trying flags here would take the TPU (on a slice: wait
-# for its other hosts).
+# TPU: nothing. libtpu 0.0.52, compiling a scan over layers with fsdp for a v5e:2x4 slice, makes its collectives
+# asynchronous and fuses them with products, unasked: the six flags that recipes publish for it (async_collective_fusion
+# with its fuse_all_gather and multiple_steps, overlap_compute_collective_tc, async all_gather and collective_permute)
+# left its program as it was. Others concern single generations (SparseCore), and two groups of them together gave NaN
+# (AI-Hypercomputer/maxdiffusion#429, v6e). Who wants them sets LIBTPU_INIT_ARGS, which stays as it is; and trying
+# flags here would take the TPU (on a slice: wait for its other hosts).
 FLAGS: dict[str, tuple[str, ...]] = {
     "cpu": (),
     "gpu": (

@@ -27,16 +27,18 @@ def test_every_two_values_of_two_options_meet_within_eight_settings():
         assert len(met) == OPTIONS[a] * OPTIONS[b], (a, b)
 
 
-def test_eight_devices_are_tried_in_every_shape_and_many_with_every_set_of_axes():
-    def sizes(count):
+def test_few_devices_are_tried_in_every_shape_and_many_with_every_set_of_axes():
+    def shapes(count):
         return [(m.data, m.fsdp, m.tensor, m.context) for m in meshes(count)]
 
-    every = [s for s in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(s) == 8]
-    assert sorted(sizes(8)) == sorted(every) and {s.mesh for s in settings(meshes(8))} == set(meshes(8))
-    assert sizes(1) == [(1, 1, 1, 1)] and sizes(3) == [(3, 1, 1, 1)]
-    many = sizes(64)
-    assert all(np.prod(s) == 64 for s in many) and len(many) <= 15
-    assert len({tuple(n > 1 for n in s) for s in many}) == len(many) >= 11
+    every = [s for s in itertools.product((1, 2, 4), repeat=4) if np.prod(s) == 4]
+    assert sorted(shapes(4)) == sorted(every) and {s.mesh for s in settings(meshes(4))} == set(meshes(4))
+    assert shapes(1) == [(1, 1, 1, 1)] and shapes(3) == [(3, 1, 1, 1)]
+    # Of the sets of axes only that of all four needs 16 devices.
+    for count, sets in ((8, 14), (64, 12)):
+        found = shapes(count)
+        assert all(np.prod(s) == count for s in found)
+        assert len({tuple(n > 1 for n in s) for s in found}) == len(found) == sets
 
 
 def look_ahead(cfg, q_BLHK, k_BMGK, v_BMGK, sight, *, scale, **more):

@@ -94,8 +94,10 @@ def compiled(setting: Setting) -> Callable:
         step = make_train_step(
             language_model_loss(decoder_of(setting)), optimizer(), lambda _: jnp.float32(1e-2), setting.accumulate
         )
-        example = batch(0, setting.packing, rows)
-        return compile_step(step, mesh, state, {}, example).lower(state, {}, example).compile()
+        # Shapes alone: several processes may not give jit arrays of the host.
+        given = state, {}, batch(0, setting.packing, rows)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given)
+        return compile_step(step, mesh, *shapes).lower(*shapes).compile()
 
 
 def run(setting: Setting, step: Callable | None = None) -> Numbers:

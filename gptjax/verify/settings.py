@@ -65,7 +65,7 @@ def sizes(mesh: MeshConfig) -> tuple[int, ...]:
 
 
 def meshes(count: int, slices: int = 1) -> list[MeshConfig]:
-    """The meshes of so many devices: all of them, up to 20, else one for each set of axes that share the devices.
+    """The meshes of so many devices: all of them, up to 15, else one for each set of axes that share the devices.
 
     What the tiny models divide over: powers of two up to 8 along fsdp, tensor and context; data takes the rest, and is
     cut over the slices.
@@ -76,7 +76,7 @@ def meshes(count: int, slices: int = 1) -> list[MeshConfig]:
         data, rest = divmod(count, fsdp * tensor * context)
         if rest == 0 and data % slices == 0:
             found.append(MeshConfig(data=data, fsdp=fsdp, tensor=tensor, context=context, **cut))
-    if len(found) <= 20:
+    if len(found) <= 15:
         return found
     even: dict[tuple, MeshConfig] = {}  # by the axes in use: the one whose largest size is smallest
     for mesh in sorted(found, key=lambda mesh: max(sizes(mesh))):
