@@ -53,15 +53,17 @@ HEADER = (
 def verify(cfg: VerifyConfig, say: Callable[[str], None]) -> bool:
     """Makes every check on the devices at hand, saying a line of each as it is done; True where all are fine.
 
-    With cfg.json the results are written to that file too.
+    With cfg.json the results are written to that file too. Of several processes the first speaks, and any that found a
+    problem.
     """
-    start, results = time.perf_counter(), []
-    if cfg.json:
+    start, results, first = time.perf_counter(), [], jax.process_index() == 0
+    if cfg.json and first:
         write_json(Path(cfg.json), {"ok": False, "results": []})  # a place that can't be written is told now
     for name in KERNELS:
-        if reason := kernel_obstacle(name):
+        if first and (reason := kernel_obstacle(name)):
             say(f"attention {name} is not tried: {reason}")
-    say(HEADER)
+    if first:
+        say(HEADER)
     # Compiling is most of the work, and XLA does it without Python's lock. Several processes must keep one order.
     threads = 1 if jax.process_count() > 1 else max(1, min(4, len(os.sched_getaffinity(0))))
     with ThreadPoolExecutor(threads, "compile") as pool:
@@ -72,9 +74,10 @@ def verify(cfg: VerifyConfig, say: Callable[[str], None]) -> bool:
             except Exception as e:  # what does not run has not the same numbers; the others are still to be checked
                 result = Result(name=name, problem=f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}")
             results.append(dataclasses.replace(result, seconds=time.perf_counter() - began))
-            say(str(results[-1]))
+            if first or result.problem:
+                say(str(results[-1]))
     bad, seconds, devices = [r for r in results if r.problem], time.perf_counter() - start, jax.devices()
-    if cfg.json:
+    if cfg.json and first:
         found = [dataclasses.asdict(r) | {"ok": not r.problem} for r in results]
         report = environment() | {"ok": not bad, "seconds": seconds, "results": found}
         write_json(Path(cfg.json), report)
@@ -82,7 +85,7 @@ def verify(cfg: VerifyConfig, say: Callable[[str], None]) -> bool:
     if bad:
         say(f"verify: FAILED {len(bad)} of {len(results)} checks on {there}; do not train with what failed: update jax "
             "and drivers, or leave that setting out")  # fmt: skip
-    else:
+    elif first:
         say(f"verify: the same numbers in all {len(results)} checks on {there}")
     return not bad
 
