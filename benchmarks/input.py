@@ -19,7 +19,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,8 @@ from facts import ROOT, facts, spread, write_report
 
 from gptjax.config import DataConfig, PrepareConfig, TokenizerConfig, TrainConfig
 from gptjax.data import corpus
-from gptjax.data.batches import batches
-from gptjax.data.mixture import Mixture
 from gptjax.data.prepare import prepare
+from gptjax.data.rate import rate, rows_rate
 from gptjax.data.streamed import StreamFeed
 
 LENGTHS = (128, 256, 1024)
@@ -68,8 +66,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     tokenizer = TokenizerConfig(vocab_size=made.vocab_size, path=str(folder / "corpus"))
     found: dict[str, list[float]] = {}
     for _ in range(args.rounds):
-        for name, rate in round_of(args, folder / "corpus", tokenizer):
-            found.setdefault(name, []).append(rate)
+        for name, value in round_of(args, folder / "corpus", tokenizer):
+            found.setdefault(name, []).append(value)
     device = {"cores": os.cpu_count(), "load_before": LOAD}
     return facts(device, "numpy", "sentencepiece", "array-record", "grain", "jax") | {
         "text": args.text,
@@ -85,7 +83,7 @@ def round_of(args: argparse.Namespace, folder: Path, tokenizer: TokenizerConfig)
     for length in LENGTHS:
         data = DataConfig(batch_size=args.batch_size, length=length)
         for pages, kept in (("cached", corpus.CACHE_BYTES), ("read", 0)):
-            yield f"rows of {length}, pages {pages}", rows_rate(folder, data, kept, args.seconds)
+            yield f"rows of {length}, pages {pages}", bound_rows_rate(folder, data, kept, args.seconds)
     for source in dict.fromkeys((BUILT_IN, args.text)):
         for workers in WORKERS:
             data = DataConfig(source=source, batch_size=args.batch_size, length=256, loading="stream", workers=workers)
@@ -95,16 +93,12 @@ def round_of(args: argparse.Namespace, folder: Path, tokenizer: TokenizerConfig)
         yield "waits of the quickstart", quickstart_wait(args.steps)
 
 
-def rows_rate(folder: Path, data: DataConfig, cache_bytes: int, seconds: float) -> float:
+def bound_rows_rate(folder: Path, data: DataConfig, cache_bytes: int, seconds: float) -> float:
     """Million tokens a second of one core that makes batches, the pages of the corpus read before where they fit."""
     cores, corpus.CACHE_BYTES, before = os.sched_getaffinity(0), cache_bytes, corpus.CACHE_BYTES
     try:
         os.sched_setaffinity(0, {min(cores)})
-        split = corpus.open_corpus(folder).split("train")
-        split.tokens(0, split.num_tokens)
-        mixture = Mixture({"": split}, data, 0)
-        with contextlib.closing(batches(mixture, 0)) as made:
-            return rate(made, data, seconds, warm=20)
+        return rows_rate(folder, data, seconds) / 1e6
     finally:
         os.sched_setaffinity(0, cores)
         corpus.CACHE_BYTES = before
@@ -114,17 +108,7 @@ def stream_rate(config: TrainConfig, seconds: float) -> float:
     """Million tokens a second of a stream."""
     feed = StreamFeed(config)
     with contextlib.closing(feed.batches(feed.start)) as made:
-        return rate(made, config.data, seconds, warm=20)
-
-
-def rate(made: Iterator[Any], data: DataConfig, seconds: float, warm: int) -> float:
-    for _ in range(warm):
-        next(made)
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        next(made)
-        count += 1
-    return count * data.batch_size * data.length / (time.perf_counter() - start) / 1e6
+        return rate(made, config.data, seconds) / 1e6
 
 
 def quickstart_wait(steps: int) -> float:

@@ -8,7 +8,16 @@ from typing import Any
 
 from gptjax import __version__
 from gptjax.cluster import NotNow
-from gptjax.config import ContinueConfig, EvalConfig, PrepareConfig, ShowConfig, TrainConfig, TrainTokenizerConfig
+from gptjax.config import (
+    ContinueConfig,
+    DoctorConfig,
+    EvalConfig,
+    PrepareConfig,
+    ShowConfig,
+    TrainConfig,
+    TrainTokenizerConfig,
+    VerifyConfig,
+)
 from gptjax.distributed import is_first, leave, title
 from gptjax.settings import InputError
 from gptjax.startup import tune_process
@@ -211,6 +220,34 @@ def import_run(args: list[str]) -> int:
     return 0
 
 
+def verify(args: list[str]) -> int:
+    """verify                   prove on these devices that every mesh and setting gives the same numbers"""
+    from gptjax.flags import parse
+
+    cfg = parse(VerifyConfig(), args, "gptjax verify")
+    tune_process()
+    from gptjax.verify.checks import verify
+
+    if not verify(cfg, _print):
+        _next("gptjax doctor")
+        return 3
+    _next("gptjax pretrain quickstart")
+    return 0
+
+
+def doctor(args: list[str]) -> int:
+    """doctor                   what this machine and its cluster can do, and what is wrong with them"""
+    from gptjax.flags import parse
+
+    cfg = parse(DoctorConfig(), args, "gptjax doctor")
+    from gptjax.doctor.examine import examine
+
+    if not examine(cfg, _print, start=tune_process):
+        return 3
+    _next("gptjax verify")
+    return 0
+
+
 VERBS: dict[str, Verb] = {
     "tokenizer train": tokenizer_train,
     "prepare": prepare,
@@ -223,6 +260,8 @@ VERBS: dict[str, Verb] = {
     "checkpoint list": checkpoint_list,
     "checkpoint verify": checkpoint_verify,
     "import": import_run,
+    "verify": verify,
+    "doctor": doctor,
 }
 
 USAGE = f"""gptjax {__version__}: from a folder of text to a model that talks, in JAX and Flax.
@@ -311,6 +350,10 @@ def _train_on(folder: str, corpus: Any) -> str:
     other = "" if kind == "sentencepiece" else f" --tokenizer.kind {kind}"
     size = f"--tokenizer.vocab-size {corpus.vocab_size}"
     return f"gptjax pretrain quickstart --data.source {shlex.quote(folder)}{other} {size} --run-dir runs/NAME"
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
 
 
 def _say(line: str) -> None:

@@ -304,15 +304,25 @@ class TimeLimit:
         return now + 3 * self._longest + 2 * self._save_seconds() + self.MARGIN > self._end
 
 
+def compile_cache_folder() -> Path:
+    """Where compiled programs are kept for this user."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptjax" / "compiled"
+
+
+def others_can_write(folder: Path) -> bool:
+    """True where a folder belongs to another user, or is open to others."""
+    status = folder.stat()
+    return status.st_uid != os.getuid() or bool(status.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+
+
 def enable_compile_cache() -> None:
     """Keeps compiled programs in the user's cache folder. Call it before anything is compiled.
 
     What lies there is run, so a folder that others can write to is refused with InputError.
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptjax" / "compiled"
+    folder = compile_cache_folder()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = folder.stat()
-    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if others_can_write(folder):
         raise InputError(f"{folder} can be written by others; run `chmod 700 {folder}`, or give --no-compile-cache")
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -44,8 +44,8 @@ DOORS = {
     "safetensors": {"interop"},
     "pyarrow": {"data"},
     "zstandard": {"data"},
-    "datasets": {"data"},
     "packaging": {"doctor"},
+    "datasets": {"data"},
 }
 
 

@@ -91,3 +91,22 @@ def test_a_file_of_flags_is_left_to_the_user(monkeypatch):
     monkeypatch.setattr(xla_flags, "platform", lambda: "cpu")
     xla_flags.set_xla_flags()
     assert os.environ["XLA_FLAGS"] == "/some/flags.txt"
+
+
+def test_no_flag_for_gpus_is_this_xlas_default_and_those_left_out_are():
+    program = (
+        "from jaxlib import _jax; options = _jax.CompileOptions(); build = options.executable_build_options;"
+        "build.debug_options.xla_dump_to = ''; print(options.SerializeAsString())"
+    )
+
+    def options(flag):
+        env = {**os.environ, "XLA_FLAGS": flag}
+        done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    default = options("")
+    for flag in xla_flags.FLAGS["gpu"]:
+        assert options(flag) != default, f"{flag} is a default now; leave it out"
+    for name in ("pipelined_reduce_scatter", "highest_priority_async_stream"):
+        assert options(f"--xla_gpu_enable_{name}=true") == default, f"{name} is no default any more; set it"

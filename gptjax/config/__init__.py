@@ -4,6 +4,7 @@ Each fact has one owner: the vocabulary belongs to `tokenizer.vocab_size`, the c
 model takes both from there. What can be derived is a property, never a field.
 """
 
+from gptjax.config.checks import DoctorConfig, VerifyConfig
 from gptjax.config.data import DataConfig, PrepareConfig, ShowConfig
 from gptjax.config.generation import ContinueConfig, GenerateConfig
 from gptjax.config.model import ModelConfig
@@ -22,7 +23,7 @@ from gptjax.config.training import (
 )
 
 __all__ = [
-    "EXTENDABLE", "FREE", "SCHEMA", "CheckpointConfig", "ContinueConfig", "DataConfig", "EvalConfig", "EvaluateConfig",
-    "GenerateConfig", "MeshConfig", "ModelConfig", "OptimConfig", "PrepareConfig", "ShowConfig", "TokenizerConfig",
-    "TrainConfig", "TrainTokenizerConfig", "frozen_changes",
+    "EXTENDABLE", "FREE", "SCHEMA", "CheckpointConfig", "ContinueConfig", "DataConfig", "DoctorConfig", "EvalConfig",
+    "EvaluateConfig", "GenerateConfig", "MeshConfig", "ModelConfig", "OptimConfig", "PrepareConfig", "ShowConfig",
+    "TokenizerConfig", "TrainConfig", "TrainTokenizerConfig", "VerifyConfig", "frozen_changes",
 ]  # fmt: skip

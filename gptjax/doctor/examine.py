@@ -1,0 +1,78 @@
+"""The whole examination: one line of each thing looked at, and a JSON of all.
+
+Nothing that needs jax is imported before the versions were looked at: a pair that does not fit may forbid it.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from gptjax.config import DoctorConfig
+from gptjax.doctor import versions
+from gptjax.doctor.finding import Finding, worst
+from gptjax.run import environment, write_json
+
+Look = Callable[[], Iterable[Finding]]
+SAID = {"PROBLEM": "there are problems", "warning": "nothing stands in the way", "ok": "all is well"}
+
+
+def examine(cfg: DoctorConfig, say: Callable[[str], None], start: Callable[[], None]) -> bool:
+    """Looks at everything, saying a line of each as it is done, and returns True where there is no problem.
+
+    start() is called before jax computes anything: it sets flags for XLA, and joins the processes of a cluster. With
+    cfg.json all findings are written to that file too.
+    """
+    began, findings = time.perf_counter(), versions.look()
+    if cfg.json:
+        write_json(Path(cfg.json), {"ok": False, "findings": []})  # a place that can't be written is told now
+    first, report = True, {}
+    try:
+        start()
+        import jax
+
+        first, report = jax.process_index() == 0, environment()
+        parts = looks(cfg)
+    except Exception as e:  # one of the things that the doctor is asked about
+        findings.append(_broken("start", e, "nothing that needs jax was looked at"))
+        parts = iter(())
+    for finding in findings:
+        if first:
+            say(str(finding))
+    for name, look in parts:
+        try:
+            new = list(look())
+        except Exception as e:
+            new = [_broken(name, e, "nothing is known of it; the rest was looked at")]
+        for finding in new:
+            # The first process speaks for all; a problem of another is its own to tell.
+            if first or finding.level == "PROBLEM":
+                say(str(finding))
+        findings += new
+    problems, warnings = (sum(finding.level == level for finding in findings) for level in ("PROBLEM", "warning"))
+    if cfg.json and first:
+        entries = [dataclasses.asdict(finding) for finding in findings]
+        write_json(Path(cfg.json), report | {"ok": not problems, "findings": entries})
+    if first or problems:
+        seconds = time.perf_counter() - began
+        say(f"doctor: {SAID[worst(findings)]}: {problems} problem(s), {warnings} warning(s), {seconds:.0f} s")
+    return not problems
+
+
+def looks(cfg: DoctorConfig) -> Iterator[tuple[str, Look]]:
+    """The name of each part of the examination, and how to make it."""
+    from gptjax.doctor import ceilings, collectives, machine
+
+    yield "devices", lambda: [machine.devices()]
+    yield "arithmetic", lambda: [machine.arithmetic()]
+    yield "collectives", collectives.look
+    yield "host", machine.host
+    yield "cache", lambda: [machine.compile_cache()]
+    yield "input", lambda: [ceilings.input_ceiling()]
+    yield "run folder", lambda: machine.run_folder(cfg.run_dir)
+
+
+def _broken(name: str, error: Exception, then: str) -> Finding:
+    data: dict[str, Any] = {"error": type(error).__name__}
+    return Finding(name, "PROBLEM", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}", then, data)

@@ -1,0 +1,144 @@
+"""Versions that do not go together, and versions with a known bug. Nothing here imports jax: a bad pair may forbid it.
+
+What packages say of each other (their metadata) is read, not repeated here; the table holds only what they can't say.
+"""
+
+import importlib.metadata
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.version import Version
+
+from gptjax.doctor.finding import Finding, Level
+from gptjax.xla_flags import platform
+
+# Whose needs are looked at: what gptjax stands on, what makes jax use a device, and what is known to pin others.
+CORE = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "array-record",
+        "tyro", "tensorboardX")  # fmt: skip
+OTHERS = ("tokamax", "transformers", "datasets", "chex", "distrax")
+# jax states these versions as extras, which bind only what is installed.
+PLUGINS = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "jax-rocm7-plugin")
+# Each plugin comes in two packages, of which one names the other's version.
+PARTNERS = {"jax-cuda12-plugin": "jax-cuda12-pjrt", "jax-cuda13-plugin": "jax-cuda13-pjrt",
+            "jax-rocm7-plugin": "jax-rocm7-pjrt"}  # fmt: skip
+NEWEST_PYTHON, NEWEST_JAX = (3, 13), "0.13"  # what is tested lies below
+
+
+class Known(NamedTuple):
+    """A bug of `package` in versions first <= v <= last on some platforms."""
+
+    package: str
+    first: str
+    last: str
+    platforms: tuple[str, ...]
+    text: str
+    advice: str
+
+
+KNOWN = (
+    Known("jaxlib", "0.10.2", "0.11.0", ("gpu",),
+          "float32 scatter-add can be hundreds of times slower (openxla/xla#46225); gptjax's embedding avoids it, a "
+          "loss or block of your own may not", "pip install 'jax>=0.11.1' (Python 3.12)"),
+    Known("jaxlib", "0.10.2", "0.10.2", ("gpu", "tpu"),
+          "the gradient of a scatter over mesh.tensor can be wrong (openxla/xla#42481)",
+          "run `gptjax verify` before you set --mesh.tensor, or pip install 'jax>=0.11.1'"),
+    Known("jaxlib", "0.11.2", "0.11.2", ("tpu",),
+          "accumulated embedding gradients can be wrong (openxla/xla#49143)",
+          "run `gptjax verify`, keep --optim.accumulate 1, or pip install 'jax[tpu]>=0.12'"),
+    Known("jaxlib", "0.11.0", "0.11.1", ("gpu",),
+          "single operations gave wrong numbers on some GPUs with CUDA 13 (jax-ml/jax#40633)",
+          "look at the line 'arithmetic' here"),
+    Known("tokamax", "0", "0.0.12", ("cpu", "gpu", "tpu"), "it pins typeguard and with it an old tyro",
+          "install it in an environment of its own"),
+)  # fmt: skip
+
+
+def version(package: str) -> str:
+    """The installed version; empty where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def look() -> list[Finding]:
+    """The versions, and every misfit among them."""
+    names = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tyro", *PLUGINS)
+    installed = {name: found for name in names if (found := version(name))}
+    python = ".".join(map(str, sys.version_info[:3]))
+    shown = ", ".join(f"{name} {found}" for name, found in {"python": python, **installed}.items())
+    summary = Finding("versions", "ok", shown, data={"python": python, **installed})
+    return [summary, *_unmet(), *_plugins(), *_known(platform()), *_untested()]
+
+
+def _requirements(package: str) -> list[str]:
+    """What a package says it needs; of gptjax run from its checkout, what pyproject.toml says."""
+    try:
+        return importlib.metadata.requires(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        project = Path(__file__).parents[2] / "pyproject.toml"
+        if package != "gptjax" or not project.is_file():
+            return []
+        return tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"]
+
+
+def _parsed(package: str) -> Iterator[Requirement]:
+    for line in _requirements(package):
+        try:
+            yield Requirement(line)
+        except InvalidRequirement:
+            continue  # what pip itself can't read binds nobody
+
+
+def _unmet() -> Iterator[Finding]:
+    for package in (*CORE, *OTHERS):
+        here = version(package) or ("this checkout" if package == "gptjax" else "")
+        for need in _parsed(package) if here else ():
+            if need.marker is not None and not need.marker.evaluate({"extra": ""}):
+                continue
+            have = version(need.name)
+            if have and need.specifier.contains(have, prereleases=True):
+                continue
+            level: Level = "PROBLEM" if package in CORE else "warning"
+            if have:
+                text = f"{package} {here} needs {need.name}{need.specifier}, and {need.name} {have} is installed"
+                advice = f"pip install '{need.name}{need.specifier}', or another {package}"
+            else:
+                text, advice = f"{package} {here} needs {need.name}, which is missing", f"pip install '{need.name}'"
+            yield Finding("versions", level, text, advice, {"package": package, "needs": str(need)})
+
+
+def _plugins() -> Iterator[Finding]:
+    """jax leaves out a plugin that does not fit, and then trains on the CPU."""
+    jax = version("jax")
+    wanted = {need.name: need.specifier for need in _parsed("jax") if need.name in PLUGINS}
+    for plugin in PLUGINS:
+        have, partner = version(plugin), PARTNERS.get(plugin, "")
+        if have and plugin in wanted and not wanted[plugin].contains(have, prereleases=True):
+            level: Level = "warning" if plugin == "libtpu" else "PROBLEM"
+            extra = "tpu" if plugin == "libtpu" else plugin.split("-")[1]
+            advice = f"pip install 'jax[{extra}]=={jax}'"
+            yield Finding("versions", level, f"jax {jax} wants {plugin}{wanted[plugin]}, got {have}", advice)
+        if have and partner and version(partner) not in ("", have):
+            text = f"{plugin} {have} and {partner} {version(partner)} are halves of one thing, of different versions"
+            yield Finding("versions", "PROBLEM", text, f"pip install '{partner}=={have}'")
+
+
+def _known(here: str) -> Iterator[Finding]:
+    for bug in KNOWN:
+        have = version(bug.package)
+        if have and here in bug.platforms and Version(bug.first) <= Version(have) <= Version(bug.last):
+            yield Finding("versions", "warning", f"{bug.package} {have}: {bug.text}", bug.advice)
+
+
+def _untested() -> Iterator[Finding]:
+    jax = version("jax")
+    if sys.version_info[:2] > NEWEST_PYTHON:
+        text = f"Python {sys.version_info[0]}.{sys.version_info[1]} is newer than what is tested"
+        yield Finding("versions", "warning", text, "run `gptjax verify`")
+    if jax and Version(jax) >= Version(NEWEST_JAX):
+        yield Finding("versions", "warning", f"jax {jax} is newer than what is tested", "run `gptjax verify`")

@@ -1,0 +1,194 @@
+"""Every check that `gptjax verify` makes, and what it says of them.
+
+That settings agree says nothing of a fault that all of them share, so it is also shown that no output sees the future
+or another document, and that decoding with a cache, which has no future to see, equals the full forward pass.
+"""
+
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.config import MeshConfig, VerifyConfig
+from gptjax.decoder import empty_cache
+from gptjax.run import environment, write_json
+from gptjax.sharding import put
+from gptjax.verify import numbers
+from gptjax.verify.settings import KERNELS, Setting, kernel_obstacle, mesh_name, meshes, num_slices, settings, sizes
+
+LOGITS_BOUND, START_BOUND = 1e-5, 1e-6  # of the largest logit, for the cache; of the largest initial weight
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a check found: how far numbers are from where they belong, and the problem where they are too far."""
+
+    name: str
+    loss: float = 0.0
+    gradient: float = 0.0
+    leaf: str = ""
+    problem: str = ""
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        columns = f"{'FAILED' if self.problem else 'ok':6}  {self.loss:8.1e}  {self.gradient:8.1e}  {self.name}"
+        return f"{columns}: {self.problem}" if self.problem else columns
+
+
+HEADER = (
+    "each setting against one device: the worst of ten losses, relative (at most "
+    f"{numbers.LOSS_BOUND:g}), and the worst leaf of the gradient in its scale (at most {numbers.GRADIENT_BOUND:g})\n"
+    "verdict     loss  gradient  setting"
+)
+
+
+def verify(cfg: VerifyConfig, say: Callable[[str], None]) -> bool:
+    """Makes every check on the devices at hand, saying a line of each as it is done; True where all are fine.
+
+    With cfg.json the results are written to that file too. Of several processes the first speaks, and any that found a
+    problem.
+    """
+    start, results, first = time.perf_counter(), [], jax.process_index() == 0
+    if cfg.json and first:
+        write_json(Path(cfg.json), {"ok": False, "results": []})  # a place that can't be written is told now
+    for name in KERNELS:
+        if first and (reason := kernel_obstacle(name)):
+            say(f"attention {name} is not tried: {reason}")
+    if first:
+        say(HEADER)
+    # Compiling is most of the work, and XLA does it without Python's lock. Several processes must keep one order.
+    threads = 1 if jax.process_count() > 1 else max(1, min(4, len(os.sched_getaffinity(0))))
+    with ThreadPoolExecutor(threads, "compile") as pool:
+        for name, check in checks(pool):
+            began = time.perf_counter()
+            try:
+                result = check(name)
+            except Exception as e:  # what does not run has not the same numbers; the others are still to be checked
+                result = Result(name=name, problem=f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}")
+            results.append(dataclasses.replace(result, seconds=time.perf_counter() - began))
+            if first or result.problem:
+                say(str(results[-1]))
+    bad, seconds, devices = [r for r in results if r.problem], time.perf_counter() - start, jax.devices()
+    if cfg.json and first:
+        found = [dataclasses.asdict(r) | {"ok": not r.problem} for r in results]
+        report = environment() | {"ok": not bad, "seconds": seconds, "results": found}
+        write_json(Path(cfg.json), report)
+    there = f"{len(devices)} {devices[0].device_kind} device(s), {seconds:.0f} s"
+    if bad:
+        say(f"verify: FAILED {len(bad)} of {len(results)} checks on {there}; do not train with what failed: update jax "
+            "and drivers, or leave that setting out")  # fmt: skip
+    elif first:
+        say(f"verify: the same numbers in all {len(results)} checks on {there}")
+    return not bad
+
+
+def checks(pool: ThreadPoolExecutor) -> Iterator[tuple[str, Callable[[str], Result]]]:
+    """The name of each check and how to make it; programs are compiled ahead."""
+    over = meshes(jax.device_count(), num_slices())
+    tried, most = settings(over), max(over, key=lambda mesh: sum(n > 1 for n in sizes(mesh)))
+    references = list(dict.fromkeys(setting.reference for setting in tried))
+    starts = [(setting.family, mesh) for mesh in (None, most) for setting in references]
+    list(pool.map(lambda start: numbers.first_state(*start), starts))  # before any setting needs it
+    programs = {setting: pool.submit(numbers.compiled, setting) for setting in (*references, *tried)}
+    wanted = {setting.family: numbers.run(setting, programs.pop(setting).result()) for setting in references}
+    for setting in tried:
+        yield str(setting), functools.partial(same, setting, programs.pop(setting), wanted[setting.family])
+    for mesh in dict.fromkeys((None, most)):
+        for family in ("gpt2", "llama"):
+            yield f"{family} {mesh_name(mesh)} cached decoding", functools.partial(cache_is_exact, family, mesh)
+        for attention in ("plain", "blockwise"):
+            name = f"gpt2 {mesh_name(mesh)} {attention}, no future and no other document seen"
+            yield name, functools.partial(nothing_leaks, Setting(family="gpt2", mesh=mesh, attention=attention))
+    for family, _ in starts[: len(references)]:
+        yield f"{family} {mesh_name(most)} initial weights", functools.partial(same_start, family, most)
+
+
+def same(setting: Setting, program: Future, reference: numbers.Numbers, name: str) -> Result:
+    """A setting trains as its reference does, within the bounds of its type."""
+    found = numbers.difference(numbers.run(setting, program.result()), reference)
+    loss_bound, bound = numbers.bounds(setting)
+    problems = []
+    if found.loss > loss_bound:
+        problems.append(f"the losses differ by {found.loss:.1e} of their size, wanted at most {loss_bound:g}")
+    if found.gradient > bound:
+        problems.append(f"the gradient of {found.leaf} differs by {found.gradient:.1e}, wanted at most {bound:g}")
+    return Result(name=name, problem=" and ".join(problems), **found._asdict())
+
+
+def same_start(family: str, mesh: MeshConfig, name: str) -> Result:
+    """The initial weights made on a mesh are those made on one device, but for rounding."""
+    one, there = numbers.first_state(family).params, numbers.first_state(family, mesh).params
+    far = numbers.difference(numbers.Numbers([1.0], there), numbers.Numbers([1.0], one))
+    problem = f"{far.leaf} differs by {far.gradient:.1e} of its size" if far.gradient > START_BOUND else ""
+    return Result(name=name, gradient=far.gradient, leaf=far.leaf, problem=problem)
+
+
+def cache_is_exact(family: str, mesh: MeshConfig | None, name: str) -> Result:
+    """Decoding a prompt at once and then token by token gives the logits of the full forward pass."""
+    decoder, over, start = numbers.decoder_of(Setting(family=family)), numbers.device_mesh(mesh), 5
+    ids_BL = np.random.default_rng(0).integers(0, numbers.VOCAB, (8, numbers.LENGTH), dtype=np.int32)
+    place_BL = np.broadcast_to(np.arange(numbers.LENGTH, dtype=np.int32), ids_BL.shape)
+
+    def both(params: Any, ids_BL: jax.Array, place_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def apply(*inputs: jax.Array, **more: Any) -> tuple[Any, Any]:
+            x_BLD, cache = decoder.apply({"params": params}, *inputs, **more)
+            return decoder.apply({"params": params}, x_BLD, method="logits"), cache
+
+        def step(cache: Any, i: jax.Array) -> tuple[Any, jax.Array]:
+            ids_B1, place_B1 = (jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1) for x in (ids_BL, place_BL))
+            logits_BLV, cache = apply(ids_B1, place_B1, cache=cache)
+            return cache, logits_BLV[:, 0]
+
+        cache = empty_cache(decoder.cfg, len(ids_BL), numbers.LENGTH, decoder.cfg.dtype)
+        prompt_BLV, cache = apply(ids_BL[:, :start], place_BL[:, :start], cache=cache)
+        _, rest_LBV = jax.lax.scan(step, cache, jnp.arange(start, numbers.LENGTH))
+        cached_BLV = jnp.concatenate([prompt_BLV, jnp.moveaxis(rest_LBV, 0, 1)], axis=1)
+        return apply(ids_BL, place_BL, jnp.ones_like(ids_BL))[0], cached_BLV
+
+    with jax.set_mesh(over), jax.default_matmul_precision("highest"):
+        inputs = put({"ids_BL": ids_BL, "place_BL": place_BL}, over)
+        params = put(numbers.first_state(family).params, over)
+        full_BLV, cached_BLV = numbers.on_host(jax.jit(both)(params, inputs["ids_BL"], inputs["place_BL"]))
+    full_BLV, cached_BLV = full_BLV[..., : numbers.VOCAB], cached_BLV[..., : numbers.VOCAB]  # the others are masked
+    far = numbers.finite(float(np.abs(cached_BLV - full_BLV).max() / np.abs(full_BLV).max()))
+    problem = (
+        f"logits differ by {far:.1e} of the largest, wanted at most {LOGITS_BOUND:g}" if far > LOGITS_BOUND else ""
+    )
+    return Result(name=name, loss=far, problem=problem if far > LOGITS_BOUND else "")
+
+
+def nothing_leaks(setting: Setting, name: str) -> Result:
+    """A token that changes is seen at its own place, and changes no number before it or in another document."""
+    decoder, over = numbers.decoder_of(setting), numbers.device_mesh(setting.mesh)
+    before = numbers.batch(0, "packed", numbers.num_rows())
+    segments_BL = before["segments_BL"]
+    place_B = (segments_BL == 2).argmax(axis=1) + 1  # in the middle document, but not where it begins
+    rows_B = np.arange(len(place_B))
+    after = before | {"inputs_BL": before["inputs_BL"].copy()}
+    after["inputs_BL"][rows_B, place_B] = (after["inputs_BL"][rows_B, place_B] + 1) % numbers.VOCAB
+    with jax.set_mesh(over), jax.default_matmul_precision("highest"):
+        params = put(numbers.first_state(setting.family).params, over)
+
+        @jax.jit
+        def forward(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+            return decoder.apply({"params": params}, *(batch[f"{x}_BL"] for x in ("inputs", "positions", "segments")))[
+                0
+            ]
+
+        a_BLD, b_BLD = (numbers.on_host(forward(params, put(x, over))) for x in (before, after))
+    changed_BL = (a_BLD != b_BLD).any(axis=-1)
+    may_BL = (np.arange(numbers.LENGTH) >= place_B[:, None]) & (segments_BL == 2)
+    if (changed_BL & ~may_BL).any():
+        row, column = np.argwhere(changed_BL & ~may_BL)[0].tolist()
+        where = "the past" if column < place_B[row] else "another document"
+        return Result(name=name, problem=f"row {row}: the token at {place_B[row]} changes {where}, at {column}")
+    unseen = not changed_BL[rows_B, place_B].all()
+    return Result(name=name, problem="a token that changed was not seen at its own place" if unseen else "")

@@ -1,0 +1,148 @@
+"""The numbers of a setting: a tiny model trained for ten steps, and how far two trainings are apart.
+
+Two agree where their ten losses do within LOSS_BOUND of their size, and each leaf of the first gradient g within
+GRADIENT_BOUND max(max|g of the leaf|, SMALL max|g|): in float32, at the highest matmul precision, without dropout.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from gptjax.assemble import language_model_loss
+from gptjax.config import MeshConfig
+from gptjax.data.packing import Batch, pack_documents, pad_documents
+from gptjax.decoder import Decoder, init_params
+from gptjax.digest import leaf_names
+from gptjax.sharding import make_mesh, put
+from gptjax.train import compile_step, init_state, make_init, make_train_step
+from gptjax.verify.settings import Setting
+
+VOCAB, LENGTH, STEPS = 60, 32, 10
+LOSS_BOUND, GRADIENT_BOUND, SMALL = 1e-5, 1e-4, 1e-3
+# A kernel for bfloat16 alone is held against the plain product in bfloat16: both round, each in its own order.
+LOW_LOSS_BOUND, LOW_GRADIENT_BOUND = 1e-3, 5e-2
+
+
+class Numbers(NamedTuple):
+    """What training gave: ten losses, and the first step's gradients by the names of the parameters."""
+
+    losses: list[float]
+    gradients: Any
+
+
+class Difference(NamedTuple):
+    """How far numbers are from a reference: the worst relative loss, and the worst gradient leaf in its own scale."""
+
+    loss: float
+    gradient: float
+    leaf: str
+
+
+def device_mesh(mesh: MeshConfig | None) -> Mesh:
+    """The mesh of all devices, or of the first one of this process for None."""
+    return make_mesh(MeshConfig(), jax.local_devices()[:1]) if mesh is None else make_mesh(mesh)
+
+
+def batch(step: int, packing: str, rows: int = 32) -> Batch:
+    """Rows of three documents each, or the same documents one a row."""
+    rng = np.random.default_rng(step)
+    sizes = [(a, b, LENGTH + 3 - a - b) for a, b in rng.integers(4, 10, (rows, 2)).tolist()]  # inputs are one shorter
+    documents = [rng.integers(0, VOCAB, n).tolist() for n in itertools.chain(*sizes)]
+    if packing == "padded":
+        return pad_documents(documents, LENGTH)
+    packed = pack_documents(documents, LENGTH)
+    assert (packed["segments_BL"].max(axis=1) == 3).all()
+    return packed
+
+
+def num_rows() -> int:
+    """Rows of a packed batch: at least 32, and such that they divide over any mesh and four micro-batches."""
+    parts = 4 * jax.device_count()
+    return parts * math.ceil(32 / parts)
+
+
+# trace(0) keeps the gradient as the step averaged it, before the optimizer touches it.
+def optimizer() -> optax.GradientTransformation:
+    return optax.chain(optax.trace(decay=0.0), optax.adamw(1e-2))
+
+
+def decoder_of(setting: Setting) -> Decoder:
+    return Decoder(setting.model, VOCAB, LENGTH)
+
+
+@functools.cache
+def first_state(family: str, mesh: MeshConfig | None = None) -> Any:
+    """The initial state, as host arrays; made on a mesh it is the same (and most of the time a run takes here)."""
+    over = device_mesh(mesh)
+    with jax.set_mesh(over):
+        init = make_init(init_params(decoder_of(Setting(family=family))), optimizer())
+        return on_host(init_state(init, 0, over))
+
+
+def compiled(setting: Setting) -> Callable:
+    """The training step of a setting, compiled; safe to call in a thread."""
+    mesh, state, rows = device_mesh(setting.mesh), first_state(setting.family), num_rows()
+    with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
+        step = make_train_step(
+            language_model_loss(decoder_of(setting)), optimizer(), lambda _: jnp.float32(1e-2), setting.accumulate
+        )
+        # Shapes alone: several processes may not give jit arrays of the host.
+        given = state, {}, batch(0, setting.packing, rows)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given)
+        return compile_step(step, mesh, *shapes).lower(*shapes).compile()
+
+
+def run(setting: Setting, step: Callable | None = None) -> Numbers:
+    """Trains ten steps; `step` is what `compiled` gave for the setting, if it was called before."""
+    step = step or compiled(setting)
+    mesh, rows = device_mesh(setting.mesh), num_rows()
+    losses, gradients = [], None
+    with jax.set_mesh(mesh):
+        state = put(first_state(setting.family), mesh)
+        for i in range(STEPS):
+            state, metrics = step(state, {}, put(batch(i, setting.packing, rows), mesh))
+            losses.append(float(metrics["loss"]))
+            gradients = on_host(state.opt_state[0].trace) if gradients is None else gradients
+    return Numbers(losses, gradients)
+
+
+def on_host(tree: Any) -> Any:
+    """The whole of each array, on every process."""
+    if all(x.is_fully_addressable for x in jax.tree.leaves(tree)):
+        return jax.device_get(tree)
+    from jax.experimental.multihost_utils import process_allgather
+
+    return process_allgather(tree, tiled=True)
+
+
+def difference(numbers: Numbers, reference: Numbers) -> Difference:
+    """How far the numbers are from the reference's; not-a-numbers are infinitely far."""
+    far = [abs(a - b) / abs(b) for a, b in zip(numbers.losses, reference.losses, strict=True)]
+    wanted = jax.tree.leaves(reference.gradients)
+    largest = max(float(np.abs(g).max()) for g in wanted)
+    assert largest > 1e-3, "the gradients must be large enough to be compared"
+    leaves = {
+        name: float(np.abs(g - want).max() / max(np.abs(want).max(), SMALL * largest))
+        for name, g, want in zip(leaf_names(reference.gradients), jax.tree.leaves(numbers.gradients), wanted)
+    }
+    worst = max(leaves, key=lambda name: finite(leaves[name]))
+    return Difference(max(map(finite, far)), finite(leaves[worst]), worst)
+
+
+def bounds(setting: Setting) -> tuple[float, float]:
+    """How far a setting's losses and gradients may be from its reference's."""
+    low = setting.model.dtype == "bfloat16"
+    return (LOW_LOSS_BOUND, LOW_GRADIENT_BOUND) if low else (LOSS_BOUND, GRADIENT_BOUND)
+
+
+def finite(x: float) -> float:
+    """The number; infinity for one that is none."""
+    return x if math.isfinite(x) else math.inf
