@@ -1,12 +1,12 @@
-"""Runs a command and starts it again when it was interrupted, lost a peer or was killed, for as long as the run gets on.
+"""Runs a command, and again where it was interrupted, lost a peer or was killed, for as long as its run gets on.
 
     python launch/supervise.py [options] -- gptjax pretrain configs/gpt2_124m.py --run-dir runs/gpt2
 
-It needs the standard library alone, so that it starts anywhere and outlives what befalls the command. A command that ends
-with one of --restart-on is started again, after a pause that doubles; any other code is returned as it is. The newest
-checkpoint of the run (before there is one: the last step in metrics.jsonl) says whether it got on: after --crashes ends
-in a row without a newer one, it gives up and returns the last code. SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 are
-passed on, and after one of the first three nothing is started again.
+It needs the standard library alone, so that it starts anywhere and outlives what befalls the command. A command that
+ends with one of --restart-on is started again, after a pause that doubles; any other code is returned as it is. The
+newest checkpoint of the run (before there is one: the last step in metrics.jsonl) says whether it got on: after
+--crashes ends in a row without a newer one, it gives up and returns the last code. SIGTERM, SIGINT, SIGHUP, SIGUSR1
+and SIGUSR2 are passed on, and after one of the first three nothing is started again.
 
 The command has a process group of its own, so that Ctrl-C reaches it once, and what it left behind is ended with it.
 Codes: the command's; 128 + N where signal N ended it; 2 for bad arguments; 127 where it can't be started.
@@ -131,7 +131,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--run-dir", help="the run's folder; found in the command where that says --run-dir")
     parser.add_argument("--restart-on", default=",".join(map(str, RESTART_ON)), help="codes; default %(default)s")
     parser.add_argument("--crashes", type=int, default=3, help="ends in a row without progress; default %(default)s")
-    parser.add_argument("--pause", type=float, default=5.0, help="seconds before the first restart; default %(default)s")
+    parser.add_argument("--pause", type=float, default=5.0, help="seconds before a restart; default %(default)s")
     parser.add_argument("--longest-pause", type=float, default=300.0, help="in seconds; default %(default)s")
     args = parser.parse_args(options)
     run = args.run_dir or _run_dir(command)
