@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from gptjax.config import CheckpointConfig
 from gptjax.digest import MANIFEST, check_manifest, digests, folder_files, leaf_names, write_manifest
+from gptjax.distributed import barrier, from_first, nobody_objects
 from gptjax.settings import InputError, make_writable
 
 TRASH, PROBE, UNSOUND = ".trash-", ".probe-", ".unsound"
@@ -96,7 +96,7 @@ class Checkpoints:
         """
         assert not self.readonly, "these checkpoints were opened for reading"
         self.wait()
-        if step in self.steps():
+        if from_first("saved", step in self.steps()):
             return
         from orbax.checkpoint import v1 as ocp
 
@@ -123,7 +123,7 @@ class Checkpoints:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-            _barrier("checkpoint committed")
+            barrier("checkpoint committed")
         self.check()
 
     def _commit(self, step: int, response: Any) -> None:
@@ -147,7 +147,7 @@ class Checkpoints:
                 unsealed = re.match(r"[0-9]{8,}($|\.orbax)", entry.name) and not (entry / MANIFEST).is_file()
                 if unsealed or entry.name.startswith((TRASH, PROBE)):
                     _remove(entry)
-        _barrier("checkpoints cleaned")
+        barrier("checkpoints cleaned")
 
     def retain(self, best: list[int]) -> list[int]:
         """Deletes what nothing keeps and returns those steps.
@@ -165,7 +165,7 @@ class Checkpoints:
         """Deletes every later step; for a run that is rolled back and will reach those steps by another way."""
         self.wait()
         self._delete([s for s in self.steps() if s > step])
-        _barrier("later checkpoints dropped")
+        barrier("later checkpoints dropped")
 
     def _delete(self, steps: list[int]) -> None:
         if jax.process_index() == 0:
@@ -186,16 +186,16 @@ class Checkpoints:
         the unsound ones aside. Raises InputError where no step is sound, and where a sound step holds other leaves,
         shapes or types than asked for.
         """
-        steps = self.steps()
+        steps = from_first("steps", self.steps())
         if not steps or (step is not None and step not in steps):
             has = f"there are steps {', '.join(map(str, steps))}" if steps else "there is none"
             raise InputError(f"{self.folder}: no checkpoint{'' if step is None else f' of step {step}'}; {has}")
         tried = []
         for candidate in [step] if step is not None else reversed(steps):
             problems = self.verify(candidate) if jax.process_index() == 0 else []
-            if _nobody_objects(not problems):
+            if nobody_objects(not problems):
                 state, data, config, problems = self._load(candidate, abstract_state, partial)
-                if _nobody_objects(not problems):
+                if nobody_objects(not problems):
                     self._set_aside([s for s in steps if s > candidate and step is None])
                     return candidate, state, data, config
             shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
@@ -213,7 +213,7 @@ class Checkpoints:
                 _remove(aside)
                 os.replace(self.path(step), aside)
                 print(f"warning: it was set aside as {aside}", file=sys.stderr, flush=True)
-        _barrier("unsound checkpoints set aside")
+        barrier("unsound checkpoints set aside")
 
     def _load(self, step: int, abstract_state: Any, partial: bool) -> tuple[Any, Any, Any, list[str]]:
         from orbax.checkpoint import v1 as ocp
@@ -304,19 +304,3 @@ def _failed(step: int, error: Exception) -> CheckpointError:
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)
-
-
-def _nobody_objects(ok: bool) -> bool:
-    """Whether `ok` holds in every process, so that all of them restore the same step."""
-    if jax.process_count() == 1:
-        return ok
-    from jax.experimental import multihost_utils
-
-    return bool(np.all(multihost_utils.process_allgather(np.array(ok))))

@@ -8,6 +8,8 @@ from typing import Any
 
 from gptjax import __version__
 from gptjax.config import ContinueConfig, EvalConfig, PrepareConfig, ShowConfig, TrainConfig, TrainTokenizerConfig
+from gptjax.distributed import is_first, leave, title
+from gptjax.preflight import NotNow
 from gptjax.settings import InputError
 from gptjax.startup import tune_process
 
@@ -93,7 +95,7 @@ def pretrain(args: list[str]) -> int:
         _say(f"interrupted; run the same command again to go on with {cfg.run_dir}")
         return 75
     except (CheckpointError, Diverged) as e:
-        _say(f"gptjax: {e}")
+        _fail(e)
         return 3
     _say(f"run folder: {folder}")
     _next(f'gptjax generate {cfg.run_dir} --prompt "ROMEO. "')
@@ -109,7 +111,8 @@ def evaluate(args: list[str]) -> int:
     tune_process()
     from gptjax.verbs import evaluate_run
 
-    for name, value in evaluate_run(run, cfg).items():
+    found = evaluate_run(run, cfg)
+    for name, value in found.items() if is_first() else ():
         print(f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}")
     _next(f'gptjax generate {run} --prompt "ROMEO. "')
     return 0
@@ -124,7 +127,11 @@ def generate(args: list[str]) -> int:
     tune_process()
     from gptjax.verbs import generate_run
 
-    generate_run(run, cfg, write=lambda piece: print(piece, end="", flush=True))
+    def write(piece: str) -> None:
+        if is_first():
+            print(piece, end="", flush=True)
+
+    generate_run(run, cfg, write)
     _next(f"gptjax generate {run} --prompt {shlex.join(cfg.prompt)} --seed {cfg.seed + 1}")
     return 0
 
@@ -200,12 +207,21 @@ Start here: gptjax pretrain configs/quickstart.py
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a verb. Exit codes: 0 done, 2 bad input, 3 failed for good, 75 interrupted (run the same command again)."""
-    args = sys.argv[1:] if argv is None else argv
+    code = _run(sys.argv[1:] if argv is None else argv)
+    if code:
+        leave(code)  # with the other processes of this job, where there are any
+    return code
+
+
+def _run(args: list[str]) -> int:
     try:
         return _dispatch(args)
     except InputError as e:
-        print(f"gptjax: {e}", file=sys.stderr)
+        _fail(e)
         return 2
+    except NotNow as e:
+        _fail(e)
+        return 75
     except BrokenPipeError:  # the reader of our output went away: `gptjax data show ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -264,7 +280,14 @@ def _train_on(folder: str, corpus: Any) -> str:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    """Tells what was done; of several processes only the first does."""
+    if is_first():
+        print(line, file=sys.stderr, flush=True)
+
+
+def _fail(error: Exception) -> None:
+    where = f"{title()}: " if title() else ""
+    print(f"gptjax: {where}{error}", file=sys.stderr, flush=True)
 
 
 def _next(command: str) -> None:

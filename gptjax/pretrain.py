@@ -16,6 +16,7 @@ from gptjax.config import TrainConfig
 from gptjax.data.feed import open_feed
 from gptjax.data.packing import example_batch
 from gptjax.decoder import Decoder
+from gptjax.distributed import agreed, barrier, first_alone, from_first, is_first, join_processes
 from gptjax.evaluate import evaluate, make_eval_step
 from gptjax.generate import generate
 from gptjax.metrics import Metrics
@@ -42,6 +43,7 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
     train.Interrupted after a signal, with everything saved.
     """
     with stop_on_signals() as signals:
+        join_processes(dict(leaves(config)) | {"recipe": recipe["sha256"]}, config.run_dir)
         if config.compile_cache:
             enable_compile_cache()
         mesh = make_mesh(config.mesh)
@@ -53,17 +55,20 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
         for line in run.changes:
             _say(line)
         shapes = abstract(jax.eval_shape(init, 0), mesh)
-        example = example_batch(config.data.batch_size, config.data.length)
+        example = abstract(example_batch(config.data.batch_size, config.data.length), mesh)
         step = compile_step(step, mesh, shapes, {}, example)
         compiled = in_background(lambda: step.lower(shapes, {}, example).compile(), mesh)
-        feed = open_feed(config, run.data, _say)
-        feed.tokenizer.save(run.tokenizer)
+        with first_alone("feed"):
+            feed = open_feed(config, run.data, _say)
+            if is_first():
+                feed.tokenizer.save(run.tokenizer)
         _say(feed.describe())
 
         checkpoints = Checkpoints(run.checkpoints, config.checkpoint)
+        barrier("ready")
         with jax.set_mesh(mesh):
             start, data_state = 0, feed.start
-            if checkpoints.newest() is not None:
+            if from_first("newest", checkpoints.newest()) is not None:
                 start, state, data_state, _ = checkpoints.restore(shapes)
                 feed.check(data_state)
                 _say(f"resumed {run.folder} after step {start}")
@@ -75,6 +80,7 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
             feed.batch(0)  # damaged data is told now, not after the wait for a long compilation
             _say(attention)
             train_step = compiled.result()
+            barrier("compiled")  # Gloo waits 30 s where processes first meet, and compiling may differ by more
             eval_step = make_eval_step(decoder, mesh, state.params, example)
             metrics = Metrics(run.metrics_path, run.tensorboard, config, decoder.vocab_size, resumed_step=start)
             by_source: dict[int, dict[str, int]] = {}
@@ -103,7 +109,7 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
                         yield batch, after
 
             due = start > 0 and (start % config.evaluate.every == 0 or start == config.steps)
-            if due and not metrics.file.has_evaluation(start):
+            if due and not from_first("evaluated", metrics.file.has_evaluation(start)):
                 evaluate_at(start, state)  # the run ended between a save and its evaluation
             profile = (*config.profile_steps, run.profile) if config.profile_steps else None
             signals.defer()
@@ -112,7 +118,7 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
                 state = fit(
                     train_step, state, {}, given, config.steps,
                     mesh=mesh, log=log, save=save, save_every=config.checkpoint.every,
-                    hooks={evaluate_at: config.evaluate.every}, stop=signals.stop, trace=profile,
+                    hooks={evaluate_at: config.evaluate.every}, stop=agreed(signals.stop), trace=profile,
                 )  # fmt: skip
             finally:
                 given.close()
@@ -138,9 +144,10 @@ def _print_sample(config: TrainConfig, decoder: Decoder, params: Any, tokenizer:
         config.generate, prompt=(prompt,), max_new_tokens=min(room, config.generate.max_new_tokens)
     )
     text = generate(decoder, params, tokenizer, settings)[0]
-    print(f"\nsample of {settings.max_new_tokens} tokens:\n{prompt}{text}\n", flush=True)
+    if is_first():
+        print(f"\nsample of {settings.max_new_tokens} tokens:\n{prompt}{text}\n", flush=True)
 
 
 def _say(line: str) -> None:
-    if jax.process_index() == 0:
+    if is_first():
         print(line, file=sys.stderr, flush=True)

@@ -13,6 +13,7 @@ from gptjax.config import ContinueConfig, DataConfig, EvalConfig, MeshConfig, To
 from gptjax.data.feed import open_feed
 from gptjax.data.packing import example_batch
 from gptjax.data.show import show
+from gptjax.distributed import join_processes
 from gptjax.evaluate import evaluate, make_eval_step
 from gptjax.generate import stream
 from gptjax.interop.huggingface import import_huggingface
@@ -24,6 +25,7 @@ from gptjax.trained import Trained, open_trained
 
 def evaluate_run(run_dir: str | Path, cfg: EvalConfig) -> dict[str, Any]:
     """Evaluates a run on its validation split: step, eval_loss, eval_perplexity, eval_bits_per_byte, eval_tokens."""
+    join_processes({"run": str(run_dir), **dict(leaves(cfg))})
     model = open_trained(run_dir, cfg.mesh, cfg.step)
     return {"step": model.step, **evaluate_trained(model, cfg.max_rows)}
 
@@ -41,6 +43,7 @@ def evaluate_trained(model: Trained, max_rows: int = 0) -> dict[str, Any]:
 
 def generate_run(run_dir: str | Path, cfg: ContinueConfig, write: Callable[[str], None]) -> None:
     """Continues cfg.prompt with a run, writing text as it comes; several prompts are written one after the other."""
+    join_processes({"run": str(run_dir), **dict(leaves(cfg))})
     model = open_trained(run_dir, MeshConfig(), cfg.step)
     with jax.set_mesh(model.mesh):
         pieces = stream(model.decoder, model.params, model.tokenizer, cfg)

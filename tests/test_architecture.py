@@ -14,14 +14,16 @@ ROWS = {
     "assemble": 3, "evaluate": 3, "transfer": 3,
     "train": 2, "trained": 2, "generate": 2, "data": 2, "interop": 2,
     "decoder": 1, "optim": 1, "checkpoint": 1, "metrics": 1, "run": 1,
-    "xla_flags": 0, "startup": 0, "settings": 0, "plugins": 0, "config": 0, "digest": 0, "flags": 0, "sharding": 0,
+    "xla_flags": 0, "startup": 0, "settings": 0, "cluster": 0, "preflight": 0, "distributed": 0,
+    "plugins": 0, "config": 0, "digest": 0, "flags": 0, "sharding": 0,
     "mup": 0, "tokenizer": 0, "attention": 0, "blockwise": 0, "triangle": 0, "backends": 0, "rope": 0, "fewrows": 0,
     "products": 0, "block": 0, "losses": 0, "scaling": 0,
 }  # fmt: skip
 
 # Within row 0 some modules stand on others; this is their order.
 GROUND = [
-    "xla_flags", "startup", "settings", "plugins", "config", "digest", "flags", "sharding", "mup", "tokenizer",
+    "xla_flags", "startup", "settings", "cluster", "preflight", "distributed",
+    "plugins", "config", "digest", "flags", "sharding", "mup", "tokenizer",
     "attention", "blockwise", "triangle", "backends", "rope", "fewrows", "products", "block", "losses", "scaling",
 ]  # fmt: skip
 
