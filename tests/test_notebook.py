@@ -9,8 +9,8 @@ import pytest
 LAUNCH = Path(__file__).parent.parent / "launch"
 TINY = {
     "model.num_layers": 1, "model.width": 32, "model.num_heads": 2, "model.unroll": 1, "data.length": 32,
-    "tokenizer.kind": "bytes", "tokenizer.vocab_size": 258, "evaluate.max_rows": 8, "generate.max_new_tokens": 4,
-    "tensorboard": False,
+    "data.source": "text.txt", "tokenizer.kind": "bytes", "tokenizer.vocab_size": 258, "evaluate.max_rows": 8,
+    "generate.max_new_tokens": 4, "tensorboard": False,
 }  # fmt: skip
 
 
@@ -39,6 +39,7 @@ def test_the_notebook_of_the_python_api_runs(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_one_cell_of_the_colab_notebook_trains_and_run_again_goes_on(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("To be, or not to be, that is the question. " * 200)
     notebook = read("colab.ipynb")
     assert [cell.cell_type for cell in notebook.cells] == ["markdown", "code"]
     first, again = notebook.cells[1], copy.deepcopy(notebook.cells[1])
