@@ -94,7 +94,7 @@ run() {
 
 follow() {
   local code
-  on 0 "cd gptjax && { tail -n +1 -F train.log & while [ ! -s code ]; do sleep 5; done; sleep 1; kill \$!; }" || true
+  on 0 "cd gptjax && { tail -n +1 -F train.log & while [ ! -s code ]; do sleep 2; done; sleep 1; kill \$!; }" || true
   code=$(on 0 "cat gptjax/code") || die "$NAME does not answer; bash launch/tpu_pod.sh wait says whether it was taken away" 3
   echo "tpu_pod.sh: training ended with $code" >&2
   return "$code"
