@@ -11,6 +11,7 @@ import re
 import shutil
 import sys
 import threading
+import time
 import uuid
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,6 +52,7 @@ class Checkpoints:
         self.problems: list[str] = []
         self._thread: threading.Thread | None = None
         self._error: CheckpointError | None = None
+        self.seconds = 0.0  # of the longest save so far, from the call to its commit
         if not readonly:
             make_writable(self.folder, "checkpoints")
             self.clean()
@@ -109,6 +111,7 @@ class Checkpoints:
         except Exception as e:
             self._remove_partial(step)
             raise _failed(step, e) from e
+        self._began = time.monotonic()
         self._thread = threading.Thread(target=self._commit, args=(step, response), name=f"checkpoint {step}")
         self._thread.start()
 
@@ -131,6 +134,7 @@ class Checkpoints:
             response.result()
             if jax.process_index() == 0:
                 write_manifest(self.path(step), step)
+            self.seconds = max(self.seconds, time.monotonic() - self._began)
         except Exception as e:
             self._error = _failed(step, e)
             self._remove_partial(step)

@@ -5,6 +5,7 @@ jax.distributed does the work. Here is what it leaves open: the processes are fo
 be the same in all of them is told by process 0. With one process nothing here does anything.
 """
 
+import atexit
 import contextlib
 import functools
 import json
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -69,6 +71,7 @@ def join_processes(settings: Mapping[str, Any], folder: str | Path | None = None
     )
     _watch = threading.Event()
     sys.excepthook = functools.partial(_fail, heartbeat)
+    atexit.register(_watch.set)  # before jax's own, which ends what it asks
     threading.Thread(target=_leave_with_others, args=(_watch,), name="watch", daemon=True).start()
     if cluster.process == 0:
         print(f"{cluster.processes} processes, found by {cluster.kind}", file=sys.stderr, flush=True)
@@ -94,7 +97,8 @@ def title() -> str:
 def barrier(name: str) -> None:
     """Returns when every process has come here; a lost one ends the wait. No device has part in it."""
     if several():
-        _client().wait_at_barrier(f"gptjax/{name}/{_count(name)}", int(BARRIER_SECONDS * 1000))
+        key = f"gptjax/{name}/{_count(name)}"
+        _waited(lambda: _client().wait_at_barrier(key, int(BARRIER_SECONDS * 1000)))
 
 
 def from_first(name: str, value: T) -> T:
@@ -106,7 +110,21 @@ def from_first(name: str, value: T) -> T:
     if _cluster.process == 0:
         _client().key_value_set(key, json.dumps(value))
         return value
-    return json.loads(_client().blocking_key_value_get(key, int(BARRIER_SECONDS * 1000)))
+    return json.loads(_waited(lambda: _client().blocking_key_value_get(key, int(BARRIER_SECONDS * 1000))))
+
+
+def _waited(call: Callable[[], T]) -> T:
+    """call(), in a thread: a signal reaches the main thread only while that waits in Python."""
+    made: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            made.set_result(call())
+        except BaseException as e:
+            made.set_exception(e)
+
+    threading.Thread(target=run, name="wait", daemon=True).start()
+    return made.result(BARRIER_SECONDS)
 
 
 def nobody_objects(ok: bool) -> bool:

@@ -11,7 +11,7 @@ from gptjax.data.feed import Validation
 from gptjax.decoder import Decoder, head
 from gptjax.losses import cross_entropy
 from gptjax.settings import InputError
-from gptjax.sharding import put, shardings
+from gptjax.sharding import put, rows_here, shardings
 
 
 def make_eval_step(decoder: Decoder, mesh: Mesh, params: Any, batch: Any) -> Callable:
@@ -39,8 +39,9 @@ def evaluate(
     named: dict[str, float] = {}
     for held in validation:
         loss_sum = weight_sum = 0.0
-        for batch in held.batches(max_rows):
-            loss, weight = jax.device_get(eval_step(params, put(batch, mesh)))
+        rows = rows_here(held.config.data.batch_size, mesh)
+        for batch in held.batches(max_rows, rows.numbers):
+            loss, weight = jax.device_get(eval_step(params, put(batch, mesh, rows)))
             loss_sum, weight_sum = loss_sum + float(loss), weight_sum + float(weight)
         if not weight_sum:
             name = f" {held.name!r}" if held.name else ""

@@ -22,9 +22,11 @@ from gptjax.generate import generate
 from gptjax.metrics import Metrics
 from gptjax.run import Run
 from gptjax.settings import leaves
-from gptjax.sharding import abstract, make_mesh
+from gptjax.sharding import abstract, make_mesh, rows_here
+from gptjax.startup import STARTED
 from gptjax.tokenizer import Tokenizer
 from gptjax.train import (
+    TimeLimit,
     TrainState,
     compile_step,
     enable_compile_cache,
@@ -34,6 +36,8 @@ from gptjax.train import (
     stop_on_signals,
 )
 from gptjax.transfer import start_from
+
+SAVE_BYTES_A_SECOND = 5e7  # of a process, to a slow disk; how long the last save may take is guessed by it at first
 
 
 def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str]) -> Path:
@@ -48,6 +52,7 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
             enable_compile_cache()
         mesh = make_mesh(config.mesh)
         check_divisible(config, mesh)
+        rows = rows_here(config.data.batch_size, mesh)
         with jax.set_mesh(mesh):
             attention = describe(config.model, config.data.length, config.data.several_documents)
         decoder, tx, init, step = assemble(config)
@@ -77,7 +82,7 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
                 if config.init:
                     state = start_from(config, feed.tokenizer, state, tx, mesh)
                     _say(f"weights from {config.init}")
-            feed.batch(0)  # damaged data is told now, not after the wait for a long compilation
+            feed.batch(0, rows.numbers)  # damaged data is told now, not after the wait for a long compilation
             _say(attention)
             train_step = compiled.result()
             barrier("compiled")  # Gloo waits 30 s where processes first meet, and compiling may differ by more
@@ -103,7 +108,8 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
                 checkpoints.save(i, state, data_state, dict(leaves(config)))
 
             def batches() -> Generator[tuple[dict, dict]]:
-                with contextlib.closing(feed.batches(data_state)) as made:  # closing ends its threads and workers
+                # Closing it ends its threads and workers.
+                with contextlib.closing(feed.batches(data_state, rows.numbers)) as made:
                     for i, (batch, after) in enumerate(made, start + 1):
                         by_source[i] = {f"tokens_{name}": count for name, count in after.get("tokens", {}).items()}
                         yield batch, after
@@ -112,13 +118,24 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
             if due and not from_first("evaluated", metrics.file.has_evaluation(start)):
                 evaluate_at(start, state)  # the run ended between a save and its evaluation
             profile = (*config.profile_steps, run.profile) if config.profile_steps else None
+            size = sum(s.data.nbytes for x in jax.tree.leaves(state) for s in x.addressable_shards)
+            limit = TimeLimit(
+                config.time_limit_seconds, STARTED, lambda: checkpoints.seconds or size / SAVE_BYTES_A_SECOND
+            )
+
+            def stop() -> bool:
+                if limit.near() and not signals.stop():
+                    _say(f"time_limit={config.time_limit} is near: saving, and ending")
+                    signals.ask()
+                return signals.stop()
+
             signals.defer()
             given = batches()
             try:
                 state = fit(
                     train_step, state, {}, given, config.steps,
-                    mesh=mesh, log=log, save=save, save_every=config.checkpoint.every,
-                    hooks={evaluate_at: config.evaluate.every}, stop=agreed(signals.stop), trace=profile,
+                    mesh=mesh, rows=rows, log=log, save=save, save_every=config.checkpoint.every,
+                    hooks={evaluate_at: config.evaluate.every}, stop=agreed(stop), trace=profile,
                 )  # fmt: skip
             finally:
                 given.close()

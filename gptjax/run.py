@@ -132,8 +132,8 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
     for name, setting in settings.items():
         if not isinstance(setting, dict) or setting.keys() != {"value", "from"}:
             raise InputError(f"{path}: setting {name!r} is not of the form {{'value': ..., 'from': ...}}")
-    if document["schema"] == 1:
-        # Schema 2 only added settings, and each one's default is what schema 1 did.
+    if document["schema"] < SCHEMA:
+        # A newer schema only added settings, and the default of each is what was done before.
         document["settings"] = {n: {"value": v, "from": "default"} for n, v in leaves(TrainConfig())} | settings
     return document
 

@@ -12,9 +12,10 @@ optimizer state, batches, activations and caches.
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from gptjax.config import MeshConfig
@@ -143,10 +144,40 @@ def abstract(shapes: Any, mesh: Mesh) -> Any:
     )
 
 
-def put(tree: Any, mesh: Mesh) -> Any:
-    """Places a tree of host arrays on the mesh, each process giving only the rows that its devices hold."""
-    where = shardings(tree, mesh)
-    return jax.tree.map(lambda x, s: jax.make_array_from_callback(x.shape, s, lambda index: x[index]), tree, where)
+class RowsHere(NamedTuple):
+    """The rows of a batch of `total` that the devices of this process hold: their numbers, rising."""
+
+    numbers: np.ndarray
+    total: int
+
+
+def rows_here(total: int, mesh: Mesh) -> RowsHere:
+    """Which rows of a batch this process must give; several processes hold the same ones where they share rows."""
+    held = sharding_of("rows_B", (total,), mesh).addressable_devices_indices_map((total,))
+    return RowsHere(np.unique(np.concatenate([np.arange(total)[index] for index in held.values()])), total)
+
+
+def put(tree: Any, mesh: Mesh, rows: RowsHere | None = None) -> Any:
+    """Places a tree of host arrays on the mesh, each process giving what its devices hold.
+
+    The arrays are whole, or with `rows` hold only those along their first dimension.
+    """
+
+    def shape(x: Any) -> tuple[int, ...]:
+        return x.shape if rows is None else (rows.total, *x.shape[1:])
+
+    def place(x: Any, where: NamedSharding) -> jax.Array:
+        def part(index: Any) -> Any:
+            if rows is None:
+                return x[index]
+            first, stop, _ = index[0].indices(rows.total)
+            at = int(np.searchsorted(rows.numbers, first))
+            return x[slice(at, at + stop - first), *index[1:]]
+
+        return jax.make_array_from_callback(shape(x), where, part)
+
+    whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape(x), x.dtype), tree)
+    return jax.tree.map(place, tree, shardings(whole, mesh))
 
 
 def require_mesh(tree: Any) -> None:

@@ -1,8 +1,11 @@
 """What a process that computes sets for itself before jax starts: XLA's flags, and what becomes of freed memory."""
 
 import ctypes
+import time
 
 from gptjax.xla_flags import platform, set_xla_flags
+
+STARTED = time.monotonic()  # about when the process began: the command line imports this first
 
 # glibc's malloc.h: parameters of mallopt.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8

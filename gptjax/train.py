@@ -18,7 +18,7 @@ import optax
 from jax.sharding import Mesh
 
 from gptjax.settings import InputError
-from gptjax.sharding import constrain, put, require_mesh, shardings, suffix
+from gptjax.sharding import RowsHere, constrain, put, require_mesh, shardings, suffix
 
 T = TypeVar("T")
 
@@ -174,6 +174,7 @@ def fit(
     until: int,
     *,
     mesh: Mesh,
+    rows: RowsHere | None = None,
     log: Callable[[int, dict], None],
     save: Callable[[int, TrainState, dict], None],
     save_every: int,
@@ -185,7 +186,8 @@ def fit(
 
     `batches` yields (host batch, state of the data after it); what is saved belongs to the last batch trained. A thread
     asks for the next batch and sends it to the devices while a step runs, one batch ahead and no more; what `batches`
-    raises is raised here in that batch's place. metrics["input_seconds"] is how long a step waited for its batch.
+    raises is raised here in that batch's place. With `rows` each batch holds only those: what this process must give.
+    metrics["input_seconds"] is how long a step waited for its batch.
     log(i, metrics) is called once a step, in order, while the device works on the next one; before a save or a hook,
     every step so far has been logged. save and then the hooks {hook: every} run each so many steps and at the end.
     Raises Interrupted, after a save, when stop() turns true, and Diverged where the numbers end.
@@ -195,7 +197,7 @@ def fit(
 
     def take() -> tuple[dict, dict]:
         host_batch, data_state = next(batches)
-        return put(host_batch, mesh), data_state
+        return put(host_batch, mesh, rows), data_state
 
     def report(i: int, metrics: dict) -> None:
         values = jax.device_get(metrics)
@@ -242,12 +244,13 @@ def fit(
 
 
 class Signals:
-    """SIGTERM and SIGINT: until `defer` the first one raises Interrupted; after it, `stop` turns true instead.
+    """Signals to end: until `defer` the first one raises Interrupted; after it, `stop` turns true instead.
 
-    Any further signal ends the process at once, as it would have without us.
+    A second Ctrl-C ends the process at once. Of what schedulers send no second one does: they send it to a process
+    and to its parents, which pass it on, and Slurm its warning (SIGUSR1, with --signal) and then SIGTERM.
     """
 
-    NAMES = (signal.SIGTERM, signal.SIGINT)
+    NAMES = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
     def __init__(self):
         self._deferred = self._received = False
@@ -255,13 +258,17 @@ class Signals:
     def defer(self) -> None:
         self._deferred = True
 
+    def ask(self) -> None:
+        """Has `stop` turn true as a signal does."""
+        self._received = True
+
     def stop(self) -> bool:
         return self._received
 
     def __call__(self, number: int, frame: Any) -> None:
         self._received = True
         for name in self.NAMES:
-            signal.signal(name, signal.SIG_DFL)
+            signal.signal(name, signal.SIG_DFL if name == signal.SIGINT else signal.SIG_IGN)
         if not self._deferred:
             raise Interrupted
 
@@ -276,6 +283,25 @@ def stop_on_signals() -> Iterator[Signals]:
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)
+
+
+class TimeLimit:
+    """Tells when it is time to save, so that a run ends before `seconds` (0: never) have passed since it started.
+
+    `near` is to be called once a step. Left for the end are three times the longest step so far, with the evaluations
+    and saves that fell into it, twice the longest save, and MARGIN seconds. save_seconds() is how long a save took.
+    """
+
+    MARGIN = 5.0
+
+    def __init__(self, seconds: float, started: float, save_seconds: Callable[[], float]):
+        self._end = started + seconds if seconds else math.inf
+        self._save_seconds, self._longest, self._last = save_seconds, 0.0, time.monotonic()
+
+    def near(self) -> bool:
+        now = time.monotonic()
+        self._longest, self._last = max(self._longest, now - self._last), now
+        return now + 3 * self._longest + 2 * self._save_seconds() + self.MARGIN > self._end
 
 
 def enable_compile_cache() -> None:

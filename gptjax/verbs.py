@@ -19,6 +19,7 @@ from gptjax.generate import stream
 from gptjax.interop.huggingface import import_huggingface
 from gptjax.run import Run, load_config
 from gptjax.settings import InputError, leaves
+from gptjax.sharding import abstract
 from gptjax.tokenizer import open_tokenizer
 from gptjax.trained import Trained, open_trained
 
@@ -36,7 +37,7 @@ def evaluate_trained(model: Trained, max_rows: int = 0) -> dict[str, Any]:
     limits = dataclasses.replace(model.config.evaluate, max_rows=max_rows)
     feed = open_feed(dataclasses.replace(model.config, evaluate=limits), model.run.data)
     with jax.set_mesh(model.mesh):
-        example = example_batch(model.config.data.batch_size, model.config.data.length)
+        example = abstract(example_batch(model.config.data.batch_size, model.config.data.length), model.mesh)
         eval_step = make_eval_step(model.decoder, model.mesh, model.params, example)
         return evaluate(eval_step, model.params, feed.validation, max_rows, model.mesh)
 

@@ -34,7 +34,7 @@ def test_a_run_knows_its_settings_and_where_each_came_from(tmp_path):
     assert load_config(run.folder) == CFG
     document = json.loads(run.config_path.read_text())
     assert list(document) == ["schema", "stage", "recipe", "settings"]
-    assert (document["schema"], document["stage"], document["recipe"]) == (2, "pretrain", RECIPE)
+    assert (document["schema"], document["stage"], document["recipe"]) == (3, "pretrain", RECIPE)
     settings = document["settings"]
     assert list(settings) == [name for name, _ in leaves(CFG)]
     assert settings["steps"] == {"value": 100, "from": "command line"}
@@ -156,7 +156,7 @@ def edited(change):
         (lambda d: "", r"config\.json:1: not valid JSON"),
         (lambda d: "[" * 100_000, "not valid JSON"),
         (lambda d: "[1]", "no schema number"),
-        (lambda d: d.update(schema=3), "schema 3; this gptjax reads schema 2"),
+        (lambda d: d.update(schema=4), "schema 4; this gptjax reads schema 3"),
         (lambda d: d.update(schema=True), "schema True"),
         (lambda d: d.update(extra=1), "'extra' is missing or unknown"),
         (lambda d: d.pop("stage") and None, "'stage' is missing or unknown"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -12,11 +13,11 @@ from gptjax.config.optim import OptimConfig
 from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.settings import InputError, Section, leaves
 
-SCHEMA = 2  # version of config.json; raise it when a saved file needs translating
+SCHEMA = 3  # version of config.json; raise it when a saved file needs translating
 
 # What may change when a run is resumed. Everything else is frozen: changing it would make another run.
-FREE = ("run_dir", "log_every", "log_norms_every", "tensorboard", "profile", "compile_cache", "mesh", "checkpoint",
-        "evaluate", "generate", "model.remat", "model.remat_names", "model.unroll", "model.attention",
+FREE = ("run_dir", "log_every", "log_norms_every", "tensorboard", "profile", "compile_cache", "time_limit", "mesh",
+        "checkpoint", "evaluate", "generate", "model.remat", "model.remat_names", "model.unroll", "model.attention",
         "model.attention_block", "data.workers", "data.validation", "data.max_corrupt",
         "data.exact_resume")  # fmt: skip
 EXTENDABLE = ("steps",)
@@ -114,6 +115,8 @@ class TrainConfig(Section):
     """Steps between printed lines where there is no terminal for a progress bar; metrics.jsonl has every step."""
     tensorboard: bool = True
     """Write TensorBoard event files under the run folder."""
+    time_limit: str = ""
+    """Save and end before this much time has passed since the start (4h, 90m, 1:30:00, seconds), with exit code 75."""
     profile: str = ""
     """Steps to trace, as FIRST:LAST (10:15); the trace goes to the run folder."""
     compile_cache: bool = True
@@ -138,8 +141,20 @@ class TrainConfig(Section):
                 f"data.batch_size={rows} is not divisible by optim.accumulate={parts}; "
                 f"e.g. --data.batch-size {parts * max(1, rows // parts)}"
             )
+        if self.time_limit:
+            wanted = "a time above 0 such as 4h, 1h30m, 90m, 1:30:00, 2-12:00:00 (days), or a number of seconds"
+            self.require(self.time_limit_seconds > 0, "time_limit", wanted)
         if self.profile:
             self.require(self.profile_steps != (), "profile", "FIRST:LAST with 1 <= FIRST <= LAST, e.g. 10:15")
+
+    @property
+    def time_limit_seconds(self) -> float:
+        """`time_limit` in seconds; 0 where it is empty or malformed."""
+        unit = r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?"
+        clock = r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)"  # as Slurm writes it
+        found = re.fullmatch(unit, self.time_limit) or re.fullmatch(clock, self.time_limit)
+        parts = [int(x or 0) for x in found.groups()] if found else []
+        return float(sum(x * seconds for x, seconds in zip(parts, (86400, 3600, 60, 1))))
 
     @property
     def profile_steps(self) -> tuple[int, int] | tuple[()]:

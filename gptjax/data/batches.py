@@ -20,6 +20,7 @@ from gptjax.data.packing import Batch, Spans, Stream, cut
 from gptjax.settings import InputError
 
 T = TypeVar("T")
+Part = slice | np.ndarray  # some rows of a batch: their numbers in it, rising
 State = dict[str, Any]  # of the data after some batches; JSON, saved with the checkpoint of the last one trained on
 
 ALL_ROWS = slice(None)
@@ -53,17 +54,26 @@ class Rows:
         """Rows that hold each target of the split once."""
         return self._layout.num_rows
 
-    def batch(self, step: int, rows: slice = ALL_ROWS) -> Batch:
+    def batch(self, step: int, rows: Part = ALL_ROWS) -> Batch:
         """The batch that is trained on after `step` steps, or some rows of it; what `packing.cut` describes."""
         return self.rows(row_numbers(self.cfg, step, rows))
 
-    def several(self, steps: range, rows: slice = ALL_ROWS) -> list[Batch]:
+    def several(self, steps: range, rows: Part = ALL_ROWS) -> list[Batch]:
         """The batches of these steps, cut at once."""
         return separate(self.rows(numbers_of(self.cfg, steps, rows)), len(steps))
 
     def rows(self, number: np.ndarray) -> Batch:
         """The rows with these numbers (int64, counted on through the epochs) as a batch."""
         return cut(self.split, self.spans(number), len(number), self.cfg.length, self.cfg.cross_documents)
+
+    def targets(self, number: np.ndarray) -> np.ndarray:
+        """How many targets of each of these rows have weight (int64), by where documents begin: no token is read."""
+        spans = self.spans(number)
+        count = spans.count
+        if not self.cfg.cross_documents:
+            starts, stop = self.split.starts, spans.start + spans.count
+            count = count - np.searchsorted(starts, stop, side="right") + np.searchsorted(starts, spans.start, "right")
+        return np.bincount(spans.row, count, minlength=len(number)).astype(np.int64)
 
     def spans(self, number: np.ndarray) -> Spans:
         """Where the rows with these numbers (rising) lie in the split's stream."""
@@ -78,12 +88,12 @@ class Rows:
         return parts[0] if len(parts) == 1 else Spans(*(np.concatenate(column) for column in zip(*parts)))
 
 
-def row_numbers(cfg: DataConfig, step: int, rows: slice = ALL_ROWS) -> np.ndarray:
+def row_numbers(cfg: DataConfig, step: int, rows: Part = ALL_ROWS) -> np.ndarray:
     """Numbers of the rows that are trained on after `step` steps, or of some of them: int64[rows]."""
     return step * cfg.batch_size + np.arange(cfg.batch_size)[rows]
 
 
-def numbers_of(cfg: DataConfig, steps: range, rows: slice = ALL_ROWS) -> np.ndarray:
+def numbers_of(cfg: DataConfig, steps: range, rows: Part = ALL_ROWS) -> np.ndarray:
     """Numbers of the rows of several steps, one step after the other."""
     return np.concatenate([row_numbers(cfg, step, rows) for step in steps])
 
@@ -94,16 +104,24 @@ def separate(rows: Batch, count: int) -> list[Batch]:
     return [{name: x[i * size : (i + 1) * size] for name, x in rows.items()} for i in range(count)]
 
 
-def validation_batches(split: TokenSplit, cfg: DataConfig, max_rows: int = 0) -> Iterator[Batch]:
-    """Yields the split's rows in order, each target once, or only the first max_rows rows.
+def part_of(batch: Batch, part: Part) -> Batch:
+    """Some rows of a batch that is there; a slice, and all of them, copies nothing."""
+    if not isinstance(part, slice) and len(part) == len(next(iter(batch.values()))):
+        return batch
+    return {name: x[part] for name, x in batch.items()}
+
+
+def validation_batches(split: TokenSplit, cfg: DataConfig, max_rows: int = 0, part: Part = ALL_ROWS) -> Iterator[Batch]:
+    """Yields the split's rows in order, each target once, or only the first max_rows rows; of each batch some rows.
 
     The last batch is filled with rows of padding, so that all have the same shape.
     """
+    mine = np.arange(cfg.batch_size)[part]
     layout = _layout(split, cfg.length, cfg.packing)
     num_rows = min(layout.num_rows, max_rows) if max_rows else layout.num_rows
     for first in range(0, num_rows, cfg.batch_size):
-        spans = layout.spans(np.arange(first, min(first + cfg.batch_size, num_rows)), 0)
-        yield cut(split, spans, cfg.batch_size, cfg.length, cfg.cross_documents)
+        rows = first + mine
+        yield cut(split, layout.spans(rows[rows < num_rows], 0), len(mine), cfg.length, cfg.cross_documents)
 
 
 class Batches(Protocol):
@@ -111,21 +129,23 @@ class Batches(Protocol):
 
     cfg: DataConfig
 
-    def batch(self, step: int, rows: slice = ALL_ROWS) -> Batch: ...
+    def batch(self, step: int, rows: Part = ALL_ROWS) -> Batch: ...
 
-    def several(self, steps: range, rows: slice = ALL_ROWS) -> list[Batch]: ...
+    def several(self, steps: range, rows: Part = ALL_ROWS) -> list[Batch]: ...
 
 
 def batches(
-    rows: Batches, start_step: int, part: slice = ALL_ROWS, workers: int = 0
+    rows: Batches, start_step: int, part: Part = ALL_ROWS, workers: int = 0
 ) -> Generator[tuple[Batch, State], None, None]:
     """Yields (batch, state after it) from a step on, without end; {"step": s} is the state after s steps.
+
+    With a `part` only those rows of each batch are read and cut.
 
     Threads, as many as `workers` and at least one, cut the next batches meanwhile; their number changes no batch and
     no order. What one raises is raised here, in its batch's place. Closing the iterator ends the threads.
     """
 
-    together = max(1, _TOGETHER // (rows.cfg.batch_size * rows.cfg.length))
+    together = max(1, _TOGETHER // (len(row_numbers(rows.cfg, 0, part)) * rows.cfg.length))
 
     def make(first: int) -> tuple[range, list[Batch]]:
         steps = range(first, first + together)

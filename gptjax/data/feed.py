@@ -12,8 +12,9 @@ from gptjax.data.validation import Validation
 __all__ = ["Feed", "State", "Validation", "open_feed"]
 
 Feed = PreparedFeed | StreamFeed
-"""Both have the same methods: tokenizer, validation, start, check(state), batches(state), batch(step), sources(step),
-passes(state) and describe(). The state after each batch is JSON, to be saved with what was trained on it."""
+"""Both have the same methods: tokenizer, validation, start, check(state), batches(state, rows), batch(step, rows),
+sources(step), passes(state) and describe(). `rows` are the numbers of those that this host must give, all where they
+are left out. The state after each batch is JSON, to be saved with what was trained on it."""
 
 
 def open_feed(config: TrainConfig, folder: Path, say: Callable[[str], None] | None = None) -> Feed:

@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 
 from gptjax.config import DataConfig
-from gptjax.data.batches import ALL_ROWS, Rows, TokenSplit, mixed_key, numbers_of, row_numbers, separate
+from gptjax.data.batches import ALL_ROWS, Part, Rows, TokenSplit, mixed_key, numbers_of, row_numbers, separate
 from gptjax.data.packing import Batch
 from gptjax.settings import InputError
 
@@ -72,11 +72,11 @@ class Mixture:
                 raise InputError(f"{name}: {error}" if name else str(error)) from None
         self.schedule = Schedule(rows_of_a_pass(cfg, [(r.rows_per_epoch, r.split.num_tokens) for r in self.rows]))
 
-    def batch(self, step: int, rows: slice = ALL_ROWS) -> Batch:
+    def batch(self, step: int, rows: Part = ALL_ROWS) -> Batch:
         """The batch that is trained on after `step` steps, or some rows of it."""
         return self._rows(row_numbers(self.cfg, step, rows))
 
-    def several(self, steps: range, rows: slice = ALL_ROWS) -> list[Batch]:
+    def several(self, steps: range, rows: Part = ALL_ROWS) -> list[Batch]:
         """The batches of these steps, cut at once."""
         return separate(self._rows(numbers_of(self.cfg, steps, rows)), len(steps))
 
@@ -85,6 +85,12 @@ class Mixture:
         counts = np.bincount(source_B).tolist()
         parts = {i: self.rows[i].rows(index_B[source_B == i]) for i, count in enumerate(counts) if count}
         return joined(source_B, parts)
+
+    def targets(self, step: int) -> list[int]:
+        """How many targets with weight the whole batch after `step` steps has of each source; no token is read."""
+        source_B, index_B = self.split(step)
+        numbers = [index_B[source_B == i] for i in range(len(self.rows))]
+        return [int(rows.targets(mine).sum()) if len(mine) else 0 for rows, mine in zip(self.rows, numbers)]
 
     def split(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """The number of the source of each row of a batch, and the row's number in that source."""

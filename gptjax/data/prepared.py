@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from gptjax.config import PrepareConfig, TokenizerConfig, TrainConfig
-from gptjax.data.batches import State, batches
+from gptjax.data.batches import ALL_ROWS, Part, State, batches, part_of
 from gptjax.data.corpus import Corpus, DamagedPage, is_corpus, open_corpus
 from gptjax.data.mixture import Mixture, named
 from gptjax.data.packing import Batch
@@ -71,16 +71,21 @@ class PreparedFeed:
                     f"restore it, or give another --run-dir"
                 )
 
-    def batches(self, state: State) -> Generator[tuple[Batch, State], None, None]:
-        """Yields (batch, state after it) from a state on, without end; closing it ends its threads."""
-        with contextlib.closing(batches(self._mixture, state["step"], workers=self._config.data.workers)) as made:
+    def batches(self, state: State, rows: Part = ALL_ROWS) -> Generator[tuple[Batch, State], None, None]:
+        """Yields (some rows of a batch, state after it) from a state on, without end; closing it ends its threads.
+
+        Only those rows are read. Where damaged pages are left out all are, since the state tells of each page.
+        """
+        data = self._config.data
+        read = ALL_ROWS if data.max_corrupt else rows
+        with contextlib.closing(batches(self._mixture, state["step"], read, data.workers)) as made:
             for batch, after in made:
                 state = self._after(state, batch) | after
-                yield batch, state
+                yield (part_of(batch, rows) if data.max_corrupt else batch), state
 
-    def batch(self, step: int) -> Batch:
-        """The batch that is trained on after `step` steps."""
-        return self._mixture.batch(step)
+    def batch(self, step: int, rows: Part = ALL_ROWS) -> Batch:
+        """The batch that is trained on after `step` steps, or some of its rows."""
+        return self._mixture.batch(step, rows)
 
     def sources(self, step: int) -> list[str]:
         """The name of the source of each row of a batch; none where there is only one."""
@@ -111,8 +116,11 @@ class PreparedFeed:
         """The state, with what a batch adds to it besides the step."""
         source_B, index_B = self._mixture.split(state["step"])
         if self._mixed:
-            targets_B = np.count_nonzero(batch["weights_BL"], axis=1)
-            counts = np.bincount(source_B, targets_B, minlength=len(self._corpora)).astype(int).tolist()
+            if len(batch["weights_BL"]) == len(source_B):
+                targets_B = np.count_nonzero(batch["weights_BL"], axis=1)
+                counts = np.bincount(source_B, targets_B, minlength=len(self._corpora)).astype(int).tolist()
+            else:  # the rows of other hosts count too
+                counts = self._mixture.targets(state["step"])
             tokens = {name: state["tokens"][name] + new for name, new in zip(self._corpora, counts)}
             state = {**state, "tokens": tokens}
         for i, (name, corpus) in enumerate(self._corpora.items()):

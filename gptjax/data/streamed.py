@@ -12,7 +12,7 @@ from typing import BinaryIO
 import numpy as np
 
 from gptjax.config import TrainConfig
-from gptjax.data.batches import State, ahead, row_numbers
+from gptjax.data.batches import ALL_ROWS, Part, State, ahead, part_of, row_numbers
 from gptjax.data.corpus import is_corpus
 from gptjax.data.mixture import Schedule, joined, named, rows_of_a_pass
 from gptjax.data.packing import Batch
@@ -113,24 +113,26 @@ class StreamFeed:
                 f"in pass {at['epoch'] + 1}, so that text may be missed or seen again"
             )
 
-    def batches(self, state: State) -> Generator[tuple[Batch, State], None, None]:
-        """Yields (batch, state after it) from a state on, without end; a thread packs the next ones meanwhile.
+    def batches(self, state: State, rows: Part = ALL_ROWS) -> Generator[tuple[Batch, State], None, None]:
+        """Yields (some rows of a batch, state after it) from a state on, without end; a thread packs the next ones.
 
-        Closing it ends the thread and the workers.
+        All of the text is tokenised whatever the rows: where one begins is known only by the tokens before it. So each
+        of several hosts does the work of one. Closing it ends the thread and the workers.
         """
         made = self._made(state, self._config.data.workers)
         packed = ahead(itertools.repeat(functools.partial(next, made)))
         atexit.register(made.close)  # a stream that nobody closed must end before the modules that it needs
         try:
             with contextlib.closing(made), contextlib.closing(packed):
-                yield from packed
+                for batch, after in packed:
+                    yield part_of(batch, rows), after
         finally:
             atexit.unregister(made.close)
 
-    def batch(self, step: int) -> Batch:
-        """The batch that is trained on after `step` steps; all of the text before it is tokenised again."""
+    def batch(self, step: int, rows: Part = ALL_ROWS) -> Batch:
+        """The batch that is trained on after `step` steps, or some of its rows; the text before is tokenised again."""
         with contextlib.closing(self._made(self.start, 0)) as made:
-            return next(itertools.islice(made, step, None))[0]
+            return part_of(next(itertools.islice(made, step, None))[0], rows)
 
     def sources(self, step: int) -> list[str]:
         """The name of the source of each row of a batch; none where there is only one."""

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from gptjax.config import TrainConfig
-from gptjax.data.batches import TokenSplit, validation_batches
+from gptjax.data.batches import ALL_ROWS, Part, TokenSplit, validation_batches
 from gptjax.data.corpus import is_corpus, open_corpus
 from gptjax.data.encode import Encoder
 from gptjax.data.formats import Document
@@ -39,9 +39,9 @@ class Validation:
     config: TrainConfig
     own: bool = True  # part of the run's own validation split, which eval_loss is about
 
-    def batches(self, max_rows: int) -> Iterator[Batch]:
-        """Yields the rows, or only the first max_rows of them (0: all)."""
-        return validation_batches(self.split, self.config.data, max_rows)
+    def batches(self, max_rows: int, part: Part = ALL_ROWS) -> Iterator[Batch]:
+        """Yields the rows, or only the first max_rows of them (0: all), in batches, or some rows of each batch."""
+        return validation_batches(self.split, self.config.data, max_rows, part)
 
     @property
     def bytes_per_target(self) -> float:

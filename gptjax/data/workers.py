@@ -114,7 +114,7 @@ def _cut(chunk: Chunk) -> Iterator[dict]:
 def _start_worker(index: int, count: int) -> None:
     """Ties a worker's life to its parent's and to nothing else: the trainer answers signals and closes its workers."""
     del index, count
-    for name in (signal.SIGINT, signal.SIGTERM):
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None, "this runs in a worker"
