@@ -4,7 +4,7 @@
 #   export IMAGE=REGISTRY/gptjax:1 RUN_DIR=gs://BUCKET/runs/mine
 #   bash launch/gke.sh build && bash launch/gke.sh apply configs/llama_1b.py --mesh.fsdp 16 && bash launch/gke.sh logs
 #
-#   build                      builds the image of launch/Dockerfile as IMAGE and pushes it; EXTRA=cuda for GPUs
+#   build                      builds the image of launch/Dockerfile as IMAGE and pushes it; EXTRA=cuda,gcs for GPUs
 #   render RECIPE [SETTINGS]   writes the filled-in JobSet to stdout
 #   apply RECIPE [SETTINGS]    creates it in the cluster that kubectl talks to; again after delete, the run goes on
 #   logs                       follows process 0
@@ -12,7 +12,7 @@
 #
 # The cluster needs JobSet (github.com/kubernetes-sigs/jobset), a node pool of the slice, and a service account that may
 # write to the bucket. Variables: IMAGE and RUN_DIR, wanted; with defaults: NAME (gptjax), ACCELERATOR
-# (tpu-v5-lite-podslice), TOPOLOGY (4x4), HOSTS in a slice (4), CHIPS of a host (4), SLICES (1), EXTRA (tpu).
+# (tpu-v5-lite-podslice), TOPOLOGY (4x4), HOSTS in a slice (4), CHIPS of a host (4), SLICES (1), EXTRA (tpu,gcs).
 # Exit codes: 2 where something is missing; those of docker and kubectl.
 set -euo pipefail
 launch=$(cd "$(dirname "$0")" && pwd)
@@ -49,7 +49,7 @@ build | render | apply) [ -n "${IMAGE:-}" ] || die "IMAGE is missing; wanted a n
 esac
 case $step in
 build)
-  docker build --file "$launch/Dockerfile" --build-arg "EXTRA=${EXTRA-tpu}" --tag "$IMAGE" "$(dirname "$launch")"
+  docker build --file "$launch/Dockerfile" --build-arg "EXTRA=${EXTRA-tpu,gcs}" --tag "$IMAGE" "$(dirname "$launch")"
   docker push "$IMAGE"
   ;;
 render) render "$@" ;;

@@ -78,7 +78,7 @@ install() {
   # The slice's own Python may be older than 3.11; uv brings one without root.
   on all "mkdir -p gptjax && tar -xzf gptjax.tar.gz -C gptjax && cd gptjax &&
     python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --allow-existing --python 3.12 .venv &&
-    python3 -m uv pip install --quiet --python .venv/bin/python -e '.[tpu]' && .venv/bin/gptjax --version"
+    python3 -m uv pip install --quiet --python .venv/bin/python -e '.[tpu,gcs]' && .venv/bin/gptjax --version"
 }
 
 run() {
