@@ -114,7 +114,7 @@ def test_signals_reach_the_command_once_and_an_end_that_was_asked_for_is_the_end
     if sent == "SIGUSR1":
         assert (code, starts(tmp_path)) == (0, 2)  # no wish to end, so it was started again
     else:
-        assert (code, starts(tmp_path)) == (75, 1)
+        assert (code, starts(tmp_path), errors) == (75, 1, "")
 
 
 def test_a_signal_during_a_pause_ends_it(tmp_path):
