@@ -151,7 +151,7 @@ class _Desk:
 
     def _wrong(self, card: dict) -> Verdict | None:
         """What is wrong with one more card."""
-        here, there = self._first(), _who(card)
+        there = _who(card)
         if card["processes"] != self._cluster.processes:
             return Verdict(
                 f"{there} was told that there are {card['processes']} processes, process 0 {self._cluster.processes}; "
@@ -169,8 +169,10 @@ class _Desk:
                 "it with GPTJAX_CLOCK_SECONDS",
                 False,
             )
-        if here is None:
-            return None
+        cards = [*self._cards.values(), card]
+        here = next((c for c in cards if c["process"] == 0), cards[0])  # whom the others are compared with
+        if here is card:
+            card, there = cards[0], _who(cards[0])
         for what in ("versions", "settings"):
             for name in sorted(here[what].keys() | card[what].keys()):
                 mine, its = here[what].get(name), card[what].get(name)
@@ -180,11 +182,6 @@ class _Desk:
                         f"{there} has {name} {its!r}, {_who(here)} has {mine!r}; all must have the same {what}", False
                     )
         return None
-
-    def _first(self) -> dict | None:
-        """The card that the others are compared with: process 0's, or the first that came."""
-        cards = list(self._cards.values())
-        return next((card for card in cards if card["process"] == 0), cards[0] if cards else None)
 
     def _looked(self) -> Verdict:
         """Has everyone look for the mark in the run's folder."""

@@ -62,8 +62,7 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
         shapes = abstract(jax.eval_shape(init, 0), mesh)
         example = abstract(example_batch(config.data.batch_size, config.data.length), mesh)
         step = compile_step(step, mesh, shapes, {}, example)
-        # Traced here: while tensorflow_datasets is imported below, what other threads import is not what they get.
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh):  # traced here: some libraries that the data needs replace Python's import for a while
             lowered = step.lower(shapes, {}, example)
         compiled = in_background(lowered.compile, mesh)
         with first_alone("feed"):

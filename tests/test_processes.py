@@ -1,0 +1,426 @@
+"""Several processes are one job: the same batches, the same losses, one end for all, and no hang where one is wrong."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gptjax.cluster import Cluster, find_cluster
+from gptjax.config import DataConfig
+from gptjax.data.batches import Rows, validation_batches
+from gptjax.data.packing import MemoryStream
+from gptjax.preflight import NotNow, preflight
+from gptjax.settings import InputError
+
+SETTINGS = """
+--model.num-layers 2 --model.width 32 --model.num-heads 2 --model.dtype float32 --model.dropout 0
+--tokenizer.kind bytes --tokenizer.vocab-size 258 --data.length 32 --data.batch-size 8
+--optim.warmup-steps 4 --evaluate.max-rows 13 --no-tensorboard --generate.max-new-tokens 4
+"""
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+# Who is who.
+
+SLURM = {
+    "SLURM_JOB_ID": "4097", "SLURM_STEP_NODELIST": "node[03-05]", "SLURM_NTASKS": "6", "SLURM_PROCID": "4",
+    "SLURM_LOCALID": "0", "SLURM_STEP_NUM_NODES": "3",
+}  # fmt: skip
+JOBSET = {
+    "JOBSET_NAME": "gpt", "REPLICATED_JOB_NAME": "workers", "PROCESSES_IN_JOB": "4", "JOB_COMPLETION_INDEX": "1",
+    "JOB_INDEX": "2", "REPLICATED_JOB_REPLICAS": "3",
+}  # fmt: skip
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "3", "JAX_COORDINATOR_PORT": "777",
+}  # fmt: skip
+MPICH = {"PMI_SIZE": "2", "PMI_RANK": "1", "MPI_LOCALNRANKS": "1", "MPI_LOCALRANKID": "0", "GPTJAX_COORDINATOR": "n1:9"}
+
+
+@pytest.mark.parametrize(
+    "environment, wanted",
+    [
+        ({}, None),
+        ({"GPTJAX_PROCESSES": "1"} | SLURM, None),
+        (SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
+        (SLURM, Cluster("Slurm", "node03:61441", 6, 4, (0,), 3)),
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "5"}, Cluster("Slurm", "node03:61441", 6, 4, None, 3)),
+        (SLURM | {"SLURM_NTASKS": "3", "SLURM_PROCID": "2"}, Cluster("Slurm", "node03:61441", 3, 2, None, 3)),
+        (JOBSET, Cluster("JobSet", "gpt-workers-0-0.gpt:8476", 12, 9)),
+        (JOBSET | {"GPTJAX_COORDINATOR": "a:5"}, Cluster("GPTJAX_COORDINATOR", "a:5", 12, 9)),
+        (OPEN_MPI, Cluster("MPI", "127.0.0.1:777", 4, 3, (3,))),
+        (MPICH, Cluster("GPTJAX_COORDINATOR", "n1:9", 2, 1)),
+        (
+            {"GPTJAX_COORDINATOR": "[::1]:80", "GPTJAX_PROCESSES": "2", "GPTJAX_PROCESS": "0"},
+            Cluster("GPTJAX_COORDINATOR", "[::1]:80", 2, 0),
+        ),
+    ],
+)
+def test_a_scheduler_s_variables_tell_which_process_this_is(monkeypatch, environment, wanted):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)  # jax's detection reads os.environ itself
+    assert find_cluster() == wanted
+
+
+@pytest.mark.parametrize(
+    "environment, message",
+    [
+        ({"GPTJAX_COORDINATOR": "a:5"}, "no scheduler was found"),
+        ({"GPTJAX_COORDINATOR": "a", "GPTJAX_PROCESSES": "2", "GPTJAX_PROCESS": "0"}, "wanted host:port"),
+        ({"GPTJAX_COORDINATOR": "a:5", "GPTJAX_PROCESSES": "2", "GPTJAX_PROCESS": "2"}, "from 0 to 1"),
+        ({"GPTJAX_COORDINATOR": "a:5", "GPTJAX_PROCESSES": "two", "GPTJAX_PROCESS": "2"}, "GPTJAX_PROCESSES='two'"),
+        ({"GPTJAX_PROCESSES": "2", "GPTJAX_PROCESS": "1"}, "address of process 0 is not told"),
+        ({k: v for k, v in MPICH.items() if k != "GPTJAX_COORDINATOR"}, "address of process 0 is not told"),
+        ({k: v for k, v in JOBSET.items() if k != "PROCESSES_IN_JOB"}, "PROCESSES_IN_JOB"),
+    ],
+)
+def test_incomplete_variables_are_refused_in_one_line(monkeypatch, environment, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=message) as error:
+        find_cluster()
+    assert "\n" not in str(error.value)
+
+
+# What is wrong is named by all, in time.
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr("gptjax.preflight.LINGER_SECONDS", 0.5)
+    monkeypatch.setattr("gptjax.preflight.LOOK_SECONDS", 1.0)
+
+
+OPEN = dict(versions={"jax": "1"}, settings={"seed": 0}, folder=None, seconds=20.0, clock_seconds=60.0)
+
+
+def met(cards: list[dict], processes: int | None = None) -> list[str]:
+    """What preflight says in each of some processes, which are threads here; "" where it lets them through."""
+    port, said = free_port(), [""] * len(cards)
+
+    def one(i: int, process: int = -1, count: int = 0, host: str = "127.0.0.1", **changed) -> None:
+        cluster = Cluster("test", f"{host}:{port}", count or processes or len(cards), i if process < 0 else process)
+        try:
+            preflight(cluster, **{**OPEN, **changed})
+        except (InputError, NotNow) as e:
+            said[i] = f"{type(e).__name__}: {e}"
+
+    threads = [threading.Thread(target=one, args=(i,), kwargs=card) for i, card in enumerate(cards)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads), "it hangs"
+    return said
+
+
+def test_processes_that_agree_are_let_through(tmp_path):
+    assert met([{"folder": tmp_path / "run"}] * 3) == ["", "", ""]
+    assert list((tmp_path / "run").iterdir()) == [], "nothing is left behind"
+
+
+@pytest.mark.parametrize(
+    "cards, processes, message",
+    [
+        ([{}, {"settings": {"seed": 1}}], None, "InputError: process 1 on .* has seed 1, process 0 on .* has 0"),
+        ([{}, {"versions": {"jax": "2"}}], None, "InputError: process 1 on .* has jax '2', process 0 .* '1'"),
+        ([{}, {"count": 3}], None, "InputError: process 1 on .* was told that there are 3 processes, process 0 2"),
+        ([{}, {}, {"process": 1}], 4, "InputError: process 1 on .* and process 1 on .* have the same number"),
+        (
+            [{"seconds": 1.0}, {}],
+            5,
+            r"NotNow: 2 of 5 processes came to .* within 1 s; missing: 2, 3, 4 \(th",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named_in_every_process(cards, processes, message):
+    import re
+
+    for said in met(cards, processes):
+        assert re.match(message, said), said
+        assert "\n" not in said
+
+
+def test_a_run_folder_that_is_not_shared_is_named(tmp_path):
+    for said in met([{"folder": tmp_path / "a"}, {"folder": tmp_path / "b"}]):
+        assert said.startswith("InputError: process 1 on") and "does not see the run folder" in said
+
+
+def test_clocks_that_differ_are_named(monkeypatch):
+    monkeypatch.setattr("gptjax.preflight._write", shifted(-100.0))
+    for said in met([{}, {}]):
+        assert "s behind process 0's; set the clocks" in said
+
+
+def shifted(seconds: float):
+    def write(line, message: dict) -> None:
+        message = message | ({"time": time.time() + seconds} if message.get("process") == 1 else {})
+        line.write(json.dumps(message).encode() + b"\n")
+        line.flush()
+
+    return write
+
+
+def test_a_coordinator_that_can_t_be_reached_is_named():
+    def alone(address: str, kind: str = "GPTJAX_COORDINATOR", process: int = 1, hosts: int = 0) -> str:
+        try:
+            preflight(Cluster(kind, address, 2, process, None, hosts), **{**OPEN, "seconds": 0.5})
+        except (InputError, NotNow) as e:
+            return f"{type(e).__name__}: {e}"
+        return ""
+
+    port = free_port()
+    assert alone(f"127.0.0.1:{port}").startswith("NotNow: the coordinator 127.0.0.1")
+    assert "nothing listens there" in alone(f"127.0.0.1:{port}")
+    assert "loopback address" in alone(f"127.0.0.1:{port}")
+    assert alone("no-such-host.invalid:1").startswith("InputError") and "resolve" in alone("no-such-host.invalid:1")
+    assert alone("no-such-host.invalid:1", "JobSet").startswith("NotNow"), "the pod may not be there yet"
+    assert "each of the 2 hosts takes for itself" in alone(f"localhost:{port}", hosts=2)
+    with socket.create_server(("", port)) as server:
+        assert "can't listen on port" in alone(f"127.0.0.1:{port}", process=0)
+        server.settimeout(5)
+        closing = threading.Thread(target=answer_nonsense, args=(server,), daemon=True)
+        closing.start()
+        assert "something answers there that is no process 0" in alone(f"127.0.0.1:{port}")
+
+
+def answer_nonsense(server: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            with server.accept()[0] as connection:
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+
+def test_strangers_at_the_port_do_not_disturb():
+    port = free_port()
+    threads = [
+        threading.Thread(target=preflight, args=(Cluster("test", f"127.0.0.1:{port}", 2, i),), kwargs=OPEN)
+        for i in range(2)
+    ]
+    threads[0].start()
+    for _ in range(50):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1) as stranger:
+            stranger.sendall(b"GET / HTTP/1.1\n")
+            break
+        time.sleep(0.05)
+    threads[1].start()
+    for thread in threads:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+# Rows.
+
+
+class Split(MemoryStream):
+    num_tokens = 1000
+
+
+def split() -> Split:
+    rng = np.random.default_rng(0)
+    cuts = np.sort(rng.choice(np.arange(1, 1000), 40, replace=False))
+    return Split(np.split(rng.integers(1, 250, 1000), cuts))
+
+
+@pytest.mark.parametrize("packing, crossing", [("packed", False), ("packed", True), ("padded", False)])
+def test_parts_of_a_batch_are_the_batch_and_their_targets_are_counted_unread(packing, crossing):
+    cfg = DataConfig(batch_size=8, length=16, packing=packing, cross_documents=crossing)
+    rows = Rows(split(), cfg, seed=3)
+    parts = [np.array([0, 1, 5]), np.array([2, 3, 4, 6, 7])]
+    for step in (0, 5, 60):
+        whole = rows.batch(step)
+        for name, x in whole.items():
+            for part in parts:
+                np.testing.assert_array_equal(rows.batch(step, part)[name], x[part])
+        counted = rows.targets(step * 8 + np.arange(8))
+        np.testing.assert_array_equal(counted, np.count_nonzero(whole["weights_BL"], axis=1))
+    for whole, *some in zip(*(validation_batches(split(), cfg, 21, p) for p in (slice(None), *parts)), strict=True):
+        for part, given in zip(parts, some):
+            np.testing.assert_array_equal(given["targets_BL"], whole["targets_BL"][part])
+
+
+# Whole runs, as processes on this machine.
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefgh"), rng.integers(2, 7))) for _ in range(50)]
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(rng.choice(words, 3000)))
+    return path
+
+
+def start(count: int, run: Path, text: Path, *more: str, devices: int = 1, **variables: str) -> list[subprocess.Popen]:
+    """The processes of one training run, each with so many fake devices."""
+    command = [sys.executable, "-m", "gptjax.cli", "pretrain", "shakespeare_char", "--run-dir", str(run)]
+    command += [*SETTINGS.split(), "--data.source", str(text), *more]
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    env |= {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(text.parent / "cache"), "JAX_NUM_CPU_DEVICES": str(devices)}
+    env |= {"GPTJAX_HEARTBEAT_SECONDS": "60", **variables}
+    address = f"127.0.0.1:{free_port()}"
+    made = []
+    for i in range(count):
+        own = {"GPTJAX_COORDINATOR": address, "GPTJAX_PROCESSES": str(count), "GPTJAX_PROCESS": str(i)}
+        pipes: dict = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        made.append(subprocess.Popen(command, env=env | (own if count > 1 else {}), **pipes))
+    return made
+
+
+def finish(processes: list[subprocess.Popen], seconds: float = 240) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of each."""
+    ended = []
+    try:
+        for process in processes:
+            out, errors = process.communicate(timeout=seconds)
+            ended.append((process.returncode, out, errors))
+    finally:
+        for process in processes:
+            process.kill()
+    return ended
+
+
+def codes(ended: list[tuple[int, str, str]]) -> list[int]:
+    return [code for code, _, _ in ended]
+
+
+def lines(run: Path) -> list[dict]:
+    path = run / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in lines(run) if "loss" in line]
+
+
+def reaches(run: Path, step: int, processes: list[subprocess.Popen]) -> None:
+    """Waits until a step is logged."""
+    while not any(line["step"] >= step for line in lines(run)):
+        assert all(p.poll() is None for p in processes), finish(processes)
+        time.sleep(0.02)
+
+
+def same(a: list[float], b: list[float]) -> None:
+    assert len(a) == len(b)
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path, text):
+    one, two = tmp_path / "one", tmp_path / "two"
+    more = ("--steps", "6", "--evaluate.every", "6", "--checkpoint.every", "4")
+    both = start(2, two, text, *more, "--mesh.fsdp", "2", "--mesh.data", "1")
+    assert codes(finish(start(1, one, text, *more))) == [0]
+    ended = finish(both)
+    assert codes(ended) == [0, 0], ended
+    assert ended[1][1:] == ("", ""), "only process 0 speaks"
+    assert "sample of 4 tokens" in ended[0][1] and "Gloo" not in ended[0][1]
+    same(losses(two), losses(one))
+    same([line["eval_loss"] for line in lines(two)[-1:]], [line["eval_loss"] for line in lines(one)[-1:]])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_any_process_stops_all_and_other_numbers_of_processes_go_on(tmp_path, text, number):
+    run, alone = tmp_path / "run", tmp_path / "alone"
+    stopped, meshes = 0, {2: ("--mesh.fsdp", "2", "--mesh.data", "1"), 1: ()}
+    for count in (2, 1, 2):
+        some = start(count, run, text, "--steps", "4000", "--checkpoint.every", "3000", *meshes[count])
+        reaches(run, stopped + 3, some)
+        some[-1].send_signal(number)
+        ended = finish(some)
+        assert codes(ended) == [75] * count, ended
+        before, stopped = stopped, lines(run)[-1]["step"]
+        assert (run / "checkpoints" / f"{stopped:08d}" / "manifest.json").is_file()
+        assert not before or f"after step {before}" in ended[0][2]
+    assert codes(finish(start(1, alone, text, "--steps", str(stopped), "--mesh.data", "1"))) == [0]
+    # Another end of the schedule changes no loss while it warms up and hardly one after.
+    same(losses(run)[:4], losses(alone)[:4])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    "count, devices, mesh", [(4, 1, (4, 1, 1)), (4, 1, (2, 2, 1)), (2, 2, (2, 1, 2)), (2, 2, (1, 2, 2))]
+)
+def test_every_split_over_processes_trains_as_one(tmp_path, text, count, devices, mesh):
+    one, many = tmp_path / "one", tmp_path / "many"
+    more = ("--steps", "10", "--evaluate.every", "10")
+    sizes = [x for axis, size in zip(("data", "fsdp", "tensor"), mesh) for x in (f"--mesh.{axis}", str(size))]
+    assert codes(finish(start(1, one, text, *more))) == [0]
+    ended = finish(start(count, many, text, *more, *sizes, devices=devices))
+    assert codes(ended) == [0] * count, ended
+    same(losses(many), losses(one))
+
+
+@pytest.mark.exhaustive
+def test_a_lost_process_ends_the_others(tmp_path, text):
+    run = tmp_path / "run"
+    both = start(2, run, text, "--steps", "4000", GPTJAX_HEARTBEAT_SECONDS="10")
+    reaches(run, 3, both)
+    both[1].kill()
+    began = time.monotonic()
+    assert codes(finish(both, 60)) == [-signal.SIGABRT, -signal.SIGKILL]
+    assert time.monotonic() - began < 30
+
+
+@pytest.mark.exhaustive
+def test_a_process_that_fails_names_itself_and_ends_the_others(tmp_path, text):
+    wrong = tmp_path / "no folder of ours"
+    wrong.write_text("")
+    run = tmp_path / "run"
+    both = start(2, run, text, "--steps", "40")
+    (codes_, _, errors), other = finish(both)[0], both[1]
+    assert codes_ == 0 and other.returncode == 0, errors
+    both = start(2, run, text, "--steps", "40", "--model.width", "64")
+    (code, _, errors), (other_code, _, _) = finish(both)
+    assert (code, other_code) == (2, 2)
+    assert "gptjax: process 0 of 2 on" in errors and "model.width was 32" in errors
+    both = start(2, tmp_path / "cache", text, "--steps", "40")
+    del both
+
+
+@pytest.mark.exhaustive
+def test_the_time_limit_saves_and_ends_all_processes_before_it(tmp_path, text):
+    run, began = tmp_path / "run", time.monotonic()
+    ended = finish(start(2, run, text, "--steps", "100000", "--checkpoint.every", "100000", "--time-limit", "60"))
+    assert codes(ended) == [75, 75], ended
+    assert time.monotonic() - began < 65
+    assert "time_limit=60 is near" in ended[0][2]
+    stopped = lines(run)[-1]["step"]
+    assert (run / "checkpoints" / f"{stopped:08d}" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "written, seconds",
+    [
+        ("4h", 14400),
+        ("90m", 5400),
+        ("1h30m", 5400),
+        ("1:30:00", 5400),
+        ("2-12:00:00", 216000),
+        ("45", 45),
+        ("5:30", 330),
+    ],
+)
+def test_a_time_limit_is_read_as_users_and_slurm_write_it(written, seconds):
+    assert TrainConfig(time_limit=written).time_limit_seconds == seconds
+
+
+@pytest.mark.parametrize("written", ["soon", "0", "-5", "4 h", "1:2:3:4", "h"])
+def test_a_time_limit_that_is_none_is_refused(written):
+    with pytest.raises(InputError, match="time_limit='.*': wanted a time above 0"):
+        TrainConfig(time_limit=written)
