@@ -2,7 +2,7 @@
 # A Slurm of one node for a test: fetched, started and torn down in one folder, without installing anything.
 #
 #   tests/slurm.sh up FOLDER      unpacks Debian's slurm-wlm and munge there, starts munged, slurmctld and slurmd
-#   tests/slurm.sh down FOLDER    ends the three and waits until they are gone
+#   tests/slurm.sh down FOLDER    kills the jobs, ends the three and waits until they are gone
 #
 # It disturbs nothing: the packages are unpacked, not installed, so no service is registered or started; the munge key,
 # the configuration, the sockets, the state and the logs lie in FOLDER; the ports are free high ones on loopback;
@@ -26,6 +26,16 @@ folder=$(cd "$2" && pwd)
 
 down() {
   local name pid
+  # First what runs: a job outlives the daemons.
+  if [ -f "$folder/slurmctld.pid" ]; then
+    # shellcheck source=/dev/null
+    (. "$folder/env" && scancel --quiet --full --signal=KILL --state=RUNNING --user "$(id -un)" &&
+      scancel --quiet --user "$(id -un)" &&
+      for _ in $(seq 100); do
+        [ -n "$(squeue --noheader)" ] || break
+        sleep 0.2
+      done) >>"$folder/down.log" 2>&1 || true
+  fi
   for name in slurmd slurmctld munged; do
     pid=$(cat "$folder/$name.pid" 2>/dev/null) || continue
     kill "$pid" 2>/dev/null || continue

@@ -3,6 +3,7 @@
 tests/slurm.sh fetches Debian's packages, starts Slurm on this machine in a folder of the test, and ends it.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -80,10 +81,19 @@ def slurm(tmp_path):
         assert started.returncode == 0, started.stdout + started.stderr
         yield Slurm(folder, tmp_path)
     finally:
-        pids = [int(path.read_text()) for path in folder.glob("*.pid")]
         subprocess.run([ROOT / "tests" / "slurm.sh", "down", folder], check=True)
         shutil.rmtree(folder)
-        assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()], "a daemon of Slurm outlived the test"
+        assert not left(folder), "processes of Slurm outlived the test"
+
+
+def left(folder: Path) -> list[str]:
+    """The processes that the Slurm in the folder, or a job of it, has started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"SLURM_CONF={folder}/".encode() in (path / "environ").read_bytes():
+                found.append((path / "cmdline").read_text().replace("\0", " "))
+    return found
 
 
 @pytest.mark.slurm
@@ -119,7 +129,7 @@ def test_a_job_of_two_tasks_is_interrupted_killed_and_cancelled_and_loses_no_ste
     time.sleep(3)
     assert slurm.state()["JobState"] == "CANCELLED" and reached < STEPS
     slurm(f"scontrol requeue {slurm.job}")
-    slurm.wait("the end", lambda: slurm.state()["JobState"] == "COMPLETED")
+    slurm.wait("the end", lambda: slurm.state()["JobState"] == "COMPLETED", seconds=300)
 
     assert slurm.state()["ExitCode"] == "0:0" and slurm.state()["Restarts"] == "2"
     assert f"after step {reached}" in slurm.log()
