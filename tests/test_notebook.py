@@ -1,21 +1,62 @@
-"""The notebook of the Python API runs from its first cell to its last, in an empty folder."""
+"""The notebooks run from their first cell to their last, in an empty folder."""
 
+import copy
+import json
 from pathlib import Path
 
 import pytest
 
-NOTEBOOK = Path(__file__).parent.parent / "launch" / "python_api.ipynb"
+LAUNCH = Path(__file__).parent.parent / "launch"
+TINY = {
+    "model.num_layers": 1, "model.width": 32, "model.num_heads": 2, "model.unroll": 1, "data.length": 32,
+    "data.source": "text.txt", "tokenizer.kind": "bytes", "tokenizer.vocab_size": 258, "evaluate.max_rows": 8,
+    "generate.max_new_tokens": 4, "tensorboard": False,
+}  # fmt: skip
+
+
+def read(name):
+    notebook = pytest.importorskip("nbformat").read(LAUNCH / name, as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "a notebook is kept without its outputs"
+    return notebook
+
+
+def run(notebook, folder, monkeypatch) -> list[str]:
+    """What each of the notebook's cells wrote, after running it in the folder."""
+    nbclient = pytest.importorskip("nbclient")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    monkeypatch.setenv("XLA_FLAGS", "")  # one device, as a notebook has
+    monkeypatch.setenv("PYTHONPATH", str(LAUNCH.parent))
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
+    return ["".join(map(str, cell.get("outputs", []))) for cell in notebook.cells]
 
 
 @pytest.mark.slow
 def test_the_notebook_of_the_python_api_runs(tmp_path, monkeypatch):
-    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("XLA_FLAGS", "")  # one device, as a notebook has
-    monkeypatch.setenv("PYTHONPATH", str(NOTEBOOK.parent.parent))
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    assert not any(cell.get("outputs") for cell in notebook.cells), "a notebook is kept without its outputs"
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    texts = [str(out) for cell in notebook.cells for out in cell.get("outputs", [])]
+    texts = run(read("python_api.ipynb"), tmp_path, monkeypatch)
     assert any("eval_bits_per_byte" in text for text in texts)
     assert (tmp_path / "runs" / "notebook_squares" / "metrics.jsonl").is_file()
+
+
+@pytest.mark.slow
+def test_the_one_cell_of_the_colab_notebook_trains_and_run_again_goes_on(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("To be, or not to be, that is the question. " * 200)
+    notebook = read("colab.ipynb")
+    assert [cell.cell_type for cell in notebook.cells] == ["markdown", "code"]
+    first, again = notebook.cells[1], copy.deepcopy(notebook.cells[1])
+    for cell, steps in ((first, 6), (again, 8)):
+        assert cell.source.count("settings = {}") == 1
+        cell.source = cell.source.replace("settings = {}", f"settings = {TINY | {'steps': steps}}")
+    notebook.cells.append(again)
+    _, trained, went_on = run(notebook, tmp_path, monkeypatch)
+    assert "not on Drive" in trained and "sample of 4 tokens" in trained
+    assert "after step 6" in went_on
+    metrics = (tmp_path / "gptjax" / "quickstart" / "metrics.jsonl").read_text().splitlines()
+    assert [line["step"] for line in map(json.loads, metrics) if "loss" in line] == list(range(1, 9))
+
+
+def test_the_colab_notebook_says_what_is_missing_where_it_can_not_install(tmp_path):
+    notebook = json.loads((LAUNCH / "colab.ipynb").read_text())
+    (cell,) = (cell for cell in notebook["cells"] if cell["cell_type"] == "code")
+    code = "".join(cell["source"]).replace('find_spec("gptjax")', 'find_spec("gptjax_that_is_not_installed")')
+    with pytest.raises(ValueError, match="source is empty, and gptjax is not installed; wanted a folder"):
+        exec(compile(code, "colab.ipynb", "exec"), {})

@@ -1,0 +1,170 @@
+"""The supervisor starts a command again as long as its run gets on, passes signals on, and returns every other code."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SUPERVISE = Path(__file__).parent.parent / "launch" / "supervise.py"
+
+# Each start does the next thing of its script: a number ends it with that code, "+N" saves the checkpoint of step N,
+# "=N" logs step N, "wait" sleeps until a signal, which is written down, and ends with 75 as gptjax does.
+CHILD = """
+import os, pathlib, signal, sys, time
+run = pathlib.Path(sys.argv[1])
+starts = run / "starts"
+number = int(starts.read_text()) if starts.exists() else 0
+starts.write_text(str(number + 1))
+for word in sys.argv[2].split(",")[number].split():
+    if word[0] == "+":
+        (run / "checkpoints" / word[1:].zfill(8)).mkdir(parents=True)
+        (run / "checkpoints" / word[1:].zfill(8) / "manifest.json").write_text("{}")
+    elif word[0] == "=":
+        with open(run / "metrics.jsonl", "w") as file:
+            file.write('{"step": %s, "loss": 1.0}\\n{"step": 9' % word[1:])
+    elif word == "wait":
+        def stop(received, frame):
+            with open(run / "signals", "a") as file:
+                file.write(f"{received}\\n")
+        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+            signal.signal(name, stop)
+        (run / "waiting").write_text("")
+        while not (run / "signals").exists():
+            time.sleep(0.01)
+        time.sleep(0.3)  # a signal that came twice would be seen
+        sys.exit(75)
+    elif word == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif word == "leave":
+        if os.fork() == 0:
+            (run / "left").write_text(str(os.getpid()))
+            time.sleep(60)
+    else:
+        sys.exit(int(word))
+"""
+
+
+def start(run: Path, script: str, *options: str, **settings) -> subprocess.Popen:
+    command = [sys.executable, SUPERVISE, "--run-dir", run, "--pause", "0.01", *options]
+    command += ["--", sys.executable, "-c", CHILD, run, script]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **settings)
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str]:
+    _, errors = process.communicate(timeout=30)
+    return process.returncode, errors
+
+
+def starts(run: Path) -> int:
+    return int((run / "starts").read_text())
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 3, 139])
+def test_any_other_code_is_returned_at_once(tmp_path, code):
+    assert finish(start(tmp_path, str(code))) == (code, "")
+    assert starts(tmp_path) == 1
+
+
+def test_what_was_interrupted_aborted_or_killed_is_started_again(tmp_path):
+    code, errors = finish(start(tmp_path, "+5 75,+10 134,+15 137,+20 kill,0"))
+    assert (code, starts(tmp_path)) == (0, 5), errors
+    assert "ended with 137 (newest checkpoint: step 20)" in errors
+
+
+def test_it_gives_up_after_crashes_without_progress_and_returns_the_last_code(tmp_path):
+    code, errors = finish(start(tmp_path, "+5 137,137,134,+6 137,137,134,kill,0", "--crashes", "3"))
+    assert (code, starts(tmp_path)) == (137, 7), errors
+    assert "3 ends in a row without progress (newest checkpoint: step 6): giving up" in errors
+
+
+def test_interruptions_without_progress_are_no_endless_loop(tmp_path):
+    code, errors = finish(start(tmp_path, "75,75,0", "--crashes", "2"))
+    assert (code, starts(tmp_path)) == (75, 2), errors
+
+
+def test_before_the_first_checkpoint_the_last_logged_step_is_the_progress(tmp_path):
+    code, errors = finish(start(tmp_path, "=3 137,=3 137,=7 137,=7 137,=7 137,0", "--crashes", "2"))
+    assert (code, starts(tmp_path)) == (137, 5), errors
+    assert "no checkpoint yet, last step 7" in errors
+    # The first checkpoint is progress, though the steps logged before it were more.
+    (tmp_path / "starts").unlink()
+    assert finish(start(tmp_path, "137,+4 137,137,0", "--crashes", "2"))[0] == 0
+
+
+def test_pauses_double_until_the_longest_and_begin_anew_with_progress(tmp_path):
+    script, options = "137,137,137,+1 137,0", ("--crashes", "5", "--pause", "0.1", "--longest-pause", "0.3")
+    code, errors = finish(start(tmp_path, script, *options))
+    assert code == 0
+    assert [line.split("next in ")[1] for line in errors.splitlines()] == ["0.1 s", "0.2 s", "0.3 s", "0.1 s"]
+
+
+@pytest.mark.parametrize(
+    "sent, received", [("SIGTERM", "SIGTERM"), ("SIGINT", "SIGINT"), ("SIGHUP", "SIGTERM"), ("SIGUSR1", "SIGUSR1")]
+)
+def test_signals_reach_the_command_once_and_an_end_that_was_asked_for_is_the_end(tmp_path, sent, received):
+    process = start(tmp_path, "wait,0", process_group=0)
+    wait_for(tmp_path / "waiting")
+    os.killpg(process.pid, signal.Signals[sent])  # as a terminal sends Ctrl-C: to the whole group
+    code, errors = finish(process)
+    assert (tmp_path / "signals").read_text().split() == [str(int(signal.Signals[received]))], errors
+    if sent == "SIGUSR1":
+        assert (code, starts(tmp_path)) == (0, 2)  # no wish to end, so it was started again
+    else:
+        assert (code, starts(tmp_path), errors) == (75, 1, "")
+
+
+def test_a_signal_during_a_pause_ends_it(tmp_path):
+    process = start(tmp_path, "137,0", "--pause", "60")
+    assert process.stderr is not None and "next in 60 s" in process.stderr.readline()
+    process.terminate()
+    assert process.wait(timeout=10) == 137
+    process.stderr.close()
+    assert starts(tmp_path) == 1
+
+
+def test_what_the_command_left_behind_is_ended_with_it(tmp_path):
+    assert finish(start(tmp_path, "leave 3", stdout=subprocess.DEVNULL))[0] == 3
+    left = int((tmp_path / "left").read_text())
+    for _ in range(100):
+        state = Path(f"/proc/{left}/stat")
+        if not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            return
+        time.sleep(0.02)
+    raise AssertionError("a worker outlived the command")
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        ([], "the command is missing"),
+        (["--run-dir", "x"], "the command is missing"),
+        (["--", "true"], "no run folder"),
+        (["--restart-on", "many", "--run-dir", "x", "--", "true"], "--restart-on: got 'many'"),
+        (["--crashes", "0", "--", "true", "--run-dir", "x"], "--crashes must be 1 or more"),
+    ],
+)
+def test_bad_arguments_are_told_with_exit_code_2(arguments, told):
+    done = subprocess.run([sys.executable, SUPERVISE, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2 and told in done.stderr
+
+
+def test_a_command_that_is_not_there_is_told(tmp_path):
+    command = [sys.executable, SUPERVISE, "--", "no-such-command", f"--run-dir={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 127 and "no-such-command can't be started" in done.stderr
+
+
+def test_the_supervisor_needs_the_standard_library_alone():
+    command = [sys.executable, "-I", "-S", SUPERVISE, "--help"]
+    assert subprocess.run(command, capture_output=True).returncode == 0
+
+
+def wait_for(path: Path) -> None:
+    until = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < until, f"{path.name} did not appear"
+        time.sleep(0.01)
