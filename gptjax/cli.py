@@ -18,7 +18,7 @@ from gptjax.config import (
     TrainTokenizerConfig,
     VerifyConfig,
 )
-from gptjax.distributed import is_first, leave, title
+from gptjax.distributed import is_first, join_processes, leave, title
 from gptjax.settings import InputError
 from gptjax.startup import tune_process
 
@@ -225,7 +225,7 @@ def verify(args: list[str]) -> int:
     from gptjax.flags import parse
 
     cfg = parse(VerifyConfig(), args, "gptjax verify")
-    tune_process()
+    _start(cfg)
     from gptjax.verify.checks import verify
 
     if not verify(cfg, _print):
@@ -242,7 +242,7 @@ def doctor(args: list[str]) -> int:
     cfg = parse(DoctorConfig(), args, "gptjax doctor")
     from gptjax.doctor.examine import examine
 
-    if not examine(cfg, _print, start=tune_process):
+    if not examine(cfg, _print, start=lambda: _start(cfg)):
         return 3
     _next("gptjax verify")
     return 0
@@ -352,8 +352,17 @@ def _train_on(folder: str, corpus: Any) -> str:
     return f"gptjax pretrain quickstart --data.source {shlex.quote(folder)}{other} {size} --run-dir runs/NAME"
 
 
+def _start(cfg: Any) -> None:
+    """What comes before anything asks jax for its devices: flags, and the other processes of this job."""
+    from gptjax.settings import leaves
+
+    tune_process()
+    join_processes(dict(leaves(cfg)))
+
+
 def _print(line: str) -> None:
-    print(line, flush=True)
+    if is_first():
+        print(line, flush=True)
 
 
 def _say(line: str) -> None:

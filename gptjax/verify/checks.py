@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptjax.cache import empty_cache
 from gptjax.config import MeshConfig, VerifyConfig
-from gptjax.decoder import empty_cache
 from gptjax.run import environment, write_json
 from gptjax.sharding import put
 from gptjax.verify import numbers
