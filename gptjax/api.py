@@ -51,7 +51,7 @@ def train(
 
     A user's own parts take the place of ours:
     `loss(decoder)` returns loss_fn(params, frozen, batch, key) -> (loss, metrics), as `assemble.language_model_loss`;
-    `block(cfg, p, x_BLD, ...)` is one layer, as `decoder.block`, and may declare parameters of its own;
+    `block(cfg, p, x_BLD, ...)` is one layer, as `block.block`, and may declare parameters of its own;
     `source()` yields texts, or mappings with the text under data.text_field.
     Raises InputError for bad input and train.Interrupted after Ctrl-C, with everything saved.
     """

@@ -1,6 +1,6 @@
 """What the settings of a run make: its decoder, loss, optimizer, initial state and training step; nothing runs yet."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -67,15 +67,15 @@ def assemble(config: TrainConfig) -> Parts:
     return Parts(decoder, tx, make_init(init_params(decoder), tx, ema), step)
 
 
-def check_divisible(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
-    """Raises InputError where the rows or their length do not divide over the mesh."""
-    shards, parts = mesh.shape["data"] * mesh.shape["fsdp"], config.optim.accumulate
+def check_divisible(config: TrainConfig, sizes: Mapping[str, int]) -> None:
+    """Raises InputError where the rows or their length do not divide over the axes of a mesh (mesh.shape)."""
+    shards, parts = sizes["data"] * sizes["fsdp"], config.optim.accumulate
     if config.data.batch_size % (shards * parts):
         raise InputError(
             f"data.batch_size={config.data.batch_size} does not divide over mesh.data x mesh.fsdp = {shards} and "
             f"optim.accumulate={parts}; e.g. --data.batch-size {shards * parts}"
         )
-    shared, length = mesh.shape["context"], config.data.length
+    shared, length = sizes["context"], config.data.length
     if shared > 1 and length % (2 * shared):
         raise InputError(
             f"data.length={length} does not divide into two chunks for each of the mesh.context={shared} devices that "

@@ -91,7 +91,13 @@ def heads(
 ) -> tuple[jax.Array, Cache | None]:
     """What each head gathers, a_BLHK, before it is projected back into the stream; and the cache with the new rows."""
     # The names are for remat: a product that is kept is never computed twice, what follows it is cheap.
-    made = project(h_BLD, p, {"q": "BLD,DHK->BLHK", "k": "BLD,DGK->BLGK", "v": "BLD,DGK->BLGK"})
+    if "qkv_XD" in p:
+        (made_BLX,) = project(h_BLD, p, {"qkv": "BLD,DX->BLX"})
+        sizes = (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)
+        parts = jnp.split(made_BLX, [cfg.head_size * sizes[0], cfg.head_size * (sizes[0] + sizes[1])], axis=-1)
+        made = tuple(y.reshape(*y.shape[:2], n, cfg.head_size) for y, n in zip(parts, sizes, strict=True))
+    else:
+        made = project(h_BLD, p, {"q": "BLD,DHK->BLHK", "k": "BLD,DGK->BLGK", "v": "BLD,DGK->BLGK"})
     q_BLHK, k_BLGK, v_BLGK = (checkpoint_name(y, n) for y, n in zip(made, ("query", "key", "value"), strict=True))
     if cfg.qk_norm:
         q_BLHK = norm_heads(q_BLHK, p["norm_q_K"], cfg.norm_epsilon)

@@ -63,10 +63,13 @@ def windows(cfg: ModelConfig) -> jax.Array | int | None:
 def unstacked(params: Params, dtype: str, outputs_first: bool = False) -> Params:
     """The parameters as decoding reads them: each layer's in arrays of their own, in the type they are used in.
 
-    With `outputs_first` each matrix lies that way, and its name says so: q_HKD, head_VD. Without, the head is head_DV,
-    its inputs first as in every other matrix: XLA on a CPU reads it several times faster so. It costs a second copy of
-    the layers' weights, of a tied head that is turned, and of whatever changes its type, made once, never in the loop.
-    Norms are computed in float32 and keep it. Parameters that are unstacked already come back as they are.
+    With `outputs_first` each matrix lies that way, and its name says so: o_DHK, head_VD; queries, keys and values are
+    one, qkv_XD, since a product of few outputs reads its weight slower. Only our own block knows those names.
+
+    Without, the head is head_DV, its inputs first as in every other matrix: XLA on a CPU reads it several times faster
+    so. It costs a second copy of the layers' weights, of a tied head that is turned, and of whatever changes its type,
+    made once, never in the loop. Norms are computed in float32 and keep it. Parameters that are unstacked already come
+    back as they are.
     """
     if isinstance(params["layers"], list):
         return params
@@ -81,7 +84,15 @@ def unstacked(params: Params, dtype: str, outputs_first: bool = False) -> Params
     top |= {"head_VD": head(params)} if outputs_first else {"head_DV": head(params).T}
 
     def layer(n: int) -> Params:
-        return dict(turned(name, x[n]) if outputs_first else (name, x[n]) for name, x in layers.items())
+        if not outputs_first:
+            return {name: x[n] for name, x in layers.items()}
+        made = dict(turned(name, x[n]) for name, x in layers.items())
+        qkv = [made.pop(name) for name in ("q_HKD", "k_GKD", "v_GKD")]
+        made["qkv_XD"] = jnp.concatenate([w.reshape(-1, w.shape[-1]) for w in qkv])
+        if "q_bias_HK" in made:
+            biases = [made.pop(name) for name in ("q_bias_HK", "k_bias_GK", "v_bias_GK")]
+            made["qkv_bias_X"] = jnp.concatenate([b.reshape(-1) for b in biases])
+        return made
 
     return top | {"layers": [layer(n) for n in range(count)]}
 
@@ -220,7 +231,8 @@ class Decoder(nn.Module):
         return self._run(tokens_BL, positions_BL, segments_BL, key, norms=True)
 
     def _run(self, tokens_BL, positions_BL, segments_BL, key, norms=False):
-        cfg, shards = self.cfg, zigzag.shards(tokens_BL.shape[1])
+        # A block of the user's own may look at its neighbours, so only ours is given rows in another order.
+        cfg, shards = self.cfg, zigzag.shards(tokens_BL.shape[1]) if self.block is block else 1
         tokens_BL, positions_BL, segments_BL = (zigzag.into(x, shards) for x in (tokens_BL, positions_BL, segments_BL))
         sight = causal(segments_BL, self.packed, shards)
         x_BLD = embed(cfg, self.top, tokens_BL, positions_BL)

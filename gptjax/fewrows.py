@@ -6,10 +6,11 @@ the inputs into one a core, whose results are added up; for more, a weight that 
 """
 
 import math
-import os
 
 import jax
 import jax.numpy as jnp
+
+from gptjax.startup import usable_cores
 
 # Rows from which on the weight should lie outputs first (on a CPU, in float32); one row reads it a quarter slower so.
 SEVERAL = 8
@@ -47,5 +48,5 @@ def product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
 
 def _cores() -> int:
     """The largest power of two of cores that this process may run on; a power, to divide the sizes of a model."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     return 1 << (cores.bit_length() - 1)

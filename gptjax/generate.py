@@ -23,6 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gptjax import fewrows
+from gptjax.block import block
 from gptjax.cache import empty_cache
 from gptjax.config import GenerateConfig
 from gptjax.decoder import Decoder, Params, extend, next_logits, unstacked
@@ -159,7 +160,7 @@ def stream_ids(
     if jax.default_backend() == "cpu":
         # There a product of one row reads bfloat16 at a tenth of float32's speed; the numbers only get more exact.
         decoder = decoder.clone(cfg=dataclasses.replace(decoder.cfg.anywhere(), dtype="float32"))
-    params = decode_params(params, decoder.cfg.dtype, fewrows.several(len(prompts), decoder.cfg.dtype))
+    params = decode_params(params, decoder.cfg.dtype, _outputs_first(decoder, len(prompts)))
     length_B = np.array([len(ids) for ids in prompts], np.int32)
     prompt_BL = np.zeros((len(prompts), bucket(length_B.max(), decoder.context)), np.int32)
     for row, ids in enumerate(prompts):
@@ -181,6 +182,11 @@ def stream_ids(
         position_B = new_B
         if (done_B | np.isin(np.arange(len(prompts)), list(finished))).all():
             return
+
+
+def _outputs_first(decoder: Decoder, rows: int) -> bool:
+    """Whether the weights of these rows are read outputs first; a block of the user's own knows only its own names."""
+    return decoder.block is block and fewrows.several(rows, decoder.cfg.dtype)
 
 
 def _check(decoder: Decoder, prompts: Sequence[Sequence[int]], cfg: GenerateConfig) -> None:
@@ -318,8 +324,8 @@ def likeliest(logits_BV: jax.Array) -> jax.Array:
     """argmax over V, the first of equals. XLA on a CPU computes its own on one core, these two reductions on all."""
     ids_V = jnp.arange(logits_BV.shape[1], dtype=jnp.int32)
     best_B = logits_BV.max(axis=-1, keepdims=True)
-    # A NaN equals nothing: such a row takes the last id.
-    return jnp.where(logits_BV == best_B, ids_V, ids_V[-1]).min(axis=-1)
+    # NaN is less than nothing: such a row takes the first id.
+    return jnp.where(logits_BV < best_B, ids_V[-1], ids_V).min(axis=-1)
 
 
 def filtered(logits_BV: jax.Array, settings: dict[str, Any], seen_BV: jax.Array | None = None) -> jax.Array:

@@ -69,7 +69,10 @@ def whole_heads(params: Any, sizes: Mapping[str, int]) -> Iterator[str]:
 
 
 def replicated_activations(config: TrainConfig, sizes: Mapping[str, int], program: str) -> Iterator[str]:
-    """Activations that hold the rows of all devices at their full width, each operation once, the largest first."""
+    """Activations that hold the rows of all devices at their full width, each operation once, the largest first.
+
+    It goes by rows alone: places that the context axis should share, and does not, are not told.
+    """
     shards = sizes["data"] * sizes["fsdp"]
     rows = config.data.batch_size // config.optim.accumulate
     length = config.data.length // sizes["context"]

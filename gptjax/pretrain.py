@@ -51,7 +51,7 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
         if config.compile_cache:
             enable_compile_cache()
         mesh = make_mesh(config.mesh)
-        check_divisible(config, mesh)
+        check_divisible(config, mesh.shape)
         rows = rows_here(config.data.batch_size, mesh)
         with jax.set_mesh(mesh):
             attention = describe(config.model, config.data.length, config.data.several_documents)

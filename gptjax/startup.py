@@ -1,6 +1,7 @@
 """What a process that computes sets for itself before jax starts: XLA's flags, and what becomes of freed memory."""
 
 import ctypes
+import os
 import time
 
 from gptjax.xla_flags import platform, set_xla_flags
@@ -19,6 +20,11 @@ def tune_process() -> None:
     set_xla_flags()
     if platform() == "cpu":
         keep_freed_memory()
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def keep_freed_memory() -> bool:

@@ -23,7 +23,7 @@ for name in sys.argv[1:]:
     config = load_recipe(name).config("pretrain")
     count = math.prod(max(n, 1) for n in vars(config.mesh).values())
     mesh = make_mesh(config.mesh, jax.devices()[:count])
-    check_divisible(config, mesh)
+    check_divisible(config, mesh.shape)
     parts = assemble(config)
     state = jax.eval_shape(parts.init, 0)
     where = shardings(state, mesh)

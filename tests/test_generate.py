@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from gptjax import fewrows
+from gptjax.block import block
 from gptjax.cache import empty_cache
 from gptjax.config import GenerateConfig, MeshConfig, ModelConfig
-from gptjax.decoder import Decoder, extend, init_params, unstacked
+from gptjax.decoder import Decoder, extend, init_params, layer_params, unstacked
 from gptjax.generate import (
     TextStream,
     decode,
@@ -185,9 +186,25 @@ def test_weights_outputs_first_write_the_same_text(family):
     decoder, params = model(family)
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(fewrows.SEVERAL)]
     layer = decode_params(params, "float32", True)["layers"][0]
-    assert {"q_HKD", "o_DHK", "w_in_FD", "w_out_DF", "norm_attn_D"} <= layer.keys()
+    assert {"qkv_XD", "o_DHK", "w_in_FD", "w_out_DF", "norm_attn_D"} <= layer.keys()
     together = generate_ids(decoder, params, prompts, GREEDY)
     assert together[: len(PROMPTS)] == generate_ids(decoder, params, PROMPTS, GREEDY)
+
+
+def test_a_block_with_a_matrix_of_its_own_meets_it_under_its_own_name_in_any_batch():
+    class Mixed:
+        @staticmethod
+        def layer_params(cfg):
+            return layer_params(cfg) | {"mix_NDK": "normal"}
+
+        def __call__(self, cfg, p, x_BLD, *rest):
+            y_BLD, cache = block(cfg, p, x_BLD, *rest)
+            return y_BLD + y_BLD @ p["mix_DK"] @ p["mix_DK"].T, cache
+
+    decoder = model(GPT2)[0].clone(block=Mixed())
+    params = init_params(decoder)(jax.random.key(0))
+    many = [PROMPTS[i % 4] for i in range(fewrows.SEVERAL)]
+    assert generate_ids(decoder, params, many, GREEDY)[:4] == generate_ids(decoder, params, PROMPTS, GREEDY)
 
 
 def test_the_seed_decides_the_sample_and_copies_of_a_prompt_differ(gpt2: Model):

@@ -184,7 +184,7 @@ def test_the_plan_is_one_screen_a_json_file_and_a_recipe_that_loads(tmp_path, ca
     assert found["found"]["counted"]["total"] <= SAFE * found["memory_a_device"]
     assert {"parameters", "optimizer", "gradients", "activations", "logits", "batch"} <= set(found["found"]["counted"])
     config = load_recipe(str(out)).config("pretrain")
-    assert config.data.batch_size == 64 and vars(config.mesh) == found["found"]["mesh"]
+    assert config.data.batch_size == 64 and vars(config.mesh) == found["found"]["mesh"] | {"slices": 1}
     assert config.optim.accumulate == found["found"]["accumulate"]
 
 

@@ -1,5 +1,6 @@
 """What `gptjax verify` tries and what it says; that its numbers hold on every mesh is in test_mesh.py."""
 
+import dataclasses
 import itertools
 import json
 import subprocess
@@ -49,7 +50,8 @@ def look_ahead(cfg, q_BLHK, k_BMGK, v_BMGK, sight, *, scale, **more):
 
 def look_across(cfg, q_BLHK, k_BMGK, v_BMGK, sight, *, scale, **more):
     """Attention that forgot the segments."""
-    return attend(q_BLHK, k_BMGK, v_BMGK, Sight(sight.query_BL), scale=scale)
+    forgot = dataclasses.replace(sight, query_segments_BL=None, key_segments_BM=None)
+    return attend(q_BLHK, k_BMGK, v_BMGK, forgot, scale=scale)
 
 
 @pytest.fixture
@@ -79,14 +81,12 @@ def test_a_mask_that_is_broken_in_every_setting_alike_is_found(monkeypatch, zero
 
 def test_a_cache_that_forgets_is_found(monkeypatch, zero_start):
     assert not checks.cache_is_exact("llama", None, "cache").problem
-    right = block.attention
+    right = block.attend_one
 
-    def forgets(cfg, q_BLHK, k_BMGK, v_BMGK, sight, **more):
-        if q_BLHK.shape[1] == 1:
-            k_BMGK = k_BMGK.at[:, 0].set(0)
-        return right(cfg, q_BLHK, k_BMGK, v_BMGK, sight, **more)
+    def forgets(q_BLHK, cache, sight, **more):
+        return right(q_BLHK, cache | {"k_BGKM": cache["k_BGKM"].at[..., 0].set(0)}, sight, **more)
 
-    monkeypatch.setattr(block, "attention", forgets)
+    monkeypatch.setattr(block, "attend_one", forgets)
     assert "logits differ" in checks.cache_is_exact("llama", None, "cache").problem
 
 

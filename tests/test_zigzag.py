@@ -234,9 +234,9 @@ def test_a_cache_is_attended_over_the_context_axis_too():
 
 def test_a_length_that_the_devices_cannot_share_evenly_is_refused():
     mesh = make_mesh(MeshConfig(data=2, context=4))
-    check_divisible(TrainConfig(data=DataConfig(batch_size=2, length=24)), mesh)
+    check_divisible(TrainConfig(data=DataConfig(batch_size=2, length=24)), mesh.shape)
     with pytest.raises(InputError, match="data.length=20 .*two chunks.*mesh.context=4.*--data.length 16"):
-        check_divisible(TrainConfig(data=DataConfig(batch_size=2, length=20)), mesh)
+        check_divisible(TrainConfig(data=DataConfig(batch_size=2, length=20)), mesh.shape)
 
 
 def step_bytes(context: int, length: int, **model) -> int:

@@ -67,7 +67,10 @@ class ModelConfig(Section):
     """Width at which learning rate and init_std were tuned; muP carries them over to this width. 0: no muP. The base
     has as many heads as this model where head_dim is 0, else heads of that size."""
     dropout: float = 0.0
-    """Chance of dropping an element of the embedding, of an attention weight and of each branch."""
+    """Chance of dropping an element of the embedding, of an attention weight and of each branch.
+
+    Which ones are dropped depends on mesh.context (as little else does), whose devices draw for their own places.
+    """
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of activations and products; weights and optimizer stay float32."""
     attention: AttentionName = "plain"

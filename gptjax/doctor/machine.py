@@ -15,6 +15,7 @@ import numpy as np
 
 from gptjax import xla_flags
 from gptjax.doctor.finding import Finding, Level
+from gptjax.startup import usable_cores
 from gptjax.train import compile_cache_folder, others_can_write
 
 GIB = 2**30
@@ -79,7 +80,7 @@ def host() -> Iterator[Finding]:
 
 def _cores() -> float:
     """Cores that the scheduler and the container leave to this process."""
-    allowed = float(len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else float(os.cpu_count() or 1)
+    allowed = float(usable_cores())
     quota, _, period = _first_line("/sys/fs/cgroup/cpu.max").partition(" ")
     return min(allowed, int(quota) / int(period)) if quota.isdecimal() and period.isdecimal() else allowed
 

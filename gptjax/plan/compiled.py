@@ -126,8 +126,8 @@ def _compile(config: TrainConfig, target: Target, folder: Path, code: bool) -> d
     from gptjax.train import compile_step, in_background
 
     devices = _devices(target)
-    mesh = make_mesh(config.mesh, devices)
-    check_divisible(config, mesh)
+    mesh = make_mesh(dataclasses.replace(config.mesh, slices=1), devices)  # these devices form one slice
+    check_divisible(config, mesh.shape)
     parts = assemble(config)
     with jax.set_mesh(mesh):
         state = abstract(jax.eval_shape(parts.init, 0), mesh)

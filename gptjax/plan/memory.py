@@ -132,6 +132,9 @@ def step_memory(
         if (scores := score_count(config, size))
         else kept.heads * item * rows * size["L"] * size["H"] * _head(config, size, tiles)
     )
+    if sizes["context"] > 1:
+        # Keys and values are gathered whole, and their gradients are added up in float32 before they are scattered.
+        attention += (2 * item + 8) * rows * size["M"] * size["G"] * _head(config, size, tiles)
     if cfg.attention == "cudnn" and config.data.several_documents:
         attention += 2 * rows * size["L"] * size["M"]  # its mask
     mlp = kept.stream * stream + (kept.gated if cfg.activation == "swiglu" else kept.hidden) * hidden

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 import jax
 
-from gptjax.assemble import assemble
+from gptjax.assemble import assemble, check_divisible
 from gptjax.backends import Device, choose
-from gptjax.config import MeshConfig, TrainConfig
+from gptjax.config import TrainConfig
 from gptjax.hardware import Topology
 from gptjax.plan.compiled import Compiled
 from gptjax.plan.memory import Memory, StateBytes, state_bytes, step_memory
@@ -63,7 +63,7 @@ class Planner:
 
     def __init__(self, config: TrainConfig, topology: Topology):
         self.topology = topology
-        self.config = with_attention(config, topology)
+        self.config = with_attention(filled(config, topology), topology)
         self._shapes = jax.eval_shape(assemble(self.config).init, 0)
         self._state = functools.cache(self._state_bytes)
 
@@ -77,31 +77,23 @@ class Planner:
     def candidate(self, config: TrainConfig) -> Candidate:
         """These settings with their memory and speed; raises InputError where they can't be."""
         sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
+        check_divisible(config, sizes)
         memory = step_memory(config, self._state(tuple(sizes.values())), sizes, tiles=self.tiles)
         chip = self.topology.chip
         fast = speed(config, sizes, self.topology, memory) if chip and chip.bandwidth else None
         return Candidate(config=config, memory=memory, speed=fast)
 
     def as_written(self) -> Candidate:
-        """The settings as they are, -1 filled in; raises InputError where the mesh does not cover the topology."""
-        mesh, devices = self.config.mesh, self.topology.devices
-        sizes = {axis: getattr(mesh, axis) for axis in AXES}
-        known = math.prod(n for n in sizes.values() if n != -1)
-        filled = {axis: devices // known if n == -1 else n for axis, n in sizes.items()}
+        """The settings as they are; raises InputError where their mesh does not cover the topology, or not so."""
+        sizes = {axis: getattr(self.config.mesh, axis) for axis in AXES}
         shown = ", ".join(f"mesh.{a}={n}" for a, n in sizes.items())
-        if math.prod(filled.values()) != devices:
-            raise InputError(f"{shown} does not cover the {devices} devices of {self.topology.name}")
-        if not self._laid_out(list(filled.values())):
+        if math.prod(sizes.values()) != self.topology.devices:
+            raise InputError(f"{shown} does not cover the {self.topology.devices} devices of {self.topology.name}")
+        if not self._laid_out(list(sizes.values())):
             raise InputError(
                 f"jax can't lay {shown} on {self.topology.name}: each axis takes whole dimensions of a slice"
             )
-        rows, parts = self.config.data.batch_size, self.config.optim.accumulate
-        shards = filled["data"] * filled["fsdp"] * parts
-        if rows % shards:
-            raise InputError(
-                f"data.batch_size={rows} does not divide over mesh.data x mesh.fsdp x accumulate = {shards}"
-            )
-        return self.candidate(dataclasses.replace(self.config, mesh=MeshConfig(**filled)))
+        return self.candidate(self.config)
 
     def search(
         self,
@@ -154,7 +146,7 @@ class Planner:
                         yield self.candidate(
                             dataclasses.replace(
                                 config,
-                                mesh=MeshConfig(**sizes),
+                                mesh=dataclasses.replace(config.mesh, **sizes),
                                 model=dataclasses.replace(config.model, remat=remat),
                                 optim=dataclasses.replace(config.optim, accumulate=accumulate),
                             )
@@ -165,7 +157,7 @@ class Planner:
     def _meshes(self) -> Iterator[dict[str, int]]:
         """Meshes of all devices that the model's dimensions divide over; the context axis stays as it is set."""
         cfg, devices = self.config.model, self.topology.devices
-        context = max(1, self.config.mesh.context)
+        context = self.config.mesh.context
         if devices % context:
             return
         vocab = padded_vocab(self.config.tokenizer.vocab_size)
@@ -183,6 +175,14 @@ class Planner:
         """Whether jax can lay the axes on the torus: each takes whole dimensions of it."""
         shape = list(self.topology.shape) if self.tiles else []
         return not shape or _assigned([n for n in sizes if n > 1], [n for n in shape if n > 1])
+
+
+def filled(config: TrainConfig, topology: Topology) -> TrainConfig:
+    """The settings with a mesh size of -1 filled in; the mesh may still not cover the topology."""
+    sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
+    known = math.prod(n for n in sizes.values() if n != -1)
+    found = {axis: max(1, topology.devices // known) if n == -1 else n for axis, n in sizes.items()}
+    return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **found))
 
 
 def with_attention(config: TrainConfig, topology: Topology) -> TrainConfig:

@@ -6,7 +6,6 @@ or another document, and that decoding with a cache, which has no future to see,
 
 import dataclasses
 import functools
-import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +20,7 @@ from gptjax.cache import empty_cache
 from gptjax.config import MeshConfig, VerifyConfig
 from gptjax.run import environment, write_json
 from gptjax.sharding import put
+from gptjax.startup import usable_cores
 from gptjax.verify import numbers
 from gptjax.verify.settings import KERNELS, Setting, kernel_obstacle, mesh_name, meshes, num_slices, settings, sizes
 
@@ -65,7 +65,7 @@ def verify(cfg: VerifyConfig, say: Callable[[str], None]) -> bool:
     if first:
         say(HEADER)
     # Compiling is most of the work, and XLA does it without Python's lock. Several processes must keep one order.
-    threads = 1 if jax.process_count() > 1 else max(1, min(4, len(os.sched_getaffinity(0))))
+    threads = 1 if jax.process_count() > 1 else max(1, min(4, usable_cores()))
     with ThreadPoolExecutor(threads, "compile") as pool:
         for name, check in checks(pool):
             began = time.perf_counter()
