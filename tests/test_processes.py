@@ -14,12 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gptjax.checkpoint import Checkpoints
 from gptjax.cluster import Cluster, NotNow, find_cluster
-from gptjax.config import DataConfig, TrainConfig
+from gptjax.config import CheckpointConfig, DataConfig, TrainConfig
 from gptjax.data.batches import Rows, validation_batches
 from gptjax.data.packing import MemoryStream
 from gptjax.preflight import preflight
+from gptjax.pretrain import together
 from gptjax.settings import InputError
+from gptjax.train import Diverged, Interrupted
 
 SETTINGS = """
 --model.num-layers 1 --model.width 32 --model.num-heads 2 --model.dtype float32 --model.dropout 0
@@ -250,6 +253,26 @@ def test_parts_of_a_batch_are_the_batch_and_their_targets_are_counted_unread(pac
     for whole, *some in zip(*(validation_batches(split(), cfg, 21, p) for p in (slice(None), *parts)), strict=True):
         for part, given in zip(parts, some):
             np.testing.assert_array_equal(given["targets_BL"], whole["targets_BL"][part])
+
+
+# The end.
+
+
+@pytest.mark.parametrize("error", [None, Interrupted, Diverged, OSError])
+def test_processes_wait_for_each_other_at_the_end_only_where_all_come_to_it(tmp_path, monkeypatch, error):
+    checkpoints, done = Checkpoints(tmp_path, CheckpointConfig()), []
+    monkeypatch.setattr("gptjax.checkpoint.barrier", done.append)
+    monkeypatch.setattr("gptjax.pretrain.barrier", done.append)
+    checkpoints._thread = threading.Thread(target=lambda: done.append("saved"))
+    checkpoints._thread.start()
+    with pytest.raises(error) if error else contextlib.nullcontext(), contextlib.ExitStack() as ending:
+        ending.callback(done.append, "run closed")
+        ending.callback(checkpoints.wait, together=False)
+        with together(checkpoints, ending):
+            if error:
+                raise error
+    alone, all_come = ["saved", "run closed"], ["saved", "checkpoint committed", "run closed", "closed"]
+    assert done == (alone if error is OSError else all_come)
 
 
 # Whole runs, as processes on this machine.
