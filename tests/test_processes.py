@@ -11,9 +11,11 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from gptjax import cli, distributed
 from gptjax.checkpoint import Checkpoints
 from gptjax.cluster import Cluster, NotNow, find_cluster
 from gptjax.config import CheckpointConfig, DataConfig, TrainConfig
@@ -273,6 +275,45 @@ def test_processes_wait_for_each_other_at_the_end_only_where_all_come_to_it(tmp_
                 raise error
     alone, all_come = ["saved", "run closed"], ["saved", "checkpoint committed", "run closed", "closed"]
     assert done == (alone if error is OSError else all_come)
+
+
+def test_all_end_with_the_code_of_the_first_to_leave(monkeypatch):
+    told, ended = [], []
+
+    class Client:
+        def key_value_set(self, key, value):
+            if told:
+                raise RuntimeError("ALREADY_EXISTS")
+            told.append(value)
+
+        def key_value_try_get(self, key):
+            return told[0]
+
+    monkeypatch.setattr(distributed, "_watch", threading.Event())
+    monkeypatch.setattr(distributed, "_client", Client)
+    monkeypatch.setattr(distributed, "_end", ended.append)
+    distributed.leave(75)
+    distributed.leave(3)
+    assert ended == [75, 75]
+
+
+def test_a_reader_that_goes_away_ends_all_processes(monkeypatch):
+    def write(args):
+        raise BrokenPipeError
+
+    left = []
+    monkeypatch.setattr(cli, "_dispatch", write)
+    monkeypatch.setattr(cli, "leave", left.append)
+    monkeypatch.setattr(os, "dup2", lambda *fds: None)
+    assert cli.main(["generate"]) == 0 and left == [0]
+
+
+def test_processes_that_were_joined_by_someone_else_are_refused(monkeypatch):
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    distributed.join_processes({})
+    monkeypatch.setattr(distributed._jax_state(), "num_processes", 2)
+    with pytest.raises(InputError, match=r"initialize\(\) was called before, for 2 processes; leave it out"):
+        distributed.join_processes({})
 
 
 # Whole runs, as processes on this machine.

@@ -19,6 +19,7 @@ import numpy as np
 
 from gptjax.cache import empty_cache
 from gptjax.config import MeshConfig, VerifyConfig
+from gptjax.distributed import wait_for_reports
 from gptjax.run import environment, write_json
 from gptjax.sharding import num_slices, put
 from gptjax.verify import numbers
@@ -87,6 +88,7 @@ def verify(cfg: VerifyConfig, say: Callable[[str], None]) -> bool:
             "and drivers, or leave that setting out")  # fmt: skip
     elif first:
         say(f"verify: the same numbers in all {len(results)} checks on {there}")
+    wait_for_reports()
     return not bad
 
 
