@@ -12,7 +12,7 @@ from typing import Any, overload
 
 import jax
 
-from gptjax.config import GenerateConfig, MeshConfig, TrainConfig
+from gptjax.config import GenerateConfig, TrainConfig
 from gptjax.flags import load_recipe, origins
 from gptjax.generate import generate as generate_texts
 from gptjax.plugins import named, optional
@@ -67,7 +67,7 @@ def load(run_dir: str | Path, step: int = 0, *, block: Callable[..., Any] | None
     A run that was trained with a block of the user's own needs that block again: what a run's folder names is never
     imported. Raises InputError where the folder is no run or has no sound checkpoint.
     """
-    return open_trained(run_dir, MeshConfig(), step, block=block)
+    return open_trained(run_dir, None, step, block=block)
 
 
 @overload

@@ -18,7 +18,7 @@ import jax
 
 from gptjax.config import CheckpointConfig
 from gptjax.digest import MANIFEST, check_manifest, digests, folder_files, leaf_names, write_manifest
-from gptjax.distributed import barrier, from_first, nobody_objects
+from gptjax.distributed import barrier, from_first, nobody_objects, title
 from gptjax.paths import PROBE, TRASH, place, store
 from gptjax.settings import InputError
 
@@ -56,11 +56,6 @@ class Checkpoints:
         self.seconds = 0.0  # of the longest save so far, from the call to its commit
         if not readonly:
             self.store.make_writable(self.folder, "checkpoints")
-            if jax.process_count() > 1 and not self.store.direct:
-                raise InputError(
-                    f"{self.folder}: {jax.process_count()} processes train this run, but Orbax can't write there and "
-                    "one process would have to upload all; wanted a gs:// or a shared --run-dir, or one process"
-                )
             self.clean()
 
     # What is on the disk.
@@ -131,12 +126,16 @@ class Checkpoints:
             error, self._error = self._error, None
             raise error
 
-    def wait(self) -> None:
-        """Returns when every save is durable; raises CheckpointError if one failed. Call it before the process ends."""
+    def wait(self, together: bool = True) -> None:
+        """Returns when every save is durable; raises CheckpointError if one failed. Call it before the process ends.
+
+        All processes wait for each other, so all must call it; without `together` this one waits for its own part.
+        """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-            barrier("checkpoint committed")
+            if together:
+                barrier("checkpoint committed")
         self.check()
 
     def _commit(self, step: int, response: Any, staged: Path, first: Callable[[], None]) -> None:
@@ -177,20 +176,11 @@ class Checkpoints:
         steps, every = self.steps(), self.cfg.keep_every
         kept = {*steps[-self.cfg.keep_newest :], *best, *(s for s in steps if every and s % every == 0)}
         gone = [s for s in steps if s not in kept]
-        self._delete(gone)
-        return gone
-
-    def drop_after(self, step: int) -> None:
-        """Deletes every later step; for a run that is rolled back and will reach those steps by another way."""
-        self.wait()
-        self._delete([s for s in self.steps() if s > step])
-        barrier("later checkpoints dropped")
-
-    def _delete(self, steps: list[int]) -> None:
         if jax.process_index() == 0:
-            for step in steps:
+            for step in gone:
                 self.store.check(self.folder, now=True)
                 self.store.discard(self.path(step), MANIFEST)
+        return gone
 
     # Reading.
 
@@ -216,10 +206,12 @@ class Checkpoints:
                     self._set_aside([s for s in steps if s > candidate and step is None])
                     return candidate, state, data, config
             shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
-            tried.append(f"step {candidate}: {shown}")
+            tried.append(f"step {candidate}: {shown or 'not sound for another process, which says why'}")
             self.problems += [f"step {candidate}: {p}" for p in problems]
-            if jax.process_index() == 0:
-                print(f"warning: checkpoint {self.path(candidate)} is not sound: {shown}", file=sys.stderr, flush=True)
+            if problems:  # of several processes each tells its own
+                where = f"{title()}: " if title() else ""
+                line = f"warning: {where}checkpoint {self.path(candidate)} is not sound: {shown}"
+                print(line, file=sys.stderr, flush=True)
         raise InputError(f"{self.folder}: no sound checkpoint ({' | '.join(tried)}); give another --run-dir, or a copy")
 
     def _set_aside(self, steps: list[int]) -> None:
@@ -240,11 +232,14 @@ class Checkpoints:
         from orbax.checkpoint import v1 as ocp
 
         names, leaves = leaf_names(abstract_state), jax.tree.leaves(abstract_state)
+        marks, problems = {}, []
         try:
             with _orbax():
                 marks = ocp.load_checkpointables(path, {"digests": None})["digests"]
         except Exception as e:
-            return None, None, None, [f"digests can't be read: {_one_line(e)}"]
+            problems = [f"digests can't be read: {_one_line(e)}"]
+        if not nobody_objects(not problems):  # told before the load of the arrays, in which all have part
+            return None, None, None, problems
         self._check_leaves(step, dict(zip(names, leaves, strict=True)), marks, partial)
         wanted = _nested({n: _placed(leaf) for n, leaf in zip(names, leaves, strict=True)})
         try:

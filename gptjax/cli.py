@@ -297,6 +297,7 @@ def _run(args: list[str]) -> int:
         return 75
     except BrokenPipeError:  # the reader of our output went away: `gptjax data show ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        leave(0)  # the other processes of this job would wait for this one
         return 0
 
 

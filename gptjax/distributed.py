@@ -25,7 +25,7 @@ T = TypeVar("T")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 WAIT_SECONDS, HEARTBEAT_SECONDS, CLOCK_SECONDS = 300.0, 60.0, 60.0
 BARRIER_SECONDS = 7 * 24 * 3600.0  # as long as anything may take; a process that is lost ends the wait sooner
-POLL_SECONDS, LEAVE_SECONDS = 1.0, 10.0
+POLL_SECONDS, LEAVE_SECONDS, REPORT_SECONDS = 1.0, 10.0, 60.0
 
 _FAILED = "gptjax/failed"
 
@@ -45,6 +45,11 @@ def join_processes(settings: Mapping[str, Any], folder: str | Path | None = None
 
     global _cluster, _watch
     if jax.distributed.is_initialized():
+        if not several() and (count := _jax_state().num_processes) > 1:
+            raise InputError(
+                f"jax.distributed.initialize() was called before, for {count} processes; leave it out: gptjax joins "
+                "them itself, as a scheduler or GPTJAX_COORDINATOR, GPTJAX_PROCESSES and GPTJAX_PROCESS say it"
+            )
         return
     wait = _seconds("GPTJAX_WAIT_SECONDS", WAIT_SECONDS)
     heartbeat = _seconds("GPTJAX_HEARTBEAT_SECONDS", HEARTBEAT_SECONDS)
@@ -98,6 +103,17 @@ def barrier(name: str) -> None:
     if several():
         key = f"gptjax/{name}/{_count(name)}"
         _waited(lambda: _client().wait_at_barrier(key, int(BARRIER_SECONDS * 1000)))
+
+
+def wait_for_reports() -> None:
+    """Waits until every process has said all it has to say, at most REPORT_SECONDS: one may hang in what it examines.
+
+    Without it the first to leave with a problem ends the others in the middle of their reports.
+    """
+    if several():
+        with contextlib.suppress(Exception):
+            key = f"gptjax/reported/{_count('reported')}"
+            _waited(lambda: _client().wait_at_barrier(key, int(REPORT_SECONDS * 1000)))
 
 
 def from_first(name: str, value: T) -> T:
@@ -178,7 +194,9 @@ def agreed(local: Callable[[], bool]) -> Callable[[], bool]:
 
 
 def leave(code: int) -> None:
-    """Ends this process with this code, and the others with it: those that wait for this one do not find out alone.
+    """Ends this process and the others with this code, or with that of another that was first to leave.
+
+    Those that wait for this one would not find out alone.
 
     Returns where this process is alone. What is not on the disk by now is lost.
     """
@@ -186,8 +204,10 @@ def leave(code: int) -> None:
         return
     assert _watch is not None
     _watch.set()
-    with contextlib.suppress(Exception):  # another process was first, and its code counts
+    with contextlib.suppress(Exception):  # another process was first
         _client().key_value_set(_FAILED, json.dumps(code))
+    with contextlib.suppress(Exception):  # the first one's code counts
+        code = json.loads(_client().key_value_try_get(_FAILED))
     _end(code)
 
 
@@ -223,10 +243,15 @@ def _leave_with_others(stop: threading.Event) -> None:
 
 
 def _client() -> Any:
+    client = _jax_state().client
+    assert client is not None
+    return client
+
+
+def _jax_state() -> Any:
     from jax._src import distributed
 
-    assert distributed.global_state.client is not None
-    return distributed.global_state.client
+    return distributed.global_state
 
 
 _counts: dict[str, int] = {}

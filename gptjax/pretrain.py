@@ -26,6 +26,8 @@ from gptjax.sharding import abstract, make_mesh, rows_here
 from gptjax.startup import STARTED
 from gptjax.tokenizer import Tokenizer
 from gptjax.train import (
+    Diverged,
+    Interrupted,
     TimeLimit,
     TrainState,
     compile_step,
@@ -46,7 +48,8 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
     `recipe` and `origins` say where the settings came from, for config.json. Raises InputError for bad input and
     train.Interrupted after a signal, with everything saved.
     """
-    with stop_on_signals() as signals:
+    # What `ending` holds is ended however this ends, each step whether or not another fails.
+    with stop_on_signals() as signals, contextlib.ExitStack() as ending:
         join_processes(dict(leaves(config)) | {"recipe": recipe["sha256"]}, config.run_dir)
         if config.compile_cache:
             enable_compile_cache()
@@ -57,6 +60,7 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
             attention = describe(config.model, config.data.length, config.data.several_documents)
         decoder, tx, init, step = assemble(config)
         run = Run.open(config.run_dir, config, recipe, origins)
+        ending.callback(run.close)
         for line in run.changes:
             _say(line)
         shapes = abstract(jax.eval_shape(init, 0), mesh)
@@ -94,6 +98,8 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
             barrier("compiled")  # Gloo waits 30 s where processes first meet, and compiling may differ by more
             eval_step = make_eval_step(decoder, mesh, state.params, example)
             metrics = Metrics(run.metrics_path, run.tensorboard, config, decoder.vocab_size, resumed_step=start)
+            ending.callback(metrics.close)
+            ending.callback(checkpoints.wait, together=False)
             by_source: dict[int, dict[str, int]] = {}
 
             def evaluate_at(i: int, state: Any) -> None:
@@ -103,7 +109,8 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
 
             def retain() -> None:
                 checkpoints.wait()  # the save that it may refer to is on the disk
-                checkpoints.retain(metrics.file.best_steps(config.checkpoint.keep_best, among=checkpoints.steps()))
+                if is_first():  # which has the metrics, and deletes
+                    checkpoints.retain(metrics.file.best_steps(config.checkpoint.keep_best, among=checkpoints.steps()))
 
             def log(i: int, values: dict) -> None:
                 checkpoints.check()  # a save that failed in the background is told at the next step
@@ -121,7 +128,7 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
                         yield batch, after
 
             due = start > 0 and (start % config.evaluate.every == 0 or start == config.steps)
-            if due and not from_first("evaluated", metrics.file.has_evaluation(start)):
+            if due and not from_first("evaluated", is_first() and metrics.file.has_evaluation(start)):
                 evaluate_at(start, state)  # the run ended between a save and its evaluation
             profile = (*config.profile_steps, run.profile) if config.profile_steps else None
             size = sum(s.data.nbytes for x in jax.tree.leaves(state) for s in x.addressable_shards)
@@ -136,20 +143,33 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
                 return signals.stop()
 
             signals.defer()
-            given = batches()
-            try:
+            given = ending.enter_context(contextlib.closing(batches()))
+            with together(checkpoints, ending):
                 state = fit(
                     train_step, state, {}, given, config.steps,
                     mesh=mesh, rows=rows, log=log, save=save, save_every=config.checkpoint.every,
                     hooks={evaluate_at: config.evaluate.every}, stop=agreed(stop), trace=profile,
                 )  # fmt: skip
-            finally:
-                given.close()
-                checkpoints.wait()
-                metrics.close()
-                run.close()
             _print_sample(config, decoder, trained_params(state), feed.tokenizer)
     return run.folder
+
+
+@contextlib.contextmanager
+def together(checkpoints: Checkpoints, ending: contextlib.ExitStack) -> Generator[None]:
+    """Has no process leave before all have saved and closed, where all come to the block's end, at the same step.
+
+    Another exception may be of one process alone, and the others would never come.
+    """
+    agreed_on = None
+    try:
+        yield
+    except (Interrupted, Diverged) as e:
+        agreed_on = e
+    checkpoints.wait()
+    ending.close()
+    barrier("closed")
+    if agreed_on is not None:
+        raise agreed_on
 
 
 def trained_params(state: TrainState) -> Any:

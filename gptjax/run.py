@@ -83,6 +83,11 @@ class Run:
 
         run = Run.at(folder)
         files = store(run.folder)
+        if jax.process_count() > 1 and not files.direct:
+            raise InputError(
+                f"{run.folder}: {jax.process_count()} processes train this run, but Orbax can't write there and one "
+                "process would have to upload all; wanted a gs:// or a shared --run-dir, or one process"
+            )
         if jax.process_index() == 0:
             files.make_writable(run.folder, "a run")
             files.lock(run.folder)
@@ -121,10 +126,12 @@ class Run:
         """After training: the logs and profiles go to a run's bucket, and its lease is given up."""
         import jax
 
-        if jax.process_index() == 0:
-            self.push_logs()
-            self.push(self.profile)
-        store(self.folder).release(self.folder)
+        try:
+            if jax.process_index() == 0:
+                self.push_logs()
+                self.push(self.profile)
+        finally:
+            store(self.folder).release(self.folder)
 
     @staticmethod
     def existing(folder: str | Path) -> "Run":

@@ -89,6 +89,11 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(_arranged(filled, cfg.slices, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def num_slices(devices: Sequence[Any]) -> int:
+    """Slices that devices form: of TPUs several may be joined by a slower network."""
+    return len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
+
+
 def _arranged(sizes: list[int], slices: int, devices: Sequence[Any]) -> np.ndarray:
     """The devices in the shape of the mesh: neighbours along an axis are near in the network.
 
@@ -98,10 +103,10 @@ def _arranged(sizes: list[int], slices: int, devices: Sequence[Any]) -> np.ndarr
     split = devices[0].device_kind in ("TPU v5 lite", "TPU v5e")
     found = {unit: len({getattr(d, unit, None) for d in devices}) for unit in ("slice_index", "process_index")}
     if slices == 1:
-        if found["slice_index"] > 1 and devices[0].platform == "tpu":
+        if (there := num_slices(devices)) > 1:
             raise InputError(
-                f"mesh.slices=1, but the devices form {found['slice_index']} slices, between which the network is "
-                f"slow; set --mesh.slices {found['slice_index']}, and the data axis is cut over them"
+                f"mesh.slices=1, but the devices form {there} slices, between which the network is slow; "
+                f"set --mesh.slices {there}, and the data axis is cut over them"
             )
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=split)
     if slices not in found.values():

@@ -12,7 +12,7 @@ from gptjax.config import MeshConfig, TrainConfig
 from gptjax.decoder import Decoder, init_params, make_decoder
 from gptjax.run import Run, load_config
 from gptjax.settings import InputError
-from gptjax.sharding import abstract, make_mesh
+from gptjax.sharding import abstract, make_mesh, num_slices
 from gptjax.tokenizer import Tokenizer, load
 
 
@@ -34,9 +34,11 @@ class Trained:
 
 
 def open_trained(
-    run_dir: str | Path, mesh_cfg: MeshConfig, step: int = 0, block: Callable[..., Any] | None = None
+    run_dir: str | Path, mesh_cfg: MeshConfig | None, step: int = 0, block: Callable[..., Any] | None = None
 ) -> Trained:
     """The model of a run at a checkpoint (0: the newest), on a mesh that need not be the one it was trained on.
+
+    None is a mesh of all devices, whose data axis is cut over the slices that they form.
 
     Its weights are the averaged ones where the run keeps those (optim.ema). Raises InputError where the folder is no
     run, has no sound checkpoint, or was trained with a block of the user's own and `block` is not given: neither the
@@ -48,7 +50,8 @@ def open_trained(
             f"{run_dir} was trained with the block {config.model.block!r}, which is code and not in the run; open it "
             f"from Python: gptjax.load({str(run_dir)!r}, block=...)"
         )
-    mesh, decoder = make_mesh(mesh_cfg), make_decoder(config, block)
+    mesh = make_mesh(mesh_cfg or MeshConfig(slices=num_slices(jax.devices())))
+    decoder = make_decoder(config, block)
     # It is read on devices, and given rows, that its training may not have known.
     decoder = decoder.clone(cfg=decoder.cfg.anywhere(), packed=True)
     shapes = jax.eval_shape(init_params(decoder), jax.random.key(0))

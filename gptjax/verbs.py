@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from gptjax.checkpoint import Checkpoints
-from gptjax.config import ContinueConfig, DataConfig, EvalConfig, MeshConfig, TokenizerConfig, TrainConfig
+from gptjax.config import ContinueConfig, DataConfig, EvalConfig, TokenizerConfig, TrainConfig
 from gptjax.data.feed import open_feed
 from gptjax.data.packing import example_batch
 from gptjax.data.show import show
@@ -47,7 +47,7 @@ def evaluate_trained(model: Trained, max_rows: int = 0) -> dict[str, Any]:
 def generate_run(run_dir: str | Path, cfg: ContinueConfig, write: Callable[[str], None]) -> None:
     """Continues cfg.prompt with a run, writing text as it comes; several prompts are written one after the other."""
     join_processes({"run": str(run_dir), **dict(leaves(cfg))})
-    model = open_trained(run_dir, MeshConfig(), cfg.step)
+    model = open_trained(run_dir, None, cfg.step)
     with jax.set_mesh(model.mesh):
         pieces = stream(model.decoder, model.params, model.tokenizer, cfg)
         first = list(itertools.islice(pieces, 1))  # a prompt that does not fit is refused before anything is written

@@ -221,7 +221,8 @@ def test_a_store_that_does_not_answer_is_not_taken_for_an_empty_one(fake):
 def test_several_processes_are_refused_where_one_would_have_to_upload_all(fake, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(InputError, match="2 processes train this run, .*; wanted a gs:// or a shared --run-dir"):
-        Checkpoints(place(RUN), CFG)
+        Run.open(RUN, TrainConfig(), {"path": "", "sha256": ""}, {})
+    assert not fake.store, "it is told before anything is made"
 
 
 # Runs.

@@ -190,12 +190,24 @@ def test_an_unsound_step_is_set_aside_so_that_it_never_counts_as_the_newest(fold
     assert checkpoints.verify(20) == []
 
 
-def test_a_rolled_back_run_drops_the_later_steps(folder):
-    checkpoints = Checkpoints(folder, CFG)
-    assert checkpoints.restore(abstract(make_state()), step=10)[0] == 10
-    assert checkpoints.steps() == [10, 20]
-    checkpoints.drop_after(10)
-    assert checkpoints.steps() == [10]
+@pytest.mark.parametrize("said", [[False], [True, False, False], [True, True, False]])  # to files, marks, arrays
+def test_what_another_process_objects_to_is_not_restored_and_not_called_unsound_here(folder, monkeypatch, said, capsys):
+    answers = iter([*said, True, True, True, *said])
+    monkeypatch.setattr(checkpoint, "nobody_objects", lambda ok: ok and next(answers))
+    checkpoints = Checkpoints(folder, CFG, readonly=True)
+    assert checkpoints.restore(abstract(make_state()))[0] == 10
+    assert checkpoints.problems == [] and capsys.readouterr().err == ""
+    with pytest.raises(InputError, match="step 20: not sound for another process"):
+        checkpoints.restore(abstract(make_state()), step=20)
+
+
+def test_a_problem_is_told_by_the_process_that_has_it(folder, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint, "title", lambda: "process 1 of 2 on host")
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(Checkpoints, "_load_from", lambda *args: (None, None, None, ["it can't be read"]))
+    with pytest.raises(InputError, match="no sound checkpoint"):
+        Checkpoints(folder, CFG, readonly=True).restore(abstract(make_state()), step=20)
+    assert capsys.readouterr().err.startswith("warning: process 1 of 2 on host: checkpoint ")
 
 
 def test_a_step_under_another_name_is_not_sound(folder):

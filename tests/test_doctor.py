@@ -97,6 +97,17 @@ def test_jax_that_does_not_start_is_a_problem_and_not_a_traceback(monkeypatch, t
     assert json.loads(out.read_text())["ok"] is False
 
 
+def test_no_process_leaves_before_all_have_reported_and_only_the_first_writes(nothing_else, monkeypatch, tmp_path):
+    out, seen = tmp_path / "found.json", []
+    monkeypatch.setattr(examine, "wait_for_reports", lambda: seen.append(out.exists() and json.loads(out.read_text())))
+    assert main(["doctor", "--json", str(out)]) == 0
+    assert len(seen) == 1 and seen[0]["ok"] is True
+    out.unlink()
+    monkeypatch.setattr(examine, "is_first", lambda: False)
+    assert main(["doctor", "--json", str(out)]) == 0
+    assert seen[1] is False and not out.exists()
+
+
 def test_the_doctor_looks_at_everything_and_is_content_here(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(collectives, "SIZES", (4096,))

@@ -11,15 +11,20 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from gptjax import cli, distributed
+from gptjax.checkpoint import Checkpoints
 from gptjax.cluster import Cluster, NotNow, find_cluster
-from gptjax.config import DataConfig, TrainConfig
+from gptjax.config import CheckpointConfig, DataConfig, TrainConfig
 from gptjax.data.batches import Rows, validation_batches
 from gptjax.data.packing import MemoryStream
 from gptjax.preflight import preflight
+from gptjax.pretrain import together
 from gptjax.settings import InputError
+from gptjax.train import Diverged, Interrupted
 
 SETTINGS = """
 --model.num-layers 1 --model.width 32 --model.num-heads 2 --model.dtype float32 --model.dropout 0
@@ -250,6 +255,65 @@ def test_parts_of_a_batch_are_the_batch_and_their_targets_are_counted_unread(pac
     for whole, *some in zip(*(validation_batches(split(), cfg, 21, p) for p in (slice(None), *parts)), strict=True):
         for part, given in zip(parts, some):
             np.testing.assert_array_equal(given["targets_BL"], whole["targets_BL"][part])
+
+
+# The end.
+
+
+@pytest.mark.parametrize("error", [None, Interrupted, Diverged, OSError])
+def test_processes_wait_for_each_other_at_the_end_only_where_all_come_to_it(tmp_path, monkeypatch, error):
+    checkpoints, done = Checkpoints(tmp_path, CheckpointConfig()), []
+    monkeypatch.setattr("gptjax.checkpoint.barrier", done.append)
+    monkeypatch.setattr("gptjax.pretrain.barrier", done.append)
+    checkpoints._thread = threading.Thread(target=lambda: done.append("saved"))
+    checkpoints._thread.start()
+    with pytest.raises(error) if error else contextlib.nullcontext(), contextlib.ExitStack() as ending:
+        ending.callback(done.append, "run closed")
+        ending.callback(checkpoints.wait, together=False)
+        with together(checkpoints, ending):
+            if error:
+                raise error
+    alone, all_come = ["saved", "run closed"], ["saved", "checkpoint committed", "run closed", "closed"]
+    assert done == (alone if error is OSError else all_come)
+
+
+def test_all_end_with_the_code_of_the_first_to_leave(monkeypatch):
+    told, ended = [], []
+
+    class Client:
+        def key_value_set(self, key, value):
+            if told:
+                raise RuntimeError("ALREADY_EXISTS")
+            told.append(value)
+
+        def key_value_try_get(self, key):
+            return told[0]
+
+    monkeypatch.setattr(distributed, "_watch", threading.Event())
+    monkeypatch.setattr(distributed, "_client", Client)
+    monkeypatch.setattr(distributed, "_end", ended.append)
+    distributed.leave(75)
+    distributed.leave(3)
+    assert ended == [75, 75]
+
+
+def test_a_reader_that_goes_away_ends_all_processes(monkeypatch):
+    def write(args):
+        raise BrokenPipeError
+
+    left = []
+    monkeypatch.setattr(cli, "_dispatch", write)
+    monkeypatch.setattr(cli, "leave", left.append)
+    monkeypatch.setattr(os, "dup2", lambda *fds: None)
+    assert cli.main(["generate"]) == 0 and left == [0]
+
+
+def test_processes_that_were_joined_by_someone_else_are_refused(monkeypatch):
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    distributed.join_processes({})
+    monkeypatch.setattr(distributed._jax_state(), "num_processes", 2)
+    with pytest.raises(InputError, match=r"initialize\(\) was called before, for 2 processes; leave it out"):
+        distributed.join_processes({})
 
 
 # Whole runs, as processes on this machine.

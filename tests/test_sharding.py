@@ -10,7 +10,7 @@ import pytest
 from gptjax.config import MeshConfig, OptimConfig
 from gptjax.optim import make_optimizer, make_schedule
 from gptjax.settings import InputError
-from gptjax.sharding import constrain, make_mesh, put, require_mesh, sharding_of, shardings, spec, suffix
+from gptjax.sharding import constrain, make_mesh, num_slices, put, require_mesh, sharding_of, shardings, spec, suffix
 
 P = jax.P
 
@@ -94,6 +94,7 @@ def test_a_slice_of_a_tpu_keeps_neighbours_beside_each_other():
     assert (steps == 1).all()  # along tensor the next device is one link away
     with pytest.raises(InputError, match="mesh.slices=1, but the devices form 2 slices.*set --mesh.slices 2"):
         make_mesh(MeshConfig(tensor=4), chips)
+    assert (num_slices(chips), num_slices(slices(2, 4)), num_slices(jax.devices())) == (2, 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.config import DoctorConfig
+from gptjax.distributed import is_first, wait_for_reports
 from gptjax.doctor import versions
 from gptjax.doctor.finding import Finding, worst
 from gptjax.run import environment, write_json
@@ -25,18 +26,16 @@ def examine(cfg: DoctorConfig, say: Callable[[str], None], start: Callable[[], N
     cfg.json all findings are written to that file too.
     """
     began, findings = time.perf_counter(), versions.look()
-    if cfg.json:
-        write_json(Path(cfg.json), {"ok": False, "findings": []})  # a place that can't be written is told now
-    first, report = True, {}
+    report, parts = {}, iter(())
     try:
         start()
-        import jax
-
-        first, report = jax.process_index() == 0, environment()
+        report = environment()
         parts = looks(cfg)
     except Exception as e:  # one of the things that the doctor is asked about
         findings.append(_broken("start", e, "nothing that needs jax was looked at"))
-        parts = iter(())
+    first = is_first()
+    if cfg.json and first:
+        write_json(Path(cfg.json), {"ok": False, "findings": []})  # a place that can't be written is told now
     for finding in findings:
         if first:
             say(str(finding))
@@ -57,6 +56,7 @@ def examine(cfg: DoctorConfig, say: Callable[[str], None], start: Callable[[], N
     if first or problems:
         seconds = time.perf_counter() - began
         say(f"doctor: {SAID[worst(findings)]}: {problems} problem(s), {warnings} warning(s), {seconds:.0f} s")
+    wait_for_reports()
     return not problems
 
 

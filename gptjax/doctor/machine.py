@@ -5,6 +5,7 @@ import os
 import shutil
 import stat
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ def run_folder(folder: str) -> Iterator[Finding]:
         return
     asked, place = Path(folder).absolute(), _existing(Path(folder).absolute())
     name = str(asked) if place == asked else f"{place} (where {asked} will be)"
-    probe = place / f".gptjax-doctor-{os.getpid()}"
+    probe = place / f".gptjax-doctor-{uuid.uuid4().hex}"  # hosts that share the folder may have equal process ids
     try:
         rate, fsync, skew = _write(probe)
     except OSError as e:

@@ -18,11 +18,12 @@ import numpy as np
 
 from gptjax.cache import empty_cache
 from gptjax.config import MeshConfig, VerifyConfig
+from gptjax.distributed import wait_for_reports
 from gptjax.run import environment, write_json
-from gptjax.sharding import put
+from gptjax.sharding import num_slices, put
 from gptjax.startup import usable_cores
 from gptjax.verify import numbers
-from gptjax.verify.settings import KERNELS, Setting, kernel_obstacle, mesh_name, meshes, num_slices, settings, sizes
+from gptjax.verify.settings import KERNELS, Setting, kernel_obstacle, mesh_name, meshes, settings, sizes
 
 LOGITS_BOUND, START_BOUND = 1e-5, 1e-6  # of the largest logit, for the cache; of the largest initial weight
 
@@ -87,12 +88,13 @@ def verify(cfg: VerifyConfig, say: Callable[[str], None]) -> bool:
             "and drivers, or leave that setting out")  # fmt: skip
     elif first:
         say(f"verify: the same numbers in all {len(results)} checks on {there}")
+    wait_for_reports()
     return not bad
 
 
 def checks(pool: ThreadPoolExecutor) -> Iterator[tuple[str, Callable[[str], Result]]]:
     """The name of each check and how to make it; programs are compiled ahead."""
-    over = meshes(jax.device_count(), num_slices())
+    over = meshes(jax.device_count(), num_slices(jax.devices()))
     tried, most = settings(over), max(over, key=lambda mesh: sum(n > 1 for n in sizes(mesh)))
     references = list(dict.fromkeys(setting.reference for setting in tried))
     starts = [(setting.family, mesh) for mesh in (None, most) for setting in references]

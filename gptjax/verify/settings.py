@@ -4,8 +4,6 @@ import dataclasses
 import itertools
 from typing import Any
 
-import jax
-
 from gptjax.backends import here, obstacle
 from gptjax.config import MeshConfig, ModelConfig
 from gptjax.config.attention import BACKENDS
@@ -82,11 +80,6 @@ def meshes(count: int, slices: int = 1) -> list[MeshConfig]:
     for mesh in sorted(found, key=lambda mesh: max(sizes(mesh))):
         even.setdefault(tuple(n > 1 for n in sizes(mesh)), mesh)
     return list(even.values())
-
-
-def num_slices() -> int:
-    """Slices that the devices form: of TPUs several may be joined by a slower network."""
-    return len({getattr(device, "slice_index", 0) for device in jax.devices()}) if here().platform == "tpu" else 1
 
 
 # How the options are laid over the settings: half h of block r has each two-valued option at h, but the one whose turn
