@@ -251,7 +251,7 @@ def test_a_run_in_a_bucket_has_its_settings_and_starts_with_an_empty_mirror(fake
 def test_only_what_changed_is_transferred_and_the_bucket_has_the_truth(fake):
     run = Run.at(RUN)
     run.data.mkdir(parents=True)
-    for name in "abc":
+    for name in ("a", "b", "c", "manifest.json"):
         (run.data / name).write_text(name)
     run.push(run.data)
     fake.left = 0
@@ -265,7 +265,42 @@ def test_only_what_changed_is_transferred_and_the_bucket_has_the_truth(fake):
     (run.data / "c").write_text("torn")
     (run.data / "stranger").write_text("")
     run.pull(run.data)
-    assert {p.name: p.read_text() for p in run.data.iterdir()} == {"a": "a", "b": "longer", "c": "c"}
+    assert {p.name: p.read_text() for p in run.data.iterdir()} == {
+        "a": "a", "b": "longer", "c": "c", "manifest.json": "manifest.json",
+    }  # fmt: skip
+
+
+def test_an_upload_that_was_killed_takes_nothing_away_and_gives_no_half_of_a_folder(fake):
+    folders = {
+        "data": ("manifest.json", "page", "tokenizer_meta.json"),
+        "data/one": ("manifest.json", "page", "tokenizer_meta.json"),
+        "data/shared-tokenizer": ("tokenizer.model", "tokenizer_meta.json", "vocab.json"),
+        "tokenizer": ("tokenizer.model", "tokenizer_meta.json", "vocab.json"),
+    }
+    run = Run.at(RUN)
+
+    def here() -> set[str]:
+        return {p.relative_to(run.local).as_posix() for p in run.local.rglob("[!.]*") if p.is_file()}
+
+    whole = {f"{folder}/{name}" for folder, names in folders.items() for name in names}
+    for n in range(len(whole) + 1):
+        fake.store.clear()
+        store(run.folder).clear(run.folder)
+        for path in whole:
+            (run.local / path).parent.mkdir(parents=True, exist_ok=True)
+            (run.local / path).write_text(path)
+        fake.left = n
+        with contextlib.suppress(Killed):
+            run.push(run.data, run.tokenizer)
+        reborn(fake)
+        run.pull(run.data, run.tokenizer)
+        assert here() == whole, "the start after it needs what was made"
+        store(run.folder).clear(run.folder)  # as on another machine
+        run.pull(run.data, run.tokenizer)
+        got = here()
+        for folder, names in folders.items():
+            assert sum(f"{folder}/{name}" in got for name in names) in (0, len(names)), (n, folder)
+        assert n < len(whole) or got == whole
 
 
 # Leases.
