@@ -412,6 +412,24 @@ def test_a_lost_run_is_neither_committed_nor_deleted_from(fake, hasty, monkeypat
     assert checkpoints.steps() == [1, 2]
 
 
+def test_a_step_that_the_new_owner_committed_is_not_touched_by_the_old_one(fake, hasty, monkeypatch):
+    monkeypatch.setattr(Lease, "_keep", lambda self: None)
+    objects = store(place(RUN))
+    checkpoints = Checkpoints(place(RUN) / "checkpoints", CheckpointConfig())
+    objects.lock(place(RUN))
+    theirs = Checkpoints(place(RUN) / "checkpoints", CheckpointConfig(), readonly=True).path(1)
+
+    def taken_over() -> None:
+        Lease(objects, place(RUN))
+        objects.write(theirs / "manifest.json", b"of the new owner")
+        objects.write(theirs / "page", b"of the new owner")
+
+    checkpoints.save(1, make_state(1), {}, {}, first=taken_over)
+    with pytest.raises(InputError, match="taken over"):
+        checkpoints.wait()
+    assert objects.read(theirs / "manifest.json") == objects.read(theirs / "page") == b"of the new owner"
+
+
 # Real protocols, on loopback.
 
 PACKAGES = {"gs": ("gcsfs", "gcp_storage_emulator"), "s3": ("s3fs", "moto", "flask")}
