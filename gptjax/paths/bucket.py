@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gptjax.paths.disk import PROBE
+from gptjax.paths.disk import probe_in
 from gptjax.paths.lease import Lease
 from gptjax.paths.mirror import Mirror, mirror_of
 from gptjax.settings import InputError
@@ -89,7 +89,7 @@ class Bucket:
         return path
 
     def make_writable(self, folder: Path, what: str) -> None:
-        probe = folder / f"{PROBE}{os.getpid()}"
+        probe = probe_in(folder)
         try:
             self.write(probe, b"")
             self._delete(probe)

@@ -20,6 +20,11 @@ TRASH, PROBE = ".trash-", ".probe-"
 _LOCKS: dict[Path, TextIO] = {}
 
 
+def probe_in(folder: Path) -> Path:
+    """A file that no other process makes, containers with the same name and process numbers included."""
+    return folder / f"{PROBE}{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+
 class Disk:
     """Files and folders of a file system. What is written is on the disk, not only in the system's memory."""
 
@@ -30,11 +35,11 @@ class Disk:
 
     def make_writable(self, folder: Path, what: str) -> None:
         """Makes the folder and tries a file in it; raises InputError now instead of after hours of training."""
-        probe = folder / f"{PROBE}{os.getpid()}"
+        probe = probe_in(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             probe.touch()
-            probe.unlink()
+            probe.unlink(missing_ok=True)  # another process that opens the folder removes what a killed one left
         except OSError as e:
             raise InputError(f"{folder}: {what} can't be written there ({e.strerror}); give another --run-dir") from e
 
