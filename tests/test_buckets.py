@@ -19,6 +19,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from gptjax.checkpoint import Checkpoints
+from gptjax.cli import main
 from gptjax.config import CheckpointConfig, ModelConfig, TrainConfig
 from gptjax.metrics import MetricsFile
 from gptjax.paths import bucket as bucket_module
@@ -216,6 +217,32 @@ def test_a_store_that_does_not_answer_is_not_taken_for_an_empty_one(fake):
         assert isinstance(e.value, InputError) and isinstance(e.value, OSError)
         assert str(e.value).startswith("s3://bucket/run") and "\n" not in str(e.value)
     assert set(fake.store) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "failed"),
+    [(RuntimeError("no answer"), 75, 75), (PermissionError("no"), 2, 3), (OSError("Forbidden: b"), 2, 3)],
+)
+def test_an_outage_ends_a_verb_so_that_it_is_started_again_and_a_refusal_for_good(
+    fake, monkeypatch, error, code, failed
+):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(Fake, "info", fail)
+    monkeypatch.setattr(Fake, "pipe_file", fail)
+    assert main(["checkpoint", "list", RUN]) == code
+    monkeypatch.setattr("gptjax.pretrain.pretrain", lambda *_: store(place(RUN)).make_writable(place(RUN), "a run"))
+    assert main(["pretrain", "quickstart"]) == code  # also where the error was put into other words
+
+    def save(*_) -> None:
+        checkpoints = Checkpoints(place(RUN), CFG, readonly=True)
+        checkpoints.readonly = False
+        checkpoints.save(1, make_state(1), {}, {})
+        checkpoints.wait()
+
+    monkeypatch.setattr("gptjax.pretrain.pretrain", save)
+    assert main(["pretrain", "quickstart"]) == failed
 
 
 def test_several_processes_are_refused_where_one_would_have_to_upload_all(fake, monkeypatch):
@@ -573,8 +600,6 @@ def test_a_run_in_a_bucket_that_was_killed_has_the_curve_of_one_on_a_disk_that_w
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", GS_AND_S3, indirect=True)
 def test_the_verbs_read_a_run_in_a_bucket_as_one_on_a_disk(kind, uninterrupted, cache, capsys):
-    from gptjax.cli import main
-
     reference, text = uninterrupted
     folder = f"{kind}://bucket/killed"
     if not store(place(folder)).is_file(place(folder) / "config.json"):

@@ -46,6 +46,11 @@ SCHEMES = {
 class BucketError(OSError, InputError):
     """A store that does not answer, or not as wanted. The message is one line."""
 
+    @property
+    def may_pass(self) -> bool:
+        """Whether the same may work later: an outage, and not that this user has no right to it."""
+        return self.errno != errno.EACCES
+
     def __str__(self) -> str:
         return f"{self.filename}: {self.strerror}"
 
@@ -264,4 +269,5 @@ def _plain_errors(path: Path) -> Iterator[None]:
         for kind, number in ((FileNotFoundError, errno.ENOENT), (FileExistsError, errno.EEXIST)):
             if isinstance(e, kind):
                 raise kind(number, f"{os.strerror(number)}: {said}", str(path)) from e
-        raise BucketError(errno.EIO, said, str(path)) from e
+        refused = isinstance(e, PermissionError) or said.startswith("Forbidden")  # as gcsfs says it
+        raise BucketError(errno.EACCES if refused else errno.EIO, said, str(path)) from e
