@@ -14,6 +14,7 @@ from typing import Any, TextIO
 from gptjax.settings import InputError
 
 TRASH, PROBE = ".trash-", ".probe-"
+MARK = ".preflight-"  # a file by which processes see that they have the same folder
 
 # Locks this process holds, by the run's folder; kept until it ends, since closing any handle of the file would
 # give a POSIX lock up.
