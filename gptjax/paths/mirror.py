@@ -18,7 +18,7 @@ INTERVAL = 60.0  # seconds from one upload to the next
 SHARE = 20  # an upload that takes long is repeated after this many times as long
 INDEX = ".mirror.json"
 # The file without which a folder is not finished and which is written after the others: of a tokenizer, of a corpus.
-SEALS = dict.fromkeys(("tokenizer", "data/shared-tokenizer"), "tokenizer_meta.json")
+SEALS = {"tokenizer": "tokenizer_meta.json", "data/shared-tokenizer": "tokenizer_meta.json"}
 SEAL = "manifest.json"
 
 
