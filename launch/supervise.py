@@ -175,12 +175,8 @@ def main(argv: list[str]) -> int:
 
 def _gptjax(command: list[str]) -> list[str]:
     """How the command calls gptjax, without what launches it (srun, mpirun): GPTJAX, or PYTHON -m gptjax.cli."""
-    for i, word in enumerate(command):
-        if Path(word).name == "gptjax":
-            return [word]
-        if command[i + 1 : i + 3] == ["-m", "gptjax.cli"]:
-            return command[i : i + 3]
-    return ["gptjax"]
+    before = command[: command.index("pretrain")] if "pretrain" in command else ["gptjax"]
+    return before[-3:] if before[-1:] == ["gptjax.cli"] else before[-1:]
 
 
 def _run_dir(command: list[str]) -> str:
