@@ -141,6 +141,7 @@ class Checkpoints:
     def _commit(self, step: int, response: Any, staged: Path, first: Callable[[], None]) -> None:
         try:
             response.result()
+            self.store.check(self.folder, now=True)
             self.store.publish(staged, self.path(step))
             if jax.process_index() == 0:
                 first()
@@ -152,10 +153,13 @@ class Checkpoints:
             self._remove_partial(step)
 
     def _remove_partial(self, step: int) -> None:
+        """Removes what a failed save left, where this process still holds the run: else the step may be another's."""
         if jax.process_index() == 0:
-            for name in self.store.names(self.folder):
-                if name == f"{step:08d}" or name.startswith(f"{step:08d}.orbax"):
-                    self.store.remove(self.folder / name)
+            with contextlib.suppress(InputError):  # lost, or a store that does not answer: the next start cleans
+                self.store.check(self.folder, now=True)
+                for name in self.store.names(self.folder):
+                    if name == f"{step:08d}" or name.startswith(f"{step:08d}.orbax"):
+                        self.store.remove(self.folder / name)
 
     def clean(self) -> None:
         """Removes what a kill in the middle of a save or a delete left behind."""
@@ -306,7 +310,9 @@ def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _failed(step: int, error: Exception) -> CheckpointError:
-    return CheckpointError(f"checkpoint of step {step} could not be written: {_one_line(error)}")
+    failed = CheckpointError(f"checkpoint of step {step} could not be written: {_one_line(error)}")
+    failed.__cause__ = error  # it may be raised by another thread
+    return failed
 
 
 def _one_line(error: BaseException) -> str:

@@ -19,6 +19,7 @@ from gptjax.config import (
     VerifyConfig,
 )
 from gptjax.distributed import is_first, join_processes, leave, title
+from gptjax.paths.bucket import BucketError
 from gptjax.settings import InputError
 from gptjax.startup import tune_process
 
@@ -105,7 +106,7 @@ def pretrain(args: list[str]) -> int:
         return 75
     except (CheckpointError, Diverged) as e:
         _fail(e)
-        return 3
+        return 75 if _may_pass(e) else 3
     _say(f"run folder: {folder}")
     _next(f'gptjax generate {cfg.run_dir} --prompt "ROMEO. "')
     return 0
@@ -279,7 +280,10 @@ Start here: gptjax pretrain configs/quickstart.py
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a verb. Exit codes: 0 done, 2 bad input, 3 failed for good, 75 interrupted (run the same command again)."""
+    """Runs a verb and returns its exit code.
+
+    0 done, 2 bad input, 3 failed for good, 75 interrupted, by a store's outage too (run the same command again).
+    """
     code = _run(sys.argv[1:] if argv is None else argv)
     if code:
         leave(code)  # with the other processes of this job, where there are any
@@ -289,16 +293,22 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: list[str]) -> int:
     try:
         return _dispatch(args)
-    except InputError as e:
+    except (InputError, NotNow) as e:
         _fail(e)
-        return 2
-    except NotNow as e:
-        _fail(e)
-        return 75
+        return 75 if isinstance(e, NotNow) or _may_pass(e) else 2
     except BrokenPipeError:  # the reader of our output went away: `gptjax data show ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         leave(0)  # the other processes of this job would wait for this one
         return 0
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether a store that did not answer is what the error comes from."""
+    while error is not None:
+        if isinstance(error, BucketError):
+            return error.may_pass
+        error = error.__cause__
+    return False
 
 
 def _dispatch(args: list[str]) -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptjax.cluster import Cluster, NotNow
+from gptjax.paths import MARK
 from gptjax.settings import InputError
 
 MAGIC = "gptjax preflight 1"
@@ -68,7 +69,7 @@ def preflight(
 
 def _leave_mark(folder: Path) -> dict[str, str]:
     """Makes the folder and a file in it that the others must find."""
-    name = f".preflight-{uuid.uuid4().hex}"
+    name = f"{MARK}{uuid.uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name, encoding="utf-8")

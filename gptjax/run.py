@@ -17,7 +17,7 @@ from typing import Any
 
 from gptjax.config import EXTENDABLE, SCHEMA, TrainConfig, frozen_changes
 from gptjax.digest import MANIFEST
-from gptjax.paths import place, store
+from gptjax.paths import MARK, PROBE, place, store
 from gptjax.settings import InputError, build, leaves
 
 PACKAGES = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
@@ -91,6 +91,9 @@ class Run:
         if jax.process_index() == 0:
             files.make_writable(run.folder, "a run")
             files.lock(run.folder)
+            for name in files.names(run.folder):
+                if name.startswith((MARK, PROBE)):  # left by a process that was killed
+                    files.remove(run.folder / name)
             if not files.is_file(run.config_path):
                 files.clear(run.folder)
         changes = _changes(run, config)

@@ -12,7 +12,8 @@
 #
 # The cluster needs JobSet (github.com/kubernetes-sigs/jobset), a node pool of the slice, and a service account that may
 # write to the bucket. Variables: IMAGE and RUN_DIR, wanted; with defaults: NAME (gptjax), ACCELERATOR
-# (tpu-v5-lite-podslice), TOPOLOGY (4x4), HOSTS in a slice (4), CHIPS of a host (4), SLICES (1), EXTRA (tpu,gcs).
+# (tpu-v5-lite-podslice), TOPOLOGY (4x4), HOSTS in a slice (4), CHIPS of a host (4), SLICES (1; more are told to gptjax
+# as --mesh.slices), EXTRA (tpu,gcs).
 # Exit codes: 2 where something is missing; those of docker and kubectl.
 set -euo pipefail
 launch=$(cd "$(dirname "$0")" && pwd)
@@ -27,6 +28,7 @@ render() {
   [ -n "${RUN_DIR:-}" ] || die "RUN_DIR is missing; wanted a folder in a bucket, e.g. RUN_DIR=gs://BUCKET/runs/mine"
   [ $# -ge 1 ] && [[ $1 != -* ]] || die "RECIPE is missing; wanted e.g. bash launch/gke.sh apply configs/llama_1b.py"
   export RECIPE=$1 SETTINGS="${*:2}"
+  [ "$SLICES" = 1 ] || SETTINGS="--mesh.slices $SLICES${SETTINGS:+ $SETTINGS}"
   text=$(<"$launch/gke_jobset.yaml")
   shopt -u patsub_replacement 2>/dev/null || true # or bash 5.2 takes & for what was found
   for variable in NAME IMAGE RUN_DIR RECIPE SETTINGS ACCELERATOR TOPOLOGY HOSTS CHIPS SLICES; do

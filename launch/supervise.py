@@ -5,8 +5,10 @@
 It needs the standard library alone, so that it starts anywhere and outlives what befalls the command. A command that
 ends with one of --restart-on is started again, after a pause that doubles; any other code is returned as it is. The
 newest checkpoint of the run (before there is one: the last step in metrics.jsonl) says whether it got on: after
---crashes ends in a row without a newer one, it gives up and returns the last code. SIGTERM, SIGINT, SIGHUP, SIGUSR1
-and SIGUSR2 are passed on, and after one of the first three nothing is started again.
+--crashes ends in a row without a newer one, it gives up and returns the last code. Of a run in a bucket the command's
+own gptjax is asked; where it can't tell (the store may be down), the end does not count, and the longest pause
+follows. SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 are passed on, and after one of the first three nothing is
+started again.
 
 The command has a process group of its own, so that Ctrl-C reaches it once, and what it left behind is ended with it.
 Codes: the command's; 128 + N where signal N ended it; 2 for bad arguments; 127 where it can't be started.
@@ -21,6 +23,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 RESTART_ON = (75, 134, 137)  # interrupted with all saved; aborted, as by a lost peer; killed, as for its memory
@@ -61,20 +64,27 @@ class Child:
             self._process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
 
-def supervise(child: Child, run: str, restart_on: tuple[int, ...], crashes: int, pause: float, longest: float) -> int:
-    """Runs the child until its code is not one to restart on, it was asked to end, or it no longer gets on."""
-    reached, in_vain = progress(run), 0
+def supervise(
+    child: Child, look: Callable[[], tuple[int, int] | None], restart_on: tuple[int, ...], crashes: int, pause: float,
+    longest: float,
+) -> int:  # fmt: skip
+    """Runs the child until its code is not one to restart on, it was asked to end, or it no longer gets on.
+
+    `look` gives the progress of its run; None where that can't be seen now.
+    """
+    reached, in_vain = look() or (0, 0), 0
     while True:
         code = child.run()
         if code not in restart_on or child.to_end:
             return code
-        now = progress(run)
-        in_vain = 0 if now > reached else in_vain + 1
-        reached = max(now, reached)
+        now = look()
+        if now is not None:
+            in_vain = 0 if now > reached else in_vain + 1
+            reached = max(now, reached)
         if in_vain >= crashes:
             say(f"ended with {code}; {in_vain} ends in a row without progress ({told(reached)}): giving up")
             return code
-        seconds = min(pause * 2 ** max(in_vain - 1, 0), longest)
+        seconds = longest if now is None else min(pause * 2 ** max(in_vain - 1, 0), longest)
         say(f"ended with {code} ({told(reached)}); without progress: {in_vain} of {crashes}; next in {seconds:g} s")
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
@@ -83,23 +93,30 @@ def supervise(child: Child, run: str, restart_on: tuple[int, ...], crashes: int,
                 return code
 
 
-def progress(run: str) -> tuple[int, int]:
-    """(newest checkpoint, last step in metrics.jsonl), the second only while there is no checkpoint, 0 for neither."""
+def progress(run: str, gptjax: list[str]) -> tuple[int, int] | None:
+    """(newest checkpoint, last step in metrics.jsonl), the second only while there is no checkpoint, 0 for neither.
+
+    Of a run in a bucket the command `gptjax` says it; None where it fails.
+    """
     if "://" in run:
-        return _progress_in_bucket(run), 0
+        return _progress_in_bucket(run, gptjax)
     saved = Path(run).glob("checkpoints/*/manifest.json")
     newest = max((int(path.parent.name) for path in saved if path.parent.name.isdecimal()), default=0)
     return (newest, 0) if newest else (0, _last_step(Path(run) / "metrics.jsonl"))
 
 
-def _progress_in_bucket(run: str) -> int:
-    command = [sys.executable, "-m", "gptjax.cli", "checkpoint", "list", run]
+def _progress_in_bucket(run: str, gptjax: list[str]) -> tuple[int, int] | None:
+    command = [*gptjax, "checkpoint", "list", run]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=180)
-    except subprocess.TimeoutExpired:
-        say(f"{run}: listing its checkpoints took more than 180 s; taken for no progress")
-        return 0
-    return max((int(step) for step in re.findall(r"^step (\d+)", done.stdout, re.MULTILINE)), default=0)
+    except (OSError, subprocess.TimeoutExpired) as e:
+        say(f"{run}: its progress can't be seen ({e})")
+        return None
+    if done.returncode not in (0, 2):  # 2: there is no such run yet
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        say(f"{run}: its progress can't be seen ({' '.join(command)} ended with {done.returncode}: {last})")
+        return None
+    return max((int(step) for step in re.findall(r"^step (\d+)", done.stdout, re.MULTILINE)), default=0), 0
 
 
 def _last_step(metrics: Path) -> int:
@@ -149,10 +166,17 @@ def main(argv: list[str]) -> int:
             signal.signal(number, child.receive)
     codes = tuple(int(code) for code in args.restart_on.split(","))
     try:
-        return supervise(child, run, codes, args.crashes, args.pause, args.longest_pause)
+        gptjax = _gptjax(command)
+        return supervise(child, lambda: progress(run, gptjax), codes, args.crashes, args.pause, args.longest_pause)
     except OSError as e:
         say(f"{command[0]} can't be started ({e.strerror}); is it installed, and is its environment active?")
         return 127
+
+
+def _gptjax(command: list[str]) -> list[str]:
+    """How the command calls gptjax, without what launches it (srun, mpirun): GPTJAX, or PYTHON -m gptjax.cli."""
+    before = command[: command.index("pretrain")] if "pretrain" in command else ["gptjax"]
+    return before[-3:] if before[-1:] == ["gptjax.cli"] else before[-1:]
 
 
 def _run_dir(command: list[str]) -> str:

@@ -19,6 +19,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from gptjax.checkpoint import Checkpoints
+from gptjax.cli import main
 from gptjax.config import CheckpointConfig, ModelConfig, TrainConfig
 from gptjax.metrics import MetricsFile
 from gptjax.paths import bucket as bucket_module
@@ -218,6 +219,32 @@ def test_a_store_that_does_not_answer_is_not_taken_for_an_empty_one(fake):
     assert set(fake.store) == before
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "failed"),
+    [(RuntimeError("no answer"), 75, 75), (PermissionError("no"), 2, 3), (OSError("Forbidden: b"), 2, 3)],
+)
+def test_an_outage_ends_a_verb_so_that_it_is_started_again_and_a_refusal_for_good(
+    fake, monkeypatch, error, code, failed
+):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(Fake, "info", fail)
+    monkeypatch.setattr(Fake, "pipe_file", fail)
+    assert main(["checkpoint", "list", RUN]) == code
+    monkeypatch.setattr("gptjax.pretrain.pretrain", lambda *_: store(place(RUN)).make_writable(place(RUN), "a run"))
+    assert main(["pretrain", "quickstart"]) == code  # also where the error was put into other words
+
+    def save(*_) -> None:
+        checkpoints = Checkpoints(place(RUN), CFG, readonly=True)
+        checkpoints.readonly = False
+        checkpoints.save(1, make_state(1), {}, {})
+        checkpoints.wait()
+
+    monkeypatch.setattr("gptjax.pretrain.pretrain", save)
+    assert main(["pretrain", "quickstart"]) == failed
+
+
 def test_several_processes_are_refused_where_one_would_have_to_upload_all(fake, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(InputError, match="2 processes train this run, .*; wanted a gs:// or a shared --run-dir"):
@@ -252,7 +279,7 @@ def test_a_run_in_a_bucket_has_its_settings_and_starts_with_an_empty_mirror(fake
 def test_only_what_changed_is_transferred_and_the_bucket_has_the_truth(fake):
     run = Run.at(RUN)
     run.data.mkdir(parents=True)
-    for name in "abc":
+    for name in ("a", "b", "c", "manifest.json"):
         (run.data / name).write_text(name)
     run.push(run.data)
     fake.left = 0
@@ -266,7 +293,42 @@ def test_only_what_changed_is_transferred_and_the_bucket_has_the_truth(fake):
     (run.data / "c").write_text("torn")
     (run.data / "stranger").write_text("")
     run.pull(run.data)
-    assert {p.name: p.read_text() for p in run.data.iterdir()} == {"a": "a", "b": "longer", "c": "c"}
+    assert {p.name: p.read_text() for p in run.data.iterdir()} == {
+        "a": "a", "b": "longer", "c": "c", "manifest.json": "manifest.json",
+    }  # fmt: skip
+
+
+def test_an_upload_that_was_killed_takes_nothing_away_and_gives_no_half_of_a_folder(fake):
+    folders = {
+        "data": ("manifest.json", "page", "tokenizer_meta.json"),
+        "data/one": ("manifest.json", "page", "tokenizer_meta.json"),
+        "data/shared-tokenizer": ("tokenizer.model", "tokenizer_meta.json", "vocab.json"),
+        "tokenizer": ("tokenizer.model", "tokenizer_meta.json", "vocab.json"),
+    }
+    run = Run.at(RUN)
+
+    def here() -> set[str]:
+        return {p.relative_to(run.local).as_posix() for p in run.local.rglob("[!.]*") if p.is_file()}
+
+    whole = {f"{folder}/{name}" for folder, names in folders.items() for name in names}
+    for n in range(len(whole) + 1):
+        fake.store.clear()
+        store(run.folder).clear(run.folder)
+        for path in whole:
+            (run.local / path).parent.mkdir(parents=True, exist_ok=True)
+            (run.local / path).write_text(path)
+        fake.left = n
+        with contextlib.suppress(Killed):
+            run.push(run.data, run.tokenizer)
+        reborn(fake)
+        run.pull(run.data, run.tokenizer)
+        assert here() == whole, "the start after it needs what was made"
+        store(run.folder).clear(run.folder)  # as on another machine
+        run.pull(run.data, run.tokenizer)
+        got = here()
+        for folder, names in folders.items():
+            assert sum(f"{folder}/{name}" in got for name in names) in (0, len(names)), (n, folder)
+        assert n < len(whole) or got == whole
 
 
 # Leases.
@@ -376,6 +438,24 @@ def test_a_lost_run_is_neither_committed_nor_deleted_from(fake, hasty, monkeypat
     with pytest.raises(InputError, match="taken over"):
         checkpoints.retain([])
     assert checkpoints.steps() == [1, 2]
+
+
+def test_a_step_that_the_new_owner_committed_is_not_touched_by_the_old_one(fake, hasty, monkeypatch):
+    monkeypatch.setattr(Lease, "_keep", lambda self: None)
+    objects = store(place(RUN))
+    checkpoints = Checkpoints(place(RUN) / "checkpoints", CheckpointConfig())
+    objects.lock(place(RUN))
+    theirs = Checkpoints(place(RUN) / "checkpoints", CheckpointConfig(), readonly=True).path(1)
+
+    def taken_over() -> None:
+        Lease(objects, place(RUN))
+        objects.write(theirs / "manifest.json", b"of the new owner")
+        objects.write(theirs / "page", b"of the new owner")
+
+    checkpoints.save(1, make_state(1), {}, {}, first=taken_over)
+    with pytest.raises(InputError, match="taken over"):
+        checkpoints.wait()
+    assert objects.read(theirs / "manifest.json") == objects.read(theirs / "page") == b"of the new owner"
 
 
 # Real protocols, on loopback.
@@ -521,8 +601,6 @@ def test_a_run_in_a_bucket_that_was_killed_has_the_curve_of_one_on_a_disk_that_w
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", GS_AND_S3, indirect=True)
 def test_the_verbs_read_a_run_in_a_bucket_as_one_on_a_disk(kind, uninterrupted, cache, capsys):
-    from gptjax.cli import main
-
     reference, text = uninterrupted
     folder = f"{kind}://bucket/killed"
     if not store(place(folder)).is_file(place(folder) / "config.json"):

@@ -121,6 +121,7 @@ case "$*" in
 esac
 """
 WORKER_GPTJAX = """
+[ "$1" = checkpoint ] && exit
 printf "%s\\n" "$@" >>../said
 [ "$1" = --version ] && exit
 echo "training in $PWD"
@@ -206,11 +207,17 @@ def test_the_jobset_says_what_it_was_told_and_which_pod_is_process_0(tmp_path):
     assert (job["replicas"], job["template"]["spec"]["parallelism"], container["image"]) == (3, 2, "registry/gptjax:1")
     assert "${" not in json.dumps(jobset)
     env = environment(jobset, container, 1)
-    assert (env["RECIPE"], env["RUN_DIR"], env["SETTINGS"]) == ("configs/x.py", "gs://b&c/run", "--steps 5")
+    assert (env["RECIPE"], env["RUN_DIR"], env["SETTINGS"]) == (
+        "configs/x.py",
+        "gs://b&c/run",
+        "--mesh.slices 3 --steps 5",
+    )
     cluster = find_cluster(env | {"JOB_INDEX": "2"})
     assert cluster is not None and cluster.coordinator == "mine-workers-0-0.mine:8476"
     assert (cluster.kind, cluster.process, cluster.processes) == ("JobSet", 5, 6)
     assert cluster.coordinator.endswith(f":{container['ports'][0]['containerPort']}")
+    one = pod(tmp_path, "configs/x.py", "--steps", "5")
+    assert environment(*one, 0)["SETTINGS"] == "--steps 5"
     # Bad input and lasting failure are not started again.
     (rule,) = job["template"]["spec"]["podFailurePolicy"]["rules"]
     assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [2, 3]}
@@ -266,7 +273,7 @@ def test_the_command_of_the_jobset_trains_as_two_processes_with_its_variables(tm
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
     # The supervisor, which imports nothing of ours, reads the run's folder as it is.
-    assert runpy.run_path(str(LAUNCH / "supervise.py"))["progress"](str(tmp_path / "run")) == (6, 0)
+    assert runpy.run_path(str(LAUNCH / "supervise.py"))["progress"](str(tmp_path / "run"), []) == (6, 0)
 
 
 def test_the_image_holds_all_that_its_build_and_the_jobset_need(tmp_path):

@@ -95,6 +95,37 @@ def test_before_the_first_checkpoint_the_last_logged_step_is_the_progress(tmp_pa
     assert finish(start(tmp_path, "137,+4 137,137,0", "--crashes", "2"))[0] == 0
 
 
+# Its gptjax: `checkpoint list` tells what the file says, or ends with its code; every other verb ends with 137.
+GPTJAX = """#!/usr/bin/env bash
+cd "$(dirname "$0")"
+if [ "$1" = checkpoint ]; then
+  answer=$(head -n 1 answers); sed -i 1d answers
+  case $answer in step*) echo "$answer  3 MB"; exit ;; *) echo "no answer" >&2; exit "$answer" ;; esac
+fi
+echo "$*" >>told
+exit 137
+"""
+
+
+@pytest.mark.parametrize(
+    ("answers", "starts", "says"),
+    [
+        (["2", "2", "2"], 2, "no checkpoint yet"),
+        (["step 5", "step 6", "step 6", "step 6"], 3, "newest checkpoint: step 6"),
+        (["step 5", "75", "1", "step 5", "75", "step 5"], 5, "checkpoint list s3://b/run ended with 75: no answer"),
+    ],
+)
+def test_the_gptjax_of_the_command_tells_the_progress_of_a_run_in_a_bucket(tmp_path, answers, starts, says):
+    (tmp_path / "answers").write_text("\n".join(answers) + "\n")
+    (tmp_path / "gptjax").write_text(GPTJAX)
+    (tmp_path / "gptjax").chmod(0o755)
+    command = [sys.executable, SUPERVISE, "--pause", "0.01", "--longest-pause", "0.02", "--crashes", "2", "--", "env"]
+    command += [tmp_path / "gptjax", "pretrain", "x", "--run-dir", "s3://b/run"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 137 and says in done.stderr, done.stderr
+    assert (tmp_path / "told").read_text() == "pretrain x --run-dir s3://b/run\n" * starts, "unknown does not count"
+
+
 def test_pauses_double_until_the_longest_and_begin_anew_with_progress(tmp_path):
     script, options = "137,137,137,+1 137,0", ("--crashes", "5", "--pause", "0.1", "--longest-pause", "0.3")
     code, errors = finish(start(tmp_path, script, *options))

@@ -5,7 +5,7 @@
 """
 
 from gptjax.paths.bucket import Bucket
-from gptjax.paths.disk import PROBE, TRASH, Disk
+from gptjax.paths.disk import MARK, PROBE, TRASH, Disk
 from gptjax.paths.place import place, store
 
-__all__ = ["PROBE", "TRASH", "Bucket", "Disk", "place", "store"]
+__all__ = ["MARK", "PROBE", "TRASH", "Bucket", "Disk", "place", "store"]

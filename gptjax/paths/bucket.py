@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gptjax.paths.disk import PROBE
+from gptjax.paths.disk import probe_in
 from gptjax.paths.lease import Lease
 from gptjax.paths.mirror import Mirror, mirror_of
 from gptjax.settings import InputError
@@ -45,6 +45,11 @@ SCHEMES = {
 
 class BucketError(OSError, InputError):
     """A store that does not answer, or not as wanted. The message is one line."""
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether the same may work later: an outage, and not that this user has no right to it."""
+        return self.errno != errno.EACCES
 
     def __str__(self) -> str:
         return f"{self.filename}: {self.strerror}"
@@ -89,7 +94,7 @@ class Bucket:
         return path
 
     def make_writable(self, folder: Path, what: str) -> None:
-        probe = folder / f"{PROBE}{os.getpid()}"
+        probe = probe_in(folder)
         try:
             self.write(probe, b"")
             self._delete(probe)
@@ -264,4 +269,5 @@ def _plain_errors(path: Path) -> Iterator[None]:
         for kind, number in ((FileNotFoundError, errno.ENOENT), (FileExistsError, errno.EEXIST)):
             if isinstance(e, kind):
                 raise kind(number, f"{os.strerror(number)}: {said}", str(path)) from e
-        raise BucketError(errno.EIO, said, str(path)) from e
+        refused = isinstance(e, PermissionError) or said.startswith("Forbidden")  # as gcsfs says it
+        raise BucketError(errno.EACCES if refused else errno.EIO, said, str(path)) from e

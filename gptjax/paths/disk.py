@@ -14,10 +14,16 @@ from typing import Any, TextIO
 from gptjax.settings import InputError
 
 TRASH, PROBE = ".trash-", ".probe-"
+MARK = ".preflight-"  # a file by which processes see that they have the same folder
 
 # Locks this process holds, by the run's folder; kept until it ends, since closing any handle of the file would
 # give a POSIX lock up.
 _LOCKS: dict[Path, TextIO] = {}
+
+
+def probe_in(folder: Path) -> Path:
+    """A file that no other process makes, containers with the same name and process numbers included."""
+    return folder / f"{PROBE}{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
 
 class Disk:
@@ -30,11 +36,11 @@ class Disk:
 
     def make_writable(self, folder: Path, what: str) -> None:
         """Makes the folder and tries a file in it; raises InputError now instead of after hours of training."""
-        probe = folder / f"{PROBE}{os.getpid()}"
+        probe = probe_in(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             probe.touch()
-            probe.unlink()
+            probe.unlink(missing_ok=True)  # another process that opens the folder removes what a killed one left
         except OSError as e:
             raise InputError(f"{folder}: {what} can't be written there ({e.strerror}); give another --run-dir") from e
 

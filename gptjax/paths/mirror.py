@@ -10,13 +10,16 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Container
 from pathlib import Path
 from typing import Any, Protocol
 
 INTERVAL = 60.0  # seconds from one upload to the next
 SHARE = 20  # an upload that takes long is repeated after this many times as long
 INDEX = ".mirror.json"
-LAST = "manifest.json"  # a prepared folder without it is not finished, and so it is written after the others
+# The file without which a folder is not finished and which is written after the others: of a tokenizer, of a corpus.
+SEALS = {"tokenizer": "tokenizer_meta.json", "data/shared-tokenizer": "tokenizer_meta.json"}
+SEAL = "manifest.json"
 
 
 def mirror_of(folder: Path) -> Path:
@@ -51,19 +54,22 @@ class Mirror:
         shutil.rmtree(self.local, ignore_errors=True)
 
     def pull(self, *names: str) -> None:
-        """Makes the files of each name equal to the objects; a name that the bucket does not have is left as it is."""
+        """Makes the files of each name equal to the objects.
+
+        What the bucket does not have whole, a file or a folder with its seal, is left as it is here.
+        """
         with self._lock:
             index = self._read_index()
             for name in names:
-                there = self._objects(name)
+                found = self._objects(name)
+                there = {path: version for path, version in found.items() if _whole(path, found)}
                 for path, version in there.items():
                     if index.get(path) != [*self._state(path), version]:
                         self._store.download(self._folder / path, self.local / path)
                         index[path] = [*self._state(path), version]
-                if there:
-                    for path in self._files(name):
-                        if path not in there:
-                            (self.local / path).unlink()
+                for path in self._files(name):
+                    if path not in there and _whole(path, found):
+                        (self.local / path).unlink(missing_ok=True)  # the processes of a host share the mirror
                 self._write_index(index)
 
     def push(self, *names: str) -> None:
@@ -73,7 +79,7 @@ class Mirror:
             index = self._read_index()
             for name in names:
                 sent = []
-                for path in sorted(self._files(name), key=lambda p: (p.endswith(LAST), p)):
+                for path in sorted(self._files(name), key=lambda p: (p == _seal(p), p)):
                     size, changed = state = self._state(path)
                     if index.get(path, [])[:2] != state:
                         with (self.local / path).open("rb") as file:
@@ -135,6 +141,17 @@ class Mirror:
             temporary = self.local / f"{INDEX}.{os.getpid()}"
             temporary.write_text(json.dumps(index))
             os.replace(temporary, self.local / INDEX)
+
+
+def _seal(path: str) -> str:
+    """The seal of the folder that a path is in."""
+    folder = path.rpartition("/")[0]
+    return f"{folder}/{SEALS.get(folder, SEAL)}"
+
+
+def _whole(path: str, objects: Container[str]) -> bool:
+    """Whether the bucket has all that belongs to a path: the file that a name is, or a sealed folder."""
+    return path in objects if "/" not in path else _seal(path) in objects
 
 
 def _version(info: dict[str, Any]) -> str:
