@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from gptjax.paths import store
+from gptjax.paths import BucketError, store
 
 P = jax.P
 
@@ -85,6 +85,8 @@ def check_manifest(folder: Path, step: int) -> list[str]:
         manifest = json.loads(store(folder).read(folder / MANIFEST))
         files = manifest["files"]
         sealed = manifest["sha256"] == _seal(manifest["step"], files) and manifest["step"] == step
+    except BucketError:  # an outage, which says nothing of the step
+        raise
     except OSError as e:
         return [f"{MANIFEST} can't be read ({e.strerror})"]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -101,6 +103,8 @@ def check_manifest(folder: Path, step: int) -> list[str]:
                 problems.append(f"{name} has {there[name]} bytes, not {size}")
             elif _sha256(folder / name) != sha256:
                 problems.append(f"{name} has other contents than were written")
+        except BucketError:
+            raise
         except OSError as e:
             problems.append(f"{name} can't be read ({e.strerror})")
     return problems

@@ -4,8 +4,8 @@
 `Disk` works by rename, append and POSIX locks, `Bucket` by what object stores have instead.
 """
 
-from gptjax.paths.bucket import Bucket
+from gptjax.paths.bucket import Bucket, BucketError
 from gptjax.paths.disk import MARK, PROBE, TRASH, Disk
 from gptjax.paths.place import place, store
 
-__all__ = ["MARK", "PROBE", "TRASH", "Bucket", "Disk", "place", "store"]
+__all__ = ["MARK", "PROBE", "TRASH", "Bucket", "BucketError", "Disk", "place", "store"]
