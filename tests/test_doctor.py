@@ -59,7 +59,7 @@ def test_a_pair_that_does_not_fit_is_told_with_what_to_do_and_ends_with_3(packag
     ("installed", "needs", "said"),
     [
         ({"jaxlib": "0.9.0"}, {}, "jaxlib 0.9.0 is installed"),
-        ({"tyro": "0.9.1"}, {}, "gptjax this checkout needs tyro"),
+        ({"tyro": "0.9.1"}, {}, "needs tyro>="),
         (
             {"jax": "0.12.0", "jaxlib": "0.12.0", "jax-cuda12-plugin": "0.11.0"},
             {"jax": ['jax-cuda12-plugin[with-cuda]<=0.12.0,>=0.12.0; extra == "cuda12"'], "flax": ["jax>=0.11.1"]},
