@@ -98,11 +98,11 @@ def title() -> str:
     return f"process {_cluster.process} of {_cluster.processes} on {os.uname().nodename}"
 
 
-def barrier(name: str) -> None:
+def barrier(name: str, seconds: float = BARRIER_SECONDS) -> None:
     """Returns when every process has come here; a lost one ends the wait. No device has part in it."""
     if several():
         key = f"gptjax/{name}/{_count(name)}"
-        _waited(lambda: _client().wait_at_barrier(key, int(BARRIER_SECONDS * 1000)))
+        _waited(lambda: _client().wait_at_barrier(key, int(seconds * 1000)))
 
 
 def wait_for_reports() -> None:
@@ -110,10 +110,8 @@ def wait_for_reports() -> None:
 
     Without it the first to leave with a problem ends the others in the middle of their reports.
     """
-    if several():
-        with contextlib.suppress(Exception):
-            key = f"gptjax/reported/{_count('reported')}"
-            _waited(lambda: _client().wait_at_barrier(key, int(REPORT_SECONDS * 1000)))
+    with contextlib.suppress(Exception):
+        barrier("reported", REPORT_SECONDS)
 
 
 def from_first(name: str, value: T) -> T:

@@ -12,7 +12,7 @@ from typing import Any
 from gptjax.config import TrainConfig
 from gptjax.hardware import PRICE_DATE, PRICE_SOURCES, Topology, topology
 from gptjax.plan.compiled import Compiled, Target, compile_for, has_libtpu
-from gptjax.plan.search import MOST_COMPILES, MOST_SECONDS, SAFE, Candidate, Found, Planner, filled, with_attention
+from gptjax.plan.search import MOST_COMPILES, MOST_SECONDS, SAFE, Candidate, Found, Planner, on, with_attention
 from gptjax.scaling.counts import parameters
 from gptjax.settings import InputError, leaves
 
@@ -169,7 +169,7 @@ def _headline(config: TrainConfig, where: Topology) -> str:
 def _hint(config: TrainConfig, where: Topology, say: Callable[[str], None]) -> None:
     """What the devices would choose where plain attention, which keeps all scores, was asked for."""
     auto = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
-    chosen = with_attention(filled(auto, where), where).model.attention
+    chosen = with_attention(on(where, auto), where).model.attention
     if config.model.attention == "plain" and chosen != "plain":
         say(f"model.attention=plain holds every score; --model.attention auto would take {chosen} here")
 

@@ -21,7 +21,7 @@ from gptjax.plan.memory import Memory, StateBytes, state_bytes, step_memory
 from gptjax.plan.roofline import Speed, speed
 from gptjax.scaling.counts import padded_vocab
 from gptjax.settings import InputError
-from gptjax.sharding import AXES
+from gptjax.sharding import AXES, axis_sizes, filled
 
 # Memory that the count may use up where no compiler has the last word: its own error, and what a run needs besides.
 SAFE = 0.9
@@ -42,7 +42,7 @@ class Candidate:
 
     @property
     def sizes(self) -> dict[str, int]:
-        return {axis: getattr(self.config.mesh, axis) for axis in AXES}
+        return axis_sizes(self.config.mesh)
 
 
 @dataclass(kw_only=True)
@@ -63,7 +63,7 @@ class Planner:
 
     def __init__(self, config: TrainConfig, topology: Topology):
         self.topology = topology
-        self.config = with_attention(filled(config, topology), topology)
+        self.config = with_attention(on(topology, config), topology)
         self._shapes = jax.eval_shape(assemble(self.config).init, 0)
         self._state = functools.cache(self._state_bytes)
 
@@ -76,7 +76,7 @@ class Planner:
 
     def candidate(self, config: TrainConfig) -> Candidate:
         """These settings with their memory and speed; raises InputError where they can't be."""
-        sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
+        sizes = axis_sizes(config.mesh)
         check_divisible(config, sizes)
         memory = step_memory(config, self._state(tuple(sizes.values())), sizes, tiles=self.tiles)
         chip = self.topology.chip
@@ -85,7 +85,7 @@ class Planner:
 
     def as_written(self) -> Candidate:
         """The settings as they are; raises InputError where their mesh does not cover the topology, or not so."""
-        sizes = {axis: getattr(self.config.mesh, axis) for axis in AXES}
+        sizes = axis_sizes(self.config.mesh)
         shown = ", ".join(f"mesh.{a}={n}" for a, n in sizes.items())
         if math.prod(sizes.values()) != self.topology.devices:
             raise InputError(f"{shown} does not cover the {self.topology.devices} devices of {self.topology.name}")
@@ -177,12 +177,9 @@ class Planner:
         return not shape or _assigned([n for n in sizes if n > 1], [n for n in shape if n > 1])
 
 
-def filled(config: TrainConfig, topology: Topology) -> TrainConfig:
+def on(topology: Topology, config: TrainConfig) -> TrainConfig:
     """The settings with a mesh size of -1 filled in; the mesh may still not cover the topology."""
-    sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
-    known = math.prod(n for n in sizes.values() if n != -1)
-    found = {axis: max(1, topology.devices // known) if n == -1 else n for axis, n in sizes.items()}
-    return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **found))
+    return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **filled(config.mesh, topology.devices)))
 
 
 def with_attention(config: TrainConfig, topology: Topology) -> TrainConfig:

@@ -7,7 +7,7 @@ from typing import Any
 from gptjax.backends import here, obstacle
 from gptjax.config import MeshConfig, ModelConfig
 from gptjax.config.attention import BACKENDS
-from gptjax.sharding import AXES
+from gptjax.sharding import AXES, axis_sizes
 
 GPT2 = ModelConfig(num_layers=2, width=32, num_heads=4, attention_block=5, dtype="float32")
 FAMILIES = {
@@ -59,7 +59,7 @@ def mesh_name(mesh: MeshConfig | None) -> str:
 
 
 def sizes(mesh: MeshConfig) -> tuple[int, ...]:
-    return tuple(getattr(mesh, axis) for axis in AXES)
+    return tuple(axis_sizes(mesh).values())
 
 
 def meshes(count: int, slices: int = 1) -> list[MeshConfig]:
