@@ -174,11 +174,11 @@ class Checkpoints:
     def retain(self, best: list[int]) -> list[int]:
         """Deletes what nothing keeps and returns those steps.
 
-        Kept are the `keep_newest` newest, the multiples of `keep_every`, and `best`: the steps of lowest evaluation
-        loss, which the caller reads from metrics.jsonl.
+        Kept are the `keep_newest` newest, those in `at`, the multiples of `keep_every`, and `best`: the steps of lowest
+        evaluation loss, which the caller reads from metrics.jsonl.
         """
         steps, every = self.steps(), self.cfg.keep_every
-        kept = {*steps[-self.cfg.keep_newest :], *best, *(s for s in steps if every and s % every == 0)}
+        kept = {*steps[-self.cfg.keep_newest :], *self.cfg.at, *best, *(s for s in steps if every and s % every == 0)}
         gone = [s for s in steps if s not in kept]
         if jax.process_index() == 0:
             for step in gone:

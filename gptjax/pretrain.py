@@ -148,9 +148,11 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
                 state = fit(
                     train_step, state, {}, given, config.steps,
                     mesh=mesh, rows=rows, log=log, save=save, save_every=config.checkpoint.every,
+                    save_at=config.checkpoint.at,
                     hooks={evaluate_at: config.evaluate.every}, stop=agreed(stop), trace=profile,
                 )  # fmt: skip
-            _print_sample(config, decoder, trained_params(state), feed.tokenizer)
+            if config.sample:
+                _print_sample(config, decoder, trained_params(state), feed.tokenizer)
     return run.folder
 
 

@@ -6,7 +6,7 @@ import os
 import signal
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -178,6 +178,7 @@ def fit(
     log: Callable[[int, dict], None],
     save: Callable[[int, TrainState, dict], None],
     save_every: int,
+    save_at: Collection[int] = (),
     hooks: dict[Callable[[int, TrainState], None], int] | None = None,
     stop: Callable[[], bool] = lambda: False,
     trace: tuple[int, int, Path] | None = None,
@@ -189,7 +190,8 @@ def fit(
     raises is raised here in that batch's place. With `rows` each batch holds only those: what this process must give.
     metrics["input_seconds"] is how long a step waited for its batch.
     log(i, metrics) is called once a step, in order, while the device works on the next one; before a save or a hook,
-    every step so far has been logged. save and then the hooks {hook: every} run each so many steps and at the end.
+    every step so far has been logged. save and then the hooks {hook: every} run each so many steps and at the end, save
+    also after each step in `save_at`.
     Raises Interrupted, after a save, when stop() turns true, and Diverged where the numbers end.
     trace = (first, last, folder) profiles those steps.
     """
@@ -229,7 +231,7 @@ def fit(
             if previous is not None:
                 report(i - 1, previous)
             previous = metrics
-            saving = stopping or i % save_every == 0 or i == until
+            saving = stopping or i % save_every == 0 or i in save_at or i == until
             due = [hook for hook, every in (hooks or {}).items() if i % every == 0 or i == until]
             if saving or due:
                 report(i, metrics)

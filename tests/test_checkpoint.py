@@ -269,6 +269,7 @@ def test_retention_keeps_the_newest_the_multiples_and_the_best(template, tmp_pat
     assert kept([], keep_newest=2) == [400, 500]
     assert kept([100, 999], keep_newest=1) == [100, 500]
     assert kept([250], keep_newest=1, keep_every=200) == [200, 250, 400, 500]
+    assert kept([], keep_newest=1, at=(100, 300, 350)) == [100, 300, 500]
 
 
 def test_leftovers_of_a_kill_are_removed_and_committed_steps_are_not(folder):

@@ -34,7 +34,7 @@ def test_a_run_knows_its_settings_and_where_each_came_from(tmp_path):
     assert load_config(run.folder) == CFG
     document = json.loads(run.config_path.read_text())
     assert list(document) == ["schema", "stage", "recipe", "settings"]
-    assert (document["schema"], document["stage"], document["recipe"]) == (3, "pretrain", RECIPE)
+    assert (document["schema"], document["stage"], document["recipe"]) == (4, "pretrain", RECIPE)
     settings = document["settings"]
     assert list(settings) == [name for name, _ in leaves(CFG)]
     assert settings["steps"] == {"value": 100, "from": "command line"}

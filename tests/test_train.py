@@ -73,6 +73,10 @@ def test_training_lowers_the_loss_and_logs_every_step_once_in_order():
     assert set(logged[1]) == {"loss", "weight", "noise", "grad_norm", "learning_rate", "updates", "input_seconds"}
 
 
+def test_steps_asked_for_are_saved_besides_the_regular_ones():
+    assert [i for i, *_ in run(10, *make(), save_every=4, save_at=(3, 7, 11))[2]] == [3, 4, 7, 8, 10]
+
+
 @pytest.mark.parametrize("accumulate", [2])
 def test_accumulation_weights_micro_batches_by_their_tokens(accumulate):
     """Weights differ from row to row, so an unweighted mean over micro-batches would show."""

@@ -13,12 +13,12 @@ from gptjax.config.optim import OptimConfig
 from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.settings import InputError, Section, leaves
 
-SCHEMA = 3  # version of config.json; raise it when a saved file needs translating
+SCHEMA = 4  # version of config.json; raise it when a saved file needs translating
 
 # What may change when a run is resumed. Everything else is frozen: changing it would make another run.
-FREE = ("run_dir", "log_every", "log_norms_every", "tensorboard", "profile", "compile_cache", "time_limit", "mesh",
-        "checkpoint", "evaluate", "generate", "model.remat", "model.remat_names", "model.unroll", "model.attention",
-        "model.attention_block", "data.workers", "data.validation", "data.max_corrupt",
+FREE = ("run_dir", "log_every", "log_norms_every", "tensorboard", "sample", "profile", "compile_cache", "time_limit",
+        "mesh", "checkpoint", "evaluate", "generate", "model.remat", "model.remat_names", "model.unroll",
+        "model.attention", "model.attention_block", "data.workers", "data.validation", "data.max_corrupt",
         "data.exact_resume")  # fmt: skip
 EXTENDABLE = ("steps",)
 
@@ -58,6 +58,8 @@ class CheckpointConfig(Section):
 
     every: int = 500
     """Steps between saves; the last step is always saved."""
+    at: tuple[int, ...] = ()
+    """Also save, and keep, these steps."""
     keep_newest: int = 2
     """Newest checkpoints kept; at least 1."""
     keep_every: int = 0
@@ -68,6 +70,7 @@ class CheckpointConfig(Section):
     def __post_init__(self):
         self.require_positive("every", "keep_newest")
         self.require_numbers(0, math.inf, "keep_every", "keep_best")
+        self.require(all(step > 0 for step in self.at), "at", "steps above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +123,8 @@ class TrainConfig(Section):
     """Steps between printed lines where there is no terminal for a progress bar; metrics.jsonl has every step."""
     tensorboard: bool = True
     """Write TensorBoard event files under the run folder."""
+    sample: bool = True
+    """Print a continuation of generate.prompt at the end."""
     time_limit: str = ""
     """Save and end before this much time has passed since the start (4h, 90m, 1:30:00, seconds), with exit code 75."""
     profile: str = ""
