@@ -14,12 +14,13 @@ from gptjax.config import (
     EvalConfig,
     PrepareConfig,
     ShowConfig,
+    SweepConfig,
     TrainConfig,
     TrainTokenizerConfig,
     VerifyConfig,
 )
 from gptjax.distributed import is_first, join_processes, leave, title
-from gptjax.paths.bucket import BucketError
+from gptjax.paths.bucket import may_pass
 from gptjax.settings import InputError
 from gptjax.startup import tune_process
 
@@ -45,12 +46,12 @@ def prepare(args: list[str]) -> int:
     from gptjax.flags import parse
 
     cfg = parse(PrepareConfig(), args, "gptjax prepare")
-    from gptjax.data.prepare import prepare, progress_bar, report
+    from gptjax.data.prepare import prepare, progress_bar, report, train_on
 
     with progress_bar() as progress:
         corpus = prepare(cfg, progress)
     _say(report(corpus))
-    _next(_train_on(cfg.out, corpus))
+    _next(train_on(cfg.out, corpus))
     return 0
 
 
@@ -72,13 +73,13 @@ def data_verify(args: list[str]) -> int:
     folder, args = _positional(args, "FOLDER", "gptjax data verify FOLDER")
     _nothing_left(args, "gptjax data verify FOLDER")
     from gptjax.data.corpus import open_corpus
-    from gptjax.data.prepare import report
+    from gptjax.data.prepare import report, train_on
 
     corpus = open_corpus(folder)
     corpus.verify()
     _say(report(corpus))
     _say("every file is as it was written")
-    _next(_train_on(folder, corpus))
+    _next(train_on(folder, corpus))
     return 0
 
 
@@ -106,7 +107,7 @@ def pretrain(args: list[str]) -> int:
         return 75
     except (CheckpointError, Diverged) as e:
         _fail(e)
-        return 75 if _may_pass(e) else 3
+        return 75 if may_pass(e) else 3
     _say(f"run folder: {folder}")
     _next(f'gptjax generate {cfg.run_dir} --prompt "ROMEO. "')
     return 0
@@ -143,6 +144,20 @@ def plan(args: list[str]) -> int:
     if given["json"]:
         report.write(given["json"], report.to_json(found))
     return 0
+
+
+def sweep(args: list[str]) -> int:
+    """sweep RECIPE --out DIR   train a grid of budgets and sizes, one trunk for all horizons of a size"""
+    name, args = _positional(args, "RECIPE", "gptjax sweep modern --out DIR --grid 1e17:4,6 3e17:4,6,8")
+    from gptjax.flags import load_recipe, parse
+
+    cfg = parse(SweepConfig(), args, f"gptjax sweep {name}")
+    from gptjax.sweep.work import sweep
+
+    code = sweep(cfg, load_recipe(name), _say)
+    if code == 0:
+        _next(shlex.join(["gptjax", "fit", cfg.out, "--out", f"{cfg.out}/fit"]))
+    return code
 
 
 def evaluate(args: list[str]) -> int:
@@ -256,6 +271,7 @@ VERBS: dict[str, Verb] = {
     "data verify": data_verify,
     "plan": plan,
     "pretrain": pretrain,
+    "sweep": sweep,
     "eval": evaluate,
     "generate": generate,
     "checkpoint list": checkpoint_list,
@@ -295,20 +311,11 @@ def _run(args: list[str]) -> int:
         return _dispatch(args)
     except (InputError, NotNow) as e:
         _fail(e)
-        return 75 if isinstance(e, NotNow) or _may_pass(e) else 2
+        return 75 if isinstance(e, NotNow) or may_pass(e) else 2
     except BrokenPipeError:  # the reader of our output went away: `gptjax data show ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         leave(0)  # the other processes of this job would wait for this one
         return 0
-
-
-def _may_pass(error: BaseException | None) -> bool:
-    """Whether a store that did not answer is what the error comes from."""
-    while error is not None:
-        if isinstance(error, BucketError):
-            return error.may_pass
-        error = error.__cause__
-    return False
 
 
 def _dispatch(args: list[str]) -> int:
@@ -353,14 +360,6 @@ def _nothing_left(args: list[str], usage: str) -> None:
         raise SystemExit(0)
     if args:
         raise InputError(f"unexpected {args[0]!r}; wanted {usage}")
-
-
-def _train_on(folder: str, corpus: Any) -> str:
-    """The command that trains on a prepared folder."""
-    kind = corpus.manifest.tokenizer_kind
-    other = "" if kind == "sentencepiece" else f" --tokenizer.kind {kind}"
-    size = f"--tokenizer.vocab-size {corpus.vocab_size}"
-    return f"gptjax pretrain quickstart --data.source {shlex.quote(folder)}{other} {size} --run-dir runs/NAME"
 
 
 def _start(cfg: Any) -> None:

@@ -82,7 +82,11 @@ class MetricsFile:
 
     def has_evaluation(self, step: int) -> bool:
         """Whether this step was evaluated; a kill may come between a save and the evaluation due at the same step."""
-        return any(line["step"] == step for line in self._evaluations())
+        return self.evaluation(step) is not None
+
+    def evaluation(self, step: int) -> dict[str, Any] | None:
+        """The line of the evaluation at this step; None where there is none."""
+        return next((line for line in self._evaluations() if line["step"] == step), None)
 
     def close(self) -> None:
         if self._file is not None:

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "gptjax"
 # A module imports from lower rows, or from its own package.
 ROWS = {
     "cli": 5, "api": 5,
-    "pretrain": 4, "verbs": 4, "plan": 4, "verify": 4,
+    "pretrain": 4, "verbs": 4, "plan": 4, "verify": 4, "sweep": 4,
     "assemble": 3, "evaluate": 3, "transfer": 3, "doctor": 3,
     "train": 2, "trained": 2, "generate": 2, "data": 2, "interop": 2,
     "decoder": 1, "optim": 1, "checkpoint": 1, "metrics": 1, "run": 1,

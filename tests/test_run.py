@@ -163,7 +163,7 @@ def edited(change):
         (lambda d: "", r"config\.json:1: not valid JSON"),
         (lambda d: "[" * 100_000, "not valid JSON"),
         (lambda d: "[1]", "no schema number"),
-        (lambda d: d.update(schema=4), "schema 4; this gptjax reads schema 3"),
+        (lambda d: d.update(schema=5), "schema 5; this gptjax reads schema 4"),
         (lambda d: d.update(schema=True), "schema True"),
         (lambda d: d.update(extra=1), "'extra' is missing or unknown"),
         (lambda d: d.pop("stage") and None, "'stage' is missing or unknown"),

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -84,6 +85,14 @@ def report(corpus: Corpus) -> str:
             f"short, {left.too_long:,} too long; and {len(left.corrupt):,} corrupt files"
         )
     return "\n".join([*lines, *(f"  corrupt: {line}" for line in left.corrupt)])
+
+
+def train_on(folder: str, corpus: Corpus) -> str:
+    """The command that trains on a prepared folder."""
+    kind = corpus.manifest.tokenizer_kind
+    other = "" if kind == "sentencepiece" else f" --tokenizer.kind {kind}"
+    size = f"--tokenizer.vocab-size {corpus.vocab_size}"
+    return f"gptjax pretrain quickstart --data.source {shlex.quote(folder)}{other} {size} --run-dir runs/NAME"
 
 
 @contextlib.contextmanager

@@ -55,6 +55,15 @@ class BucketError(OSError, InputError):
         return f"{self.filename}: {self.strerror}"
 
 
+def may_pass(error: BaseException | None) -> bool:
+    """Whether an outage of a store is what the error comes from."""
+    while error is not None:
+        if isinstance(error, BucketError):
+            return error.may_pass
+        error = error.__cause__
+    return False
+
+
 @functools.cache
 def bucket(scheme: str) -> "Bucket":
     """The store of a scheme; raises InputError where its package is not installed."""

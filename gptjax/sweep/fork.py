@@ -1,0 +1,59 @@
+"""A run that begins where another was: its checkpoint of a step, and its metrics up to there."""
+
+import os
+import shutil
+from pathlib import Path
+
+from gptjax.checkpoint import Checkpoints
+from gptjax.config import CheckpointConfig
+from gptjax.metrics import MetricsFile
+from gptjax.run import Run, read_config, write_json
+from gptjax.settings import InputError
+
+PARTIAL = ".fork-"
+
+
+def checkpoints_of(folder: Path) -> Checkpoints:
+    """The checkpoints of a run, to read."""
+    return Checkpoints(Run.at(folder).checkpoints, CheckpointConfig(), readonly=True)
+
+
+def fork(parent: Path, step: int, folder: Path, steps: int) -> list[str]:
+    """Makes the run `folder`, of `steps` steps, from the checkpoint of `step` of the run `parent`.
+
+    The parent may be training. The folder appears whole, by a rename; what a kill left of another try is removed. The caller must be alone in
+    making it. Returns what is wrong with that checkpoint, one line each, and then makes nothing.
+    """
+    source, partial = checkpoints_of(parent), folder.with_name(f"{PARTIAL}{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    copy = checkpoints_of(partial)
+    try:
+        # A checkpoint's files are never written again, so two runs may share them.
+        shutil.copytree(source.path(step), copy.path(step), copy_function=_link)
+        if problems := copy.verify(step):
+            shutil.rmtree(partial)
+            return problems
+        metrics = Run.at(partial).metrics_path
+        shutil.copyfile(Run.at(parent).metrics_path, metrics)
+        MetricsFile(metrics).truncate_after(step)
+        document = read_config(parent)
+        document["settings"]["steps"]["value"] = steps
+        document["settings"]["run_dir"]["value"] = str(folder)
+        write_json(Run.at(partial).config_path, document)
+        os.replace(partial, folder)
+    except FileNotFoundError as e:
+        shutil.rmtree(partial, ignore_errors=True)
+        return [f"{e.filename} is missing"]
+    except (OSError, shutil.Error) as e:
+        raise InputError(f"{folder}: can't be made from {parent} ({e}); free the disk, or give another --out") from e
+    return []
+
+
+def _link(source: str, target: str) -> None:
+    """A hard link where the file system has them, else a copy."""
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copy2(source, target)

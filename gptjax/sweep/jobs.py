@@ -1,0 +1,122 @@
+"""The table of jobs: which run starts from which step of which other, decided once from the grid alone.
+
+All horizons of one size and seed share their steps before the decay. The longest new one is the trunk: it saves the
+step at which the decay of each other begins, and these start from there. It saves that of its own decay too, from which
+a longer one that is asked for later goes on.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from gptjax.paths import store
+from gptjax.settings import InputError
+from gptjax.sweep.points import Point
+
+FILE = "jobs.jsonl"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of `steps` steps that starts after step `start` of the run `parent`, or from nothing.
+
+    `saves` are the steps that it keeps for others. `settings` is the digest of Point.settings, `flags` what pretrain is
+    told besides the recipe and where things are. Tokens are those trained, FLOPs theirs by the "causal" count.
+    """
+
+    name: str
+    size: str
+    seed: int
+    budget: float
+    steps: int
+    parent: str
+    start: int
+    saves: tuple[int, ...]
+    parameters: int
+    parameters_non_embedding: int
+    tokens: int
+    flops: float
+    batch_tokens: int
+    learning_rate: float
+    settings: str
+    flags: tuple[str, ...]
+
+    @property
+    def own_flops(self) -> float:
+        """What is left to train once the parent's part is there."""
+        return self.flops * (self.steps - self.start) / self.steps
+
+
+def extend(
+    jobs: Sequence[Job], points: Iterable[Point], flags: Sequence[str], flops_of: Callable[[Point], float]
+) -> list[Job]:
+    """The table with a job for each point that has none; `flops_of(point)` gives a token's FLOPs.
+
+    Raises InputError where a size is in the table with other settings.
+    """
+    table = {job.name: job for job in jobs}
+    new: dict[tuple[str, int], list[Point]] = {}
+    for point in points:
+        known = next((job for job in jobs if job.size == point.size), None)
+        if known is not None and known.settings != point.settings:
+            raise InputError(
+                f"size {point.size} was begun with other settings (job {known.name}); "
+                "keep the recipe and --set as they were, or give another --out"
+            )
+        if point.name not in table:
+            new.setdefault((point.size, point.seed), []).append(point)
+    for (size, seed), group in new.items():
+        saved = {s: job.name for job in reversed(jobs) if (job.size, job.seed) == (size, seed) for s in job.saves}
+        group.sort(key=lambda p: (-p.steps, p.name))
+        for i, point in enumerate(group):
+            start = max((s for s in saved if s <= point.decay_start), default=0)
+            others = {p.decay_start for p in group[i:]} if i == 0 else {point.decay_start}
+            saves = tuple(sorted(s for s in others if s > start))
+            job = _job(point, saved.get(start, ""), start, saves, flags, flops_of(point))
+            saved = {s: job.name for s in saves} | saved
+            table[job.name] = job
+    return list(table.values())
+
+
+def _job(point: Point, parent: str, start: int, saves: tuple[int, ...], flags: Sequence[str], flops: float) -> Job:
+    config, counts, steps = point.config, point.counts, point.steps
+    tokens = steps * point.batch_tokens
+    own = ["--size", point.size, *flags, "--seed", str(point.seed), "--steps", str(steps)]
+    # A kill costs a tenth of a run at the most, and a short run does not save for nothing.
+    own += ["--checkpoint.every", str(max(config.checkpoint.every, -(-steps // 10))), "--checkpoint.keep-newest", "1"]
+    own += ["--checkpoint.keep-every", "0", "--evaluate.every", str(steps), "--no-tensorboard", "--no-sample"]
+    own += ["--checkpoint.at", *map(str, saves)] if saves else []
+    return Job(
+        name=point.name, size=point.size, seed=point.seed, budget=point.budget, steps=steps, parent=parent, start=start,
+        saves=saves, parameters=counts["total"], parameters_non_embedding=counts["non_embedding"], tokens=tokens,
+        flops=tokens * flops, batch_tokens=point.batch_tokens, learning_rate=config.optim.learning_rate,
+        settings=point.settings, flags=tuple(own),
+    )  # fmt: skip
+
+
+def read_jobs(folder: Path) -> list[Job]:
+    """The table of a sweep; empty where there is none yet. Raises InputError where it is not sound."""
+    path, jobs = folder / FILE, []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: can't be read ({e})") from e
+    wanted = {f.name for f in fields(Job)}
+    for number, line in enumerate(lines, 1):
+        try:
+            values = json.loads(line)
+            if not isinstance(values, dict) or values.keys() != wanted:
+                raise ValueError("its fields are not those of a job")
+            jobs.append(Job(**values | {"saves": tuple(values["saves"]), "flags": tuple(values["flags"])}))
+        except (ValueError, TypeError, RecursionError) as e:
+            raise InputError(f"{path}:{number}: no line of a job ({e}); restore the file, or give another --out") from e
+    return jobs
+
+
+def write_jobs(folder: Path, jobs: Iterable[Job]) -> None:
+    """Writes the table whole or not at all."""
+    text = "".join(json.dumps(asdict(job)) + "\n" for job in jobs)
+    store(folder).write(folder / FILE, text.encode())

@@ -1,0 +1,121 @@
+"""From a grid of budgets and sizes to training runs: how long each trains, and where its decay begins."""
+
+import hashlib
+import json
+import math
+import shlex
+from dataclasses import dataclass
+
+import numpy as np
+
+from gptjax.config import EXTENDABLE, FREE, SweepConfig, TrainConfig
+from gptjax.flags import Recipe, parse
+from gptjax.scaling.counts import flops_per_token, parameters
+from gptjax.settings import InputError, leaves
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run that is wanted: a size trained for a budget. Batch and learning rate are the recipe's at that size.
+
+    They must not depend on the budget, or its horizons could not share their steps before the decay.
+    """
+
+    size: str
+    seed: int
+    budget: float
+    steps: int
+    config: TrainConfig
+
+    @property
+    def name(self) -> str:
+        return f"{self.size}_{budget_text(self.budget)}_{self.seed}"
+
+    @property
+    def decay_start(self) -> int:
+        """The last step up to which a run of `steps` is one of any greater length, bit for bit."""
+        return decay_start(self.config, self.steps)
+
+    @property
+    def batch_tokens(self) -> int:
+        return self.config.data.batch_size * self.config.data.length
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return parameters(self.config.model, self.config.tokenizer.vocab_size, self.config.data.length)
+
+    @property
+    def settings(self) -> str:
+        """A digest of what makes the run another one, but for its seed and length."""
+        free = (*FREE, *EXTENDABLE, "seed")
+        frozen = {n: v for n, v in leaves(self.config) if not any(n == f or n.startswith(f"{f}.") for f in free)}
+        return hashlib.sha256(json.dumps(frozen, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def decay_start(config: TrainConfig, steps: int) -> int:
+    """Steps of a run of that length before its learning rate first falls below that of a longer one.
+
+    Step i makes update u = i - 1, and optim.make_schedule has every update u <= steps - length at the peak.
+    """
+    return max(0, math.floor(steps - max(steps * config.optim.decay_fraction, 1)))
+
+
+def budget_text(budget: float) -> str:
+    """The shortest text that reads back as this number, in the form 3.16e13."""
+    return np.format_float_scientific(budget, trim="-", exp_digits=1).replace("+", "")
+
+
+def to_flags(settings: tuple[str, ...]) -> list[str]:
+    """NAME=VALUE entries as a command line has them; several values are separated by spaces, quoted as in a shell."""
+    flags = []
+    for entry in settings:
+        name, _, value = entry.partition("=")
+        if value in ("True", "False"):
+            group, dot, last = name.rpartition(".")
+            flags.append(f"--{name}" if value == "True" else f"--{group}{dot}no-{last}")
+        else:
+            flags += [f"--{name}", *(shlex.split(value) or [""])]
+    return flags
+
+
+def make_points(cfg: SweepConfig, recipe: Recipe) -> list[Point]:
+    """The points of the grid, each once.
+
+    Raises InputError for a recipe whose schedule shares no steps between horizons, for a budget that ends within a
+    size's warm-up, and for sizes that read other data.
+    """
+    if not cfg.grid:
+        raise InputError("grid is missing; wanted e.g. --grid 1e14:4,6 3e14:4,6,8")
+    points: dict[str, Point] = {}
+    configs: dict[str, TrainConfig] = {}
+    for budget, size, seed in cfg.points:
+        if size not in configs:
+            given = parse(recipe.config("pretrain", size), to_flags(cfg.set), f"gptjax sweep {recipe.path}")
+            configs[size] = _checked(given, size, next(iter(configs.values()), given))
+        config = configs[size]
+        flops = flops_per_token(config.model, config.tokenizer.vocab_size, config.data.length)["causal"]
+        steps = round(budget / flops / (config.data.batch_size * config.data.length))
+        warmup = config.optim.warmup_steps
+        if steps < 2 or decay_start(config, steps) < warmup:
+            raise InputError(
+                f"{budget_text(budget)} FLOPs train size {size} for {steps} steps, whose decay begins within the "
+                f"warm-up of {warmup}; give a larger budget, a smaller size or fewer warm-up steps"
+            )
+        point = Point(size, config.seed if seed is None else seed, budget, steps, config)
+        points[point.name] = point
+    return list(points.values())
+
+
+def _checked(config: TrainConfig, size: str, first: TrainConfig) -> TrainConfig:
+    if config.optim.schedule != "wsd":
+        raise InputError(
+            f"optim.schedule={config.optim.schedule!r} at size {size}: wanted 'wsd', whose steps before the decay are "
+            "the same for every length; give --set optim.schedule=wsd"
+        )
+    for name in ("source", "mixture", "loading", "validation_fraction", "text_field", "max_corrupt"):
+        ours, theirs = getattr(config.data, name), getattr(first.data, name)
+        if ours != theirs:
+            raise InputError(f"data.{name} is {theirs!r} at one size and {ours!r} at size {size}; wanted one corpus")
+    if config.tokenizer != first.tokenizer:
+        raise InputError(f"size {size} has another tokenizer than the sizes before it; wanted one for all")
+    return config

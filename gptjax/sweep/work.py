@@ -1,0 +1,268 @@
+"""Works through the jobs of a sweep, alone or beside other processes on the same folder.
+
+A job is claimed by a lock on claims/NAME, which its process inherits: it is free again as soon as both are gone,
+however they ended. What is done is read from the runs themselves, so nothing has to be kept in step with them.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from gptjax.config import SweepConfig
+from gptjax.data.prepared import open_corpora
+from gptjax.flags import Recipe
+from gptjax.metrics import duration
+from gptjax.scaling.counts import flops_per_token
+from gptjax.settings import InputError
+from gptjax.startup import usable_cores
+from gptjax.sweep.fork import checkpoints_of, fork
+from gptjax.sweep.jobs import Job, extend, read_jobs, write_jobs
+from gptjax.sweep.points import Point, make_points, to_flags
+from gptjax.sweep.table import Results, run_dir, write_table
+
+Say = Callable[[str], None]
+
+RESTART_ON = (75, 134, 137)  # as launch/supervise.py: interrupted with all saved, aborted, killed
+IN_VAIN, PAUSE = 3, 5.0  # ends in a row without a newer checkpoint, and seconds before the next start, which double
+POLL = 0.2
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+GPTJAX = (sys.executable, "-m", "gptjax.cli")
+
+
+def sweep(cfg: SweepConfig, recipe: Recipe, say: Say, gptjax: Sequence[str] = GPTJAX) -> int:
+    """Adds the grid's points to the table of the sweep in cfg.out and runs all of its jobs that are not finished.
+
+    Returns 0 when all are, 75 when a signal ended it, with what ran saved; where a job failed for good, that job's
+    code. Raises InputError for what is wrong with the grid, the recipe or the data. `gptjax` is how it is called.
+    """
+    if cfg.workers > usable_cores():
+        raise InputError(f"workers={cfg.workers}: wanted at most the {usable_cores()} cores that are usable here")
+    points, folder = make_points(cfg, recipe), Path(cfg.out).absolute()
+    try:
+        for name in ("runs", "logs", "claims"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"{folder}: can't be written to ({e.strerror}); give another --out") from e
+    with _locked(folder):
+        flags = [*to_flags(cfg.set), *_corpus(points, folder, say)]
+        before = read_jobs(folder)
+        jobs = extend(before, points, flags, _flops)
+        if jobs != before:
+            write_jobs(folder, jobs)
+    command = [*gptjax, "pretrain", str(recipe.path.absolute())]
+    return _Workers(folder, jobs, command, cfg.workers, say).work()
+
+
+def _flops(point: Point) -> float:
+    config = point.config
+    return flops_per_token(config.model, config.tokenizer.vocab_size, config.data.length)["causal"]
+
+
+def _corpus(points: list[Point], folder: Path, say: Say) -> list[str]:
+    """Prepares the text once, for all runs, and returns the flags that say where it is."""
+    config = points[0].config
+    if config.data.loading == "stream":
+        return []
+    found = open_corpora(config, folder / "corpus", say)
+    if config.data.source == "mixture":
+        return ["--data.mixture", *(f"{name}={corpus.folder}" for name, corpus in found.items())]
+    return ["--data.source", str(found[""].folder)]
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Alone with the tables of the sweep; waits for others, and ends with this process."""
+    with (folder / ".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@dataclass
+class _Running:
+    """A job that runs, or its end: what it is claimed by, and how far it was when it began."""
+
+    job: Job
+    process: subprocess.Popen[bytes]
+    claim: IO[str]
+    began: float
+    reached: int
+
+
+class _Workers:
+    """The workers of this process, each with its share of the cores, and the jobs that they take."""
+
+    def __init__(self, folder: Path, jobs: list[Job], command: list[str], workers: int, say: Say):
+        self._folder, self._command, self._say = folder, command, say
+        self._jobs = {job.name: job for job in sorted(jobs, key=lambda job: (not job.saves, -job.own_flops, job.name))}
+        self._results = Results(folder)
+        self._slots: list[_Running | None] = [None] * workers
+        self._in_vain: dict[str, int] = {}
+        self._not_before: dict[str, float] = {}
+        self._done_flops = self._done_seconds = 0.0
+        self._stopping, self._code = False, 0
+
+    def work(self) -> int:
+        """Runs jobs until all are finished here or elsewhere, one fails for good, or a signal comes."""
+        before = {number: signal.signal(number, self._stop) for number in SIGNALS}
+        try:
+            while True:
+                for slot, running in enumerate(self._slots):
+                    if running is not None and running.process.poll() is not None:
+                        self._slots[slot] = None
+                        self._ended(running)
+                if self._code:
+                    self._end_children()
+                    break
+                if self._stopping:
+                    self._end_children()
+                    self._code = 75
+                    self._say("interrupted; run the same command again to go on with the sweep")
+                    break
+                left = [job for job in self._jobs.values() if self._results.of(job) is None]
+                if not left and not any(self._slots):
+                    break
+                for slot, running in enumerate(self._slots):
+                    if running is None:
+                        self._slots[slot] = self._take(slot, left)
+                time.sleep(POLL)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        with _locked(self._folder):
+            write_table(self._folder, self._results)
+        return self._code
+
+    def _stop(self, number: int, frame: object) -> None:
+        self._stopping = True
+
+    def _take(self, slot: int, left: list[Job]) -> _Running | None:
+        """Starts the first job that can be had; None where there is none."""
+        for job in left:
+            if time.monotonic() < self._not_before.get(job.name, 0.0) or not self._ready(job):
+                continue
+            claim = (self._folder / "claims" / job.name).open("a")
+            try:
+                fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                claim.close()
+                continue
+            if self._results.of(job) is not None:  # another process finished it in the meantime
+                claim.close()
+                continue
+            return self._start(slot, job, claim)
+        return None
+
+    def _ready(self, job: Job) -> bool:
+        """Whether what it starts from is there, or will not come: then it starts from nothing."""
+        if not job.start or self._run(job).exists():
+            return True
+        parent = self._jobs[job.parent]
+        return job.start in checkpoints_of(self._run(parent)).steps() or self._results.of(parent) is not None
+
+    def _run(self, job: Job) -> Path:
+        return self._folder / run_dir(job)
+
+    def _start(self, slot: int, job: Job, claim: IO[str]) -> _Running:
+        run = self._run(job)
+        if job.start and not run.exists():
+            problems = fork(self._run(self._jobs[job.parent]), job.start, run, job.steps)
+            if problems:
+                self._say(f"{job.name} starts from nothing: step {job.start} of {job.parent}: {problems[0]}")
+        command = [*self._command, *job.flags, "--run-dir", str(run)]
+        self._note(job, event="start")
+        with (self._folder / "logs" / f"{job.name}.log").open("ab") as log, _pinned(slot, len(self._slots)):
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[claim.fileno()]
+            )
+        return _Running(job, process, claim, time.monotonic(), self._newest(job))
+
+    def _newest(self, job: Job) -> int:
+        return checkpoints_of(self._run(job)).newest() or 0
+
+    def _ended(self, running: _Running) -> None:
+        """Takes note of how a job ended: it is finished, is started again, or has failed for good."""
+        job, code = running.job, running.process.returncode
+        code = code if code >= 0 else 128 - code
+        seconds, found, newest = time.monotonic() - running.began, self._results.of(job), self._newest(job)
+        self._note(job, event="end", code=code, seconds=round(seconds, 3))
+        running.claim.close()
+        if newest > running.reached:
+            self._done_flops += job.flops * (newest - running.reached) / job.steps
+            self._done_seconds += seconds
+        if found is not None:
+            with _locked(self._folder):
+                write_table(self._folder, self._results)
+            self._say(f"{self._progress()}  {job.name}: loss {found[0]:.4f} in {duration(seconds)}{self._time_left()}")
+            return
+        log = self._folder / "logs" / f"{job.name}.log"
+        if code not in RESTART_ON:
+            self._say(f"job {job.name} ended with {code}, without its result; see {log}")
+            self._code = self._code or code or 3
+            return
+        self._in_vain[job.name] = 0 if newest > running.reached else self._in_vain.get(job.name, 0) + 1
+        in_vain = self._in_vain[job.name]
+        if in_vain >= IN_VAIN and not self._stopping:
+            self._say(f"job {job.name} ended with {code}, {in_vain} times in a row without progress; see {log}")
+            self._code = self._code or code
+        elif not self._stopping:
+            self._say(f"job {job.name} ended with {code} after step {newest}: it is started again")
+            self._not_before[job.name] = time.monotonic() + (PAUSE * 2 ** (in_vain - 1) if in_vain else 0.0)
+
+    def _end_children(self) -> None:
+        """Has every job save and end, and waits for them."""
+        self._stopping = True
+        for running in filter(None, self._slots):
+            running.process.terminate()
+        for running in filter(None, self._slots):
+            running.process.wait()
+            self._ended(running)
+        self._slots = [None] * len(self._slots)
+
+    def _progress(self) -> str:
+        done = sum(self._results.of(job) is not None for job in self._jobs.values())
+        return f"{done}/{len(self._jobs)} jobs"
+
+    def _time_left(self) -> str:
+        """By the FLOPs that are left and the speed of the jobs so far; empty where there is none of either."""
+        left = sum(job.own_flops for job in self._jobs.values() if self._results.of(job) is None)
+        if not left or not self._done_flops:
+            return ""
+        return f"; about {duration(left * self._done_seconds / self._done_flops / len(self._slots))} left"
+
+    def _note(self, job: Job, **values: Any) -> None:
+        """Adds a line to times.jsonl, in one piece, for several processes write there."""
+        line = {
+            "time": round(time.time(), 3),
+            "job": job.name,
+            "host": platform.node(),
+            "process": os.getpid(),
+        } | values
+        descriptor = os.open(self._folder / "times.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, (json.dumps(line | values) + "\n").encode())
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _pinned(slot: int, slots: int) -> Iterator[None]:
+    """What is started meanwhile runs on the worker's share of the cores, where this system can say so."""
+    if slots == 1 or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    try:
+        os.sched_setaffinity(0, cores[slot * len(cores) // slots : (slot + 1) * len(cores) // slots])
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)

@@ -1,0 +1,106 @@
+"""A sweep over a stand-in for pretrain, which does no arithmetic and needs no jax; for tests/test_sweep.py.
+
+    sweep_standin.py sweep RECIPE OUT WORKERS GRID...   the real sweep, with the other as its `gptjax`
+    sweep_standin.py pretrain RECIPE FLAGS...           makes a run's files; its loss tells which steps it made, and how
+
+STANDIN_DELAY is the seconds a step takes, STANDIN_FAILS names a run and the code that it ends with at its third step.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+DECAY = 0.2
+
+
+def sweep(recipe: str, out: str, workers: str, *grid: str) -> int:
+    from gptjax.config import SweepConfig
+    from gptjax.flags import load_recipe
+    from gptjax.sweep import work
+
+    work._corpus = lambda *_: []
+    work.PAUSE = 0.05
+    cfg = SweepConfig(out=out, grid=grid, workers=int(workers))
+    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    return work.sweep(cfg, load_recipe(recipe), say, [sys.executable, __file__])
+
+
+def sweep_code(*args: str) -> int:
+    from gptjax.settings import InputError
+
+    try:
+        return sweep(*args)
+    except InputError as e:
+        print(f"gptjax: {e}", file=sys.stderr)
+        return 2
+
+
+def pretrain(recipe: str, *flags: str) -> int:
+    values: dict[str, list[str]] = {}
+    for word in flags:
+        if word.startswith("--"):
+            values[word] = []
+        else:
+            values[list(values)[-1]].append(word)
+    steps, run = int(values["--steps"][0]), Path(values["--run-dir"][0])
+    at = {int(step) for step in values.get("--checkpoint.at", [])}
+    ended = []
+    signal.signal(signal.SIGTERM, lambda *_: ended.append(75))
+    run.mkdir(parents=True, exist_ok=True)
+    lock = (run / ".lock").open("a")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        print(f"{run} is being trained by another process", flush=True)
+        return 2
+    setting = {"value": 0, "from": "default"}
+    document = {"schema": 1, "stage": "pretrain", "recipe": {}, "settings": {"steps": setting, "run_dir": setting}}
+    (run / "config.json").write_text(json.dumps(document))
+    saved = sorted(int(path.parent.name) for path in run.glob("checkpoints/*/manifest.json"))
+    start = saved[-1] if saved else 0
+    state = " ".join(values["--size"] + values["--seed"])
+    if start:
+        state = (run / f"checkpoints/{start:08d}/state").read_text()
+    metrics = run / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True) if start else []
+    assert len(lines) >= start, f"{len(lines)} lines before a checkpoint of step {start}"
+    metrics.write_text("".join(lines[:start]))
+    print(f"from step {start} of {steps}", flush=True)
+    for step in range(start + 1, steps + 1):
+        decayed = max(0.0, (step - 1 - (steps - max(steps * DECAY, 1))) / max(steps * DECAY, 1))
+        state = hashlib.sha256(f"{state} {decayed!r}".encode()).hexdigest()
+        time.sleep(float(os.environ.get("STANDIN_DELAY", "0")))
+        with metrics.open("a") as file:
+            file.write(json.dumps({"step": step, "loss": state}) + "\n")
+        name, _, code = os.environ.get("STANDIN_FAILS", "").partition("=")
+        if step == 3 and name == run.name:
+            return int(code)
+        if step in at or step == steps or ended:
+            save(run / "checkpoints" / f"{step:08d}", step, state)
+        if ended and step < steps:
+            return ended[0]
+    loss = int(state[:6], 16) / 2**24
+    with metrics.open("a") as file:
+        file.write(json.dumps({"step": steps, "eval_loss": loss, "eval_bits_per_byte": loss / 2}) + "\n")
+    return 0
+
+
+def save(folder: Path, step: int, state: str) -> None:
+    """As gptjax.digest.write_manifest: the manifest comes last, whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "state").write_text(state)
+    files = {"state": [len(state), hashlib.sha256(state.encode()).hexdigest()]}
+    seal = hashlib.sha256(json.dumps([step, files], sort_keys=True).encode()).hexdigest()
+    new = folder.with_name(f"{folder.name}.new")
+    new.write_text(json.dumps({"step": step, "files": files, "sha256": seal}))
+    new.rename(folder / "manifest.json")
+
+
+if __name__ == "__main__":
+    verb, *rest = sys.argv[1:]
+    sys.exit({"sweep": sweep_code, "pretrain": pretrain}[verb](*rest))
