@@ -3,6 +3,7 @@
     sweep_standin.py sweep RECIPE OUT WORKERS GRID...   the real sweep, with the other as its `gptjax`
     sweep_standin.py pretrain RECIPE FLAGS...           makes a run's files; its loss tells which steps it made, and how
 
+STANDIN_KILLS names a function of the sweep, which is killed with all it started where it first calls that.
 STANDIN_DELAY is the seconds a step takes, STANDIN_FAILS names a run and the code that it ends with at its third step.
 """
 
@@ -26,8 +27,46 @@ def sweep(recipe: str, out: str, workers: str, *grid: str) -> int:
     work._corpus = lambda *_: []
     work.PAUSE = 0.05
     cfg = SweepConfig(out=out, grid=grid, workers=int(workers))
+    if where := os.environ.get("STANDIN_KILLS"):
+        kill_at(where)
     say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     return work.sweep(cfg, load_recipe(recipe), say, [sys.executable, __file__])
+
+
+def kill_at(where: str) -> None:
+    """Puts a kill in the place of a function: one of the sweep's, or of what a fork or a table is made with."""
+    import shutil
+
+    from gptjax.metrics import MetricsFile
+    from gptjax.paths import disk
+    from gptjax.sweep import fork, work
+
+    real = os.replace
+
+    def kill(*_: object, **__: object) -> None:
+        os.killpg(0, signal.SIGKILL)
+
+    def at_table(source: str, target: str) -> None:
+        (kill if Path(target).name == "table.csv" else real)(source, target)
+
+    def at_fork(source: str, target: str) -> None:
+        (kill if Path(source).name.startswith(fork.PARTIAL) else real)(source, target)
+
+    def half(source: Path, target: Path, **_: object) -> None:
+        target.mkdir(parents=True)
+        shutil.copy(source / "manifest.json", target)
+        kill()
+
+    owner, name, stand = {
+        "write_jobs": (work, "write_jobs", kill),
+        "write_table": (work, "write_table", kill),
+        "fork.copytree": (shutil, "copytree", half),
+        "fork.truncate_after": (MetricsFile, "truncate_after", kill),
+        "fork.write_json": (fork, "write_json", kill),
+        "fork.replace": (os, "replace", at_fork),
+        "table.replace": (disk.os, "replace", at_table),
+    }[where]
+    setattr(owner, name, stand)
 
 
 def sweep_code(*args: str) -> int:

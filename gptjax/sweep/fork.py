@@ -21,8 +21,9 @@ def checkpoints_of(folder: Path) -> Checkpoints:
 def fork(parent: Path, step: int, folder: Path, steps: int) -> list[str]:
     """Makes the run `folder`, of `steps` steps, from the checkpoint of `step` of the run `parent`.
 
-    The parent may be training. The folder appears whole, by a rename; what a kill left of another try is removed. The caller must be alone in
-    making it. Returns what is wrong with that checkpoint, one line each, and then makes nothing.
+    The parent may be training. The folder appears whole, by a rename; what a kill left of another try is removed. The
+    caller must be alone in making it. Returns what is wrong with that checkpoint, one line each, and then makes
+    nothing.
     """
     source, partial = checkpoints_of(parent), folder.with_name(f"{PARTIAL}{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)

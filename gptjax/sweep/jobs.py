@@ -7,11 +7,11 @@ a longer one that is asked for later goes on.
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gptjax.paths import store
-from gptjax.settings import InputError
+from gptjax.settings import InputError, build
 from gptjax.sweep.points import Point
 
 FILE = "jobs.jsonl"
@@ -66,7 +66,7 @@ def extend(
             )
         if point.name not in table:
             new.setdefault((point.size, point.seed), []).append(point)
-    for (size, seed), group in new.items():
+    for (size, seed), group in sorted(new.items()):
         saved = {s: job.name for job in reversed(jobs) if (job.size, job.seed) == (size, seed) for s in job.saves}
         group.sort(key=lambda p: (-p.steps, p.name))
         for i, point in enumerate(group):
@@ -104,14 +104,13 @@ def read_jobs(folder: Path) -> list[Job]:
         return []
     except (OSError, ValueError) as e:
         raise InputError(f"{path}: can't be read ({e})") from e
-    wanted = {f.name for f in fields(Job)}
     for number, line in enumerate(lines, 1):
         try:
             values = json.loads(line)
-            if not isinstance(values, dict) or values.keys() != wanted:
-                raise ValueError("its fields are not those of a job")
-            jobs.append(Job(**values | {"saves": tuple(values["saves"]), "flags": tuple(values["flags"])}))
-        except (ValueError, TypeError, RecursionError) as e:
+            if not isinstance(values, dict):
+                raise ValueError("no table of names")
+            jobs.append(build(Job, values))
+        except (ValueError, RecursionError) as e:
             raise InputError(f"{path}:{number}: no line of a job ({e}); restore the file, or give another --out") from e
     return jobs
 

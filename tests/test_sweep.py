@@ -1,0 +1,305 @@
+"""A sweep: the same command always ends with the same table, and a branch is the run that it stands for."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gptjax.cli import main
+from gptjax.config import OptimConfig, SweepConfig, TrainConfig
+from gptjax.flags import load_recipe
+from gptjax.settings import InputError
+from gptjax.sweep.jobs import extend, read_jobs, write_jobs
+from gptjax.sweep.points import decay_start, make_points
+
+STANDIN = Path(__file__).parent / "sweep_standin.py"
+STEP = {"16": 1434624, "32": 4048896}  # FLOPs of a step of the recipe below
+RECIPE = '''"""Tiny."""
+from gptjax.config import DataConfig, EvaluateConfig, ModelConfig, OptimConfig, TokenizerConfig, TrainConfig
+
+
+def pretrain(size: int = 16) -> TrainConfig:
+    return TrainConfig(
+        model=ModelConfig(num_layers=1, width=size, num_heads=1, dtype="float32", unroll=1),
+        tokenizer=TokenizerConfig(kind="bytes", vocab_size=258),
+        data=DataConfig(source="words.txt", batch_size=2, length=16, validation_fraction=0.2),
+        optim=OptimConfig(learning_rate=0.01, schedule="wsd", warmup_steps=2),
+        evaluate=EvaluateConfig(max_rows=4),
+    )
+'''
+
+
+def points(**steps: str) -> list[str]:
+    """A grid by steps: s16="10 30" are two budgets that train size 16 for so many."""
+    return [f"{int(n) * STEP[size[1:]]}:{size[1:]}" for size, counts in steps.items() for n in counts.split()]
+
+
+GRID = points(s16="10 15 20 40", s32="10 30")
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    path = tmp_path / "tiny.py"
+    path.write_text(RECIPE)
+    return path
+
+
+def jobs_of(recipe: Path, grid, before=(), **settings):
+    cfg = SweepConfig(grid=tuple(grid), **settings)
+    return extend(before, make_points(cfg, load_recipe(str(recipe))), ["--x"], lambda p: STEP[p.size] / p.batch_tokens)
+
+
+def start(recipe: Path, out: Path, grid=GRID, workers: int = 1, **env: str) -> subprocess.Popen:
+    command = [sys.executable, str(STANDIN), "sweep", str(recipe), str(out), str(workers), *grid]
+    return subprocess.Popen(command, env=os.environ | env, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str]:
+    _, errors = process.communicate(timeout=300)
+    return process.returncode, errors
+
+
+def table(out: Path) -> bytes:
+    return (out / "table.csv").read_bytes()
+
+
+def starts(out: Path) -> list[str]:
+    lines = map(json.loads, (out / "times.jsonl").read_text().splitlines())
+    return sorted(line["job"] for line in lines if line["event"] == "start")
+
+
+# What is to be done.
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.2, 0.4, 1 / 3, 1.0])
+def test_up_to_where_its_decay_begins_a_run_learns_at_the_rates_of_any_longer_one(fraction):
+    import numpy as np
+
+    from gptjax.optim import make_schedule
+
+    config = TrainConfig(optim=OptimConfig(schedule="wsd", warmup_steps=3, decay_fraction=fraction))
+    longest = np.asarray(make_schedule(config.optim, 10**6)(np.arange(400)))
+    for steps in (2, 5, 7, 10, 33, 100, 333, 400):
+        rates, shared = np.asarray(make_schedule(config.optim, steps)(np.arange(steps))), decay_start(config, steps)
+        assert np.array_equal(rates[:shared], longest[:shared])
+        assert shared >= (1 - fraction) * steps - 1.01
+
+
+def test_the_longest_run_saves_where_the_decay_of_each_other_begins(recipe, tmp_path):
+    jobs = jobs_of(recipe, GRID)
+    trunk, *branches = [job for job in jobs if job.size == "16"]
+    assert (trunk.steps, trunk.parent, trunk.start, trunk.saves) == (40, "", 0, (8, 12, 16, 32))
+    assert [(job.steps, job.parent, job.start) for job in branches] == [
+        (20, trunk.name, 16), (15, trunk.name, 12), (10, trunk.name, 8)
+    ]  # fmt: skip
+    assert trunk.flags[-5:] == ("--checkpoint.at", "8", "12", "16", "32")
+    assert all(job.tokens == 32 * job.steps and job.flops == STEP[job.size] * job.steps for job in jobs)
+    write_jobs(tmp_path, jobs)
+    assert read_jobs(tmp_path) == jobs == jobs_of(recipe, GRID, jobs) == jobs_of(recipe, reversed(GRID))
+
+
+def test_a_longer_run_goes_on_from_the_last_trunk_and_no_job_changes(recipe):
+    first = jobs_of(recipe, GRID)
+    more = jobs_of(recipe, [*GRID, *points(s16="25 100 200")], first)
+    assert more[: len(first)] == first
+    found = {job.steps: job for job in more if job.size == "16"}
+    assert (found[200].parent, found[200].start, found[200].saves) == (found[40].name, 32, (80, 160))
+    assert (found[100].parent, found[100].start) == (found[200].name, 80)
+    assert (found[25].parent, found[25].start, found[25].saves) == (found[40].name, 16, (20,))
+
+
+def test_a_seed_has_a_trunk_of_its_own(recipe):
+    jobs = jobs_of(recipe, [f"{20 * STEP['16']}:16@0,7", f"{40 * STEP['16']}:16@7"])
+    assert {(job.seed, job.steps, job.start) for job in jobs} == {(0, 20, 0), (7, 40, 0), (7, 20, 16)}
+
+
+def refused(call, *args, **kwargs) -> str:
+    with pytest.raises(InputError) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("entry", ["1e13", "1e13:", "0:4", "nan:4", "x:4", "1e13:4,", "1e13:4@", "1e13:4@x"])
+def test_a_grid_of_another_form_is_one_line(entry):
+    assert "wanted BUDGET:SIZE" in refused(SweepConfig, grid=(entry,))
+
+
+def test_what_can_not_be_swept_is_one_line(recipe):
+    assert "2 steps, whose decay begins within the warm-up of 2" in refused(jobs_of, recipe, points(s16="2"))
+    assert "wanted 'wsd'" in refused(jobs_of, recipe, GRID, set=("optim.schedule=cosine",))
+    assert "begun with other settings" in refused(
+        jobs_of, recipe, GRID, jobs_of(recipe, GRID), set=("optim.beta2=0.9",)
+    )
+    assert "no steps, which the sweep sets" in refused(SweepConfig, set=("steps=9",))
+    assert "NAME=VALUE" in refused(SweepConfig, set=("steps",))
+    assert "grid is missing" in refused(jobs_of, recipe, [])
+    assert "there is no setting --optim.beta3" in refused(jobs_of, recipe, GRID, set=("optim.beta3=0.9",))
+    recipe.write_text(RECIPE.replace("length=16", "length=size, text_field=str(size)"))
+    assert "data.text_field is '16' at one size and '32' at size 32" in refused(jobs_of, recipe, GRID)
+
+
+# How it is done, with a stand-in for training.
+
+
+@pytest.fixture(scope="module")
+def wanted(tmp_path_factory) -> bytes:
+    """The table of straight runs, each from its first step to its last in a sweep of its own."""
+    folder, rows = tmp_path_factory.mktemp("straight"), []
+    (folder / "tiny.py").write_text(RECIPE)
+    for job in jobs_of(folder / "tiny.py", GRID):
+        command = [sys.executable, str(STANDIN), "pretrain", "x", *job.flags[:2], *job.flags[3:]]
+        run = folder / "runs" / job.name
+        assert subprocess.run([*command, "--run-dir", str(run)], stdout=subprocess.DEVNULL).returncode == 0
+        found = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+        rows.append((job.name, found["eval_loss"]))
+    return json.dumps(sorted(rows)).encode()
+
+
+def losses(out: Path) -> bytes:
+    import csv
+
+    lines = csv.DictReader((out / "table.csv").read_text().splitlines())
+    return json.dumps(sorted((line["name"], float(line["loss"])) for line in lines)).encode()
+
+
+def test_two_processes_run_every_job_once_and_end_with_the_losses_of_straight_runs(recipe, tmp_path, wanted):
+    out = tmp_path / "sweep"
+    both = [start(recipe, out, workers=workers, STANDIN_DELAY="0.02") for workers in (1, 2)]
+    for code, errors in map(finish, both):
+        assert code == 0, errors
+    assert starts(out) == sorted(job.name for job in read_jobs(out))
+    assert losses(out) == wanted
+    before = table(out)
+    assert finish(start(recipe, out))[0] == 0 and table(out) == before
+    assert len(starts(out)) == len(read_jobs(out))
+
+
+def kill_at_moments(recipe: Path, out: Path, times: int) -> int:
+    """Kills the sweep with all that it started, at other moments in every run of the suite; returns how often."""
+    rng, killed = random.Random(), 0
+    for _ in range(times):
+        process, before = start(recipe, out, workers=2, STANDIN_DELAY="0.02"), len(noted(out))
+        while len(noted(out)) < before + rng.randint(1, 3) and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.5))
+        killed += process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    return killed
+
+
+def noted(out: Path) -> list[str]:
+    return (out / "times.jsonl").read_text().splitlines() if (out / "times.jsonl").exists() else []
+
+
+def test_a_sweep_that_was_killed_ends_with_the_same_table(recipe, tmp_path, wanted):
+    out = tmp_path / "sweep"
+    assert kill_at_moments(recipe, out, 2) >= 1
+    code, errors = finish(start(recipe, out, workers=2))
+    assert code == 0 and losses(out) == wanted, errors
+
+
+@pytest.mark.exhaustive
+def test_a_sweep_that_was_killed_often_ends_with_the_same_table(recipe, tmp_path, wanted):
+    for i in range(10):
+        kill_at_moments(recipe, tmp_path / f"sweep{i}", 6)
+        code, errors = finish(start(recipe, tmp_path / f"sweep{i}", workers=2))
+        assert code == 0 and losses(tmp_path / f"sweep{i}") == wanted, errors
+
+
+STOPS = [
+    *("fork.copytree", "fork.replace", "table.replace"),
+    *(pytest.param(name, marks=pytest.mark.exhaustive)
+      for name in ("write_jobs", "write_table", "fork.truncate_after", "fork.write_json")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("where", STOPS)
+def test_a_kill_within_a_fork_or_a_table_leaves_nothing_that_is_taken_for_one(recipe, tmp_path, where, wanted):
+    out = tmp_path / "sweep"
+    code, errors = finish(start(recipe, out, STANDIN_KILLS=where))
+    assert code == -signal.SIGKILL, errors
+    code, errors = finish(start(recipe, out))
+    assert code == 0 and losses(out) == wanted, errors
+    assert not [path for path in (out / "runs").iterdir() if path.name.startswith(".")]
+
+
+def test_sigterm_ends_a_sweep_with_75_and_all_saved(recipe, tmp_path, wanted):
+    out = tmp_path / "sweep"
+    process = start(recipe, out, workers=2, STANDIN_DELAY="0.05")
+    while len(noted(out)) < 2 or not list(out.glob("runs/*/metrics.jsonl")):
+        time.sleep(0.02)
+    time.sleep(0.3)
+    process.terminate()
+    code, errors = finish(process)
+    assert code == 75 and "run the same command again" in errors, errors
+    assert list(out.glob("runs/*/checkpoints/*/manifest.json"))
+    assert finish(start(recipe, out, workers=2))[0] == 0 and losses(out) == wanted
+
+
+def test_a_job_that_fails_for_good_ends_the_sweep_and_one_that_was_killed_runs_again(recipe, tmp_path, wanted):
+    out = tmp_path / "sweep"
+    name = next(job.name for job in jobs_of(recipe, GRID) if job.steps == 30)
+    code, errors = finish(start(recipe, out, STANDIN_FAILS=f"{name}=3"))
+    assert code == 3 and f"job {name} ended with 3" in errors and f"logs/{name}.log" in errors, errors
+    code, errors = finish(start(recipe, out, STANDIN_FAILS=f"{name}=137"))
+    assert code == 137 and errors.count(f"job {name} ended with 137") == 3, errors
+    assert finish(start(recipe, out))[0] == 0 and losses(out) == wanted
+
+
+def test_a_branch_whose_checkpoint_is_damaged_starts_from_nothing_and_says_so(recipe, tmp_path, wanted):
+    out = tmp_path / "sweep"
+    trunk = next(job.name for job in jobs_of(recipe, GRID) if job.steps == 40)
+    assert finish(start(recipe, out, points(s16="10 15 40")))[0] == 0
+    (out / "runs" / trunk / "checkpoints" / "00000012" / "state").write_text("damaged")
+    code, errors = finish(start(recipe, out))
+    assert code == 0 and losses(out) == wanted, errors
+    assert "starts from nothing: step 12" in errors and "state has" in errors, errors
+
+
+def test_a_claim_outlives_its_sweep_with_the_job_that_still_runs(recipe, tmp_path, wanted):
+    out = tmp_path / "sweep"
+    process = start(recipe, out, STANDIN_DELAY="0.05")
+    while not noted(out):
+        time.sleep(0.02)
+    process.kill()  # its child goes on
+    process.communicate()
+    code, errors = finish(start(recipe, out))
+    assert code == 0 and losses(out) == wanted, errors
+    assert len(starts(out)) == len(set(starts(out)))
+
+
+# With training itself.
+
+
+def test_a_branch_ends_with_the_bits_of_a_straight_run(recipe, tmp_path, monkeypatch, capfd):
+    (tmp_path / "words.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("PYTHONPATH", str(STANDIN.parent.parent))
+    assert main(["sweep", str(recipe), "--out", "sweep", "--grid", *points(s16="5 10")]) == 0
+    assert "next: gptjax fit sweep --out sweep/fit" in capfd.readouterr().err
+    jobs = read_jobs(tmp_path / "sweep")
+    branch = next(job for job in jobs if job.steps == 5)
+    assert branch.start == 4
+    command = [sys.executable, "-m", "gptjax.cli", "pretrain", str(recipe), *branch.flags, "--run-dir", "straight"]
+    assert subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
+    ours, straight = tmp_path / "sweep" / "runs" / branch.name, tmp_path / "straight"
+    assert curve(ours) == curve(straight) and len(curve(ours)) == 6
+    assert f"after step {branch.start}" in (tmp_path / "sweep" / "logs" / f"{branch.name}.log").read_text()
+    marks = [json.loads((run / "checkpoints/00000005/digests/data.json").read_text()) for run in (ours, straight)]
+    assert marks[0] == marks[1]
+
+
+def curve(run: Path) -> list[tuple]:
+    kept = ("step", "loss", "grad_norm", "learning_rate", "eval_loss")
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [tuple(line.get(k) for k in kept) for line in lines]
