@@ -18,7 +18,7 @@ from gptjax.cluster import find_cluster
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
-SCRIPTS = [*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch", ROOT / "tests" / "slurm.sh"]
+SCRIPTS = [*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch", LAUNCH / "sweep.sbatch", ROOT / "tests" / "slurm.sh"]
 AWKWARD = ["--data.text-field", 'it\'s a "text" & more']
 TINY = """
 --steps 6 --model.num-layers 1 --model.width 32 --model.num-heads 2 --model.unroll 1 --model.dtype float32
@@ -97,6 +97,23 @@ def test_the_slurm_script_says_what_is_missing(tmp_path):
     one_line(run(tmp_path, "slurm.sbatch", "x", **job | {"SLURM_SUBMIT_DIR": "/nowhere"}), "holds no supervise.py")
     one_line(run(tmp_path, "slurm.sbatch", "x", **job, VENV="/nowhere"), "VENV=/nowhere has no bin/activate")
     one_line(run(tmp_path, "slurm.sbatch", "x", **job, GPTJAX="no-such-command y"), "no-such-command is not on PATH")
+
+
+def test_every_task_of_a_sweep_runs_the_same_command_and_goes_back_into_the_queue_where_it_was_interrupted(tmp_path):
+    job = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "OUT": "/shared/ladder", "GPTJAX": "true"}
+    command(tmp_path, "srun", 'printf "%s\\n" "$@" >said; exit "$CODE"')
+    command(tmp_path, "scontrol", 'echo "$*" >>asked')
+    for code in (3, 75):
+        done = run(tmp_path, "sweep.sbatch", "modern", "--grid", "1e17:4", *AWKWARD, **job, CODE=str(code))
+        assert done.returncode == code, done.stderr
+    said = (tmp_path / "said").read_text().splitlines()
+    assert said == ["--ntasks=1", "true", "sweep", "modern", "--out", "/shared/ladder", "--grid", "1e17:4", *AWKWARD]
+    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+    one_line(run(tmp_path, "sweep.sbatch", "x"), "not a Slurm job")
+    one_line(run(tmp_path, "sweep.sbatch", **job), "RECIPE is missing")
+    one_line(run(tmp_path, "sweep.sbatch", "x", **job | {"OUT": ""}), "OUT is missing")
+    one_line(run(tmp_path, "sweep.sbatch", "x", **job | {"VENV": "/nowhere"}), "VENV=/nowhere has no bin/activate")
+    one_line(run(tmp_path, "sweep.sbatch", "x", **job | {"GPTJAX": "no-such"}), "no-such is not on PATH")
 
 
 # Stands for Google's: the slice has two workers, each a folder in which `ssh` runs commands and to which `scp` copies.

@@ -145,6 +145,14 @@ def test_what_can_not_be_swept_is_one_line(recipe):
     assert "data.text_field is '16' at one size and '32' at size 32" in refused(jobs_of, recipe, GRID)
 
 
+def test_a_damaged_table_of_jobs_is_one_line(recipe, tmp_path):
+    write_jobs(tmp_path, jobs_of(recipe, GRID))
+    whole = (tmp_path / "jobs.jsonl").read_text()
+    for bad in (whole[:-5], "[]", '{"name": "x"}', whole.replace('"steps": 40', '"steps": "40"')):
+        (tmp_path / "jobs.jsonl").write_text(bad)
+        assert "no line of a job" in refused(read_jobs, tmp_path)
+
+
 # How it is done, with a stand-in for training.
 
 
