@@ -99,7 +99,7 @@ def pretrain(recipe: str, *flags: str) -> int:
         return 2
     setting = {"value": 0, "from": "default"}
     document = {"schema": 1, "stage": "pretrain", "recipe": {}, "settings": {"steps": setting, "run_dir": setting}}
-    (run / "config.json").write_text(json.dumps(document))
+    write(run / "config.json", json.dumps(document))
     saved = sorted(int(path.parent.name) for path in run.glob("checkpoints/*/manifest.json"))
     start = saved[-1] if saved else 0
     state = " ".join(values["--size"] + values["--seed"])
@@ -108,7 +108,7 @@ def pretrain(recipe: str, *flags: str) -> int:
     metrics = run / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True) if start else []
     assert len(lines) >= start, f"{len(lines)} lines before a checkpoint of step {start}"
-    metrics.write_text("".join(lines[:start]))
+    write(metrics, "".join(lines[:start]))
     print(f"from step {start} of {steps}", flush=True)
     for step in range(start + 1, steps + 1):
         decayed = max(0.0, (step - 1 - (steps - max(steps * DECAY, 1))) / max(steps * DECAY, 1))
@@ -135,9 +135,15 @@ def save(folder: Path, step: int, state: str) -> None:
     (folder / "state").write_text(state)
     files = {"state": [len(state), hashlib.sha256(state.encode()).hexdigest()]}
     seal = hashlib.sha256(json.dumps([step, files], sort_keys=True).encode()).hexdigest()
-    new = folder.with_name(f"{folder.name}.new")
-    new.write_text(json.dumps({"step": step, "files": files, "sha256": seal}))
-    new.rename(folder / "manifest.json")
+    temporary = folder.with_name(f"{folder.name}.new")
+    write(folder / "manifest.json", json.dumps({"step": step, "files": files, "sha256": seal}), temporary)
+
+
+def write(path: Path, text: str, temporary: Path | None = None) -> None:
+    """Whole or not at all, as gptjax writes its files."""
+    temporary = temporary or path.with_name(f".{path.name}.new")
+    temporary.write_text(text)
+    temporary.rename(path)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """A sweep: the same command always ends with the same table, and a branch is the run that it stands for."""
 
+import contextlib
 import json
 import os
 import random
@@ -134,9 +135,10 @@ def test_a_grid_of_another_form_is_one_line(entry):
 def test_what_can_not_be_swept_is_one_line(recipe):
     assert "2 steps, whose decay begins within the warm-up of 2" in refused(jobs_of, recipe, points(s16="2"))
     assert "wanted 'wsd'" in refused(jobs_of, recipe, GRID, set=("optim.schedule=cosine",))
-    assert "begun with other settings" in refused(
-        jobs_of, recipe, GRID, jobs_of(recipe, GRID), set=("optim.beta2=0.9",)
-    )
+    first = jobs_of(recipe, GRID)
+    for other in ("optim.beta2=0.9", "evaluate.max_rows=5"):  # each makes other losses
+        assert "begun with other settings" in refused(jobs_of, recipe, GRID, first, set=(other,))
+    assert jobs_of(recipe, GRID, first, set=("log_every=5",)) == first
     assert "no steps, which the sweep sets" in refused(SweepConfig, set=("steps=9",))
     assert "NAME=VALUE" in refused(SweepConfig, set=("steps",))
     assert "grid is missing" in refused(jobs_of, recipe, [])
@@ -197,8 +199,9 @@ def kill_at_moments(recipe: Path, out: Path, times: int) -> int:
         while len(noted(out)) < before + rng.randint(1, 3) and process.poll() is None:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.5))
-        killed += process.poll() is None
-        os.killpg(process.pid, signal.SIGKILL)
+        if process.poll() is None:  # else it is finished, and gone
+            os.killpg(process.pid, signal.SIGKILL)
+            killed += 1
         process.communicate()
     return killed
 
@@ -305,6 +308,33 @@ def test_a_branch_ends_with_the_bits_of_a_straight_run(recipe, tmp_path, monkeyp
     assert f"after step {branch.start}" in (tmp_path / "sweep" / "logs" / f"{branch.name}.log").read_text()
     marks = [json.loads((run / "checkpoints/00000005/digests/data.json").read_text()) for run in (ours, straight)]
     assert marks[0] == marks[1]
+
+
+@pytest.mark.exhaustive
+def test_a_sweep_of_real_runs_that_was_killed_ends_with_the_same_table(recipe, tmp_path):
+    (tmp_path / "words.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    env = os.environ | {
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "XLA_FLAGS": "",
+        "PYTHONPATH": str(STANDIN.parents[1]),
+    }
+
+    def begin(out: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "gptjax.cli", "sweep", str(recipe), "--out", out, "--workers", "2", "--grid"]
+        command += points(s16="10 100 300", s32="50 100")
+        return subprocess.Popen(
+            command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    assert finish(begin("whole"))[0] == 0
+    for seconds in (3, 8, 12, 16, 20):
+        process = begin("killed")
+        time.sleep(seconds)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    code, errors = finish(begin("killed"))
+    assert code == 0 and table(tmp_path / "killed") == table(tmp_path / "whole"), errors
 
 
 def curve(run: Path) -> list[tuple]:

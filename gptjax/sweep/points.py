@@ -49,6 +49,7 @@ class Point:
         """A digest of what makes the run another one, but for its seed and length."""
         free = (*FREE, *EXTENDABLE, "seed")
         frozen = {n: v for n, v in leaves(self.config) if not any(n == f or n.startswith(f"{f}.") for f in free)}
+        frozen["evaluate.max_rows"] = self.config.evaluate.max_rows  # no other run, but another loss of it
         return hashlib.sha256(json.dumps(frozen, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -7,6 +7,7 @@ however they ended. What is done is read from the runs themselves, so nothing ha
 import contextlib
 import fcntl
 import json
+import math
 import os
 import platform
 import signal
@@ -109,6 +110,7 @@ class _Workers:
         self._in_vain: dict[str, int] = {}
         self._not_before: dict[str, float] = {}
         self._done_flops = self._done_seconds = 0.0
+        self._shortest = math.inf
         self._stopping, self._code = False, 0
 
     def work(self) -> int:
@@ -135,6 +137,9 @@ class _Workers:
                     if running is None:
                         self._slots[slot] = self._take(slot, left)
                 time.sleep(POLL)
+        except Exception:
+            self._end_children()
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -200,6 +205,7 @@ class _Workers:
             self._done_flops += job.flops * (newest - running.reached) / job.steps
             self._done_seconds += seconds
         if found is not None:
+            self._shortest = min(self._shortest, seconds)
             with _locked(self._folder):
                 write_table(self._folder, self._results)
             self._say(f"{self._progress()}  {job.name}: loss {found[0]:.4f} in {duration(seconds)}{self._time_left()}")
@@ -233,11 +239,13 @@ class _Workers:
         return f"{done}/{len(self._jobs)} jobs"
 
     def _time_left(self) -> str:
-        """By the FLOPs that are left and the speed of the jobs so far; empty where there is none of either."""
-        left = sum(job.own_flops for job in self._jobs.values() if self._results.of(job) is None)
+        """By the speed of the jobs so far, none taken for shorter than the shortest of them; empty without any."""
+        left = [job for job in self._jobs.values() if self._results.of(job) is None]
         if not left or not self._done_flops:
             return ""
-        return f"; about {duration(left * self._done_seconds / self._done_flops / len(self._slots))} left"
+        rate = self._done_seconds / self._done_flops
+        seconds = sum(max(job.own_flops * rate, self._shortest) for job in left)
+        return f"; about {duration(seconds / len(self._slots))} left"
 
     def _note(self, job: Job, **values: Any) -> None:
         """Adds a line to times.jsonl, in one piece, for several processes write there."""
