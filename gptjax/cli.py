@@ -182,7 +182,7 @@ def generate(args: list[str]) -> int:
     from gptjax.flags import parse
 
     cfg = parse(ContinueConfig(), args, f"gptjax generate {run}")
-    tune_process()
+    tune_process(rows=len(cfg.prompt))
     from gptjax.verbs import generate_run
 
     def write(piece: str) -> None:
