@@ -63,10 +63,12 @@ def test_points_of_the_same_flops_are_a_budget_where_no_column_says_so(tmp_path)
 
 def test_conditions_choose_rows_by_text_number_and_worked_out_flops(tmp_path):
     rows = [row | {"dataset": "a" if i % 2 else "b", "lr": 0.01 * (i % 3)} for i, row in enumerate(GOOD)]
+    path = write(tmp_path / "t.csv", rows)
+    assert len(read_table([path], where=["dataset=a"])) == 6 and len(read_table([path], where=["dataset=a, c"])) == 6
+    assert len(read_table([path], where=["dataset=a,b", "lr=0.01,0.02"])) == 8
+    assert len(read_table([path], where=["dataset!=b", "lr=1e-2"])) == 2
     rows[0]["val_loss"] = "nan"  # of a row that is left out
     path = write(tmp_path / "t.csv", rows)
-    assert len(read_table([path], where=["dataset=a"])) == 6
-    assert len(read_table([path], where=["dataset!=b", "lr=1e-2"])) == 2
     assert np.all(read_table([path], where=["dataset=a", "flops>=1e18"]).flops > 9e17)
     assert np.all(read_table([path], where=["dataset=a", "tokens<1e9"]).tokens < 1e9)
 
@@ -129,7 +131,7 @@ def test_a_bad_table_gets_one_clear_line(rows, words, tmp_path, capsys):
 
 @pytest.mark.parametrize("args, words", [
     (["--where", "dataset=rpj"], ["has no column 'dataset'", "params, tokens"]),
-    (["--where", "params"], ["wanted COLUMN=VALUE"]),
+    (["--where", "params"], ["wanted COLUMN=VALUE (or VALUE,VALUE)"]),
     (["--where", "params>many"], ["'many' is no number"]),
     (["--where", "tokens<1"], ["none of 12 rows", "change it"]),
     (["--columns", "loss"], ["wanted FIELD=COLUMN"]),

@@ -21,7 +21,7 @@ class FitConfig(Section):
     columns: tuple[str, ...] = ()
     """Columns with other names, as FIELD=COLUMN: loss=loss__c4 parameters=size."""
     where: tuple[str, ...] = ()
-    """Points to use, by conditions that all must hold: dataset=rpj tokens>=1e9 (=, !=, <, <=, >, >=)."""
+    """Points to use, by conditions that all must hold: dataset=rpj,c4 tokens>=1e9 (=, !=, <, <=, >, >=)."""
     max_flops: float = 0.0
     """Leave out points whose budget (or FLOPs) is above this, so that they can be predicted; 0: use all."""
     count: Literal["total", "non-embedding"] = "total"
@@ -63,6 +63,8 @@ class PredictConfig(Section):
     """Columns of that table with other names, as FIELD=COLUMN; those of the fit are not taken over."""
     where: tuple[str, ...] = ()
     """Rows of that table to compare: flops>1e18."""
+    recipe: Literal["steplaw", "deepseek", "kaplan"] = "steplaw"
+    """Whose rule recommends a batch size and a learning rate."""
     extrapolate: bool = False
     """Go further than a decade beyond the fitted points."""
     json: str = ""

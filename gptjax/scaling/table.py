@@ -261,13 +261,17 @@ class _Condition(NamedTuple):
 
     def holds(self, cell: str, place: str) -> bool:
         if self.sign in ("=", "==", "!="):
-            a, b = _maybe(cell), _maybe(self.value)
-            same = cell.strip() == self.value if a is None or b is None else a == b
+            same = any(_same(cell.strip(), value) for value in (self.value, *self.value.split(",")))
             return same != (self.sign == "!=")
         a, b = _maybe(cell), _maybe(self.value)
         if a is None or b is None:
             raise InputError(f"{place}: --where {self.text} compares {cell.strip()!r}, which is no number; use = or !=")
         return {"<": a < b, "<=": a <= b, ">": a > b, ">=": a >= b}[self.sign]
+
+
+def _same(cell: str, value: str) -> bool:
+    a, b = _maybe(cell), _maybe(value)
+    return cell == value.strip() if a is None or b is None else a == b
 
 
 def _maybe(text: str) -> float | None:
@@ -280,7 +284,7 @@ def _maybe(text: str) -> float | None:
 def _condition(text: str, mapping: Mapping[str, str], rows: Rows) -> _Condition:
     match = CONDITION.fullmatch(text)
     if match is None:
-        raise InputError(f"--where {text}: wanted COLUMN=VALUE, or !=, <, <=, > or >= in its place")
+        raise InputError(f"--where {text}: wanted COLUMN=VALUE (or VALUE,VALUE), or !=, <, <=, > or >= in its place")
     name, sign, value = match.groups()
     if sign in ("<", "<=", ">", ">=") and _maybe(value) is None:
         raise InputError(f"--where {text}: {value!r} is no number; wanted one after {sign}")
