@@ -50,11 +50,18 @@ class Minimum(NamedTuple):
     turns_B: np.ndarray
 
 
-def minimize(problem: Problem, start_BP: np.ndarray, weight_BN: np.ndarray, turns: int = 600) -> Minimum:
-    """Descends from every row of start_BP, each with its own weights of the points, for at most `turns` turns."""
+def minimize(
+    problem: Problem, start_BP: np.ndarray, weight_BN: np.ndarray, loss_BN: np.ndarray | None = None, turns: int = 600
+) -> Minimum:
+    """Descends from every row of start_BP, each with its own weights of the points, for at most `turns` turns.
+
+    loss_BN: losses of each row in place of the problem's.
+    """
     basis_PP = _coordinates(problem.design_KNP)
     scale = len(problem.loss_N) * (problem.delta if problem.residual == "huber" else 1.0)
     start_BP = np.linalg.solve(basis_PP, start_BP.T).T
+    if loss_BN is None:
+        loss_BN = np.broadcast_to(problem.loss_N, weight_BN.shape)
     lanes = -(-len(start_BP) // LANES) * LANES
     pad = np.arange(lanes) % len(start_BP)
 
@@ -65,7 +72,7 @@ def minimize(problem: Problem, start_BP: np.ndarray, weight_BN: np.ndarray, turn
                 start_BP[rows],
                 np.asarray(weight_BN[rows], float),
                 problem.design_KNP @ basis_PP,
-                problem.loss_N,
+                np.asarray(loss_BN[rows], float),
                 problem.delta,
                 scale,
                 residual=problem.residual,
@@ -94,9 +101,9 @@ def _coordinates(design_KNP: np.ndarray) -> np.ndarray:
 
 
 @partial(jax.jit, static_argnames=("residual", "turns"))
-def _descend(phi_BP, weight_BN, design_KNP, loss_N, delta, scale, *, residual, turns):
+def _descend(phi_BP, weight_BN, design_KNP, loss_BN, delta, scale, *, residual, turns):
     value_and_gradient = partial(
-        _objective, weight_BN=weight_BN, design_KNP=design_KNP, loss_N=loss_N, delta=delta, scale=scale, kind=residual
+        _objective, weight_BN=weight_BN, design_KNP=design_KNP, loss_BN=loss_BN, delta=delta, scale=scale, kind=residual
     )
     value_B, gradient_BP = value_and_gradient(phi_BP)
     lanes, size = phi_BP.shape
@@ -132,7 +139,7 @@ def _descend(phi_BP, weight_BN, design_KNP, loss_N, delta, scale, *, residual, t
     return end["phi"], end["value"], _largest(end["gradient"]), end["turns"]
 
 
-def _objective(phi_BP, *, weight_BN, design_KNP, loss_N, delta, scale, kind):
+def _objective(phi_BP, *, weight_BN, design_KNP, loss_BN, delta, scale, kind):
     """Value and gradient of each lane; written out, since it is all that a fit spends its time on."""
     log_terms = [phi_BP @ term_NP.T for term_NP in design_KNP]
     top_BN = jax.tree.reduce(jnp.maximum, log_terms)
@@ -140,12 +147,12 @@ def _objective(phi_BP, *, weight_BN, design_KNP, loss_N, delta, scale, kind):
     sum_BN = jax.tree.reduce(jnp.add, terms)
     log_prediction_BN = top_BN + jnp.log(sum_BN)
     if kind == "huber":
-        error_BN = log_prediction_BN - jnp.log(loss_N)
+        error_BN = log_prediction_BN - jnp.log(loss_BN)
         pull_BN = jnp.clip(error_BN, -delta, delta)
         value_BN, chain_BN = pull_BN * (error_BN - pull_BN / 2), 1.0
     else:
         chain_BN = jnp.exp(jnp.minimum(log_prediction_BN, 300.0))  # squared, it is still a number
-        pull_BN = chain_BN - loss_N
+        pull_BN = chain_BN - loss_BN
         value_BN = pull_BN**2 / 2
     value_B = jnp.sum(weight_BN * value_BN, axis=1) / scale
     share_BN = weight_BN * pull_BN * chain_BN / sum_BN / scale

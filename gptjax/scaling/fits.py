@@ -133,20 +133,14 @@ def fit_chinchilla(
     """
     _check({"N": N, "D": D, "loss": loss}, 5)
     N, D, loss = (np.asarray(x, float) for x in (N, D, loss))
-    for name, values in (("N", N), ("D", D)):
-        if len(np.unique(values)) < 3:
-            raise InputError(
-                f"{name} has {len(np.unique(values))} different values: wanted at least 3 to fit an exponent"
-            )
-    if (N * D).max() < 1.1 * (N * D).min():
-        raise InputError(f"all {len(N)} points have one budget (N D = {N[0] * D[0]:.3g}): wanted several to fit a law")
+    _check_spread(N, D)
     zero, one = np.zeros_like(N), np.ones_like(N)
     terms = [
         np.stack([one, zero, zero, -np.log(N), zero], axis=1),
         np.stack([zero, one, zero, zero, -np.log(D)], axis=1),
         np.stack([zero, zero, one, zero, zero], axis=1),
     ]
-    grid = [np.arange(0, 30, 5)] * 2 + [np.arange(-1, 1.5, 0.5)] + [np.arange(0, 2.5, 0.5)] * 2  # appendix D.4
+    grid = [np.arange(0, 30, 5)] * 2 + [np.arange(-1, 1.5, 0.5)] + [np.arange(0, 2.5, 0.5)] * 2  # theirs: appendix D
     family = _Family(lambda a, b, e, alpha, beta: Chinchilla(np.exp(e), np.exp(a), np.exp(b), alpha, beta), grid)
     problem = Problem(np.stack(terms), loss, "huber", delta)
     return _fit(family, problem, {"N": N, "D": D}, bootstraps, seed, level)
@@ -160,11 +154,7 @@ def fit_overtraining(N, D, loss, *, bootstraps: int = 0, seed: int = 0, level: f
     """
     _check({"N": N, "D": D, "loss": loss}, 4)
     N, D, loss = (np.asarray(x, float) for x in (N, D, loss))
-    for name, values in (("N", N), ("D", D)):
-        if len(np.unique(values)) < 3:
-            raise InputError(
-                f"{name} has {len(np.unique(values))} different values: wanted at least 3 to fit an exponent"
-            )
+    _check_spread(N, D)
     zero, one = np.zeros_like(N), np.ones_like(N)
     terms = [
         np.stack([one, zero, zero, np.log(N)], axis=1),
@@ -176,17 +166,22 @@ def fit_overtraining(N, D, loss, *, bootstraps: int = 0, seed: int = 0, level: f
     return _fit(family, Problem(np.stack(terms), loss, "squares", 1.0), {"N": N, "D": D}, bootstraps, seed, level)
 
 
-def fit_power(C, loss, *, delta: float = 1e-3, bootstraps: int = 0, seed: int = 0, level: float = 0.95) -> Fitted:
-    """Fits L = E + K / C^gamma to the least losses of at least 3 budgets, Huber's function on the logarithms."""
+def fit_power(
+    C, loss, *, delta: float = 1e-3, bootstraps: int = 0, seed: int = 0, level: float = 0.95, redrawn=None
+) -> Fitted:
+    """Fits L = E + K / C^gamma to the least losses of at least 3 budgets, Huber's function on the logarithms.
+
+    redrawn: [bootstraps, points], other losses that the points might have had; the samples are then fits to these,
+    and `bootstraps` and `seed` are of no use.
+    """
     _check({"C": C, "loss": loss}, 3)
     C, loss = (np.asarray(x, float) for x in (C, loss))
-    if len(np.unique(C)) < 3:
-        raise InputError(f"C has {len(np.unique(C))} different budgets: wanted at least 3 to fit E + K / C^gamma")
+    _check_different({"C": C})
     zero, one = np.zeros_like(C), np.ones_like(C)
     terms = [np.stack([one, zero, -np.log(C)], axis=1), np.stack([zero, one, zero], axis=1)]
     grid = [np.arange(0, 30, 5), np.arange(-1, 1.5, 0.5), np.array([0.0, 0.05, 0.1, 0.2, 0.4])]
     family = _Family(lambda K, E, gamma: PowerLaw(np.exp(E), np.exp(K), gamma), grid)
-    return _fit(family, Problem(np.stack(terms), loss, "huber", delta), {"C": C}, bootstraps, seed, level)
+    return _fit(family, Problem(np.stack(terms), loss, "huber", delta), {"C": C}, bootstraps, seed, level, redrawn)
 
 
 class _Family(NamedTuple):
@@ -212,9 +207,22 @@ def _check(columns: dict[str, Any], coefficients: int) -> None:
         raise InputError(f"{points} points for the {coefficients} coefficients of the law: wanted at least as many")
 
 
+def _check_spread(N: np.ndarray, D: np.ndarray) -> None:
+    if (N * D).max() < 1.1 * (N * D).min():
+        raise InputError(f"all {len(N)} points have one budget (N D = {N[0] * D[0]:.3g}): wanted several to fit a law")
+    _check_different({"N": N, "D": D})
+
+
+def _check_different(columns: dict[str, np.ndarray]) -> None:
+    for name, values in columns.items():
+        if (different := len(np.unique(values))) < 3:
+            raise InputError(f"{name} has {different} different values: wanted at least 3 to fit an exponent")
+
+
 def _fit(
-    family: _Family, problem: Problem, inputs: dict[str, np.ndarray], bootstraps: int, seed: int, level: float
-) -> Fitted:
+    family: _Family, problem: Problem, inputs: dict[str, np.ndarray], bootstraps: int, seed: int, level: float,
+    redrawn: np.ndarray | None = None,
+) -> Fitted:  # fmt: skip
     if not 0 < level < 1:
         raise InputError(f"level={level}: wanted a number between 0 and 1, such as 0.95")
     starts, points = family.starts, len(problem.loss_N)
@@ -228,19 +236,22 @@ def _fit(
         notes.append(f"The fit has not converged: a gradient of {found.gradient_B[best]:.1e} is left.")
     if agreed < len(starts) / 100:
         notes.append(f"Only {agreed} of {len(starts)} starts ended in the best optimum found.")
-    samples, unconverged = {}, 0
-    if bootstraps and points == size:
+    samples, unconverged, weight_BN = {}, 0, None
+    if redrawn is not None:
+        weight_BN = np.ones(redrawn.shape)
+    elif bootstraps and points == size:
         notes.append(f"{points} points fit {size} coefficients exactly: there are no intervals.")
     elif bootstraps:
         if points < 2 * size:
             notes.append(f"{points} points for {size} coefficients: the intervals are rough at best.")
-        order = np.argsort(found.objective_B)[:NEAR]
         weight_BN = resamples(points, bootstraps, size, np.random.default_rng(seed))
-        resampled = refit(problem, np.vstack([theta_P, starts[order]]), weight_BN)
+    if weight_BN is not None:
+        near_SP = starts[np.argsort(found.objective_B)[:NEAR]]
+        resampled = refit(problem, np.vstack([theta_P, near_SP]), weight_BN, redrawn)
         samples = dataclasses.asdict(family.law(*resampled.theta_BP.T))
         unconverged = int(np.sum(resampled.gradient_B > FLAT))
         if unconverged:
-            notes.append(f"{unconverged} of {bootstraps} resamples have not converged; they are kept.")
+            notes.append(f"{unconverged} of {len(weight_BN)} resamples have not converged; they are kept.")
     law = family.law(*theta_P)
     law = type(law)(**{k: float(v) for k, v in dataclasses.asdict(law).items()})
     return Fitted(
@@ -262,10 +273,12 @@ def resamples(points: int, number: int, least: int, rng: np.random.Generator) ->
     return kept[:number]
 
 
-def refit(problem: Problem, start_SP: np.ndarray, weight_BN: np.ndarray) -> Minimum:
-    """The best of the descents from every start, for each row of weights: fields of shape [rows of weights, ...]."""
+def refit(problem: Problem, start_SP: np.ndarray, weight_BN: np.ndarray, loss_BN: np.ndarray | None = None) -> Minimum:
+    """The best of the descents from every start, for each row of weights (and losses): fields [rows, ...]."""
     rows, starts = len(weight_BN), len(start_SP)
-    found = minimize(problem, np.tile(start_SP, (rows, 1)), np.repeat(weight_BN, starts, axis=0))
+    if loss_BN is not None:
+        loss_BN = np.repeat(loss_BN, starts, axis=0)
+    found = minimize(problem, np.tile(start_SP, (rows, 1)), np.repeat(weight_BN, starts, axis=0), loss_BN)
     best = np.argmin(found.objective_B.reshape(rows, starts), axis=1) + starts * np.arange(rows)
     return Minimum(*(field[best] for field in found))
 
