@@ -1,6 +1,7 @@
 """What `gptjax fit` does: a table, a law with intervals, the three approaches, and a folder that tells of them."""
 
 import dataclasses
+import functools
 import importlib.metadata
 import platform
 import shlex
@@ -12,7 +13,7 @@ import numpy as np
 
 from gptjax import __version__
 from gptjax.config import FitConfig, TrainConfig
-from gptjax.paths import place
+from gptjax.paths import place, store
 from gptjax.scaling import report
 from gptjax.scaling.approaches import Allocation, envelope, isoflop, leave_one_budget_out, parabola, parametric
 from gptjax.scaling.baseline import two_point
@@ -54,6 +55,8 @@ def fit(
     """
     table, left_out = points(tables, cfg, load_config)
     check_enough(table, cfg.law)
+    if store(place(cfg.out)).is_file(place(cfg.out)):
+        raise InputError(f"out={cfg.out!r}: there is a file of that name; wanted a folder")
     made = Fit(strict(describe(table, cfg, left_out)), source=f"{cfg.out}/fit.json")
     written = report.write_report(made, place(cfg.out))
     for line in report.screen(made):
@@ -74,8 +77,10 @@ def describe(table: Table, cfg: FitConfig, left_out: int) -> dict[str, Any]:
     settings = {"delta": cfg.delta} if cfg.law == "chinchilla" else {}
     n, d, loss = table.parameters, table.tokens, table.loss
     again = {"bootstraps": cfg.bootstraps, "seed": cfg.seed, "level": cfg.level}
-    fitted = law.fit(n, d, loss, **settings, **again)
     per = float(np.median(table.flops / (n * d)))
+    fit_law = functools.cache(lambda: law.fit(n, d, loss, **settings, **again))
+    ways = approaches(table, fit_law, per, cfg)  # before the law, which takes longer: what was asked for may be refused
+    fitted = fit_law()
     predicted = fitted.law.loss(n, d)
     off = loss / predicted - 1
     notes = [*table.notes, *fitted.notes]
@@ -92,7 +97,7 @@ def describe(table: Table, cfg: FitConfig, left_out: int) -> dict[str, Any]:
         "flops_per": per,
         "level": cfg.level,
         "range": {k: [getattr(table, k).min(), getattr(table, k).max()] for k in ("parameters", "tokens", "flops")},
-        "approaches": approaches(table, fitted, per, cfg),
+        "approaches": ways,
         "leave_one_out": leave_out(table, law.fit, settings),
         "baseline": _baseline(table),
         "points": {"name": table.names, "seed": table.seeds, "parameters": n, "tokens": d, "flops": table.flops,
@@ -106,10 +111,11 @@ def describe(table: Table, cfg: FitConfig, left_out: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def approaches(table: Table, fitted: Fitted, flops_per: float, cfg: FitConfig) -> dict[str, Any]:
+def approaches(table: Table, fit_law: Callable[[], Fitted], flops_per: float, cfg: FitConfig) -> dict[str, Any]:
     """Each approach as JSON: done or why not, exponents and coefficients of N-opt and D-opt, their intervals.
 
-    Raises InputError where the one that cfg.approach names can't be done.
+    `fit_law` gives the fitted law, for the parametric approach. Raises InputError where the one that cfg.approach
+    names can't be done.
     """
     again = {"bootstraps": cfg.bootstraps, "seed": cfg.seed, "level": cfg.level}
     of = np.isfinite(table.budget)
@@ -129,7 +135,7 @@ def approaches(table: Table, fitted: Fitted, flops_per: float, cfg: FitConfig) -
     def by_law() -> Allocation:
         if cfg.law != "chinchilla":
             raise InputError("this law has one exponent, so its N-opt and D-opt grow alike, as C^0.5, by assumption")
-        return parametric(fitted, flops_per)
+        return parametric(fit_law(), flops_per)
 
     found: dict[str, Any] = {}
     for name, make in (("envelope", by_envelope), ("isoflop", by_isoflop), ("parametric", by_law)):

@@ -37,11 +37,11 @@ def predict(
             "nothing is asked for; wanted --flops 1e21, --parameters N with --tokens D, or --against TABLE "
             f"(this fit: {fit.document['range']['flops'][0]:.3g} to {fit.document['range']['flops'][1]:.3g} FLOPs)"
         )
-    for line in lines:
-        show(line)
     if cfg.json:
         about = {"path": fit.source, "sha256": fit.sha256, "law": fit.document["law"], "level": fit.level}
         write(place(cfg.json), {"fit": about | {"table": fit.document["table"]}} | made)
+    for line in lines:
+        show(line)
     return following
 
 
