@@ -285,8 +285,8 @@ usage: gptjax VERB ... [--help]
 {chr(10).join("  " + str(verb.__doc__) for verb in VERBS.values())}
 
 RECIPE is a Python file of settings (configs/quickstart.py) or the name of a shipped one (quickstart); some have a dial:
-gptjax pretrain modern --size 4. RUN is the folder that a training verb wrote. Every verb has --help, with every
-setting by its dotted name.
+gptjax pretrain modern --size 4. RUN is the folder that a training verb wrote. TABLE is a CSV or JSONL of finished runs,
+or their folders; FIT is the folder that fit wrote. Every verb has --help, with every setting by its dotted name.
 
 Start here: gptjax pretrain configs/quickstart.py
 """

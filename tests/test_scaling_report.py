@@ -12,7 +12,7 @@ from gptjax.cli import main
 from gptjax.config import FitConfig
 from gptjax.scaling import plots, report
 from gptjax.scaling.baseline import two_point
-from gptjax.scaling.fitting import approaches
+from gptjax.scaling.fitting import approaches, curves_of
 from gptjax.scaling.laws import Chinchilla
 from gptjax.scaling.saved import KEYS, open_fit, strict
 from gptjax.scaling.table import Curve, read_table
@@ -78,7 +78,7 @@ def test_a_fit_says_on_one_screen_what_it_found_and_what_it_could_not_do(fitted,
     folder, out, err = fitted
     assert len(out.splitlines()) <= 30 and all(len(line) <= 240 for line in out.splitlines())
     assert all(word in out for word in ("alpha", "isoflop", "parametric", "leave one budget out", "5 left out"))
-    assert re.search(r"envelope +not done: the table has no training curves", out)
+    assert re.search(r"envelope +not done: no training curves", out)
     assert f"wrote {folder}/fit.json" in err and err.splitlines()[-1].startswith("next: gptjax predict ")
     assert "--against" in err.splitlines()[-1]  # what was left out can be predicted
 
@@ -214,14 +214,43 @@ def test_training_curves_make_an_envelope(fitted, table):
     tokens = [np.geomspace(d / 20, d * 3, 60) for d in points.tokens]
     curves = tuple(Curve(t, LAW.loss(n, t)) for n, t in zip(points.parameters, tokens))
     cfg = FitConfig(bootstraps=20, approach="envelope")
-    found = approaches(dataclasses.replace(points, curves=curves), lambda: open_fit(fitted[0]).fitted, 6.0, cfg)
+    points = dataclasses.replace(points, curves=curves, evaluated=True)
+    found = approaches(points, lambda: open_fit(fitted[0]).fitted, 6.0, cfg)
+    assert "evaluations along 20 runs" in found["envelope"]["notes"][0]
     assert found["envelope"]["done"] and found["envelope"]["exponents"]["N"] == pytest.approx(0.45, abs=0.08)
     assert json.dumps(strict(found), allow_nan=False)
 
 
+def test_finished_runs_of_a_size_are_curves_before_training_losses_are(table):
+    points = read_table([table])
+    training = tuple(Curve(np.geomspace(1e8, 1e9, 9), np.full(9, 9.0)) for _ in points.names)
+    points = dataclasses.replace(points, curves=training)
+    assert "training losses" in curves_of(points)[1]
+    n = np.array([1e8, 2e8, 4e8] * 6)[: len(points)]
+    d = np.array([1e9] * 9 + [4e9] * 9 + [1e9, 1e9])
+    points = dataclasses.replace(points, parameters=np.append(n, [3e8, 5e8]), tokens=d)
+    curves, how = curves_of(points)
+    assert [size for size, _, _ in curves] == [1e8, 2e8, 4e8] and "finished runs of each of 3 sizes" in how
+    of = (points.parameters == 2e8) & (points.tokens == 4e9)  # several seeds are one point
+    assert list(curves[1][1]) == [1e9, 4e9] and curves[1][2][1] == pytest.approx(points.loss[of].mean())
+
+
+def test_a_fit_without_resamples_has_no_intervals_and_says_so(fitted, tmp_path, capsys):
+    document = load(fitted[0] / "fit.json")
+    document["fitted"]["samples"] = {}
+    for found in (*document["coefficients"].values(), *(a for a in document["approaches"].values() if a["done"])):
+        found["interval"], found["intervals"], found["band"] = None, {"N": None, "D": None}, None
+    (tmp_path / "fit.json").write_text(json.dumps(document))
+    out = said(capsys, "predict", tmp_path, "--flops", "1e18", "--json", tmp_path / "p.json")
+    assert "(no interval)" in out and load(tmp_path / "p.json")["loss_interval"] is None
+    report.write_report(open_fit(tmp_path), tmp_path / "again")
+    assert "no interval" in (tmp_path / "again" / "report.html").read_text()
+    assert any("no interval" in line for line in report.screen(open_fit(tmp_path)))
+
+
 def test_an_approach_that_was_asked_for_and_can_not_be_done_is_refused(table, tmp_path, capsys):
     line = refused(capsys, "fit", table, "--out", tmp_path / "out", "--approach", "envelope", "--bootstraps", "0")
-    assert "--approach envelope: the table has no training curves" in line and not (tmp_path / "out").exists()
+    assert "--approach envelope: no training curves" in line and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("args, words", [

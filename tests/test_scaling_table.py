@@ -217,4 +217,4 @@ def test_a_sweeps_folder_is_its_table_with_the_curves_that_are_there(tmp_path):
     assert table.names[3] == "r3" and table.seeds[3] == "1" and len(table.budgets) == 3
     assert [i for i, c in enumerate(table.curves) if c] == [3]
     assert any("11 of 12 run_dirs are not there" in note for note in table.notes)
-    assert any("5.5 N D" in note for note in table.notes)
+    assert any("FLOPs of the table: 5.5 N D" in note for note in table.notes)

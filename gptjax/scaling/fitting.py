@@ -119,13 +119,12 @@ def approaches(table: Table, fit_law: Callable[[], Fitted], flops_per: float, cf
     """
     again = {"bootstraps": cfg.bootstraps, "seed": cfg.seed, "level": cfg.level}
     of = np.isfinite(table.budget)
-    runs = [(float(n), c.tokens_T, c.loss_T) for n, c in zip(table.parameters, table.curves) if c is not None]
     columns = (table.budget[of], table.parameters[of], table.tokens[of], table.loss[of])
 
     def by_envelope() -> Allocation:
-        if not runs:
-            raise InputError("the table has no training curves; wanted run folders, or a sweep with its run_dirs there")
-        return envelope(runs, flops_per=flops_per, **again)
+        curves, how = curves_of(table)
+        made = envelope(curves, flops_per=flops_per, **again)
+        return dataclasses.replace(made, notes=(f"curves: {how}", *made.notes))
 
     def by_isoflop() -> Allocation:
         if not of.any():
@@ -151,6 +150,32 @@ def approaches(table: Table, fit_law: Callable[[], Fitted], flops_per: float, cf
     if found["isoflop"]["done"]:
         found["isoflop"]["parabolas"] = _parabolas(*columns, found["isoflop"]["budgets"])
     return found
+
+
+def curves_of(table: Table) -> tuple[list[tuple[float, np.ndarray, np.ndarray]], str]:
+    """(N, tokens [T], loss [T]) of curves for the envelope, and what they are; raises InputError where there are none.
+
+    Evaluations along the runs are best. Training losses come last: a curve at its peak learning rate lies above what
+    it would reach, so the finished runs of one size at several token counts, each with its cooldown, come before.
+    """
+    runs = [(float(n), c.tokens_T, c.loss_T) for n, c in zip(table.parameters, table.curves) if c is not None]
+    if runs and table.evaluated:
+        return runs, f"the evaluations along {len(runs)} runs"
+    finished = []
+    for size in np.unique(table.parameters):
+        of = table.parameters == size
+        tokens = np.unique(table.tokens[of])
+        if len(tokens) >= 2:
+            finished.append(
+                (float(size), tokens, np.array([table.loss[of & (table.tokens == t)].mean() for t in tokens]))
+            )
+    if len(finished) >= 3:
+        return finished, f"through the finished runs of each of {len(finished)} sizes, at several token counts"
+    if runs:
+        return runs, f"the training losses along {len(runs)} runs, which end above what a cooldown would reach"
+    raise InputError(
+        "no training curves; wanted run folders, a sweep with its run_dirs there, or 3 sizes with several token counts"
+    )
 
 
 def _allocation(made: Allocation, flops: np.ndarray) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from gptjax.scaling.predicting import optimum
 from gptjax.scaling.saved import Fit, write
 
 AHEAD = (1, 3, 10)  # budgets that the report plans for, as multiples of the largest fitted
+SHOWN = 2  # notes of an approach that the screen has; the report has all
 NO_PLOTS = "no plots, for matplotlib is not installed: pip install 'gptjax[plots]'"
 
 STYLE = """
@@ -70,6 +71,11 @@ def screen(fit: Fit) -> list[str]:
                      f"loss {row['loss']:.4f}{spread}")  # fmt: skip
     lines.append(_left_out(doc["leave_one_out"]))
     lines += [f"note: {note}" for note in doc["notes"]]
+    for name, made in fit.approaches.items():
+        notes = made.get("notes", [])
+        lines += [f"note: {name}: {note}" for note in notes[:SHOWN]]
+        if len(notes) > SHOWN:
+            lines.append(f"note: {name}: {len(notes) - SHOWN} more in report.html")
     return lines
 
 

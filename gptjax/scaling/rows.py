@@ -38,6 +38,8 @@ class Rows(NamedTuple):
     header: tuple[str, ...]
     rows: list[Row]
     notes: tuple[str, ...]
+    evaluated: bool = False
+    """Whether the curves are of evaluations, not of training losses."""
 
 
 def read_rows(paths: Sequence[str | Path], load_config: Callable[[Path], TrainConfig] | None) -> Rows:
@@ -58,10 +60,10 @@ def read_rows(paths: Sequence[str | Path], load_config: Callable[[Path], TrainCo
     if load_config is None:
         raise InputError(f"{paths[0]}: the folder of a run; wanted a table here")
     made = [_of_run(place(path), load_config) for path in paths]
-    rows, notes = _same_curves(made)
+    rows, note, evaluated = _same_curves(made)
     text = json.dumps([row.cells for row in rows], sort_keys=True)
     source = str(paths[0]) if len(paths) == 1 else f"{len(paths)} runs ({paths[0]}, ...)"
-    return Rows(source, hashlib.sha256(text.encode()).hexdigest(), tuple(rows[0].cells), rows, notes)
+    return Rows(source, hashlib.sha256(text.encode()).hexdigest(), tuple(rows[0].cells), rows, (note,), evaluated)
 
 
 def _is_run(path: Path) -> bool:
@@ -222,13 +224,13 @@ def _windows(points_T2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.array([tokens[p].mean() for p in parts]), np.array([loss[p].mean() for p in parts])
 
 
-def _same_curves(made: Sequence[tuple[Row, _Curves]]) -> tuple[list[Row], tuple[str, ...]]:
-    """The rows with their curves, all of evaluations or all of training losses, and a note that says which."""
+def _same_curves(made: Sequence[tuple[Row, _Curves]]) -> tuple[list[Row], str, bool]:
+    """The rows with their curves, all of evaluations or all of training losses, and which, in words and as a flag."""
     if all(len(curves.evaluation[0]) >= ENOUGH for _, curves in made):
-        return [row._replace(curve=curves.evaluation) for row, curves in made], ("curves: losses of evaluations",)
+        return [row._replace(curve=curves.evaluation) for row, curves in made], "curves: losses of evaluations", True
     rows = [row._replace(curve=curves.training if len(curves.training[0]) else None) for row, curves in made]
     why = f"some runs have fewer than {ENOUGH} evaluations"
-    return rows, (f"curves: training losses averaged over {WINDOWS} windows of each run, for {why}",)
+    return rows, f"curves: training losses averaged over {WINDOWS} windows of each run, for {why}", False
 
 
 def _with_curves(rows: Rows, folder: Path) -> Rows:
@@ -243,7 +245,8 @@ def _with_curves(rows: Rows, folder: Path) -> Rows:
             without.append(row)
     if not made:
         return rows._replace(notes=("curves: none, for no run_dir of the table is there",))
-    with_curves, notes = _same_curves(made)
+    with_curves, note, evaluated = _same_curves(made)
     by_place = {row.place: row for row in [*with_curves, *without]}
-    missing = (f"curves: {len(without)} of {len(rows.rows)} run_dirs are not there",) if without else ()
-    return rows._replace(rows=[by_place[row.place] for row in rows.rows], notes=notes + missing)
+    missing = [f"curves: {len(without)} of {len(rows.rows)} run_dirs are not there"] if without else []
+    ordered = [by_place[row.place] for row in rows.rows]
+    return rows._replace(rows=ordered, notes=(note, *missing), evaluated=evaluated)

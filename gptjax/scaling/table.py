@@ -56,6 +56,8 @@ class Table:
     loss: np.ndarray
     budget: np.ndarray
     curves: tuple[Curve | None, ...]
+    evaluated: bool
+    """Whether the curves are of evaluations, not of training losses."""
     notes: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -133,7 +135,8 @@ def read_table(
         notes.append(f"no column of FLOPs: C = {flops_per:g} N D")
     else:
         ratio = got["flops"] / (parameters * got["tokens"])
-        notes.append(f"FLOPs are {np.median(ratio):.3g} N D (from {ratio.min():.3g} to {ratio.max():.3g})")
+        low, middle, high = (f"{edge:.3g}" for edge in (ratio.min(), np.median(ratio), ratio.max()))
+        notes.append(f"FLOPs of the table: {middle} N D" + (f", from {low} to {high}" if low != high else ""))
     if "budget" in got:  # what was computed twice may differ in its last digits
         got["budget"] = np.array([float(f"{budget:.6g}") for budget in got["budget"]])
     if "budget" not in got:
@@ -151,6 +154,7 @@ def read_table(
         loss=got["loss"],
         budget=got["budget"],
         curves=tuple(row.curve and Curve(*row.curve) for row in kept),
+        evaluated=rows.evaluated,
         notes=tuple(notes),
     )
     for condition in later:
