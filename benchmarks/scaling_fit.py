@@ -10,8 +10,8 @@ speed: fit_chinchilla on the 250 runs with 1,000 bootstraps, compilation include
 size. scipy's L-BFGS-B does the same in a loop: the same objective (in NumPy, with its gradient written out) in the same
 centred coordinates, from the same starts. Its grid is every 50th of the 4,500 starts, its bootstraps the first 10; both
 are timed and scaled up. Two totals: with its whole grid carried to the end, and with the screening that ours does,
-which scipy is given for nothing: only the 256 descents after it are counted. Beside them, how much higher scipy's objectives
-are than ours, and ours than those of the whole grid carried to the end, for the point fit and for 1 bootstrap.
+which scipy is given for nothing: only the 256 descents after it are counted. Beside them, how much higher scipy's
+objectives are than ours, and ours than those of the whole grid carried to the end (the point fit, 1 bootstrap).
 
 coverage: 400 tables at 5 budgets of 16 runs, noise of 1 %, each fitted with 400 bootstraps; the share of replicas whose
 95 % interval holds the true coefficient. --replicas and --bootstraps make it shorter.
