@@ -75,8 +75,8 @@ def minimize(
                 np.asarray(loss_BN[rows], float),
                 problem.delta,
                 scale,
+                turns,
                 residual=problem.residual,
-                turns=turns,
             )
             return tuple(np.asarray(x) for x in out)
 
@@ -100,8 +100,8 @@ def _coordinates(design_KNP: np.ndarray) -> np.ndarray:
     return basis_PP
 
 
-@partial(jax.jit, static_argnames=("residual", "turns"))
-def _descend(phi_BP, weight_BN, design_KNP, loss_BN, delta, scale, *, residual, turns):
+@partial(jax.jit, static_argnames="residual")
+def _descend(phi_BP, weight_BN, design_KNP, loss_BN, delta, scale, turns, *, residual):
     value_and_gradient = partial(
         _objective, weight_BN=weight_BN, design_KNP=design_KNP, loss_BN=loss_BN, delta=delta, scale=scale, kind=residual
     )

@@ -8,8 +8,10 @@
     Fitted.of_record(json.loads(json.dumps(fitted.record())))  # the same again
 
 The parametric fit is that of Hoffmann et al. 2022 (section 3.3): Huber's function of width 1e-3 on log prediction - log
-loss, least by L-BFGS from a grid of 4,500 starts. It is summed over runs, not averaged: an average is so small that an
-optimizer's default tolerance ends it early (Besiroglu et al. 2024, section 4); here each descent ends by its gradient.
+loss, least by L-BFGS from a grid of 4,500 starts. All of them descend for 40 turns and the lowest 256 to the end. It is
+summed over runs, not averaged: an average is so small that an optimizer's default tolerance ends it early (Besiroglu et
+al. 2024, section 4); here each descent ends by its gradient. Resamples descend from the optimum of all runs and from
+the 4 starts of the grid that lie lowest.
 """
 
 import dataclasses
@@ -24,6 +26,8 @@ from gptjax.scaling.laws import Chinchilla, OverTraining, PowerLaw
 from gptjax.settings import InputError
 
 LAWS: dict[str, type] = {"Chinchilla": Chinchilla, "OverTraining": OverTraining, "PowerLaw": PowerLaw}
+SCREEN = 40  # turns after which only the lowest starts of a grid go on
+FINAL = 256  # so many of them
 NEAR = 4  # starts of the grid that a resample descends from, beside the optimum of all points
 FLAT = 1e-5  # a descent whose gradient is larger has not converged: see descent.Minimum
 SAME = 1e-6  # objectives that differ by less, relatively, are one optimum
@@ -37,8 +41,8 @@ class Fitted:
     inputs: the law's inputs by name, N and D or C, each of shape [points]; loss [points] in nats a token.
     samples: coefficient -> array [bootstraps]; empty where none were asked for or none could be had.
     objective: what was minimized, a sum over the points; gradient: its largest entry there, scaled as in
-    descent.Minimum (1e-8 is converged). starts: descents of the point estimate; agreed: how many of them ended in the
-    same optimum. unconverged: bootstraps whose gradient stayed above 1e-5; they are kept in the samples.
+    descent.Minimum (1e-8 is converged). starts: descents carried to the end; agreed: how many of them ended in this
+    optimum. unconverged: bootstraps whose gradient stayed above 1e-5; they are kept in the samples.
     notes: plain sentences about what a reader should not take for granted; show all of them.
     """
 
@@ -134,6 +138,13 @@ def fit_chinchilla(
     _check({"N": N, "D": D, "loss": loss}, 5)
     N, D, loss = (np.asarray(x, float) for x in (N, D, loss))
     _check_spread(N, D)
+    problem, starts = chinchilla_problem(N, D, loss, delta)
+    family = _Family(lambda a, b, e, alpha, beta: Chinchilla(np.exp(e), np.exp(a), np.exp(b), alpha, beta), starts)
+    return _fit(family, problem, {"N": N, "D": D}, bootstraps, seed, level)
+
+
+def chinchilla_problem(N: np.ndarray, D: np.ndarray, loss: np.ndarray, delta: float) -> tuple[Problem, np.ndarray]:
+    """What fit_chinchilla minimizes, over log A, log B, log E, alpha and beta, and its 4,500 starts [starts, 5]."""
     zero, one = np.zeros_like(N), np.ones_like(N)
     terms = [
         np.stack([one, zero, zero, -np.log(N), zero], axis=1),
@@ -141,9 +152,7 @@ def fit_chinchilla(
         np.stack([zero, zero, one, zero, zero], axis=1),
     ]
     grid = [np.arange(0, 30, 5)] * 2 + [np.arange(-1, 1.5, 0.5)] + [np.arange(0, 2.5, 0.5)] * 2  # theirs: appendix D
-    family = _Family(lambda a, b, e, alpha, beta: Chinchilla(np.exp(e), np.exp(a), np.exp(b), alpha, beta), grid)
-    problem = Problem(np.stack(terms), loss, "huber", delta)
-    return _fit(family, problem, {"N": N, "D": D}, bootstraps, seed, level)
+    return Problem(np.stack(terms), loss, "huber", delta), _grid(grid)
 
 
 def fit_overtraining(N, D, loss, *, bootstraps: int = 0, seed: int = 0, level: float = 0.95) -> Fitted:
@@ -162,7 +171,7 @@ def fit_overtraining(N, D, loss, *, bootstraps: int = 0, seed: int = 0, level: f
         np.stack([zero, zero, one, zero], axis=1),
     ]
     grid = [np.log([1e2, 3e2, 1e3, 3e3])] * 2 + [np.log([0.1, 1, 2, 10]), np.array([-0.1, -0.3])]  # as released
-    family = _Family(lambda a, b, E, e: OverTraining(np.exp(E), np.exp(a), np.exp(b), e), grid)
+    family = _Family(lambda a, b, E, e: OverTraining(np.exp(E), np.exp(a), np.exp(b), e), _grid(grid))
     return _fit(family, Problem(np.stack(terms), loss, "squares", 1.0), {"N": N, "D": D}, bootstraps, seed, level)
 
 
@@ -180,19 +189,19 @@ def fit_power(
     zero, one = np.zeros_like(C), np.ones_like(C)
     terms = [np.stack([one, zero, -np.log(C)], axis=1), np.stack([zero, one, zero], axis=1)]
     grid = [np.arange(0, 30, 5), np.arange(-1, 1.5, 0.5), np.array([0.0, 0.05, 0.1, 0.2, 0.4])]
-    family = _Family(lambda K, E, gamma: PowerLaw(np.exp(E), np.exp(K), gamma), grid)
+    family = _Family(lambda K, E, gamma: PowerLaw(np.exp(E), np.exp(K), gamma), _grid(grid))
     return _fit(family, Problem(np.stack(terms), loss, "huber", delta), {"C": C}, bootstraps, seed, level, redrawn)
 
 
 class _Family(NamedTuple):
-    """How the fitted numbers make a law, and the values that each of them starts from."""
+    """How the fitted numbers make a law, and where their descents start, [starts, coefficients]."""
 
     law: Callable[..., Any]
-    grid: Sequence[np.ndarray]
+    starts: np.ndarray
 
-    @property
-    def starts(self) -> np.ndarray:
-        return np.array(list(itertools.product(*self.grid)))
+
+def _grid(axes: Sequence[np.ndarray]) -> np.ndarray:
+    return np.array(list(itertools.product(*axes)), float)
 
 
 def _check(columns: dict[str, Any], coefficients: int) -> None:
@@ -226,7 +235,7 @@ def _fit(
     if not 0 < level < 1:
         raise InputError(f"level={level}: wanted a number between 0 and 1, such as 0.95")
     starts, points = family.starts, len(problem.loss_N)
-    found = minimize(problem, starts, np.ones((len(starts), points)))
+    found = _descend_grid(problem, starts)
     best = int(np.argmin(found.objective_B))
     theta_P, size = found.theta_BP[best], starts.shape[1]
     agreed = _agree(found.objective_B, found.objective_B[best], problem)
@@ -234,8 +243,10 @@ def _fit(
     notes = []
     if found.gradient_B[best] > FLAT:
         notes.append(f"The fit has not converged: a gradient of {found.gradient_B[best]:.1e} is left.")
-    if agreed < len(starts) / 100:
-        notes.append(f"Only {agreed} of {len(starts)} starts ended in the best optimum found.")
+    if agreed < 2:
+        notes.append(
+            f"Only one of the {len(found.turns_B)} best starts ended in the optimum: there may be a lower one."
+        )
     samples, unconverged, weight_BN = {}, 0, None
     if redrawn is not None:
         weight_BN = np.ones(redrawn.shape)
@@ -246,7 +257,7 @@ def _fit(
             notes.append(f"{points} points for {size} coefficients: the intervals are rough at best.")
         weight_BN = resamples(points, bootstraps, size, np.random.default_rng(seed))
     if weight_BN is not None:
-        near_SP = starts[np.argsort(found.objective_B)[:NEAR]]
+        near_SP = neighbours(problem, starts)
         resampled = refit(problem, np.vstack([theta_P, near_SP]), weight_BN, redrawn)
         samples = dataclasses.asdict(family.law(*resampled.theta_BP.T))
         unconverged = int(np.sum(resampled.gradient_B > FLAT))
@@ -256,8 +267,21 @@ def _fit(
     law = type(law)(**{k: float(v) for k, v in dataclasses.asdict(law).items()})
     return Fitted(
         law, inputs, problem.loss_N, samples, float(found.objective_B[best]), float(found.gradient_B[best]),
-        len(starts), agreed, unconverged, level, tuple(notes),
+        len(found.turns_B), agreed, unconverged, level, tuple(notes),
     )  # fmt: skip
+
+
+def _descend_grid(problem: Problem, start_SP: np.ndarray) -> Minimum:
+    """A short descent from every start, then from the lowest FINAL of their ends until each has converged."""
+    first = minimize(problem, start_SP, np.ones((len(start_SP), len(problem.loss_N))), turns=SCREEN)
+    lowest = np.argsort(first.objective_B)[:FINAL]
+    return minimize(problem, first.theta_BP[lowest], np.ones((len(lowest), len(problem.loss_N))))
+
+
+def neighbours(problem: Problem, start_SP: np.ndarray) -> np.ndarray:
+    """The NEAR starts of the grid with the lowest objective as they stand."""
+    there = minimize(problem, start_SP, np.ones((len(start_SP), len(problem.loss_N))), turns=0)
+    return start_SP[np.argsort(there.objective_B)[:NEAR]]
 
 
 def resamples(points: int, number: int, least: int, rng: np.random.Generator) -> np.ndarray:
