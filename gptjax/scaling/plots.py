@@ -64,7 +64,9 @@ def _losses(fit: Fit) -> bytes:
     middle, low, high = fit.loss(n_opt, d_opt)
     ax.plot(over, middle, color="black", linestyle="--", linewidth=1.2, label="law at the best N and D", zorder=2)
     if low is not None:
-        ax.fill_between(over, low, high, color="black", alpha=0.12, linewidth=0, label=f"{fit.level:.0%} interval")
+        ax.fill_between(
+            over, low, high, color="black", alpha=0.12, linewidth=0, label=f"{fit.level:.0%} interval of one run"
+        )
     ax.axvline(c.max(), color=GREY, linewidth=0.8, linestyle=":")
     ax.annotate("largest fitted", (c.max(), 0.985), xycoords=("data", "axes fraction"), fontsize=8, color=GREY,
                 rotation=90, ha="right", va="top")  # fmt: skip
