@@ -199,6 +199,19 @@ def test_a_table_is_held_against_the_fit_row_by_row(fitted, table, tmp_path, cap
     assert len(load(tmp_path / "p.json")["rows"]) == 5
 
 
+def test_runs_that_are_planned_are_predicted_before_they_have_losses(fitted, table, tmp_path, capsys):
+    lines = [line.split(",") for line in table.read_text().splitlines()]
+    planned = tmp_path / "planned.csv"
+    planned.write_text("".join(",".join(line[:5]) + "\n" for line in (lines[0], *lines[-5:])))
+    out = said(capsys, "predict", fitted[0], "--against", planned, "--json", tmp_path / "p.json")
+    rows = load(tmp_path / "p.json")["rows"]
+    assert len(rows) == 5 and "5 planned runs" in out and not any({"loss", "error", "fitted"} & set(r) for r in rows)
+    said(capsys, "predict", fitted[0], "--against", table, "--json", tmp_path / "p.json")
+    later = load(tmp_path / "p.json")["rows"][-5:]  # the same numbers once the runs are there
+    for key in ("predicted", "interval", "two_point"):
+        assert [row[key] for row in rows] == [row[key] for row in later]
+
+
 def test_the_two_point_line_goes_through_the_best_runs_of_the_two_largest_budgets(table):
     points = read_table([table]).up_to(5e18)
     line = two_point(points)

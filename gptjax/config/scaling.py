@@ -58,7 +58,7 @@ class PredictConfig(Section):
     tokens: float = 0.0
     """Training tokens of that run."""
     against: str = ""
-    """A table of finished runs, each of which is predicted and compared."""
+    """A table of runs: each is predicted, and compared where the table has losses; without, they are yet to be run."""
     columns: tuple[str, ...] = ()
     """Columns of that table with other names, as FIELD=COLUMN; those of the fit are not taken over."""
     where: tuple[str, ...] = ()

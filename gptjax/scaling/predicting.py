@@ -14,6 +14,8 @@ from gptjax.scaling.saved import Fit, open_fit, write
 from gptjax.scaling.table import Table, read_table
 from gptjax.settings import InputError
 
+MOST_ROWS = 24  # of a table that the screen has; the JSON has all
+
 
 def predict(
     folder: str, cfg: PredictConfig, load_config: Callable[[Path], TrainConfig], show: Callable[[str], None]
@@ -131,21 +133,26 @@ def _against(
         where=cfg.where,
         count=settings["count"],
         flops_per=settings["flops_per"],
+        planned=True,
         load_config=load_config,
     )
-    outside = []
+    outside: list[str] = []
     for what, values in (("flops", table.flops), ("parameters", table.parameters), ("tokens", table.tokens)):
         for edge in (values.min(), values.max()):
             outside += fit.check(cfg.extrapolate, **{what: float(edge)})
     rows = compare(fit, table)
+    outside = list(dict.fromkeys(outside))
+    if np.isnan(table.loss).all():
+        made = {"planned": {"source": table.source, "sha256": table.sha256}, "rows": rows, "outside": outside}
+        return made, [*_planned(fit, table, rows), *_told(tuple(outside))]
     unseen = [row for row in rows if not row["fitted"]]
     made = {"against": {"source": table.source, "sha256": table.sha256}, "rows": rows, "outside": outside,
             "unseen": summary(unseen), "fitted": summary([row for row in rows if row["fitted"]])}  # fmt: skip
-    return made, _compared(fit, table, rows, made) + _told(tuple(dict.fromkeys(outside)))
+    return made, _compared(fit, table, rows, made) + _told(tuple(outside))
 
 
 def compare(fit: Fit, table: Table) -> list[dict[str, Any]]:
-    """Each row of a table beside its prediction; errors are relative to the observed loss.
+    """Each row of a table beside its prediction; errors are relative to the observed loss, where there is one.
 
     `fitted` says whether a row of this size, tokens and loss was among the fitted points.
     """
@@ -155,12 +162,17 @@ def compare(fit: Fit, table: Table) -> list[dict[str, Any]]:
     rows = []
     for i, (n, d, c, loss) in enumerate(zip(table.parameters, table.tokens, table.flops, table.loss)):
         row = {"name": table.names[i], "parameters": n, "tokens": d, "flops": c, "budget": table.budget[i]}
-        row |= {"loss": loss, "predicted": predicted[i], "error": predicted[i] / loss - 1}
-        row["fitted"] = (n, d, loss) in known
+        row["predicted"] = predicted[i]
         if low is not None and high is not None:
-            row |= {"interval": [low[i], high[i]], "within": bool(low[i] <= loss <= high[i])}
+            row["interval"] = [low[i], high[i]]
         if line is not None:
-            row |= {"two_point": float(line.loss(c)), "two_point_error": float(line.loss(c)) / loss - 1}
+            row["two_point"] = float(line.loss(c))
+        if np.isfinite(loss):
+            row |= {"loss": loss, "error": predicted[i] / loss - 1, "fitted": (n, d, loss) in known}
+            if "interval" in row:
+                row["within"] = bool(row["interval"][0] <= loss <= row["interval"][1])
+            if "two_point" in row:
+                row["two_point_error"] = row["two_point"] / loss - 1
         rows.append(row)
     return rows
 
@@ -191,13 +203,27 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return made
 
 
+def _planned(fit: Fit, table: Table, rows: list[dict[str, Any]]) -> list[str]:
+    lines = [f"{len(rows)} planned runs of {table.source} by {fit.source}: the table has no losses to compare",
+             f"{'':28} {'N':>9} {'D':>9} {'FLOPs':>9} {'predicted':>9} {f'{fit.level:.0%} interval':>17}"]  # fmt: skip
+    for row in rows[:MOST_ROWS]:
+        interval = row.get("interval")
+        spread = f"{interval[0]:.4f}-{interval[1]:.4f}" if interval else "-"
+        lines.append(f"  {row['name'][-26:]:26} {row['parameters']:9.3g} {row['tokens']:9.3g} {row['flops']:9.3g} "
+                     f"{row['predicted']:9.4f} {spread:>17}")  # fmt: skip
+    return lines + _more(rows)
+
+
+def _more(rows: list[dict[str, Any]]) -> list[str]:
+    return [f"... and {len(rows) - MOST_ROWS} more rows; --json FILE has all"] if len(rows) > MOST_ROWS else []
+
+
 def _compared(fit: Fit, table: Table, rows: list[dict[str, Any]], made: dict[str, Any]) -> list[str]:
     lines = [f"{len(rows)} rows of {table.source} against {fit.source}; errors are (predicted - observed) / observed",
              f"{'':28} {'N':>9} {'D':>9} {'FLOPs':>9} {'loss':>8} {'predicted':>9} {'error':>8} "
              f"{'interval':>17}  {'two-point':>9}"]  # fmt: skip
-    most = 24
     order = sorted(rows, key=lambda row: (row["fitted"], -row["flops"]))
-    for row in order[:most]:
+    for row in order[:MOST_ROWS]:
         interval = row.get("interval")
         spread = f"{interval[0]:.4f}-{interval[1]:.4f}{' ' if row['within'] else '!'}" if interval else "-"
         line = f"{100 * row['two_point_error']:+8.2f}%" if "two_point_error" in row else "-"
@@ -206,8 +232,7 @@ def _compared(fit: Fit, table: Table, rows: list[dict[str, Any]], made: dict[str
             f"{row['flops']:9.3g} {row['loss']:8.4f} {row['predicted']:9.4f} {100 * row['error']:+7.2f}% "
             f"{spread:>17} {line:>9}"
         )
-    if len(rows) > most:
-        lines.append(f"... and {len(rows) - most} more rows; --json FILE has all")
+    lines += _more(rows)
     for name in ("unseen", "fitted"):
         s = made[name]
         if not s["rows"]:

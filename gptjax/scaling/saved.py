@@ -65,9 +65,13 @@ class Fit:
         """(N, D) of the least loss at these FLOPs, by the law."""
         return self.law.optimal(flops, self.flops_per)
 
-    def loss(self, N: Any, D: Any, new_run: bool = True) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-        """(loss, low, high) of runs; low and high are None where the fit has no intervals."""
-        loss, low, high = self.fitted.predict(N, D, new_run=new_run)
+    def loss(self, N: Any, D: Any) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+        """(loss, low, high) of runs, arrays [runs]; low and high are None where the fit has no intervals.
+
+        Each run is predicted by itself, so that its interval does not depend on which others are asked for.
+        """
+        runs = zip(*np.broadcast_arrays(*np.atleast_1d(N, D)), strict=True)
+        loss, low, high = np.concatenate([self.fitted.predict(n, d) for n, d in runs], axis=1)
         return (loss, None, None) if np.isnan(low).any() else (loss, low, high)
 
     def decades_beyond(self, what: str, value: float) -> float:

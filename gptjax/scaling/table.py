@@ -93,12 +93,14 @@ def read_table(
     where: Iterable[str] = (),
     count: str = "total",
     flops_per: float = 6.0,
+    planned: bool = False,
     load_config: Callable[[Path], TrainConfig] | None = None,
 ) -> Table:
     """Reads a table of runs: a CSV, a JSONL, the folder of a sweep, or the folders of runs.
 
     `columns` are FIELD=COLUMN, `where` are conditions such as dataset=rpj or tokens>=1e9, all of which a point meets.
-    `count` is the parameter count to use, "total" or "non-embedding". Where FLOPs are missing they are `flops_per` N D,
+    `count` is the parameter count to use, "total" or "non-embedding"; `planned` runs need no column of losses, which
+    are then NaN. Where FLOPs are missing they are `flops_per` N D,
     where tokens are, FLOPs / (flops_per N). `load_config` reads the settings of a run's folder. Raises InputError for
     anything that is wrong with the table, with the file and the line.
     """
@@ -106,7 +108,7 @@ def read_table(
     mapping = _mapping(rows, columns)
     notes: list[str] = list(rows.notes)
     size = _size(mapping, count, rows.source, notes)
-    for name in (size, "loss"):
+    for name in (size, *(() if planned else ("loss",))):
         if name not in mapping:
             raise _missing(name, rows)
     if "tokens" not in mapping and "flops" not in mapping:
@@ -151,7 +153,7 @@ def read_table(
         parameters=parameters,
         tokens=got["tokens"],
         flops=got["flops"],
-        loss=got["loss"],
+        loss=got.get("loss", np.full(len(kept), np.nan)),
         budget=got["budget"],
         curves=tuple(row.curve and Curve(*row.curve) for row in kept),
         evaluated=rows.evaluated,
