@@ -12,6 +12,8 @@ from gptjax.config import (
     ContinueConfig,
     DoctorConfig,
     EvalConfig,
+    FitConfig,
+    PredictConfig,
     PrepareConfig,
     ShowConfig,
     SweepConfig,
@@ -20,6 +22,7 @@ from gptjax.config import (
     VerifyConfig,
 )
 from gptjax.distributed import is_first, join_processes, leave, title
+from gptjax.flags import HELP, nothing_left, parse, positional, positionals
 from gptjax.paths.bucket import may_pass
 from gptjax.settings import InputError
 from gptjax.startup import tune_process
@@ -29,8 +32,6 @@ Verb = Callable[[list[str]], int]
 
 def tokenizer_train(args: list[str]) -> int:
     """tokenizer train          train a SentencePiece tokenizer on a text"""
-    from gptjax.flags import parse
-
     cfg = parse(TrainTokenizerConfig(), args, "gptjax tokenizer train")
     from gptjax.data.prepare import train_tokenizer
 
@@ -43,8 +44,6 @@ def tokenizer_train(args: list[str]) -> int:
 
 def prepare(args: list[str]) -> int:
     """prepare                  tokenise a text into a folder that training reads"""
-    from gptjax.flags import parse
-
     cfg = parse(PrepareConfig(), args, "gptjax prepare")
     from gptjax.data.prepare import prepare, progress_bar, report, train_on
 
@@ -57,9 +56,7 @@ def prepare(args: list[str]) -> int:
 
 def data_show(args: list[str]) -> int:
     """data show RUN            show exactly what the model saw at a step"""
-    run, args = _positional(args, "RUN", "gptjax data show RUN --step N")
-    from gptjax.flags import parse
-
+    run, args = positional(args, "RUN", "gptjax data show RUN --step N")
     cfg = parse(ShowConfig(), args, f"gptjax data show {run}")
     from gptjax.verbs import show_step
 
@@ -70,8 +67,8 @@ def data_show(args: list[str]) -> int:
 
 def data_verify(args: list[str]) -> int:
     """data verify FOLDER       check every file of a prepared folder against its manifest"""
-    folder, args = _positional(args, "FOLDER", "gptjax data verify FOLDER")
-    _nothing_left(args, "gptjax data verify FOLDER")
+    folder, args = positional(args, "FOLDER", "gptjax data verify FOLDER")
+    nothing_left(args, "gptjax data verify FOLDER")
     from gptjax.data.corpus import open_corpus
     from gptjax.data.prepare import report, train_on
 
@@ -85,8 +82,8 @@ def data_verify(args: list[str]) -> int:
 
 def pretrain(args: list[str]) -> int:
     """pretrain RECIPE          train a model, or go on with its run"""
-    name, args = _positional(args, "RECIPE", "gptjax pretrain configs/quickstart.py")
-    from gptjax.flags import load_recipe, origins, parse, take
+    name, args = positional(args, "RECIPE", "gptjax pretrain configs/quickstart.py")
+    from gptjax.flags import load_recipe, origins, take
 
     if name == "RECIPE":
         parse(TrainConfig(), args, "gptjax pretrain RECIPE")
@@ -118,9 +115,9 @@ PLAN = "gptjax plan RECIPE [--topology KIND:SIZE] [--json FILE] [--out FILE] [--
 
 def plan(args: list[str]) -> int:
     """plan RECIPE              memory, speed and price on --topology v5e:4x4, h100:8 ..., before any bill"""
-    name, args = _positional(args, "RECIPE", "gptjax plan configs/llama_8b.py --topology v5p:4x4x4")
+    name, args = positional(args, "RECIPE", "gptjax plan configs/llama_8b.py --topology v5p:4x4x4")
     os.environ["JAX_PLATFORMS"] = "cpu"  # a GPU or TPU that is here is not taken
-    from gptjax.flags import load_recipe, parse, take
+    from gptjax.flags import load_recipe, take
 
     if name == "RECIPE":
         parse(TrainConfig(), args, PLAN)
@@ -148,8 +145,8 @@ def plan(args: list[str]) -> int:
 
 def sweep(args: list[str]) -> int:
     """sweep RECIPE --out DIR   train a grid of budgets and sizes, one trunk for all horizons of a size"""
-    name, args = _positional(args, "RECIPE", "gptjax sweep modern --out DIR --grid 1e17:4,6 3e17:4,6,8")
-    from gptjax.flags import load_recipe, parse
+    name, args = positional(args, "RECIPE", "gptjax sweep modern --out DIR --grid 1e17:4,6 3e17:4,6,8")
+    from gptjax.flags import load_recipe
 
     cfg = parse(SweepConfig(), args, f"gptjax sweep {name}")
     from gptjax.sweep.work import sweep
@@ -162,9 +159,7 @@ def sweep(args: list[str]) -> int:
 
 def evaluate(args: list[str]) -> int:
     """eval RUN                 loss, perplexity and bits per byte on the validation split"""
-    run, args = _positional(args, "RUN", "gptjax eval RUN")
-    from gptjax.flags import parse
-
+    run, args = positional(args, "RUN", "gptjax eval RUN")
     cfg = parse(EvalConfig(), args, f"gptjax eval {run}")
     tune_process()
     from gptjax.verbs import evaluate_run
@@ -178,9 +173,7 @@ def evaluate(args: list[str]) -> int:
 
 def generate(args: list[str]) -> int:
     """generate RUN             continue prompts"""
-    run, args = _positional(args, "RUN", 'gptjax generate RUN --prompt "Once upon a time"')
-    from gptjax.flags import parse
-
+    run, args = positional(args, "RUN", 'gptjax generate RUN --prompt "Once upon a time"')
     cfg = parse(ContinueConfig(), args, f"gptjax generate {run}")
     tune_process(rows=len(cfg.prompt))
     from gptjax.verbs import generate_run
@@ -196,8 +189,8 @@ def generate(args: list[str]) -> int:
 
 def checkpoint_list(args: list[str]) -> int:
     """checkpoint list RUN      what checkpoints a run has"""
-    run, args = _positional(args, "RUN", "gptjax checkpoint list RUN")
-    _nothing_left(args, "gptjax checkpoint list RUN")
+    run, args = positional(args, "RUN", "gptjax checkpoint list RUN")
+    nothing_left(args, "gptjax checkpoint list RUN")
     from gptjax.trained import open_checkpoints
 
     checkpoints = open_checkpoints(run)
@@ -209,8 +202,8 @@ def checkpoint_list(args: list[str]) -> int:
 
 def checkpoint_verify(args: list[str]) -> int:
     """checkpoint verify RUN    check every checkpoint's files and numbers"""
-    run, args = _positional(args, "RUN", "gptjax checkpoint verify RUN")
-    _nothing_left(args, "gptjax checkpoint verify RUN")
+    run, args = positional(args, "RUN", "gptjax checkpoint verify RUN")
+    nothing_left(args, "gptjax checkpoint verify RUN")
     from gptjax.trained import open_checkpoints
 
     checkpoints, bad = open_checkpoints(run), 0
@@ -224,11 +217,33 @@ def checkpoint_verify(args: list[str]) -> int:
     return 0
 
 
+def fit(args: list[str]) -> int:
+    """fit TABLE [--out DIR]    fit a scaling law to finished runs (a CSV, a sweep, runs): intervals, plots, a report"""
+    tables, args = positionals(args, "TABLE", "gptjax fit TABLE --out DIR")
+    cfg = parse(FitConfig(), args, "gptjax fit TABLE")
+    from gptjax.run import load_config
+    from gptjax.scaling.fitting import fit
+
+    _next(fit(tables, cfg, load_config, _print, _say))
+    return 0
+
+
+def predict(args: list[str]) -> int:
+    """predict FIT              the loss that a budget or a run will reach, or how far a fit was off on a table"""
+    folder, args = positional(args, "FIT", "gptjax predict FIT --flops 1e21")
+    cfg = parse(PredictConfig(), args, f"gptjax predict {folder}")
+    from gptjax.run import load_config
+    from gptjax.scaling.predicting import predict
+
+    _next(predict(folder, cfg, load_config, _print))
+    return 0
+
+
 def import_run(args: list[str]) -> int:
     """import SOURCE RUN        make a run of a Hugging Face GPT-2, Llama, Mistral or Qwen3 folder"""
-    source, args = _positional(args, "SOURCE", "gptjax import SOURCE RUN")
-    run, args = _positional(args, "RUN", "gptjax import SOURCE RUN")
-    _nothing_left(args, "gptjax import SOURCE RUN")
+    source, args = positional(args, "SOURCE", "gptjax import SOURCE RUN")
+    run, args = positional(args, "RUN", "gptjax import SOURCE RUN")
+    nothing_left(args, "gptjax import SOURCE RUN")
     from gptjax.verbs import import_run
 
     _say(import_run(source, run))
@@ -238,8 +253,6 @@ def import_run(args: list[str]) -> int:
 
 def verify(args: list[str]) -> int:
     """verify                   prove on these devices that every mesh and setting gives the same numbers"""
-    from gptjax.flags import parse
-
     cfg = parse(VerifyConfig(), args, "gptjax verify")
     _start(cfg)
     from gptjax.verify.checks import verify
@@ -253,8 +266,6 @@ def verify(args: list[str]) -> int:
 
 def doctor(args: list[str]) -> int:
     """doctor                   what this machine and its cluster can do, and what is wrong with them"""
-    from gptjax.flags import parse
-
     cfg = parse(DoctorConfig(), args, "gptjax doctor")
     from gptjax.doctor.examine import examine
 
@@ -276,6 +287,8 @@ VERBS: dict[str, Verb] = {
     "generate": generate,
     "checkpoint list": checkpoint_list,
     "checkpoint verify": checkpoint_verify,
+    "fit": fit,
+    "predict": predict,
     "import": import_run,
     "verify": verify,
     "doctor": doctor,
@@ -288,8 +301,8 @@ usage: gptjax VERB ... [--help]
 {chr(10).join("  " + str(verb.__doc__) for verb in VERBS.values())}
 
 RECIPE is a Python file of settings (configs/quickstart.py) or the name of a shipped one (quickstart); some have a dial:
-gptjax pretrain modern --size 4. RUN is the folder that a training verb wrote. Every verb has --help, with every
-setting by its dotted name.
+gptjax pretrain modern --size 4. RUN is the folder that a training verb wrote. TABLE is a CSV or JSONL of finished runs,
+or their folders; FIT is the folder that fit wrote. Every verb has --help, with every setting by its dotted name.
 
 Start here: gptjax pretrain configs/quickstart.py
 """
@@ -338,28 +351,6 @@ def _dispatch(args: list[str]) -> int:
     raise InputError(
         f"there is no verb {args[0]!r}" + (f"; did you mean {close[0]!r}?" if close else "; see gptjax --help")
     )
-
-
-HELP = ("-h", "--help")
-
-
-def _positional(args: list[str], name: str, example: str) -> tuple[str, list[str]]:
-    """Takes the first argument, which must be a word; where help is asked for instead, the name stands for it."""
-    if args and args[0] in HELP:
-        return name, args
-    if not args or args[0].startswith("-"):
-        got = f"got {args[0]}" if args else "got nothing"
-        raise InputError(f"{name} is missing ({got}); wanted e.g. {example}")
-    return args[0], args[1:]
-
-
-def _nothing_left(args: list[str], usage: str) -> None:
-    """For verbs without settings: prints the usage where help is asked for, and refuses anything else."""
-    if args and args[0] in HELP:
-        print(f"usage: {usage}")
-        raise SystemExit(0)
-    if args:
-        raise InputError(f"unexpected {args[0]!r}; wanted {usage}")
 
 
 def _start(cfg: Any) -> None:

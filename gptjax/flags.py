@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from gptjax.settings import InputError, leaves, unknown_name
 
 T = TypeVar("T")
+HELP = ("-h", "--help")
 
 
 def parse(default: T, args: list[str], prog: str, description: str = "") -> T:
@@ -112,6 +113,32 @@ def take(args: list[str], flag: str) -> tuple[str, list[str]]:
         elif not (value := given if equals else next(words, "")):
             raise InputError(f"--{flag}: a value is missing")
     return value, rest
+
+
+def positional(args: list[str], name: str, example: str) -> tuple[str, list[str]]:
+    """Takes the first argument, which must be a word; where help is asked for instead, the name stands for it."""
+    if args and args[0] in HELP:
+        return name, args
+    if not args or args[0].startswith("-"):
+        got = f"got {args[0]}" if args else "got nothing"
+        raise InputError(f"{name} is missing ({got}); wanted e.g. {example}")
+    return args[0], args[1:]
+
+
+def positionals(args: list[str], name: str, example: str) -> tuple[list[str], list[str]]:
+    """Takes the words before the first setting, of which there must be one at least."""
+    first, args = positional(args, name, example)
+    words = list(itertools.takewhile(lambda arg: not arg.startswith("-"), args))
+    return [first, *words], args[len(words) :]
+
+
+def nothing_left(args: list[str], usage: str) -> None:
+    """For verbs without settings: prints the usage where help is asked for, and refuses anything else."""
+    if args and args[0] in HELP:
+        print(f"usage: {usage}")
+        raise SystemExit(0)
+    if args:
+        raise InputError(f"unexpected {args[0]!r}; wanted {usage}")
 
 
 def load_recipe(name: str) -> Recipe:

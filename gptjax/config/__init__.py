@@ -9,6 +9,7 @@ from gptjax.config.data import DataConfig, PrepareConfig, ShowConfig
 from gptjax.config.generation import ContinueConfig, GenerateConfig
 from gptjax.config.model import ModelConfig
 from gptjax.config.optim import OptimConfig
+from gptjax.config.scaling import FitConfig, PredictConfig
 from gptjax.config.sweep import SweepConfig
 from gptjax.config.tokenizer import TokenizerConfig, TrainTokenizerConfig
 from gptjax.config.training import (
@@ -25,6 +26,7 @@ from gptjax.config.training import (
 
 __all__ = [
     "EXTENDABLE", "FREE", "SCHEMA", "CheckpointConfig", "ContinueConfig", "DataConfig", "DoctorConfig", "EvalConfig",
-    "EvaluateConfig", "GenerateConfig", "MeshConfig", "ModelConfig", "OptimConfig", "PrepareConfig", "ShowConfig",
-    "SweepConfig", "TokenizerConfig", "TrainConfig", "TrainTokenizerConfig", "VerifyConfig", "frozen_changes",
+    "EvaluateConfig", "FitConfig", "GenerateConfig", "MeshConfig", "ModelConfig", "OptimConfig", "PredictConfig",
+    "PrepareConfig", "ShowConfig", "SweepConfig", "TokenizerConfig", "TrainConfig", "TrainTokenizerConfig",
+    "VerifyConfig", "frozen_changes",
 ]  # fmt: skip

@@ -1,1 +1,1 @@
-"""Parameter and FLOP counts, and the scaling laws built on them."""
+"""Parameter and FLOP counts, the scaling laws built on them, and fits of those laws to runs."""

@@ -1,0 +1,176 @@
+"""How long a fit of a scaling law takes beside scipy in a loop, and whether its intervals hold what they promise.
+
+    python benchmarks/scaling_fit.py --out benchmarks/results             # speed, about 5 minutes on 2 cores
+    python benchmarks/scaling_fit.py --out benchmarks/results --coverage  # and 400 replicas, about 10 more
+
+The runs are made: losses of the law of Hoffmann et al. 2022 at 10 budgets from 1e17 to 1e21 FLOPs, 25 token counts each
+from D_opt / 8 to 8 D_opt, times exp(0.01 z) with z normal.
+
+speed: fit_chinchilla on the 250 runs with 1,000 bootstraps, compilation included, on a second table of the same law and
+size. scipy's L-BFGS-B does the same in a loop: the same objective (in NumPy, with its gradient written out) in the same
+centred coordinates, from the same starts. Its grid is every 50th of the 4,500 starts, its bootstraps the first 10; both
+are timed and scaled up. Two totals: with its whole grid carried to the end, and with the screening that ours does,
+which scipy is given for nothing: only the 256 descents after it are counted. Beside them, how much higher scipy's
+objectives are than ours, and ours than those of the whole grid carried to the end (the point fit, 1 bootstrap).
+
+coverage: 400 tables at 5 budgets of 16 runs, noise of 1 %, each fitted with 400 bootstraps; the share of replicas whose
+95 % interval holds the true coefficient. --replicas and --bootstraps make it shorter.
+"""
+
+import argparse
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from facts import facts, write_report
+
+from gptjax.scaling import fits
+from gptjax.scaling.fits import Fitted, fit_chinchilla, refit, resamples
+from gptjax.scaling.laws import HOFFMANN
+
+DELTA, NOISE, BOOTSTRAPS, SEED = 1e-3, 0.01, 1000, 0
+GRID_STRIDE, SCIPY_BOOTSTRAPS, WHOLE_GRID_BOOTSTRAPS = 50, 10, 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the dated report")
+    parser.add_argument("--coverage", action="store_true", help="measure the intervals too")
+    parser.add_argument("--replicas", type=int, default=400)
+    parser.add_argument("--bootstraps", type=int, default=400)
+    args = parser.parse_args()
+
+    device = f"{platform.machine()} {jax.default_backend()}, {os.cpu_count()} cores"
+    report = facts(device, "jax", "scipy", "numpy") | {"noise": NOISE, "delta": DELTA, "seed": SEED}
+    report["speed"] = speed()
+    print(report["speed"])
+    if args.coverage:
+        report["coverage"] = coverage(args.replicas, args.bootstraps)
+        print(report["coverage"])
+    print(f"wrote {write_report(report, args.out, 'scaling_fit')}")
+
+
+def table(budgets: int, per_budget: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """N, D and noisy loss of runs at budgets from 1e17 to 1e21, from an eighth of D_opt to 8 times it."""
+    flops = np.logspace(17, 21, budgets)
+    _, best = HOFFMANN.optimal(flops)
+    D = np.ravel(best[:, None] * np.geomspace(1 / 8, 8, per_budget))
+    N = np.repeat(flops, per_budget) / 6 / D
+    return N, D, HOFFMANN.loss(N, D) * np.exp(NOISE * rng.normal(size=len(N)))
+
+
+def speed() -> dict[str, Any]:
+    rng = np.random.default_rng(SEED)
+    began = time.perf_counter()
+    fitted = fit_chinchilla(*table(10, 25, rng), bootstraps=BOOTSTRAPS, seed=SEED)
+    first = time.perf_counter() - began
+    N, D, loss = table(10, 25, rng)
+    began = time.perf_counter()
+    fitted = fit_chinchilla(N, D, loss, bootstraps=BOOTSTRAPS, seed=SEED)
+    ours = time.perf_counter() - began
+
+    problem, starts = fits.chinchilla_problem(N, D, loss, DELTA)
+    weight_BN = resamples(len(N), BOOTSTRAPS, 5, np.random.default_rng(SEED))
+    near_SP = np.vstack([theta(fitted), fits.neighbours(problem, starts)])
+    own = refit(problem, near_SP, weight_BN[:SCIPY_BOOTSTRAPS])
+    whole = np.vstack([np.ones((1, len(N))), weight_BN[:WHOLE_GRID_BOOTSTRAPS]])
+    best = refit(problem, starts, whole).objective_B  # every start, to the end
+    mine = np.append(fitted.objective, own.objective_B[:WHOLE_GRID_BOOTSTRAPS])
+
+    scipy = Scipy(N, D, loss)
+    share = starts[::GRID_STRIDE]
+    began = time.perf_counter()
+    grid = [scipy.fit(start, np.ones(len(N)))[0] for start in share]
+    a_start = (time.perf_counter() - began) / len(share)
+    began = time.perf_counter()
+    found = [min(scipy.fit(start, weight)[0] for start in near_SP) for weight in weight_BN[:SCIPY_BOOTSTRAPS]]
+    a_bootstrap = (time.perf_counter() - began) / SCIPY_BOOTSTRAPS
+
+    whole_grid = len(starts) * a_start + BOOTSTRAPS * a_bootstrap
+    screened = fits.FINAL * a_start + BOOTSTRAPS * a_bootstrap
+    return {
+        "points": len(N), "bootstraps": BOOTSTRAPS, "starts": len(starts), "starts_of_a_bootstrap": len(near_SP),
+        "seconds": ours, "seconds_with_compilation": first,
+        "scipy_seconds_scaled": whole_grid, "scipy_seconds_scaled_screened": screened,
+        "scipy_ms_a_start": 1e3 * a_start, "scipy_ms_a_bootstrap": 1e3 * a_bootstrap,
+        "scipy_timed": {"starts": len(share), "bootstraps": SCIPY_BOOTSTRAPS},
+        "times_faster": whole_grid / ours, "times_faster_screened": screened / ours,
+        "gradient": fitted.gradient, "gradient_of_bootstraps": float(own.gradient_B.max()),
+        "unconverged": fitted.unconverged, "starts_agreed": f"{fitted.agreed} of {fitted.starts}",
+        "objective": fitted.objective, "objective_scipy": min(grid),
+        "scipy_above_ours_in_bootstraps": float(np.max(np.array(found) / own.objective_B - 1)),
+        "ours_above_the_whole_grid": float(np.max(mine / best - 1)),
+    }  # fmt: skip
+
+
+def theta(fitted: Fitted) -> np.ndarray:
+    """The law as what is fitted: log A, log B, log E, alpha, beta."""
+    law = fitted.law
+    return np.array([np.log(law.A), np.log(law.B), np.log(law.E), law.alpha, law.beta])
+
+
+class Scipy:
+    """The same objective and coordinates for scipy.optimize.minimize, one start and one resample at a time."""
+
+    def __init__(self, N: np.ndarray, D: np.ndarray, loss: np.ndarray):
+        x, y = np.log(N), np.log(D)
+        self.mean, self.spread = (x.mean(), y.mean()), (x.std(), y.std())
+        self.x, self.y = (x - x.mean()) / x.std(), (y - y.mean()) / y.std()
+        self.log_loss = np.log(loss)
+
+    def value_and_gradient(self, phi: np.ndarray, weight: np.ndarray) -> tuple[float, np.ndarray]:
+        a, b, e, alpha, beta = phi
+        first, second = a - alpha * self.x, b - beta * self.y
+        top = np.maximum(np.maximum(first, second), e)
+        p, q, r = np.exp(first - top), np.exp(second - top), np.exp(e - top)
+        total = p + q + r
+        error = top + np.log(total) - self.log_loss
+        pull = np.clip(error, -DELTA, DELTA)
+        share = weight * pull / total / (DELTA * len(weight))
+        p, q, r = share * p, share * q, share * r
+        gradient = np.array([p.sum(), q.sum(), r.sum(), -(p @ self.x), -(q @ self.y)])
+        return float(weight @ (pull * (error - pull / 2))) / (DELTA * len(weight)), gradient
+
+    def fit(self, start: np.ndarray, weight: np.ndarray) -> tuple[float, np.ndarray]:
+        """The objective as a sum over points, and where it is least."""
+        import scipy.optimize
+
+        a, b, e, alpha, beta = start
+        (mx, my), (sx, sy) = self.mean, self.spread
+        phi = np.array([a - alpha * mx, b - beta * my, e, alpha * sx, beta * sy])
+        settings = {"maxiter": 2000, "maxfun": 4000, "ftol": 1e-14, "gtol": 1e-8}
+        found = scipy.optimize.minimize(
+            self.value_and_gradient, phi, (weight,), jac=True, method="L-BFGS-B", options=settings
+        )
+        return float(found.fun) * DELTA * len(weight), found.x
+
+
+def coverage(replicas: int, bootstraps: int) -> dict[str, Any]:
+    """The share of replicas whose 95 % interval holds the truth, of each coefficient and of two that follow."""
+    rng = np.random.default_rng(SEED + 1)
+    held, wide, unconverged, began = [], [], 0, time.perf_counter()
+    truth = {name: getattr(HOFFMANN, name) for name in ("E", "A", "B", "alpha", "beta")}
+    for replica in range(replicas):
+        fitted = fit_chinchilla(*table(5, 16, rng), bootstraps=bootstraps, seed=replica)
+        edges = {name: fitted.interval(name) for name in truth}
+        edges["a"] = fitted.of(lambda law: law.exponents[0])[1:]
+        edges["N_opt at 1e22"] = fitted.of(lambda law: law.optimal(1e22)[0])[1:]
+        true = truth | {"a": HOFFMANN.exponents[0], "N_opt at 1e22": HOFFMANN.optimal(1e22)[0]}
+        held.append([low <= true[name] <= high for name, (low, high) in edges.items()])
+        wide.append([(high - low) / true[name] for name, (low, high) in edges.items()])
+        unconverged += fitted.unconverged
+        names = list(edges)
+    share, width = np.mean(held, axis=0), np.median(wide, axis=0)
+    return {
+        "replicas": replicas, "points": 80, "bootstraps": bootstraps, "noise": NOISE,
+        "share_that_hold": dict(zip(names, share.tolist())), "relative_width": dict(zip(names, width.tolist())),
+        "unconverged": unconverged, "seconds": time.perf_counter() - began,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

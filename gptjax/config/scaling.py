@@ -1,0 +1,79 @@
+"""How a scaling law is fitted to a table of runs, and what is predicted with it."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from gptjax.settings import Section
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig(Section):
+    """Fit a scaling law to a table of finished runs, with intervals, and write a report."""
+
+    out: str = "fit"
+    """Folder for fit.json, report.html and the plots."""
+    law: Literal["chinchilla", "overtraining"] = "chinchilla"
+    """Law of the loss: chinchilla, E + A/N^alpha + B/D^beta (Hoffmann et al. 2022); overtraining, the same with one
+    exponent, by least squares (Gadre et al. 2024): from 4 points on."""
+    approach: Literal["all", "envelope", "isoflop", "parametric"] = "all"
+    """Which of the three ways of Hoffmann et al. 2022 to N-opt and D-opt: all that the table allows, or this one."""
+    columns: tuple[str, ...] = ()
+    """Columns with other names, as FIELD=COLUMN: loss=loss__c4 parameters=size."""
+    where: tuple[str, ...] = ()
+    """Points to use, by conditions that all must hold: dataset=rpj,c4 tokens>=1e9 (=, !=, <, <=, >, >=)."""
+    max_flops: float = 0.0
+    """Leave out points whose budget (or FLOPs) is above this, so that they can be predicted; 0: use all."""
+    count: Literal["total", "non-embedding"] = "total"
+    """Which parameters N counts."""
+    flops_per: float = 6.0
+    """FLOPs a parameter and token, for tables without a column of FLOPs or of tokens: C = 6 N D."""
+    delta: float = 1e-3
+    """Where the Huber loss on log loss turns from squares to absolute values."""
+    bootstraps: int = 1000
+    """Resampled tables behind each interval; 0: no intervals."""
+    level: float = 0.95
+    """Share of the resampled fits that an interval holds."""
+    seed: int = 0
+    """Seed of the resampling."""
+
+    def __post_init__(self):
+        self.require(bool(self.out), "out", "a folder")
+        self.require_positive("flops_per", "delta")
+        self.require_numbers(0, math.inf, "max_flops")
+        self.require_numbers(0, 100_000, "bootstraps")
+        self.require(self.bootstraps == 0 or self.bootstraps >= 20, "bootstraps", "0, or at least 20 for an interval")
+        self.require_numbers(0, 2**32 - 1, "seed")
+        self.require(0 < self.level < 1, "level", "above 0 and below 1", "e.g. 0.95")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig(Section):
+    """Predict with a fit: the best run for a budget, the loss of a run, or the losses of a whole table."""
+
+    flops: float = 0.0
+    """A budget: the parameters and tokens that are best for it, and their loss."""
+    parameters: float = 0.0
+    """Parameters of a run whose loss is wanted; with --tokens."""
+    tokens: float = 0.0
+    """Training tokens of that run."""
+    against: str = ""
+    """A table of runs: each is predicted, and compared where the table has losses; without, they are yet to be run."""
+    columns: tuple[str, ...] = ()
+    """Columns of that table with other names, as FIELD=COLUMN; those of the fit are not taken over."""
+    where: tuple[str, ...] = ()
+    """Rows of that table to compare: flops>1e18."""
+    recipe: Literal["steplaw", "deepseek", "kaplan"] = "steplaw"
+    """Whose rule recommends a batch size and a learning rate."""
+    extrapolate: bool = False
+    """Go further than a decade beyond the fitted points."""
+    json: str = ""
+    """File for the predictions."""
+
+    def __post_init__(self):
+        self.require_numbers(0, math.inf, "flops", "parameters", "tokens")
+        run, asked = self.parameters > 0 or self.tokens > 0, (self.flops > 0) + bool(self.against)
+        if run:
+            self.require(self.parameters > 0, "parameters", "the parameters of the run, beside --tokens")
+            self.require(self.tokens > 0, "tokens", "the tokens of the run, beside --parameters")
+        self.require(asked + run < 2, "flops", "one of --flops, --parameters with --tokens, and --against")

@@ -1,0 +1,209 @@
+"""L-BFGS on many small fits at once: every start and every resample is a lane of one batch, in JAX and float64.
+
+A model here is a sum of exponentials whose logarithms are linear in its P parameters: term k of point n is
+exp(design_KNP[k, n] . theta_P), and a prediction is the sum over the K terms. Each term has an intercept of its own
+(parameter k); the rest of the parameters are slopes. Chinchilla's law is such a sum, with (A, B, E) as intercepts.
+
+Lanes take turns without waiting for each other: a turn evaluates every lane once, at its own step along its own
+direction; a lane whose step is good enough moves on, another shortens its step.
+Letters: B lanes, K terms, N points, P parameters, M pairs remembered.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+LANES = 128  # lanes of a call: its arrays stay in the cache, and it ends when its own lanes have
+MEMORY = 8
+TOLERANCE = 1e-8  # of the gradient's largest entry: see Minimum
+GIVEN_UP = 1e-11  # a step this short says that the objective can't be told apart any more
+
+
+class Problem(NamedTuple):
+    """Points and how far from them a prediction may be.
+
+    `huber`: Huber's function of width delta on log prediction - log loss. `squares`: half the squared difference of
+    prediction and loss.
+    """
+
+    design_KNP: np.ndarray
+    loss_N: np.ndarray
+    residual: Literal["huber", "squares"]
+    delta: float
+
+
+class Minimum(NamedTuple):
+    """Where each lane ended: parameters, the objective as a sum over points, the gradient that is left, turns taken.
+
+    The gradient is of the mean over points, divided by delta for `huber` (so its largest possible entry is about 1),
+    in coordinates where slopes are in units of one standard deviation of what they multiply.
+    """
+
+    theta_BP: np.ndarray
+    objective_B: np.ndarray
+    gradient_B: np.ndarray
+    turns_B: np.ndarray
+
+
+def minimize(
+    problem: Problem, start_BP: np.ndarray, weight_BN: np.ndarray, loss_BN: np.ndarray | None = None, turns: int = 600
+) -> Minimum:
+    """Descends from every row of start_BP, each with its own weights of the points, for at most `turns` turns.
+
+    loss_BN: losses of each row in place of the problem's.
+    """
+    basis_PP = _coordinates(problem.design_KNP)
+    scale = len(problem.loss_N) * (problem.delta if problem.residual == "huber" else 1.0)
+    start_BP = np.linalg.solve(basis_PP, start_BP.T).T
+    if loss_BN is None:
+        loss_BN = np.broadcast_to(problem.loss_N, weight_BN.shape)
+    lanes = -(-len(start_BP) // LANES) * LANES
+    pad = np.arange(lanes) % len(start_BP)
+
+    def part(begin: int) -> tuple[np.ndarray, ...]:
+        rows = pad[begin : begin + LANES]
+        with jax.enable_x64(True):  # thread-local: nobody else's arrays change type
+            out = _descend(
+                start_BP[rows],
+                np.asarray(weight_BN[rows], float),
+                problem.design_KNP @ basis_PP,
+                np.asarray(loss_BN[rows], float),
+                problem.delta,
+                scale,
+                turns,
+                residual=problem.residual,
+            )
+            return tuple(np.asarray(x) for x in out)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = [np.concatenate(x)[: len(start_BP)] for x in zip(*pool.map(part, range(0, lanes, LANES)))]
+    phi_BP, value_B, gradient_B, turns_B = parts
+    return Minimum(phi_BP @ basis_PP.T, value_B * scale, gradient_B, turns_B)
+
+
+def _coordinates(design_KNP: np.ndarray) -> np.ndarray:
+    """The basis in which slopes are scaled and intercepts are a term's mean height: without it, they trade off.
+
+    theta = basis_PP @ phi; A and alpha of a law nearly cancel along a line, which a few turns can't follow.
+    """
+    terms, _, size = design_KNP.shape
+    basis_PP = np.eye(size)
+    for slope in range(terms, size):
+        spread = design_KNP[:, :, slope].std(axis=1).max() or 1.0
+        basis_PP[slope, slope] = 1 / spread
+        basis_PP[:terms, slope] = -design_KNP[:, :, slope].mean(axis=1) / spread
+    return basis_PP
+
+
+@partial(jax.jit, static_argnames="residual")
+def _descend(phi_BP, weight_BN, design_KNP, loss_BN, delta, scale, turns, *, residual):
+    value_and_gradient = partial(
+        _objective, weight_BN=weight_BN, design_KNP=design_KNP, loss_BN=loss_BN, delta=delta, scale=scale, kind=residual
+    )
+    value_B, gradient_BP = value_and_gradient(phi_BP)
+    lanes, size = phi_BP.shape
+    empty = jnp.zeros((MEMORY, lanes, size))
+    state = {
+        "phi": phi_BP, "value": value_B, "gradient": gradient_BP, "steps": empty, "changes": empty,
+        "direction": -gradient_BP, "length": 1 / jnp.maximum(1.0, _largest(gradient_BP)),
+        "done": _largest(gradient_BP) < TOLERANCE, "turns": jnp.zeros(lanes, int),
+    }  # fmt: skip
+
+    def turn(carry):
+        i, old = carry
+        step_BP = old["length"][:, None] * old["direction"]
+        value_B, gradient_BP = value_and_gradient(old["phi"] + step_BP)
+        slope_B = _dot(step_BP, old["gradient"])
+        # Near the end the objective's own rounding is larger than the fall: that much of a rise is let pass.
+        good_B = (value_B <= old["value"] + 1e-4 * slope_B + 1e-15 * jnp.abs(old["value"])) & ~old["done"]
+        moved = _moved(old, step_BP, value_B, gradient_BP)
+        # The least point of the parabola through both values and the slope, within a tenth and a half.
+        shorter_B = jnp.clip(-slope_B / (2 * (value_B - old["value"] - slope_B)), 0.1, 0.5)
+        shorter_B = jnp.where(jnp.isfinite(shorter_B), shorter_B, 0.1) * old["length"]
+        stuck_B = ~good_B & (_largest(old["direction"]) * shorter_B < GIVEN_UP)
+        kept = old | {"length": shorter_B, "done": stuck_B}
+        new = {k: jnp.where(_like(good_B, moved[k], k), moved[k], kept[k]) for k in moved}
+        new = {k: jnp.where(_like(old["done"], new[k], k), old[k], new[k]) for k in new}
+        return i + 1, new | {"turns": jnp.where(old["done"], old["turns"], i + 1)}
+
+    def going(carry):
+        i, now = carry
+        return (i < turns) & ~jnp.all(now["done"])
+
+    _, end = jax.lax.while_loop(going, turn, (0, state))
+    return end["phi"], end["value"], _largest(end["gradient"]), end["turns"]
+
+
+def _objective(phi_BP, *, weight_BN, design_KNP, loss_BN, delta, scale, kind):
+    """Value and gradient of each lane; written out, since it is all that a fit spends its time on."""
+    log_terms = [phi_BP @ term_NP.T for term_NP in design_KNP]
+    top_BN = jax.tree.reduce(jnp.maximum, log_terms)
+    terms = [jnp.exp(u_BN - top_BN) for u_BN in log_terms]
+    sum_BN = jax.tree.reduce(jnp.add, terms)
+    log_prediction_BN = top_BN + jnp.log(sum_BN)
+    if kind == "huber":
+        error_BN = log_prediction_BN - jnp.log(loss_BN)
+        pull_BN = jnp.clip(error_BN, -delta, delta)
+        value_BN, chain_BN = pull_BN * (error_BN - pull_BN / 2), 1.0
+    else:
+        chain_BN = jnp.exp(jnp.minimum(log_prediction_BN, 300.0))  # squared, it is still a number
+        pull_BN = chain_BN - loss_BN
+        value_BN = pull_BN**2 / 2
+    value_B = jnp.sum(weight_BN * value_BN, axis=1) / scale
+    share_BN = weight_BN * pull_BN * chain_BN / sum_BN / scale
+    gradient_BP = sum((share_BN * term_BN) @ term_NP for term_BN, term_NP in zip(terms, design_KNP))
+    return value_B, gradient_BP
+
+
+def _moved(old: dict[str, Any], step_BP, value_B, gradient_BP) -> dict[str, Any]:
+    """The state after a step: its pair remembered where the objective curved upward along it, a new direction."""
+    change_BP = gradient_BP - old["gradient"]
+    curved_B = _dot(step_BP, change_BP) > 1e-12 * jnp.sqrt(_dot(step_BP, step_BP) * _dot(change_BP, change_BP))
+    pairs = {}
+    for name, newest in (("steps", step_BP), ("changes", change_BP)):
+        pushed = jnp.concatenate([newest[None], old[name][:-1]])
+        pairs[name] = jnp.where(curved_B[None, :, None], pushed, old[name])
+    direction_BP = -_two_loops(gradient_BP, pairs["steps"], pairs["changes"])
+    uphill_B = _dot(direction_BP, gradient_BP) > -1e-14 * _dot(gradient_BP, gradient_BP)
+    direction_BP = jnp.where(uphill_B[:, None], -gradient_BP, direction_BP)
+    remembers_B = jnp.any(pairs["steps"][0] != 0, axis=1) & ~uphill_B
+    return {
+        "phi": old["phi"] + step_BP, "value": value_B, "gradient": gradient_BP, "direction": direction_BP,
+        "length": jnp.where(remembers_B, 1.0, 1 / jnp.maximum(1.0, _largest(gradient_BP))),
+        "done": _largest(gradient_BP) < TOLERANCE, "turns": old["turns"],
+    } | pairs  # fmt: skip
+
+
+def _two_loops(gradient_BP, steps_MBP, changes_MBP):
+    """The inverse Hessian of the remembered pairs, newest first, times the gradient (Nocedal 1980)."""
+    curve_MB = jnp.sum(steps_MBP * changes_MBP, axis=-1)
+    inverse_MB = jnp.where(curve_MB > 0, 1 / jnp.where(curve_MB > 0, curve_MB, 1.0), 0.0)
+    q_BP, weights = gradient_BP, []
+    for s_BP, y_BP, inverse_B in zip(steps_MBP, changes_MBP, inverse_MB):
+        weights.append(inverse_B * _dot(s_BP, q_BP))
+        q_BP = q_BP - weights[-1][:, None] * y_BP
+    newest_B = _dot(changes_MBP[0], changes_MBP[0])
+    q_BP = q_BP * jnp.where(newest_B > 0, curve_MB[0] / jnp.where(newest_B > 0, newest_B, 1.0), 1.0)[:, None]
+    for s_BP, y_BP, inverse_B, a_B in reversed(list(zip(steps_MBP, changes_MBP, inverse_MB, weights))):
+        q_BP = q_BP + (a_B - inverse_B * _dot(y_BP, q_BP))[:, None] * s_BP
+    return q_BP
+
+
+def _dot(a_BP, b_BP):
+    return jnp.sum(a_BP * b_BP, axis=-1)
+
+
+def _largest(a_BP):
+    return jnp.max(jnp.abs(a_BP), axis=-1)
+
+
+def _like(flag_B, array, name):
+    """The lanes' flags in the shape of a field of the state."""
+    if name in ("steps", "changes"):
+        return flag_B[None, :, None]
+    return flag_B if array.ndim == 1 else flag_B[:, None]

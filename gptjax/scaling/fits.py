@@ -1,0 +1,320 @@
+"""Fits a law to a table of runs: the best coefficients, bootstrap intervals, predictions with intervals.
+
+    fitted = fit_chinchilla(N, D, loss, bootstraps=1000)
+    fitted.law                                       # laws.Chinchilla(E, A, B, alpha, beta)
+    fitted.interval("alpha")                         # (low, high)
+    fitted.predict(1e9, 2e10)                        # (loss, low, high) of a new run
+    fitted.of(lambda law: law.optimal(1e21)[0])      # (N_opt, low, high)
+    Fitted.of_record(json.loads(json.dumps(fitted.record())))  # the same again
+
+The parametric fit is that of Hoffmann et al. 2022 (section 3.3): Huber's function of width 1e-3 on log prediction - log
+loss, least by L-BFGS from a grid of 4,500 starts. All of them descend for 40 turns and the lowest 256 to the end. It is
+summed over runs, not averaged: an average is so small that an optimizer's default tolerance ends it early (Besiroglu et
+al. 2024, section 4); here each descent ends by its gradient. Resamples descend from the optimum of all runs and from
+the 4 starts of the grid that lie lowest.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gptjax.scaling.descent import Minimum, Problem, minimize
+from gptjax.scaling.laws import Chinchilla, OverTraining, PowerLaw
+from gptjax.settings import InputError
+
+LAWS: dict[str, type] = {"Chinchilla": Chinchilla, "OverTraining": OverTraining, "PowerLaw": PowerLaw}
+SCREEN = 40  # turns after which only the lowest starts of a grid go on
+FINAL = 256  # so many of them
+NEAR = 4  # starts of the grid that a resample descends from, beside the optimum of all points
+FLAT = 1e-5  # a descent whose gradient is larger has not converged: see descent.Minimum
+SAME = 1e-6  # objectives that differ by less, relatively, are one optimum
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fitted:
+    """A law fitted to runs, and what resampling the runs says of it.
+
+    law: Chinchilla, OverTraining or PowerLaw with float coefficients.
+    inputs: the law's inputs by name, N and D or C, each of shape [points]; loss [points] in nats a token.
+    samples: coefficient -> array [bootstraps]; empty where none were asked for or none could be had.
+    objective: what was minimized, a sum over the points; gradient: its largest entry there, scaled as in
+    descent.Minimum (1e-8 is converged). starts: descents carried to the end; agreed: how many of them ended in this
+    optimum. unconverged: bootstraps whose gradient stayed above 1e-5; they are kept in the samples.
+    notes: plain sentences about what a reader should not take for granted; show all of them.
+    """
+
+    law: Any
+    inputs: dict[str, np.ndarray]
+    loss: np.ndarray
+    samples: dict[str, np.ndarray]
+    objective: float
+    gradient: float
+    starts: int
+    agreed: int
+    unconverged: int
+    level: float
+    notes: tuple[str, ...]
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        return dataclasses.asdict(self.law)
+
+    @property
+    def residuals(self) -> np.ndarray:
+        """log loss - log prediction of each point: about the relative error, positive where a run is worse."""
+        return np.log(self.loss) - np.log(self.law.loss(*self.inputs.values()))
+
+    @property
+    def sampled(self) -> Any:
+        """The law with coefficients of shape [bootstraps, 1]: sampled.loss(N, D) is [bootstraps, points]."""
+        return type(self.law)(**{name: sample[:, None] for name, sample in self.samples.items()})
+
+    def interval(self, name: str) -> tuple[float, float]:
+        """Percentile interval of a coefficient, at `level`; (nan, nan) without bootstraps."""
+        return _percentiles(self.samples.get(name), self.level)
+
+    def of(self, function: Callable[[Any], Any]) -> tuple[float, float, float]:
+        """(value, low, high) of any number that follows from the law, such as lambda law: law.exponents[0]."""
+        values = np.ravel(function(self.sampled)) if self.samples else None
+        return (float(np.squeeze(function(self.law))), *_percentiles(values, self.level))
+
+    def predict(self, *inputs, new_run: bool = True, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(loss, low, high) at the law's inputs (N, D, or C for a PowerLaw), arrays of their shape.
+
+        The interval is meant to hold a new run's loss: each bootstrap's law, times the scatter of the fitted points
+        about the law. With new_run=False it is of the law alone, which more runs narrow without end. It knows nothing
+        of what lies beyond the points: `decades_beyond` says how far out that is. NaN without bootstraps.
+        """
+        arrays = [np.atleast_1d(np.asarray(x, float)) for x in inputs]
+        loss = self.law.loss(*arrays)
+        if not self.samples:
+            return loss, np.full_like(loss, np.nan), np.full_like(loss, np.nan)
+        draws = self.sampled.loss(*arrays)
+        if new_run:
+            size = len(self.coefficients)
+            wider = np.sqrt(len(self.loss) / max(len(self.loss) - size, 1))  # a fit takes `size` degrees of the scatter
+            draws = draws * np.exp(wider * np.random.default_rng(seed).choice(self.residuals, draws.shape))
+        edges = (50 * (1 - self.level), 50 * (1 + self.level))
+        low, high = np.percentile(draws, edges, axis=0)
+        return loss, low, high
+
+    def decades_beyond(self, *inputs) -> np.ndarray:
+        """log10 of how many times more compute (N D, or C) the inputs take than the largest fitted run; >= 0."""
+        product = np.prod([np.asarray(x, float) for x in inputs], axis=0)
+        return np.maximum(np.log10(product / np.prod(list(self.inputs.values()), axis=0).max()), 0.0)
+
+    def record(self) -> dict[str, Any]:
+        """All of it as plain JSON values."""
+        arrays = {"loss": self.loss.tolist(), "samples": {k: v.tolist() for k, v in self.samples.items()}}
+        rest = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | {"notes": list(self.notes)}
+        inputs = {k: v.tolist() for k, v in self.inputs.items()}
+        return rest | arrays | {"law": type(self.law).__name__, "inputs": inputs, "coefficients": self.coefficients}
+
+    @classmethod
+    def of_record(cls, record: dict[str, Any]) -> "Fitted":
+        """What `record` wrote; raises InputError where a part is missing or the law is unknown."""
+        try:
+            values = {f.name: record[f.name] for f in dataclasses.fields(cls)}
+            values["law"] = LAWS[record["law"]](**record["coefficients"])
+        except (KeyError, TypeError) as error:
+            raise InputError(f"not the record of a fit: {error}; wanted what gptjax fit wrote") from None
+        for name in ("inputs", "samples"):
+            values[name] = {k: np.asarray(v, float) for k, v in record[name].items()}
+        return cls(**values | {"loss": np.asarray(record["loss"], float), "notes": tuple(record["notes"])})
+
+
+def fit_chinchilla(
+    N, D, loss, *, delta: float = 1e-3, bootstraps: int = 0, seed: int = 0, level: float = 0.95
+) -> Fitted:
+    """Fits L = E + A/N^alpha + B/D^beta by the parametric approach of Hoffmann et al. 2022.
+
+    N, D, loss: [points], parameters, trained tokens, nats a token. Raises InputError, in one line, for arrays that
+    differ in length, anything that is not finite and above 0, fewer points than the 5 coefficients, fewer than 3
+    different N or D, or a single budget (N D all within 10 %).
+    """
+    _check({"N": N, "D": D, "loss": loss}, 5)
+    N, D, loss = (np.asarray(x, float) for x in (N, D, loss))
+    _check_spread(N, D)
+    problem, starts = chinchilla_problem(N, D, loss, delta)
+    family = _Family(lambda a, b, e, alpha, beta: Chinchilla(np.exp(e), np.exp(a), np.exp(b), alpha, beta), starts)
+    return _fit(family, problem, {"N": N, "D": D}, bootstraps, seed, level)
+
+
+def chinchilla_problem(N: np.ndarray, D: np.ndarray, loss: np.ndarray, delta: float) -> tuple[Problem, np.ndarray]:
+    """What fit_chinchilla minimizes, over log A, log B, log E, alpha and beta, and its 4,500 starts [starts, 5]."""
+    zero, one = np.zeros_like(N), np.ones_like(N)
+    terms = [
+        np.stack([one, zero, zero, -np.log(N), zero], axis=1),
+        np.stack([zero, one, zero, zero, -np.log(D)], axis=1),
+        np.stack([zero, zero, one, zero, zero], axis=1),
+    ]
+    grid = [np.arange(0, 30, 5)] * 2 + [np.arange(-1, 1.5, 0.5)] + [np.arange(0, 2.5, 0.5)] * 2  # theirs: appendix D
+    return Problem(np.stack(terms), loss, "huber", delta), _grid(grid)
+
+
+def fit_overtraining(N, D, loss, *, bootstraps: int = 0, seed: int = 0, level: float = 0.95) -> Fitted:
+    """Fits the over-training law of Gadre et al. 2024 by their method: least squares of the loss itself.
+
+    N, D, loss as for fit_chinchilla; at least 4 points. Their fits take 5: four sizes at 20 tokens a parameter and the
+    smallest at 320.
+    """
+    _check({"N": N, "D": D, "loss": loss}, 4)
+    N, D, loss = (np.asarray(x, float) for x in (N, D, loss))
+    _check_spread(N, D)
+    zero, one = np.zeros_like(N), np.ones_like(N)
+    terms = [
+        np.stack([one, zero, zero, np.log(N)], axis=1),
+        np.stack([zero, one, zero, np.log(6) / 2 + np.log(D)], axis=1),
+        np.stack([zero, zero, one, zero], axis=1),
+    ]
+    grid = [np.log([1e2, 3e2, 1e3, 3e3])] * 2 + [np.log([0.1, 1, 2, 10]), np.array([-0.1, -0.3])]  # as released
+    family = _Family(lambda a, b, E, e: OverTraining(np.exp(E), np.exp(a), np.exp(b), e), _grid(grid))
+    return _fit(family, Problem(np.stack(terms), loss, "squares", 1.0), {"N": N, "D": D}, bootstraps, seed, level)
+
+
+def fit_power(
+    C, loss, *, delta: float = 1e-3, bootstraps: int = 0, seed: int = 0, level: float = 0.95, redrawn=None
+) -> Fitted:
+    """Fits L = E + K / C^gamma to the least losses of at least 3 budgets, Huber's function on the logarithms.
+
+    redrawn: [bootstraps, points], other losses that the points might have had; the samples are then fits to these,
+    and `bootstraps` and `seed` are of no use.
+    """
+    _check({"C": C, "loss": loss}, 3)
+    C, loss = (np.asarray(x, float) for x in (C, loss))
+    _check_different({"C": C})
+    zero, one = np.zeros_like(C), np.ones_like(C)
+    terms = [np.stack([one, zero, -np.log(C)], axis=1), np.stack([zero, one, zero], axis=1)]
+    grid = [np.arange(0, 30, 5), np.arange(-1, 1.5, 0.5), np.array([0.0, 0.05, 0.1, 0.2, 0.4])]
+    family = _Family(lambda K, E, gamma: PowerLaw(np.exp(E), np.exp(K), gamma), _grid(grid))
+    return _fit(family, Problem(np.stack(terms), loss, "huber", delta), {"C": C}, bootstraps, seed, level, redrawn)
+
+
+class _Family(NamedTuple):
+    """How the fitted numbers make a law, and where their descents start, [starts, coefficients]."""
+
+    law: Callable[..., Any]
+    starts: np.ndarray
+
+
+def _grid(axes: Sequence[np.ndarray]) -> np.ndarray:
+    return np.array(list(itertools.product(*axes)), float)
+
+
+def _check(columns: dict[str, Any], coefficients: int) -> None:
+    for name, column in columns.items():
+        values = np.asarray(column, float)
+        if values.ndim != 1 or len(values) != len(np.asarray(columns["loss"])):
+            raise InputError(f"{name} has the shape {values.shape}: wanted one number for each loss")
+        bad = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
+        if len(bad):
+            raise InputError(f"{name}={values[bad[0]]:g} at point {bad[0]}: wanted a finite number above 0")
+    if (points := len(np.asarray(columns["loss"]))) < coefficients:
+        raise InputError(f"{points} points for the {coefficients} coefficients of the law: wanted at least as many")
+
+
+def _check_spread(N: np.ndarray, D: np.ndarray) -> None:
+    if (N * D).max() < 1.1 * (N * D).min():
+        raise InputError(f"all {len(N)} points have one budget (N D = {N[0] * D[0]:.3g}): wanted several to fit a law")
+    _check_different({"N": N, "D": D})
+
+
+def _check_different(columns: dict[str, np.ndarray]) -> None:
+    for name, values in columns.items():
+        if (different := len(np.unique(values))) < 3:
+            raise InputError(f"{name} has {different} different values: wanted at least 3 to fit an exponent")
+
+
+def _fit(
+    family: _Family, problem: Problem, inputs: dict[str, np.ndarray], bootstraps: int, seed: int, level: float,
+    redrawn: np.ndarray | None = None,
+) -> Fitted:  # fmt: skip
+    if not 0 < level < 1:
+        raise InputError(f"level={level}: wanted a number between 0 and 1, such as 0.95")
+    starts, points = family.starts, len(problem.loss_N)
+    found = _descend_grid(problem, starts)
+    best = int(np.argmin(found.objective_B))
+    theta_P, size = found.theta_BP[best], starts.shape[1]
+    agreed = _agree(found.objective_B, found.objective_B[best], problem)
+
+    notes = []
+    if found.gradient_B[best] > FLAT:
+        notes.append(f"The fit has not converged: a gradient of {found.gradient_B[best]:.1e} is left.")
+    if agreed < 2:
+        notes.append(
+            f"Only one of the {len(found.turns_B)} best starts ended in the optimum: there may be a lower one."
+        )
+    samples, unconverged, weight_BN = {}, 0, None
+    if redrawn is not None:
+        weight_BN = np.ones(redrawn.shape)
+    elif bootstraps and points == size:
+        notes.append(f"{points} points fit {size} coefficients exactly: there are no intervals.")
+    elif bootstraps:
+        if points < 2 * size:
+            notes.append(f"{points} points for {size} coefficients: the intervals are rough at best.")
+        weight_BN = resamples(points, bootstraps, size, np.random.default_rng(seed))
+    if weight_BN is not None:
+        near_SP = neighbours(problem, starts)
+        resampled = refit(problem, np.vstack([theta_P, near_SP]), weight_BN, redrawn)
+        samples = dataclasses.asdict(family.law(*resampled.theta_BP.T))
+        unconverged = int(np.sum(resampled.gradient_B > FLAT))
+        if unconverged:
+            notes.append(f"{unconverged} of {len(weight_BN)} resamples have not converged; they are kept.")
+    law = family.law(*theta_P)
+    law = type(law)(**{k: float(v) for k, v in dataclasses.asdict(law).items()})
+    return Fitted(
+        law, inputs, problem.loss_N, samples, float(found.objective_B[best]), float(found.gradient_B[best]),
+        len(found.turns_B), agreed, unconverged, level, tuple(notes),
+    )  # fmt: skip
+
+
+def _descend_grid(problem: Problem, start_SP: np.ndarray) -> Minimum:
+    """A short descent from every start, then from the lowest FINAL of their ends until each has converged."""
+    first = minimize(problem, start_SP, np.ones((len(start_SP), len(problem.loss_N))), turns=SCREEN)
+    lowest = np.argsort(first.objective_B)[:FINAL]
+    return minimize(problem, first.theta_BP[lowest], np.ones((len(lowest), len(problem.loss_N))))
+
+
+def neighbours(problem: Problem, start_SP: np.ndarray) -> np.ndarray:
+    """The NEAR starts of the grid with the lowest objective as they stand."""
+    there = minimize(problem, start_SP, np.ones((len(start_SP), len(problem.loss_N))), turns=0)
+    return start_SP[np.argsort(there.objective_B)[:NEAR]]
+
+
+def resamples(points: int, number: int, least: int, rng: np.random.Generator) -> np.ndarray:
+    """How often each run is in each resample of the runs, [number, points]; `least` different runs in each at least.
+
+    With few runs some draws have fewer different ones than a law has coefficients, and any number of laws go through
+    them: those are drawn again, so the intervals are of the draws that a law can be fitted to.
+    """
+    kept = np.zeros((0, points))
+    while len(kept) < number:
+        drawn = rng.multinomial(points, np.full(points, 1 / points), size=number)
+        kept = np.vstack([kept, drawn[(drawn > 0).sum(axis=1) >= least]])
+    return kept[:number]
+
+
+def refit(problem: Problem, start_SP: np.ndarray, weight_BN: np.ndarray, loss_BN: np.ndarray | None = None) -> Minimum:
+    """The best of the descents from every start, for each row of weights (and losses): fields [rows, ...]."""
+    rows, starts = len(weight_BN), len(start_SP)
+    if loss_BN is not None:
+        loss_BN = np.repeat(loss_BN, starts, axis=0)
+    found = minimize(problem, np.tile(start_SP, (rows, 1)), np.repeat(weight_BN, starts, axis=0), loss_BN)
+    best = np.argmin(found.objective_B.reshape(rows, starts), axis=1) + starts * np.arange(rows)
+    return Minimum(*(field[best] for field in found))
+
+
+def _agree(objective_B: np.ndarray, best: float, problem: Problem) -> int:
+    # Points on the law itself leave an objective of about 0: what is 0 to the eye of a relative difference?
+    floor = 1e-12 * len(objective_B) * (problem.delta if problem.residual == "huber" else 1.0)
+    return int(np.sum(objective_B <= best * (1 + SAME) + floor))
+
+
+def _percentiles(values: np.ndarray | None, level: float) -> tuple[float, float]:
+    if values is None or not len(values):
+        return float("nan"), float("nan")
+    low, high = np.percentile(values, (50 * (1 - level), 50 * (1 + level)))
+    return float(low), float(high)

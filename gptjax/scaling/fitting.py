@@ -1,0 +1,278 @@
+"""What `gptjax fit` does: a table, a law with intervals, the three approaches, and a folder that tells of them."""
+
+import dataclasses
+import functools
+import importlib.metadata
+import platform
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gptjax import __version__
+from gptjax.config import FitConfig, TrainConfig
+from gptjax.paths import place, store
+from gptjax.scaling import report
+from gptjax.scaling.approaches import Allocation, envelope, isoflop, leave_one_budget_out, parabola, parametric
+from gptjax.scaling.baseline import two_point
+from gptjax.scaling.fits import Fitted, fit_chinchilla, fit_overtraining
+from gptjax.scaling.saved import FORMAT, Fit, strict
+from gptjax.scaling.table import Table, read_table
+from gptjax.settings import InputError
+
+BAND = 24  # budgets at which the interval of N-opt and D-opt is written down
+MOST_NOTES = 12
+
+
+class Law(NamedTuple):
+    """A law that can be fitted, and what that takes: its free parameters, and different values of N and of D."""
+
+    fit: Callable[..., Fitted]
+    formula: str
+    free: int
+    sizes: int
+    horizons: int
+
+
+LAWS = {
+    "chinchilla": Law(fit_chinchilla, "L(N, D) = E + A / N^alpha + B / D^beta", 5, 3, 3),
+    "overtraining": Law(fit_overtraining, "L(N, D) = E + a N^e + b 6^(e/2) D^e", 4, 3, 3),
+}
+
+
+def fit(
+    tables: Sequence[str],
+    cfg: FitConfig,
+    load_config: Callable[[Path], TrainConfig],
+    show: Callable[[str], None],
+    say: Callable[[str], None],
+) -> str:
+    """Fits a law to the runs of a table and writes cfg.out; returns the next command to try.
+
+    One screen goes to `show`, what was written where to `say`. Raises InputError for a table that is wrong or small.
+    """
+    table, left_out = points(tables, cfg, load_config)
+    check_enough(table, cfg.law)
+    if store(place(cfg.out)).is_file(place(cfg.out)):
+        raise InputError(f"out={cfg.out!r}: there is a file of that name; wanted a folder")
+    made = Fit(strict(describe(table, cfg, left_out)), source=f"{cfg.out}/fit.json")
+    written = report.write_report(made, place(cfg.out))
+    for line in report.screen(made):
+        show(line)
+    if without := report.without_plots():
+        show(without)
+    say(f"wrote {', '.join(f'{cfg.out}/{name}' for name in written)}")
+    if left_out and len(tables) == 1:
+        return shlex.join(["gptjax", "predict", cfg.out, "--against", tables[0],
+                           *(["--where", *cfg.where] if cfg.where else []),
+                           *(["--columns", *cfg.columns] if cfg.columns else [])])  # fmt: skip
+    return shlex.join(["gptjax", "predict", cfg.out, "--flops", f"{3 * made.document['range']['flops'][1]:.2g}"])
+
+
+def describe(table: Table, cfg: FitConfig, left_out: int) -> dict[str, Any]:
+    """Fits the law and the approaches; all that fit.json holds (saved.KEYS)."""
+    law = LAWS[cfg.law]
+    settings = {"delta": cfg.delta} if cfg.law == "chinchilla" else {}
+    n, d, loss = table.parameters, table.tokens, table.loss
+    again = {"bootstraps": cfg.bootstraps, "seed": cfg.seed, "level": cfg.level}
+    per = float(np.median(table.flops / (n * d)))
+    fit_law = functools.cache(lambda: law.fit(n, d, loss, **settings, **again))
+    ways = approaches(table, fit_law, per, cfg)  # before the law, which takes longer: what was asked for may be refused
+    fitted = fit_law()
+    predicted = fitted.law.loss(n, d)
+    off = loss / predicted - 1
+    notes = [*table.notes, *fitted.notes]
+    if left_out:
+        notes.append(f"--max-flops {cfg.max_flops:g} left out {left_out} points")
+    return {
+        "format": FORMAT,
+        "law": cfg.law,
+        "formula": law.formula,
+        "coefficients": {
+            k: {"value": v, "interval": _edges(fitted.interval(k))} for k, v in fitted.coefficients.items()
+        },
+        "residuals": {"rms": float(np.sqrt(np.mean(off**2))), "largest": float(np.abs(off).max())},
+        "flops_per": per,
+        "level": cfg.level,
+        "range": {k: [getattr(table, k).min(), getattr(table, k).max()] for k in ("parameters", "tokens", "flops")},
+        "approaches": ways,
+        "leave_one_out": leave_out(table, law.fit, settings),
+        "baseline": _baseline(table),
+        "points": {"name": table.names, "seed": table.seeds, "parameters": n, "tokens": d, "flops": table.flops,
+                   "budget": table.budget, "loss": loss, "predicted": predicted},
+        "table": {"source": table.source, "sha256": table.sha256, "points": len(table), "left_out": left_out},
+        "settings": dataclasses.asdict(cfg),
+        "versions": {"gptjax": __version__, "python": platform.python_version(),
+                     **{name: importlib.metadata.version(name) for name in ("jax", "numpy")}},
+        "notes": notes,
+        "fitted": fitted.record(),
+    }  # fmt: skip
+
+
+def approaches(table: Table, fit_law: Callable[[], Fitted], flops_per: float, cfg: FitConfig) -> dict[str, Any]:
+    """Each approach as JSON: done or why not, exponents and coefficients of N-opt and D-opt, their intervals.
+
+    `fit_law` gives the fitted law, for the parametric approach. Raises InputError where the one that cfg.approach
+    names can't be done.
+    """
+    again = {"bootstraps": cfg.bootstraps, "seed": cfg.seed, "level": cfg.level}
+    of = np.isfinite(table.budget)
+    columns = (table.budget[of], table.parameters[of], table.tokens[of], table.loss[of])
+
+    def by_envelope() -> Allocation:
+        curves, how = curves_of(table)
+        made = envelope(curves, flops_per=flops_per, **again)
+        return dataclasses.replace(made, notes=(f"curves: {how}", *made.notes))
+
+    def by_isoflop() -> Allocation:
+        if not of.any():
+            raise InputError("the table has no budgets; wanted a column of budgets, or 3 points at each of some FLOPs")
+        return isoflop(*columns, **again)
+
+    def by_law() -> Allocation:
+        if cfg.law != "chinchilla":
+            raise InputError("this law has one exponent, so its N-opt and D-opt grow alike, as C^0.5, by assumption")
+        return parametric(fit_law(), flops_per)
+
+    found: dict[str, Any] = {}
+    for name, make in (("envelope", by_envelope), ("isoflop", by_isoflop), ("parametric", by_law)):
+        if cfg.approach not in ("all", name):
+            found[name] = {"done": False, "why": f"--approach {cfg.approach} was asked for"}
+            continue
+        try:
+            found[name] = _allocation(make(), table.flops)
+        except InputError as e:
+            if cfg.approach == name:
+                raise InputError(f"{table.source}: --approach {name}: {e}") from e
+            found[name] = {"done": False, "why": str(e)}
+    if found["isoflop"]["done"]:
+        found["isoflop"]["parabolas"] = _parabolas(*columns, found["isoflop"]["budgets"])
+    return found
+
+
+def curves_of(table: Table) -> tuple[list[tuple[float, np.ndarray, np.ndarray]], str]:
+    """(N, tokens [T], loss [T]) of curves for the envelope, and what they are; raises InputError where there are none.
+
+    Evaluations along the runs are best. Training losses come last: a curve at its peak learning rate lies above what
+    it would reach, so the finished runs of one size at several token counts, each with its cooldown, come before.
+    """
+    runs = [(float(n), c.tokens_T, c.loss_T) for n, c in zip(table.parameters, table.curves) if c is not None]
+    if runs and table.evaluated:
+        return runs, f"the evaluations along {len(runs)} runs"
+    finished = []
+    for size in np.unique(table.parameters):
+        of = table.parameters == size
+        tokens = np.unique(table.tokens[of])
+        if len(tokens) >= 2:
+            finished.append(
+                (float(size), tokens, np.array([table.loss[of & (table.tokens == t)].mean() for t in tokens]))
+            )
+    if len(finished) >= 3:
+        return finished, f"through the finished runs of each of {len(finished)} sizes, at several token counts"
+    if runs:
+        return runs, f"the training losses along {len(runs)} runs, which end above what a cooldown would reach"
+    raise InputError(
+        "no training curves; wanted run folders, a sweep with its run_dirs there, or 3 sizes with several token counts"
+    )
+
+
+def _allocation(made: Allocation, flops: np.ndarray) -> dict[str, Any]:
+    over = np.geomspace(flops.min(), 10 * flops.max(), BAND)
+    best = [made.optimal(float(c)) for c in over]
+    band = {k: [[b[k][i] for b in best] for i in (1, 2)] for k in "ND"}
+    return {
+        "done": True,
+        "why": "",
+        "coefficients": {"N": made.k_N, "D": made.k_D},
+        "exponents": {"N": made.a, "D": made.b},
+        "intervals": {"N": _edges(made.interval("a")), "D": _edges(made.interval("b"))},
+        "band": {"flops": over} | band if made.samples else None,
+        "least_loss": made.loss_law.coefficients if made.approach != "parametric" and made.loss_law else None,
+        "budgets": np.unique(made.points["budget"]) if made.approach == "isoflop" else [],
+        "notes": _short(made.notes),
+    }
+
+
+def _parabolas(budget_P, N_P, D_P, loss_P, budgets) -> list[dict[str, Any]]:
+    """The parabolas in log10 N and log10 D of the budgets that approach 2 used; coefficients, highest power first."""
+    found = []
+    for value in budgets:
+        of = budget_P == value
+        by_N, by_D = parabola(value, N_P[of], loss_P[of]), parabola(value, D_P[of], loss_P[of])
+        found.append({"budget": value, "parameters": by_N.best, "tokens": by_D.best, "loss": by_N.loss,
+                      "of_parameters": by_N.coefficients, "of_tokens": by_D.coefficients})  # fmt: skip
+    return found
+
+
+def leave_out(table: Table, fit_law: Callable[..., Fitted], settings: dict[str, Any]) -> dict[str, Any]:
+    """What a law fitted without each budget says of its runs; or why that can't be done."""
+    of = np.isfinite(table.budget)
+    if len(table.budgets) < 2:
+        return {"done": False, "why": f"{len(table.budgets)} budget(s) in the table, wanted at least 2"}
+    columns = (table.budget, table.parameters, table.tokens, table.loss)
+    rows = leave_one_budget_out(fit_law, *(values[of] for values in columns), **settings)
+    if all(np.isnan(row["error"]) for row in rows):
+        return {"done": False, "why": "without any one budget too little is left to fit"}
+    return {"done": True, "why": "", "budgets": rows}
+
+
+def _baseline(table: Table) -> dict[str, Any]:
+    line = two_point(table)
+    if line is None:
+        return {"done": False, "why": f"{len(table.budgets)} budget(s) in the table, wanted 2"}
+    return {"done": True, "why": "", "flops": line.flops, "losses": line.losses, "slope": line.slope}
+
+
+def _edges(interval: tuple[float, float]) -> list[float] | None:
+    return None if np.isnan(interval).any() else [float(edge) for edge in interval]
+
+
+def _short(notes: Sequence[str]) -> list[str]:
+    more = len(notes) - MOST_NOTES
+    return [*notes[:MOST_NOTES], *([f"... and {more} more of this kind"] if more > 0 else [])]
+
+
+def points(tables: Sequence[str], cfg: FitConfig, load_config: Callable[[Path], TrainConfig]) -> tuple[Table, int]:
+    """The points of a table that the settings let into the fit, and how many --max-flops left out."""
+    table = read_table(
+        tables,
+        columns=cfg.columns,
+        where=cfg.where,
+        count=cfg.count,
+        flops_per=cfg.flops_per,
+        load_config=load_config,
+    )
+    if not cfg.max_flops:
+        return table, 0
+    kept = table.up_to(cfg.max_flops)
+    if not len(kept):
+        least = np.fmin(table.flops, table.budget).min()
+        raise InputError(
+            f"max_flops={cfg.max_flops:g}: all {len(table)} points of {table.source} are above; the smallest has "
+            f"{least:.3g} FLOPs, give more"
+        )
+    return kept, len(table) - len(kept)
+
+
+def check_enough(table: Table, law: str) -> None:
+    """Raises InputError where the points can't determine the law, whatever they are."""
+    _, _, free, sizes, horizons = LAWS[law]
+    if len(table) < free:
+        raise InputError(
+            f"{table.source}: {len(table)} point(s) for the {free} parameters of {law}; wanted at least {free}, better "
+            "3 times as many: add runs, or widen --where or --max-flops"
+        )
+    if np.ptp(np.log(table.flops)) < np.log(1.5):
+        raise InputError(
+            f"{table.source}: all {len(table)} points have about {np.median(table.flops):.3g} FLOPs, one budget; "
+            "wanted at least 2 budgets, better 5 over a decade or more: add runs"
+        )
+    for what, values, least in (("sizes", table.parameters, sizes), ("token counts", table.tokens, horizons)):
+        there = len(np.unique(np.round(np.log(values), 3)))
+        if there < least:
+            raise InputError(
+                f"{table.source}: {there} different {what}; {law} wanted at least {least} to tell its exponents apart: "
+                "add runs"
+            )

@@ -1,0 +1,260 @@
+"""What `gptjax predict` does: the best run for a budget, the loss of a run, or a whole table held against the fit."""
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptjax.config import PredictConfig, TrainConfig
+from gptjax.paths import place
+from gptjax.scaling.recipes import recipe
+from gptjax.scaling.saved import Fit, open_fit, write
+from gptjax.scaling.table import Table, read_table
+from gptjax.settings import InputError
+
+MOST_ROWS = 24  # of a table that the screen has; the JSON has all
+
+
+def predict(
+    folder: str, cfg: PredictConfig, load_config: Callable[[Path], TrainConfig], show: Callable[[str], None]
+) -> str:
+    """Predicts what cfg asks for, tells `show`, writes cfg.json; returns the next command to try.
+
+    Raises InputError for more than a decade beyond the fitted points, unless cfg.extrapolate says that it is known.
+    """
+    fit = open_fit(folder)
+    if cfg.flops:
+        made, lines = _budget(fit, cfg)
+        following = f"gptjax predict {shlex.quote(folder)} --parameters {made['parameters']:.3g} --tokens 1e10"
+    elif cfg.parameters:
+        made, lines = _run(fit, cfg)
+        following = f"gptjax predict {shlex.quote(folder)} --flops {made['flops']:.3g}"
+    elif cfg.against:
+        made, lines = _against(fit, cfg, load_config)
+        following = f"gptjax predict {shlex.quote(folder)} --flops {fit.document['range']['flops'][1]:.3g}"
+    else:
+        raise InputError(
+            "nothing is asked for; wanted --flops 1e21, --parameters N with --tokens D, or --against TABLE "
+            f"(this fit: {fit.document['range']['flops'][0]:.3g} to {fit.document['range']['flops'][1]:.3g} FLOPs)"
+        )
+    if cfg.json:
+        about = {"path": fit.source, "sha256": fit.sha256, "law": fit.document["law"], "level": fit.level}
+        write(place(cfg.json), {"fit": about | {"table": fit.document["table"]}} | made)
+    for line in lines:
+        show(line)
+    return following
+
+
+def optimum(fit: Fit, flops: float) -> dict[str, Any]:
+    """The best N and D for a budget and their loss, each with its interval, by the law and by each approach."""
+    fitted, per = fit.fitted, fit.flops_per
+    (n,), (d,) = (np.atleast_1d(x) for x in fit.optimal(flops))
+    (loss,), low, high = fit.loss(n, d)
+    by = {
+        name: {
+            "parameters": made["coefficients"]["N"] * flops ** made["exponents"]["N"],
+            "tokens": made["coefficients"]["D"] * flops ** made["exponents"]["D"],
+        }
+        for name, made in fit.approaches.items()
+        if made["done"]
+    }
+    return {
+        "flops": flops,
+        "parameters": float(n),
+        "parameters_interval": _pair(fitted.of(lambda law: law.optimal(flops, per)[0])[1:]),
+        "tokens": float(d),
+        "tokens_interval": _pair(fitted.of(lambda law: law.optimal(flops, per)[1])[1:]),
+        "loss": float(loss),
+        "loss_interval": None if low is None or high is None else [float(low[0]), float(high[0])],
+        "approaches": by,
+    }
+
+
+def _pair(edges: tuple[float, float]) -> list[float] | None:
+    return None if np.isnan(edges).any() else [float(edge) for edge in edges]
+
+
+def _budget(fit: Fit, cfg: PredictConfig) -> tuple[dict[str, Any], list[str]]:
+    outside = fit.check(cfg.extrapolate, flops=cfg.flops)
+    made = optimum(fit, cfg.flops)
+    outside += fit.check(True, parameters=made["parameters"], tokens=made["tokens"])
+    advice = recipe(cfg.recipe, made["parameters"], made["tokens"])
+    lines = [
+        f"best for {cfg.flops:.4g} FLOPs by {fit.document['law']}, {fit.level:.0%} intervals ({fit.source})",
+        f"  parameters {_value(made['parameters'], made['parameters_interval'])}",
+        f"  tokens     {_value(made['tokens'], made['tokens_interval'])}, "
+        f"{made['tokens'] / made['parameters']:.3g} a parameter",
+        f"  loss       {_value(made['loss'], made['loss_interval'], '.4f')} nats a token, of one run",
+    ]
+    lines += [
+        f"  by {name}: parameters {by['parameters']:.3g}, tokens {by['tokens']:.3g}"
+        for name, by in made["approaches"].items()
+        if name != "parametric"
+    ]
+    lines += _advised(fit, advice) + _told(outside)
+    return made | {"outside": outside, "recipe": advice}, lines
+
+
+def _run(fit: Fit, cfg: PredictConfig) -> tuple[dict[str, Any], list[str]]:
+    flops = fit.flops_per * cfg.parameters * cfg.tokens
+    outside = fit.check(cfg.extrapolate, flops=flops, parameters=cfg.parameters, tokens=cfg.tokens)
+    (loss,), low, high = fit.loss(cfg.parameters, cfg.tokens)
+    interval = None if low is None or high is None else [float(low[0]), float(high[0])]
+    best = float(np.squeeze(fit.law.loss(*fit.optimal(flops))))
+    advice = recipe(cfg.recipe, cfg.parameters, cfg.tokens)
+    lines = [
+        f"{cfg.parameters:.4g} parameters on {cfg.tokens:.4g} tokens, {flops:.4g} FLOPs ({fit.source})",
+        f"  loss {_value(float(loss), interval, '.4f')} nats a token, of one run, {fit.level:.0%} interval",
+        f"  the best use of these FLOPs would reach {best:.4f}, {100 * (1 - best / loss):.2f} % less",
+    ]
+    lines += _advised(fit, advice) + _told(outside)
+    made = {"parameters": cfg.parameters, "tokens": cfg.tokens, "flops": flops, "loss": float(loss),
+            "loss_interval": interval, "best_loss": best, "outside": outside, "recipe": advice}  # fmt: skip
+    return made, lines
+
+
+def _advised(fit: Fit, advice: dict[str, Any]) -> list[str]:
+    return [
+        f"  batch {advice['batch_tokens']:.3g} tokens, peak learning rate {advice['learning_rate']:.2g}, "
+        f"with N the {fit.document['settings']['count']} parameters",
+        f"    by {advice['source']}; measured on {advice['measured']}",
+    ]
+
+
+def _against(
+    fit: Fit, cfg: PredictConfig, load_config: Callable[[Path], TrainConfig]
+) -> tuple[dict[str, Any], list[str]]:
+    settings = fit.document["settings"]
+    table = read_table(
+        [cfg.against],
+        columns=cfg.columns,
+        where=cfg.where,
+        count=settings["count"],
+        flops_per=settings["flops_per"],
+        planned=True,
+        load_config=load_config,
+    )
+    outside: list[str] = []
+    for what, values in (("flops", table.flops), ("parameters", table.parameters), ("tokens", table.tokens)):
+        for edge in (values.min(), values.max()):
+            outside += fit.check(cfg.extrapolate, **{what: float(edge)})
+    rows = compare(fit, table)
+    outside = list(dict.fromkeys(outside))
+    if np.isnan(table.loss).all():
+        made = {"planned": {"source": table.source, "sha256": table.sha256}, "rows": rows, "outside": outside}
+        return made, [*_planned(fit, table, rows), *_told(tuple(outside))]
+    unseen = [row for row in rows if not row["fitted"]]
+    made = {"against": {"source": table.source, "sha256": table.sha256}, "rows": rows, "outside": outside,
+            "unseen": summary(unseen), "fitted": summary([row for row in rows if row["fitted"]])}  # fmt: skip
+    return made, _compared(fit, table, rows, made) + _told(tuple(outside))
+
+
+def compare(fit: Fit, table: Table) -> list[dict[str, Any]]:
+    """Each row of a table beside its prediction; errors are relative to the observed loss, where there is one.
+
+    `fitted` says whether a row of this size, tokens and loss was among the fitted points.
+    """
+    predicted, low, high = fit.loss(table.parameters, table.tokens)
+    line = fit.baseline
+    known = {tuple(p) for p in zip(*(fit.points[k] for k in ("parameters", "tokens", "loss")))}
+    rows = []
+    for i, (n, d, c, loss) in enumerate(zip(table.parameters, table.tokens, table.flops, table.loss)):
+        row = {"name": table.names[i], "parameters": n, "tokens": d, "flops": c, "budget": table.budget[i]}
+        row["predicted"] = predicted[i]
+        if low is not None and high is not None:
+            row["interval"] = [low[i], high[i]]
+        if line is not None:
+            row["two_point"] = float(line.loss(c))
+        if np.isfinite(loss):
+            row |= {"loss": loss, "error": predicted[i] / loss - 1, "fitted": (n, d, loss) in known}
+            if "interval" in row:
+                row["within"] = bool(row["interval"][0] <= loss <= row["interval"][1])
+            if "two_point" in row:
+                row["two_point_error"] = row["two_point"] / loss - 1
+        rows.append(row)
+    return rows
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The mean and largest absolute error of the law over the rows, and how many of them lie in their intervals.
+
+    The two-point line is one of best runs, so it is compared where it can be right: `best` has the mean errors of both
+    over the least loss of each budget (rows without a budget count for themselves).
+    """
+    if not rows:
+        return {"rows": 0}
+    errors = [abs(row["error"]) for row in rows]
+    made: dict[str, Any] = {"rows": len(rows), "mean_error": np.mean(errors), "largest_error": np.max(errors)}
+    within = [row["within"] for row in rows if "within" in row]
+    if within:
+        made["within"] = sum(within)
+    if "two_point" not in rows[0]:
+        return made
+    best: dict[float, dict[str, Any]] = {}
+    for i, row in enumerate(rows):
+        budget = row["budget"] if np.isfinite(row["budget"]) else -float(i)
+        if budget not in best or row["loss"] < best[budget]["loss"]:
+            best[budget] = row
+    made["best"] = {"rows": len(best)} | {
+        f"mean_{name}": np.mean([abs(row[name]) for row in best.values()]) for name in ("error", "two_point_error")
+    }
+    return made
+
+
+def _planned(fit: Fit, table: Table, rows: list[dict[str, Any]]) -> list[str]:
+    lines = [f"{len(rows)} planned runs of {table.source} by {fit.source}: the table has no losses to compare",
+             f"{'':28} {'N':>9} {'D':>9} {'FLOPs':>9} {'predicted':>9} {f'{fit.level:.0%} interval':>17}"]  # fmt: skip
+    for row in rows[:MOST_ROWS]:
+        interval = row.get("interval")
+        spread = f"{interval[0]:.4f}-{interval[1]:.4f}" if interval else "-"
+        lines.append(f"  {row['name'][-26:]:26} {row['parameters']:9.3g} {row['tokens']:9.3g} {row['flops']:9.3g} "
+                     f"{row['predicted']:9.4f} {spread:>17}")  # fmt: skip
+    return lines + _more(rows)
+
+
+def _more(rows: list[dict[str, Any]]) -> list[str]:
+    return [f"... and {len(rows) - MOST_ROWS} more rows; --json FILE has all"] if len(rows) > MOST_ROWS else []
+
+
+def _compared(fit: Fit, table: Table, rows: list[dict[str, Any]], made: dict[str, Any]) -> list[str]:
+    lines = [f"{len(rows)} rows of {table.source} against {fit.source}; errors are (predicted - observed) / observed",
+             f"{'':28} {'N':>9} {'D':>9} {'FLOPs':>9} {'loss':>8} {'predicted':>9} {'error':>8} "
+             f"{'interval':>17}  {'two-point':>9}"]  # fmt: skip
+    order = sorted(rows, key=lambda row: (row["fitted"], -row["flops"]))
+    for row in order[:MOST_ROWS]:
+        interval = row.get("interval")
+        spread = f"{interval[0]:.4f}-{interval[1]:.4f}{' ' if row['within'] else '!'}" if interval else "-"
+        line = f"{100 * row['two_point_error']:+8.2f}%" if "two_point_error" in row else "-"
+        lines.append(
+            f"{('* ' if row['fitted'] else '  ') + row['name'][-26:]:28} {row['parameters']:9.3g} {row['tokens']:9.3g} "
+            f"{row['flops']:9.3g} {row['loss']:8.4f} {row['predicted']:9.4f} {100 * row['error']:+7.2f}% "
+            f"{spread:>17} {line:>9}"
+        )
+    lines += _more(rows)
+    for name in ("unseen", "fitted"):
+        s = made[name]
+        if not s["rows"]:
+            lines.append("no row is unseen: each was fitted" if name == "unseen" else "* fitted: none")
+            continue
+        parts = [f"mean |error| {100 * s['mean_error']:.2f} %, largest {100 * s['largest_error']:.2f} %"]
+        if "within" in s:
+            parts.append(f"{s['within']} within their {fit.level:.0%} intervals")
+        if best := s.get("best"):
+            parts.append(
+                f"best of each of {best['rows']} budgets: law {100 * best['mean_error']:.2f} %, "
+                f"two-point line {100 * best['mean_two_point_error']:.2f} %"
+            )
+        lines.append(f"{'unseen' if name == 'unseen' else '* fitted'}, {s['rows']} rows: {'; '.join(parts)}")
+    if fit.baseline is None:
+        lines.append(f"two-point line: {fit.document['baseline']['why']}")
+    return lines
+
+
+def _value(value: float, interval: list[float] | None, form: str = ".3g") -> str:
+    return f"{value:{form}}" + (f" [{interval[0]:{form}}, {interval[1]:{form}}]" if interval else " (no interval)")
+
+
+def _told(outside: tuple[str, ...]) -> list[str]:
+    return [f"extrapolated: {words}" for words in outside] or ["within the fitted points"]

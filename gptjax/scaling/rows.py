@@ -1,0 +1,252 @@
+"""The rows of a table as text, with the place of each: from CSV, JSONL, the folder of a sweep, or folders of runs."""
+
+import csv
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gptjax.config import TrainConfig
+from gptjax.paths import place, store
+from gptjax.scaling.counts import flops_per_token, parameters
+from gptjax.settings import InputError
+
+SWEEP_TABLE = "table.csv"
+WINDOWS = 48  # points of a curve that is made of training losses
+ENOUGH = 5  # evaluations that make a curve
+WANTED = "wanted a .csv or .jsonl file, the folder of a sweep, or the folders of runs"
+
+
+class Row(NamedTuple):
+    """One row: its cells as text by column, where it stands, and the (tokens, losses) along the run."""
+
+    cells: dict[str, str]
+    place: str
+    curve: tuple[np.ndarray, np.ndarray] | None = None
+
+
+class Rows(NamedTuple):
+    """All rows of a table, and the sha256 of what was read."""
+
+    source: str
+    sha256: str
+    header: tuple[str, ...]
+    rows: list[Row]
+    notes: tuple[str, ...]
+    evaluated: bool = False
+    """Whether the curves are of evaluations, not of training losses."""
+
+
+def read_rows(paths: Sequence[str | Path], load_config: Callable[[Path], TrainConfig] | None) -> Rows:
+    """Reads a file, the table of a sweep's folder, or the folders of runs; raises InputError where it can't."""
+    if not paths:
+        raise InputError(f"no table is given; {WANTED}")
+    if len(paths) == 1 and not _is_run(place(paths[0])):
+        path = place(paths[0])
+        if store(path).is_folder(path):
+            if not store(path).is_file(path / SWEEP_TABLE):
+                raise InputError(f"{path}: a folder with neither {SWEEP_TABLE} nor config.json; {WANTED}")
+            path = path / SWEEP_TABLE
+        rows = _read_file(path)
+        return _with_curves(rows, path.parent) if "run_dir" in rows.header else rows
+    for path in map(place, paths):
+        if not _is_run(path):
+            raise InputError(f"{path}: not the folder of a run, and several tables can't be read at once; {WANTED}")
+    if load_config is None:
+        raise InputError(f"{paths[0]}: the folder of a run; wanted a table here")
+    made = [_of_run(place(path), load_config) for path in paths]
+    rows, note, evaluated = _same_curves(made)
+    text = json.dumps([row.cells for row in rows], sort_keys=True)
+    source = str(paths[0]) if len(paths) == 1 else f"{len(paths)} runs ({paths[0]}, ...)"
+    return Rows(source, hashlib.sha256(text.encode()).hexdigest(), tuple(rows[0].cells), rows, (note,), evaluated)
+
+
+def _is_run(path: Path) -> bool:
+    return store(path).is_file(path / "config.json")
+
+
+def _read_file(path: Path) -> Rows:
+    if not store(path).is_file(path):
+        raise InputError(f"{path}: no such file or folder; {WANTED}")
+    raw = _bytes(path)
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path}: not a text in UTF-8 (byte {e.start}); {WANTED}") from e
+    if not text.strip():
+        raise InputError(f"{path}: the file is empty; wanted a header and a row for each run")
+    jsonl = path.suffix.lower() in (".jsonl", ".ndjson")
+    header, rows = _jsonl(text, str(path)) if jsonl else _csv(text, str(path))
+    if not rows:
+        raise InputError(f"{path}: a header and no rows; wanted a row for each run")
+    return Rows(str(path), hashlib.sha256(raw).hexdigest(), header, rows, ())
+
+
+def _csv(text: str, source: str) -> tuple[tuple[str, ...], list[Row]]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        lines = [(reader.line_num, [cell.strip() for cell in line]) for line in reader]
+    except csv.Error as e:
+        raise InputError(f"{source}:{reader.line_num}: not CSV ({e}); repair the line") from e
+    lines = [(number, cells) for number, cells in lines if any(cells)]
+    (number, header), *lines = lines
+    _once(header, f"{source}:{number}")
+    rows = []
+    for number, cells in lines:
+        if len(cells) != len(header):
+            raise InputError(
+                f"{source}:{number}: {len(cells)} cells in the row, {len(header)} columns in the header; "
+                "repair the row (a text with commas needs quotes)"
+            )
+        rows.append(Row(dict(zip(header, cells, strict=True)), f"{source}:{number}"))
+    return tuple(header), rows
+
+
+def _once(names: Sequence[str], where: str) -> None:
+    """Raises InputError for a column that is there twice or has no name."""
+    name, times = Counter(names).most_common(1)[0]
+    if times > 1:
+        what = f"the column {name!r} is" if name else "columns without a name are"
+        raise InputError(f"{where}: {what} there {times} times; wanted each name once, rename or remove the others")
+
+
+def _jsonl(text: str, source: str) -> tuple[tuple[str, ...], list[Row]]:
+    rows, header = [], {}
+    for where, line in _objects(text, source):
+        cells = {}
+        for name, value in line.items():
+            if isinstance(value, dict | list | bool):
+                raise InputError(f"{where}: {name} is {json.dumps(value)[:40]}; wanted a number or a text")
+            cells[name] = "" if value is None else str(value)
+        header |= dict.fromkeys(cells)
+        rows.append(Row(cells, where))
+    return tuple(header), rows
+
+
+def _objects(text: str, source: str, torn: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, object) of each line of JSON; with `torn` the last may be half a line."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if pairs:
+            _once([name for name, _ in pairs], where)
+        return dict(pairs)
+
+    lines = text.splitlines()
+    for number, line in enumerate(lines, 1):
+        where = f"{source}:{number}"
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line, object_pairs_hook=once)
+        except InputError:
+            raise
+        except (ValueError, RecursionError) as e:
+            if torn and number == len(lines):
+                return
+            raise InputError(f"{where}: not JSON ({e}); wanted one object a line, repair or remove it") from e
+        if not isinstance(found, dict):
+            raise InputError(f"{where}: {type(found).__name__}, not an object; wanted {{name: value, ...}} a line")
+        yield where, found
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return store(path).read(path)
+    except OSError as e:
+        raise InputError(f"{path}: can't be read ({e.strerror})") from e
+
+
+class _Curves(NamedTuple):
+    """Losses along a run: of the evaluations, and of training averaged over windows of tokens."""
+
+    evaluation: tuple[np.ndarray, np.ndarray]
+    training: tuple[np.ndarray, np.ndarray]
+
+
+def _of_run(folder: Path, load_config: Callable[[Path], TrainConfig]) -> tuple[Row, _Curves]:
+    """The row of a run's folder: the loss of its last evaluation, and the tokens until then."""
+    config = load_config(folder)
+    vocab, length = config.tokenizer.vocab_size, config.data.length
+    count = parameters(config.model, vocab, length)
+    curves = _curves(folder)
+    tokens, losses = curves.evaluation
+    if not len(losses):
+        raise InputError(f"{folder}/metrics.jsonl: no evaluation; wanted a run with evaluate.every above 0")
+    cells = {
+        "name": folder.name,
+        "parameters": str(count["total"]),
+        "parameters_non_embedding": str(count["non_embedding"]),
+        "tokens": str(tokens[-1]),
+        "flops": str(float(tokens[-1] * flops_per_token(config.model, vocab, length)["causal"])),
+        "loss": str(float(losses[-1])),
+    }
+    return Row(cells, str(folder)), curves
+
+
+def _curves(folder: Path) -> _Curves:
+    """Losses along a run, from its metrics."""
+    path = folder / "metrics.jsonl"
+    if not store(path).is_file(path):
+        raise InputError(f"{path}: no such file; wanted a run that was trained")
+    tokens_at: dict[int, float] = {}
+    evaluated: dict[int, float] = {}
+    trained = []
+    for where, line in _objects(_bytes(path).decode("utf-8", "replace"), str(path), torn=True):
+        if type(line.get("step")) is not int:
+            raise InputError(f"{where}: no step; wanted a metrics.jsonl that gptjax wrote")
+        if _is_number(line.get("tokens")):
+            tokens_at[line["step"]] = line["tokens"]
+            if _is_number(line.get("loss")):
+                trained.append((line["tokens"], line["loss"]))
+        if _is_number(line.get("eval_loss")):
+            evaluated[line["step"]] = line["eval_loss"]
+    steps = sorted(evaluated.keys() & tokens_at.keys())
+    evaluation = np.array([tokens_at[s] for s in steps]), np.array([evaluated[s] for s in steps])
+    return _Curves(evaluation, _windows(np.array(trained, float).reshape(-1, 2)))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value)
+
+
+def _windows(points_T2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means of the training loss over windows that grow with the tokens, so that noise falls as the curve flattens."""
+    if len(points_T2) < 2 * ENOUGH:
+        return np.array([]), np.array([])
+    edges = np.unique(np.geomspace(1, len(points_T2), WINDOWS + 1).astype(int))
+    tokens, loss = points_T2.T
+    parts = [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return np.array([tokens[p].mean() for p in parts]), np.array([loss[p].mean() for p in parts])
+
+
+def _same_curves(made: Sequence[tuple[Row, _Curves]]) -> tuple[list[Row], str, bool]:
+    """The rows with their curves, all of evaluations or all of training losses, and which, in words and as a flag."""
+    if all(len(curves.evaluation[0]) >= ENOUGH for _, curves in made):
+        return [row._replace(curve=curves.evaluation) for row, curves in made], "curves: losses of evaluations", True
+    rows = [row._replace(curve=curves.training if len(curves.training[0]) else None) for row, curves in made]
+    why = f"some runs have fewer than {ENOUGH} evaluations"
+    return rows, f"curves: training losses averaged over {WINDOWS} windows of each run, for {why}", False
+
+
+def _with_curves(rows: Rows, folder: Path) -> Rows:
+    """The rows of a sweep with the curves of the runs that are still there; a note says how many are."""
+    made, without = [], []
+    for row in rows.rows:
+        name = row.cells["run_dir"]
+        places = [path for path in (folder / name, place(name)) if name and store(path).is_file(path / "metrics.jsonl")]
+        if places:
+            made.append((row, _curves(places[0])))
+        else:
+            without.append(row)
+    if not made:
+        return rows._replace(notes=("curves: none, for no run_dir of the table is there",))
+    with_curves, note, evaluated = _same_curves(made)
+    by_place = {row.place: row for row in [*with_curves, *without]}
+    missing = [f"curves: {len(without)} of {len(rows.rows)} run_dirs are not there"] if without else []
+    ordered = [by_place[row.place] for row in rows.rows]
+    return rows._replace(rows=ordered, notes=(note, *missing), evaluated=evaluated)

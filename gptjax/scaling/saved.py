@@ -1,0 +1,151 @@
+"""fit.json: all that a prediction needs of a fit, and how it is read again."""
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptjax.paths import place, store
+from gptjax.scaling.baseline import TwoPoint
+from gptjax.scaling.fits import Fitted
+from gptjax.settings import InputError
+
+FORMAT = 1
+KEYS = ("format", "law", "formula", "coefficients", "flops_per", "level", "range", "approaches", "leave_one_out",
+        "baseline", "residuals", "points", "table", "settings", "versions", "notes", "fitted")  # fmt: skip
+MOST = 1.0  # decades beyond the fitted points that a prediction may go without being asked to extrapolate
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fit as fit.json holds it."""
+
+    document: dict[str, Any]
+    source: str = "fit.json"
+    sha256: str = ""
+
+    @cached_property
+    def fitted(self) -> Fitted:
+        return Fitted.of_record(self.document["fitted"])
+
+    @property
+    def law(self) -> Any:
+        return self.fitted.law
+
+    @property
+    def level(self) -> float:
+        return self.document["level"]
+
+    @property
+    def flops_per(self) -> float:
+        """FLOPs a parameter and token: C = flops_per N D."""
+        return self.document["flops_per"]
+
+    @property
+    def approaches(self) -> dict[str, Any]:
+        return self.document["approaches"]
+
+    @cached_property
+    def points(self) -> dict[str, np.ndarray]:
+        """The fitted points: parameters, tokens, flops, loss, budget (NaN for none), predicted; each [P]."""
+        numbers = {k: v for k, v in self.document["points"].items() if k not in ("name", "seed")}
+        return {name: np.array([np.nan if x is None else x for x in values]) for name, values in numbers.items()}
+
+    @property
+    def baseline(self) -> TwoPoint | None:
+        line = self.document["baseline"]
+        return TwoPoint(tuple(line["flops"]), tuple(line["losses"])) if line["done"] else None
+
+    def optimal(self, flops: Any) -> tuple[np.ndarray, np.ndarray]:
+        """(N, D) of the least loss at these FLOPs, by the law."""
+        return self.law.optimal(flops, self.flops_per)
+
+    def loss(self, N: Any, D: Any) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+        """(loss, low, high) of runs, arrays [runs]; low and high are None where the fit has no intervals.
+
+        Each run is predicted by itself, so that its interval does not depend on which others are asked for.
+        """
+        runs = zip(*np.broadcast_arrays(*np.atleast_1d(N, D)), strict=True)
+        loss, low, high = np.concatenate([self.fitted.predict(n, d) for n, d in runs], axis=1)
+        return (loss, None, None) if np.isnan(low).any() else (loss, low, high)
+
+    def decades_beyond(self, what: str, value: float) -> float:
+        """Decades that "flops", "parameters" or "tokens" lie above the fitted points; negative: below; 0: within."""
+        low, high = self.document["range"][what]
+        return math.log10(value / high) if value > high else math.log10(value / low) if value < low else 0.0
+
+    def check(self, extrapolate: bool, **values: float) -> tuple[str, ...]:
+        """A sentence for each value outside of the fitted points.
+
+        Raises InputError where one lies more than a decade outside, unless extrapolation was asked for.
+        """
+        words = []
+        for what, value in values.items():
+            decades = self.decades_beyond(what, value)
+            if abs(decades) < 0.005:
+                continue
+            side, edge = ("above", "largest") if decades > 0 else ("below", "smallest")
+            limit = self.document["range"][what][decades > 0]
+            units = what.replace("flops", "FLOPs")
+            line = f"{value:.3g} {units} are {abs(decades):.2f} decades {side} the {edge} fitted, {limit:.3g}"
+            if abs(decades) > MOST + 1e-9 and not extrapolate:
+                raise InputError(
+                    f"{line}; wanted at most {MOST:g}, for no point of the fit speaks of what lies there: "
+                    "fit larger runs, or give --extrapolate"
+                )
+            words.append(line)
+        return tuple(words)
+
+
+def open_fit(path: str | Path) -> Fit:
+    """Reads fit.json, or the folder it lies in; raises InputError where it is not one that this version wrote."""
+    file = place(path)
+    if store(file).is_folder(file):
+        file = file / "fit.json"
+    if not store(file).is_file(file):
+        raise InputError(f"{file}: no such file; wanted the folder that gptjax fit wrote (gptjax fit TABLE --out DIR)")
+    raw = store(file).read(file)
+    try:
+        document = json.loads(raw)
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{file}: not valid JSON ({e}); run gptjax fit again") from e
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        got = document.get("format") if isinstance(document, dict) else type(document).__name__
+        raise InputError(f"{file}: format {got!r}; wanted {FORMAT}, as this gptjax writes it: run gptjax fit again")
+    if missing := [key for key in KEYS if key not in document]:
+        raise InputError(f"{file}: {missing[0]!r} is missing; wanted what gptjax fit wrote: run it again")
+    return Fit(document, str(file), hashlib.sha256(raw).hexdigest())
+
+
+def strict(value: Any) -> Any:
+    """The value with plain numbers, and None for what strict JSON can't hold: NaN and infinity."""
+    if isinstance(value, dict):
+        return {str(k): strict(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(v) for v in value]
+    if isinstance(value, np.ndarray):
+        return strict(value.tolist())
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    if isinstance(value, np.integer):
+        return int(value)
+    if isinstance(value, float | np.floating):
+        return float(value) if math.isfinite(value) else None
+    return value
+
+
+def write(path: Path, data: bytes | dict[str, Any]) -> None:
+    """Writes a file whole or not at all, and its folder; a dict as strict JSON. Raises InputError where it can't."""
+    if isinstance(data, dict):
+        data = (json.dumps(strict(data), indent=1, allow_nan=False) + "\n").encode()
+    try:
+        if "://" not in str(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        store(path).write(path, data)
+    except OSError as e:
+        raise InputError(f"{path}: can't be written ({e.strerror}); give another place") from e

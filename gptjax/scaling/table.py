@@ -1,0 +1,300 @@
+"""Tables of finished runs: size, tokens, FLOPs and loss of each, from CSV, JSONL, a sweep's folder or run folders.
+
+Columns go by name, in any of the usual spellings (FIELDS), or by the name that the user gives. What is missing and can
+be worked out is, and a note says so; everything else that is wrong with a table is one line that names the place.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from gptjax.config import TrainConfig
+from gptjax.scaling.rows import Row, Rows, read_rows
+from gptjax.settings import InputError
+
+# How each field may be called; the first is our own name. Case, spaces and dashes do not matter.
+FIELDS = {
+    "parameters": ("parameters", "params", "n", "n_params", "num_params", "n_parameters", "num_parameters",
+                   "parameters_total", "total_parameters", "total_params", "model_size"),
+    "parameters_non_embedding": ("parameters_non_embedding", "params_non_embedding", "non_embedding_parameters",
+                                 "non_embedding_params", "params_no_embed", "n_no_embed", "n_non_embedding"),
+    "tokens": ("tokens", "d", "n_tokens", "num_tokens", "train_tokens", "training_tokens", "tokens_seen"),
+    "flops": ("flops", "c", "compute", "train_flops", "training_flops", "total_flops"),
+    "loss": ("loss", "val_loss", "eval_loss", "valid_loss", "validation_loss", "test_loss", "final_loss", "l"),
+    "budget": ("budget", "flops_budget", "flop_budget", "compute_budget", "isoflop_budget"),
+    "seed": ("seed", "random_seed"),
+    "name": ("name", "run", "run_name", "run_id", "id"),
+    "run_dir": ("run_dir",),
+}  # fmt: skip
+NUMBERS = ("parameters", "parameters_non_embedding", "tokens", "flops", "loss", "budget")
+SAME_BUDGET = 0.02  # FLOPs that differ by less are one budget, where the table has no column of budgets
+CONDITION = re.compile(r"\s*([^<>=!]+?)\s*(<=|>=|!=|==|=|<|>)\s*(.*?)\s*")
+
+
+class Curve(NamedTuple):
+    """Losses along one run: tokens [T] trained and loss [T] there."""
+
+    tokens_T: np.ndarray
+    loss_T: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Finished runs, one an entry of each array [P]; `budget` is NaN where there is none."""
+
+    source: str
+    sha256: str
+    names: tuple[str, ...]
+    seeds: tuple[str, ...]
+    parameters: np.ndarray
+    tokens: np.ndarray
+    flops: np.ndarray
+    loss: np.ndarray
+    budget: np.ndarray
+    curves: tuple[Curve | None, ...]
+    evaluated: bool
+    """Whether the curves are of evaluations, not of training losses."""
+    notes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.loss)
+
+    @property
+    def budgets(self) -> np.ndarray:
+        """The different budgets in FLOPs, in rising order; empty where the table has none."""
+        return np.unique(self.budget[np.isfinite(self.budget)])
+
+    def keep(self, mask_P: np.ndarray) -> "Table":
+        """The table of the points where the mask is true."""
+        kept = np.flatnonzero(mask_P)
+        changed = {}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, np.ndarray):
+                changed[f.name] = value[kept]
+            elif f.name in ("names", "seeds", "curves"):
+                changed[f.name] = tuple(value[i] for i in kept)
+        return dataclasses.replace(self, **changed)
+
+    def up_to(self, max_flops: float) -> "Table":
+        """The points whose budget (FLOPs where they have none) is at most this, so that the rest can be predicted."""
+        nominal = np.where(np.isfinite(self.budget), self.budget, self.flops)
+        return self.keep(nominal <= max_flops * (1 + 1e-9))
+
+
+def read_table(
+    paths: Sequence[str | Path],
+    *,
+    columns: Iterable[str] = (),
+    where: Iterable[str] = (),
+    count: str = "total",
+    flops_per: float = 6.0,
+    planned: bool = False,
+    load_config: Callable[[Path], TrainConfig] | None = None,
+) -> Table:
+    """Reads a table of runs: a CSV, a JSONL, the folder of a sweep, or the folders of runs.
+
+    `columns` are FIELD=COLUMN, `where` are conditions such as dataset=rpj or tokens>=1e9, all of which a point meets.
+    `count` is the parameter count to use, "total" or "non-embedding"; `planned` runs need no column of losses, which
+    are then NaN. Where FLOPs are missing they are `flops_per` N D,
+    where tokens are, FLOPs / (flops_per N). `load_config` reads the settings of a run's folder. Raises InputError for
+    anything that is wrong with the table, with the file and the line.
+    """
+    rows = read_rows(paths, load_config)
+    mapping = _mapping(rows, columns)
+    notes: list[str] = list(rows.notes)
+    size = _size(mapping, count, rows.source, notes)
+    for name in (size, *(() if planned else ("loss",))):
+        if name not in mapping:
+            raise _missing(name, rows)
+    if "tokens" not in mapping and "flops" not in mapping:
+        raise _missing("tokens", rows, " or flops")
+    later = []
+    kept = rows.rows
+    for text in where:
+        condition = _condition(text, mapping, rows)
+        if condition.column:
+            kept = [row for row in kept if condition.holds(row.cells.get(condition.column, ""), row.place)]
+        else:
+            later.append(condition)
+    if not kept:
+        raise InputError(f"{rows.source}: none of {len(rows.rows)} rows meets --where {' '.join(where)}; change it")
+    got = {
+        name: np.array([_number(row, column, name, required=name != "budget") for row in kept])
+        for name, column in mapping.items()
+        if name in NUMBERS and (name == size or not name.startswith("parameters"))
+    }
+    parameters = got[size]
+    if "tokens" not in got:
+        got["tokens"] = got["flops"] / (flops_per * parameters)
+        notes.append(f"no column of tokens: D = C / ({flops_per:g} N)")
+    if "flops" not in got:
+        got["flops"] = flops_per * parameters * got["tokens"]
+        notes.append(f"no column of FLOPs: C = {flops_per:g} N D")
+    else:
+        ratio = got["flops"] / (parameters * got["tokens"])
+        low, middle, high = (f"{edge:.3g}" for edge in (ratio.min(), np.median(ratio), ratio.max()))
+        notes.append(f"FLOPs of the table: {middle} N D" + (f", from {low} to {high}" if low != high else ""))
+    if "budget" in got:  # what was computed twice may differ in its last digits
+        got["budget"] = np.array([float(f"{budget:.6g}") for budget in got["budget"]])
+    if "budget" not in got:
+        got["budget"] = _same_flops(got["flops"])
+        if np.isfinite(got["budget"]).any():
+            notes.append("no column of budgets: points whose FLOPs agree within 2 % are one")
+    table = Table(
+        source=rows.source,
+        sha256=rows.sha256,
+        names=_texts(kept, mapping.get("name"), lambda i: f"row {i + 1}"),
+        seeds=_texts(kept, mapping.get("seed"), lambda i: ""),
+        parameters=parameters,
+        tokens=got["tokens"],
+        flops=got["flops"],
+        loss=got.get("loss", np.full(len(kept), np.nan)),
+        budget=got["budget"],
+        curves=tuple(row.curve and Curve(*row.curve) for row in kept),
+        evaluated=rows.evaluated,
+        notes=tuple(notes),
+    )
+    for condition in later:
+        values = getattr(table, condition.field)
+        table = table.keep(np.array([condition.holds(repr(float(v)), rows.source) for v in values], bool))
+    if not len(table):
+        raise InputError(f"{rows.source}: no row meets --where {' '.join(where)}; change it")
+    return table
+
+
+def _spelled(name: str) -> str:
+    return re.sub(r"[\s-]+", "_", name.strip().lower())
+
+
+def _mapping(rows: Rows, columns: Iterable[str]) -> dict[str, str]:
+    """The table's column of each field that it has."""
+    mapping: dict[str, str] = {}
+    for text in columns:
+        field, equals, column = text.partition("=")
+        if not equals or field not in FIELDS:
+            raise InputError(f"--columns {text}: wanted FIELD=COLUMN, with a FIELD of {', '.join(FIELDS)}")
+        if field in mapping:
+            raise InputError(f"--columns names {field} twice ({mapping[field]} and {column}); give it once")
+        if column not in rows.header:
+            raise InputError(f"--columns {text}: {rows.source} has no column {column!r}; it has {_listed(rows.header)}")
+        mapping[field] = column
+    for field, spellings in FIELDS.items():
+        found = [column for column in rows.header if _spelled(column) in spellings and field not in mapping]
+        found.sort(key=lambda column: spellings.index(_spelled(column)))
+        if len(found) > 1 and field in NUMBERS:
+            raise InputError(
+                f"{rows.source}: the columns {' and '.join(found)} may each be the {field}; "
+                f"say which: --columns {field}={found[0]}"
+            )
+        if found:
+            mapping[field] = found[0]
+    return mapping
+
+
+def _size(mapping: Mapping[str, str], count: str, source: str, notes: list[str]) -> str:
+    """The field of the parameter count that was asked for."""
+    other = {"total": "parameters_non_embedding", "non-embedding": "parameters"}[count]
+    wanted = {"total": "parameters", "non-embedding": "parameters_non_embedding"}[count]
+    if wanted in mapping:
+        notes.append(f"N: {count} parameters, column {mapping[wanted]}")
+    elif other in mapping:
+        there = {"total": "non-embedding", "non-embedding": "total"}[count]
+        raise InputError(
+            f"{source}: --count {count}, but the table has no column of {wanted}; it has {there} parameters: "
+            f"give --count {there}, or name the column: --columns {wanted}=COLUMN"
+        )
+    return wanted
+
+
+def _missing(field: str, rows: Rows, more: str = "") -> InputError:
+    names = ", ".join(FIELDS[field][:4])
+    return InputError(
+        f"{rows.source}: no column of {field}{more} among {_listed(rows.header)}; wanted {names}, ..., "
+        f"or name it: --columns {field}=COLUMN"
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:12]) + (f", ... ({len(names)})" if len(names) > 12 else "")
+
+
+def _number(row: Row, column: str, field: str, required: bool) -> float:
+    """The number in a cell: above 0 and finite; NaN for an empty cell that may be."""
+    text = row.cells.get(column, "")
+    if not text.strip() and not required:
+        return np.nan
+    called = field if column == field else f"{field} (column {column})"
+    then = "repair the row, or leave it out with --where"
+    if not text.strip():
+        raise InputError(f"{row.place}: {called} is empty; wanted a number above 0; {then}")
+    try:
+        value = float(text)
+    except ValueError:
+        value = None
+    if value is None or not np.isfinite(value) or value <= 0:
+        raise InputError(f"{row.place}: {called} is {text.strip()!r}; wanted a number above 0; {then}")
+    return value
+
+
+def _texts(rows: Sequence[Row], column: str | None, other: Callable[[int], str]) -> tuple[str, ...]:
+    return tuple((row.cells.get(column, "") if column else "") or other(i) for i, row in enumerate(rows))
+
+
+def _same_flops(flops_P: np.ndarray) -> np.ndarray:
+    """The mean FLOPs of each group of three or more points whose neighbours in FLOPs agree; NaN for the others."""
+    budget_P = np.full(len(flops_P), np.nan)
+    order = np.argsort(flops_P)
+    gaps = np.flatnonzero(np.diff(np.log(flops_P[order])) > SAME_BUDGET) + 1
+    for group in np.split(order, gaps):
+        if len(group) >= 3:
+            budget_P[group] = np.exp(np.log(flops_P[group]).mean())
+    return budget_P
+
+
+class _Condition(NamedTuple):
+    """One --where: `column` as the table has it, or "" where the field is worked out."""
+
+    text: str
+    field: str
+    column: str
+    sign: str
+    value: str
+
+    def holds(self, cell: str, place: str) -> bool:
+        if self.sign in ("=", "==", "!="):
+            same = any(_same(cell.strip(), value) for value in (self.value, *self.value.split(",")))
+            return same != (self.sign == "!=")
+        a, b = _maybe(cell), _maybe(self.value)
+        if a is None or b is None:
+            raise InputError(f"{place}: --where {self.text} compares {cell.strip()!r}, which is no number; use = or !=")
+        return {"<": a < b, "<=": a <= b, ">": a > b, ">=": a >= b}[self.sign]
+
+
+def _same(cell: str, value: str) -> bool:
+    a, b = _maybe(cell), _maybe(value)
+    return cell == value.strip() if a is None or b is None else a == b
+
+
+def _maybe(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _condition(text: str, mapping: Mapping[str, str], rows: Rows) -> _Condition:
+    match = CONDITION.fullmatch(text)
+    if match is None:
+        raise InputError(f"--where {text}: wanted COLUMN=VALUE (or VALUE,VALUE), or !=, <, <=, > or >= in its place")
+    name, sign, value = match.groups()
+    if sign in ("<", "<=", ">", ">=") and _maybe(value) is None:
+        raise InputError(f"--where {text}: {value!r} is no number; wanted one after {sign}")
+    column = name if name in rows.header else mapping.get(name, "")
+    if not column and name not in ("tokens", "flops", "budget"):
+        raise InputError(f"--where {text}: {rows.source} has no column {name!r}; it has {_listed(rows.header)}")
+    return _Condition(text, name, column, sign, value)

@@ -1,0 +1,92 @@
+"""Published laws give their published numbers; optima are optima; recipes say what their papers say."""
+
+import numpy as np
+import pytest
+
+from gptjax.scaling.laws import BESIROGLU, HOFFMANN, MUENNIGHOFF, Chinchilla, Kaplan, OverTraining
+from gptjax.scaling.recipes import RECIPES, critical_batch, recipe
+from gptjax.settings import InputError
+
+
+@pytest.mark.parametrize(
+    ("sizes", "published"),
+    [((6.34e9, 242e9, 25e9), 2.2256440889984477), ((8.67e9, 178e9, 25e9), 2.2269634075087867)],
+)
+def test_the_data_constrained_law_gives_the_losses_of_its_released_code(sizes, published):
+    assert float(MUENNIGHOFF.loss(*sizes)) == pytest.approx(published, rel=1e-14)
+
+
+def test_the_best_epochs_for_scarce_data_are_those_of_the_released_code():
+    N, D = MUENNIGHOFF.optimal(6 * 8.67e9 * 178e9, 25e9)
+    assert (N, D) == (pytest.approx(6.8e9, rel=0.01), pytest.approx(227e9, rel=0.01))
+
+
+def test_one_epoch_of_unique_tokens_is_chinchillas_law_up_to_the_optimal_size():
+    N, D = MUENNIGHOFF.chinchilla.optimal(1e21)
+    assert MUENNIGHOFF.loss(N / 2, D, D) == pytest.approx(MUENNIGHOFF.chinchilla.loss(N / 2, D), rel=1e-12)
+    assert MUENNIGHOFF.loss(N, 4 * D, D) > MUENNIGHOFF.loss(N, 4 * D, 4 * D)
+
+
+def test_more_unique_tokens_than_tokens_are_refused():
+    with pytest.raises(InputError, match="wanted U <= D"):
+        MUENNIGHOFF.loss(1e9, 1e9, 2e9)
+
+
+@pytest.mark.parametrize("law", [HOFFMANN, BESIROGLU, OverTraining(1.8366, 166.2, 366.7, -0.2729)])
+def test_no_other_size_of_a_budget_has_less_loss_than_the_optimum(law):
+    N, D = law.optimal(1e21)
+    assert 6 * N * D == pytest.approx(1e21)
+    for factor in (0.97, 1.03):
+        assert law.loss(N * factor, D / factor) > law.loss(N, D)
+
+
+def test_the_exponents_are_how_the_optimum_grows():
+    (small, _), (large, _) = HOFFMANN.optimal(1e20), HOFFMANN.optimal(1e22)
+    assert np.log10(large / small) / 2 == pytest.approx(HOFFMANN.exponents[0])
+    assert HOFFMANN.exponents[1] == pytest.approx(0.548387, abs=1e-6)
+
+
+def test_one_law_with_arrays_of_coefficients_is_many_laws():
+    A = np.array([300.0, 400.0])
+    many = Chinchilla(1.7, A[:, None], 400.0, 0.34, 0.28).loss([1e8, 1e9, 1e10], 1e11)
+    assert many.shape == (2, 3)
+    assert many[1, 2] == Chinchilla(1.7, 400.0, 400.0, 0.34, 0.28).loss(1e10, 1e11)
+
+
+def test_the_over_training_law_says_the_same_in_compute_and_multiplier():
+    law = OverTraining(1.8366, 166.2, 366.7, -0.2729)
+    N, M = 1.4e9, 640.0
+    C, paper = 6 * N * N * M, law.published
+    published = paper["E"] + (paper["a"] * M ** paper["eta"] + paper["b"] * M ** -paper["eta"]) * C ** -paper["eta"]
+    assert law.loss_of_compute(C, M) == pytest.approx(law.loss(N, M * N)) == pytest.approx(published)
+
+
+def test_kaplans_joint_law_becomes_its_power_law_of_parameters_with_endless_data():
+    law = Kaplan()
+    alpha_N, _, N_c, _ = law.joint
+    assert law.loss(1e9, 1e30) == pytest.approx((N_c / 1e9) ** alpha_N, rel=1e-6)
+    assert law.loss(1e9, 1e10) > law.loss(1e9, 1e11) > law.loss(1e10, 1e11)
+    assert law.loss_of_parameters(8.8e13) == law.loss_of_tokens(5.4e13) == 1
+
+
+def test_recipes_give_what_their_papers_do():
+    deepseek = recipe("deepseek", 1e8, 2e9)
+    assert deepseek["batch_tokens"] == pytest.approx(0.2920 * (6 * 1e8 * 2e9) ** 0.3271)
+    # The paper's 7B model on 2T tokens: a batch of 2,304 rows of 4,096 (9.4M tokens) and a rate of 4.2e-4.
+    seven = recipe("deepseek", 6.5e9, 2e12)
+    assert seven["batch_tokens"] == pytest.approx(9.4e6, rel=0.2)
+    assert seven["learning_rate"] == pytest.approx(4.2e-4, rel=0.2)
+    step = recipe("steplaw", 1e9, 1e11)
+    assert (step["learning_rate"], step["batch_tokens"]) == (
+        pytest.approx(1.79 * 1e9**-0.713 * 1e11**0.307),
+        pytest.approx(0.58 * 1e11**0.571),
+    )
+    assert critical_batch(3.0) == pytest.approx(1.07e6, rel=0.01)
+    assert all("arXiv" in r.source for r in RECIPES.values())
+
+
+@pytest.mark.parametrize(("name", "N"), [("chinchilla", 1e8), ("deepseek", -1.0), ("kaplan", 2e10)])
+def test_a_recipe_that_cannot_be_had_is_one_line(name, N):
+    with pytest.raises(InputError) as refusal:
+        recipe(name, N, 1e9)
+    assert "wanted" in str(refusal.value) and "\n" not in str(refusal.value)
