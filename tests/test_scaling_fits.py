@@ -194,9 +194,9 @@ def test_isoflop_refuses_one_budget_and_negative_losses():
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
-    """Few replicas and draws: 12 x 7 numbers at 95 %; the long test below holds the true share to 90 to 98 %."""
-    share = scaling_fit.coverage(12, 100)["share_that_hold"]
-    assert 0.8 <= np.mean(list(share.values())) <= 1 and min(share.values()) >= 0.6
+    """Few replicas and draws: 8 x 7 numbers at 95 %; the long test below holds the true share to 90 to 98 %."""
+    share = scaling_fit.coverage(8, 60)["share_that_hold"]
+    assert 0.8 <= np.mean(list(share.values())) <= 1 and min(share.values()) >= 0.5
 
 
 @pytest.mark.exhaustive
