@@ -8,7 +8,7 @@
     Fitted.of_record(json.loads(json.dumps(fitted.record())))  # the same again
 
 The parametric fit is that of Hoffmann et al. 2022 (section 3.3): Huber's function of width 1e-3 on log prediction - log
-loss, least by L-BFGS from a grid of 4,500 starts. All of them descend for 40 turns and the lowest 256 to the end. It is
+loss, least by L-BFGS from a grid of 4,500 starts. All of them descend for 15 turns and the lowest 256 to the end. It is
 summed over runs, not averaged: an average is so small that an optimizer's default tolerance ends it early (Besiroglu et
 al. 2024, section 4); here each descent ends by its gradient. Resamples descend from the optimum of all runs and from
 the 4 starts of the grid that lie lowest.
@@ -26,7 +26,7 @@ from gptjax.scaling.laws import Chinchilla, OverTraining, PowerLaw
 from gptjax.settings import InputError
 
 LAWS: dict[str, type] = {"Chinchilla": Chinchilla, "OverTraining": OverTraining, "PowerLaw": PowerLaw}
-SCREEN = 40  # turns after which only the lowest starts of a grid go on
+SCREEN = 15  # turns after which only the lowest starts of a grid go on
 FINAL = 256  # so many of them
 NEAR = 4  # starts of the grid that a resample descends from, beside the optimum of all points
 FLAT = 1e-5  # a descent whose gradient is larger has not converged: see descent.Minimum
