@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 
 from gptjax.config import ModelConfig, TrainConfig
-from gptjax.losses import CHUNK_BYTES
+from gptjax.losses import count_chunks
 from gptjax.scaling.counts import padded_vocab
 from gptjax.sharding import AXES, sharding_of
 
@@ -25,26 +25,27 @@ from gptjax.sharding import AXES, sharding_of
 class Temporaries:
     """How many arrays of each kind the compiler keeps at once in the backward pass of a layer, and in the loss."""
 
-    scores: Mapping[str, float] = dataclasses.field(
-        default_factory=lambda: {"none": 6.0, "full": 8.0, "names": 8.0, "dots": 9.0, "offload": 8.0}
-    )
-    """Bytes a score (rows x heads x length x keys) in plain attention's gradient, by model.remat."""
-    float32: float = 1.0
-    """More of them where the products are float32."""
+    scores: float = 6.0
+    """Bytes a score (rows x heads x length x keys) in plain attention's gradient."""
+    again: float = 3.0
+    """More of them where the scores are computed again: with every model.remat but none."""
     stream: float = 6.0
     """Arrays of rows x length x width, in attention's gradient and in the MLP's."""
     hidden: float = 4.0
     """Arrays of rows x length x MLP width in the MLP's gradient."""
-    gated: float = 6.0
-    """The same for an MLP with a gate."""
+    gated: float = 5.5
+    """The same for an MLP with a gate. What the forward pass kept of either is none of them."""
     heads: float = 6.0
     """Arrays of rows x length x heads in attention's gradient where it is no plain product: some are float32."""
     gathered: float = 1.0
     """Weights of one layer as other devices sent them, in the type of products, with fsdp."""
     head: float = 2.0
     """Copies of the head matrix, whole but for its tensor shard, in the type of products while the loss is computed."""
-    untied: float = 0.5
-    """The same of an embedding that is another matrix: one on v5e, none on v5p and v6e."""
+    micro: float = 1.0
+    """More of them, gathered before the loop over several micro-batches, through which they live."""
+    untied: float = 0.0
+    """More of them where the embedding is another matrix and devices share it: v5e gathers the head before the loop
+    over the chunks of the loss, v5p and v6e in it."""
     head_pieces: float = 4.0
     """Pieces of it, as one device holds them, where it is sent in pieces: PIECEWISE devices share it."""
     muon: float = 10.0
@@ -56,6 +57,9 @@ class Temporaries:
 # libtpu multiplies with pieces of the head while others are on their way for some groups, and gathers it for others.
 # By what it decides was not found out; of groups of 8, 16, 32 and 64 it was those of 16.
 PIECEWISE = 16
+# A chip's own fast memory, where copies of the head go first: VMEM on v5e, v5p and v6e, CMEM on v4.
+FAST = 128 * 2**20
+V5E = Temporaries(untied=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,10 +117,18 @@ def state_bytes(config: TrainConfig, shapes: Any, sizes: Mapping[str, int], *, t
 
 
 def step_memory(
-    config: TrainConfig, state: StateBytes, sizes: Mapping[str, int], *, tiles: bool, kept: Temporaries = Temporaries()
+    config: TrainConfig,
+    state: StateBytes,
+    sizes: Mapping[str, int],
+    *,
+    platform: str,
+    kept: Temporaries = Temporaries(),
 ) -> Memory:
-    """Memory of a step of these settings, model.attention chosen (not auto), on a mesh of these sizes."""
-    cfg, size = config.model, local_sizes(config, sizes)
+    """Memory of a step of these settings, model.attention chosen (not auto), on a mesh of these sizes.
+
+    `platform` is jax's name of it: cpu, gpu or tpu.
+    """
+    cfg, size, tiles = config.model, local_sizes(config, sizes), platform == "tpu"
     item = item_size(cfg)
     rows, V, D, layers = size["B"], size["V"], cfg.width, state.layers
     stream, hidden = item * rows * size["L"] * D, item * rows * size["L"] * size["F"]
@@ -128,7 +140,7 @@ def step_memory(
     summed = state.parameters if config.optim.accumulate > 1 else 0
     copies = layers // 2
     attention = kept.stream * stream + (
-        (kept.scores[cfg.remat] + (kept.float32 if item == 4 else 0)) * scores
+        (kept.scores + (0 if cfg.remat == "none" else kept.again)) * scores
         if (scores := score_count(config, size))
         else kept.heads * item * rows * size["L"] * size["H"] * _head(config, size, tiles)
     )
@@ -137,15 +149,19 @@ def step_memory(
         attention += (2 * item + 8) * rows * size["M"] * size["G"] * _head(config, size, tiles)
     if cfg.attention == "cudnn" and config.data.several_documents:
         attention += 2 * rows * size["L"] * size["M"]  # its mask
-    mlp = kept.stream * stream + (kept.gated if cfg.activation == "swiglu" else kept.hidden) * hidden
+    gated = cfg.activation == "swiglu"
+    mlp_kept = cfg.remat in ("none", "dots") or (cfg.remat == "names" and "mlp" in cfg.remat_names)
+    mlp = kept.stream * stream + ((kept.gated if gated else kept.hidden) - mlp_kept * (2 if gated else 1)) * hidden
     gathered = kept.gathered * state.layer // 4 * item if sizes["fsdp"] > 1 else 0
     backward = max(attention, mlp) + gathered + layers
-    logits = 1.5 * _chunk(size)
-    pieces = (
-        kept.head_pieces / PIECEWISE if sizes["fsdp"] == PIECEWISE else kept.head + (0 if cfg.tied else kept.untied)
-    )
+    chunks = count_chunks(platform, size["L"], 4 * rows * V, 4 * V * D / (math.prod(sizes.values()) / sizes["tensor"]))
+    shared = sizes["fsdp"] > 1
+    # The gradient of the logits is an array of its own where the head's product waits for other devices.
+    logits = (1.5 if shared else 1) * 4 * rows * V * size["L"] // chunks
+    whole = kept.head + kept.micro * (config.optim.accumulate > 1) + kept.untied * (shared and not cfg.tied)
+    pieces = kept.head_pieces / PIECEWISE if sizes["fsdp"] == PIECEWISE else whole
     # A float32 matrix is gathered as it is and multiplied as bfloat16, as a TPU does by default.
-    heads = pieces * (item / 2 + 1) * V * D
+    heads = max(0, pieces * (item / 2 + 1 if shared else 2) * V * D - (FAST if tiles else 0))
     loss = logits + heads + 2 * stream
     lives = summed + head_gradient
     arrays = kept.muon + (kept.muon_shared if sizes["fsdp"] > 1 else 0)
@@ -188,13 +204,18 @@ def saved_by_layer(config: TrainConfig, size: Mapping[str, int], item: int, tile
         return item * (stream + sum(named[n] for n in cfg.remat_names))
     if cfg.remat == "dots":
         return item * (2 * stream + query + 2 * key + products)
-    # Each norm keeps two float32 arrays; GELU, which is computed in float32, four. Where the products are float32 too,
-    # the stream and what enters the GELU are among these.
+    # Each norm keeps two float32 arrays; GELU, which is computed in float32, four, and what the next product reads.
+    # Where the products are float32 too, the stream is among these. A TPU reads bfloat16 in either case.
     norms, also = 4 * stream * 2 * (1 if cfg.parallel else 2), 0 if item == 4 else 1
-    inside = {"swiglu": 6 * item, "relu2": 3 * item, "gelu": 16 + item * also}[cfg.activation] * tokens * size["F"]
+    read = 2 if tiles else item
+    inside = (
+        {"swiglu": 6 * item, "relu2": 3 * item, "gelu": 16 + (2 if tiles else item * also)}[cfg.activation]
+        * tokens
+        * size["F"]
+    )
     kernel = item * stream if cfg.attention == "splash" else 0
     kept = norms + 2 * item * also * stream + inside + 2 * item * (query + key) + kernel
-    return kept + (4 + item) * score_count(config, size)
+    return kept + (4 + read) * score_count(config, size)
 
 
 def _head(config: TrainConfig, size: Mapping[str, int], tiles: bool) -> int:
@@ -210,13 +231,6 @@ def score_count(config: TrainConfig, size: Mapping[str, int]) -> int:
 def item_size(cfg: ModelConfig) -> int:
     """Bytes of a number in the type of products."""
     return 2 if cfg.dtype == "bfloat16" else 4
-
-
-def _chunk(size: Mapping[str, int]) -> int:
-    """Bytes of one chunk of float32 logits on a device: see losses.cross_entropy."""
-    L, each = size["L"], 4 * size["B"] * size["V"]
-    fits = (n for n in range(1, L + 1) if L % n == 0 and each * (L // n) <= CHUNK_BYTES["tpu"])
-    return each * (L // next(fits, L))
 
 
 def _bytes(tree: Any, mesh: Any, tiles: bool) -> int:

@@ -17,7 +17,7 @@ from gptjax.backends import Device, choose
 from gptjax.config import TrainConfig
 from gptjax.hardware import Topology
 from gptjax.plan.compiled import Compiled
-from gptjax.plan.memory import Memory, StateBytes, state_bytes, step_memory
+from gptjax.plan.memory import V5E, Memory, StateBytes, Temporaries, state_bytes, step_memory
 from gptjax.plan.roofline import Speed, speed
 from gptjax.scaling.counts import padded_vocab
 from gptjax.settings import InputError
@@ -78,7 +78,10 @@ class Planner:
         """These settings with their memory and speed; raises InputError where they can't be."""
         sizes = axis_sizes(config.mesh)
         check_divisible(config, sizes)
-        memory = step_memory(config, self._state(tuple(sizes.values())), sizes, tiles=self.tiles)
+        kept = V5E if self.topology.kind == "v5e" else Temporaries()
+        memory = step_memory(
+            config, self._state(tuple(sizes.values())), sizes, platform=_platform(self.topology), kept=kept
+        )
         chip = self.topology.chip
         fast = speed(config, sizes, self.topology, memory) if chip and chip.bandwidth else None
         return Candidate(config=config, memory=memory, speed=fast)
@@ -183,10 +186,14 @@ def on(topology: Topology, config: TrainConfig) -> TrainConfig:
 
 def with_attention(config: TrainConfig, topology: Topology) -> TrainConfig:
     """The settings with model.attention as the devices of the topology would choose it; raises what `choose` raises."""
-    platform = "cpu" if topology.chip is None else "tpu" if topology.libtpu else "gpu"
+    platform = _platform(topology)
     device = Device(platform, 9.0 if platform == "gpu" else 0.0, config.mesh.context > 1)
     name = choose(config.model, config.data.length, device)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, attention=name))
+
+
+def _platform(topology: Topology) -> str:
+    return "cpu" if topology.chip is None else "tpu" if topology.libtpu else "gpu"
 
 
 def _worth(c: Candidate) -> tuple[float, int]:
