@@ -27,13 +27,13 @@ class Temporaries:
 
     scores: float = 6.0
     """Bytes a score (rows x heads x length x keys) in plain attention's gradient."""
-    again: float = 3.0
+    again: float = 3.5
     """More of them where the scores are computed again: with every model.remat but none."""
     stream: float = 6.0
     """Arrays of rows x length x width, in attention's gradient and in the MLP's."""
     hidden: float = 4.0
     """Arrays of rows x length x MLP width in the MLP's gradient."""
-    gated: float = 5.5
+    gated: float = 6.0
     """The same for an MLP with a gate. What the forward pass kept of either is none of them."""
     heads: float = 6.0
     """Arrays of rows x length x heads in attention's gradient where it is no plain product: some are float32."""
@@ -41,25 +41,24 @@ class Temporaries:
     """Weights of one layer as other devices sent them, in the type of products, with fsdp."""
     head: float = 2.0
     """Copies of the head matrix, whole but for its tensor shard, in the type of products while the loss is computed."""
-    micro: float = 1.0
-    """More of them, gathered before the loop over several micro-batches, through which they live."""
-    untied: float = 0.0
-    """More of them where the embedding is another matrix and devices share it: v5e gathers the head before the loop
-    over the chunks of the loss, v5p and v6e in it."""
+    outside: float = 0.0
+    """More of them for each loop that one is made before, and lives through: that over the chunks of the loss where the
+    head is a matrix of its own that devices share, and that over several micro-batches."""
     head_pieces: float = 4.0
-    """Pieces of it, as one device holds them, where it is sent in pieces: PIECEWISE devices share it."""
+    """Pieces of it, as one device holds them, where it is sent in pieces: see PIECEWISE."""
     muon: float = 10.0
     """float32 arrays of the size of the largest stack of matrices in Muon's update, beside the gradient and update."""
     muon_shared: float = 5.0
     """More of them where devices share the matrices."""
 
 
-# libtpu multiplies with pieces of the head while others are on their way for some groups, and gathers it for others.
-# By what it decides was not found out; of groups of 8, 16, 32 and 64 it was those of 16.
-PIECEWISE = 16
-# A chip's own fast memory, where copies of the head go first: VMEM on v5e, v5p and v6e, CMEM on v4.
-FAST = 128 * 2**20
-V5E = Temporaries(untied=1.0)
+# libtpu multiplies with pieces of the head while others are on their way where the fsdp axis has so many devices, the
+# data axis one, and a device's piece at most so many bytes; everywhere else it gathers the head first.
+PIECEWISE, PIECE_BYTES = (8, 32), 32 * 2**20
+# Temporaries that libtpu puts into the chip's own fast memory: about half of the 128 MiB of VMEM (CMEM on v4).
+FAST = 64 * 2**20
+# libtpu makes what a loop does not change before it on v5e, and in it on v5p and v6e.
+V5E = Temporaries(outside=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +128,7 @@ def step_memory(
     `platform` is jax's name of it: cpu, gpu or tpu.
     """
     cfg, size, tiles = config.model, local_sizes(config, sizes), platform == "tpu"
-    item = item_size(cfg)
+    item, fast = item_size(cfg), FAST if tiles else 0
     rows, V, D, layers = size["B"], size["V"], cfg.width, state.layers
     stream, hidden = item * rows * size["L"] * D, item * rows * size["L"] * size["F"]
     saved = cfg.num_layers * saved_by_layer(config, size, item, tiles)
@@ -153,15 +152,16 @@ def step_memory(
     mlp_kept = cfg.remat in ("none", "dots") or (cfg.remat == "names" and "mlp" in cfg.remat_names)
     mlp = kept.stream * stream + ((kept.gated if gated else kept.hidden) - mlp_kept * (2 if gated else 1)) * hidden
     gathered = kept.gathered * state.layer // 4 * item if sizes["fsdp"] > 1 else 0
-    backward = max(attention, mlp) + gathered + layers
+    inner = max(0, max(attention, mlp) - fast)
+    backward = inner + gathered + layers
     chunks = count_chunks(platform, size["L"], 4 * rows * V, 4 * V * D / (math.prod(sizes.values()) / sizes["tensor"]))
     shared = sizes["fsdp"] > 1
     # The gradient of the logits is an array of its own where the head's product waits for other devices.
     logits = (1.5 if shared else 1) * 4 * rows * V * size["L"] // chunks
-    whole = kept.head + kept.micro * (config.optim.accumulate > 1) + kept.untied * (shared and not cfg.tied)
-    pieces = kept.head_pieces / PIECEWISE if sizes["fsdp"] == PIECEWISE else whole
+    whole = kept.head + kept.outside * ((shared and not cfg.tied) + (config.optim.accumulate > 1))
+    pieces = kept.head_pieces / sizes["fsdp"] if _piecewise(item * V * D, sizes) else whole
     # A float32 matrix is gathered as it is and multiplied as bfloat16, as a TPU does by default.
-    heads = max(0, pieces * (item / 2 + 1 if shared else 2) * V * D - (FAST if tiles else 0))
+    heads = max(0, pieces * (item / 2 + 1 if shared else 2) * V * D - fast)
     loss = logits + heads + 2 * stream
     lives = summed + head_gradient
     arrays = kept.muon + (kept.muon_shared if sizes["fsdp"] > 1 else 0)
@@ -171,7 +171,7 @@ def step_memory(
     elif loss > backward:
         gradients, weights, temporary = lives, copies + heads, 2 * stream
     else:
-        gradients, weights, temporary, logits = lives + layers, copies + gathered, max(attention, mlp), 0
+        gradients, weights, temporary, logits = lives + layers, copies + gathered, inner, 0
     return Memory(
         parameters=state.parameters, optimizer=state.optimizer, gradients=round(gradients), weights=round(weights),
         activations=round(saved + temporary), logits=round(logits),
@@ -216,6 +216,12 @@ def saved_by_layer(config: TrainConfig, size: Mapping[str, int], item: int, tile
     kernel = item * stream if cfg.attention == "splash" else 0
     kept = norms + 2 * item * also * stream + inside + 2 * item * (query + key) + kernel
     return kept + (4 + read) * score_count(config, size)
+
+
+def _piecewise(head: int, sizes: Mapping[str, int]) -> bool:
+    """Whether a head of so many bytes is multiplied in pieces."""
+    low, high = PIECEWISE
+    return sizes["data"] == 1 and low <= sizes["fsdp"] <= high and head <= PIECE_BYTES * sizes["fsdp"]
 
 
 def _head(config: TrainConfig, size: Mapping[str, int], tiles: bool) -> int:
