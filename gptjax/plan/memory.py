@@ -132,16 +132,18 @@ def step_memory(
     rows, V, D, layers = size["B"], size["V"], cfg.width, state.layers
     stream, hidden = item * rows * size["L"] * D, item * rows * size["L"] * size["F"]
     saved = cfg.num_layers * saved_by_layer(config, size, item, tiles)
+    # A TPU multiplies bfloat16: of float32 temporaries, the half that products read are stored as that.
+    stored = (item + 2) / (2 * item) if tiles else 1
 
     # What lives through the whole backward pass: copies of this device's weights, the float32 gradient of the head
     # (by then also the embedding's), and the sums of all gradients where there are several micro-batches.
     head_gradient = 4 * V * D // sizes["fsdp"]
     summed = state.parameters if config.optim.accumulate > 1 else 0
     copies = layers // 2
-    attention = kept.stream * stream + (
+    attention = kept.stream * stored * stream + (
         (kept.scores + (0 if cfg.remat == "none" else kept.again)) * scores
         if (scores := score_count(config, size))
-        else kept.heads * item * rows * size["L"] * size["H"] * _head(config, size, tiles)
+        else kept.heads * stored * item * rows * size["L"] * size["H"] * _head(config, size, tiles)
     )
     if sizes["context"] > 1:
         # Keys and values are gathered whole, and their gradients are added up in float32 before they are scattered.
@@ -150,7 +152,8 @@ def step_memory(
         attention += 2 * rows * size["L"] * size["M"]  # its mask
     gated = cfg.activation == "swiglu"
     mlp_kept = cfg.remat in ("none", "dots") or (cfg.remat == "names" and "mlp" in cfg.remat_names)
-    mlp = kept.stream * stream + ((kept.gated if gated else kept.hidden) - mlp_kept * (2 if gated else 1)) * hidden
+    arrays = (kept.gated if gated else kept.hidden) - mlp_kept * (2 if gated else 1)
+    mlp = stored * (kept.stream * stream + arrays * hidden)
     gathered = kept.gathered * state.layer // 4 * item if sizes["fsdp"] > 1 else 0
     inner = max(0, max(attention, mlp) - fast)
     backward = inner + gathered + layers
@@ -164,8 +167,8 @@ def step_memory(
     heads = max(0, pieces * (item / 2 + 1 if shared else 2) * V * D - fast)
     loss = logits + heads + 2 * stream
     lives = summed + head_gradient
-    arrays = kept.muon + (kept.muon_shared if sizes["fsdp"] > 1 else 0)
-    update = layers + arrays * state.largest - saved - copies if config.optim.kind == "muon" else 0
+    muon = kept.muon + (kept.muon_shared if sizes["fsdp"] > 1 else 0)
+    update = layers + muon * state.largest - saved - copies if config.optim.kind == "muon" else 0
     if update > max(loss, backward):
         gradients, weights, temporary, logits = lives + layers + update, 0, -saved, 0
     elif loss > backward:
