@@ -8,17 +8,16 @@
 Needs libtpu (pip install 'gptjax[tpu-plan]'), and no TPU: everything is compiled for slices that are not here, nothing
 is run. The error of a setting is counted / compiled - 1 of all bytes a device: arguments, results that are not the
 arguments' memory, temporaries, from the compiler's buffer assignment. FITTED are the settings by which the few numbers
-of plan/memory.py's Temporaries were chosen. Held-out settings are drawn at random by a seed, after those numbers were
-fixed; those that take less than 1 GiB are given apart, since a chip's own fast memory then holds a good part. Settings
-that do not fit, or that jax can't lay on the slice, are counted and left out. --cpu does the same for some settings on
-fake CPU devices. --again counts the settings of an earlier report anew, with its compiled bytes. --layers times
+of plan/memory.py's Temporaries were chosen; HELD_OUT were compiled after those numbers were fixed. Settings that take
+less than 1 GiB are given apart, since a chip's own fast memory then holds a good part. Settings that do not fit are
+counted and left out. --cpu does the same for some settings on fake CPU devices. --again takes the compiled bytes of an
+earlier report, and counts its settings, but for HELD_OUT, as fitted: they have been looked at. --layers times
 processes that trace, lower and compile GPT-2's step with so many layers, scanned: for a CPU device, all of it; for a
 TPU slice until its memory is laid out. Their processor seconds, of all threads, are of use on a busy machine.
 """
 
 import argparse
 import json
-import random
 import resource
 import shlex
 import statistics
@@ -63,12 +62,32 @@ FITTED = [
     ("v5p:8x8x8", "gpt3_175b", 1600, 25, "full", "plain", (1, 64, 8), ""),
     ("v5e:8x8", "llama_8b", 64, 1, "full", "splash", (1, 64, 1), ""),
 ]
-# Recipe, lengths, slices of a draw; the recipes are a GPT-2, a Llama and one of GPT-3's ladder.
-DRAWN = {
-    "gpt2_124m": ((512, 1024, 2048), ("v5e:2x4", "v6e:2x4", "v5p:2x2x2", "v4:2x2x2")),
-    "llama_1b": ((1024, 2048, 4096), ("v5e:4x4", "v6e:2x4", "v5p:2x2x2")),
-    "gpt3_2p7b": ((1024, 2048), ("v5e:4x8", "v6e:4x4", "v5p:2x2x4")),
-}
+# Drawn at random, and written here before any of them was compiled.
+HELD_OUT = [
+    ("v5p:2x2x4", "gpt2_1p5b", 32, 1, "full", "plain", (8, 2, 1), "--data.length 1024 --optim.kind lion"),
+    ("v5e:2x4", "gpt3_760m", 4, 1, "dots", "blockwise", (2, 2, 1),
+     "--data.length 2048 --model.dtype float32 --mesh.context 2"),
+    ("v6e:2x4", "gpt2_1p5b", 32, 2, "dots", "splash", (1, 2, 4), "--data.length 2048 --optim.kind lion"),
+    ("v5p:4x4x4", "llama_8b", 256, 4, "full", "blockwise", (4, 2, 4), "--data.length 8192 --mesh.context 2"),
+    ("v5p:2x2x4", "gpt2_1p5b", 128, 2, "full", "splash", (2, 4, 2), "--data.length 1024 --model.dtype float32"),
+    ("v5p:2x2x2", "gpt2_355m", 256, 4, "none", "splash", (1, 8, 1), "--data.length 512 --model.dtype float32"),
+    ("v4:2x2x2", "gpt2_355m", 128, 4, "dots", "plain", (4, 2, 1), "--data.length 2048"),
+    ("v5p:2x2x4", "llama_1b", 16, 1, "dots", "splash", (1, 16, 1), "--data.length 2048"),
+    ("v6e:4x4", "llama_1b", 64, 2, "names", "splash", (4, 4, 1), "--data.length 8192 --model.dtype float32"),
+    ("v5p:2x2x4", "llama_1b", 256, 2, "full", "splash", (1, 16, 1), "--data.length 1024 --optim.kind adafactor"),
+    ("v4:2x2x4", "gpt2_1p5b", 16, 1, "dots", "plain", (16, 1, 1),
+     "--data.length 2048 --model.dtype float32 --optim.kind adafactor"),
+    ("v4:2x2x4", "llama_1b", 64, 2, "none", "blockwise", (1, 16, 1), "--data.length 1024"),
+    ("v6e:2x4", "gpt2_355m", 16, 1, "dots", "plain", (2, 2, 2), "--data.length 2048"),
+    ("v6e:4x4", "gpt3_760m", 128, 1, "dots", "plain", (8, 2, 1), "--data.length 2048 --optim.kind lion"),
+    ("v4:2x2x2", "gpt2_355m", 64, 1, "full", "plain", (8, 1, 1), "--data.length 2048"),
+    ("v5p:2x4x4", "gpt3_6p7b", 512, 4, "full", "blockwise", (1, 32, 1), "--data.length 1024"),
+    ("v4:2x2x2", "gpt2_774m", 256, 4, "names", "blockwise", (8, 1, 1), "--data.length 2048"),
+    ("v5p:2x2x2", "gpt2_774m", 8, 1, "full", "plain", (1, 8, 1), "--data.length 2048"),
+    ("v4:2x2x2", "gpt2_774m", 8, 1, "names", "plain", (2, 2, 2),
+     "--data.length 2048 --model.dtype float32 --optim.kind adafactor"),
+    ("v6e:4x4", "gpt3_760m", 128, 1, "full", "splash", (1, 16, 1), "--data.length 2048 --optim.kind adafactor"),
+]  # fmt: skip
 SMALL = 2**30
 KNOWN: dict[tuple[str, str, str], dict[str, Any]] = {}  # of an earlier report
 
@@ -76,8 +95,6 @@ KNOWN: dict[tuple[str, str, str], dict[str, Any]] = {}  # of an earlier report
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the dated report")
-    parser.add_argument("--held-out", type=int, default=36, help="settings to draw (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=6, help="of the draw (default: %(default)s)")
     parser.add_argument("--cpu", type=int, default=0, help="compile for so many fake CPU devices instead")
     parser.add_argument("--again", type=Path, help="an earlier report, whose compiled bytes are taken")
     parser.add_argument("--layers", type=int, nargs="*", default=[], help="time compiling with so many layers instead")
@@ -87,10 +104,7 @@ def main() -> None:
     if args.again:
         earlier = json.loads(args.again.read_text())
         report["compiled_by"] = {name: earlier[name] for name in ("date", "commit", "versions")}
-        fitted, held_out = earlier["fitted"], earlier["held_out"]
-        KNOWN.update({_key(r): r for r in fitted + held_out})
-    else:
-        fitted = held_out = []
+        KNOWN.update({_key(r): r for r in earlier["fitted"] + earlier["held_out"]})
     if args.layers:
         report["layers"] = [compile_time(n) for n in args.layers]
         lines = [
@@ -102,10 +116,10 @@ def main() -> None:
         report["cpu"] = [measured(*s) for s in on_cpu(args.cpu)]
         lines = [table(report["cpu"]), f"fake CPU devices: {summary(report['cpu'])}"]
     else:
-        first = [*map(_key, fitted)] or [*map(setting, FITTED)]
-        second = [*map(_key, held_out), *drawn(args.held_out, args.seed)]
-        report["fitted"] = [measured(*s) for s in first]
-        report["held_out"] = [measured(*s) for s in dict.fromkeys(second)]
+        held_out = [*map(setting, HELD_OUT)]
+        fitted = [s for s in KNOWN if s not in held_out] or [*map(setting, FITTED)]
+        report["fitted"] = [measured(*s) for s in fitted]
+        report["held_out"] = [measured(*s) for s in held_out]
         lines = [table(report["fitted"] + report["held_out"])]
         lines += [f"{name}: {summary(report[name.replace('-', '_')])}" for name in ("fitted", "held-out")]
     path = write_report(report, args.out, "plan_layers" if args.layers else "plan_cpu" if args.cpu else "plan")
@@ -124,28 +138,6 @@ def setting(row: tuple) -> tuple[str, str, str]:
         f"--mesh.data {data} --mesh.fsdp {fsdp} --mesh.tensor {tensor} {more}"
     )
     return place, recipe, flags.strip()
-
-
-def drawn(count: int, seed: int) -> list[tuple[str, str, str]]:
-    """Settings at random: slice, rows, length, micro-batches, remat, attention, type, optimizer and mesh."""
-    draw, made = random.Random(seed), []
-    while len(made) < count:
-        recipe = draw.choice(list(DRAWN))
-        lengths, places = DRAWN[recipe]
-        place = draw.choice(places)
-        devices, tensor = topology(place).devices, draw.choice((1, 1, 1, 2, 4))
-        fsdp = draw.choice([n for n in (1, 2, 4, 8, 16, 32) if devices % (n * tensor) == 0])
-        if recipe != "gpt2_124m" and fsdp * tensor < 4:
-            continue  # they would not fit
-        accumulate, rows = draw.choice((1, 1, 2, 4)), draw.choice((1, 2, 4, 8))
-        more = (
-            f"--data.length {draw.choice(lengths)} --model.dtype {draw.choice(('bfloat16',) * 3 + ('float32',))} "
-            f"--optim.kind {draw.choice(('adamw', 'adamw', 'lion', 'adafactor'))}"
-        )
-        remat, attention = draw.choice(("none", "full", "dots", "names")), draw.choice(("plain", "blockwise", "splash"))
-        row = (rows * accumulate * devices // tensor, accumulate, remat, attention)
-        made.append(setting((place, recipe, *row, (devices // fsdp // tensor, fsdp, tensor), more)))
-    return made
 
 
 def on_cpu(devices: int) -> list[tuple[str, str, str]]:

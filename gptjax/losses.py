@@ -71,19 +71,22 @@ def cross_entropy(
 
 
 def _chunks(shape: tuple[int, ...], head: tuple[int, ...]) -> tuple[int, int]:
-    """(number of chunks, devices that share a row): each chunk has a part of every device's places.
-
-    The fewest chunks, dividing the places, whose logits keep within the larger of CHUNK_BYTES and HEAD_SHARE.
-    """
+    """(number of chunks, devices that share a row): each chunk has a part of every device's places."""
     (B, L), (V, D) = shape, head
     mesh = jax.sharding.get_abstract_mesh()
     shards = math.prod(mesh.shape[a] for a in axes_of({"L": L}).get("L", ()))
     parts = shards * (1 if mesh.empty else math.prod(mesh.shape[a] for a in RULES["B"] + RULES["V"]))
-    backend = jax.default_backend()
-    limit = max(CHUNK_BYTES.get(backend, 1 << 28) * parts, HEAD_SHARE.get(backend, 0) * 4 * V * D)
-    places = L // shards
-    fits = (n for n in range(1, places + 1) if places % n == 0 and 4 * B * (L // n) * V <= limit)
-    return next(fits, places), shards
+    return count_chunks(jax.default_backend(), L // shards, 4 * B * V * shards / parts, 4 * V * D / parts), shards
+
+
+def count_chunks(backend: str, places: int, each: float, head: float) -> int:
+    """The fewest chunks, dividing a device's places of each row, whose float32 logits keep within the larger of
+    CHUNK_BYTES and HEAD_SHARE.
+
+    `each` is the bytes of a device's logits at one place of its rows, `head` the head's float32 bytes a device.
+    """
+    limit = max(CHUNK_BYTES.get(backend, 1 << 28), HEAD_SHARE.get(backend, 0) * head)
+    return next((n for n in range(1, places + 1) if places % n == 0 and each * (places // n) <= limit), places)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))

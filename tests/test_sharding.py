@@ -97,6 +97,17 @@ def test_a_slice_of_a_tpu_keeps_neighbours_beside_each_other():
     assert (num_slices(chips), num_slices(slices(2, 4)), num_slices(jax.devices())) == (2, 1, 1)
 
 
+@pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v6 lite", "TPU v4"])
+def test_a_mesh_that_no_whole_dimensions_of_a_slice_make_up_is_laid_out_too(kind):
+    chips = [Device(i, 0, s, "tpu", kind, (i % 4, i // 4 % 4, 0)) for s in (0, 1) for i in range(s * 16, s * 16 + 16)]
+    alone = make_mesh(MeshConfig(data=2, fsdp=8), chips[:16])
+    joined = make_mesh(MeshConfig(data=4, fsdp=8, slices=2), chips)
+    for mesh, count in ((alone, 2), (joined, 4)):
+        place = np.array([d.coords for d in mesh.devices.flat]).reshape(count, 8, 3)
+        assert len({d.id for d in mesh.devices.flat}) == count * 8
+        assert (np.ptp(place, axis=1) + 1).prod(axis=-1).tolist() == [8] * count  # eight chips that lie together
+
+
 @pytest.mark.parametrize(
     ("mesh", "devices", "message"),
     [

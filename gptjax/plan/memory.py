@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 
 from gptjax.config import ModelConfig, TrainConfig
-from gptjax.losses import CHUNK_BYTES
+from gptjax.losses import count_chunks
 from gptjax.scaling.counts import padded_vocab
 from gptjax.sharding import AXES, sharding_of
 
@@ -25,37 +25,40 @@ from gptjax.sharding import AXES, sharding_of
 class Temporaries:
     """How many arrays of each kind the compiler keeps at once in the backward pass of a layer, and in the loss."""
 
-    scores: Mapping[str, float] = dataclasses.field(
-        default_factory=lambda: {"none": 6.0, "full": 8.0, "names": 8.0, "dots": 9.0, "offload": 8.0}
-    )
-    """Bytes a score (rows x heads x length x keys) in plain attention's gradient, by model.remat."""
-    float32: float = 1.0
-    """More of them where the products are float32."""
+    scores: float = 6.0
+    """Bytes a score (rows x heads x length x keys) in plain attention's gradient."""
+    again: float = 3.5
+    """More of them where the scores are computed again: with every model.remat but none."""
     stream: float = 6.0
     """Arrays of rows x length x width, in attention's gradient and in the MLP's."""
     hidden: float = 4.0
     """Arrays of rows x length x MLP width in the MLP's gradient."""
     gated: float = 6.0
-    """The same for an MLP with a gate."""
+    """The same for an MLP with a gate. What the forward pass kept of either is none of them."""
     heads: float = 6.0
     """Arrays of rows x length x heads in attention's gradient where it is no plain product: some are float32."""
     gathered: float = 1.0
     """Weights of one layer as other devices sent them, in the type of products, with fsdp."""
     head: float = 2.0
     """Copies of the head matrix, whole but for its tensor shard, in the type of products while the loss is computed."""
-    untied: float = 0.5
-    """The same of an embedding that is another matrix: one on v5e, none on v5p and v6e."""
+    outside: float = 0.0
+    """More of them for each loop that one is made before, and lives through: that over the chunks of the loss where the
+    head is a matrix of its own that devices share, and that over several micro-batches."""
     head_pieces: float = 4.0
-    """Pieces of it, as one device holds them, where it is sent in pieces: PIECEWISE devices share it."""
+    """Pieces of it, as one device holds them, where it is sent in pieces: see PIECEWISE."""
     muon: float = 10.0
     """float32 arrays of the size of the largest stack of matrices in Muon's update, beside the gradient and update."""
     muon_shared: float = 5.0
     """More of them where devices share the matrices."""
 
 
-# libtpu multiplies with pieces of the head while others are on their way for some groups, and gathers it for others.
-# By what it decides was not found out; of groups of 8, 16, 32 and 64 it was those of 16.
-PIECEWISE = 16
+# libtpu multiplies with pieces of the head while others are on their way where the fsdp axis has so many devices, the
+# data axis one, and a device's piece at most so many bytes; everywhere else it gathers the head first.
+PIECEWISE, PIECE_BYTES = (8, 32), 32 * 2**20
+# Temporaries that libtpu puts into the chip's own fast memory: about half of the 128 MiB of VMEM (CMEM on v4).
+FAST = 64 * 2**20
+# libtpu makes what a loop does not change before it on v5e, and in it on v5p and v6e.
+V5E = Temporaries(outside=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,49 +116,65 @@ def state_bytes(config: TrainConfig, shapes: Any, sizes: Mapping[str, int], *, t
 
 
 def step_memory(
-    config: TrainConfig, state: StateBytes, sizes: Mapping[str, int], *, tiles: bool, kept: Temporaries = Temporaries()
+    config: TrainConfig,
+    state: StateBytes,
+    sizes: Mapping[str, int],
+    *,
+    platform: str,
+    kept: Temporaries = Temporaries(),
 ) -> Memory:
-    """Memory of a step of these settings, model.attention chosen (not auto), on a mesh of these sizes."""
-    cfg, size = config.model, local_sizes(config, sizes)
-    item = item_size(cfg)
+    """Memory of a step of these settings, model.attention chosen (not auto), on a mesh of these sizes.
+
+    `platform` is jax's name of it: cpu, gpu or tpu.
+    """
+    cfg, size, tiles = config.model, local_sizes(config, sizes), platform == "tpu"
+    item, fast = item_size(cfg), FAST if tiles else 0
     rows, V, D, layers = size["B"], size["V"], cfg.width, state.layers
     stream, hidden = item * rows * size["L"] * D, item * rows * size["L"] * size["F"]
     saved = cfg.num_layers * saved_by_layer(config, size, item, tiles)
+    # A TPU multiplies bfloat16: of float32 temporaries, the half that products read are stored as that.
+    stored = (item + 2) / (2 * item) if tiles else 1
 
     # What lives through the whole backward pass: copies of this device's weights, the float32 gradient of the head
     # (by then also the embedding's), and the sums of all gradients where there are several micro-batches.
     head_gradient = 4 * V * D // sizes["fsdp"]
     summed = state.parameters if config.optim.accumulate > 1 else 0
     copies = layers // 2
-    attention = kept.stream * stream + (
-        (kept.scores[cfg.remat] + (kept.float32 if item == 4 else 0)) * scores
+    attention = kept.stream * stored * stream + (
+        (kept.scores + (0 if cfg.remat == "none" else kept.again)) * scores
         if (scores := score_count(config, size))
-        else kept.heads * item * rows * size["L"] * size["H"] * _head(config, size, tiles)
+        else kept.heads * stored * item * rows * size["L"] * size["H"] * _head(config, size, tiles)
     )
     if sizes["context"] > 1:
         # Keys and values are gathered whole, and their gradients are added up in float32 before they are scattered.
         attention += (2 * item + 8) * rows * size["M"] * size["G"] * _head(config, size, tiles)
     if cfg.attention == "cudnn" and config.data.several_documents:
         attention += 2 * rows * size["L"] * size["M"]  # its mask
-    mlp = kept.stream * stream + (kept.gated if cfg.activation == "swiglu" else kept.hidden) * hidden
+    gated = cfg.activation == "swiglu"
+    mlp_kept = cfg.remat in ("none", "dots") or (cfg.remat == "names" and "mlp" in cfg.remat_names)
+    arrays = (kept.gated if gated else kept.hidden) - mlp_kept * (2 if gated else 1)
+    mlp = stored * (kept.stream * stream + arrays * hidden)
     gathered = kept.gathered * state.layer // 4 * item if sizes["fsdp"] > 1 else 0
-    backward = max(attention, mlp) + gathered + layers
-    logits = 1.5 * _chunk(size)
-    pieces = (
-        kept.head_pieces / PIECEWISE if sizes["fsdp"] == PIECEWISE else kept.head + (0 if cfg.tied else kept.untied)
-    )
+    inner = max(0, max(attention, mlp) - fast)
+    backward = inner + gathered + layers
+    chunks = count_chunks(platform, size["L"], 4 * rows * V, 4 * V * D / (math.prod(sizes.values()) / sizes["tensor"]))
+    shared = sizes["fsdp"] > 1
+    # The gradient of the logits is an array of its own where the head's product waits for other devices.
+    logits = (1.5 if shared else 1) * 4 * rows * V * size["L"] // chunks
+    whole = kept.head + kept.outside * ((shared and not cfg.tied) + (config.optim.accumulate > 1))
+    pieces = kept.head_pieces / sizes["fsdp"] if _piecewise(item * V * D, sizes) else whole
     # A float32 matrix is gathered as it is and multiplied as bfloat16, as a TPU does by default.
-    heads = pieces * (item / 2 + 1) * V * D
+    heads = max(0, pieces * (item / 2 + 1 if shared else 2) * V * D - fast)
     loss = logits + heads + 2 * stream
     lives = summed + head_gradient
-    arrays = kept.muon + (kept.muon_shared if sizes["fsdp"] > 1 else 0)
-    update = layers + arrays * state.largest - saved - copies if config.optim.kind == "muon" else 0
+    muon = kept.muon + (kept.muon_shared if sizes["fsdp"] > 1 else 0)
+    update = layers + muon * state.largest - saved - copies if config.optim.kind == "muon" else 0
     if update > max(loss, backward):
         gradients, weights, temporary, logits = lives + layers + update, 0, -saved, 0
     elif loss > backward:
         gradients, weights, temporary = lives, copies + heads, 2 * stream
     else:
-        gradients, weights, temporary, logits = lives + layers, copies + gathered, max(attention, mlp), 0
+        gradients, weights, temporary, logits = lives + layers, copies + gathered, inner, 0
     return Memory(
         parameters=state.parameters, optimizer=state.optimizer, gradients=round(gradients), weights=round(weights),
         activations=round(saved + temporary), logits=round(logits),
@@ -188,13 +207,24 @@ def saved_by_layer(config: TrainConfig, size: Mapping[str, int], item: int, tile
         return item * (stream + sum(named[n] for n in cfg.remat_names))
     if cfg.remat == "dots":
         return item * (2 * stream + query + 2 * key + products)
-    # Each norm keeps two float32 arrays; GELU, which is computed in float32, four. Where the products are float32 too,
-    # the stream and what enters the GELU are among these.
+    # Each norm keeps two float32 arrays; GELU, which is computed in float32, four, and what the next product reads.
+    # Where the products are float32 too, the stream is among these. A TPU reads bfloat16 in either case.
     norms, also = 4 * stream * 2 * (1 if cfg.parallel else 2), 0 if item == 4 else 1
-    inside = {"swiglu": 6 * item, "relu2": 3 * item, "gelu": 16 + item * also}[cfg.activation] * tokens * size["F"]
+    read = 2 if tiles else item
+    inside = (
+        {"swiglu": 6 * item, "relu2": 3 * item, "gelu": 16 + (2 if tiles else item * also)}[cfg.activation]
+        * tokens
+        * size["F"]
+    )
     kernel = item * stream if cfg.attention == "splash" else 0
     kept = norms + 2 * item * also * stream + inside + 2 * item * (query + key) + kernel
-    return kept + (4 + item) * score_count(config, size)
+    return kept + (4 + read) * score_count(config, size)
+
+
+def _piecewise(head: int, sizes: Mapping[str, int]) -> bool:
+    """Whether a head of so many bytes is multiplied in pieces."""
+    low, high = PIECEWISE
+    return sizes["data"] == 1 and low <= sizes["fsdp"] <= high and head <= PIECE_BYTES * sizes["fsdp"]
 
 
 def _head(config: TrainConfig, size: Mapping[str, int], tiles: bool) -> int:
@@ -210,13 +240,6 @@ def score_count(config: TrainConfig, size: Mapping[str, int]) -> int:
 def item_size(cfg: ModelConfig) -> int:
     """Bytes of a number in the type of products."""
     return 2 if cfg.dtype == "bfloat16" else 4
-
-
-def _chunk(size: Mapping[str, int]) -> int:
-    """Bytes of one chunk of float32 logits on a device: see losses.cross_entropy."""
-    L, each = size["L"], 4 * size["B"] * size["V"]
-    fits = (n for n in range(1, L + 1) if L % n == 0 and each * (L // n) <= CHUNK_BYTES["tpu"])
-    return each * (L // next(fits, L))
 
 
 def _bytes(tree: Any, mesh: Any, tiles: bool) -> int:

@@ -17,7 +17,7 @@ from gptjax.backends import Device, choose
 from gptjax.config import TrainConfig
 from gptjax.hardware import Topology
 from gptjax.plan.compiled import Compiled
-from gptjax.plan.memory import Memory, StateBytes, state_bytes, step_memory
+from gptjax.plan.memory import V5E, Memory, StateBytes, Temporaries, state_bytes, step_memory
 from gptjax.plan.roofline import Speed, speed
 from gptjax.scaling.counts import padded_vocab
 from gptjax.settings import InputError
@@ -78,21 +78,20 @@ class Planner:
         """These settings with their memory and speed; raises InputError where they can't be."""
         sizes = axis_sizes(config.mesh)
         check_divisible(config, sizes)
-        memory = step_memory(config, self._state(tuple(sizes.values())), sizes, tiles=self.tiles)
+        kept = V5E if self.topology.kind == "v5e" else Temporaries()
+        memory = step_memory(
+            config, self._state(tuple(sizes.values())), sizes, platform=_platform(self.topology), kept=kept
+        )
         chip = self.topology.chip
         fast = speed(config, sizes, self.topology, memory) if chip and chip.bandwidth else None
         return Candidate(config=config, memory=memory, speed=fast)
 
     def as_written(self) -> Candidate:
-        """The settings as they are; raises InputError where their mesh does not cover the topology, or not so."""
+        """The settings as they are; raises InputError where their mesh does not cover the topology."""
         sizes = axis_sizes(self.config.mesh)
         shown = ", ".join(f"mesh.{a}={n}" for a, n in sizes.items())
         if math.prod(sizes.values()) != self.topology.devices:
             raise InputError(f"{shown} does not cover the {self.topology.devices} devices of {self.topology.name}")
-        if not self._laid_out(list(sizes.values())):
-            raise InputError(
-                f"jax can't lay {shown} on {self.topology.name}: each axis takes whole dimensions of a slice"
-            )
         return self.candidate(self.config)
 
     def search(
@@ -155,7 +154,10 @@ class Planner:
                         continue
 
     def _meshes(self) -> Iterator[dict[str, int]]:
-        """Meshes of all devices that the model's dimensions divide over; the context axis stays as it is set."""
+        """Meshes of all devices that the model's dimensions divide over; the context axis stays as it is set.
+
+        Those that cut a dimension of a torus for two axes are left out: their speed is not what `roofline` says.
+        """
         cfg, devices = self.config.model, self.topology.devices
         context = self.config.mesh.context
         if devices % context:
@@ -168,11 +170,11 @@ class Planner:
             for fsdp in _divisors(devices // context // tensor):
                 sizes = {"data": devices // context // tensor // fsdp, "fsdp": fsdp, "tensor": tensor,
                          "context": context}  # fmt: skip
-                if cfg.width % fsdp == 0 and self._laid_out(list(sizes.values())):
+                if cfg.width % fsdp == 0 and self._uncut(list(sizes.values())):
                     yield sizes
 
-    def _laid_out(self, sizes: list[int]) -> bool:
-        """Whether jax can lay the axes on the torus: each takes whole dimensions of it."""
+    def _uncut(self, sizes: list[int]) -> bool:
+        """Whether each axis can take whole dimensions of the torus."""
         shape = list(self.topology.shape) if self.tiles else []
         return not shape or _assigned([n for n in sizes if n > 1], [n for n in shape if n > 1])
 
@@ -184,10 +186,14 @@ def on(topology: Topology, config: TrainConfig) -> TrainConfig:
 
 def with_attention(config: TrainConfig, topology: Topology) -> TrainConfig:
     """The settings with model.attention as the devices of the topology would choose it; raises what `choose` raises."""
-    platform = "cpu" if topology.chip is None else "tpu" if topology.libtpu else "gpu"
+    platform = _platform(topology)
     device = Device(platform, 9.0 if platform == "gpu" else 0.0, config.mesh.context > 1)
     name = choose(config.model, config.data.length, device)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, attention=name))
+
+
+def _platform(topology: Topology) -> str:
+    return "cpu" if topology.chip is None else "tpu" if topology.libtpu else "gpu"
 
 
 def _worth(c: Candidate) -> tuple[float, int]:
