@@ -6,7 +6,7 @@ a longer one that is asked for later goes on.
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -48,10 +48,8 @@ class Job:
         return self.flops * (self.steps - self.start) / self.steps
 
 
-def extend(
-    jobs: Sequence[Job], points: Iterable[Point], flags: Sequence[str], flops_of: Callable[[Point], float]
-) -> list[Job]:
-    """The table with a job for each point that has none; `flops_of(point)` gives a token's FLOPs.
+def extend(jobs: Sequence[Job], points: Iterable[Point], flags: Sequence[str]) -> list[Job]:
+    """The table with a job for each point that has none.
 
     Raises InputError where a size is in the table with other settings.
     """
@@ -73,15 +71,14 @@ def extend(
             start = max((s for s in saved if s <= point.decay_start), default=0)
             others = {p.decay_start for p in group[i:]} if i == 0 else {point.decay_start}
             saves = tuple(sorted(s for s in others if s > start))
-            job = _job(point, saved.get(start, ""), start, saves, flags, flops_of(point))
+            job = _job(point, saved.get(start, ""), start, saves, flags)
             saved = {s: job.name for s in saves} | saved
             table[job.name] = job
     return list(table.values())
 
 
-def _job(point: Point, parent: str, start: int, saves: tuple[int, ...], flags: Sequence[str], flops: float) -> Job:
+def _job(point: Point, parent: str, start: int, saves: tuple[int, ...], flags: Sequence[str]) -> Job:
     config, counts, steps = point.config, point.counts, point.steps
-    tokens = steps * point.batch_tokens
     own = ["--size", point.size, *flags, "--seed", str(point.seed), "--steps", str(steps)]
     # A kill costs a tenth of a run at the most, and a short run does not save for nothing.
     own += ["--checkpoint.every", str(max(config.checkpoint.every, -(-steps // 10))), "--checkpoint.keep-newest", "1"]
@@ -89,8 +86,8 @@ def _job(point: Point, parent: str, start: int, saves: tuple[int, ...], flags: S
     own += ["--checkpoint.at", *map(str, saves)] if saves else []
     return Job(
         name=point.name, size=point.size, seed=point.seed, budget=point.budget, steps=steps, parent=parent, start=start,
-        saves=saves, parameters=counts["total"], parameters_non_embedding=counts["non_embedding"], tokens=tokens,
-        flops=tokens * flops, batch_tokens=point.batch_tokens, learning_rate=config.optim.learning_rate,
+        saves=saves, parameters=counts["total"], parameters_non_embedding=counts["non_embedding"], tokens=point.tokens,
+        flops=point.flops, batch_tokens=point.batch_tokens, learning_rate=config.optim.learning_rate,
         settings=point.settings, flags=tuple(own),
     )  # fmt: skip
 

@@ -41,6 +41,15 @@ class Point:
         return self.config.data.batch_size * self.config.data.length
 
     @property
+    def tokens(self) -> int:
+        return self.steps * self.batch_tokens
+
+    @property
+    def flops(self) -> float:
+        """Of the whole training, as near to the budget as whole steps come."""
+        return self.tokens * token_flops(self.config)
+
+    @property
     def counts(self) -> dict[str, int]:
         return parameters(self.config.model, self.config.tokenizer.vocab_size, self.config.data.length)
 
@@ -51,6 +60,11 @@ class Point:
         frozen = {n: v for n, v in leaves(self.config) if not any(n == f or n.startswith(f"{f}.") for f in free)}
         frozen["evaluate.max_rows"] = self.config.evaluate.max_rows  # no other run, but another loss of it
         return hashlib.sha256(json.dumps(frozen, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def token_flops(config: TrainConfig) -> float:
+    """FLOPs that training spends on a token: forward and backward, products and causal attention."""
+    return flops_per_token(config.model, config.tokenizer.vocab_size, config.data.length)["causal"]
 
 
 def decay_start(config: TrainConfig, steps: int) -> int:
@@ -94,8 +108,7 @@ def make_points(cfg: SweepConfig, recipe: Recipe) -> list[Point]:
             given = parse(recipe.config("pretrain", size), to_flags(cfg.set), f"gptjax sweep {recipe.path}")
             configs[size] = _checked(given, size, next(iter(configs.values()), given))
         config = configs[size]
-        flops = flops_per_token(config.model, config.tokenizer.vocab_size, config.data.length)["causal"]
-        steps = round(budget / flops / (config.data.batch_size * config.data.length))
+        steps = round(budget / token_flops(config) / (config.data.batch_size * config.data.length))
         warmup = config.optim.warmup_steps
         if steps < 2 or decay_start(config, steps) < warmup:
             raise InputError(

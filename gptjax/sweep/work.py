@@ -23,7 +23,6 @@ from gptjax.config import SweepConfig
 from gptjax.data.prepared import open_corpora
 from gptjax.flags import Recipe
 from gptjax.metrics import duration
-from gptjax.scaling.counts import flops_per_token
 from gptjax.settings import InputError
 from gptjax.startup import usable_cores
 from gptjax.sweep.fork import checkpoints_of, fork
@@ -57,16 +56,11 @@ def sweep(cfg: SweepConfig, recipe: Recipe, say: Say, gptjax: Sequence[str] = GP
     with _locked(folder):
         flags = [*to_flags(cfg.set), *_corpus(points, folder, say)]
         before = read_jobs(folder)
-        jobs = extend(before, points, flags, _flops)
+        jobs = extend(before, points, flags)
         if jobs != before:
             write_jobs(folder, jobs)
     command = [*gptjax, "pretrain", str(recipe.path.absolute())]
     return _Workers(folder, jobs, command, cfg.workers, say).work()
-
-
-def _flops(point: Point) -> float:
-    config = point.config
-    return flops_per_token(config.model, config.tokenizer.vocab_size, config.data.length)["causal"]
 
 
 def _corpus(points: list[Point], folder: Path, say: Say) -> list[str]:
