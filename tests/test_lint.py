@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import jax
 import pytest
@@ -24,8 +25,7 @@ SMALL = """--model.num-layers 2 --model.width 48 --model.num-heads 4 --model.hea
 # One of each structure that the recipes have: mesh, remat, attention, family. The first three differ most.
 STRUCTURES = ("gpt3_175b", "llama_8b", "gpt3_2p7b", "gpt2_124m", "gpt2_1p5b", "llama_1b", "modern")
 LATER = [pytest.param(name, marks=pytest.mark.exhaustive) for name in STRUCTURES[3:]]
-RECIPES = sorted({*STRUCTURES, "gpt2_355m", "gpt2_774m", "gpt3_125m", "gpt3_350m", "gpt3_760m", "gpt3_1p3b",
-                  "gpt3_6p7b", "gpt3_13b", "quickstart", "shakespeare_char"})  # fmt: skip
+RECIPES = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").glob("*.py"))
 
 
 def small(name: str) -> TrainConfig:
