@@ -36,13 +36,11 @@ import jax.numpy as jnp
 import numpy as np
 from facts import facts, spread, write_report
 
-from gptjax.config import MeshConfig, ModelConfig
+from gptjax.config import ModelConfig
 from gptjax.decoder import Decoder, Params, init_params
 from gptjax.fewrows import several
 from gptjax.generate import bucket, decode, decode_params, prefill
-from gptjax.sharding import make_mesh, shardings
-from gptjax.startup import SEVERAL, tune_process
-from gptjax.trained import all_devices
+from gptjax.startup import tune_process
 
 NEVER = np.array([-1], np.int32)  # stop ids that no row meets
 SHAPES = {
@@ -69,7 +67,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of the peer and raw reads")
     parser.add_argument("--out", type=Path, required=True, help="folder for the dated report")
     args = parser.parse_args()
-    tune_process(rows=max(args.batch))
     cfg, vocab_size, context = SHAPES[args.shape]
     cfg = dataclasses.replace(cfg, dtype=args.dtype)
     if args.peer != "none" and (args.shape != "124m" or args.dtype != "float32"):
@@ -84,14 +81,9 @@ def main() -> None:
     peer, params = (None, random_params(decoder)) if args.peer == "none" else Peer.make(decoder, args.threads)
     failed = False
     for rows in args.batch:
-        # As `gptjax generate` would: it splits a CPU for several rows alone.
-        mesh = make_mesh(*((all_devices(cfg),) if rows >= SEVERAL else (MeshConfig(), jax.devices()[:1])))
-        with jax.set_mesh(mesh):
-            placed = jax.device_put(params, shardings(params, mesh))
-            weights = jax.block_until_ready(decode_params(placed, cfg.dtype, several(rows, cfg.dtype)))
-            row = report["batches"][str(rows)] = measure(decoder, placed, weights, peer, rows, args)
-            row["devices"] = mesh.size
-        del weights, placed
+        weights = jax.block_until_ready(decode_params(params, cfg.dtype, several(rows, cfg.dtype)))
+        row = report["batches"][str(rows)] = measure(decoder, params, weights, peer, rows, args)
+        del weights
         show(rows, row)
         failed |= not row["tokens_agree"]
     path = write_report(report, args.out, "decode")
@@ -106,7 +98,7 @@ def main() -> None:
 
 
 def random_params(decoder: Decoder) -> Params:
-    """Random weights, made on the first device."""
+    """Random weights, made on the device."""
     return jax.block_until_ready(jax.jit(init_params(decoder))(jax.random.key(0)))
 
 
@@ -296,4 +288,5 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
+    tune_process()
     main()

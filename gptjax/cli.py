@@ -175,7 +175,7 @@ def generate(args: list[str]) -> int:
     """generate RUN             continue prompts"""
     run, args = positional(args, "RUN", 'gptjax generate RUN --prompt "Once upon a time"')
     cfg = parse(ContinueConfig(), args, f"gptjax generate {run}")
-    tune_process(rows=len(cfg.prompt))
+    tune_process()
     from gptjax.verbs import generate_run
 
     def write(piece: str) -> None:

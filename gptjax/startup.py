@@ -12,36 +12,14 @@ STARTED = time.monotonic()  # about when the process began: the command line imp
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
 
-# Rows decoded at once from which on their products are bound by computing, no longer by reading weights.
-SEVERAL = 8
-MOST_CPU_DEVICES = 8  # heads must divide by them
-
-
-def tune_process(rows: int = 1) -> None:
+def tune_process() -> None:
     """Sets XLA's flags for the platform and, where the CPU computes, keeps freed memory for the next step.
 
     It belongs to the first lines of a program: flags are read when jax starts, arenas made with the first threads.
-    `rows` is how many the program will decode at once.
     """
     set_xla_flags()
     if platform() == "cpu":
         keep_freed_memory()
-        if rows >= SEVERAL:
-            split_cpu()
-
-
-def split_cpu() -> None:
-    """Has jax see each core as a device, unless the user chose a number of devices: for a mesh with a tensor axis.
-
-    XLA on a CPU starts and joins its threads at each operation, and gives many small ones to one core; a device a core
-    meets the others twice a layer. Decoding 32 rows on two cores takes a fifth less time so, one row as much as before.
-    """
-    given = os.environ.get("XLA_FLAGS", "")
-    if _CPU_DEVICES not in given and (not given or given.lstrip().startswith("-")):
-        os.environ["XLA_FLAGS"] = f"{given} --{_CPU_DEVICES}={min(usable_cores(), MOST_CPU_DEVICES)}".strip()
-
-
-_CPU_DEVICES = "xla_force_host_platform_device_count"
 
 
 def usable_cores() -> int:

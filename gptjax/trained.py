@@ -1,6 +1,5 @@
 """A run opened for reading: its settings, weights and tokenizer, without its optimizer, its recipe or its data."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +8,9 @@ from typing import Any
 import jax
 
 from gptjax.checkpoint import Checkpoints
-from gptjax.config import MeshConfig, ModelConfig, TrainConfig
+from gptjax.config import MeshConfig, TrainConfig
 from gptjax.decoder import Decoder, init_params, make_decoder
 from gptjax.run import Run, load_config
-from gptjax.scaling.counts import VOCAB_MULTIPLE
 from gptjax.settings import InputError
 from gptjax.sharding import abstract, make_mesh, num_slices
 from gptjax.tokenizer import Tokenizer, load
@@ -40,8 +38,7 @@ def open_trained(
 ) -> Trained:
     """The model of a run at a checkpoint (0: the newest), on a mesh that need not be the one it was trained on.
 
-    None is a mesh of all devices: a CPU's (startup.split_cpu) along the tensor axis as far as it divides
-    the weights, others along the data axis, which is cut over the slices that they form.
+    None is a mesh of all devices, whose data axis is cut over the slices that they form.
 
     Its weights are the averaged ones where the run keeps those (optim.ema). Raises InputError where the folder is no
     run, has no sound checkpoint, or was trained with a block of the user's own and `block` is not given: neither the
@@ -53,7 +50,7 @@ def open_trained(
             f"{run_dir} was trained with the block {config.model.block!r}, which is code and not in the run; open it "
             f"from Python: gptjax.load({str(run_dir)!r}, block=...)"
         )
-    mesh = make_mesh(mesh_cfg or all_devices(config.model))
+    mesh = make_mesh(mesh_cfg or MeshConfig(slices=num_slices(jax.devices())))
     decoder = make_decoder(config, block)
     # It is read on devices, and given rows, that its training may not have known.
     decoder = decoder.clone(cfg=decoder.cfg.anywhere(), packed=True)
@@ -62,13 +59,6 @@ def open_trained(
     wanted = {item: abstract(shapes, mesh)}
     found, state, _, _ = open_checkpoints(run_dir).restore(wanted, step or None, partial=True)
     return Trained(run, config, decoder, state[item], mesh, found)
-
-
-def all_devices(cfg: ModelConfig) -> MeshConfig:
-    """The mesh of all devices that reads a model where none is asked for."""
-    if jax.default_backend() == "cpu" and jax.process_count() == 1:
-        return MeshConfig(tensor=math.gcd(jax.device_count(), cfg.mlp_width, VOCAB_MULTIPLE))
-    return MeshConfig(slices=num_slices(jax.devices()))
 
 
 def open_checkpoints(run_dir: str | Path) -> Checkpoints:
