@@ -20,10 +20,10 @@ plots), prediction.json, held_out.json, table.csv and summary.json.
 import argparse
 import csv
 import json
+import math
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -110,11 +110,11 @@ def seconds(times: Path) -> dict[str, float]:
     """Seconds in which at least one run was going (the ladder's own time), and the sum over all runs."""
     events = [json.loads(line) for line in times.read_text().splitlines()]
     going: dict[tuple[str, int], float] = {}
-    busy, total, since = 0.0, 0.0, time.inf
+    busy, total, since = 0.0, 0.0, math.inf
     for event in sorted(events, key=lambda e: e["time"]):
         key = event["job"], event["process"]
         if event["event"] == "start":
-            since = min(since, event["time"]) if going else event["time"]
+            since = since if going else event["time"]
             going[key] = event["time"]
         elif key in going:
             total += event["time"] - going.pop(key)
