@@ -99,7 +99,7 @@ def summarise(out: Path, sweep: Path) -> dict[str, Any]:
         sys.exit(f"the prediction of {changed} is not the one in prediction.json: the fit was changed after it")
     with (out / "table.csv").open() as table:
         bits = {row["name"]: float(row["bits_per_byte"]) for row in csv.DictReader(table)}
-    return facts(f"{usable_cores()} CPU cores", "gptjax", "jax", "numpy") | {
+    return facts(f"{usable_cores()} CPU cores", "jax", "numpy") | {
         "seconds_of_runs": seconds(sweep / "times.jsonl"),
         "held_out": compared["unseen"],
         "runs": [row | {"bits_per_byte": bits[row["name"]]} for row in unseen],

@@ -1,0 +1,61 @@
+"""The ladder's benchmark: its corpus, its plan, its clock, and that a prediction can't be changed after its runs."""
+
+import csv
+import io
+import json
+
+import ladder_corpus
+import pytest
+import scaling_ladder
+
+from gptjax.config import SweepConfig
+
+
+def test_descriptions_are_prose_without_tags_and_short_lines():
+    first = "Returns the <code>Arn</code> of every queue that this account may read &amp; write."
+    tree = {
+        "documentation": f"<p>{first}</p><p>short</p>",
+        "shapes": [{"description": "Another sentence of more than forty characters here."}, {"name": "Queue"}],
+    }
+    lines = [line for text in ladder_corpus.descriptions(tree) for line in ladder_corpus.plain(text)]
+    assert lines == [
+        "Returns the Arn of every queue that this account may read & write.",
+        "Another sentence of more than forty characters here.",
+    ]
+
+
+def test_the_plan_has_the_points_of_the_grid_near_their_budgets():
+    file = io.StringIO()
+    scaling_ladder.plan(SweepConfig(grid=("2.13e13:4,5", "3.79e13:6@1")), file)
+    file.seek(0)
+    rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == ["4_2.13e13_0", "5_2.13e13_0", "6_3.79e13_1"]
+    for row in rows:
+        assert float(row["flops"]) == pytest.approx(float(row["budget"]), rel=1e-3)
+        assert float(row["flops"]) > 6 * 0.9 * float(row["parameters"]) * float(row["tokens"])
+
+
+def event(time, job, kind, process=1):
+    return {"time": time, "job": job, "process": process, "event": kind}
+
+
+def test_time_in_which_runs_overlap_is_counted_once_and_pauses_not_at_all(tmp_path):
+    times = tmp_path / "times.jsonl"
+    events = [event(0, "a", "start"), event(4, "b", "start"), event(10, "a", "end"), event(12, "b", "end"),
+              event(100, "c", "start", 2), event(103, "c", "end", 2), event(200, "killed", "start", 3)]  # fmt: skip
+    times.write_text("".join(json.dumps(e) + "\n" for e in events))
+    assert scaling_ladder.seconds(times) == {"clock": 15.0, "sum": 21.0}
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e-9])
+def test_a_fit_that_was_changed_after_its_prediction_is_told(tmp_path, shift):
+    rows = [{"name": "5_1e13_0", "predicted": 3.25, "loss": 3.3, "fitted": False}]
+    (tmp_path / "prediction.json").write_text(json.dumps({"rows": [rows[0] | {"predicted": 3.25 + shift}]}))
+    (tmp_path / "held_out.json").write_text(json.dumps({"rows": rows, "unseen": {"rows": 1}}))
+    (tmp_path / "table.csv").write_text("name,bits_per_byte\n5_1e13_0,1.5\n")
+    (tmp_path / "times.jsonl").write_text("")
+    if shift:
+        with pytest.raises(SystemExit, match="5_1e13_0.*not the one in prediction.json"):
+            scaling_ladder.summarise(tmp_path, tmp_path)
+    else:
+        assert scaling_ladder.summarise(tmp_path, tmp_path)["runs"][0]["bits_per_byte"] == 1.5
