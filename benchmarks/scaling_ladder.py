@@ -21,7 +21,7 @@ import argparse
 import csv
 import json
 import math
-import shutil
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +33,7 @@ from ladder_corpus import write
 from gptjax.config import SweepConfig
 from gptjax.flags import load_recipe
 from gptjax.startup import usable_cores
-from gptjax.sweep.points import make_points
+from gptjax.sweep.points import Point, make_points
 
 RECIPE, VOCAB = ROOT / "configs" / "ladder.py", 2048
 FITTED = ("1.2e12:1,2,4@0,1", "2.13e12:1,2,4@0,1", "3.79e12:1,2,3,4,5@0,1", "6.75e12:2,4,5@0,1", "1.2e13:2,4,5@0,1")
@@ -54,31 +54,46 @@ def main() -> None:
     if not text.exists():
         print(write(text))
     verb("prepare", "--source", text, "--out", corpus, "--tokenizer.vocab-size", VOCAB)
-    training = ("sweep", RECIPE, "--out", sweep, "--workers", args.workers, "--set", f"data.source={corpus}", "--grid")
+    source = f"data.source={shlex.quote(str(corpus))}"
+    training = ("sweep", RECIPE, "--out", sweep, "--workers", args.workers, "--set", source, "--grid")
+
+    def points(*grid: str) -> list[Point]:
+        return make_points(SweepConfig(out=str(sweep), grid=grid, set=(source,)), load_recipe(str(RECIPE)))
+
     if not (args.out / "prediction.json").exists():
         verb(*training, *args.fitted)
         args.out.mkdir(parents=True, exist_ok=True)
-        shutil.copy(sweep / "table.csv", args.out / "fitted.csv")
+        select(sweep / "table.csv", points(*args.fitted), args.out / "fitted.csv")
         verb("fit", args.out / "fitted.csv", "--out", fit)
         planned = args.out / "planned.csv"
         with planned.open("w") as file:
-            plan(SweepConfig(out=str(sweep), grid=tuple(args.held_out), set=(f"data.source={corpus}",)), file)
+            plan(points(*args.held_out), file)
         verb("predict", fit, "--against", planned, "--extrapolate", "--json", args.out / "prediction.json")
     if args.until == "prediction":
         return
     verb(*training, *args.fitted, *args.held_out)
-    shutil.copy(sweep / "table.csv", args.out / "table.csv")
+    select(sweep / "table.csv", points(*args.fitted, *args.held_out), args.out / "table.csv")
     verb("predict", fit, "--against", args.out / "table.csv", "--extrapolate", "--json", args.out / "held_out.json")
     summary = summarise(args.out, sweep)
     (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(json.dumps(summary["held_out"], indent=1))
 
 
-def plan(cfg: SweepConfig, file: TextIO) -> None:
-    """Writes the points that a sweep of these settings would train, as its table has them, but for what is measured."""
+def select(table: Path, points: list[Point], out: Path) -> None:
+    """Writes the rows of these points alone: the sweep may have others, and what is fitted must not be held out."""
+    names = {point.name for point in points}
+    with table.open(newline="") as file, out.open("w", newline="") as selected:
+        rows = csv.DictReader(file)
+        writer = csv.DictWriter(selected, list(rows.fieldnames or ()), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row for row in rows if row["name"] in names)
+
+
+def plan(points: list[Point], file: TextIO) -> None:
+    """Writes the points as a sweep's table has them, but for what is measured."""
     rows = csv.writer(file, lineterminator="\n")
     rows.writerow(("name", "budget", "parameters", "tokens", "flops"))
-    for point in make_points(cfg, load_recipe(str(RECIPE))):
+    for point in points:
         rows.writerow((point.name, point.budget, point.counts["total"], point.tokens, point.flops))
 
 
@@ -94,7 +109,7 @@ def summarise(out: Path, sweep: Path) -> dict[str, Any]:
     compared = json.loads((out / "held_out.json").read_text())
     predicted = {row["name"]: row["predicted"] for row in json.loads((out / "prediction.json").read_text())["rows"]}
     unseen = [row for row in compared["rows"] if not row["fitted"]]
-    changed = [row["name"] for row in unseen if row["predicted"] != predicted[row["name"]]]
+    changed = [row["name"] for row in unseen if row["predicted"] != predicted.get(row["name"])]
     if changed:
         sys.exit(f"the prediction of {changed} is not the one in prediction.json: the fit was changed after it")
     with (out / "table.csv").open() as table:
@@ -107,20 +122,24 @@ def summarise(out: Path, sweep: Path) -> dict[str, Any]:
 
 
 def seconds(times: Path) -> dict[str, float]:
-    """Seconds in which at least one run was going (the ladder's own time), and the sum over all runs."""
-    events = [json.loads(line) for line in times.read_text().splitlines()]
-    going: dict[tuple[str, int], float] = {}
-    busy, total, since = 0.0, 0.0, math.inf
-    for event in sorted(events, key=lambda e: e["time"]):
-        key = event["job"], event["process"]
+    """Seconds in which at least one run was going (the ladder's own time), and the sum over all runs.
+
+    No end is noted of a run whose sweep was killed: it counts until its job's next start, else to the last line.
+    """
+    events = sorted((json.loads(line) for line in times.read_text().splitlines()), key=lambda e: e["time"])
+    spans: list[tuple[float, float]] = []
+    going: dict[str, float] = {}  # a job runs once at a time
+    for event in events:
+        if event["job"] in going:
+            spans.append((going.pop(event["job"]), event["time"]))
         if event["event"] == "start":
-            since = since if going else event["time"]
-            going[key] = event["time"]
-        elif key in going:
-            total += event["time"] - going.pop(key)
-            if not going:
-                busy += event["time"] - since
-    return {"clock": busy, "sum": total}
+            going[event["job"]] = event["time"]
+    spans += [(start, events[-1]["time"]) for start in going.values()]
+    busy, until = 0.0, -math.inf
+    for start, end in sorted(spans):
+        busy += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return {"clock": busy, "sum": sum(end - start for start, end in spans)}
 
 
 if __name__ == "__main__":

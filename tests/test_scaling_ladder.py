@@ -9,6 +9,8 @@ import pytest
 import scaling_ladder
 
 from gptjax.config import SweepConfig
+from gptjax.flags import load_recipe
+from gptjax.sweep.points import make_points
 
 
 def test_descriptions_are_prose_without_tags_and_short_lines():
@@ -26,13 +28,21 @@ def test_descriptions_are_prose_without_tags_and_short_lines():
 
 def test_the_plan_has_the_points_of_the_grid_near_their_budgets():
     file = io.StringIO()
-    scaling_ladder.plan(SweepConfig(grid=("2.13e13:4,5", "3.79e13:6@1")), file)
+    cfg = SweepConfig(grid=("2.13e13:4,5", "3.79e13:6@1"))
+    scaling_ladder.plan(make_points(cfg, load_recipe(str(scaling_ladder.RECIPE))), file)
     file.seek(0)
     rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == ["4_2.13e13_0", "5_2.13e13_0", "6_3.79e13_1"]
     for row in rows:
         assert float(row["flops"]) == pytest.approx(float(row["budget"]), rel=1e-3)
         assert float(row["flops"]) > 6 * 0.9 * float(row["parameters"]) * float(row["tokens"])
+
+
+def test_what_is_fitted_has_no_rows_of_other_points(tmp_path):
+    (tmp_path / "table.csv").write_text("name,loss\n4_2.13e13_0,3.25\n4_3.79e13_0,3.125\n")
+    wanted = make_points(SweepConfig(grid=("2.13e13:4",)), load_recipe(str(scaling_ladder.RECIPE)))
+    scaling_ladder.select(tmp_path / "table.csv", wanted, tmp_path / "fitted.csv")
+    assert (tmp_path / "fitted.csv").read_text() == "name,loss\n4_2.13e13_0,3.25\n"
 
 
 def event(time, job, kind, process=1):
@@ -42,9 +52,10 @@ def event(time, job, kind, process=1):
 def test_time_in_which_runs_overlap_is_counted_once_and_pauses_not_at_all(tmp_path):
     times = tmp_path / "times.jsonl"
     events = [event(0, "a", "start"), event(4, "b", "start"), event(10, "a", "end"), event(12, "b", "end"),
-              event(100, "c", "start", 2), event(103, "c", "end", 2), event(200, "killed", "start", 3)]  # fmt: skip
+              event(100, "c", "start", 2), event(103, "c", "end", 2), event(200, "killed", "start", 3),
+              event(210, "killed", "start", 4), event(215, "killed", "end", 4), event(300, "d", "start", 5)]  # fmt: skip
     times.write_text("".join(json.dumps(e) + "\n" for e in events))
-    assert scaling_ladder.seconds(times) == {"clock": 15.0, "sum": 21.0}
+    assert scaling_ladder.seconds(times) == {"clock": 30.0, "sum": 36.0}
 
 
 @pytest.mark.parametrize("shift", [0.0, 1e-9])

@@ -53,7 +53,7 @@ def recipe(tmp_path) -> Path:
 
 def jobs_of(recipe: Path, grid, before=(), **settings):
     cfg = SweepConfig(grid=tuple(grid), **settings)
-    return extend(before, make_points(cfg, load_recipe(str(recipe))), ["--x"], lambda p: STEP[p.size] / p.batch_tokens)
+    return extend(before, make_points(cfg, load_recipe(str(recipe))), ["--x"])
 
 
 def start(recipe: Path, out: Path, grid=GRID, workers: int = 1, **env: str) -> subprocess.Popen:
