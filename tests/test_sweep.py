@@ -1,6 +1,7 @@
 """A sweep: the same command always ends with the same table, and a branch is the run that it stands for."""
 
 import contextlib
+import fcntl
 import json
 import os
 import random
@@ -16,6 +17,7 @@ from gptjax.cli import main
 from gptjax.config import OptimConfig, SweepConfig, TrainConfig
 from gptjax.flags import load_recipe
 from gptjax.settings import InputError
+from gptjax.sweep import work
 from gptjax.sweep.jobs import extend, read_jobs, write_jobs
 from gptjax.sweep.points import decay_start, make_points
 
@@ -141,10 +143,26 @@ def test_what_can_not_be_swept_is_one_line(recipe):
     assert jobs_of(recipe, GRID, first, set=("log_every=5",)) == first
     assert "no steps, which the sweep sets" in refused(SweepConfig, set=("steps=9",))
     assert "NAME=VALUE" in refused(SweepConfig, set=("steps",))
+    assert "No closing quotation" in refused(jobs_of, recipe, GRID, set=("generate.prompt=Don't",))
+    for seed in ("-1", str(2**31)):  # refused by its run, it would stand in the table for ever
+        assert f"seed={seed}: wanted a number from 0" in refused(jobs_of, recipe, [f"{GRID[0]}@{seed}"])
     assert "grid is missing" in refused(jobs_of, recipe, [])
     assert "there is no setting --optim.beta3" in refused(jobs_of, recipe, GRID, set=("optim.beta3=0.9",))
     recipe.write_text(RECIPE.replace("length=16", "length=size, text_field=str(size)"))
     assert "data.text_field is '16' at one size and '32' at size 32" in refused(jobs_of, recipe, GRID)
+
+
+def test_where_the_text_lies_stands_once_in_a_job(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(work, "_corpus", lambda *_: ["--data.source", "prepared"])
+    cfg = SweepConfig(grid=tuple(GRID), set=("data.source=text", "optim.beta2=0.9"))
+    jobs = work._table(cfg, make_points(cfg, load_recipe(str(recipe))), tmp_path, print)
+    assert {job.flags[2:7] for job in jobs} == {("--optim.beta2", "0.9", "--data.source", "prepared", "--seed")}
+
+
+def test_a_folder_that_can_not_be_written_to_is_one_line(recipe, tmp_path):
+    (tmp_path / ".lock").mkdir()
+    cfg = SweepConfig(out=str(tmp_path), grid=tuple(GRID))
+    assert f"{tmp_path}/.lock: Is a directory" in refused(work.sweep, cfg, load_recipe(str(recipe)), print)
 
 
 def test_a_damaged_table_of_jobs_is_one_line(recipe, tmp_path):
@@ -153,6 +171,8 @@ def test_a_damaged_table_of_jobs_is_one_line(recipe, tmp_path):
     for bad in (whole[:-5], "[]", '{"name": "x"}', whole.replace('"steps": 40', '"steps": "40"')):
         (tmp_path / "jobs.jsonl").write_text(bad)
         assert "no line of a job" in refused(read_jobs, tmp_path)
+    (tmp_path / "jobs.jsonl").write_text("".join(whole.splitlines(keepends=True)[1:]))  # without a trunk
+    assert "which is not in the table" in refused(read_jobs, tmp_path)
 
 
 # How it is done, with a stand-in for training.
@@ -285,6 +305,22 @@ def test_a_claim_outlives_its_sweep_with_the_job_that_still_runs(recipe, tmp_pat
     code, errors = finish(start(recipe, out))
     assert code == 0 and losses(out) == wanted, errors
     assert len(starts(out)) == len(set(starts(out)))
+
+
+def test_a_sweep_that_waits_for_other_processes_says_so(recipe, tmp_path):
+    (job,) = jobs_of(recipe, points(s16="40"))
+    said = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        workers._stop(0, None)
+
+    workers = work._Workers(tmp_path, [job], [], 1, say)
+    (tmp_path / "claims").mkdir()
+    with (tmp_path / "claims" / job.name).open("a") as claim:
+        fcntl.flock(claim, fcntl.LOCK_EX)
+        assert workers.work() == 75
+    assert said[0].startswith("waiting: other processes run what is left, 1 jobs")
 
 
 # With training itself.

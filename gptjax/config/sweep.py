@@ -16,7 +16,8 @@ class SweepConfig(Section):
     """Points, as BUDGET:SIZE,SIZE,... with the training FLOPs of each (1e15:4,6,8), and @SEED,SEED,... behind it for
     other seeds than the recipe's. A larger grid adds points to a sweep; none is ever taken away."""
     set: tuple[str, ...] = ()
-    """Settings of the recipe to change at every size, as NAME=VALUE (data.source=corpus optim.beta2=0.98)."""
+    """Settings of the recipe to change at every size, as NAME=VALUE (data.source=corpus optim.beta2=0.98); several
+    values are separated by spaces, and quoted as in a shell. A job keeps what it was added to the table with."""
     workers: int = 1
     """Jobs that run here at a time, each on its share of the cores. The last bits of a loss may depend on it."""
 

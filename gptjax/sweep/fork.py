@@ -32,7 +32,6 @@ def fork(parent: Path, step: int, folder: Path, steps: int) -> list[str]:
         # A checkpoint's files are never written again, so two runs may share them.
         shutil.copytree(source.path(step), copy.path(step), copy_function=_link)
         if problems := copy.verify(step):
-            shutil.rmtree(partial)
             return problems
         metrics = Run.at(partial).metrics_path
         shutil.copyfile(Run.at(parent).metrics_path, metrics)
@@ -43,10 +42,11 @@ def fork(parent: Path, step: int, folder: Path, steps: int) -> list[str]:
         write_json(Run.at(partial).config_path, document)
         os.replace(partial, folder)
     except FileNotFoundError as e:
-        shutil.rmtree(partial, ignore_errors=True)
         return [f"{e.filename} is missing"]
-    except (OSError, shutil.Error) as e:
+    except OSError as e:
         raise InputError(f"{folder}: can't be made from {parent} ({e}); free the disk, or give another --out") from e
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # where it has not become the run
     return []
 
 

@@ -22,7 +22,7 @@ class Job:
     """One run of `steps` steps that starts after step `start` of the run `parent`, or from nothing.
 
     `saves` are the steps that it keeps for others. `settings` is the digest of Point.settings, `flags` what pretrain is
-    told besides the recipe and where things are. Tokens are those trained, FLOPs theirs by the "causal" count.
+    told besides the recipe and the run's folder. Tokens are those trained, FLOPs theirs by the "causal" count.
     """
 
     name: str
@@ -80,7 +80,7 @@ def extend(jobs: Sequence[Job], points: Iterable[Point], flags: Sequence[str]) -
 def _job(point: Point, parent: str, start: int, saves: tuple[int, ...], flags: Sequence[str]) -> Job:
     config, counts, steps = point.config, point.counts, point.steps
     own = ["--size", point.size, *flags, "--seed", str(point.seed), "--steps", str(steps)]
-    # A kill costs a tenth of a run at the most, and a short run does not save for nothing.
+    # Saves are a tenth of the run apart, and no nearer than the recipe's: a short run does not save for nothing.
     own += ["--checkpoint.every", str(max(config.checkpoint.every, -(-steps // 10))), "--checkpoint.keep-newest", "1"]
     own += ["--checkpoint.keep-every", "0", "--evaluate.every", str(steps), "--no-tensorboard", "--no-sample"]
     own += ["--checkpoint.at", *map(str, saves)] if saves else []
@@ -109,6 +109,13 @@ def read_jobs(folder: Path) -> list[Job]:
             jobs.append(build(Job, values))
         except (ValueError, RecursionError) as e:
             raise InputError(f"{path}:{number}: no line of a job ({e}); restore the file, or give another --out") from e
+    names = {job.name for job in jobs}
+    for job in jobs:
+        if job.start and job.parent not in names:
+            raise InputError(
+                f"{path}: job {job.name} starts from {job.parent!r}, which is not in the table; "
+                "restore the file, or give another --out"
+            )
     return jobs
 
 

@@ -1,9 +1,11 @@
 """From a grid of budgets and sizes to training runs: how long each trains, and where its decay begins."""
 
+import dataclasses
 import hashlib
 import json
 import math
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,8 +82,11 @@ def budget_text(budget: float) -> str:
     return np.format_float_scientific(budget, trim="-", exp_digits=1).replace("+", "")
 
 
-def to_flags(settings: tuple[str, ...]) -> list[str]:
-    """NAME=VALUE entries as a command line has them; several values are separated by spaces, quoted as in a shell."""
+def to_flags(settings: Sequence[str]) -> list[str]:
+    """NAME=VALUE entries as a command line has them; several values are separated by spaces, quoted as in a shell.
+
+    Raises InputError where a quote is not closed.
+    """
     flags = []
     for entry in settings:
         name, _, value = entry.partition("=")
@@ -89,7 +94,11 @@ def to_flags(settings: tuple[str, ...]) -> list[str]:
             group, dot, last = name.rpartition(".")
             flags.append(f"--{name}" if value == "True" else f"--{group}{dot}no-{last}")
         else:
-            flags += [f"--{name}", *(shlex.split(value) or [""])]
+            try:
+                words = shlex.split(value)
+            except ValueError as e:
+                raise InputError(f'set={entry!r}: {e}; wanted values quoted as in a shell: NAME="it\'s"') from e
+            flags += [f"--{name}", *(words or [""])]
     return flags
 
 
@@ -97,7 +106,7 @@ def make_points(cfg: SweepConfig, recipe: Recipe) -> list[Point]:
     """The points of the grid, each once.
 
     Raises InputError for a recipe whose schedule shares no steps between horizons, for a budget that ends within a
-    size's warm-up, and for sizes that read other data.
+    size's warm-up, for a seed that can't be one, and for sizes that read other data.
     """
     if not cfg.grid:
         raise InputError("grid is missing; wanted e.g. --grid 1e14:4,6 3e14:4,6,8")
@@ -115,7 +124,8 @@ def make_points(cfg: SweepConfig, recipe: Recipe) -> list[Point]:
                 f"{budget_text(budget)} FLOPs train size {size} for {steps} steps, whose decay begins within the "
                 f"warm-up of {warmup}; give a larger budget, a smaller size or fewer warm-up steps"
             )
-        point = Point(size, config.seed if seed is None else seed, budget, steps, config)
+        config = dataclasses.replace(config, steps=steps, seed=config.seed if seed is None else seed)
+        point = Point(size, config.seed, budget, steps, config)
         points[point.name] = point
     return list(points.values())
 

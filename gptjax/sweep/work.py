@@ -23,6 +23,7 @@ from gptjax.config import SweepConfig
 from gptjax.data.prepared import open_corpora
 from gptjax.flags import Recipe
 from gptjax.metrics import duration
+from gptjax.paths import BucketError
 from gptjax.settings import InputError
 from gptjax.startup import usable_cores
 from gptjax.sweep.fork import checkpoints_of, fork
@@ -36,6 +37,7 @@ RESTART_ON = (75, 134, 137)  # as launch/supervise.py: interrupted with all save
 IN_VAIN, PAUSE = 3, 5.0  # ends in a row without a newer checkpoint, and seconds before the next start, which double
 POLL = 0.2
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+ENDED_BY_US = tuple(128 + number for number in SIGNALS)  # before it could save, while it was still starting
 GPTJAX = (sys.executable, "-m", "gptjax.cli")
 
 
@@ -48,19 +50,31 @@ def sweep(cfg: SweepConfig, recipe: Recipe, say: Say, gptjax: Sequence[str] = GP
     if cfg.workers > usable_cores():
         raise InputError(f"workers={cfg.workers}: wanted at most the {usable_cores()} cores that are usable here")
     points, folder = make_points(cfg, recipe), Path(cfg.out).absolute()
+    command = [*gptjax, "pretrain", str(recipe.path.absolute())]
     try:
         for name in ("runs", "logs", "claims"):
             (folder / name).mkdir(parents=True, exist_ok=True)
+        with _locked(folder):
+            jobs = _table(cfg, points, folder, say)
+        return _Workers(folder, jobs, command, cfg.workers, say).work()
+    except (BucketError, BrokenPipeError):  # a store's outage, or the end of who reads our lines: not the folder's
+        raise
     except OSError as e:
-        raise InputError(f"{folder}: can't be written to ({e.strerror}); give another --out") from e
-    with _locked(folder):
-        flags = [*to_flags(cfg.set), *_corpus(points, folder, say)]
-        before = read_jobs(folder)
-        jobs = extend(before, points, flags)
-        if jobs != before:
-            write_jobs(folder, jobs)
-    command = [*gptjax, "pretrain", str(recipe.path.absolute())]
-    return _Workers(folder, jobs, command, cfg.workers, say).work()
+        raise InputError(
+            f"{e.filename or folder}: {e.strerror or e}; make room for the sweep or give another --out, "
+            "and run the same command again"
+        ) from e
+
+
+def _table(cfg: SweepConfig, points: list[Point], folder: Path, say: Say) -> list[Job]:
+    """The table of jobs with those of the points, written where it is new. The caller must hold the sweep's lock."""
+    corpus = _corpus(points, folder, say)
+    given = [entry for entry in cfg.set if f"--{entry.partition('=')[0]}" not in corpus]
+    before = read_jobs(folder)
+    jobs = extend(before, points, [*to_flags(given), *corpus])
+    if jobs != before:
+        write_jobs(folder, jobs)
+    return jobs
 
 
 def _corpus(points: list[Point], folder: Path, say: Say) -> list[str]:
@@ -105,7 +119,7 @@ class _Workers:
         self._not_before: dict[str, float] = {}
         self._done_flops = self._done_seconds = 0.0
         self._shortest = math.inf
-        self._stopping, self._code = False, 0
+        self._stopping, self._told, self._code = False, False, 0
 
     def work(self) -> int:
         """Runs jobs until all are finished here or elsewhere, one fails for good, or a signal comes."""
@@ -130,6 +144,7 @@ class _Workers:
                 for slot, running in enumerate(self._slots):
                     if running is None:
                         self._slots[slot] = self._take(slot, left)
+                self._tell_of_waiting(left)
                 time.sleep(POLL)
         except Exception:
             self._end_children()
@@ -140,6 +155,13 @@ class _Workers:
         with _locked(self._folder):
             write_table(self._folder, self._results)
         return self._code
+
+    def _tell_of_waiting(self, left: list[Job]) -> None:
+        """Says once that nothing runs here because of other processes, also those that a killed sweep left behind."""
+        paused = any(time.monotonic() < until for until in self._not_before.values())
+        if not (any(self._slots) or paused or self._told):
+            self._told = True
+            self._say(f"waiting: other processes run what is left, {len(left)} jobs, or what those start from")
 
     def _stop(self, number: int, frame: object) -> None:
         self._stopping = True
@@ -205,7 +227,8 @@ class _Workers:
             self._say(f"{self._progress()}  {job.name}: loss {found[0]:.4f} in {duration(seconds)}{self._time_left()}")
             return
         log = self._folder / "logs" / f"{job.name}.log"
-        if code not in RESTART_ON:
+        ended = self._stopping and code in ENDED_BY_US
+        if code not in RESTART_ON and not ended:
             self._say(f"job {job.name} ended with {code}, without its result; see {log}")
             self._code = self._code or code or 3
             return
@@ -219,14 +242,15 @@ class _Workers:
             self._not_before[job.name] = time.monotonic() + (PAUSE * 2 ** (in_vain - 1) if in_vain else 0.0)
 
     def _end_children(self) -> None:
-        """Has every job save and end, and waits for them."""
+        """Has every job save and end, and waits for all of them before what may fail."""
         self._stopping = True
-        for running in filter(None, self._slots):
+        left, self._slots = [running for running in self._slots if running], [None] * len(self._slots)
+        for running in left:
             running.process.terminate()
-        for running in filter(None, self._slots):
+        for running in left:
             running.process.wait()
+        for running in left:
             self._ended(running)
-        self._slots = [None] * len(self._slots)
 
     def _progress(self) -> str:
         done = sum(self._results.of(job) is not None for job in self._jobs.values())
@@ -243,12 +267,7 @@ class _Workers:
 
     def _note(self, job: Job, **values: Any) -> None:
         """Adds a line to times.jsonl, in one piece, for several processes write there."""
-        line = {
-            "time": round(time.time(), 3),
-            "job": job.name,
-            "host": platform.node(),
-            "process": os.getpid(),
-        } | values
+        line = {"time": round(time.time(), 3), "job": job.name, "host": platform.node(), "process": os.getpid()}
         descriptor = os.open(self._folder / "times.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             os.write(descriptor, (json.dumps(line | values) + "\n").encode())
