@@ -15,6 +15,7 @@ import pytest
 
 from gptjax.cli import main
 from gptjax.config import OptimConfig, SweepConfig, TrainConfig
+from gptjax.config.sweep import OWN
 from gptjax.flags import load_recipe
 from gptjax.settings import InputError
 from gptjax.sweep import work
@@ -102,6 +103,8 @@ def test_the_longest_run_saves_where_the_decay_of_each_other_begins(recipe, tmp_
         (20, trunk.name, 16), (15, trunk.name, 12), (10, trunk.name, 8)
     ]  # fmt: skip
     assert trunk.flags[-5:] == ("--checkpoint.at", "8", "12", "16", "32")
+    told = {word.removeprefix("--").removeprefix("no-").replace("-", "_") for word in trunk.flags}
+    assert set(OWN) - {"run_dir"} <= told
     assert all(job.tokens == 32 * job.steps and job.flops == STEP[job.size] * job.steps for job in jobs)
     write_jobs(tmp_path, jobs)
     assert read_jobs(tmp_path) == jobs == jobs_of(recipe, GRID, jobs) == jobs_of(recipe, reversed(GRID))
@@ -141,7 +144,8 @@ def test_what_can_not_be_swept_is_one_line(recipe):
     for other in ("optim.beta2=0.9", "evaluate.max_rows=5"):  # each makes other losses
         assert "begun with other settings" in refused(jobs_of, recipe, GRID, first, set=(other,))
     assert jobs_of(recipe, GRID, first, set=("log_every=5",)) == first
-    assert "no steps, which the sweep sets" in refused(SweepConfig, set=("steps=9",))
+    for own in ("steps=9", "run-dir=x", "evaluate.every=5"):
+        assert f"no {own.split('=')[0]}, which the sweep sets" in refused(SweepConfig, set=(own,))
     assert "NAME=VALUE" in refused(SweepConfig, set=("steps",))
     assert "No closing quotation" in refused(jobs_of, recipe, GRID, set=("generate.prompt=Don't",))
     for seed in ("-1", str(2**31)):  # refused by its run, it would stand in the table for ever

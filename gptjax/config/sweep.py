@@ -5,13 +5,18 @@ from dataclasses import dataclass
 
 from gptjax.settings import InputError, Section
 
+# What a sweep tells each of its runs itself.
+OWN = ("run_dir", "steps", "seed", "checkpoint.at", "checkpoint.keep_newest", "checkpoint.keep_every", "evaluate.every",
+       "tensorboard", "sample")  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig(Section):
     """Train a recipe at many sizes for many budgets of compute; a long run serves all shorter horizons of its size."""
 
     out: str = "runs/sweep"
-    """Folder of the sweep: jobs.jsonl, runs/, logs/ and table.csv; the same command on it goes on."""
+    """Folder of the sweep: jobs.jsonl, runs/, logs/ and table.csv. The same command on it, given in the same folder,
+    goes on; until all is trained it should stay where it is, for its jobs name their text by its path."""
     grid: tuple[str, ...] = ()
     """Points, as BUDGET:SIZE,SIZE,... with the training FLOPs of each (1e15:4,6,8), and @SEED,SEED,... behind it for
     other seeds than the recipe's. A larger grid adds points to a sweep; none is ever taken away."""
@@ -27,8 +32,8 @@ class SweepConfig(Section):
         for entry in self.set:
             name, equals, _ = entry.partition("=")
             self.require(bool(name and equals), "set", f"NAME=VALUE entries, not {entry!r}")
-            own = name in ("run_dir", "steps", "seed")
-            self.require(not own, "set", f"no {name}, which the sweep sets itself", "give --grid instead")
+            own = name.replace("-", "_") in OWN
+            self.require(not own, "set", f"no {name}, which the sweep sets itself", "--grid gives steps and seeds")
         _ = self.points
 
     @property

@@ -244,7 +244,8 @@ class _Workers:
     def _end_children(self) -> None:
         """Has every job save and end, and waits for all of them before what may fail."""
         self._stopping = True
-        left, self._slots = [running for running in self._slots if running], [None] * len(self._slots)
+        left = [running for running in self._slots if running]
+        self._slots = [None] * len(self._slots)
         for running in left:
             running.process.terminate()
         for running in left:
