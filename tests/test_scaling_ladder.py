@@ -53,7 +53,7 @@ def test_time_in_which_runs_overlap_is_counted_once_and_pauses_not_at_all(tmp_pa
     times = tmp_path / "times.jsonl"
     events = [event(0, "a", "start"), event(4, "b", "start"), event(10, "a", "end"), event(12, "b", "end"),
               event(100, "c", "start", 2), event(103, "c", "end", 2), event(200, "killed", "start", 3),
-              event(210, "killed", "start", 4), event(215, "killed", "end", 4), event(300, "d", "start", 5)]  # fmt: skip
+              event(210, "killed", "start", 4), event(215, "killed", "end", 4), event(300, "d", "start")]  # fmt: skip
     times.write_text("".join(json.dumps(e) + "\n" for e in events))
     assert scaling_ladder.seconds(times) == {"clock": 30.0, "sum": 36.0}
 
