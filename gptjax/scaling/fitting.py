@@ -18,7 +18,7 @@ from gptjax.scaling import report
 from gptjax.scaling.approaches import Allocation, envelope, isoflop, leave_one_budget_out, parabola, parametric
 from gptjax.scaling.baseline import two_point
 from gptjax.scaling.fits import Fitted, fit_chinchilla, fit_overtraining
-from gptjax.scaling.saved import FORMAT, Fit, strict
+from gptjax.scaling.saved import FORMAT, Fit, interval, strict
 from gptjax.scaling.table import Table, read_table
 from gptjax.settings import InputError
 
@@ -91,7 +91,7 @@ def describe(table: Table, cfg: FitConfig, left_out: int) -> dict[str, Any]:
         "law": cfg.law,
         "formula": law.formula,
         "coefficients": {
-            k: {"value": v, "interval": _edges(fitted.interval(k))} for k, v in fitted.coefficients.items()
+            k: {"value": v, "interval": interval(fitted.interval(k))} for k, v in fitted.coefficients.items()
         },
         "residuals": {"rms": float(np.sqrt(np.mean(off**2))), "largest": float(np.abs(off).max())},
         "flops_per": per,
@@ -187,7 +187,7 @@ def _allocation(made: Allocation, flops: np.ndarray) -> dict[str, Any]:
         "why": "",
         "coefficients": {"N": made.k_N, "D": made.k_D},
         "exponents": {"N": made.a, "D": made.b},
-        "intervals": {"N": _edges(made.interval("a")), "D": _edges(made.interval("b"))},
+        "intervals": {"N": interval(made.interval("a")), "D": interval(made.interval("b"))},
         "band": {"flops": over} | band if made.samples else None,
         "least_loss": made.loss_law.coefficients if made.approach != "parametric" and made.loss_law else None,
         "budgets": np.unique(made.points["budget"]) if made.approach == "isoflop" else [],
@@ -208,11 +208,9 @@ def _parabolas(budget_P, N_P, D_P, loss_P, budgets) -> list[dict[str, Any]]:
 
 def leave_out(table: Table, fit_law: Callable[..., Fitted], settings: dict[str, Any]) -> dict[str, Any]:
     """What a law fitted without each budget says of its runs; or why that can't be done."""
-    of = np.isfinite(table.budget)
     if len(table.budgets) < 2:
         return {"done": False, "why": f"{len(table.budgets)} budget(s) in the table, wanted at least 2"}
-    columns = (table.budget, table.parameters, table.tokens, table.loss)
-    rows = leave_one_budget_out(fit_law, *(values[of] for values in columns), **settings)
+    rows = leave_one_budget_out(fit_law, table.budget, table.parameters, table.tokens, table.loss, **settings)
     if all(np.isnan(row["error"]) for row in rows):
         return {"done": False, "why": "without any one budget too little is left to fit"}
     return {"done": True, "why": "", "budgets": rows}
@@ -223,10 +221,6 @@ def _baseline(table: Table) -> dict[str, Any]:
     if line is None:
         return {"done": False, "why": f"{len(table.budgets)} budget(s) in the table, wanted 2"}
     return {"done": True, "why": "", "flops": line.flops, "losses": line.losses, "slope": line.slope}
-
-
-def _edges(interval: tuple[float, float]) -> list[float] | None:
-    return None if np.isnan(interval).any() else [float(edge) for edge in interval]
 
 
 def _short(notes: Sequence[str]) -> list[str]:
