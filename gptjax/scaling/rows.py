@@ -94,6 +94,8 @@ def _csv(text: str, source: str) -> tuple[tuple[str, ...], list[Row]]:
     except csv.Error as e:
         raise InputError(f"{source}:{reader.line_num}: not CSV ({e}); repair the line") from e
     lines = [(number, cells) for number, cells in lines if any(cells)]
+    if not lines:
+        raise InputError(f"{source}: every cell is empty; wanted a header and a row for each run")
     (number, header), *lines = lines
     _once(header, f"{source}:{number}")
     rows = []
