@@ -25,7 +25,7 @@ from gptjax.scaling.descent import Minimum, Problem, minimize
 from gptjax.scaling.laws import Chinchilla, OverTraining, PowerLaw
 from gptjax.settings import InputError
 
-LAWS: dict[str, type] = {"Chinchilla": Chinchilla, "OverTraining": OverTraining, "PowerLaw": PowerLaw}
+KINDS: dict[str, type] = {"Chinchilla": Chinchilla, "OverTraining": OverTraining, "PowerLaw": PowerLaw}
 SCREEN = 15  # turns after which only the lowest starts of a grid go on
 FINAL = 256  # so many of them
 NEAR = 4  # starts of the grid that a resample descends from, beside the optimum of all points
@@ -115,7 +115,7 @@ class Fitted:
         """What `record` wrote; raises InputError where a part is missing or the law is unknown."""
         try:
             values = {f.name: record[f.name] for f in dataclasses.fields(cls)}
-            values["law"] = LAWS[record["law"]](**record["coefficients"])
+            values["law"] = KINDS[record["law"]](**record["coefficients"])
         except (KeyError, TypeError) as error:
             raise InputError(f"not the record of a fit: {error}; wanted what gptjax fit wrote") from None
         for name in ("inputs", "samples"):

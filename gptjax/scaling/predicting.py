@@ -27,7 +27,10 @@ def predict(
     fit = open_fit(folder)
     if cfg.flops:
         made, lines = _budget(fit, cfg)
-        following = f"gptjax predict {shlex.quote(folder)} --parameters {made['parameters']:.3g} --tokens 1e10"
+        following = (
+            f"gptjax predict {shlex.quote(folder)} --parameters {made['parameters'] / 2:.3g} "
+            f"--tokens {made['tokens'] * 2:.3g}{' --extrapolate' if cfg.extrapolate else ''}"
+        )
     elif cfg.parameters:
         made, lines = _run(fit, cfg)
         following = f"gptjax predict {shlex.quote(folder)} --flops {made['flops']:.3g}"

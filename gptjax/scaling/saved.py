@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from gptjax.paths import place, store
-from gptjax.scaling.baseline import TwoPoint
 from gptjax.scaling.fits import Fitted
+from gptjax.scaling.laws import TwoPoint
 from gptjax.settings import InputError
 
 FORMAT = 1
