@@ -129,8 +129,19 @@ def test_bootstraps_near_the_optimum_find_what_starts_all_over_the_grid_find(noi
     assert ours.gradient_B.max() < fits.FLAT
 
 
-def test_resamples_without_a_floor_converge_and_the_fit_says_that_there_is_none():
-    """Where the best E is 0, log E has no best: such descents are the slowest."""
+def test_descents_that_have_not_converged_go_on_to_the_same_minimum(noisy):
+    _, N, D, loss = runs(6, 0.01)
+    problem, starts = fits.chinchilla_problem(N, D, loss, 1e-3)
+    start_SP = np.vstack([scaling_fit.theta(noisy) * 1.1, fits.neighbours(problem, starts)])
+    weight_BN = np.ones((len(start_SP), len(N)))
+    early = minimize(problem, start_SP, weight_BN, turns=10)
+    assert early.gradient_B.min() > fits.FLAT
+    late = fits.settle(problem, early, weight_BN)
+    assert late.gradient_B.max() < fits.FLAT and late.turns_B.min() > 10
+    np.testing.assert_allclose(late.objective_B, noisy.objective, rtol=1e-6)
+
+
+def test_a_fit_says_that_the_runs_do_not_tell_the_floor():
     budget, N, D, loss = runs(6, 0.01, law=dataclasses.replace(HOFFMANN, E=0.0))
     small = budget < 1e20
     fitted = fit_chinchilla(N[small], D[small], loss[small], bootstraps=60)

@@ -183,7 +183,7 @@ def test_a_size_far_outside_is_refused_though_its_flops_are_not(fitted, capsys):
 
 def test_a_budget_whose_best_size_is_far_outside_is_refused(fitted, tmp_path, capsys):
     document = load(fitted[0] / "fit.json")
-    document["range"]["tokens"] = [d / 30 for d in document["range"]["tokens"]]
+    document["range"]["tokens"] = [d / 100 for d in document["range"]["tokens"]]
     (tmp_path / "fit.json").write_text(json.dumps(document))
     line = refused(capsys, "predict", tmp_path, "--flops", BUDGETS[2])
     assert "tokens are" in line and "decades above" in line and "--extrapolate" in line

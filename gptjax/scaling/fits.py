@@ -333,6 +333,7 @@ def settle(problem: Problem, found: Minimum, weight_BN: np.ndarray, loss_BN: np.
     Where the best E is 0, its logarithm falls without end along a valley whose curvature falls with it: pairs
     remembered from its upper part mislead there, and a descent that starts anew is through in a few hundred turns.
     """
+    found = Minimum(*(field.copy() for field in found))
     for _ in range(ROUNDS):
         rows = np.flatnonzero(found.gradient_B > FLAT)
         if not len(rows):
