@@ -5,6 +5,7 @@ import dataclasses
 import json
 import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -188,7 +189,7 @@ def test_runs_of_no_budget_are_in_every_fit_that_leaves_one_out():
     budget, N, D, loss = runs(6)
     seen = []
 
-    def fit(N, D, loss):
+    def fit(N, D, loss) -> Any:
         seen.append(set(N))
         return types.SimpleNamespace(law=HOFFMANN)
 
