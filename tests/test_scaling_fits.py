@@ -1,8 +1,11 @@
 """Fits find the law that made the points, give published fits of published runs, and intervals that hold the truth."""
 
 import csv
+import dataclasses
 import json
+import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,20 +15,20 @@ from gptjax.scaling import fits
 from gptjax.scaling.approaches import envelope, isoflop, leave_one_budget_out, parametric
 from gptjax.scaling.descent import minimize
 from gptjax.scaling.fits import Fitted, fit_chinchilla, fit_overtraining, fit_power, refit, resamples
-from gptjax.scaling.laws import HOFFMANN, PowerLaw
+from gptjax.scaling.laws import HOFFMANN, Chinchilla, PowerLaw
 from gptjax.settings import InputError
 
 FIXTURES = Path(__file__).parent / "fixtures"
 BUDGETS = np.logspace(17, 21, 5)
 
 
-def runs(per_budget: int, noise: float = 0.0, seed: int = 0):
-    """budget, N, D and loss at BUDGETS, from D_opt / 8 to 8 D_opt."""
+def runs(per_budget: int, noise: float = 0.0, seed: int = 0, law: Chinchilla = HOFFMANN):
+    """budget, N, D and loss at BUDGETS, from D_opt / 8 to 8 D_opt. 6 a budget, or 5, share a compilation."""
     _, best = HOFFMANN.optimal(BUDGETS)
     D = np.ravel(best[:, None] * np.geomspace(1 / 8, 8, per_budget))
     budget = np.repeat(BUDGETS, per_budget)
     N = budget / 6 / D
-    loss = HOFFMANN.loss(N, D) * np.exp(noise * np.random.default_rng(seed).normal(size=len(N)))
+    loss = law.loss(N, D) * np.exp(noise * np.random.default_rng(seed).normal(size=len(N)))
     return budget, N, D, loss
 
 
@@ -35,13 +38,17 @@ def noisy():
     return fit_chinchilla(N, D, loss, bootstraps=200)
 
 
-def test_the_fit_finds_the_law_that_made_the_points():
+@pytest.fixture(scope="module")
+def exact():
     _, N, D, loss = runs(16)
-    fitted = fit_chinchilla(N, D, loss)
-    for name, value in fitted.coefficients.items():
+    return fit_chinchilla(N, D, loss)
+
+
+def test_the_fit_finds_the_law_that_made_the_points(exact):
+    for name, value in exact.coefficients.items():
         assert value == pytest.approx(getattr(HOFFMANN, name), rel=1e-3), name
-    assert fitted.gradient < 1e-8 and fitted.agreed > fitted.starts / 2 and fitted.notes == ()
-    np.testing.assert_allclose(fitted.residuals, 0, atol=1e-9)
+    assert exact.gradient < 1e-8 and exact.agreed > exact.starts / 2 and exact.notes == ()
+    np.testing.assert_allclose(exact.residuals, 0, atol=1e-9)
 
 
 def test_five_small_runs_on_redpajama_give_the_published_law_and_errors():
@@ -71,10 +78,8 @@ def test_isoflop_parabolas_have_the_right_exponent_and_the_known_bias():
     assert found.optimal(1e24)["loss"][0] == pytest.approx(float(HOFFMANN.loss(N, D)), rel=1e-3)
 
 
-def test_the_parametric_approach_has_no_such_bias(noisy):
-    budget, N, D, loss = runs(16)
-    exact = parametric(fit_chinchilla(N, D, loss))
-    assert exact.optimal(1e24)["D"][0] == pytest.approx(float(HOFFMANN.optimal(1e24)[1]), rel=1e-6)
+def test_the_parametric_approach_has_no_such_bias(exact, noisy):
+    assert parametric(exact).optimal(1e24)["D"][0] == pytest.approx(float(HOFFMANN.optimal(1e24)[1]), rel=1e-6)
     low, high = parametric(noisy).interval("a")
     assert low < HOFFMANN.exponents[0] < high
     best, low, high = parametric(noisy).optimal(1e22)["N"]
@@ -115,31 +120,53 @@ def test_intervals_hold_the_truth_and_narrow_without_the_scatter_of_a_run(noisy)
     assert loss.shape == (2,) and np.all((low < law_low) & (law_low < loss) & (loss < law_high) & (law_high < high))
 
 
-def test_bootstraps_near_the_optimum_find_what_the_whole_grid_finds():
+def test_bootstraps_near_the_optimum_find_what_starts_all_over_the_grid_find(noisy):
     _, N, D, loss = runs(6, 0.01)
-    fitted = fit_chinchilla(N, D, loss)
     problem, starts = fits.chinchilla_problem(N, D, loss, 1e-3)
     weight_BN = resamples(len(N), 3, 5, np.random.default_rng(0))
-    near = np.vstack([scaling_fit.theta(fitted), fits.neighbours(problem, starts)])
-    ours, whole = refit(problem, near, weight_BN), refit(problem, starts[::9], weight_BN)
+    near = np.vstack([scaling_fit.theta(noisy), fits.neighbours(problem, starts)])
+    ours, whole = refit(problem, near, weight_BN), refit(problem, starts[::23], weight_BN)
     np.testing.assert_allclose(ours.objective_B, whole.objective_B, rtol=1e-6)
     assert ours.gradient_B.max() < fits.FLAT
 
 
-def test_lanes_do_not_change_each_other():
-    _, N, D, loss = runs(4, 0.01)
+def test_descents_that_have_not_converged_go_on_to_the_same_minimum(noisy):
+    _, N, D, loss = runs(6, 0.01)
+    problem, starts = fits.chinchilla_problem(N, D, loss, 1e-3)
+    start_SP = np.vstack([scaling_fit.theta(noisy) * 1.1, fits.neighbours(problem, starts)])
+    weight_BN = np.ones((len(start_SP), len(N)))
+    early = minimize(problem, start_SP, weight_BN, turns=10)
+    assert early.gradient_B.min() > fits.FLAT
+    late = fits.settle(problem, early, weight_BN)
+    assert late.gradient_B.max() < fits.FLAT and late.turns_B.min() > 10
+    np.testing.assert_allclose(late.objective_B, noisy.objective, rtol=1e-6)
+
+
+def test_a_fit_says_that_the_runs_do_not_tell_the_floor():
+    budget, N, D, loss = runs(6, 0.01, law=dataclasses.replace(HOFFMANN, E=0.0))
+    small = budget < 1e20
+    fitted = fit_chinchilla(N[small], D[small], loss[small], bootstraps=60)
+    assert fitted.unconverged <= 2 and fitted.gradient < fits.FLAT
+    assert any("E is 0 in" in note for note in fitted.notes)
+
+
+def test_lanes_and_filled_up_points_do_not_change_each_other():
+    _, N, D, loss = runs(5, 0.01)
     problem, starts = fits.chinchilla_problem(N, D, loss, 1e-3)
     weight_BN = np.ones((150, len(N)))
     many, one = minimize(problem, starts[:150], weight_BN), minimize(problem, starts[140:141], weight_BN[:1])
     np.testing.assert_allclose(many.objective_B[140], one.objective_B[0], rtol=1e-9)
+    best = Chinchilla(*np.exp(one.theta_BP[0, [2, 0, 1]]), *one.theta_BP[0, 3:])
+    error = np.abs(np.log(best.loss(N, D) / loss))  # 25 points: the 7 that fill up 32 must not count
+    huber = np.where(error < 1e-3, error**2 / 2, 1e-3 * (error - 5e-4)).sum()
+    assert one.objective_B[0] == pytest.approx(huber, rel=1e-9)
 
 
-def test_scipy_finds_no_lower_objective():
+def test_scipy_finds_no_lower_objective(noisy):
     pytest.importorskip("scipy")
     _, N, D, loss = runs(6, 0.01)
-    fitted = fit_chinchilla(N, D, loss)
-    value, _ = scaling_fit.Scipy(N, D, loss).fit(scaling_fit.theta(fitted) * 1.01, np.ones(len(N)))
-    assert fitted.objective <= value * (1 + 1e-9)
+    value, _ = scaling_fit.Scipy(N, D, loss).fit(scaling_fit.theta(noisy) * 1.01, np.ones(len(N)))
+    assert noisy.objective <= value * (1 + 1e-9)
 
 
 def test_a_power_law_of_budgets_is_found_again():
@@ -149,19 +176,32 @@ def test_a_power_law_of_budgets_is_found_again():
 
 
 def test_a_left_out_budget_is_predicted_by_the_others():
-    rows = leave_one_budget_out(fit_chinchilla, *runs(4))
+    budget, N, D, loss = runs(6)
+    rows = leave_one_budget_out(fit_chinchilla, budget, N, D, loss)
     assert [row["budget"] for row in rows] == list(BUDGETS) and [row["beyond"] for row in rows] == [False] * 4 + [True]
     assert max(row["worst"] for row in rows) < 1e-6
-    budget, N, D, loss = runs(4)
     two = budget < 1e19
     rows = leave_one_budget_out(fit_chinchilla, budget[two], N[two], D[two], loss[two])
     assert all(np.isnan(row["error"]) and row["why"] for row in rows)
 
 
+def test_runs_of_no_budget_are_in_every_fit_that_leaves_one_out():
+    budget, N, D, loss = runs(6)
+    seen = []
+
+    def fit(N, D, loss) -> Any:
+        seen.append(set(N))
+        return types.SimpleNamespace(law=HOFFMANN)
+
+    rows = leave_one_budget_out(fit, np.where(budget == 1e21, np.nan, budget), N, D, loss)
+    assert [row["budget"] for row in rows] == list(BUDGETS[:4]) and not any(row["beyond"] for row in rows)
+    assert all(set(N[budget == 1e21]) <= those and len(those) == 24 for those in seen)
+
+
 def test_a_fit_is_the_same_after_json(noisy):
     again = Fitted.of_record(json.loads(json.dumps(noisy.record())))
     np.testing.assert_array_equal(again.predict([1e9], [2e10]), noisy.predict([1e9], [2e10]))
-    assert again.notes == noisy.notes and again.decades_beyond(1e10, 1e12)[()] > 0 == again.decades_beyond(1e6, 1e6)
+    assert again.notes == noisy.notes and again.interval("alpha") == noisy.interval("alpha")
     with pytest.raises(InputError, match="not the record of a fit"):
         Fitted.of_record({"law": "Chinchilla"})
 
@@ -193,6 +233,7 @@ def test_isoflop_refuses_one_budget_and_negative_losses():
         isoflop(budget, N, D, np.where(N == N[0], -1.0, loss))
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
     """Few replicas and draws: 8 x 7 numbers at 95 %; the long test below holds the true share to 90 to 98 %."""
     share = scaling_fit.coverage(8, 60)["share_that_hold"]

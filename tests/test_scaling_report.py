@@ -11,8 +11,7 @@ import pytest
 from gptjax.cli import main
 from gptjax.config import FitConfig
 from gptjax.scaling import plots, report
-from gptjax.scaling.baseline import two_point
-from gptjax.scaling.fitting import approaches, curves_of
+from gptjax.scaling.fitting import approaches, curves_of, two_point
 from gptjax.scaling.laws import Chinchilla
 from gptjax.scaling.saved import KEYS, open_fit, strict
 from gptjax.scaling.table import Curve, read_table
@@ -180,6 +179,14 @@ def test_more_than_a_decade_is_refused_unless_it_is_asked_for(fitted, capsys, fl
 
 def test_a_size_far_outside_is_refused_though_its_flops_are_not(fitted, capsys):
     assert "parameters are" in refused(capsys, "predict", fitted[0], "--parameters", 1e12, "--tokens", 1e6)
+
+
+def test_a_budget_whose_best_size_is_far_outside_is_refused(fitted, tmp_path, capsys):
+    document = load(fitted[0] / "fit.json")
+    document["range"]["tokens"] = [d / 100 for d in document["range"]["tokens"]]
+    (tmp_path / "fit.json").write_text(json.dumps(document))
+    line = refused(capsys, "predict", tmp_path, "--flops", BUDGETS[2])
+    assert "tokens are" in line and "decades above" in line and "--extrapolate" in line
 
 
 def test_a_table_is_held_against_the_fit_row_by_row(fitted, table, tmp_path, capsys):

@@ -61,6 +61,31 @@ def test_points_of_the_same_flops_are_a_budget_where_no_column_says_so(tmp_path)
     assert len(table.up_to(1e18)) == 8 and len(table.up_to(9e17)) == 4
 
 
+def test_runs_at_flops_everywhere_are_no_budget(tmp_path):
+    rows = [(1e8, 1e9 * 1.01**i, 3.0) for i in range(20)]
+    assert not len(read_table([write(tmp_path / "t.csv", rows, ("N", "D", "loss"))]).budgets)
+
+
+def test_a_budget_is_let_in_by_its_own_number(tmp_path):
+    rows = [row | {"budget": 1.2345678e18} for row in GOOD]  # kept as 1.23457e18
+    assert len(read_table([write(tmp_path / "t.csv", rows)]).up_to(1.2345678e18)) == len(GOOD)
+
+
+def test_copies_odd_units_and_rows_left_out_are_said(tmp_path):
+    notes = read_table([write(tmp_path / "t.csv", [*GOOD, GOOD[3]])]).notes
+    assert any(note.startswith("1 rows repeat another's") for note in notes)
+    rows = [row | {"flops": 6e-15 * row["params"] * row["tokens"]} for row in GOOD]
+    table = read_table([write(tmp_path / "t.csv", rows)], where=["tokens<1e9"])
+    assert any("other units" in note for note in table.notes)
+    assert any(note == f"--where left out {12 - len(table)} of 12 rows" for note in table.notes)
+    assert not any("repeat" in note or "left out" in note for note in read_table([tmp_path / "t.csv"]).notes)
+
+
+def test_rows_are_called_by_their_line_where_they_have_no_name(tmp_path):
+    table = read_table([write(tmp_path / "t.csv", GOOD)], where=["tokens>=1e9"])
+    assert table.names[0] == f"line {2 + next(i for i, row in enumerate(GOOD) if row['tokens'] >= 1e9)}"
+
+
 def test_conditions_choose_rows_by_text_number_and_worked_out_flops(tmp_path):
     rows = [row | {"dataset": "a" if i % 2 else "b", "lr": 0.01 * (i % 3)} for i, row in enumerate(GOOD)]
     path = write(tmp_path / "t.csv", rows)
@@ -69,6 +94,7 @@ def test_conditions_choose_rows_by_text_number_and_worked_out_flops(tmp_path):
     assert len(read_table([path], where=["dataset!=b", "lr=1e-2"])) == 2
     rows[0]["val_loss"] = "nan"  # of a row that is left out
     path = write(tmp_path / "t.csv", rows)
+    assert len(read_table([path], where=["val_loss!=nan"])) == 11
     assert np.all(read_table([path], where=["dataset=a", "flops>=1e18"]).flops > 9e17)
     assert np.all(read_table([path], where=["dataset=a", "tokens<1e9"]).tokens < 1e9)
 
@@ -102,6 +128,7 @@ BAD = [
     ("negative tokens", changed(1, tokens=-1e9), ["t.csv:3", "tokens is '-1000000000.0'"]),
     ("a text", changed(3, tokens="20B"), ["t.csv:5", "tokens is '20B'", "wanted a number"]),
     ("an empty file", "", ["the file is empty", "wanted a header"]),
+    ("nothing but commas", ",,\n,,\n", ["every cell is empty"]),
     ("a header alone", "N,D,loss\n", ["a header and no rows"]),
     ("a column twice", "N,D,loss,loss\n1,2,3,4\n", ["t.csv:1", "'loss' is there 2 times", "rename or remove"]),
     ("two losses", "N,D,loss,val_loss\n1,2,3,4\n", ["loss and val_loss", "--columns loss=loss"]),
@@ -192,6 +219,19 @@ def test_a_run_is_a_row_with_its_curve(tmp_path):
     assert list(curve.loss_T) == pytest.approx([5.5 - i / 4 for i in range(1, 9)])
     with pytest.raises(InputError, match="wanted a table here"):
         read_table([tmp_path / "a"])
+
+
+def test_a_run_that_diverged_is_refused_and_one_that_has_not_ended_is_said(tmp_path):
+    make_run(tmp_path / "a", 8, TrainConfig(steps=40))
+    make_run(tmp_path / "b", 8, TrainConfig(steps=80))
+    notes = read_table([tmp_path / "a", tmp_path / "b"], load_config=load_config).notes
+    assert [note for note in notes if "not ended" in note] == [
+        "1 runs have not ended, so their losses lie high: b at step 40 of 80"
+    ]
+    path = tmp_path / "b" / "metrics.jsonl"
+    path.write_text(path.read_text().rpartition("\n")[0] + '\n{"step": 80, "eval_loss": NaN}\n')
+    with pytest.raises(InputError, match="the last evaluation, at step 80"):
+        read_table([tmp_path / "a", tmp_path / "b"], load_config=load_config)
 
 
 def test_runs_with_few_evaluations_have_curves_of_training_losses(tmp_path):

@@ -29,7 +29,7 @@ class FitConfig(Section):
     flops_per: float = 6.0
     """FLOPs a parameter and token, for tables without a column of FLOPs or of tokens: C = 6 N D."""
     delta: float = 1e-3
-    """Where the Huber loss on log loss turns from squares to absolute values."""
+    """Where the Huber loss on log loss turns from squares to absolute values; overtraining has none."""
     bootstraps: int = 1000
     """Resampled tables behind each interval; 0: no intervals."""
     level: float = 0.95

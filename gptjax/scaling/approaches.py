@@ -130,7 +130,7 @@ def isoflop(budget, N, D, loss, *, bootstraps: int = 0, seed: int = 0, level: fl
         rows = np.flatnonzero(budget == value)
         if min(len(np.unique(N[rows])), len(np.unique(D[rows]))) < 3:
             notes.append(f"Budget {value:.3g} is left out: {len(rows)} points of fewer than 3 different sizes.")
-        elif np.isnan(parabola(value, D[rows], loss[rows]).best) or np.isnan(parabola(value, N[rows], loss[rows]).best):
+        elif not all(np.isfinite(parabola(value, size[rows], loss[rows]).best) for size in (N, D)):
             notes.append(f"Budget {value:.3g} is left out: its losses don't curve upward.")
         else:
             groups.append(rows)
@@ -159,7 +159,9 @@ def isoflop(budget, N, D, loss, *, bootstraps: int = 0, seed: int = 0, level: fl
             notes.append(f"The intervals rest on {freedom} deviations from the parabolas.")
         if lost:
             notes.append(f"{lost} of {bootstraps} resamples had a budget without a minimum; they are left out.")
-    loss_law = _least_losses(flops, best["loss"], notes, redrawn)
+        if lost == bootstraps:
+            samples, redrawn = {}, None
+    loss_law = _least_losses(flops, best["loss"], notes, level, redrawn)
     points = {"budget": flops, "N": best["N"], "D": best["D"], "loss": best["loss"]}
     return Allocation(
         "isoflop", **lines, samples=samples, loss_law=loss_law, points=points, level=level, notes=tuple(notes)
@@ -205,12 +207,14 @@ def _lines(flops: np.ndarray, N: np.ndarray, D: np.ndarray) -> dict[str, float]:
 
 
 def _least_losses(
-    flops: np.ndarray, loss: np.ndarray, notes: list[str], redrawn: np.ndarray | None = None
+    flops: np.ndarray, loss: np.ndarray, notes: list[str], level: float, redrawn: np.ndarray | None = None
 ) -> Fitted | None:
     if len(np.unique(flops)) < 3:
         notes.append("Fewer than 3 budgets: no law for the least loss of a budget.")
         return None
-    return fit_power(flops, loss, redrawn=redrawn)
+    fitted = fit_power(flops, loss, level=level, redrawn=redrawn)
+    notes += [f"The law of the least loss: {note}" for note in fitted.notes]
+    return fitted
 
 
 def envelope(
@@ -249,7 +253,7 @@ def envelope(
             f"{bootstraps - len(kept)} of {bootstraps} resamples had fewer than 2 takeovers; they are left out."
         )
     samples = {k: np.array([line[k] for line in kept]) for k in ("k_N", "a", "k_D", "b")} if kept else {}
-    loss_law = _least_losses(best["budget"], best["loss"], notes)
+    loss_law = _least_losses(best["budget"], best["loss"], notes, level)
     lines = _lines(best["budget"], best["N"], best["D"])
     return Allocation(
         "envelope", **lines, samples=samples, loss_law=loss_law, points=best, level=level, notes=tuple(notes)
@@ -279,14 +283,16 @@ def leave_one_budget_out(fit: Callable[..., Fitted], budget, N, D, loss, **setti
     """What a fit without a budget's runs says of them: one dict a budget, in ascending order.
 
     budget; points; error: mean over its runs of prediction / loss - 1; worst: the largest of their sizes; beyond:
-    True for the largest budget, the extrapolation that a law is judged by; why: empty, or what is missing where the
-    rest can't be fitted and the errors are NaN. fit is fit_chinchilla or fit_overtraining; settings go to it.
+    True where no other run took as much compute (N D), the extrapolation that a law is judged by; why: empty, or what
+    is missing where the rest can't be fitted and the errors are NaN. Runs whose budget is NaN belong to none, and to
+    every fit. fit is fit_chinchilla or fit_overtraining; settings go to it.
     """
     budget, N, D, loss = (np.asarray(x, float) for x in (budget, N, D, loss))
     rows = []
-    for value in np.unique(budget):
+    for value in np.unique(budget[np.isfinite(budget)]):
         out = budget == value
-        row = {"budget": float(value), "points": int(out.sum()), "beyond": bool(value == budget.max())}
+        beyond = (N * D)[out].max() > np.max((N * D)[~out], initial=0)
+        row = {"budget": float(value), "points": int(out.sum()), "beyond": bool(beyond)}
         try:
             law = fit(N[~out], D[~out], loss[~out], **settings).law
             error = law.loss(N[out], D[out]) / loss[out] - 1

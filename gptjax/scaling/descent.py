@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 LANES = 128  # lanes of a call: its arrays stay in the cache, and it ends when its own lanes have
+POINTS = 16  # points are filled up to a multiple, with weight 0: tables of nearly one length share a compilation
 MEMORY = 8
 TOLERANCE = 1e-8  # of the gradient's largest entry: see Minimum
 GIVEN_UP = 1e-11  # a step this short says that the objective can't be told apart any more
@@ -64,15 +65,17 @@ def minimize(
         loss_BN = np.broadcast_to(problem.loss_N, weight_BN.shape)
     lanes = -(-len(start_BP) // LANES) * LANES
     pad = np.arange(lanes) % len(start_BP)
+    more = (0, -len(problem.loss_N) % POINTS)
+    design_KNP = np.pad(problem.design_KNP @ basis_PP, ((0, 0), more, (0, 0)))
 
     def part(begin: int) -> tuple[np.ndarray, ...]:
         rows = pad[begin : begin + LANES]
         with jax.enable_x64(True):  # thread-local: nobody else's arrays change type
             out = _descend(
                 start_BP[rows],
-                np.asarray(weight_BN[rows], float),
-                problem.design_KNP @ basis_PP,
-                np.asarray(loss_BN[rows], float),
+                np.pad(np.asarray(weight_BN[rows], float), ((0, 0), more)),
+                design_KNP,
+                np.pad(np.asarray(loss_BN[rows], float), ((0, 0), more), constant_values=1.0),
                 problem.delta,
                 scale,
                 turns,

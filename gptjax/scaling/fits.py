@@ -11,7 +11,7 @@ The parametric fit is that of Hoffmann et al. 2022 (section 3.3): Huber's functi
 loss, least by L-BFGS from a grid of 4,500 starts. All of them descend for 15 turns and the lowest 256 to the end. It is
 summed over runs, not averaged: an average is so small that an optimizer's default tolerance ends it early (Besiroglu et
 al. 2024, section 4); here each descent ends by its gradient. Resamples descend from the optimum of all runs and from
-the 4 starts of the grid that lie lowest.
+the 4 starts of the grid that lie lowest. What has not converged by then goes on from where it is (`settle`).
 """
 
 import dataclasses
@@ -25,12 +25,14 @@ from gptjax.scaling.descent import Minimum, Problem, minimize
 from gptjax.scaling.laws import Chinchilla, OverTraining, PowerLaw
 from gptjax.settings import InputError
 
-LAWS: dict[str, type] = {"Chinchilla": Chinchilla, "OverTraining": OverTraining, "PowerLaw": PowerLaw}
+KINDS: dict[str, type] = {"Chinchilla": Chinchilla, "OverTraining": OverTraining, "PowerLaw": PowerLaw}
 SCREEN = 15  # turns after which only the lowest starts of a grid go on
 FINAL = 256  # so many of them
 NEAR = 4  # starts of the grid that a resample descends from, beside the optimum of all points
 FLAT = 1e-5  # a descent whose gradient is larger has not converged: see descent.Minimum
+ROUNDS = 4  # descents that one which has not converged is given after its first
 SAME = 1e-6  # objectives that differ by less, relatively, are one optimum
+NO_FLOOR = 1e-3  # an E below this share of the least loss says no more than 0 does
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,7 +88,7 @@ class Fitted:
 
         The interval is meant to hold a new run's loss: each bootstrap's law, times the scatter of the fitted points
         about the law. With new_run=False it is of the law alone, which more runs narrow without end. It knows nothing
-        of what lies beyond the points: `decades_beyond` says how far out that is. NaN without bootstraps.
+        of what lies beyond the points. NaN without bootstraps.
         """
         arrays = [np.atleast_1d(np.asarray(x, float)) for x in inputs]
         loss = self.law.loss(*arrays)
@@ -101,11 +103,6 @@ class Fitted:
         low, high = np.percentile(draws, edges, axis=0)
         return loss, low, high
 
-    def decades_beyond(self, *inputs) -> np.ndarray:
-        """log10 of how many times more compute (N D, or C) the inputs take than the largest fitted run; >= 0."""
-        product = np.prod([np.asarray(x, float) for x in inputs], axis=0)
-        return np.maximum(np.log10(product / np.prod(list(self.inputs.values()), axis=0).max()), 0.0)
-
     def record(self) -> dict[str, Any]:
         """All of it as plain JSON values."""
         arrays = {"loss": self.loss.tolist(), "samples": {k: v.tolist() for k, v in self.samples.items()}}
@@ -118,7 +115,7 @@ class Fitted:
         """What `record` wrote; raises InputError where a part is missing or the law is unknown."""
         try:
             values = {f.name: record[f.name] for f in dataclasses.fields(cls)}
-            values["law"] = LAWS[record["law"]](**record["coefficients"])
+            values["law"] = KINDS[record["law"]](**record["coefficients"])
         except (KeyError, TypeError) as error:
             raise InputError(f"not the record of a fit: {error}; wanted what gptjax fit wrote") from None
         for name in ("inputs", "samples"):
@@ -259,12 +256,30 @@ def _fit(
     if weight_BN is not None:
         near_SP = neighbours(problem, starts)
         resampled = refit(problem, np.vstack([theta_P, near_SP]), weight_BN, redrawn)
-        samples = dataclasses.asdict(family.law(*resampled.theta_BP.T))
-        unconverged = int(np.sum(resampled.gradient_B > FLAT))
+        with np.errstate(over="ignore"):
+            samples = dataclasses.asdict(family.law(*resampled.theta_BP.T))
+        finite_B = np.all([np.isfinite(sample) for sample in samples.values()], axis=0)
+        samples = {name: sample[finite_B] for name, sample in samples.items()} if finite_B.any() else {}
+        if not finite_B.all():
+            notes.append(
+                f"{np.sum(~finite_B)} of {len(weight_BN)} resamples have an exponent without bound and are left out: "
+                "add runs of other sizes and token counts."
+            )
+        unconverged = int(np.sum(resampled.gradient_B[finite_B] > FLAT))
         if unconverged:
-            notes.append(f"{unconverged} of {len(weight_BN)} resamples have not converged; they are kept.")
+            notes.append(
+                f"{unconverged} of {len(weight_BN)} resamples have not converged and are kept: many laws fit these "
+                "runs about as well. Trust intervals of losses near the runs before those of single coefficients."
+            )
     law = family.law(*theta_P)
     law = type(law)(**{k: float(v) for k, v in dataclasses.asdict(law).items()})
+    none_B = np.append(samples.get("E", []), law.E) < NO_FLOOR * problem.loss_N.min()
+    if none_B.sum() > (1 - level) / 2 * len(none_B):
+        what = "the fit" if none_B[-1] else f"{none_B.sum()} of {len(none_B) - 1} resamples"
+        notes.append(
+            f"E is 0 in {what}: these runs do not tell the loss that no budget goes below. Larger budgets would; "
+            "far beyond the runs, predictions are rough."
+        )
     return Fitted(
         law, inputs, problem.loss_N, samples, float(found.objective_B[best]), float(found.gradient_B[best]),
         len(found.turns_B), agreed, unconverged, level, tuple(notes),
@@ -272,10 +287,14 @@ def _fit(
 
 
 def _descend_grid(problem: Problem, start_SP: np.ndarray) -> Minimum:
-    """A short descent from every start, then from the lowest FINAL of their ends until each has converged."""
+    """A short descent from every start, then from the lowest FINAL of their ends; the best goes on to the end."""
     first = minimize(problem, start_SP, np.ones((len(start_SP), len(problem.loss_N))), turns=SCREEN)
     lowest = np.argsort(first.objective_B)[:FINAL]
-    return minimize(problem, first.theta_BP[lowest], np.ones((len(lowest), len(problem.loss_N))))
+    weight_BN = np.ones((len(lowest), len(problem.loss_N)))
+    found = minimize(problem, first.theta_BP[lowest], weight_BN)
+    if found.gradient_B[np.argmin(found.objective_B)] > FLAT:
+        found = settle(problem, found, weight_BN)
+    return found
 
 
 def neighbours(problem: Problem, start_SP: np.ndarray) -> np.ndarray:
@@ -304,7 +323,27 @@ def refit(problem: Problem, start_SP: np.ndarray, weight_BN: np.ndarray, loss_BN
         loss_BN = np.repeat(loss_BN, starts, axis=0)
     found = minimize(problem, np.tile(start_SP, (rows, 1)), np.repeat(weight_BN, starts, axis=0), loss_BN)
     best = np.argmin(found.objective_B.reshape(rows, starts), axis=1) + starts * np.arange(rows)
-    return Minimum(*(field[best] for field in found))
+    losses = None if loss_BN is None else loss_BN[best]
+    return settle(problem, Minimum(*(field[best] for field in found)), weight_BN, losses)
+
+
+def settle(problem: Problem, found: Minimum, weight_BN: np.ndarray, loss_BN: np.ndarray | None = None) -> Minimum:
+    """The same with rows that have not converged carried on, at most ROUNDS times, from where they are.
+
+    Where the best E is 0, its logarithm falls without end along a valley whose curvature falls with it: pairs
+    remembered from its upper part mislead there, and a descent that starts anew is through in a few hundred turns.
+    """
+    found = Minimum(*(field.copy() for field in found))
+    for _ in range(ROUNDS):
+        rows = np.flatnonzero(found.gradient_B > FLAT)
+        if not len(rows):
+            break
+        on = minimize(problem, found.theta_BP[rows], weight_BN[rows], None if loss_BN is None else loss_BN[rows])
+        on = on._replace(turns_B=found.turns_B[rows] + on.turns_B)
+        lower = on.objective_B <= found.objective_B[rows]
+        for field, newer in zip(found, on):
+            field[rows[lower]] = newer[lower]
+    return found
 
 
 def _agree(objective_B: np.ndarray, best: float, problem: Problem) -> int:

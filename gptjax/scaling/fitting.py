@@ -16,29 +16,28 @@ from gptjax.config import FitConfig, TrainConfig
 from gptjax.paths import place, store
 from gptjax.scaling import report
 from gptjax.scaling.approaches import Allocation, envelope, isoflop, leave_one_budget_out, parabola, parametric
-from gptjax.scaling.baseline import two_point
 from gptjax.scaling.fits import Fitted, fit_chinchilla, fit_overtraining
-from gptjax.scaling.saved import FORMAT, Fit, strict
+from gptjax.scaling.laws import TwoPoint
+from gptjax.scaling.saved import FORMAT, Fit, interval, strict
 from gptjax.scaling.table import Table, read_table
 from gptjax.settings import InputError
 
 BAND = 24  # budgets at which the interval of N-opt and D-opt is written down
 MOST_NOTES = 12
+LEAST = 3  # different sizes, and token counts, that tell a law's terms apart
 
 
 class Law(NamedTuple):
-    """A law that can be fitted, and what that takes: its free parameters, and different values of N and of D."""
+    """A law that can be fitted, and how many free parameters it has."""
 
     fit: Callable[..., Fitted]
     formula: str
     free: int
-    sizes: int
-    horizons: int
 
 
 LAWS = {
-    "chinchilla": Law(fit_chinchilla, "L(N, D) = E + A / N^alpha + B / D^beta", 5, 3, 3),
-    "overtraining": Law(fit_overtraining, "L(N, D) = E + a N^e + b 6^(e/2) D^e", 4, 3, 3),
+    "chinchilla": Law(fit_chinchilla, "L(N, D) = E + A / N^alpha + B / D^beta", 5),
+    "overtraining": Law(fit_overtraining, "L(N, D) = E + a N^e + b 6^(e/2) D^e", 4),
 }
 
 
@@ -91,7 +90,7 @@ def describe(table: Table, cfg: FitConfig, left_out: int) -> dict[str, Any]:
         "law": cfg.law,
         "formula": law.formula,
         "coefficients": {
-            k: {"value": v, "interval": _edges(fitted.interval(k))} for k, v in fitted.coefficients.items()
+            k: {"value": v, "interval": interval(fitted.interval(k))} for k, v in fitted.coefficients.items()
         },
         "residuals": {"rms": float(np.sqrt(np.mean(off**2))), "largest": float(np.abs(off).max())},
         "flops_per": per,
@@ -187,7 +186,7 @@ def _allocation(made: Allocation, flops: np.ndarray) -> dict[str, Any]:
         "why": "",
         "coefficients": {"N": made.k_N, "D": made.k_D},
         "exponents": {"N": made.a, "D": made.b},
-        "intervals": {"N": _edges(made.interval("a")), "D": _edges(made.interval("b"))},
+        "intervals": {"N": interval(made.interval("a")), "D": interval(made.interval("b"))},
         "band": {"flops": over} | band if made.samples else None,
         "least_loss": made.loss_law.coefficients if made.approach != "parametric" and made.loss_law else None,
         "budgets": np.unique(made.points["budget"]) if made.approach == "isoflop" else [],
@@ -208,14 +207,24 @@ def _parabolas(budget_P, N_P, D_P, loss_P, budgets) -> list[dict[str, Any]]:
 
 def leave_out(table: Table, fit_law: Callable[..., Fitted], settings: dict[str, Any]) -> dict[str, Any]:
     """What a law fitted without each budget says of its runs; or why that can't be done."""
-    of = np.isfinite(table.budget)
     if len(table.budgets) < 2:
         return {"done": False, "why": f"{len(table.budgets)} budget(s) in the table, wanted at least 2"}
-    columns = (table.budget, table.parameters, table.tokens, table.loss)
-    rows = leave_one_budget_out(fit_law, *(values[of] for values in columns), **settings)
+    rows = leave_one_budget_out(fit_law, table.budget, table.parameters, table.tokens, table.loss, **settings)
     if all(np.isnan(row["error"]) for row in rows):
         return {"done": False, "why": "without any one budget too little is left to fit"}
     return {"done": True, "why": "", "budgets": rows}
+
+
+def two_point(table: Table) -> TwoPoint | None:
+    """The line through the least losses of the two largest budgets; None where there are not two."""
+    best = []
+    for budget in table.budgets[-2:]:
+        of = np.flatnonzero(table.budget == budget)
+        best.append(of[np.argmin(table.loss[of])])
+    if len(best) < 2:
+        return None
+    (low, high), losses = table.flops[best], table.loss[best]
+    return TwoPoint((float(low), float(high)), (float(losses[0]), float(losses[1])))
 
 
 def _baseline(table: Table) -> dict[str, Any]:
@@ -223,10 +232,6 @@ def _baseline(table: Table) -> dict[str, Any]:
     if line is None:
         return {"done": False, "why": f"{len(table.budgets)} budget(s) in the table, wanted 2"}
     return {"done": True, "why": "", "flops": line.flops, "losses": line.losses, "slope": line.slope}
-
-
-def _edges(interval: tuple[float, float]) -> list[float] | None:
-    return None if np.isnan(interval).any() else [float(edge) for edge in interval]
 
 
 def _short(notes: Sequence[str]) -> list[str]:
@@ -258,7 +263,7 @@ def points(tables: Sequence[str], cfg: FitConfig, load_config: Callable[[Path], 
 
 def check_enough(table: Table, law: str) -> None:
     """Raises InputError where the points can't determine the law, whatever they are."""
-    _, _, free, sizes, horizons = LAWS[law]
+    free = LAWS[law].free
     if len(table) < free:
         raise InputError(
             f"{table.source}: {len(table)} point(s) for the {free} parameters of {law}; wanted at least {free}, better "
@@ -269,10 +274,10 @@ def check_enough(table: Table, law: str) -> None:
             f"{table.source}: all {len(table)} points have about {np.median(table.flops):.3g} FLOPs, one budget; "
             "wanted at least 2 budgets, better 5 over a decade or more: add runs"
         )
-    for what, values, least in (("sizes", table.parameters, sizes), ("token counts", table.tokens, horizons)):
+    for what, values in (("sizes", table.parameters), ("token counts", table.tokens)):
         there = len(np.unique(np.round(np.log(values), 3)))
-        if there < least:
+        if there < LEAST:
             raise InputError(
-                f"{table.source}: {there} different {what}; {law} wanted at least {least} to tell its exponents apart: "
+                f"{table.source}: {there} different {what}; {law} wanted at least {LEAST} to tell its exponents apart: "
                 "add runs"
             )

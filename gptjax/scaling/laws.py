@@ -170,3 +170,18 @@ class PowerLaw:
 
     def loss(self, C):
         return self.E + self.K * np.asarray(C, float) ** -self.gamma
+
+
+@dataclass(frozen=True)
+class TwoPoint:
+    """log loss = intercept + slope log C through two points: a line drawn by hand, and what a fit must beat."""
+
+    flops: tuple[float, float]
+    losses: tuple[float, float]
+
+    @property
+    def slope(self) -> float:
+        return float(np.log(self.losses[1] / self.losses[0]) / np.log(self.flops[1] / self.flops[0]))
+
+    def loss(self, C):
+        return self.losses[1] * (np.asarray(C, float) / self.flops[1]) ** self.slope

@@ -10,7 +10,7 @@ import numpy as np
 from gptjax.config import PredictConfig, TrainConfig
 from gptjax.paths import place
 from gptjax.scaling.recipes import recipe
-from gptjax.scaling.saved import Fit, open_fit, write
+from gptjax.scaling.saved import Fit, interval, open_fit, write
 from gptjax.scaling.table import Table, read_table
 from gptjax.settings import InputError
 
@@ -27,7 +27,10 @@ def predict(
     fit = open_fit(folder)
     if cfg.flops:
         made, lines = _budget(fit, cfg)
-        following = f"gptjax predict {shlex.quote(folder)} --parameters {made['parameters']:.3g} --tokens 1e10"
+        following = (
+            f"gptjax predict {shlex.quote(folder)} --parameters {made['parameters'] / 2:.3g} "
+            f"--tokens {made['tokens'] * 2:.3g}{' --extrapolate' if cfg.extrapolate else ''}"
+        )
     elif cfg.parameters:
         made, lines = _run(fit, cfg)
         following = f"gptjax predict {shlex.quote(folder)} --flops {made['flops']:.3g}"
@@ -51,7 +54,7 @@ def optimum(fit: Fit, flops: float) -> dict[str, Any]:
     """The best N and D for a budget and their loss, each with its interval, by the law and by each approach."""
     fitted, per = fit.fitted, fit.flops_per
     (n,), (d,) = (np.atleast_1d(x) for x in fit.optimal(flops))
-    (loss,), low, high = fit.loss(n, d)
+    loss, loss_interval = fit.loss_of_run(float(n), float(d))
     by = {
         name: {
             "parameters": made["coefficients"]["N"] * flops ** made["exponents"]["N"],
@@ -63,23 +66,19 @@ def optimum(fit: Fit, flops: float) -> dict[str, Any]:
     return {
         "flops": flops,
         "parameters": float(n),
-        "parameters_interval": _pair(fitted.of(lambda law: law.optimal(flops, per)[0])[1:]),
+        "parameters_interval": interval(fitted.of(lambda law: law.optimal(flops, per)[0])[1:]),
         "tokens": float(d),
-        "tokens_interval": _pair(fitted.of(lambda law: law.optimal(flops, per)[1])[1:]),
-        "loss": float(loss),
-        "loss_interval": None if low is None or high is None else [float(low[0]), float(high[0])],
+        "tokens_interval": interval(fitted.of(lambda law: law.optimal(flops, per)[1])[1:]),
+        "loss": loss,
+        "loss_interval": loss_interval,
         "approaches": by,
     }
-
-
-def _pair(edges: tuple[float, float]) -> list[float] | None:
-    return None if np.isnan(edges).any() else [float(edge) for edge in edges]
 
 
 def _budget(fit: Fit, cfg: PredictConfig) -> tuple[dict[str, Any], list[str]]:
     outside = fit.check(cfg.extrapolate, flops=cfg.flops)
     made = optimum(fit, cfg.flops)
-    outside += fit.check(True, parameters=made["parameters"], tokens=made["tokens"])
+    outside += fit.check(cfg.extrapolate, parameters=made["parameters"], tokens=made["tokens"])
     advice = recipe(cfg.recipe, made["parameters"], made["tokens"])
     lines = [
         f"best for {cfg.flops:.4g} FLOPs by {fit.document['law']}, {fit.level:.0%} intervals ({fit.source})",
@@ -100,18 +99,17 @@ def _budget(fit: Fit, cfg: PredictConfig) -> tuple[dict[str, Any], list[str]]:
 def _run(fit: Fit, cfg: PredictConfig) -> tuple[dict[str, Any], list[str]]:
     flops = fit.flops_per * cfg.parameters * cfg.tokens
     outside = fit.check(cfg.extrapolate, flops=flops, parameters=cfg.parameters, tokens=cfg.tokens)
-    (loss,), low, high = fit.loss(cfg.parameters, cfg.tokens)
-    interval = None if low is None or high is None else [float(low[0]), float(high[0])]
+    loss, loss_interval = fit.loss_of_run(cfg.parameters, cfg.tokens)
     best = float(np.squeeze(fit.law.loss(*fit.optimal(flops))))
     advice = recipe(cfg.recipe, cfg.parameters, cfg.tokens)
     lines = [
         f"{cfg.parameters:.4g} parameters on {cfg.tokens:.4g} tokens, {flops:.4g} FLOPs ({fit.source})",
-        f"  loss {_value(float(loss), interval, '.4f')} nats a token, of one run, {fit.level:.0%} interval",
+        f"  loss {_value(loss, loss_interval, '.4f')} nats a token, of one run, {fit.level:.0%} interval",
         f"  the best use of these FLOPs would reach {best:.4f}, {100 * (1 - best / loss):.2f} % less",
     ]
     lines += _advised(fit, advice) + _told(outside)
-    made = {"parameters": cfg.parameters, "tokens": cfg.tokens, "flops": flops, "loss": float(loss),
-            "loss_interval": interval, "best_loss": best, "outside": outside, "recipe": advice}  # fmt: skip
+    made = {"parameters": cfg.parameters, "tokens": cfg.tokens, "flops": flops, "loss": loss,
+            "loss_interval": loss_interval, "best_loss": best, "outside": outside, "recipe": advice}  # fmt: skip
     return made, lines
 
 
@@ -207,8 +205,8 @@ def _planned(fit: Fit, table: Table, rows: list[dict[str, Any]]) -> list[str]:
     lines = [f"{len(rows)} planned runs of {table.source} by {fit.source}: the table has no losses to compare",
              f"{'':28} {'N':>9} {'D':>9} {'FLOPs':>9} {'predicted':>9} {f'{fit.level:.0%} interval':>17}"]  # fmt: skip
     for row in rows[:MOST_ROWS]:
-        interval = row.get("interval")
-        spread = f"{interval[0]:.4f}-{interval[1]:.4f}" if interval else "-"
+        edges = row.get("interval")
+        spread = f"{edges[0]:.4f}-{edges[1]:.4f}" if edges else "-"
         lines.append(f"  {row['name'][-26:]:26} {row['parameters']:9.3g} {row['tokens']:9.3g} {row['flops']:9.3g} "
                      f"{row['predicted']:9.4f} {spread:>17}")  # fmt: skip
     return lines + _more(rows)
@@ -224,8 +222,8 @@ def _compared(fit: Fit, table: Table, rows: list[dict[str, Any]], made: dict[str
              f"{'interval':>17}  {'two-point':>9}"]  # fmt: skip
     order = sorted(rows, key=lambda row: (row["fitted"], -row["flops"]))
     for row in order[:MOST_ROWS]:
-        interval = row.get("interval")
-        spread = f"{interval[0]:.4f}-{interval[1]:.4f}{' ' if row['within'] else '!'}" if interval else "-"
+        edges = row.get("interval")
+        spread = f"{edges[0]:.4f}-{edges[1]:.4f}{' ' if row['within'] else '!'}" if edges else "-"
         line = f"{100 * row['two_point_error']:+8.2f}%" if "two_point_error" in row else "-"
         lines.append(
             f"{('* ' if row['fitted'] else '  ') + row['name'][-26:]:28} {row['parameters']:9.3g} {row['tokens']:9.3g} "
@@ -252,8 +250,8 @@ def _compared(fit: Fit, table: Table, rows: list[dict[str, Any]], made: dict[str
     return lines
 
 
-def _value(value: float, interval: list[float] | None, form: str = ".3g") -> str:
-    return f"{value:{form}}" + (f" [{interval[0]:{form}}, {interval[1]:{form}}]" if interval else " (no interval)")
+def _value(value: float, edges: list[float] | None, form: str = ".3g") -> str:
+    return f"{value:{form}}" + (f" [{edges[0]:{form}}, {edges[1]:{form}}]" if edges else " (no interval)")
 
 
 def _told(outside: tuple[str, ...]) -> list[str]:

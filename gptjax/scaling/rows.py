@@ -59,11 +59,17 @@ def read_rows(paths: Sequence[str | Path], load_config: Callable[[Path], TrainCo
             raise InputError(f"{path}: not the folder of a run, and several tables can't be read at once; {WANTED}")
     if load_config is None:
         raise InputError(f"{paths[0]}: the folder of a run; wanted a table here")
-    made = [_of_run(place(path), load_config) for path in paths]
+    made, early = [], []
+    for path in map(place, paths):
+        row, curves, steps = _of_run(path, load_config)
+        made.append((row, curves))
+        if curves.step < steps:
+            early.append(f"{path.name} at step {curves.step} of {steps}")
     rows, note, evaluated = _same_curves(made)
+    notes = (note, f"{len(early)} runs have not ended, so their losses lie high: {', '.join(early)}")[: 1 + bool(early)]
     text = json.dumps([row.cells for row in rows], sort_keys=True)
     source = str(paths[0]) if len(paths) == 1 else f"{len(paths)} runs ({paths[0]}, ...)"
-    return Rows(source, hashlib.sha256(text.encode()).hexdigest(), tuple(rows[0].cells), rows, (note,), evaluated)
+    return Rows(source, hashlib.sha256(text.encode()).hexdigest(), tuple(rows[0].cells), rows, notes, evaluated)
 
 
 def _is_run(path: Path) -> bool:
@@ -94,6 +100,8 @@ def _csv(text: str, source: str) -> tuple[tuple[str, ...], list[Row]]:
     except csv.Error as e:
         raise InputError(f"{source}:{reader.line_num}: not CSV ({e}); repair the line") from e
     lines = [(number, cells) for number, cells in lines if any(cells)]
+    if not lines:
+        raise InputError(f"{source}: every cell is empty; wanted a header and a row for each run")
     (number, header), *lines = lines
     _once(header, f"{source}:{number}")
     rows = []
@@ -162,19 +170,29 @@ def _bytes(path: Path) -> bytes:
 
 
 class _Curves(NamedTuple):
-    """Losses along a run: of the evaluations, and of training averaged over windows of tokens."""
+    """Losses along a run: of the evaluations, and of training averaged over windows of tokens.
+
+    step: of the last evaluation, 0 for none; diverged: its loss is not finite.
+    """
 
     evaluation: tuple[np.ndarray, np.ndarray]
     training: tuple[np.ndarray, np.ndarray]
+    step: int
+    diverged: bool
 
 
-def _of_run(folder: Path, load_config: Callable[[Path], TrainConfig]) -> tuple[Row, _Curves]:
-    """The row of a run's folder: the loss of its last evaluation, and the tokens until then."""
+def _of_run(folder: Path, load_config: Callable[[Path], TrainConfig]) -> tuple[Row, _Curves, int]:
+    """The row of a run's folder: the loss of its last evaluation, the tokens until then; and the run's steps."""
     config = load_config(folder)
     vocab, length = config.tokenizer.vocab_size, config.data.length
     count = parameters(config.model, vocab, length)
     curves = _curves(folder)
     tokens, losses = curves.evaluation
+    if curves.diverged:
+        raise InputError(
+            f"{folder}/metrics.jsonl: the last evaluation, at step {curves.step}, is no finite number above 0; "
+            "wanted a run that did not diverge: leave it out"
+        )
     if not len(losses):
         raise InputError(f"{folder}/metrics.jsonl: no evaluation; wanted a run with evaluate.every above 0")
     cells = {
@@ -185,7 +203,7 @@ def _of_run(folder: Path, load_config: Callable[[Path], TrainConfig]) -> tuple[R
         "flops": str(float(tokens[-1] * flops_per_token(config.model, vocab, length)["causal"])),
         "loss": str(float(losses[-1])),
     }
-    return Row(cells, str(folder)), curves
+    return Row(cells, str(folder)), curves, config.steps
 
 
 def _curves(folder: Path) -> _Curves:
@@ -195,19 +213,21 @@ def _curves(folder: Path) -> _Curves:
         raise InputError(f"{path}: no such file; wanted a run that was trained")
     tokens_at: dict[int, float] = {}
     evaluated: dict[int, float] = {}
-    trained = []
+    trained: dict[int, tuple[float, float]] = {}  # by step: a run that was resumed has some of them twice
     for where, line in _objects(_bytes(path).decode("utf-8", "replace"), str(path), torn=True):
         if type(line.get("step")) is not int:
             raise InputError(f"{where}: no step; wanted a metrics.jsonl that gptjax wrote")
         if _is_number(line.get("tokens")):
             tokens_at[line["step"]] = line["tokens"]
             if _is_number(line.get("loss")):
-                trained.append((line["tokens"], line["loss"]))
-        if _is_number(line.get("eval_loss")):
-            evaluated[line["step"]] = line["eval_loss"]
-    steps = sorted(evaluated.keys() & tokens_at.keys())
+                trained[line["step"]] = line["tokens"], line["loss"]
+        if "eval_loss" in line:
+            evaluated[line["step"]] = line["eval_loss"] if _is_number(line["eval_loss"]) else np.nan
+    last = max(evaluated, default=0)
+    steps = sorted(step for step in evaluated.keys() & tokens_at.keys() if evaluated[step] > 0)
     evaluation = np.array([tokens_at[s] for s in steps]), np.array([evaluated[s] for s in steps])
-    return _Curves(evaluation, _windows(np.array(trained, float).reshape(-1, 2)))
+    training = _windows(np.array([trained[s] for s in sorted(trained)], float).reshape(-1, 2))
+    return _Curves(evaluation, training, last, bool(evaluated) and not evaluated[last] > 0)
 
 
 def _is_number(value: Any) -> bool:

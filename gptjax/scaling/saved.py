@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from gptjax.paths import place, store
-from gptjax.scaling.baseline import TwoPoint
 from gptjax.scaling.fits import Fitted
+from gptjax.scaling.laws import TwoPoint
 from gptjax.settings import InputError
 
 FORMAT = 1
@@ -72,7 +72,12 @@ class Fit:
         """
         runs = zip(*np.broadcast_arrays(*np.atleast_1d(N, D)), strict=True)
         loss, low, high = np.concatenate([self.fitted.predict(n, d) for n, d in runs], axis=1)
-        return (loss, None, None) if np.isnan(low).any() else (loss, low, high)
+        return (loss, low, high) if np.isfinite([low, high]).all() else (loss, None, None)
+
+    def loss_of_run(self, N: float, D: float) -> tuple[float, list[float] | None]:
+        """The loss of one run and its interval, None where there is none."""
+        loss, low, high = self.loss(N, D)
+        return float(loss[0]), None if low is None or high is None else interval((low[0], high[0]))
 
     def decades_beyond(self, what: str, value: float) -> float:
         """Decades that "flops", "parameters" or "tokens" lie above the fitted points; negative: below; 0: within."""
@@ -137,6 +142,11 @@ def strict(value: Any) -> Any:
     if isinstance(value, float | np.floating):
         return float(value) if math.isfinite(value) else None
     return value
+
+
+def interval(edges: tuple[float, float]) -> list[float] | None:
+    """An interval for JSON: None where it is not known, or has no end."""
+    return [float(edge) for edge in edges] if np.isfinite(edges).all() else None
 
 
 def write(path: Path, data: bytes | dict[str, Any]) -> None:

@@ -32,6 +32,7 @@ FIELDS = {
 }  # fmt: skip
 NUMBERS = ("parameters", "parameters_non_embedding", "tokens", "flops", "loss", "budget")
 SAME_BUDGET = 0.02  # FLOPs that differ by less are one budget, where the table has no column of budgets
+USUAL = (1.0, 100.0)  # FLOPs a parameter and token, in any convention of counting
 CONDITION = re.compile(r"\s*([^<>=!]+?)\s*(<=|>=|!=|==|=|<|>)\s*(.*?)\s*")
 
 
@@ -83,7 +84,7 @@ class Table:
     def up_to(self, max_flops: float) -> "Table":
         """The points whose budget (FLOPs where they have none) is at most this, so that the rest can be predicted."""
         nominal = np.where(np.isfinite(self.budget), self.budget, self.flops)
-        return self.keep(nominal <= max_flops * (1 + 1e-9))
+        return self.keep(nominal <= max_flops * (1 + 1e-5))  # budgets are kept to six digits
 
 
 def read_table(
@@ -100,9 +101,9 @@ def read_table(
 
     `columns` are FIELD=COLUMN, `where` are conditions such as dataset=rpj or tokens>=1e9, all of which a point meets.
     `count` is the parameter count to use, "total" or "non-embedding"; `planned` runs need no column of losses, which
-    are then NaN. Where FLOPs are missing they are `flops_per` N D,
-    where tokens are, FLOPs / (flops_per N). `load_config` reads the settings of a run's folder. Raises InputError for
-    anything that is wrong with the table, with the file and the line.
+    are then NaN. Where FLOPs are missing they are `flops_per` N D, where tokens are, FLOPs / (flops_per N).
+    `load_config` reads the settings of a run's folder. Raises InputError for anything that is wrong with the table,
+    with the file and the line.
     """
     rows = read_rows(paths, load_config)
     mapping = _mapping(rows, columns)
@@ -139,6 +140,8 @@ def read_table(
         ratio = got["flops"] / (parameters * got["tokens"])
         low, middle, high = (f"{edge:.3g}" for edge in (ratio.min(), np.median(ratio), ratio.max()))
         notes.append(f"FLOPs of the table: {middle} N D" + (f", from {low} to {high}" if low != high else ""))
+        if not USUAL[0] <= np.median(ratio) <= USUAL[1]:
+            notes.append("that is far from 6 N D: is a column in other units (millions, petaFLOPs)?")
     if "budget" in got:  # what was computed twice may differ in its last digits
         got["budget"] = np.array([float(f"{budget:.6g}") for budget in got["budget"]])
     if "budget" not in got:
@@ -148,7 +151,7 @@ def read_table(
     table = Table(
         source=rows.source,
         sha256=rows.sha256,
-        names=_texts(kept, mapping.get("name"), lambda i: f"row {i + 1}"),
+        names=_texts(kept, mapping.get("name"), lambda i: f"line {kept[i].place.rpartition(':')[2]}"),
         seeds=_texts(kept, mapping.get("seed"), lambda i: ""),
         parameters=parameters,
         tokens=got["tokens"],
@@ -157,14 +160,19 @@ def read_table(
         budget=got["budget"],
         curves=tuple(row.curve and Curve(*row.curve) for row in kept),
         evaluated=rows.evaluated,
-        notes=tuple(notes),
+        notes=(),
     )
     for condition in later:
         values = getattr(table, condition.field)
         table = table.keep(np.array([condition.holds(repr(float(v)), rows.source) for v in values], bool))
     if not len(table):
         raise InputError(f"{rows.source}: no row meets --where {' '.join(where)}; change it")
-    return table
+    again = len(table) - len(set(zip(table.seeds, table.parameters, table.tokens, table.loss)))
+    if again and "loss" in got:
+        notes.append(f"{again} rows repeat another's size, tokens, loss and seed, and count again: remove copies")
+    if len(table) < len(rows.rows):
+        notes.append(f"--where left out {len(rows.rows) - len(table)} of {len(rows.rows)} rows")
+    return dataclasses.replace(table, notes=tuple(notes))
 
 
 def _spelled(name: str) -> str:
@@ -246,12 +254,16 @@ def _texts(rows: Sequence[Row], column: str | None, other: Callable[[int], str])
 
 
 def _same_flops(flops_P: np.ndarray) -> np.ndarray:
-    """The mean FLOPs of each group of three or more points whose neighbours in FLOPs agree; NaN for the others."""
+    """The mean FLOPs of each group of three or more points whose FLOPs agree; NaN for the others.
+
+    A group ends where the next FLOPs are SAME_BUDGET more. One that is wider than twice that is no budget, but a table
+    with runs everywhere.
+    """
     budget_P = np.full(len(flops_P), np.nan)
     order = np.argsort(flops_P)
     gaps = np.flatnonzero(np.diff(np.log(flops_P[order])) > SAME_BUDGET) + 1
     for group in np.split(order, gaps):
-        if len(group) >= 3:
+        if len(group) >= 3 and np.ptp(np.log(flops_P[group])) <= 2 * SAME_BUDGET:
             budget_P[group] = np.exp(np.log(flops_P[group]).mean())
     return budget_P
 
@@ -277,7 +289,7 @@ class _Condition(NamedTuple):
 
 def _same(cell: str, value: str) -> bool:
     a, b = _maybe(cell), _maybe(value)
-    return cell == value.strip() if a is None or b is None else a == b
+    return cell == value.strip() or (a is not None and a == b)  # as text too: nan is not equal to itself
 
 
 def _maybe(text: str) -> float | None:
