@@ -304,6 +304,7 @@ def test_the_benchmark_measures_what_is_right(monkeypatch, tmp_path, capsys):
     assert "splash is left out: it runs on a tpu" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_benchmark_fails_where_documents_cross(monkeypatch, capsys):
     import attention as command
 

@@ -48,6 +48,7 @@ def judged(found, right, dtype="float32"):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.exhaustive)])
+@pytest.mark.slow
 def test_a_right_step_passes_in_both_types(folder, right, dtype):
     found = rows(folder, contests.recipe(TINY._replace(dtype=dtype)))
     assert judged(found, right, dtype) == []

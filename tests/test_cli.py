@@ -122,6 +122,7 @@ def test_a_changed_vocabulary_is_refused_on_resume(run, text, capsys):
     assert "tokenizer.vocab_size was 258, got 300" in line
 
 
+@pytest.mark.slow
 def test_a_damaged_shard_is_refused_by_name(text, tmp_path, capsys):
     corpus = tmp_path / "corpus"
     assert (

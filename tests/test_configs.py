@@ -29,6 +29,7 @@ def recipe(name: str) -> TrainConfig:
     return load_recipe(name).config("pretrain")
 
 
+@pytest.mark.slow
 def test_every_recipe_builds_on_its_mesh_with_nothing_allocated():
     # A process of its own, for the number of fake devices is fixed when jax starts: 512, as GPT-3 175B is sharded.
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=512", "JAX_PLATFORMS": "cpu"}

@@ -11,6 +11,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from gptjax import decoder as decoder_module
 from gptjax.assemble import language_model_loss
@@ -58,6 +59,7 @@ def growth() -> dict[str, float]:
     return {name: b / a for name, (a, b) in json.loads(out.splitlines()[-1]).items()}
 
 
+@pytest.mark.slow
 def test_activation_memory_a_device_is_flat_when_devices_and_rows_double():
     assert growth()["with"] < 1.1
 
@@ -81,6 +83,7 @@ def attention_bytes(attention, length: int, **options) -> int:
     return grads.lower(x, x, x, segments_BL, traced).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_blockwise_attention_needs_memory_linear_in_length():
     """Packed rows, windows and the soft-cap included: no mask or score of L x M is ever there."""
     small, middle, large = (attention_bytes(attend_blockwise, n, block=64) for n in (1024, 2048, 4096))

@@ -330,6 +330,7 @@ def test_a_sweep_that_waits_for_other_processes_says_so(recipe, tmp_path):
 # With training itself.
 
 
+@pytest.mark.slow
 def test_a_branch_ends_with_the_bits_of_a_straight_run(recipe, tmp_path, monkeypatch, capfd):
     (tmp_path / "words.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
     monkeypatch.chdir(tmp_path)

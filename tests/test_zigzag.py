@@ -252,6 +252,7 @@ def step_bytes(context: int, length: int, **model) -> int:
         return step.lower(state, {}, batch).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_device_falls_with_the_devices_that_share_a_row():
     assert step_bytes(1, 1024) > 3 * step_bytes(4, 1024)
 
