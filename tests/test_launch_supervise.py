@@ -48,16 +48,19 @@ for word in sys.argv[2].split(",")[number].split():
 """
 
 
+# Undoes what nohup and a shell's background leave to their children; the supervisor itself honours it.
+HEED = """
+import os, signal, sys
+for number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
 def start(run: Path, script: str, *options: str, **settings) -> subprocess.Popen:
-    command = [sys.executable, SUPERVISE, "--run-dir", run, "--pause", "0.01", *options]
+    command = [sys.executable, "-c", HEED, SUPERVISE, "--run-dir", run, "--pause", "0.01", *options]
     command += ["--", sys.executable, "-c", CHILD, run, script]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed_signals, **settings)
-
-
-def heed_signals() -> None:
-    """Undoes what nohup and a shell's background leave to their children: the supervisor honours it."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **settings)
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:
