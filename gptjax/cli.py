@@ -127,6 +127,7 @@ def plan(args: list[str]) -> int:
     place, out, size = given["topology"], given["out"], given["size"]
     written = recipe.config("pretrain", size)
     cfg = parse(written, args, f"gptjax plan {name}", recipe.doc)
+    from gptjax.paths import write_file
     from gptjax.plan import report
 
     if place:
@@ -139,7 +140,7 @@ def plan(args: list[str]) -> int:
         found = report.compare(cfg, print)
         _next(f"gptjax plan {name} --topology v5e:4x4")
     if given["json"]:
-        report.write(given["json"], report.to_json(found))
+        write_file(given["json"], report.to_json(found).encode())
     return 0
 
 

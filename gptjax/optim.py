@@ -47,7 +47,7 @@ def make_schedule(cfg: OptimConfig, steps: int) -> Schedule:
         elif cfg.schedule == "linear":
             fall = done
         elif cfg.schedule == "wsd":
-            length = max(steps * cfg.decay_fraction, 1)
+            length = cfg.decay_steps(steps)
             fall = jnp.clip((u - (steps - length)) / length, 0, 1)
         else:
             fall = 0.0

@@ -21,6 +21,7 @@ from gptjax.config.training import (
     EvaluateConfig,
     MeshConfig,
     TrainConfig,
+    frozen,
     frozen_changes,
 )
 
@@ -28,5 +29,5 @@ __all__ = [
     "EXTENDABLE", "FREE", "SCHEMA", "CheckpointConfig", "ContinueConfig", "DataConfig", "DoctorConfig", "EvalConfig",
     "EvaluateConfig", "FitConfig", "GenerateConfig", "MeshConfig", "ModelConfig", "OptimConfig", "PredictConfig",
     "PrepareConfig", "ShowConfig", "SweepConfig", "TokenizerConfig", "TrainConfig", "TrainTokenizerConfig",
-    "VerifyConfig", "frozen_changes",
+    "VerifyConfig", "frozen", "frozen_changes",
 ]  # fmt: skip

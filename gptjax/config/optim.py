@@ -45,6 +45,10 @@ class OptimConfig(Section):
     accumulate: int = 1
     """Micro-batches that one step runs in turn; data.batch_size is divided by it."""
 
+    def decay_steps(self, steps: int) -> float:
+        """Steps at the end of a run of `steps` over which wsd decays."""
+        return max(steps * self.decay_fraction, 1)
+
     def __post_init__(self):
         self.require_positive("learning_rate", "epsilon", "accumulate")
         self.require_numbers(0, math.inf, "warmup_steps", "weight_decay", "clip_norm", "z_loss")

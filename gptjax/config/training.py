@@ -175,11 +175,13 @@ class TrainConfig(Section):
         return ()
 
 
+def frozen(config: Any) -> dict[str, Any]:
+    """The settings, by dotted name, that may not change on resume."""
+    may_change = FREE + EXTENDABLE
+    return {n: v for n, v in leaves(config) if not any(n == f or n.startswith(f"{f}.") for f in may_change)}
+
+
 def frozen_changes(old: Any, new: Any) -> list[str]:
     """Names what differs between a run's settings and new ones and may not change on resume."""
-    before, may_change = dict(leaves(old)), FREE + EXTENDABLE
-    return [
-        f"{name} was {before[name]!r}, got {value!r}"
-        for name, value in leaves(new)
-        if value != before[name] and not any(name == f or name.startswith(f"{f}.") for f in may_change)
-    ]
+    before = dict(leaves(old))
+    return [f"{n} was {before[n]!r}, got {value!r}" for n, value in frozen(new).items() if value != before[n]]

@@ -172,6 +172,9 @@ class Bucket:
 
     # Writing.
 
+    def make_folder(self, folder: Path) -> None:
+        """Nothing: a folder is there with its first object."""
+
     def write(self, path: Path, data: bytes, temporary: Path | None = None) -> None:
         with _plain_errors(path):
             self.fs.pipe_file(str(path), data)

@@ -85,6 +85,9 @@ class Disk:
 
     # Writing.
 
+    def make_folder(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+
     def write(self, path: Path, data: bytes, temporary: Path | None = None) -> None:
         """Writes a file whole or not at all: to a temporary one, to the disk, and then by a rename."""
         temporary = temporary or path.with_name(f".{path.name}.new")

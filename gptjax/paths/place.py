@@ -38,3 +38,13 @@ def store(path: os.PathLike[str]) -> Disk | Bucket:
     """What can be done where a path made by `place` lies."""
     scheme, found, _ = os.fspath(path).partition("://")
     return bucket(scheme) if found and scheme in SCHEMES else DISK
+
+
+def write_file(text: str | os.PathLike[str], data: bytes) -> None:
+    """Writes a file that the user named, whole or not at all, and its folder; raises InputError where it can't."""
+    path = place(text)
+    try:
+        store(path).make_folder(path.parent)
+        store(path).write(path, data)
+    except OSError as e:
+        raise InputError(f"{path}: can't be written ({e.strerror}); give another place") from e

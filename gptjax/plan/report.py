@@ -6,11 +6,11 @@ import os
 import pprint
 import shlex
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from gptjax.config import TrainConfig
 from gptjax.hardware import PRICE_DATE, PRICE_SOURCES, Topology, topology
+from gptjax.paths import write_file
 from gptjax.plan.compiled import Compiled, Target, compile_for, has_libtpu
 from gptjax.plan.search import MOST_COMPILES, MOST_SECONDS, SAFE, Candidate, Found, Planner, on, with_attention
 from gptjax.scaling.counts import parameters
@@ -144,16 +144,7 @@ def write_recipe(path: str, source: str, size: str, settings: dict[str, Any], pl
     """Writes the recipe of what was found; raises InputError where nothing was."""
     if not found:
         raise InputError(f"{path} is not written, for no settings were found for {place}; try more or larger chips")
-    write(path, recipe_text(source, size, settings, place))
-
-
-def write(path: str, text: str) -> None:
-    """Writes a file; raises InputError where it can't be."""
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as e:
-        raise InputError(f"{path}: can't be written ({e.strerror}); give another file") from e
+    write_file(path, recipe_text(source, size, settings, place).encode())
 
 
 def _headline(config: TrainConfig, where: Topology) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from gptjax.config import TrainConfig
 from gptjax.hardware import Topology
 from gptjax.plan.memory import Memory, item_size, local_sizes, saved_by_layer, score_count
-from gptjax.scaling.counts import flops_per_token, parameters
+from gptjax.scaling.counts import parameters, token_flops
 
 # An assumption, not measured by us: well-shaped products of good programs reach 0.5 to 0.8 of the data sheet.
 EFFICIENCY = 0.6
@@ -53,7 +53,7 @@ def speed(config: TrainConfig, sizes: Mapping[str, int], topology: Topology, mem
     assert chip is not None and chip.bandwidth, "a chip without speeds is told before"
     devices, tokens = topology.devices, config.data.batch_size * config.data.length
     peak = chip.flops(config.model.dtype)
-    needed = flops_per_token(config.model, config.tokenizer.vocab_size, config.data.length)["causal"] * tokens
+    needed = token_flops(config) * tokens
     compute = executed_flops(config, sizes) / (peak * EFFICIENCY)
     shared, alone = network_seconds(config, sizes, topology)
     made = Speed(

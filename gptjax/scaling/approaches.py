@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.scaling.fits import Fitted, fit_power
+from gptjax.scaling.fits import Fitted, ends, fit_power
 from gptjax.scaling.laws import Chinchilla
 from gptjax.settings import InputError
 
@@ -67,7 +67,7 @@ class Allocation:
         return found | {"loss": self.loss_law.of(lambda law: law.loss(flops))}
 
     def _edges(self, values: np.ndarray) -> tuple[float, float]:
-        low, high = np.nanpercentile(values, (50 * (1 - self.level), 50 * (1 + self.level)))
+        low, high = np.nanpercentile(values, ends(self.level))
         return float(low), float(high)
 
 

@@ -3,7 +3,7 @@
 XLA's own FLOP count sees the body of a scan over layers once, so it is of no use here.
 """
 
-from gptjax.config import ModelConfig
+from gptjax.config import ModelConfig, TrainConfig
 
 VOCAB_MULTIPLE = 64  # the decoder pads its vocabulary up to a multiple of this
 
@@ -86,3 +86,8 @@ def flops_per_token(cfg: ModelConfig, vocab_size: int, length: int) -> dict[str,
         "palm": 3 * forward_flops(cfg, vocab_size, length),
         "forward": causal,
     }
+
+
+def token_flops(config: TrainConfig) -> float:
+    """FLOPs that training spends on a token of a run of these settings, by the count of what is needed ("causal")."""
+    return flops_per_token(config.model, config.tokenizer.vocab_size, config.data.length)["causal"]

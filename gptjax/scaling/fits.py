@@ -99,8 +99,7 @@ class Fitted:
             size = len(self.coefficients)
             wider = np.sqrt(len(self.loss) / max(len(self.loss) - size, 1))  # a fit takes `size` degrees of the scatter
             draws = draws * np.exp(wider * np.random.default_rng(seed).choice(self.residuals, draws.shape))
-        edges = (50 * (1 - self.level), 50 * (1 + self.level))
-        low, high = np.percentile(draws, edges, axis=0)
+        low, high = np.percentile(draws, ends(self.level), axis=0)
         return loss, low, high
 
     def record(self) -> dict[str, Any]:
@@ -355,5 +354,10 @@ def _agree(objective_B: np.ndarray, best: float, problem: Problem) -> int:
 def _percentiles(values: np.ndarray | None, level: float) -> tuple[float, float]:
     if values is None or not len(values):
         return float("nan"), float("nan")
-    low, high = np.percentile(values, (50 * (1 - level), 50 * (1 + level)))
+    low, high = np.percentile(values, ends(level))
     return float(low), float(high)
+
+
+def ends(level: float) -> tuple[float, float]:
+    """The percentiles between which the middle share `level` of all values lies."""
+    return 50 * (1 - level), 50 * (1 + level)

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from gptjax.config import PredictConfig, TrainConfig
-from gptjax.paths import place
 from gptjax.scaling.recipes import recipe
-from gptjax.scaling.saved import Fit, interval, open_fit, write
+from gptjax.scaling.saved import Fit, interval, open_fit, write_json
 from gptjax.scaling.table import Table, read_table
 from gptjax.settings import InputError
 
@@ -44,7 +43,7 @@ def predict(
         )
     if cfg.json:
         about = {"path": fit.source, "sha256": fit.sha256, "law": fit.document["law"], "level": fit.level}
-        write(place(cfg.json), {"fit": about | {"table": fit.document["table"]}} | made)
+        write_json(cfg.json, {"fit": about | {"table": fit.document["table"]}} | made)
     for line in lines:
         show(line)
     return following

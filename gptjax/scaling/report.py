@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from gptjax.paths import write_file
 from gptjax.scaling.plots import draw, have_matplotlib
 from gptjax.scaling.predicting import optimum
-from gptjax.scaling.saved import Fit, write
+from gptjax.scaling.saved import Fit, write_json
 
 AHEAD = (1, 3, 10)  # budgets that the report plans for, as multiples of the largest fitted
 SHOWN = 2  # notes of an approach that the screen has; the report has all
@@ -36,10 +37,10 @@ img { max-width: 100%; background: #fff; border-radius: 6px; margin: .4rem 0; }
 def write_report(fit: Fit, folder: Path) -> list[str]:
     """Writes fit.json, report.html and plots/ into a folder; returns their paths inside of it."""
     plots = draw(fit)
-    write(folder / "fit.json", fit.document)
+    write_json(folder / "fit.json", fit.document)
     for name, png in plots.items():
-        write(folder / "plots" / f"{name}.png", png)
-    write(folder / "report.html", page(fit, plots).encode())
+        write_file(folder / "plots" / f"{name}.png", png)
+    write_file(folder / "report.html", page(fit, plots).encode())
     return ["fit.json", "report.html", *(f"plots/{name}.png" for name in plots)]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from gptjax.config import TrainConfig
 from gptjax.paths import place, store
-from gptjax.scaling.counts import flops_per_token, parameters
+from gptjax.scaling.counts import parameters, token_flops
 from gptjax.settings import InputError
 
 SWEEP_TABLE = "table.csv"
@@ -184,8 +184,7 @@ class _Curves(NamedTuple):
 def _of_run(folder: Path, load_config: Callable[[Path], TrainConfig]) -> tuple[Row, _Curves, int]:
     """The row of a run's folder: the loss of its last evaluation, the tokens until then; and the run's steps."""
     config = load_config(folder)
-    vocab, length = config.tokenizer.vocab_size, config.data.length
-    count = parameters(config.model, vocab, length)
+    count = parameters(config.model, config.tokenizer.vocab_size, config.data.length)
     curves = _curves(folder)
     tokens, losses = curves.evaluation
     if curves.diverged:
@@ -200,7 +199,7 @@ def _of_run(folder: Path, load_config: Callable[[Path], TrainConfig]) -> tuple[R
         "parameters": str(count["total"]),
         "parameters_non_embedding": str(count["non_embedding"]),
         "tokens": str(tokens[-1]),
-        "flops": str(float(tokens[-1] * flops_per_token(config.model, vocab, length)["causal"])),
+        "flops": str(float(tokens[-1] * token_flops(config))),
         "loss": str(float(losses[-1])),
     }
     return Row(cells, str(folder)), curves, config.steps

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.paths import place, store
+from gptjax.paths import place, store, write_file
 from gptjax.scaling.fits import Fitted
 from gptjax.scaling.laws import TwoPoint
 from gptjax.settings import InputError
@@ -149,13 +149,6 @@ def interval(edges: tuple[float, float]) -> list[float] | None:
     return [float(edge) for edge in edges] if np.isfinite(edges).all() else None
 
 
-def write(path: Path, data: bytes | dict[str, Any]) -> None:
-    """Writes a file whole or not at all, and its folder; a dict as strict JSON. Raises InputError where it can't."""
-    if isinstance(data, dict):
-        data = (json.dumps(strict(data), indent=1, allow_nan=False) + "\n").encode()
-    try:
-        if "://" not in str(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        store(path).write(path, data)
-    except OSError as e:
-        raise InputError(f"{path}: can't be written ({e.strerror}); give another place") from e
+def write_json(path: str | Path, data: dict[str, Any]) -> None:
+    """Writes a file of strict JSON, and its folder; raises InputError where it can't."""
+    write_file(path, (json.dumps(strict(data), indent=1, allow_nan=False) + "\n").encode())

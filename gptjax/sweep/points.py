@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gptjax.config import EXTENDABLE, FREE, SweepConfig, TrainConfig
+from gptjax.config import SweepConfig, TrainConfig, frozen
 from gptjax.flags import Recipe, parse
-from gptjax.scaling.counts import flops_per_token, parameters
-from gptjax.settings import InputError, leaves
+from gptjax.scaling.counts import parameters, token_flops
+from gptjax.settings import InputError
 
 
 @dataclass(frozen=True)
@@ -58,23 +58,17 @@ class Point:
     @property
     def settings(self) -> str:
         """A digest of what makes the run another one, but for its seed and length."""
-        free = (*FREE, *EXTENDABLE, "seed")
-        frozen = {n: v for n, v in leaves(self.config) if not any(n == f or n.startswith(f"{f}.") for f in free)}
-        frozen["evaluate.max_rows"] = self.config.evaluate.max_rows  # no other run, but another loss of it
-        return hashlib.sha256(json.dumps(frozen, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def token_flops(config: TrainConfig) -> float:
-    """FLOPs that training spends on a token: forward and backward, products and causal attention."""
-    return flops_per_token(config.model, config.tokenizer.vocab_size, config.data.length)["causal"]
+        same = {name: value for name, value in frozen(self.config).items() if name != "seed"}
+        same["evaluate.max_rows"] = self.config.evaluate.max_rows  # no other run, but another loss of it
+        return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def decay_start(config: TrainConfig, steps: int) -> int:
     """Steps of a run of that length before its learning rate first falls below that of a longer one.
 
-    Step i makes update u = i - 1, and optim.make_schedule has every update u <= steps - length at the peak.
+    Step i makes update u = i - 1, and optim.make_schedule has every update u <= steps - decay_steps at the peak.
     """
-    return max(0, math.floor(steps - max(steps * config.optim.decay_fraction, 1)))
+    return max(0, math.floor(steps - config.optim.decay_steps(steps)))
 
 
 def budget_text(budget: float) -> str:
