@@ -123,15 +123,16 @@ class _Desk:
         while len(self._cards) < self._cluster.processes:
             if time.monotonic() > self._until:
                 return self._missing()
+            problem = None
             for connection, message in self._messages():
                 if message.get("magic") != MAGIC:
                     self._drop(connection)
                     continue
                 message["skew"] = message.get("time", 0.0) - time.time()
-                if (problem := self._wrong(message)) is not None:
-                    self._cards[connection] = message
-                    return problem
-                self._cards[connection] = message
+                problem = problem or self._wrong(message)
+                self._cards[connection] = message  # also behind a problem: whoever has spoken must be told
+            if problem:
+                return problem
         return self._looked() if self._mark else Verdict("", False)
 
     def _missing(self) -> Verdict:

@@ -21,7 +21,7 @@ from gptjax.cluster import Cluster, NotNow, find_cluster
 from gptjax.config import CheckpointConfig, DataConfig, TrainConfig
 from gptjax.data.batches import Rows, validation_batches
 from gptjax.data.packing import MemoryStream
-from gptjax.preflight import preflight
+from gptjax.preflight import _Desk, preflight
 from gptjax.pretrain import together
 from gptjax.settings import InputError
 from gptjax.train import Diverged, Interrupted
@@ -157,6 +157,23 @@ def test_what_is_wrong_is_named_in_every_process(cards, processes, message):
     for said in met(cards, processes):
         assert re.match(message, said), said
         assert "\n" not in said
+
+
+def test_who_speaks_in_the_same_moment_as_what_is_wrong_is_told_too(monkeypatch):
+    one_by_one, first = _Desk._messages, []
+
+    def at_once(desk):
+        found = one_by_one(desk)
+        if first:
+            return found
+        while len(found) < 3:
+            found += one_by_one(desk)
+        first.append(found)
+        return sorted(found, key=lambda one: -one[1]["process"])  # process 0 behind the two that clash
+
+    monkeypatch.setattr(_Desk, "_messages", at_once)
+    for said in met([{"seconds": 3.0}, {}, {"process": 1}], 4):
+        assert "have the same number" in said
 
 
 def test_a_run_folder_that_is_not_shared_is_named(tmp_path):
