@@ -1,9 +1,10 @@
-"""launch/slurm.sbatch under a real Slurm: pytest -m slurm -n 0 tests/test_launch_slurm.py
+"""launch/slurm.sbatch and sweep.sbatch under a real Slurm: pytest -m slurm -n 0 tests/test_launch_slurm.py
 
 tests/slurm.sh fetches Debian's packages, starts Slurm on this machine in a folder of the test, and ends it.
 """
 
 import contextlib
+import csv
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import time
 from pathlib import Path
 
 import pytest
+from test_sweep import RECIPE, points
 
 ROOT = Path(__file__).parent.parent
 STEPS = 800
@@ -31,7 +33,7 @@ SETTINGS = " ".join(
 
 
 class Slurm:
-    """The commands of the Slurm in a folder, and its one job, which trains in `work`."""
+    """The commands of the Slurm in a folder, and its one job (or array of jobs), which trains in `work`."""
 
     def __init__(self, folder: Path, work: Path):
         self.folder, self.work, self.job = folder, work, ""
@@ -43,8 +45,8 @@ class Slurm:
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout.strip()
 
-    def state(self) -> dict[str, str]:
-        return dict(re.findall(r"(\w+)=(\S+)", self(f"scontrol show job {self.job}")))
+    def state(self, task: str = "") -> dict[str, str]:
+        return dict(re.findall(r"(\w+)=(\S+)", self(f"scontrol show job {self.job}{task}")))
 
     def log(self) -> str:
         return "".join(path.read_text() for path in self.work.glob("*.log"))
@@ -135,4 +137,47 @@ def test_a_job_of_two_tasks_is_interrupted_killed_and_cancelled_and_loses_no_ste
     assert f"after step {reached}" in slurm.log()
     lines = map(json.loads, (slurm.work / "run" / "metrics.jsonl").read_text().splitlines())
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
+    print(slurm.log())
+
+
+@pytest.mark.slurm
+def test_the_tasks_of_an_array_share_a_sweep_and_one_that_is_interrupted_comes_back(slurm):
+    rng = random.Random(0)
+    (slurm.work / "words.txt").write_text(" ".join("".join(rng.choices("abcdefgh", k=5)) for _ in range(3000)))
+    (slurm.work / "tiny.py").write_text(RECIPE)
+    times = slurm.work / "sweep" / "times.jsonl"
+    grid = points(s16="100 200 4000", s32="100 200 4000")
+    slurm.job = slurm(
+        f"sbatch --parsable --array 1-2 --cpus-per-task 1 --time 15 {ROOT}/launch/sweep.sbatch tiny.py "
+        f"--grid {' '.join(grid)}",
+        OUT=str(slurm.work / "sweep"), GPTJAX=f"{sys.executable} -m gptjax.cli",
+    )  # fmt: skip
+
+    def events() -> list[dict]:
+        return [json.loads(line) for line in times.read_text().splitlines()] if times.exists() else []
+
+    def steps() -> list[int]:
+        return [len(path.read_text().splitlines()) for path in slurm.work.glob("sweep/runs/*/metrics.jsonl")]
+
+    slurm.wait("both trunks", lambda: sum(n > 300 for n in steps()) == 2)
+    assert len({event["process"] for event in events()}) == 2, "each task has taken one"
+
+    # What --signal=TERM@180 does before the time limit of one task.
+    slurm(f"scancel --signal=TERM {slurm.job}_1")
+    slurm.wait("requeue by itself", lambda: slurm.state("_1")["Restarts"] == "1")
+    assert slurm.log().count("sweep.sbatch: ended with 75") == 1
+    for task in ("_1", "_2"):
+        slurm.wait("the end", lambda task=task: slurm.state(task)["JobState"] == "COMPLETED", seconds=400)
+
+    with (slurm.work / "sweep" / "table.csv").open(newline="") as table:
+        assert len(list(csv.DictReader(table))) == len(grid)
+    running = set()
+    for event in sorted(events(), key=lambda event: event["time"]):
+        if event["event"] == "start":
+            assert event["job"] not in running, f"{event['job']} ran twice at once"
+            running.add(event["job"])
+        else:
+            running.remove(event["job"])
+    ends = [event["code"] for event in events() if event["event"] == "end"]
+    assert sorted(ends) == [0] * len(grid) + [75], "nothing is done again but what was interrupted"
     print(slurm.log())
