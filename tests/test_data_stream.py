@@ -1,5 +1,6 @@
 """Laws of streams: the source's text once a pass and in order, exact resuming, the same rows for any workers."""
 
+import dataclasses
 import gzip
 import itertools
 import json
@@ -13,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptjax.config import DataConfig, PrepareConfig, TokenizerConfig, TrainConfig
-from gptjax.data import stream
+from gptjax.config import DataConfig, EvaluateConfig, PrepareConfig, TokenizerConfig, TrainConfig
+from gptjax.data import stream, streamed
 from gptjax.data.feed import open_feed
 from gptjax.data.packing import MemoryStream, Spans, batch_hash, cut
 from gptjax.data.prepare import prepare
@@ -169,6 +170,20 @@ def test_validation_takes_as_many_rows_as_are_evaluated(source):
     (every,) = open_feed(cfg, Path("none"), print).validation
     some, full = (next(iter(v.batches(2))) for v in (own, every))
     assert batch_hash(some) == batch_hash(full)
+
+
+def test_a_stream_that_holds_out_more_than_is_evaluated_says_so_once(source, monkeypatch):
+    monkeypatch.setattr(streamed, "VALIDATION_ROWS", 2)
+    for rows, told in ((0, 1), (5, 0)):
+        said: list[str] = []
+        cfg = dataclasses.replace(config(source), evaluate=EvaluateConfig(max_rows=rows))
+        feed = open_feed(cfg, Path("none"), said.append)
+        assert feed.validation and len(said) == told
+        assert all(f"of what {source} holds out, the first 2 rows are evaluated" in line for line in said)
+    monkeypatch.setattr(streamed, "VALIDATION_ROWS", 10**4)  # more than there is: nothing is left out
+    said = []
+    open_feed(config(source), Path("none"), said.append)
+    assert said == []
 
 
 def test_a_mixture_of_streams_keeps_shares_and_resumes(source, tmp_path):

@@ -66,7 +66,7 @@ class StreamFeed:
         anew at each start, for which the source is read until they are found.
         """
         most = row_tokens(self._config) or VALIDATION_ROWS * self._config.data.length + 1
-        own = []
+        own, cut = [], []
         for name, text in self._texts.items():
             split = collected(text.documents(), self.tokenizer, most)
             if not split.num_documents:
@@ -75,6 +75,12 @@ class StreamFeed:
                     f"raise data.validation_fraction={text.held_out:g}, or prepare it: --data.loading prepared"
                 )
             own.append(Validation(name, split, self._config))
+            cut += [text.source] if split.num_tokens >= most else []
+        if cut and not self._config.evaluate.max_rows:
+            self._say(
+                f"of what {', '.join(cut)} hold{'s' if len(cut) == 1 else ''} out, the first {VALIDATION_ROWS:,} rows "
+                f"are evaluated, as of every stream; set --evaluate.max-rows for more"
+            )
         return own + further(self._config, self.tokenizer, self._training)
 
     @functools.cached_property
