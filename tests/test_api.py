@@ -11,11 +11,12 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 import gptjax
+from gptjax.assemble import assemble
 from gptjax.block import block as own_block
 from gptjax.decoder import head
 from gptjax.decoder import layer_params as own_params
 from gptjax.losses import token_log_probs
-from gptjax.plugins import resolve
+from gptjax.plugins import named, resolve
 from gptjax.settings import InputError
 
 TINY = {
@@ -120,6 +121,21 @@ def test_a_loss_of_the_users_own_is_trained(tmp_path, text):
         json.loads(model.run.config_path.read_text())["settings"]["loss"]["value"].endswith(":focal")
         or "focal" in (json.loads(model.run.config_path.read_text())["settings"]["loss"]["value"])
     )
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [((0.0, {"nats": 0.0}), r"metrics \['nats'\]"), ((0.0, {"loss": 0.0}), r"metrics \['loss'\]"), (0.0, "a float")],
+)
+def test_a_loss_without_the_numbers_that_training_reads_is_one_line(tmp_path, text, made, said):
+    def lacking(decoder):
+        return lambda params, frozen, batch, key: made
+
+    cfg = config(tmp_path / "lacking", text)
+    parts = assemble(gptjax.override(cfg, {"loss": named(lacking)}))
+    with pytest.raises(InputError, match=f"lacking' returned {said}; wanted .* 'loss', .*'weight'") as e:
+        jax.eval_shape(parts.step, jax.eval_shape(parts.init, 0), {}, {})
+    assert "\n" not in str(e.value)
 
 
 class Scaled:
