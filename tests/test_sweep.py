@@ -19,7 +19,7 @@ from gptjax.config.sweep import OWN
 from gptjax.flags import load_recipe
 from gptjax.settings import InputError
 from gptjax.sweep import work
-from gptjax.sweep.jobs import extend, read_jobs, write_jobs
+from gptjax.sweep.jobs import check_recipe, extend, read_jobs, write_jobs
 from gptjax.sweep.points import decay_start, make_points
 
 STANDIN = Path(__file__).parent / "sweep_standin.py"
@@ -154,6 +154,23 @@ def test_what_can_not_be_swept_is_one_line(recipe):
     assert "there is no setting --optim.beta3" in refused(jobs_of, recipe, GRID, set=("optim.beta3=0.9",))
     recipe.write_text(RECIPE.replace("length=16", "length=size, text_field=str(size)"))
     assert "data.text_field is '16' at one size and '32' at size 32" in refused(jobs_of, recipe, GRID)
+
+
+def test_a_recipe_that_was_edited_is_refused_for_sizes_outside_the_grid_too(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(work, "_corpus", lambda *_: ["--data.source", "prepared"])
+    begun = SweepConfig(grid=tuple(points(s16="10 40")), set=("data.source=text", "optim.beta2=0.9"))
+    work._table(begun, make_points(begun, load_recipe(str(recipe))), tmp_path, print)
+    # A size keeps the --set that it was begun with; of the recipe, what is free may change.
+    further = SweepConfig(grid=tuple(points(s32="10")), set=("data.source=text",))
+    for change, fits in (("log_every=5", True), ("seed=3", True), ("ema=0.5", False)):
+        where = "optim=OptimConfig(" if change.startswith("ema") else "return TrainConfig("
+        recipe.write_text(RECIPE.replace(where, f"{where}{change}, "))
+        edited = load_recipe(str(recipe))
+        given = (check_recipe, read_jobs(tmp_path), make_points(further, edited), edited)
+        if fits:
+            given[0](*given[1:])
+        else:
+            assert "size 16 was begun with other settings (job 16_" in refused(*given)
 
 
 def test_where_the_text_lies_stands_once_in_a_job(recipe, tmp_path, monkeypatch):

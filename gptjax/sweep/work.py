@@ -27,7 +27,7 @@ from gptjax.paths import BucketError
 from gptjax.settings import InputError
 from gptjax.startup import usable_cores
 from gptjax.sweep.fork import checkpoints_of, fork
-from gptjax.sweep.jobs import Job, extend, read_jobs, write_jobs
+from gptjax.sweep.jobs import Job, check_recipe, extend, read_jobs, write_jobs
 from gptjax.sweep.points import Point, make_points, to_flags
 from gptjax.sweep.table import Results, run_dir, write_table
 
@@ -55,6 +55,7 @@ def sweep(cfg: SweepConfig, recipe: Recipe, say: Say, gptjax: Sequence[str] = GP
         for name in ("runs", "logs", "claims"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         with _locked(folder):
+            check_recipe(read_jobs(folder), points, recipe)
             jobs = _table(cfg, points, folder, say)
         return _Workers(folder, jobs, command, cfg.workers, say).work()
     except (BucketError, BrokenPipeError):  # a store's outage, or the end of who reads our lines: not the folder's
