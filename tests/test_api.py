@@ -13,7 +13,7 @@ from jax.experimental.compilation_cache import compilation_cache
 import gptjax
 from gptjax.assemble import assemble
 from gptjax.block import block as own_block
-from gptjax.decoder import head
+from gptjax.decoder import head, init_params, make_decoder
 from gptjax.decoder import layer_params as own_params
 from gptjax.losses import token_log_probs
 from gptjax.plugins import named, resolve
@@ -148,6 +148,19 @@ class Scaled:
     def __call__(self, cfg, p, x_BLD, *rest):
         y_BLD, cache = own_block(cfg, p, x_BLD, *rest)
         return x_BLD + p["gate_D"].astype(x_BLD.dtype) * (y_BLD - x_BLD), cache
+
+
+@pytest.mark.parametrize("name", ["gate_NZ", "gate_DN", "gate"])
+def test_a_parameter_of_a_block_with_letters_that_nobody_knows_is_one_line(tmp_path, text, name):
+    class Lettered(Scaled):
+        @staticmethod
+        def layer_params(cfg):
+            return own_params(cfg) | {name: "zeros"}
+
+    decoder = make_decoder(config(tmp_path, text), Lettered)
+    with pytest.raises(InputError, match=f"parameter '{name}' ends in .*wanted N .* of V=320, T=32, N=2, D=16") as e:
+        jax.eval_shape(init_params(decoder), jax.random.key(0))
+    assert "\n" not in str(e.value)
 
 
 @pytest.mark.slow
