@@ -18,6 +18,7 @@ from gptjax.decoder import layer_params as own_params
 from gptjax.losses import token_log_probs
 from gptjax.plugins import named, resolve
 from gptjax.settings import InputError
+from gptjax.transfer import _check_settings
 
 TINY = {
     "steps": 6, "model.num_layers": 2, "model.width": 16, "model.num_heads": 2, "tokenizer.kind": "bytes",
@@ -217,6 +218,29 @@ def test_a_run_starts_from_anothers_weights_with_a_schedule_of_its_own(plain, tm
         gptjax.train(config(tmp_path / "wider", text, init=str(plain.run.folder), model__width=32))
     with pytest.raises(InputError, match="wanted the folder of a run"):
         gptjax.train(config(tmp_path / "none", text, init=str(tmp_path / "nowhere")))
+
+
+def test_a_run_does_not_start_from_weights_that_mean_something_else_in_it(tmp_path, text):
+    old = config(tmp_path / "old", text)
+
+    def refused(**settings) -> str:
+        with pytest.raises(InputError) as e:
+            _check_settings(old, config(tmp_path / "new", text, init="old", **settings))
+        assert str(e.value).startswith("init='old': its weights are of another model: ") and "\n" not in str(e.value)
+        return str(e.value)
+
+    assert "model.activation was 'swiglu', got 'gelu'; wanted what was" in refused(model__activation="gelu")
+    for other in ({"norm": "layernorm"}, {"logit_softcap": 30.0}, {"mup_base_width": 16}, {"positions": "learned"}):
+        ((name, value),) = other.items()
+        assert f"model.{name} was {getattr(old.model, name)!r}, got {value!r}" in refused(**{f"model__{name}": value})
+    reach = {"model__rope_theta": 5e5, "model__window": 16}
+    assert refused(**reach).endswith(
+        "model.window was 0, got 16; wanted what was; with a longer data.length it may differ"
+    )
+    assert "model.qk_norm" in refused(model__qk_norm=not old.model.qk_norm, data__length=64, **reach)
+    fits = {"model__dtype": "bfloat16", "model__dropout": 0.2, "model__remat": "full", "model__attention": "plain"}
+    for settings in (fits, {"data__length": 64, **reach}):
+        _check_settings(old, config(tmp_path / "new", text, init="old", **settings))
 
 
 @pytest.mark.slow
