@@ -1,6 +1,7 @@
 """A sweep: the same command always ends with the same table, and a branch is the run that it stands for."""
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -171,6 +172,16 @@ def test_a_recipe_that_was_edited_is_refused_for_sizes_outside_the_grid_too(reci
     assert "size 16 was begun with other settings (job 16_" in said and len(read_jobs(tmp_path)) == 2
     recipe.write_text(RECIPE.replace("return TrainConfig(", "return TrainConfig(log_every=5, seed=3, "))
     assert work.sweep(further, load_recipe(str(recipe)), print, FAILING) == 3 and len(read_jobs(tmp_path)) == 3
+
+
+def test_several_workers_do_not_share_an_accelerator(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
+    cfg = SweepConfig(out=str(tmp_path / "sweep"), grid=tuple(GRID), workers=2)
+    said = refused(work.sweep, cfg, load_recipe(str(recipe)), print, FAILING)
+    assert said.startswith("workers=2: wanted 1 where a gpu computes") and not (tmp_path / "sweep").exists()
+    monkeypatch.setattr(work, "_corpus", lambda *_: [])
+    alone = dataclasses.replace(cfg, workers=1)
+    assert work.sweep(alone, load_recipe(str(recipe)), print, FAILING) == 3
 
 
 def test_where_the_text_lies_stands_once_in_a_job(recipe, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from gptjax import xla_flags
 from gptjax.config import SweepConfig
 from gptjax.data.prepared import open_corpora
 from gptjax.flags import Recipe
@@ -45,11 +46,16 @@ def sweep(cfg: SweepConfig, recipe: Recipe, say: Say, gptjax: Sequence[str] = GP
     """Adds the grid's points to the table of the sweep in cfg.out and runs all of its jobs that are not finished.
 
     Returns 0 when all are, 75 when a signal ended it, with what ran saved; where a job failed for good or was given up,
-    that job's code (for 75: 3). Raises InputError for what is wrong with the grid, the recipe or the data. `gptjax`
-    is how it is called.
+    that job's code (for 75: 3). Raises InputError for what is wrong with the grid, the recipe or the data, and for
+    several workers on an accelerator. `gptjax` is how it is called.
     """
     if cfg.workers > usable_cores():
         raise InputError(f"workers={cfg.workers}: wanted at most the {usable_cores()} cores that are usable here")
+    if cfg.workers > 1 and (found := xla_flags.platform()) != "cpu":
+        raise InputError(
+            f"workers={cfg.workers}: wanted 1 where a {found} computes, for each job takes all that it sees; with "
+            "several GPUs start this command once for each, with CUDA_VISIBLE_DEVICES, or set JAX_PLATFORMS=cpu"
+        )
     points, folder = make_points(cfg, recipe), Path(cfg.out).absolute()
     command = [*gptjax, "pretrain", str(recipe.path.absolute())]
     try:
