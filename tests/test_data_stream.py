@@ -236,7 +236,9 @@ def test_a_changed_source_is_refused_or_gone_on_with_inexactly(source, tmp_path)
     _, state = take(feed, feed.start, 8)[-1]
     write_gz(tmp_path / "2.jsonl.gz", ["something else"] * 30)
     with pytest.raises(InputError, match="not what this run was trained on.*--no-data.exact-resume"):
-        open_feed(config(tmp_path), Path("none")).check(state)
+        open_feed(config(tmp_path), Path("none"), print).check(state)
+    with pytest.raises(InputError, match="not what this run was trained on.*restore it$"):
+        open_feed(config(tmp_path), Path("none")).check(state)  # as the verbs that read a run do
     said: list[str] = []
     anyway = open_feed(config(tmp_path, exact_resume=False), Path("none"), said.append)
     anyway.check(state)

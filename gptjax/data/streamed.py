@@ -101,17 +101,19 @@ class StreamFeed:
         and document number, or with the next pass where there is none.
         """
         if state["tokenizer"] != self.tokenizer.sha256:
+            advice = ", or give another --run-dir" if self._training else ""
             raise InputError(
                 f"tokenizer.path={self._config.tokenizer.path!r} is not the tokenizer that this run was trained with; "
-                f"restore it, or give another --run-dir"
+                f"restore it{advice}"
             )
         for name, text in self._texts.items():
             if state["content"][name] == self.start["content"][name]:
                 continue
             if self._config.data.exact_resume:
+                advice = ", or go on inexactly with --no-data.exact-resume" if self._training else ""
                 raise InputError(
                     f"source {text.source!r} is not what this run was trained on: a file was changed, added or "
-                    f"removed; restore it, or go on inexactly with --no-data.exact-resume"
+                    f"removed; restore it{advice}"
                 )
             at = state["sources"][name]
             self._say(
