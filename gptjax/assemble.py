@@ -58,13 +58,30 @@ def assemble(config: TrainConfig) -> Parts:
                 f"optim.z_loss={config.optim.z_loss:g} belongs to the built-in loss, whose place loss={config.loss!r} "
                 f"takes; set --optim.z-loss 0"
             )
-        loss_fn = resolve(config.loss, "loss")(decoder)
+        loss_fn = _checked(resolve(config.loss, "loss")(decoder), config.loss)
     else:
         loss_fn = language_model_loss(decoder, config.optim.z_loss, norms)
     schedule = make_schedule(config.optim, config.steps)
     tx = make_optimizer(config.optim, schedule, config.model)
     step = make_train_step(loss_fn, tx, schedule, config.optim.accumulate, ema, norms)
     return Parts(decoder, tx, make_init(init_params(decoder), tx, ema), step)
+
+
+def _checked(loss_fn: LossFn, name: str) -> LossFn:
+    """The user's own loss; InputError where, traced, it returns no (loss, metrics) with what training reads."""
+
+    def checked(params: Any, frozen: Any, batch: dict[str, jax.Array], key: jax.Array):
+        made = loss_fn(params, frozen, batch, key)
+        metrics = made[1] if isinstance(made, tuple) and len(made) == 2 else None
+        got = f"metrics {sorted(metrics)}" if isinstance(metrics, dict) else f"a {type(made).__name__}"
+        if not isinstance(metrics, dict) or not {"loss", "weight"} <= metrics.keys():
+            raise InputError(
+                f"loss={name!r} returned {got}; wanted (loss, metrics), whose metrics have 'loss', the same loss, and "
+                f"'weight', the sum of the weights that it is a mean over"
+            )
+        return made
+
+    return checked
 
 
 def check_divisible(config: TrainConfig, sizes: Mapping[str, int]) -> None:

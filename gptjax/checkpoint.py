@@ -6,6 +6,7 @@ notice a flipped bit in array data, so each leaf also carries a digest computed 
 """
 
 import contextlib
+import json
 import re
 import sys
 import threading
@@ -85,6 +86,10 @@ class Checkpoints:
     def verify(self, step: int) -> list[str]:
         """What is wrong with the files of a step, one line each; empty where all are as they were written."""
         return check_manifest(self.path(step), step)
+
+    def data_state(self, step: int) -> dict:
+        """The position in the data that a step was saved with."""
+        return json.loads(self.store.read(self.path(step) / "data" / "data.json"))
 
     # Writing.
 

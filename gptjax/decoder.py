@@ -22,6 +22,7 @@ from gptjax.losses import capped, logits
 from gptjax.mup import init_factor, logits_factor
 from gptjax.products import lookup
 from gptjax.scaling.counts import padded_vocab
+from gptjax.settings import InputError
 from gptjax.sharding import constrain, matrix, suffix
 
 # A layer that attends to everything, in the list of windows: more places than any text has.
@@ -202,6 +203,13 @@ class Decoder(nn.Module):
         top |= {} if cfg.tied else {"head_VD": "normal"}
         self.top = {name: self.param(name, lambda key, n=name: make(key, {n: top[n]})[n]) for name in top}
         declared = getattr(self.block, "layer_params", layer_params)(cfg)
+        for name in declared:
+            if not suffix(name).startswith("N") or not set(suffix(name)) <= size.keys():
+                known = ", ".join(f"{letter}={n}" for letter, n in size.items())
+                raise InputError(
+                    f"model.block: its parameter {name!r} ends in the letters {suffix(name)!r}; wanted N first, for "
+                    f"the layers, and then one a dimension, of {known}"
+                )
         self.layers = self.param("layers", lambda key: make(key, declared))
 
     def __call__(

@@ -216,7 +216,8 @@ def write_json(path: Path, document: Any) -> None:
 def _changes(run: Run, config: TrainConfig) -> tuple[str, ...]:
     """What differs from the settings in config.json; raises where a checkpoint forbids it."""
     files = store(run.folder)
-    if not any(files.is_file(run.checkpoints / name / MANIFEST) for name in files.names(run.checkpoints)):
+    saved = [name for name in files.names(run.checkpoints) if files.is_file(run.checkpoints / name / MANIFEST)]
+    if not saved:
         return ()  # no step was ever committed, so nothing is lost by starting afresh
     if not files.is_file(run.config_path):
         raise InputError(
@@ -228,6 +229,12 @@ def _changes(run: Run, config: TrainConfig) -> tuple[str, ...]:
         raise InputError(
             f"{run.folder} was trained with other settings: {'; '.join(frozen)}; "
             "keep the old values, or give another --run-dir"
+        )
+    newest = max((int(name) for name in saved if name.isdecimal()), default=0)
+    if config.steps < newest:
+        raise InputError(
+            f"steps={config.steps}: {run.folder} is at step {newest} already; wanted --steps {newest} or more, or "
+            "another --run-dir"
         )
     before = dict(leaves(old))
     lines = []

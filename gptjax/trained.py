@@ -26,6 +26,8 @@ class Trained:
     params: Any
     mesh: jax.sharding.Mesh
     step: int
+    data_state: dict[str, Any]
+    """The state of the data after that step, as `data.feed` describes it."""
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -57,8 +59,8 @@ def open_trained(
     shapes = jax.eval_shape(init_params(decoder), jax.random.key(0))
     item = "ema" if config.optim.ema else "params"
     wanted = {item: abstract(shapes, mesh)}
-    found, state, _, _ = open_checkpoints(run_dir).restore(wanted, step or None, partial=True)
-    return Trained(run, config, decoder, state[item], mesh, found)
+    found, state, data_state, _ = open_checkpoints(run_dir).restore(wanted, step or None, partial=True)
+    return Trained(run, config, decoder, state[item], mesh, found, data_state)
 
 
 def open_checkpoints(run_dir: str | Path) -> Checkpoints:

@@ -21,17 +21,25 @@ from gptjax.trained import Trained, open_trained
 # Leaves that may have more rows than before, and what their rows are.
 GROWING = {"embed_VD": "tokenizer.vocab_size", "head_VD": "tokenizer.vocab_size", "position_TD": "data.length"}
 
+# What weights of the same shapes mean something else under: anywhere, and unless rows become longer, as they may with
+# another reach of attention or other rotary positions.
+MEANING = ("positions", "norm", "activation", "biases", "qk_norm", "attention_softcap", "logit_softcap", "parallel",
+           "tied", "mup_base_width")  # fmt: skip
+REACH = ("rope_theta", "rope_scaling", "rope_factor", "rope_original_length", "window", "global_every")
+
 
 def start_from(
     config: TrainConfig, tokenizer: Tokenizer, state: TrainState, tx: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """`state`, a new one, with the weights of the run in config.init, and an optimizer that has seen nothing yet.
 
-    Raises InputError where that is no run, where its tokens have other meanings, and where a weight does not fit.
+    Raises InputError where that is no run, where its tokens or weights have other meanings here, and where a weight
+    does not fit.
     """
     # The old run's block is not read from its folder: it is the one that this run was given.
     old = open_trained(config.init, config.mesh, block=optional(config.model.block, "model.block"))
     _check_tokens(old, tokenizer)
+    _check_settings(old.config, config)
     _check_shapes(old, state.params, config)
     rows = {
         "tokenizer.vocab_size": old.config.tokenizer.vocab_size,  # what only padded the old vocabulary stays behind
@@ -64,6 +72,18 @@ def _check_tokens(old: Trained, tokenizer: Tokenizer) -> None:
             f"init={str(old.run.folder)!r} has another tokenizer, whose {before.vocab_size} ids mean other tokens; "
             f"wanted the same one, or one that begins with it; e.g. --tokenizer.path {old.run.tokenizer}"
         )
+
+
+def _check_settings(old: TrainConfig, config: TrainConfig) -> None:
+    """The old weights mean what they meant."""
+    names = [*MEANING, *(() if config.data.length > old.data.length else REACH)]
+    if config.model.positions != "rope":  # else they say nothing
+        names = [name for name in names if not name.startswith("rope_")]
+    pairs = {name: (getattr(old.model, name), getattr(config.model, name)) for name in names}
+    if other := {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}:
+        told = "; ".join(f"model.{name} was {was!r}, got {got!r}" for name, (was, got) in other.items())
+        advice = "; with a longer data.length it may differ" if other.keys() <= set(REACH) else ""
+        raise InputError(f"init={config.init!r}: its weights are of another model: {told}; wanted what was{advice}")
 
 
 def _check_shapes(old: Trained, params: Any, config: TrainConfig) -> None:

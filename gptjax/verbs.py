@@ -22,7 +22,7 @@ from gptjax.run import Run, load_config
 from gptjax.settings import InputError, leaves
 from gptjax.sharding import abstract
 from gptjax.tokenizer import open_tokenizer
-from gptjax.trained import Trained, open_trained
+from gptjax.trained import Trained, open_checkpoints, open_trained
 
 
 def evaluate_run(run_dir: str | Path, cfg: EvalConfig) -> dict[str, Any]:
@@ -38,6 +38,7 @@ def evaluate_trained(model: Trained, max_rows: int = 0) -> dict[str, Any]:
     limits = dataclasses.replace(model.config.evaluate, max_rows=max_rows)
     model.run.pull(model.run.data)
     feed = open_feed(dataclasses.replace(model.config, evaluate=limits), model.run.data)
+    feed.check(model.data_state)
     with jax.set_mesh(model.mesh):
         example = abstract(example_batch(model.config.data.batch_size, model.config.data.length), model.mesh)
         eval_step = make_eval_step(model.decoder, model.mesh, model.params, example)
@@ -65,10 +66,16 @@ def generate_run(run_dir: str | Path, cfg: ContinueConfig, write: Callable[[str]
 
 
 def show_step(run_dir: str | Path, step: int, rows: int) -> str:
-    """The rows of a training step of a run, as text; step 1 is the first."""
+    """The rows of a training step of a run, as text; step 1 is the first.
+
+    Raises InputError where the data is not what the run's newest checkpoint was trained on.
+    """
     config, run = load_config(run_dir), Run.existing(run_dir)
     run.pull(run.data)
     feed = open_feed(config, run.data)
+    checkpoints = open_checkpoints(run_dir)
+    if (newest := checkpoints.newest()) is not None:
+        feed.check(checkpoints.data_state(newest))
     shown = range(min(rows, config.data.batch_size))
     return show(feed.batch(step - 1), feed.tokenizer, shown, feed.sources(step - 1))
 

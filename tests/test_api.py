@@ -11,12 +11,14 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 import gptjax
+from gptjax.assemble import assemble
 from gptjax.block import block as own_block
-from gptjax.decoder import head
+from gptjax.decoder import head, init_params, make_decoder
 from gptjax.decoder import layer_params as own_params
 from gptjax.losses import token_log_probs
-from gptjax.plugins import resolve
+from gptjax.plugins import named, resolve
 from gptjax.settings import InputError
+from gptjax.transfer import _check_settings
 
 TINY = {
     "steps": 6, "model.num_layers": 2, "model.width": 16, "model.num_heads": 2, "tokenizer.kind": "bytes",
@@ -122,6 +124,21 @@ def test_a_loss_of_the_users_own_is_trained(tmp_path, text):
     )
 
 
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [((0.0, {"nats": 0.0}), r"metrics \['nats'\]"), ((0.0, {"loss": 0.0}), r"metrics \['loss'\]"), (0.0, "a float")],
+)
+def test_a_loss_without_the_numbers_that_training_reads_is_one_line(tmp_path, text, made, said):
+    def lacking(decoder):
+        return lambda params, frozen, batch, key: made
+
+    cfg = config(tmp_path / "lacking", text)
+    parts = assemble(gptjax.override(cfg, {"loss": named(lacking)}))
+    with pytest.raises(InputError, match=f"lacking' returned {said}; wanted .* 'loss', .*'weight'") as e:
+        jax.eval_shape(parts.step, jax.eval_shape(parts.init, 0), {}, {})
+    assert "\n" not in str(e.value)
+
+
 class Scaled:
     """A block whose branches are scaled by a number learned for each layer (ReZero; Bachlechner et al. 2020)."""
 
@@ -132,6 +149,19 @@ class Scaled:
     def __call__(self, cfg, p, x_BLD, *rest):
         y_BLD, cache = own_block(cfg, p, x_BLD, *rest)
         return x_BLD + p["gate_D"].astype(x_BLD.dtype) * (y_BLD - x_BLD), cache
+
+
+@pytest.mark.parametrize("name", ["gate_NZ", "gate_DN", "gate"])
+def test_a_parameter_of_a_block_with_letters_that_nobody_knows_is_one_line(tmp_path, text, name):
+    class Lettered(Scaled):
+        @staticmethod
+        def layer_params(cfg):
+            return own_params(cfg) | {name: "zeros"}
+
+    decoder = make_decoder(config(tmp_path, text), Lettered)
+    with pytest.raises(InputError, match=f"parameter '{name}' ends in .*wanted N .* of V=320, T=32, N=2, D=16") as e:
+        jax.eval_shape(init_params(decoder), jax.random.key(0))
+    assert "\n" not in str(e.value)
 
 
 @pytest.mark.slow
@@ -188,6 +218,29 @@ def test_a_run_starts_from_anothers_weights_with_a_schedule_of_its_own(plain, tm
         gptjax.train(config(tmp_path / "wider", text, init=str(plain.run.folder), model__width=32))
     with pytest.raises(InputError, match="wanted the folder of a run"):
         gptjax.train(config(tmp_path / "none", text, init=str(tmp_path / "nowhere")))
+
+
+def test_a_run_does_not_start_from_weights_that_mean_something_else_in_it(tmp_path, text):
+    old = config(tmp_path / "old", text)
+
+    def refused(**settings) -> str:
+        with pytest.raises(InputError) as e:
+            _check_settings(old, config(tmp_path / "new", text, init="old", **settings))
+        assert str(e.value).startswith("init='old': its weights are of another model: ") and "\n" not in str(e.value)
+        return str(e.value)
+
+    assert "model.activation was 'swiglu', got 'gelu'; wanted what was" in refused(model__activation="gelu")
+    for other in ({"norm": "layernorm"}, {"logit_softcap": 30.0}, {"mup_base_width": 16}, {"positions": "learned"}):
+        ((name, value),) = other.items()
+        assert f"model.{name} was {getattr(old.model, name)!r}, got {value!r}" in refused(**{f"model__{name}": value})
+    reach = {"model__rope_theta": 5e5, "model__window": 16}
+    assert refused(**reach).endswith(
+        "model.window was 0, got 16; wanted what was; with a longer data.length it may differ"
+    )
+    assert "model.qk_norm" in refused(model__qk_norm=not old.model.qk_norm, data__length=64, **reach)
+    fits = {"model__dtype": "bfloat16", "model__dropout": 0.2, "model__remat": "full", "model__attention": "plain"}
+    for settings in (fits, {"data__length": 64, **reach}):
+        _check_settings(old, config(tmp_path / "new", text, init="old", **settings))
 
 
 @pytest.mark.slow

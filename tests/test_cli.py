@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -120,6 +121,17 @@ def test_a_changed_vocabulary_is_refused_on_resume(run, text, capsys):
         *pretrain(text, run, "--tokenizer.kind", "sentencepiece", "--tokenizer.vocab-size", "300", "--steps", "5"),
     )
     assert "tokenizer.vocab_size was 258, got 300" in line
+
+
+def test_data_that_a_run_was_not_trained_on_is_refused_by_what_reads_the_run(run, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    shutil.rmtree(copy / "data")
+    (tmp_path / "b.txt").write_text("Call me Ishmael. Some years ago, never mind how long precisely.\n" * 60)
+    settings = "--tokenizer.kind bytes --tokenizer.vocab-size 258"
+    assert main(f"prepare --source {tmp_path / 'b.txt'} --out {copy / 'data'} {settings}".split()) == 0
+    for verb in (["eval"], ["data", "show"]):
+        line = refusal(capsys, *verb, copy)
+        assert line.endswith(f"{copy / 'data'} is not the corpus that this run was trained on; restore it")
 
 
 @pytest.mark.slow

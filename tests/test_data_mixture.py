@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptjax.config import DataConfig, PrepareConfig, TokenizerConfig, TrainConfig
+from gptjax.config import DataConfig, PrepareConfig, TokenizerConfig, TrainConfig, TrainTokenizerConfig
 from gptjax.data.batches import Rows, batches
 from gptjax.data.corpus import Split
 from gptjax.data.feed import open_feed
 from gptjax.data.mixture import Mixture, Schedule, rows_of_a_pass
 from gptjax.data.packing import MemoryStream, batch_hash
-from gptjax.data.prepare import prepare
+from gptjax.data.prepare import prepare, train_tokenizer
 from gptjax.data.show import show
 from gptjax.settings import InputError
 
@@ -294,3 +294,20 @@ def test_show_names_the_source_of_each_row(folder):
     rows = [line for line in lines if line.startswith("row ")]
     for row, inputs in zip(rows, feed.batch(1)["inputs_BL"], strict=True):
         assert f" of {letters_of(inputs)}: " in row
+
+
+def test_a_tokenizer_that_did_not_prepare_the_folder_is_refused(folder, tmp_path):
+    def trained(name: str, letters: str) -> TokenizerConfig:
+        cfg = TrainTokenizerConfig(source=str(folder / f"{letters}.jsonl"), out=str(tmp_path / name), vocab_size=300)
+        shas[name] = train_tokenizer(cfg).sha256[:12]
+        return TokenizerConfig(vocab_size=300, path=cfg.out)
+
+    shas: dict[str, str] = {}
+    own, other, out = trained("own", "abc"), trained("other", "xyz"), str(tmp_path / "corpus")
+    prepare(PrepareConfig(source=str(folder / "abc.jsonl"), out=out, validation_fraction=0.2, tokenizer=own))
+    data = DataConfig(source=out, batch_size=2, length=16)
+    wanted = f"tokenizer.path=.*other' holds the tokenizer {shas['other']}, but {out} was prepared with {shas['own']}"
+    with pytest.raises(InputError, match=wanted):
+        open_feed(TrainConfig(data=data, tokenizer=other), Path("none"), print)
+    for tokenizer in (own, TokenizerConfig(vocab_size=300)):
+        assert open_feed(TrainConfig(data=data, tokenizer=tokenizer), Path("none"), print).tokenizer.vocab_size == 300

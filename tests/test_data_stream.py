@@ -1,5 +1,6 @@
 """Laws of streams: the source's text once a pass and in order, exact resuming, the same rows for any workers."""
 
+import dataclasses
 import gzip
 import itertools
 import json
@@ -13,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptjax.config import DataConfig, PrepareConfig, TokenizerConfig, TrainConfig
-from gptjax.data import stream
+from gptjax.config import DataConfig, EvaluateConfig, PrepareConfig, TokenizerConfig, TrainConfig
+from gptjax.data import stream, streamed
 from gptjax.data.feed import open_feed
 from gptjax.data.packing import MemoryStream, Spans, batch_hash, cut
 from gptjax.data.prepare import prepare
@@ -171,6 +172,20 @@ def test_validation_takes_as_many_rows_as_are_evaluated(source):
     assert batch_hash(some) == batch_hash(full)
 
 
+def test_a_stream_that_holds_out_more_than_is_evaluated_says_so_once(source, monkeypatch):
+    monkeypatch.setattr(streamed, "VALIDATION_ROWS", 2)
+    for rows, told in ((0, 1), (5, 0)):
+        said: list[str] = []
+        cfg = dataclasses.replace(config(source), evaluate=EvaluateConfig(max_rows=rows))
+        feed = open_feed(cfg, Path("none"), said.append)
+        assert feed.validation and len(said) == told
+        assert all(f"of what {source} holds out, the first 2 rows are evaluated" in line for line in said)
+    monkeypatch.setattr(streamed, "VALIDATION_ROWS", 10**4)  # more than there is: nothing is left out
+    said = []
+    open_feed(config(source), Path("none"), said.append)
+    assert said == []
+
+
 def test_a_mixture_of_streams_keeps_shares_and_resumes(source, tmp_path):
     write_gz(tmp_path / "digits.jsonl.gz", ["0123456789" * i for i in range(30)])
     cfg = config(
@@ -221,7 +236,9 @@ def test_a_changed_source_is_refused_or_gone_on_with_inexactly(source, tmp_path)
     _, state = take(feed, feed.start, 8)[-1]
     write_gz(tmp_path / "2.jsonl.gz", ["something else"] * 30)
     with pytest.raises(InputError, match="not what this run was trained on.*--no-data.exact-resume"):
-        open_feed(config(tmp_path), Path("none")).check(state)
+        open_feed(config(tmp_path), Path("none"), print).check(state)
+    with pytest.raises(InputError, match="not what this run was trained on.*restore it$"):
+        open_feed(config(tmp_path), Path("none")).check(state)  # as the verbs that read a run do
     said: list[str] = []
     anyway = open_feed(config(tmp_path, exact_resume=False), Path("none"), said.append)
     anyway.check(state)

@@ -123,6 +123,16 @@ def test_free_and_extendable_settings_may_change_and_are_told(tmp_path):
     assert open_run(tmp_path, other).changes == ()
 
 
+def test_a_run_is_not_made_shorter_than_it_is(tmp_path):
+    commit_step(open_run(tmp_path), step=60)
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(InputError, match="steps=50: .* is at step 60 already; wanted --steps 60 or more, .*--run-dir"):
+        open_run(tmp_path, dataclasses.replace(CFG, steps=50))
+    assert (tmp_path / "config.json").read_bytes() == before
+    shorter = open_run(tmp_path, dataclasses.replace(CFG, steps=60))
+    assert shorter.changes == ("steps was 100, now 60: the learning-rate schedule changes with it",)
+
+
 def test_checkpoints_without_settings_are_refused(tmp_path):
     run = open_run(tmp_path)
     commit_step(run)

@@ -1,6 +1,7 @@
 """A sweep: the same command always ends with the same table, and a branch is the run that it stands for."""
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -156,6 +157,33 @@ def test_what_can_not_be_swept_is_one_line(recipe):
     assert "data.text_field is '16' at one size and '32' at size 32" in refused(jobs_of, recipe, GRID)
 
 
+FAILING = [sys.executable, "-c", "raise SystemExit(3)"]
+
+
+def test_a_recipe_that_was_edited_is_refused_for_sizes_outside_the_grid_too(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(work, "_corpus", lambda *_: ["--data.source", "prepared"])
+    monkeypatch.setattr(work, "POLL", 0.01)
+    begun = SweepConfig(grid=tuple(points(s16="10 40")), set=("data.source=text", "optim.beta2=0.9"))
+    work._table(begun, make_points(begun, load_recipe(str(recipe))), tmp_path, print)
+    # A size keeps the --set that it was begun with; of the recipe, what is free may change.
+    further = SweepConfig(out=str(tmp_path), grid=tuple(points(s32="10")), set=("data.source=text",))
+    recipe.write_text(RECIPE.replace("optim=OptimConfig(", "optim=OptimConfig(ema=0.5, "))
+    said = refused(work.sweep, further, load_recipe(str(recipe)), print, FAILING)
+    assert "size 16 was begun with other settings (job 16_" in said and len(read_jobs(tmp_path)) == 2
+    recipe.write_text(RECIPE.replace("return TrainConfig(", "return TrainConfig(log_every=5, seed=3, "))
+    assert work.sweep(further, load_recipe(str(recipe)), print, FAILING) == 3 and len(read_jobs(tmp_path)) == 3
+
+
+def test_several_workers_do_not_share_an_accelerator(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
+    cfg = SweepConfig(out=str(tmp_path / "sweep"), grid=tuple(GRID), workers=2)
+    said = refused(work.sweep, cfg, load_recipe(str(recipe)), print, FAILING)
+    assert said.startswith("workers=2: wanted 1 where a gpu computes") and not (tmp_path / "sweep").exists()
+    monkeypatch.setattr(work, "_corpus", lambda *_: [])
+    alone = dataclasses.replace(cfg, workers=1)
+    assert work.sweep(alone, load_recipe(str(recipe)), print, FAILING) == 3
+
+
 def test_where_the_text_lies_stands_once_in_a_job(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(work, "_corpus", lambda *_: ["--data.source", "prepared"])
     cfg = SweepConfig(grid=tuple(GRID), set=("data.source=text", "optim.beta2=0.9"))
@@ -286,7 +314,27 @@ def test_a_job_that_fails_for_good_ends_the_sweep_and_one_that_was_killed_runs_a
     assert code == 3 and f"job {name} ended with 3" in errors and f"logs/{name}.log" in errors, errors
     code, errors = finish(start(recipe, out, STANDIN_FAILS=f"{name}=137"))
     assert code == 137 and errors.count(f"job {name} ended with 137") == 3, errors
+    assert table(out).count(b"\n16_") == sum(job.size == "16" for job in read_jobs(out)), "the others went on"
     assert finish(start(recipe, out))[0] == 0 and losses(out) == wanted
+
+
+@pytest.mark.parametrize(("code", "returned"), [(75, 3), (137, 137)])
+def test_a_job_that_ends_without_progress_is_given_up_and_others_go_on(recipe, tmp_path, code, returned, monkeypatch):
+    monkeypatch.setattr(work, "PAUSE", 0.01)
+    monkeypatch.setattr(work, "POLL", 0.01)
+    jobs, said = jobs_of(recipe, points(s16="10 40", s32="30")), []
+    write_jobs(tmp_path, jobs)
+    for name in ("runs", "logs", "claims"):
+        (tmp_path / name).mkdir()
+    workers = work._Workers(tmp_path, jobs, [sys.executable, "-c", f"raise SystemExit({code})"], 1, said.append)
+    assert workers.work() == returned
+    trunks = [job.name for job in jobs if not job.start]
+    assert starts(tmp_path) == sorted(3 * trunks) and len(trunks) == 2
+    for name in trunks:
+        (line,) = (line for line in said if line.startswith(f"job {name} ended") and "3 times in a row" in line)
+        assert line.endswith(f"without progress; see {tmp_path}/logs/{name}.log")
+    (branch,) = (job.name for job in jobs if job.start)
+    assert said[-1] == f"not started, for what they start from was given up: {branch}"
 
 
 def test_a_branch_whose_checkpoint_is_damaged_starts_from_nothing_and_says_so(recipe, tmp_path, wanted):

@@ -24,7 +24,8 @@ class SweepConfig(Section):
     """Settings of the recipe to change at every size, as NAME=VALUE (data.source=corpus optim.beta2=0.98); several
     values are separated by spaces, and quoted as in a shell. A job keeps what it was added to the table with."""
     workers: int = 1
-    """Jobs that run here at a time, each on its share of the cores. The last bits of a loss may depend on it."""
+    """Jobs that run here at a time, each on its share of the cores; 1 on a GPU or TPU, which every job takes whole. The
+    last bits of a loss may depend on it."""
 
     def __post_init__(self):
         self.require(bool(self.out) and "://" not in self.out, "out", "a folder of a file system, for its locks")

@@ -82,7 +82,7 @@ class EvaluateConfig(Section):
     every: int = 500
     """Steps between evaluations; the last step is always evaluated."""
     max_rows: int = 0
-    """Rows of the validation split to use, from its start; 0: all of them."""
+    """Rows of the validation split to use, from its start; 0: all of them, of a streamed source the first 1,024."""
 
     def __post_init__(self):
         self.require_positive("every")
@@ -96,7 +96,7 @@ class EvalConfig(Section):
     step: int = 0
     """Checkpoint to use; 0: the newest."""
     max_rows: int = 0
-    """Rows of the validation split to use, from its start; 0: all of them."""
+    """Rows of the validation split to use, from its start; 0: all of them, of a streamed source the first 1,024."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self):

@@ -20,7 +20,7 @@ from gptjax.data.scan import Filters, scan
 from gptjax.data.sources import open_source
 from gptjax.data.validation import Validation, further
 from gptjax.settings import InputError
-from gptjax.tokenizer import Tokenizer, make_tokenizer
+from gptjax.tokenizer import Tokenizer, make_tokenizer, open_tokenizer
 
 SHARED_TOKENIZER = "shared-tokenizer"  # no name of a source: those have no dash
 
@@ -66,10 +66,8 @@ class PreparedFeed:
         was, now = state["corpus"], self.start["corpus"]
         for name, corpus in self._corpora.items():
             if (was.get(name) if self._mixed else was) != (now[name] if self._mixed else now):
-                raise InputError(
-                    f"{corpus.folder} is not the corpus that this run was trained on; "
-                    f"restore it, or give another --run-dir"
-                )
+                advice = ", or give another --run-dir" if self._training else ""
+                raise InputError(f"{corpus.folder} is not the corpus that this run was trained on; restore it{advice}")
 
     def batches(self, state: State, rows: Part = ALL_ROWS) -> Generator[tuple[Batch, State], None, None]:
         """Yields (some rows of a batch, state after it) from a state on, without end; closing it ends its threads.
@@ -154,6 +152,8 @@ def open_corpora(config: TrainConfig, folder: Path, say: Say | None = None) -> d
     mixed = data.source == "mixture"
     sources = named(data.mixture) if mixed else {"": data.source}
     corpora = {name: open_corpus(source) for name, source in sources.items() if is_corpus(source)}
+    if corpora and say and tokenizer_cfg.path:
+        _check_tokenizer(next(iter(corpora.values())), tokenizer_cfg)  # the others have the first one's: see below
     texts = {name: source for name, source in sources.items() if name not in corpora}
     trains = tokenizer_cfg.kind == "sentencepiece" and not tokenizer_cfg.path
     if mixed and texts and say and trains:
@@ -177,6 +177,15 @@ def open_corpora(config: TrainConfig, folder: Path, say: Say | None = None) -> d
                 f"must share one: prepare one of them again with --tokenizer.path of the other"
             )
     return corpora
+
+
+def _check_tokenizer(corpus: Corpus, cfg: TokenizerConfig) -> None:
+    given, wanted = open_tokenizer(cfg.path, cfg.kind, cfg.pattern).sha256, corpus.manifest.tokenizer_sha256
+    if given != wanted:
+        raise InputError(
+            f"tokenizer.path={cfg.path!r} holds the tokenizer {given[:12]}, but {corpus.folder} was prepared with "
+            f"{wanted[:12]}; leave tokenizer.path out, or prepare the text again with it"
+        )
 
 
 def _prepare(source: str, out: Path, config: TrainConfig, tokenizer_cfg: TokenizerConfig) -> Corpus:

@@ -66,7 +66,7 @@ class StreamFeed:
         anew at each start, for which the source is read until they are found.
         """
         most = row_tokens(self._config) or VALIDATION_ROWS * self._config.data.length + 1
-        own = []
+        own, cut = [], []
         for name, text in self._texts.items():
             split = collected(text.documents(), self.tokenizer, most)
             if not split.num_documents:
@@ -75,6 +75,12 @@ class StreamFeed:
                     f"raise data.validation_fraction={text.held_out:g}, or prepare it: --data.loading prepared"
                 )
             own.append(Validation(name, split, self._config))
+            cut += [text.source] if split.num_tokens >= most else []
+        if cut and not self._config.evaluate.max_rows:
+            self._say(
+                f"of what {', '.join(cut)} hold{'s' if len(cut) == 1 else ''} out, the first {VALIDATION_ROWS:,} rows "
+                f"are evaluated, as of every stream; set --evaluate.max-rows for more"
+            )
         return own + further(self._config, self.tokenizer, self._training)
 
     @functools.cached_property
@@ -95,17 +101,19 @@ class StreamFeed:
         and document number, or with the next pass where there is none.
         """
         if state["tokenizer"] != self.tokenizer.sha256:
+            advice = ", or give another --run-dir" if self._training else ""
             raise InputError(
                 f"tokenizer.path={self._config.tokenizer.path!r} is not the tokenizer that this run was trained with; "
-                f"restore it, or give another --run-dir"
+                f"restore it{advice}"
             )
         for name, text in self._texts.items():
             if state["content"][name] == self.start["content"][name]:
                 continue
             if self._config.data.exact_resume:
+                advice = ", or go on inexactly with --no-data.exact-resume" if self._training else ""
                 raise InputError(
                     f"source {text.source!r} is not what this run was trained on: a file was changed, added or "
-                    f"removed; restore it, or go on inexactly with --no-data.exact-resume"
+                    f"removed; restore it{advice}"
                 )
             at = state["sources"][name]
             self._say(

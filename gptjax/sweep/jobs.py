@@ -7,9 +7,10 @@ a longer one that is asked for later goes on.
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from gptjax.flags import Recipe, parse
 from gptjax.paths import store
 from gptjax.settings import InputError, build
 from gptjax.sweep.points import Point
@@ -57,11 +58,8 @@ def extend(jobs: Sequence[Job], points: Iterable[Point], flags: Sequence[str]) -
     new: dict[tuple[str, int], list[Point]] = {}
     for point in points:
         known = next((job for job in jobs if job.size == point.size), None)
-        if known is not None and known.settings != point.settings:
-            raise InputError(
-                f"size {point.size} was begun with other settings (job {known.name}); "
-                "keep the recipe and --set as they were, or give another --out"
-            )
+        if known is not None:
+            _check_settings(known, point)
         if point.name not in table:
             new.setdefault((point.size, point.seed), []).append(point)
     for (size, seed), group in sorted(new.items()):
@@ -75,6 +73,28 @@ def extend(jobs: Sequence[Job], points: Iterable[Point], flags: Sequence[str]) -
             saved = {s: job.name for s in saves} | saved
             table[job.name] = job
     return list(table.values())
+
+
+def check_recipe(jobs: Iterable[Job], points: Sequence[Point], recipe: Recipe) -> None:
+    """Raises InputError where the recipe makes another run than the table has, of a size that no point is of.
+
+    A size of the points is `extend`'s to check.
+    """
+    sizes = {point.size for point in points}
+    for job in {job.size: job for job in jobs if job.size not in sizes}.values():
+        given = parse(recipe.config("pretrain", job.size), list(job.flags[2:]), f"gptjax sweep {recipe.path}")
+        # Its flags name the prepared text, its settings the text that this was made from: one for all sizes.
+        text = {name: getattr(points[0].config.data, name) for name in ("source", "mixture")}
+        config = replace(given, data=replace(given.data, **text))
+        _check_settings(job, Point(job.size, job.seed, job.budget, job.steps, config))
+
+
+def _check_settings(known: Job, point: Point) -> None:
+    if known.settings != point.settings:
+        raise InputError(
+            f"size {point.size} was begun with other settings (job {known.name}); "
+            "keep the recipe and --set as they were, or give another --out"
+        )
 
 
 def _job(point: Point, parent: str, start: int, saves: tuple[int, ...], flags: Sequence[str]) -> Job:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from gptjax import xla_flags
 from gptjax.config import SweepConfig
 from gptjax.data.prepared import open_corpora
 from gptjax.flags import Recipe
@@ -27,7 +28,7 @@ from gptjax.paths import BucketError
 from gptjax.settings import InputError
 from gptjax.startup import usable_cores
 from gptjax.sweep.fork import checkpoints_of, fork
-from gptjax.sweep.jobs import Job, extend, read_jobs, write_jobs
+from gptjax.sweep.jobs import Job, check_recipe, extend, read_jobs, write_jobs
 from gptjax.sweep.points import Point, make_points, to_flags
 from gptjax.sweep.table import Results, run_dir, write_table
 
@@ -44,17 +45,24 @@ GPTJAX = (sys.executable, "-m", "gptjax.cli")
 def sweep(cfg: SweepConfig, recipe: Recipe, say: Say, gptjax: Sequence[str] = GPTJAX) -> int:
     """Adds the grid's points to the table of the sweep in cfg.out and runs all of its jobs that are not finished.
 
-    Returns 0 when all are, 75 when a signal ended it, with what ran saved; where a job failed for good, that job's
-    code. Raises InputError for what is wrong with the grid, the recipe or the data. `gptjax` is how it is called.
+    Returns 0 when all are, 75 when a signal ended it, with what ran saved; where a job failed for good or was given up,
+    that job's code (for 75: 3). Raises InputError for what is wrong with the grid, the recipe or the data, and for
+    several workers on an accelerator. `gptjax` is how it is called.
     """
     if cfg.workers > usable_cores():
         raise InputError(f"workers={cfg.workers}: wanted at most the {usable_cores()} cores that are usable here")
+    if cfg.workers > 1 and (found := xla_flags.platform()) != "cpu":
+        raise InputError(
+            f"workers={cfg.workers}: wanted 1 where a {found} computes, for each job takes all that it sees; with "
+            "several GPUs start this command once for each, with CUDA_VISIBLE_DEVICES, or set JAX_PLATFORMS=cpu"
+        )
     points, folder = make_points(cfg, recipe), Path(cfg.out).absolute()
     command = [*gptjax, "pretrain", str(recipe.path.absolute())]
     try:
         for name in ("runs", "logs", "claims"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         with _locked(folder):
+            check_recipe(read_jobs(folder), points, recipe)
             jobs = _table(cfg, points, folder, say)
         return _Workers(folder, jobs, command, cfg.workers, say).work()
     except (BucketError, BrokenPipeError):  # a store's outage, or the end of who reads our lines: not the folder's
@@ -116,13 +124,14 @@ class _Workers:
         self._results = Results(folder)
         self._slots: list[_Running | None] = [None] * workers
         self._in_vain: dict[str, int] = {}
+        self._given_up: dict[str, int] = {}  # the code of each
         self._not_before: dict[str, float] = {}
         self._done_flops = self._done_seconds = 0.0
         self._shortest = math.inf
         self._stopping, self._told, self._code = False, False, 0
 
     def work(self) -> int:
-        """Runs jobs until all are finished here or elsewhere, one fails for good, or a signal comes."""
+        """Runs jobs until all are finished here or elsewhere or given up, one fails for good, or a signal comes."""
         before = {number: signal.signal(number, self._stop) for number in SIGNALS}
         try:
             while True:
@@ -138,8 +147,9 @@ class _Workers:
                     self._code = 75
                     self._say("interrupted; run the same command again to go on with the sweep")
                     break
-                left = [job for job in self._jobs.values() if self._results.of(job) is None]
+                left = [job for job in self._jobs.values() if self._results.of(job) is None and not self._hopeless(job)]
                 if not left and not any(self._slots):
+                    self._tell_of_given_up()
                     break
                 for slot, running in enumerate(self._slots):
                     if running is None:
@@ -162,6 +172,19 @@ class _Workers:
         if not (any(self._slots) or paused or self._told):
             self._told = True
             self._say(f"waiting: other processes run what is left, {len(left)} jobs, or what those start from")
+
+    def _hopeless(self, job: Job) -> bool:
+        """Whether the job, or what it must wait for, was given up."""
+        if job.name in self._given_up:
+            return True
+        return bool(self._given_up and job.start) and not self._ready(job) and self._hopeless(self._jobs[job.parent])
+
+    def _tell_of_given_up(self) -> None:
+        left = [name for name, job in self._jobs.items() if self._results.of(job) is None]
+        if codes := [code for name, code in self._given_up.items() if name in left]:
+            self._code = 3 if codes[0] == 75 else codes[0]  # 75 would have the sweep started again
+            if waiting := [name for name in left if name not in self._given_up]:
+                self._say(f"not started, for what they start from was given up: {', '.join(waiting)}")
 
     def _stop(self, number: int, frame: object) -> None:
         self._stopping = True
@@ -236,7 +259,7 @@ class _Workers:
         in_vain = self._in_vain[job.name]
         if in_vain >= IN_VAIN and not self._stopping:
             self._say(f"job {job.name} ended with {code}, {in_vain} times in a row without progress; see {log}")
-            self._code = self._code or code
+            self._given_up[job.name] = code
         elif not self._stopping:
             self._say(f"job {job.name} ended with {code} after step {newest}: it is started again")
             self._not_before[job.name] = time.monotonic() + (PAUSE * 2 ** (in_vain - 1) if in_vain else 0.0)
