@@ -357,8 +357,8 @@ def settle(
         rows = np.flatnonzero(found.gradient_B > FLAT)
         if not len(rows):
             break
-        theirs = (None if array_BN is None else array_BN[rows] for array_BN in (loss_BN, weight_BN))
-        on = minimize(problem, found.theta_BP[rows], *theirs)
+        losses, weights = (None if array_BN is None else array_BN[rows] for array_BN in (loss_BN, weight_BN))
+        on = minimize(problem, found.theta_BP[rows], losses, weights)
         on = on._replace(turns_B=found.turns_B[rows] + on.turns_B)
         lower = on.objective_B <= found.objective_B[rows]
         for field, newer in zip(found, on):
