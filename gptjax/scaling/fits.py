@@ -13,9 +13,10 @@ summed over runs, not averaged: an average is so small that an optimizer's defau
 al. 2024, section 4); here each descent ends by its gradient, and one that has not goes on from where it is (`settle`).
 
 Intervals are percentiles of fits to redrawn losses (`redraw`); sizes and token counts stay as they were chosen. Drawing
-whole runs again draws a worse design than the one that was run, and its intervals are too wide by the coefficients'
-share of the runs (El Karoui & Purdom 2018): by 1.2 at 80 runs and 1.5 at 30, of noise far above Huber's width. Redrawn
-losses descend from the optimum of the true ones and from the 4 starts of the grid that lie lowest.
+whole runs again draws a worse design than the one that was run; its intervals are the wider, the fewer runs there are
+to a coefficient (El Karoui & Purdom 2018): 1.2 times the true scatter at 80 runs, 1.5 times at 30, measured with noise
+of ten times Huber's width. Redrawn losses descend from the optimum of the true ones and from the 4 starts of the grid
+that lie lowest.
 """
 
 import dataclasses
