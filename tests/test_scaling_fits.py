@@ -135,14 +135,13 @@ def test_bootstraps_near_the_optimum_find_what_starts_all_over_the_grid_find(noi
 def test_redrawn_losses_err_up_and_down_as_the_law_of_the_others_errs_nearby(noisy):
     _, N, D, loss = runs(6, 0.01)
     problem, _ = fits.chinchilla_problem(N, D, loss, 1e-3)
-    moved_BN = np.log(redraw(problem, scaling_fit.theta(noisy), 60, np.random.default_rng(0)) / noisy.law.loss(N, D))
+    moved_BN = np.log(redraw(problem, scaling_fit.theta(noisy), 200, np.random.default_rng(0)) / noisy.law.loss(N, D))
     left = np.arange(len(N)) == 17
     others = fit_chinchilla(N[~left], D[~left], loss[~left]).law
     error = np.sqrt(25 / 30) * abs(float(np.log(loss[17] / others.loss(N[17], D[17]))))
     drawn = np.isclose(np.abs(moved_BN), error, rtol=1e-3)
     assert drawn[:, 17].any() and not drawn[:, np.abs(np.log(N / N[17])) > 5].any()
-    assert np.all([len(np.unique(np.abs(column).round(9))) == 5 for column in moved_BN.T])  # of its 5 nearest runs
-    assert np.all(np.min(moved_BN, axis=0) < 0) and np.all(np.max(moved_BN, axis=0) > 0)
+    assert np.all([len(np.unique(column.round(9))) == 10 for column in moved_BN.T])  # of its 5 nearest, up and down
 
 
 def test_redrawn_losses_do_not_lie_on_the_law_where_the_fit_goes_through_a_run(noisy):
