@@ -32,7 +32,7 @@ import numpy as np
 from facts import facts, write_report
 
 from gptjax.scaling import fits
-from gptjax.scaling.fits import Fitted, fit_chinchilla, refit, resamples
+from gptjax.scaling.fits import Fitted, fit_chinchilla, redraw, refit
 from gptjax.scaling.laws import HOFFMANN
 
 DELTA, NOISE, BOOTSTRAPS, SEED = 1e-3, 0.01, 1000, 0
@@ -80,20 +80,20 @@ def speed() -> dict[str, Any]:
     ours, our_cpu = time.perf_counter() - began, time.process_time() - cpu
 
     problem, starts = fits.chinchilla_problem(N, D, loss, DELTA)
-    weight_BN = resamples(len(N), BOOTSTRAPS, 5, np.random.default_rng(SEED))
+    loss_BN = redraw(problem, theta(fitted), BOOTSTRAPS, np.random.default_rng(SEED))
     near_SP = np.vstack([theta(fitted), fits.neighbours(problem, starts)])
-    own = refit(problem, near_SP, weight_BN[:SCIPY_BOOTSTRAPS])
-    whole = np.vstack([np.ones((1, len(N))), weight_BN[:WHOLE_GRID_BOOTSTRAPS]])
+    own = refit(problem, near_SP, loss_BN[:SCIPY_BOOTSTRAPS])
+    whole = np.vstack([loss, loss_BN[:WHOLE_GRID_BOOTSTRAPS]])
     best = refit(problem, starts, whole).objective_B  # every start, to the end
     mine = np.append(fitted.objective, own.objective_B[:WHOLE_GRID_BOOTSTRAPS])
 
-    scipy = Scipy(N, D, loss)
+    scipy = Scipy(N, D)
     share = starts[::GRID_STRIDE]
     began, cpu = time.perf_counter(), time.process_time()
-    grid = [scipy.fit(start, np.ones(len(N)))[0] for start in share]
+    grid = [scipy.fit(start, loss)[0] for start in share]
     a_start, cpu_of_start = (time.perf_counter() - began) / len(share), (time.process_time() - cpu) / len(share)
     began, cpu = time.perf_counter(), time.process_time()
-    found = [min(scipy.fit(start, weight)[0] for start in near_SP) for weight in weight_BN[:SCIPY_BOOTSTRAPS]]
+    found = [min(scipy.fit(start, redrawn)[0] for start in near_SP) for redrawn in loss_BN[:SCIPY_BOOTSTRAPS]]
     a_bootstrap = (time.perf_counter() - began) / SCIPY_BOOTSTRAPS
     cpu_of_bootstrap = (time.process_time() - cpu) / SCIPY_BOOTSTRAPS
 
@@ -123,28 +123,27 @@ def theta(fitted: Fitted) -> np.ndarray:
 
 
 class Scipy:
-    """The same objective and coordinates for scipy.optimize.minimize, one start and one resample at a time."""
+    """The same objective and coordinates for scipy.optimize.minimize, one start and one row of losses at a time."""
 
-    def __init__(self, N: np.ndarray, D: np.ndarray, loss: np.ndarray):
+    def __init__(self, N: np.ndarray, D: np.ndarray):
         x, y = np.log(N), np.log(D)
         self.mean, self.spread = (x.mean(), y.mean()), (x.std(), y.std())
         self.x, self.y = (x - x.mean()) / x.std(), (y - y.mean()) / y.std()
-        self.log_loss = np.log(loss)
 
-    def value_and_gradient(self, phi: np.ndarray, weight: np.ndarray) -> tuple[float, np.ndarray]:
+    def value_and_gradient(self, phi: np.ndarray, log_loss: np.ndarray) -> tuple[float, np.ndarray]:
         a, b, e, alpha, beta = phi
         first, second = a - alpha * self.x, b - beta * self.y
         top = np.maximum(np.maximum(first, second), e)
         p, q, r = np.exp(first - top), np.exp(second - top), np.exp(e - top)
         total = p + q + r
-        error = top + np.log(total) - self.log_loss
+        error = top + np.log(total) - log_loss
         pull = np.clip(error, -DELTA, DELTA)
-        share = weight * pull / total / (DELTA * len(weight))
+        share = pull / total / (DELTA * len(log_loss))
         p, q, r = share * p, share * q, share * r
         gradient = np.array([p.sum(), q.sum(), r.sum(), -(p @ self.x), -(q @ self.y)])
-        return float(weight @ (pull * (error - pull / 2))) / (DELTA * len(weight)), gradient
+        return float(np.sum(pull * (error - pull / 2))) / (DELTA * len(log_loss)), gradient
 
-    def fit(self, start: np.ndarray, weight: np.ndarray) -> tuple[float, np.ndarray]:
+    def fit(self, start: np.ndarray, loss: np.ndarray) -> tuple[float, np.ndarray]:
         """The objective as a sum over points, and where it is least."""
         import scipy.optimize
 
@@ -153,9 +152,9 @@ class Scipy:
         phi = np.array([a - alpha * mx, b - beta * my, e, alpha * sx, beta * sy])
         settings = {"maxiter": 2000, "maxfun": 4000, "ftol": 1e-14, "gtol": 1e-8}
         found = scipy.optimize.minimize(
-            self.value_and_gradient, phi, (weight,), jac=True, method="L-BFGS-B", options=settings
+            self.value_and_gradient, phi, (np.log(loss),), jac=True, method="L-BFGS-B", options=settings
         )
-        return float(found.fun) * DELTA * len(weight), found.x
+        return float(found.fun) * DELTA * len(loss), found.x
 
 
 def coverage(replicas: int, bootstraps: int) -> dict[str, Any]:

@@ -52,17 +52,19 @@ class Minimum(NamedTuple):
 
 
 def minimize(
-    problem: Problem, start_BP: np.ndarray, weight_BN: np.ndarray, loss_BN: np.ndarray | None = None, turns: int = 600
-) -> Minimum:
-    """Descends from every row of start_BP, each with its own weights of the points, for at most `turns` turns.
+    problem: Problem, start_BP: np.ndarray, loss_BN: np.ndarray | None = None, weight_BN: np.ndarray | None = None,
+    turns: int = 600,
+) -> Minimum:  # fmt: skip
+    """Descends from every row of start_BP, for at most `turns` turns.
 
-    loss_BN: losses of each row in place of the problem's.
+    loss_BN: losses of each row in place of the problem's. weight_BN: weights of each row's points in place of 1.
     """
     basis_PP = _coordinates(problem.design_KNP)
     scale = len(problem.loss_N) * (problem.delta if problem.residual == "huber" else 1.0)
     start_BP = np.linalg.solve(basis_PP, start_BP.T).T
-    if loss_BN is None:
-        loss_BN = np.broadcast_to(problem.loss_N, weight_BN.shape)
+    shape = (len(start_BP), len(problem.loss_N))
+    loss_BN = np.broadcast_to(problem.loss_N if loss_BN is None else loss_BN, shape)
+    weight_BN = np.broadcast_to(1.0 if weight_BN is None else weight_BN, shape)
     lanes = -(-len(start_BP) // LANES) * LANES
     pad = np.arange(lanes) % len(start_BP)
     more = (0, -len(problem.loss_N) % POINTS)
