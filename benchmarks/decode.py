@@ -36,10 +36,11 @@ import jax.numpy as jnp
 import numpy as np
 from facts import facts, spread, write_report
 
+from gptjax.cache import bucket
 from gptjax.config import ModelConfig
 from gptjax.decoder import Decoder, Params, init_params
 from gptjax.fewrows import several
-from gptjax.generate import bucket, decode, decode_params, prefill
+from gptjax.generate import decode, decode_params, prefill
 from gptjax.startup import tune_process
 
 NEVER = np.array([-1], np.int32)  # stop ids that no row meets

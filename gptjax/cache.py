@@ -5,6 +5,7 @@ scores of one query are sums over rows, which XLA on a CPU computes on all cores
 reason.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from gptjax.attention import Sight, probabilities
 from gptjax.config import ModelConfig
 from gptjax.fewrows import several
+from gptjax.sharding import constrain, suffix
 
 Cache = dict[str, jax.Array]
 
@@ -25,6 +27,37 @@ def empty_cache(cfg: ModelConfig, rows: int, slots: int, dtype: Any) -> list[Cac
     B, G, M, K = rows, cfg.num_kv_heads, slots, cfg.head_size
     return [{"k_BGKM": jnp.zeros((B, G, K, M), dtype), "v_BGMK": jnp.zeros((B, G, M, K), dtype)}
             for _ in range(cfg.num_layers)]  # fmt: skip
+
+
+def bucket(size: int, most: int) -> int:
+    """The size rounded up to 2^i or 3 2^i, from 16 to `most`: few programs to compile, at most half again the work."""
+    fits = (n for i in range(4, 64) for n in (1 << i, 3 << (i - 1)) if n >= size)
+    return min(next(fits), most)
+
+
+def room(rows: int) -> int:
+    """Free slots that a cache of so many rows gets when it is made or grows.
+
+    More are read in vain by every step; with fewer, compiling for each size takes longer than the reading it saves.
+    """
+    return max(256, 8192 // rows)
+
+
+def grown(state: dict[str, Any], slots: int) -> dict[str, Any]:
+    """A batch's state, its layers' caches under `cache`, with free slots behind those it has, `slots` in all.
+
+    One array after another takes the place of the old one in `state` itself: two whole caches may not fit.
+    """
+    for tree in (*state["cache"], state):
+        for name in [name for name in tree if "M" in suffix(name)]:
+            tree[name] = _grown(tree[name], name, slots)
+    return state
+
+
+@functools.partial(jax.jit, static_argnames=("name", "slots"))
+def _grown(x: jax.Array, name: str, slots: int) -> jax.Array:
+    more = [(0, slots - size if letter == "M" else 0) for letter, size in zip(suffix(name), x.shape, strict=True)]
+    return constrain(jnp.pad(x, more), suffix(name))
 
 
 def write(cache: Cache, k_BLGK: jax.Array, v_BLGK: jax.Array, start_B: jax.Array) -> Cache:

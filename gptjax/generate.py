@@ -2,7 +2,8 @@
 
 The cache's slots are positions. Prompts of different lengths are padded on the right; a row's own tokens overwrite
 the padding before it is ever seen. The loop runs at most n tokens a call, n an argument: a stream calls the very
-program that an unstreamed text runs, only more often.
+program that an unstreamed text runs, only more often. A step reads every slot, so there are not many more of them than
+tokens: a cache that is full grows, and what reads it is compiled again.
 
 Random numbers belong to a row, never to a batch: the token at position p is drawn with
 fold_in(fold_in(key(seed), copy), p), where `copy` counts the earlier rows of the batch with the same prompt. So a seed
@@ -24,7 +25,7 @@ from jax.experimental import multihost_utils
 
 from gptjax import fewrows
 from gptjax.block import block
-from gptjax.cache import empty_cache
+from gptjax.cache import bucket, empty_cache, grown, room
 from gptjax.config import GenerateConfig
 from gptjax.decoder import Decoder, Params, extend, next_logits, unstacked
 from gptjax.losses import MASKED
@@ -168,20 +169,21 @@ def stream_ids(
     seen = [tuple(ids) for ids in prompts]
     copies = copies or [seen[:row].count(ids) for row, ids in enumerate(seen)]
     rows = {"copy_B": np.array(copies, np.int32), "last_B": length_B + cfg.max_new_tokens - 1}
-    settings, seed = active(cfg), np.uint32(cfg.seed)
-    slots = bucket(length_B.max() + cfg.max_new_tokens, decoder.context)
+    settings, seed, stops = active(cfg), np.uint32(cfg.seed), np.array(stop_ids, np.int32)
+    most = length_B.max() + cfg.max_new_tokens
+    slots = bucket(min(length_B.max() + room(len(prompts)), most), decoder.context)
     state = prefill(decoder, params, prompt_BL, length_B, slots, "repetition_penalty" in settings)
-    position_B = length_B - 1
-    while True:
-        finished_B = np.isin(np.arange(len(prompts)), list(finished))
-        state = decode(
-            decoder, params, state, rows, settings, seed, np.array(stop_ids, np.int32), finished_B, np.int32(chunk)
-        )
+    position_B, running_B = length_B - 1, ~np.isin(np.arange(len(prompts)), list(finished))
+    while running_B.any():
+        filled = position_B[running_B].max() + 1
+        if filled == slots:
+            slots = bucket(min(filled + room(len(prompts)), most), decoder.context)
+            state = grown(state, slots)
+        n = np.int32(min(chunk, slots - filled))
+        state = decode(decoder, params, state, rows, settings, seed, stops, ~running_B, n)
         tokens_BM, new_B, done_B = (_read(state[name]) for name in ("tokens_BM", "position_B", "done_B"))
         yield [row[a + 1 : b + 1].tolist() for row, a, b in zip(tokens_BM, position_B, new_B, strict=True)]
-        position_B = new_B
-        if (done_B | np.isin(np.arange(len(prompts)), list(finished))).all():
-            return
+        position_B, running_B = new_B, ~(done_B | np.isin(np.arange(len(prompts)), list(finished)))
 
 
 def _outputs_first(decoder: Decoder, rows: int) -> bool:
@@ -210,12 +212,6 @@ def _check(decoder: Decoder, prompts: Sequence[Sequence[int]], cfg: GenerateConf
                 f"{setting}={cfg.max_new_tokens}: wanted at most {room}, since {name} takes {len(ids)} of the model's "
                 f"{context} positions; add --{setting.replace('_', '-')} {room} or shorten the prompt"
             )
-
-
-def bucket(size: int, most: int) -> int:
-    """The size rounded up to 2^i or 3 2^i, from 16 to `most`: few programs to compile, at most half again the work."""
-    fits = (n for i in range(4, 64) for n in (1 << i, 3 << (i - 1)) if n >= size)
-    return min(next(fits), most)
 
 
 def _read(x: jax.Array) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import re
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 
 from gptjax import fewrows
 from gptjax.block import block
-from gptjax.cache import empty_cache
+from gptjax.cache import empty_cache, grown
 from gptjax.config import GenerateConfig, MeshConfig, ModelConfig
 from gptjax.decoder import Decoder, extend, init_params, layer_params, unstacked
 from gptjax.generate import (
@@ -35,6 +36,7 @@ GPT2 = ModelConfig(num_layers=2, width=32, num_heads=4, dtype="float32")
 LLAMA = dataclasses.replace(
     GPT2, queries_per_kv=2, positions="rope", norm="rmsnorm", activation="swiglu", biases=False, tied=False
 )
+MODULE = importlib.import_module("gptjax.generate")  # the package's attribute of that name is a function
 TOKENIZER = BytesTokenizer()
 CONTEXT = 18
 # With 11 new tokens the longest prompt fills the context, and each alone needs as many slots of the cache as all
@@ -152,13 +154,42 @@ def test_the_compiled_loop_copies_neither_the_cache_nor_a_weight(rows: int):
         assert not re.search(rf"= f32\[{','.join(map(str, shape))}\]\S* copy\(", loop.as_text())
 
 
+def test_a_cache_grows_when_it_is_full_and_changes_no_text(gpt2: Model, monkeypatch):
+    want = generate_ids(*gpt2, PROMPTS, sampled(), stop_ids=NEVER)
+    sizes = []
+    monkeypatch.setattr(MODULE, "room", lambda rows: 4)
+    monkeypatch.setattr(MODULE, "grown", lambda state, slots: (sizes.append(slots), grown(state, slots))[1])
+    assert generate_ids(*gpt2, PROMPTS, sampled(), stop_ids=NEVER) == want
+    assert sizes == [CONTEXT]
+    news = list(stream_ids(*gpt2, PROMPTS, sampled(), stop_ids=NEVER, chunk=5))
+    assert [[len(ids) for ids in new] for new in news] == [[5] * 4, [4] * 4, [2] * 4]
+    assert [sum(row, []) for row in zip(*news, strict=True)] == want
+
+
+@pytest.mark.parametrize("rows, slots", [(1, 1000), (32, 384)])
+def test_a_cache_begins_with_few_free_slots_where_many_rows_read_them(gpt2: Model, monkeypatch, rows, slots):
+    def no_prefill(decoder, params, prompt_BL, length_B, slots, keep_seen):
+        raise Asked(slots)
+
+    monkeypatch.setattr(MODULE, "prefill", no_prefill)
+    long = gpt2[0].clone(context=1000)
+    with pytest.raises(Asked, match=str(slots)):
+        next(stream_ids(long, gpt2[1], [[1]] * rows, GenerateConfig(max_new_tokens=900)))
+
+
+class Asked(Exception):
+    """Ends a test that has what it wanted to know."""
+
+
 @pytest.mark.slow
-def test_a_sharded_model_writes_the_same_text(gpt2: Model):
+def test_a_sharded_model_writes_the_same_text(gpt2: Model, monkeypatch):
     decoder, params = gpt2
     want = generate_ids(decoder, params, PROMPTS, sampled(), stop_ids=NEVER)
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2, context=2))
     sharded = put(jax.tree.map(np.asarray, params), mesh)
     with jax.set_mesh(mesh):
+        assert generate_ids(decoder, sharded, PROMPTS, sampled(), stop_ids=NEVER) == want
+        monkeypatch.setattr(MODULE, "room", lambda rows: 4)
         assert generate_ids(decoder, sharded, PROMPTS, sampled(), stop_ids=NEVER) == want
     with pytest.raises(InputError, match="no mesh is set"):
         generate_ids(decoder, sharded, PROMPTS, sampled(), stop_ids=NEVER)
