@@ -4,7 +4,7 @@ gptjax sweep configs/ladder.py --out runs/ladder --set data.source=FOLDER --grid
 
 The models of Llama's kind: rotary positions, RMSNorm, SwiGLU, queries and keys normalised, a tied head. The schedule is
 warm-up, stable, decay, so that one long run serves every shorter horizon (Hagele et al. 2024). Batch and learning rate
-do not depend on the horizon: 2,048 tokens a step, and a peak that falls with the root of the width from 5.6e-3 at 48.
+do not depend on the horizon: 1,024 tokens a step, and a peak that falls with the root of the width from 5.6e-3 at 48.
 (Of 4e-3, 8e-3 and 1.6e-2 at width 48 the first two were best, 0.005 apart; at width 96, 4e-3 beat 2e-3.) FOLDER is a
 corpus made by `gptjax prepare` with a vocabulary of 2,048.
 """
@@ -38,7 +38,7 @@ def pretrain(size: int = 4) -> TrainConfig:
             activation="swiglu", biases=False, qk_norm=True, dtype="float32",
         ),
         tokenizer=TokenizerConfig(vocab_size=2048),
-        data=DataConfig(batch_size=8, length=256, validation_fraction=0.02),
+        data=DataConfig(batch_size=8, length=128, validation_fraction=0.02),
         optim=OptimConfig(
             learning_rate=5.6e-3 * (48 / width) ** 0.5, schedule="wsd", warmup_steps=50, final_fraction=0.0,
             decay_fraction=0.2,
