@@ -36,8 +36,8 @@ from gptjax.startup import usable_cores
 from gptjax.sweep.points import Point, make_points
 
 RECIPE, VOCAB = ROOT / "configs" / "ladder.py", 2048
-FITTED = ("1.2e12:1,2,4@0,1", "2.13e12:1,2,4@0,1", "3.79e12:1,2,3,4,5@0,1", "6.75e12:2,4,5@0,1", "1.2e13:2,4,5@0,1")
-HELD_OUT = ("2.13e13:4,5,6", "3.79e13:5,6,7")
+FITTED = ("1.2e12:1,2,3@0,1", "2.13e12:2,3,4@0,1", "3.79e12:2,3,4,5,6@0,1", "6.75e12:4,6,7@0,1", "1.2e13:6,7,9@0,1")
+HELD_OUT = ("2.13e13:8,9,10", "3.79e13:9,10,11")
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
-"""A family of tiny models with one dial, for scaling laws on a CPU: sizes 1 (99k parameters) to 10 (2.8M).
+"""A family of tiny models with one dial, for scaling laws on a CPU: sizes 1 (99k parameters) to 15 (1.6M).
 
 gptjax sweep configs/ladder.py --out runs/ladder --set data.source=FOLDER --grid 1e13:3,4,5 2e13:4,5,6
 
 The models of Llama's kind: rotary positions, RMSNorm, SwiGLU, queries and keys normalised, a tied head. The schedule is
 warm-up, stable, decay, so that one long run serves every shorter horizon (Hagele et al. 2024). Batch and learning rate
-do not depend on the horizon: 2,048 tokens a step, and a peak that falls with the root of the width from 5.6e-3 at 48.
+do not depend on the horizon: 1,024 tokens a step, and a peak that falls with the root of the width from 5.6e-3 at 48.
 (Of 4e-3, 8e-3 and 1.6e-2 at width 48 the first two were best, 0.005 apart; at width 96, 4e-3 beat 2e-3.) FOLDER is a
 corpus made by `gptjax prepare` with a vocabulary of 2,048.
 """
@@ -20,13 +20,13 @@ from gptjax.config import (
 )
 from gptjax.settings import InputError
 
-SHAPES = {  # layers and width
-    1: (2, 32), 2: (2, 48), 3: (3, 48), 4: (3, 64), 5: (3, 80), 6: (4, 80), 7: (4, 96), 8: (5, 112), 9: (5, 128),
-    10: (6, 160),
+SHAPES = {  # layers and width; each size has about 1.25 times the parameters of the one before
+    1: (2, 32), 2: (2, 40), 3: (2, 48), 4: (3, 48), 5: (3, 56), 6: (3, 64), 7: (3, 72), 8: (3, 80), 9: (4, 80),
+    10: (4, 88), 11: (4, 96), 12: (4, 104), 13: (4, 112), 14: (5, 112), 15: (5, 128),
 }  # fmt: skip
 
 
-def pretrain(size: int = 4) -> TrainConfig:
+def pretrain(size: int = 6) -> TrainConfig:
     if size not in SHAPES:
         raise InputError(f"--size {size}: wanted 1 to {max(SHAPES)}")
     layers, width = SHAPES[size]
@@ -34,11 +34,11 @@ def pretrain(size: int = 4) -> TrainConfig:
         run_dir=f"runs/ladder_{size}",
         steps=2000,
         model=ModelConfig(
-            num_layers=layers, width=width, num_heads=width // 16, positions="rope", norm="rmsnorm",
+            num_layers=layers, width=width, num_heads=4, positions="rope", norm="rmsnorm",
             activation="swiglu", biases=False, qk_norm=True, dtype="float32",
         ),
         tokenizer=TokenizerConfig(vocab_size=2048),
-        data=DataConfig(batch_size=8, length=256, validation_fraction=0.02),
+        data=DataConfig(batch_size=8, length=128, validation_fraction=0.02),
         optim=OptimConfig(
             learning_rate=5.6e-3 * (48 / width) ** 0.5, schedule="wsd", warmup_steps=50, final_fraction=0.0,
             decay_fraction=0.2,
