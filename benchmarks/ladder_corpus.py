@@ -7,9 +7,9 @@ Technical prose from the descriptions of two clouds' programming interfaces (bot
 one description (of an operation or a field), or one speech or stanza. Of the descriptions, which repeat one another,
 lines that occurred before, in whatever document, and lines of fewer than 40 characters are left out.
 
-Documents are shuffled, so that every part of the text is like every other. With a service whole as a document, neighbours
-in a row were near copies of one another: runs of more than about 4M tokens learned to copy, and fell up to 10 % below
-the law through the shorter ones.
+Documents are shuffled, so that every part of the text is like every other. With a service whole as a document, what
+lies near in a row was nearly a copy, and runs of more than about 4M tokens fell up to 10 % below the law through the
+shorter ones, probably because they had learned to copy.
 """
 
 import argparse
