@@ -165,11 +165,11 @@ def first_alone(name: str) -> Iterator[None]:
         barrier(name)
 
 
-def agreed(local: Callable[[], bool]) -> Callable[[], bool]:
-    """A function like `local` that turns true in every process at the same call, one call after it did in any.
+def agreed(local: Callable[[], int]) -> Callable[[], int]:
+    """A function that gives every process the largest number that `local` gave any of them, one call later.
 
-    Each call is a small sum over all devices, which runs behind what was dispatched before; its result is read at the
-    next call. So all processes must call it equally often.
+    Each call is a small reduction over all devices, which runs behind what was dispatched before; its result is read at
+    the next call. So all processes must call it equally often.
     """
     if not several():
         return local
@@ -179,16 +179,16 @@ def agreed(local: Callable[[], bool]) -> Callable[[], bool]:
 
     mesh = Mesh(np.array(jax.devices()), ("all",))
     where = NamedSharding(mesh, jax.P("all"))
-    total = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, jax.P()))
+    largest = jax.jit(lambda x: x.max(), out_shardings=NamedSharding(mesh, jax.P()))
     before: list[Any] = []
 
-    def anyone() -> bool:
+    def of_all() -> int:
         mine = np.array([local()], np.int32)
-        flags = jax.make_array_from_callback((jax.device_count(),), where, lambda index: mine)
-        before.append(total(flags))
-        return len(before) > 1 and bool(jax.device_get(before.pop(0)))
+        numbers = jax.make_array_from_callback((jax.device_count(),), where, lambda index: mine)
+        before.append(largest(numbers))
+        return int(jax.device_get(before.pop(0))) if len(before) > 1 else 0
 
-    return anyone
+    return of_all
 
 
 def leave(code: int) -> None:

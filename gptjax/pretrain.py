@@ -39,6 +39,7 @@ from gptjax.train import (
 )
 from gptjax.transfer import start_from
 
+ASKED, NEAR = 1, 2  # why training ends early: a signal, or the time limit
 SAVE_BYTES_A_SECOND = 5e7  # of a process, to a slow disk; how long the last save may take is guessed by it at first
 
 
@@ -136,11 +137,13 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
                 config.time_limit_seconds, STARTED, lambda: checkpoints.seconds or size / SAVE_BYTES_A_SECOND
             )
 
+            reason = agreed(lambda: NEAR if limit.near() else ASKED if signals.stop() else 0)
+
             def stop() -> bool:
-                if limit.near() and not signals.stop():
+                why = reason()
+                if why == NEAR:  # for any of the processes, which did not start at the same moment
                     _say(f"time_limit={config.time_limit} is near: saving, and ending")
-                    signals.ask()
-                return signals.stop()
+                return why > 0
 
             signals.defer()
             given = ending.enter_context(contextlib.closing(batches()))
@@ -149,7 +152,7 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
                     train_step, state, {}, given, config.steps,
                     mesh=mesh, rows=rows, log=log, save=save, save_every=config.checkpoint.every,
                     save_at=config.checkpoint.at,
-                    hooks={evaluate_at: config.evaluate.every}, stop=agreed(stop), trace=profile,
+                    hooks={evaluate_at: config.evaluate.every}, stop=stop, trace=profile,
                 )  # fmt: skip
             if config.sample:
                 _print_sample(config, decoder, trained_params(state), feed.tokenizer)

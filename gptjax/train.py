@@ -260,10 +260,6 @@ class Signals:
     def defer(self) -> None:
         self._deferred = True
 
-    def ask(self) -> None:
-        """Has `stop` turn true as a signal does."""
-        self._received = True
-
     def stop(self) -> bool:
         return self._received
 
