@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 
 from gptjax.config import CheckpointConfig
-from gptjax.digest import MANIFEST, check_manifest, digests, folder_files, leaf_names, write_manifest
+from gptjax.digest import MANIFEST, check_manifest, digests, folder_files, leaf_names, sealed_steps, write_manifest
 from gptjax.distributed import barrier, from_first, nobody_objects, title
 from gptjax.paths import PROBE, TRASH, place, store
 from gptjax.settings import InputError
@@ -63,8 +63,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The committed steps, in order, read from the disk at each call."""
-        names = [n for n in self.store.names(self.folder) if re.fullmatch("[0-9]{8,}", n)]
-        return sorted(int(n) for n in names if self.store.is_file(self.folder / n / MANIFEST))
+        return sealed_steps(self.folder)
 
     def newest(self) -> int | None:
         """The newest committed step; None where there is none."""

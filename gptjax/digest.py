@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,12 @@ def write_manifest(folder: Path, step: int) -> None:
     # Beside the folder, not inside it: a leftover of a kill must not count as one of its files.
     temporary = folder.with_name(f"{folder.name}.orbax-manifest")
     store(folder).write(folder / MANIFEST, text.encode(), temporary)
+
+
+def sealed_steps(folder: Path) -> list[int]:
+    """The steps in a folder of checkpoints that have a manifest, which is written last, in order."""
+    names = [n for n in store(folder).names(folder) if re.fullmatch("[0-9]{8,}", n)]
+    return sorted(int(n) for n in names if store(folder).is_file(folder / n / MANIFEST))
 
 
 def check_manifest(folder: Path, step: int) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.config import EXTENDABLE, SCHEMA, TrainConfig, frozen_changes
-from gptjax.digest import MANIFEST
+from gptjax.digest import MANIFEST, sealed_steps
 from gptjax.paths import MARK, PROBE, place, store
 from gptjax.settings import InputError, build, leaves
 
@@ -216,8 +216,7 @@ def write_json(path: Path, document: Any) -> None:
 def _changes(run: Run, config: TrainConfig) -> tuple[str, ...]:
     """What differs from the settings in config.json; raises where a checkpoint forbids it."""
     files = store(run.folder)
-    saved = [name for name in files.names(run.checkpoints) if files.is_file(run.checkpoints / name / MANIFEST)]
-    if not saved:
+    if not any(files.is_file(run.checkpoints / name / MANIFEST) for name in files.names(run.checkpoints)):
         return ()  # no step was ever committed, so nothing is lost by starting afresh
     if not files.is_file(run.config_path):
         raise InputError(
@@ -230,7 +229,7 @@ def _changes(run: Run, config: TrainConfig) -> tuple[str, ...]:
             f"{run.folder} was trained with other settings: {'; '.join(frozen)}; "
             "keep the old values, or give another --run-dir"
         )
-    newest = max((int(name) for name in saved if name.isdecimal()), default=0)
+    newest = max(sealed_steps(run.checkpoints), default=0)
     if config.steps < newest:
         raise InputError(
             f"steps={config.steps}: {run.folder} is at step {newest} already; wanted --steps {newest} or more, or "

@@ -14,7 +14,6 @@ from gptjax.config.sweep import SweepConfig
 from gptjax.config.tokenizer import TokenizerConfig, TrainTokenizerConfig
 from gptjax.config.training import (
     EXTENDABLE,
-    FREE,
     SCHEMA,
     CheckpointConfig,
     EvalConfig,
@@ -26,7 +25,7 @@ from gptjax.config.training import (
 )
 
 __all__ = [
-    "EXTENDABLE", "FREE", "SCHEMA", "CheckpointConfig", "ContinueConfig", "DataConfig", "DoctorConfig", "EvalConfig",
+    "EXTENDABLE", "SCHEMA", "CheckpointConfig", "ContinueConfig", "DataConfig", "DoctorConfig", "EvalConfig",
     "EvaluateConfig", "FitConfig", "GenerateConfig", "MeshConfig", "ModelConfig", "OptimConfig", "PredictConfig",
     "PrepareConfig", "ShowConfig", "SweepConfig", "TokenizerConfig", "TrainConfig", "TrainTokenizerConfig",
     "VerifyConfig", "frozen", "frozen_changes",
