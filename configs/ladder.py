@@ -6,7 +6,7 @@ The models of Llama's kind: rotary positions, RMSNorm, SwiGLU, queries and keys 
 warm-up, stable, decay, so that one long run serves every shorter horizon (Hagele et al. 2024). Batch and learning rate
 do not depend on the horizon: 1,024 tokens a step, and a peak that falls with the root of the width from 5.6e-3 at 48.
 (With 2,048 tokens a step 4e-3 and 8e-3 were best at width 48, 0.005 apart, before 1.6e-2; at width 96, 4e-3 beat 2e-3.)
-FOLDER is a corpus made by `gptjax prepare` with a vocabulary of 2,048. Runs of 5 to 33 tokens a parameter lie on
+FOLDER is a corpus made by `gptjax prepare` with a vocabulary of 1,024. Runs of 5 to 33 tokens a parameter lie on
 Chinchilla's law with a root mean square of 0.4 %.
 """
 
@@ -21,9 +21,9 @@ from gptjax.config import (
 )
 from gptjax.settings import InputError
 
-SHAPES = {  # layers and width; each size has about 1.25 times the parameters of the one before
-    1: (2, 32), 2: (2, 40), 3: (2, 48), 4: (3, 48), 5: (3, 56), 6: (3, 64), 7: (3, 72), 8: (3, 80), 9: (4, 80),
-    10: (4, 88), 11: (4, 96), 12: (4, 104), 13: (4, 112), 14: (5, 112), 15: (5, 128),
+SHAPES = {  # layers and width
+    1: (2, 36), 2: (2, 42), 3: (2, 48), 4: (3, 48), 5: (3, 54), 6: (3, 60), 7: (3, 66), 8: (3, 72), 9: (3, 78),
+    10: (3, 84), 11: (4, 84), 12: (4, 90), 13: (4, 96), 14: (4, 102), 15: (4, 108), 16: (5, 108),
 }  # fmt: skip
 
 
@@ -35,10 +35,10 @@ def pretrain(size: int = 6) -> TrainConfig:
         run_dir=f"runs/ladder_{size}",
         steps=2000,
         model=ModelConfig(
-            num_layers=layers, width=width, num_heads=4, positions="rope", norm="rmsnorm",
+            num_layers=layers, width=width, num_heads=3, positions="rope", norm="rmsnorm",
             activation="swiglu", biases=False, qk_norm=True, dtype="float32",
         ),
-        tokenizer=TokenizerConfig(vocab_size=2048),
+        tokenizer=TokenizerConfig(vocab_size=1024),
         data=DataConfig(batch_size=8, length=128, validation_fraction=0.02),
         optim=OptimConfig(
             learning_rate=5.6e-3 * (48 / width) ** 0.5, schedule="wsd", warmup_steps=50, final_fraction=0.0,
