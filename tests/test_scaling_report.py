@@ -13,6 +13,7 @@ from gptjax.config import FitConfig
 from gptjax.scaling import plots, report
 from gptjax.scaling.fitting import approaches, curves_of, two_point
 from gptjax.scaling.laws import Chinchilla
+from gptjax.scaling.predicting import summary
 from gptjax.scaling.saved import KEYS, open_fit, strict
 from gptjax.scaling.table import Curve, read_table
 
@@ -227,6 +228,28 @@ def test_the_two_point_line_goes_through_the_best_runs_of_the_two_largest_budget
         best = np.argmin(points.loss[of])
         assert line.loss(points.flops[of][best]) == pytest.approx(points.loss[of][best], rel=1e-12)
     assert line.slope < 0 and two_point(points.up_to(2e17)) is None
+
+
+def test_one_lucky_seed_does_not_make_its_size_the_best(table, tmp_path):
+    # In the largest budget the smallest size has the least loss of all with one seed, and the greatest with the other.
+    header, *lines = table.read_text().splitlines()
+    rows = [line.split(",") for line in lines if line.split(",")[1] == f"{BUDGETS[-1]}"]
+    least = min(float(row[5]) for row in rows)
+    twins = [[*row[:5], f"{float(row[5]) * (1.02 if i else 1.2)}", "1"] for i, row in enumerate(rows)]
+    rows[0] = [*rows[0][:5], f"{0.99 * least}", "0"]
+    seeded = tmp_path / "seeded.csv"
+    kept = [line.split(",") for line in lines if line.split(",")[1] != f"{BUDGETS[-1]}"]
+    seeded.write_text("\n".join(",".join(row) for row in ([header], *kept, *rows, *twins)) + "\n")
+    points = read_table([seeded])
+    best = points.best(BUDGETS[-1])
+    assert len(best) == 2 and points.loss[best].min() == pytest.approx(least)
+    assert two_point(points).losses[1] == pytest.approx(1.01 * least)
+    same = {"name": "", "budget": 1.0, "tokens": 1.0, "predicted": 2.02, "two_point": 2.04}
+    runs = ((1, 1.9), (1, 2.5), (2, 2.0), (2, 2.04))
+    lucky = [same | {"parameters": n, "loss": loss, "error": 2.02 / loss - 1} for n, loss in runs]
+    assert summary(lucky)["best"] == {
+        "rows": 1, "mean_error": pytest.approx(0.0), "mean_two_point_error": pytest.approx(0.02 / 2.02)
+    }  # fmt: skip
 
 
 def test_training_curves_make_an_envelope(fitted, table):

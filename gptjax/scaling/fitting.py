@@ -216,15 +216,12 @@ def leave_out(table: Table, fit_law: Callable[..., Fitted], settings: dict[str, 
 
 
 def two_point(table: Table) -> TwoPoint | None:
-    """The line through the least losses of the two largest budgets; None where there are not two."""
-    best = []
-    for budget in table.budgets[-2:]:
-        of = np.flatnonzero(table.budget == budget)
-        best.append(of[np.argmin(table.loss[of])])
+    """The line through the best runs of the two largest budgets, means over seeds; None where there are not two."""
+    best = [table.best(budget) for budget in table.budgets[-2:]]
     if len(best) < 2:
         return None
-    (low, high), losses = table.flops[best], table.loss[best]
-    return TwoPoint((float(low), float(high)), (float(losses[0]), float(losses[1])))
+    low, high = ((float(table.flops[of].mean()), float(table.loss[of].mean())) for of in best)
+    return TwoPoint((low[0], high[0]), (low[1], high[1]))
 
 
 def _baseline(table: Table) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 from gptjax.config import PredictConfig, TrainConfig
 from gptjax.scaling.recipes import recipe
 from gptjax.scaling.saved import Fit, interval, open_fit, write_json
-from gptjax.scaling.table import Table, read_table
+from gptjax.scaling.table import Table, read_table, seeds_of
 from gptjax.settings import InputError
 
 MOST_ROWS = 24  # of a table that the screen has; the JSON has all
@@ -178,7 +178,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The mean and largest absolute error of the law over the rows, and how many of them lie in their intervals.
 
     The two-point line is one of best runs, so it is compared where it can be right: `best` has the mean errors of both
-    over the least loss of each budget (rows without a budget count for themselves).
+    over the best run of each budget, its loss the mean over its seeds (rows without a budget count for themselves).
     """
     if not rows:
         return {"rows": 0}
@@ -189,14 +189,17 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         made["within"] = sum(within)
     if "two_point" not in rows[0]:
         return made
-    best: dict[float, dict[str, Any]] = {}
-    for i, row in enumerate(rows):
-        budget = row["budget"] if np.isfinite(row["budget"]) else -float(i)
-        if budget not in best or row["loss"] < best[budget]["loss"]:
-            best[budget] = row
-    made["best"] = {"rows": len(best)} | {
-        f"mean_{name}": np.mean([abs(row[name]) for row in best.values()]) for name in ("error", "two_point_error")
-    }
+    budget, n, d, loss = (np.array([row[key] for row in rows]) for key in ("budget", "parameters", "tokens", "loss"))
+    budget = np.where(np.isfinite(budget), budget, -np.arange(1.0, len(rows) + 1))
+    best = [min(seeds_of(n, d, budget == c), key=lambda of: loss[of].mean()) for c in np.unique(budget)]
+
+    def mean_error(of_what: str) -> float:
+        said = np.array([row[of_what] for row in rows])
+        return float(np.mean([abs(said[of].mean() / loss[of].mean() - 1) for of in best]))
+
+    made["best"] = {
+        "rows": len(best), "mean_error": mean_error("predicted"), "mean_two_point_error": mean_error("two_point")
+    }  # fmt: skip
     return made
 
 

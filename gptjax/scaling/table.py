@@ -69,6 +69,10 @@ class Table:
         """The different budgets in FLOPs, in rising order; empty where the table has none."""
         return np.unique(self.budget[np.isfinite(self.budget)])
 
+    def best(self, budget: float) -> np.ndarray:
+        """The rows of the size whose loss, averaged over its seeds, is the least of this budget."""
+        return min(seeds_of(self.parameters, self.tokens, self.budget == budget), key=lambda of: self.loss[of].mean())
+
     def keep(self, mask_P: np.ndarray) -> "Table":
         """The table of the points where the mask is true."""
         kept = np.flatnonzero(mask_P)
@@ -85,6 +89,13 @@ class Table:
         """The points whose budget (FLOPs where they have none) is at most this, so that the rest can be predicted."""
         nominal = np.where(np.isfinite(self.budget), self.budget, self.flops)
         return self.keep(nominal <= max_flops * (1 + 1e-5))  # budgets are kept to six digits
+
+
+def seeds_of(parameters_P: np.ndarray, tokens_P: np.ndarray, among_P: np.ndarray) -> list[np.ndarray]:
+    """Of the rows where `among` is true, those of each size and number of tokens: the seeds of one run."""
+    rows = np.flatnonzero(among_P)
+    _, run = np.unique(np.stack([parameters_P[rows], tokens_P[rows]]), axis=1, return_inverse=True)
+    return [rows[run.ravel() == i] for i in range(run.max() + 1)]
 
 
 def read_table(
