@@ -9,8 +9,8 @@ killed ladder goes on.
 
 The corpus: ladder_corpus.py (49 MB), prepared with a SentencePiece vocabulary of 1,024. The models: configs/ladder.py.
 Budgets are training FLOPs, forward and backward, of the products and of causal attention (gptjax.scaling.counts). Five
-budgets over one decade are fitted, with 3 sizes each and 5 in the middle one, all with two or three seeds; the next half
-decade, 2 budgets with 3 sizes and two seeds, is held out. Loss is that of the validation split, in nats a token.
+budgets over one decade are fitted, with 3 sizes each and 5 in the middle one, and the next half decade, 2 budgets
+with 3 sizes, is held out; all with two seeds. Loss is that of the validation split, in nats a token.
 
 What is compared: the law's prediction of each held-out run and of each budget's best run, and beside it what a straight
 line in log loss and log FLOPs through the best runs of the two largest fitted budgets says. Writes fit/ (JSON, report,
@@ -36,7 +36,7 @@ from gptjax.startup import usable_cores
 from gptjax.sweep.points import Point, make_points
 
 RECIPE, VOCAB = ROOT / "configs" / "ladder.py", 1024
-FITTED = ("1.2e12:2,3,4@0,1,2", "2.13e12:3,4,6@0,1,2", "3.79e12:4,5,6,7,8@0,1", "6.75e12:6,7,9@0,1", "1.2e13:8,10,11@0,1")
+FITTED = ("1.2e12:2,3,4@0,1", "2.13e12:3,4,6@0,1", "3.79e12:4,5,6,7,8@0,1", "6.75e12:6,7,9@0,1", "1.2e13:8,10,11@0,1")
 HELD_OUT = ("2.13e13:10,11,12@0,1", "3.79e13:12,13,14@0,1")
 
 
