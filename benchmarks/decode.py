@@ -3,13 +3,14 @@
     python benchmarks/decode.py --out DIR                                    # 124M, float32, batches 1 and 32
     python benchmarks/decode.py --shape 1b --dtype bfloat16 --peer none --batch 1 --out DIR        # an accelerator
 
-Each round runs, one after another, for each batch: our prefill and our decode loop, the peer's `generate` (which notes
-when its first token is there), and a raw read of memory. So a ratio compares neighbours in time. Prefill is reported
-apart: decode tokens/s are rows x tokens over the time behind the prompt's pass. End to end is both together.
+Each round runs, for each batch: our prefill and our decode loop, a raw read of memory, and the peer's `generate`, which
+notes when its first token is there. So a ratio compares neighbours in time. The peer is a process of its own, with
+threads and malloc as they come; ours are as `gptjax generate` sets them. Prefill is reported apart: decode tokens/s are
+rows x tokens over the time behind the prompt's pass. End to end is both together.
 
 The bound of decoding is reading: every step reads the layers' weights, the head, and the keys and values written so
 far (the mean over the steps; padding of the cache is not counted). Share = bytes a step x steps a second / raw read,
-which is the fastest of the ways here to add up an array as large as those bytes, on as many threads as decoding uses.
+which is the faster of adding up an array as large as those bytes in jax and in torch.
 
 The peer gets the very weights (random, of GPT-2's initialisation, saved and imported again) and the same prompts. Where
 the first --compare greedy tokens of any row differ, the benchmark fails with exit code 1. Without the peer, a row of
@@ -35,6 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from facts import facts, spread, write_report
+from turns import Competitor, Failed
 
 from gptjax.cache import bucket
 from gptjax.config import ModelConfig
@@ -65,7 +67,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compare", type=int, default=16, help="first greedy tokens that must agree")
     parser.add_argument("--peer", choices=("transformers", "none"), default="transformers")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of the peer and raw reads")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of the peer")
+    parser.add_argument("--torch-python", default=sys.executable, help="interpreter with torch and transformers")
     parser.add_argument("--out", type=Path, required=True, help="folder for the dated report")
     args = parser.parse_args()
     cfg, vocab_size, context = SHAPES[args.shape]
@@ -76,17 +79,29 @@ def main() -> None:
         parser.error(f"--prompt {args.prompt} --new {args.new}: wanted at most {context} tokens together")
 
     device = f"{platform.machine()} {jax.devices()[0].device_kind}, {args.threads} host threads"
-    packages = ("jax", "flax", "numpy") + (() if args.peer == "none" else ("torch", "transformers"))
-    report: dict[str, Any] = facts(device, *packages) | {"setting": vars(args) | {"out": str(args.out)}, "batches": {}}
+    report: dict[str, Any] = facts(device, "jax", "flax", "numpy") | {
+        "setting": vars(args) | {"out": str(args.out)},
+        "batches": {},
+    }
     decoder = Decoder(cfg, vocab_size, context)
-    peer, params = (None, random_params(decoder)) if args.peer == "none" else Peer.make(decoder, args.threads)
-    failed = False
-    for rows in args.batch:
-        weights = jax.block_until_ready(decode_params(params, cfg.dtype, several(rows, cfg.dtype)))
-        row = report["batches"][str(rows)] = measure(decoder, params, weights, peer, rows, args)
-        del weights
-        show(rows, row)
-        failed |= not row["tokens_agree"]
+    failed, peer = False, None
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if args.peer == "none":
+            params = random_params(decoder)
+        else:
+            peer, params = start_peer(decoder, folder, args)
+            report["versions"] |= peer.facts["versions"]
+        for rows in args.batch:
+            prompt_BL = np.random.default_rng(1).integers(0, decoder.vocab_size, (rows, args.prompt)).astype(np.int32)
+            np.save(folder / f"prompts_{rows}.npy", prompt_BL)
+            weights = jax.block_until_ready(decode_params(params, cfg.dtype, several(rows, cfg.dtype)))
+            row = report["batches"][str(rows)] = measure(decoder, params, weights, peer, prompt_BL, args)
+            del weights
+            show(rows, row)
+            failed |= not row["tokens_agree"]
+        if peer:
+            peer.close()
     path = write_report(report, args.out, "decode")
     print(f"wrote {path}")
     if importlib.util.find_spec("matplotlib"):
@@ -103,56 +118,29 @@ def random_params(decoder: Decoder) -> Params:
     return jax.block_until_ready(jax.jit(init_params(decoder))(jax.random.key(0)))
 
 
-class Peer:
-    """transformers' GPT-2 on the CPU, in float32."""
+def start_peer(decoder: Decoder, folder: Path, args: argparse.Namespace) -> tuple[Competitor, Params]:
+    """transformers' GPT-2 in a process of its own, and its random weights as our decoder's."""
+    from gptjax.interop.huggingface import import_huggingface
 
-    def __init__(self, model: Any):
-        self.model = model
-
-    @classmethod
-    def make(cls, decoder: Decoder, threads: int) -> tuple["Peer", Params]:
-        """The peer with random weights, and the same weights as our decoder's."""
-        import torch  # pyright: ignore[reportMissingImports]
-        import transformers  # pyright: ignore[reportMissingImports]
-
-        from gptjax.interop.huggingface import import_huggingface
-
-        torch.set_num_threads(threads)
-        torch.manual_seed(0)
-        cfg = decoder.cfg
-        shape = transformers.GPT2Config(vocab_size=decoder.vocab_size, n_positions=decoder.context, n_embd=cfg.width,
-                                        n_layer=cfg.num_layers, n_head=cfg.num_heads)  # fmt: skip
-        model = transformers.GPT2LMHeadModel(shape).eval()
-        with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
-            params = import_huggingface(Path(folder))[3]
-        return cls(model), jax.tree.map(jnp.asarray, params)
-
-    def generate(self, prompt_BL: np.ndarray, new: int) -> tuple[np.ndarray, float, float]:
-        """The new ids, the seconds until the first of them is there, and those of the rest."""
-        import torch  # pyright: ignore[reportMissingImports]
-
-        times: list[float] = []
-
-        def note(ids, scores, **_):
-            times.append(time.perf_counter())
-            return torch.zeros(len(ids), dtype=torch.bool)
-
-        ids_BL = torch.from_numpy(prompt_BL.astype(np.int64))
-        start = time.perf_counter()
-        with torch.inference_mode():
-            out = self.model.generate(
-                ids_BL, attention_mask=torch.ones_like(ids_BL), max_new_tokens=new, min_new_tokens=new,
-                do_sample=False, use_cache=True, pad_token_id=0, stopping_criteria=[note],
-            )  # fmt: skip
-        return out[:, prompt_BL.shape[1] :].numpy(), times[0] - start, times[-1] - times[0]
+    cfg = decoder.cfg
+    config = {"vocab_size": decoder.vocab_size, "n_positions": decoder.context, "n_embd": cfg.width,
+              "n_layer": cfg.num_layers, "n_head": cfg.num_heads}  # fmt: skip
+    setting = {"threads": args.threads, "folder": str(folder), "config": config}
+    command = [args.torch_python, str(Path(__file__).with_name("decode_torch.py"))]
+    peer = Competitor("transformers", command, setting, folder / "log", dict(os.environ), patience=600)
+    return peer, jax.tree.map(jnp.asarray, import_huggingface(folder)[3])
 
 
 def measure(
-    decoder: Decoder, params: Params, weights: Params, peer: Peer | None, rows: int, args: argparse.Namespace
+    decoder: Decoder,
+    params: Params,
+    weights: Params,
+    peer: Competitor | None,
+    prompt_BL: np.ndarray,
+    args: argparse.Namespace,
 ) -> dict[str, Any]:
     """Every round's numbers for one batch size, their medians, and whether the tokens agree."""
-    prompt_BL = np.random.default_rng(1).integers(0, decoder.vocab_size, (rows, args.prompt)).astype(np.int32)
+    rows = len(prompt_BL)
     length_B = np.full(rows, args.prompt, np.int32)
     slots = bucket(args.prompt + args.new, decoder.context)
     padded_BL = np.pad(prompt_BL, ((0, 0), (0, bucket(args.prompt, decoder.context) - args.prompt)))
@@ -168,7 +156,7 @@ def measure(
         return np.asarray(state["tokens_BM"])[:, args.prompt : args.prompt + args.new], middle - start, end - middle
 
     size = {"weights": read_weights(weights), "cache": read_cache(decoder.cfg, rows, args.prompt + args.new / 2)}
-    reads = raw_reads(sum(size.values()), args.threads)
+    read = raw_read(sum(size.values()))
     got_BN = ours()[0]  # compiles
     rounds: list[dict[str, float]] = []
     wanted_BN = None
@@ -177,10 +165,12 @@ def measure(
         # Our loop makes the first token, too; the peer's first one belongs to its prefill.
         round_ = {"prefill_s": prefill_s, "tokens_per_second": rows * args.new / decode_s}
         round_["end_to_end_tokens_per_second"] = rows * args.new / (prefill_s + decode_s)
-        round_["raw_read_gb_s"] = max(read() for read in reads.values()) / 1e9
+        reads = [read(), *([peer.ask("read", sum(size.values()))["result"]] if peer else [])]
+        round_["raw_read_gb_s"] = max(reads) / 1e9
         round_["share_of_bandwidth"] = sum(size.values()) * args.new / decode_s / 1e9 / round_["raw_read_gb_s"]
         if peer:
-            wanted_BN, first_s, rest_s = peer.generate(prompt_BL, args.new)
+            said = peer.ask("generate", rows, args.new)["result"]
+            wanted_BN, first_s, rest_s = np.array(said["ids"]), said["first_s"], said["rest_s"]
             round_["peer_prefill_s"] = first_s
             round_["peer_tokens_per_second"] = rows * (args.new - 1) / rest_s
             round_["peer_end_to_end_tokens_per_second"] = rows * args.new / (first_s + rest_s)
@@ -218,29 +208,19 @@ def read_cache(cfg: ModelConfig, rows: int, places: float) -> int:
     return int(2 * cfg.num_layers * rows * places * cfg.num_kv_heads * cfg.head_size * jnp.dtype(cfg.dtype).itemsize)
 
 
-def raw_reads(size: int, threads: int) -> dict[str, Callable[[], float]]:
-    """Ways to add up `size` bytes; each gives bytes a second."""
+def raw_read(size: int) -> Callable[[], float]:
+    """Adds up an array of `size` bytes; gives bytes a second."""
     array = jnp.ones(size // 4, jnp.float32)
     add = jax.jit(jnp.sum).lower(array).compile()
-    ways: dict[str, Callable[[], Any]] = {"jax": lambda: jax.block_until_ready(add(array))}
-    if jax.default_backend() == "cpu" and importlib.util.find_spec("torch"):
-        import torch  # pyright: ignore[reportMissingImports]
 
-        torch.set_num_threads(threads)
-        other = torch.ones(size // 4)
-        ways["torch"] = other.sum
+    def run() -> float:
+        start = time.perf_counter()
+        for _ in range(3):
+            jax.block_until_ready(add(array))
+        return 3 * array.nbytes / (time.perf_counter() - start)
 
-    def timed(way: Callable[[], Any]) -> Callable[[], float]:
-        def run() -> float:
-            start = time.perf_counter()
-            for _ in range(3):
-                way()
-            return 3 * (size // 4 * 4) / (time.perf_counter() - start)
-
-        run()
-        return run
-
-    return {name: timed(way) for name, way in ways.items()}
+    run()
+    return run
 
 
 def forward_tokens(decoder: Decoder, params: Params, prompt_BL: np.ndarray, new_BN: np.ndarray) -> np.ndarray:
@@ -290,4 +270,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
 if __name__ == "__main__":
     tune_process()
-    main()
+    try:
+        main()
+    except Failed as e:
+        sys.exit(str(e))
