@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gptjax.cluster import Cluster, find_cluster
+from gptjax.installation import versions
 from gptjax.settings import InputError
 
 T = TypeVar("T")
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 WAIT_SECONDS, HEARTBEAT_SECONDS, CLOCK_SECONDS = 300.0, 60.0, 60.0
 BARRIER_SECONDS = 7 * 24 * 3600.0  # as long as anything may take; a process that is lost ends the wait sooner
 POLL_SECONDS, LEAVE_SECONDS, REPORT_SECONDS = 1.0, 10.0, 60.0
@@ -60,7 +60,7 @@ def join_processes(settings: Mapping[str, Any], folder: str | Path | None = None
     from gptjax.preflight import preflight
 
     path = None if folder is None or "://" in str(folder) else Path(folder).absolute()
-    preflight(cluster, _versions(), settings, path, wait, _seconds("GPTJAX_CLOCK_SECONDS", CLOCK_SECONDS))
+    preflight(cluster, versions(), settings, path, wait, _seconds("GPTJAX_CLOCK_SECONDS", CLOCK_SECONDS))
     # Its handler would take SIGTERM from ours, and knows no other signal.
     jax.config.update("jax_enable_preemption_service", False)
     _keep_stdout()
@@ -259,15 +259,6 @@ def _count(name: str) -> int:
     """How often this name was used before: all processes use each name equally often."""
     _counts[name] = _counts.get(name, -1) + 1
     return _counts[name]
-
-
-@functools.cache
-def _versions() -> dict[str, str]:
-    import importlib.metadata
-
-    from gptjax import __version__
-
-    return {"gptjax": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def _keep_stdout() -> None:

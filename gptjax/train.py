@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from gptjax.installation import cache_folder
 from gptjax.settings import InputError
 from gptjax.sharding import RowsHere, constrain, put, require_mesh, shardings, suffix
 
@@ -304,7 +305,7 @@ class TimeLimit:
 
 def compile_cache_folder() -> Path:
     """Where compiled programs are kept for this user."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptjax" / "compiled"
+    return cache_folder() / "compiled"
 
 
 def others_can_write(folder: Path) -> bool:

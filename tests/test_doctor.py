@@ -98,7 +98,7 @@ def test_jax_that_does_not_start_is_a_problem_and_not_a_traceback(monkeypatch, t
 
 
 def test_no_process_leaves_before_all_have_reported_and_only_the_first_writes(nothing_else, monkeypatch, tmp_path):
-    out, seen = tmp_path / "found.json", []
+    out, seen = tmp_path / "a" / "new" / "folder" / "found.json", []
     monkeypatch.setattr(examine, "wait_for_reports", lambda: seen.append(out.exists() and json.loads(out.read_text())))
     assert main(["doctor", "--json", str(out)]) == 0
     assert len(seen) == 1 and seen[0]["ok"] is True
