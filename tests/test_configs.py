@@ -132,8 +132,30 @@ def test_a_recipe_that_is_none_is_refused(tmp_path):
     with pytest.raises(InputError, match="has no function pretrain"):
         load_recipe(str(tmp_path / "empty.py")).config("pretrain")
     (tmp_path / "broken.py").write_text("import nowhere_at_all")
-    with pytest.raises(InputError, match="the recipe failed with ModuleNotFoundError"):
+    with pytest.raises(InputError, match="broken.py:1: the recipe failed with ModuleNotFoundError"):
         load_recipe(str(tmp_path / "broken.py"))
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        ("TrainConfig(\n        model=ModelConfig(widht=3))", r"r.py:4: pretrain\(\) failed with TypeError: .*'widht'"),
+        ("{'steps': 3}", r"pretrain\(\) returned {'steps': 3}; wanted a gptjax.config.TrainConfig"),
+        ("TrainConfig(steps=1e5)", "steps=100000.0: wanted a value of type int"),
+        ("TrainConfig(loss=print)", "loss=<built-in function print>: wanted a value of type str"),
+    ],
+)
+def test_a_recipe_whose_function_gives_no_config_is_refused(made, said, tmp_path):
+    (tmp_path / "r.py").write_text(f"from gptjax.config import *\ndef pretrain():\n    return {made}\n")
+    with pytest.raises(InputError, match=said):
+        load_recipe(str(tmp_path / "r.py")).config("pretrain")
+
+
+def test_a_recipe_may_write_a_list_for_a_tuple_and_is_the_same_when_it_is_read_back(tmp_path):
+    made = "TrainConfig(optim=OptimConfig(learning_rate=1), checkpoint=CheckpointConfig(at=[3, 4]))"
+    (tmp_path / "r.py").write_text(f"from gptjax.config import *\ndef pretrain():\n    return {made}\n")
+    config = load_recipe(str(tmp_path / "r.py")).config("pretrain")
+    assert repr((config.checkpoint.at, config.optim.learning_rate)) == "((3, 4), 1.0)"
 
 
 def test_a_run_that_is_none_is_refused(tmp_path):
