@@ -194,9 +194,12 @@ def checkpoint_list(args: list[str]) -> int:
     nothing_left(args, "gptjax checkpoint list RUN")
     from gptjax.trained import open_checkpoints
 
-    checkpoints = open_checkpoints(run)
-    for saved in checkpoints.describe():
+    found = open_checkpoints(run).describe()
+    for saved in found:
         print(f"step {saved.step}  {saved.bytes / 1e6:,.1f} MB in {saved.files} files")
+    if not found:
+        _say(f"{run} has no checkpoint yet")
+        return 0
     _next(f"gptjax checkpoint verify {run}")
     return 0
 
@@ -208,7 +211,9 @@ def checkpoint_verify(args: list[str]) -> int:
     from gptjax.trained import open_checkpoints
 
     checkpoints, bad = open_checkpoints(run), 0
-    for step in checkpoints.steps():
+    if not (steps := checkpoints.steps()):
+        raise InputError(f"{run} has no checkpoint yet, so there is nothing to verify")
+    for step in steps:
         problems = checkpoints.verify(step)
         bad += bool(problems)
         print(f"step {step}: " + ("; ".join(problems) or "sound"))

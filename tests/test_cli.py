@@ -10,6 +10,8 @@ import time
 import pytest
 
 from gptjax.cli import VERBS, main
+from gptjax.config import TrainConfig
+from gptjax.run import Run
 
 SMALL = """--model.num-layers 1 --model.width 32 --model.num-heads 2 --data.length 32 --data.batch-size 8 --steps 3
 --evaluate.max-rows 4 --optim.warmup-steps 1 --generate.max-new-tokens 5 --no-compile-cache""".split()
@@ -153,6 +155,18 @@ def test_prompts_that_do_not_fit_are_refused(run, capsys):
     line = refusal(capsys, "generate", run, "--prompt", "x" * 40)
     assert "has 41 tokens; wanted at most 31" in line
     assert "32" in refusal(capsys, "generate", run, "--prompt", "It was", "--max-new-tokens", "30")
+
+
+def test_advice_on_a_vocabulary_names_the_flag_of_the_verb(text, tmp_path, capsys):
+    line = refusal(capsys, "tokenizer", "train", "--source", text, "--out", tmp_path / "t", "--vocab-size", "9999")
+    assert "gptjax: vocab_size=9999: the training text has pieces for at most" in line and "; add --vocab-size " in line
+
+
+def test_a_run_that_was_not_saved_yet_has_nothing_to_list_or_to_verify(tmp_path, capsys):
+    Run.open(tmp_path / "run", TrainConfig(), {"path": "", "sha256": ""}, {})
+    assert "run has no checkpoint yet" in refusal(capsys, "checkpoint", "verify", tmp_path / "run")
+    assert main(["checkpoint", "list", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().err == f"{tmp_path / 'run'} has no checkpoint yet\n"
 
 
 def test_what_is_no_verb_and_no_run_is_refused(tmp_path, capsys):
