@@ -198,6 +198,9 @@ def test_a_compile_cache_that_others_can_write_is_found(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     folder.chmod(0o777)
     assert machine.compile_cache().level == "PROBLEM" and "chmod 700" in machine.compile_cache().advice
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert machine.compile_cache().level == "PROBLEM" and "set XDG_CACHE_HOME" in machine.compile_cache().advice
 
 
 def test_a_look_that_fails_is_a_finding_and_the_rest_is_looked_at(monkeypatch, capsys):
