@@ -86,11 +86,11 @@ def pretrain(args: list[str]) -> int:
     from gptjax.flags import load_recipe, origins, take
 
     if name == "RECIPE":
-        parse(TrainConfig(), args, "gptjax pretrain RECIPE")
+        parse(TrainConfig(), args, "gptjax pretrain RECIPE [--size SIZE]")
     recipe = load_recipe(name)
     size, args = take(args, "size")
     written = recipe.config("pretrain", size)
-    cfg = parse(written, args, f"gptjax pretrain {name}", recipe.doc)
+    cfg = parse(written, args, f"gptjax pretrain {name} [--size SIZE]", recipe.doc)
     tune_process()
     from gptjax.checkpoint import CheckpointError
     from gptjax.pretrain import pretrain
@@ -110,7 +110,7 @@ def pretrain(args: list[str]) -> int:
     return 0
 
 
-PLAN = "gptjax plan RECIPE [--topology KIND:SIZE] [--json FILE] [--out FILE] [--compiles N]"
+PLAN = "[--size SIZE] [--topology KIND:SIZE] [--json FILE] [--out FILE] [--compiles N]"
 
 
 def plan(args: list[str]) -> int:
@@ -120,13 +120,13 @@ def plan(args: list[str]) -> int:
     from gptjax.flags import load_recipe, take
 
     if name == "RECIPE":
-        parse(TrainConfig(), args, PLAN)
+        parse(TrainConfig(), args, f"gptjax plan RECIPE {PLAN}")
     recipe, given = load_recipe(name), {}
     for flag in ("topology", "json", "out", "compiles", "size"):
         given[flag], args = take(args, flag)
     place, out, size = given["topology"], given["out"], given["size"]
     written = recipe.config("pretrain", size)
-    cfg = parse(written, args, f"gptjax plan {name}", recipe.doc)
+    cfg = parse(written, args, f"gptjax plan {name} {PLAN}", recipe.doc)
     from gptjax.paths import write_file
     from gptjax.plan import report
 

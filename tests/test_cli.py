@@ -185,6 +185,15 @@ def test_every_verb_is_in_the_help_and_has_its_own(verb, capsys, run):
     assert exit_code.value.code == 0 and "usage: gptjax" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("recipe", ["", "modern "])
+@pytest.mark.parametrize(("verb", "flags"), [("pretrain", "size"), ("plan", "size topology json out compiles")])
+def test_help_names_the_flags_that_are_no_settings_too(recipe, verb, flags, capsys):
+    with pytest.raises(SystemExit):
+        main(f"{verb} {recipe}--help".split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(f"[--{flag} " in said for flag in flags.split())
+
+
 def test_help_of_a_recipe_names_every_setting_and_needs_no_jax():
     code = (
         "import sys; from gptjax.cli import main\n"
