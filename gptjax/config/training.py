@@ -156,9 +156,9 @@ class TrainConfig(Section):
             wanted = "a time above 0 such as 4h, 1h30m, 90m, 1:30:00, 2-12:00:00 (days), or a number of seconds"
             self.require(self.time_limit_seconds > 0, "time_limit", wanted)
         if self.profile:
-            steps = self.profile_steps
-            self.require(steps != (), "profile", "FIRST:LAST with 1 <= FIRST <= LAST, e.g. 10:15")
-            self.require(steps[0] <= self.steps, "profile", f"a FIRST of at most steps={self.steps}")
+            first, _ = self.profile_steps or (0, 0)
+            self.require(first > 0, "profile", "FIRST:LAST with 1 <= FIRST <= LAST, e.g. 10:15")
+            self.require(first <= self.steps, "profile", f"a FIRST of at most steps={self.steps}")
 
     @property
     def time_limit_seconds(self) -> float:
