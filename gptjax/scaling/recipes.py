@@ -58,6 +58,7 @@ RECIPES = {
     ),
 }
 
+
 def recipe(name: str, N: float, D: float) -> dict[str, float | str]:
     """batch_tokens, learning_rate and source for N non-embedding parameters and D tokens; InputError for bad input."""
     if name not in RECIPES:
