@@ -39,7 +39,8 @@ def join_processes(settings: Mapping[str, Any], folder: str | Path | None = None
     All must have the same `settings` and see the same `folder` (of the run), which is made. How long the others are
     waited for is GPTJAX_WAIT_SECONDS (300), after how long without a sign a process counts as lost
     GPTJAX_HEARTBEAT_SECONDS (60), how far clocks may differ GPTJAX_CLOCK_SECONDS (60). Raises InputError for what is
-    wrong, and NotNow where the same command may work later. Does nothing in a process that has joined already.
+    wrong, also where a process that is alone has no devices, and NotNow where the same command may work later. Does
+    nothing in a process that has joined already.
     """
     import jax
 
@@ -55,6 +56,10 @@ def join_processes(settings: Mapping[str, Any], folder: str | Path | None = None
     heartbeat = _seconds("GPTJAX_HEARTBEAT_SECONDS", HEARTBEAT_SECONDS)
     cluster = find_cluster(timeout=wait)
     if cluster is None:
+        try:
+            jax.devices()
+        except RuntimeError as e:  # what JAX_PLATFORMS names is not here, or its driver is not
+            raise InputError(f"jax can't start: {' '.join(str(e).split())}; see gptjax doctor") from e
         return
     _cluster = cluster
     from gptjax.preflight import preflight
