@@ -263,7 +263,7 @@ def test_isoflop_refuses_one_budget_and_negative_losses():
     one = budget == 1e19
     with pytest.raises(InputError, match="1 budgets with a best size"):
         isoflop(budget[one], N[one], D[one], loss[one])
-    with pytest.raises(InputError, match="loss has -1"):
+    with pytest.raises(InputError, match="loss=-1 at point"):
         isoflop(budget, N, D, np.where(N == N[0], -1.0, loss))
 
 

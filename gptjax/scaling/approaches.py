@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.scaling.fits import Fitted, ends, fit_power
+from gptjax.scaling.fits import Fitted, check, ends, fit_power
 from gptjax.scaling.laws import Chinchilla
 from gptjax.settings import InputError
 
@@ -115,15 +115,8 @@ def isoflop(budget, N, D, loss, *, bootstraps: int = 0, seed: int = 0, level: fl
     their parabolas, drawn again and widened for the 3 coefficients of each, and repeats the fit. (Drawing runs again
     would leave many a budget of 3 or 4 runs with too few.) They know nothing of the bias of the method.
     """
-    columns = [np.asarray(x, float) for x in (budget, N, D, loss)]
-    budget, N, D, loss = columns
-    if any(c.shape != loss.shape or c.ndim != 1 for c in columns):
-        raise InputError(f"budget, N, D and loss have the shapes {[c.shape for c in columns]}: wanted one length")
-    for name, column in zip(("budget", "N", "D", "loss"), columns):
-        if not np.all(np.isfinite(column) & (column > 0)):
-            raise InputError(
-                f"{name} has {column[~(column > 0) | ~np.isfinite(column)][0]:g}: wanted finite numbers above 0"
-            )
+    check({"budget": budget, "N": N, "D": D, "loss": loss})
+    budget, N, D, loss = (np.asarray(x, float) for x in (budget, N, D, loss))
 
     notes, groups = [], []
     for value in np.unique(budget):

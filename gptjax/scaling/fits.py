@@ -136,7 +136,7 @@ def fit_chinchilla(
     differ in length, anything that is not finite and above 0, fewer points than the 5 coefficients, fewer than 3
     different N or D, or a single budget (N D all within 10 %).
     """
-    _check({"N": N, "D": D, "loss": loss}, 5)
+    check({"N": N, "D": D, "loss": loss}, 5)
     N, D, loss = (np.asarray(x, float) for x in (N, D, loss))
     _check_spread(N, D)
     problem, starts = chinchilla_problem(N, D, loss, delta)
@@ -162,7 +162,7 @@ def fit_overtraining(N, D, loss, *, bootstraps: int = 0, seed: int = 0, level: f
     N, D, loss as for fit_chinchilla; at least 4 points. Their fits take 5: four sizes at 20 tokens a parameter and the
     smallest at 320.
     """
-    _check({"N": N, "D": D, "loss": loss}, 4)
+    check({"N": N, "D": D, "loss": loss}, 4)
     N, D, loss = (np.asarray(x, float) for x in (N, D, loss))
     _check_spread(N, D)
     zero, one = np.zeros_like(N), np.ones_like(N)
@@ -184,7 +184,7 @@ def fit_power(
     redrawn: [bootstraps, points], other losses that the points might have had; the samples are then fits to these,
     and `bootstraps` and `seed` are of no use.
     """
-    _check({"C": C, "loss": loss}, 3)
+    check({"C": C, "loss": loss}, 3)
     C, loss = (np.asarray(x, float) for x in (C, loss))
     _check_different({"C": C})
     zero, one = np.zeros_like(C), np.ones_like(C)
@@ -205,7 +205,8 @@ def _grid(axes: Sequence[np.ndarray]) -> np.ndarray:
     return np.array(list(itertools.product(*axes)), float)
 
 
-def _check(columns: dict[str, Any], coefficients: int) -> None:
+def check(columns: dict[str, Any], coefficients: int = 0) -> None:
+    """Raises InputError unless each column has one finite number above 0 for each loss, and there are enough."""
     for name, column in columns.items():
         values = np.asarray(column, float)
         if values.ndim != 1 or len(values) != len(np.asarray(columns["loss"])):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.metadata
 import platform
 import shlex
 from collections.abc import Callable, Sequence
@@ -11,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gptjax import __version__
 from gptjax.config import FitConfig, TrainConfig
+from gptjax.installation import version
 from gptjax.paths import place, store
 from gptjax.scaling import report
 from gptjax.scaling.approaches import Allocation, envelope, isoflop, leave_one_budget_out, parabola, parametric
@@ -103,8 +102,8 @@ def describe(table: Table, cfg: FitConfig, left_out: int) -> dict[str, Any]:
                    "budget": table.budget, "loss": loss, "predicted": predicted},
         "table": {"source": table.source, "sha256": table.sha256, "points": len(table), "left_out": left_out},
         "settings": dataclasses.asdict(cfg),
-        "versions": {"gptjax": __version__, "python": platform.python_version(),
-                     **{name: importlib.metadata.version(name) for name in ("jax", "numpy")}},
+        "versions": {"python": platform.python_version(),
+                     **{name: version(name) for name in ("gptjax", "jax", "numpy")}},
         "notes": notes,
         "fitted": fitted.record(),
     }  # fmt: skip

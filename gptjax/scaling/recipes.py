@@ -58,10 +58,6 @@ RECIPES = {
     ),
 }
 
-# Haegele et al. 2024 (arXiv 2405.18392): a constant rate with a cooldown of 1 - sqrt over the last fifth of the steps
-# reaches what a cosine of that length does, and its best peak is about half of the cosine's.
-COOLDOWN_FRACTION = 0.2
-
 
 def recipe(name: str, N: float, D: float) -> dict[str, float | str]:
     """batch_tokens, learning_rate and source for N non-embedding parameters and D tokens; InputError for bad input."""
