@@ -55,7 +55,7 @@ def screen(fit: Fit) -> list[str]:
         + f"; {low:.3g} to {high:.3g} FLOPs, N {_range(doc, 'parameters')}, D {_range(doc, 'tokens')}",
     ]  # fmt: skip
     for name, c in doc["coefficients"].items():
-        lines.append(f"  {name:6} {c['value']:11.5g}  {_pair(c['interval'], '.5g')}")
+        lines.append(f"  {name:7} {c['value']:11.5g}  {_pair(c['interval'], '.5g')}")
     r = doc["residuals"]
     lines.append(f"residuals: root mean square {100 * r['rms']:.3g} %, largest {100 * r['largest']:.3g} %")
     lines.append(f"best N and D for a budget C (C = {fit.flops_per:.4g} N D), {fit.level:.0%} intervals:")
