@@ -15,9 +15,9 @@ class FitConfig(Section):
     """Folder for fit.json, report.html and the plots."""
     law: Literal["chinchilla", "overtraining", "kaplan", "data_constrained"] = "chinchilla"
     """Law of the loss: chinchilla, E + A/N^alpha + B/D^beta (Hoffmann et al. 2022); overtraining, the same with one
-    exponent, by least squares (Gadre et al. 2024): from 4 points on; kaplan, which has no floor E (Kaplan et al. 2020,
-    theirs with --count non-embedding); data_constrained, chinchilla's where tokens repeat (Muennighoff et al. 2023):
-    for a table with a column of unique_tokens, runs of one epoch and runs of several."""
+    exponent, by least squares (Gadre et al. 2024): from 4 points on; kaplan, without a floor E (Kaplan et al. 2020);
+    data_constrained, chinchilla's where tokens repeat (Muennighoff et al. 2023), from a column of unique_tokens,
+    runs of one epoch and runs of several."""
     approach: Literal["all", "envelope", "isoflop", "parametric"] = "all"
     """Which of the three ways of Hoffmann et al. 2022 to N-opt and D-opt: all that the table allows, or this one."""
     columns: tuple[str, ...] = ()
@@ -27,7 +27,7 @@ class FitConfig(Section):
     max_flops: float = 0.0
     """Leave out points whose budget (or FLOPs) is above this, so that they can be predicted; 0: use all."""
     count: Literal["total", "non-embedding"] = "total"
-    """Which parameters N counts."""
+    """Which parameters N counts; Kaplan et al. count non-embedding."""
     flops_per: float = 6.0
     """FLOPs a parameter and token, for tables without a column of FLOPs or of tokens: C = 6 N D."""
     delta: float = 1e-3
@@ -60,7 +60,7 @@ class PredictConfig(Section):
     tokens: float = 0.0
     """Training tokens of that run."""
     unique_tokens: float = 0.0
-    """How many different tokens there are, for a fit of data_constrained, with --flops or --parameters; 0: enough."""
+    """Different tokens that there are, by a fit of data_constrained; 0: as many as are trained on."""
     against: str = ""
     """A table of runs: each is predicted, and compared where the table has losses; without, they are yet to be run."""
     columns: tuple[str, ...] = ()

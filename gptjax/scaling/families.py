@@ -150,6 +150,8 @@ def _lost(trained, unique, half):
     return trained - unique - jnp.log1p(-jnp.exp(half) * jnp.expm1(-repeats * jnp.exp(-half)))
 
 
+# Muennighoff et al. fit Chinchilla's five to runs of one epoch, fix them, and fit R_D and R_N to the others. Here all
+# seven are fitted to all runs at once: one objective, and intervals of R_D and R_N that know how sure the five are.
 DATA_CONSTRAINED = Family(
     formula="L(N, D, U) = E + A / N'^alpha + B / D'^beta, D' = U (1 + R_D (1 - exp((1 - D/U) / R_D))), N' likewise of "
     "the best N for U",

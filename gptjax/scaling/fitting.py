@@ -79,8 +79,8 @@ def describe(table: Table, cfg: FitConfig, left_out: int) -> dict[str, Any]:
     notes = [*table.notes, *fitted.notes]
     if repeated := int(np.sum(~table.new)):
         notes.append(
-            f"best N and D are of new tokens: envelope and isoflop leave out the {repeated} runs that repeat theirs; "
-            "gptjax predict --unique-tokens U has those of scarce ones"
+            f"best N and D and the plots' curves are of new tokens, without the {repeated} runs that repeat theirs; "
+            "gptjax predict --unique-tokens U knows the best use of scarce ones"
         )
     if left_out:
         notes.append(f"--max-flops {cfg.max_flops:g} left out {left_out} points")

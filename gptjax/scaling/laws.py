@@ -170,7 +170,7 @@ class PowerLaw:
         return self.E + self.K * np.asarray(C, float) ** -self.gamma
 
 
-KAPLAN = Kaplan(alpha_N=0.076, alpha_D=0.103, N_c=6.4e13, D_c=1.8e13)  # table 2, on WebText2
+KAPLAN_ND = Kaplan(alpha_N=0.076, alpha_D=0.103, N_c=6.4e13, D_c=1.8e13)  # table 2, on WebText2
 # Of one resource where the others are enough, (X_c / X)^alpha: E = 0 and K = X_c^alpha.
 KAPLAN_N = PowerLaw(0.0, 8.8e13**0.076, 0.076)  # equation 1.1: parameters, trained to convergence
 KAPLAN_D = PowerLaw(0.0, 5.4e13**0.095, 0.095)  # equation 1.2: tokens, a large model stopped early

@@ -29,15 +29,16 @@ def predict(
             f"unique_tokens={cfg.unique_tokens:g}: to the law of {fit.source}, {fit.document['law']}, every token is "
             "new; leave it out, or fit --law data_constrained"
         )
+    again = f" --unique-tokens {cfg.unique_tokens:.3g}" if cfg.unique_tokens else ""
     if cfg.flops:
         made, lines = _budget(fit, cfg)
         following = (
             f"gptjax predict {shlex.quote(folder)} --parameters {made['parameters'] / 2:.3g} "
-            f"--tokens {made['tokens'] * 2:.3g}{' --extrapolate' if cfg.extrapolate else ''}"
+            f"--tokens {made['tokens'] * 2:.3g}{again}{' --extrapolate' if cfg.extrapolate else ''}"
         )
     elif cfg.parameters:
         made, lines = _run(fit, cfg)
-        following = f"gptjax predict {shlex.quote(folder)} --flops {made['flops']:.3g}"
+        following = f"gptjax predict {shlex.quote(folder)} --flops {made['flops']:.3g}{again}"
     elif cfg.against:
         made, lines = _against(fit, cfg, load_config)
         following = f"gptjax predict {shlex.quote(folder)} --flops {fit.document['range']['flops'][1]:.3g}"

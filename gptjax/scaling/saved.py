@@ -52,7 +52,7 @@ class Fit:
 
     @cached_property
     def points(self) -> dict[str, np.ndarray]:
-        """The fitted points: parameters, tokens, flops, loss, budget (NaN for none), predicted; each [P]."""
+        """The fitted points: what the law reads of them, flops, loss, budget (NaN for none), predicted; each [P]."""
         numbers = {k: v for k, v in self.document["points"].items() if k not in ("name", "seed")}
         return {name: np.array([np.nan if x is None else x for x in values]) for name, values in numbers.items()}
 
