@@ -39,7 +39,7 @@ def name(request):
 
 @pytest.fixture(scope="module")
 def noisy(name):
-    return fit_law(FAMILIES[name], *of(name, 0.003), bootstraps=100, level=0.99)
+    return fit_law(FAMILIES[name], *of(name, 0.003), bootstraps=60)
 
 
 def test_what_is_offered_can_be_fitted_and_read_again():
@@ -67,11 +67,23 @@ def test_the_fit_finds_the_published_law_that_made_the_points(name):
     assert found.gradient < 1e-7 and found.agreed > 20 and found.notes == ()
 
 
-def test_intervals_hold_the_truth(name, noisy):
+def test_intervals_of_twice_the_width_hold_the_truth(name, noisy):
+    """Of right 95 % intervals 1 in 20 fails; how often is tested below."""
     for coefficient, value in noisy.coefficients.items():
         low, high = noisy.interval(coefficient)
-        assert low < getattr(LAWS[name], coefficient) < high and low < value < high, coefficient
+        assert low < value < high, coefficient
+        assert 2 * low - value < getattr(LAWS[name], coefficient) < 2 * high - value, coefficient
     assert noisy.unconverged == 0 and noisy.notes == ()
+
+
+@pytest.mark.exhaustive
+def test_intervals_hold_the_truth_about_as_often_as_they_say(name):
+    held = []
+    for seed in range(60):
+        fitted = fit_law(FAMILIES[name], *of(name, 0.003, seed), bootstraps=80, seed=seed)
+        edges = {k: fitted.interval(k) for k in fitted.coefficients}
+        held.append([low <= getattr(LAWS[name], k) <= high for k, (low, high) in edges.items()])
+    assert np.mean(held, axis=0).min() > 0.85  # 0.95 less three and a half of its standard deviations
 
 
 def test_the_fit_is_the_same_after_json(name, noisy):
@@ -115,7 +127,8 @@ def test_the_report_says_which_law_and_shows_what_it_reads(name, folder):
     document = json.loads((folder / "fit" / "fit.json").read_text())
     assert document["law"] == name and document["formula"] == FAMILIES[name].formula
     assert set(document["coefficients"]) == set(vars(LAWS[name]))
-    assert document["approaches"]["isoflop"]["done"] and document["approaches"]["parametric"]["done"]
+    for way in ("isoflop", "parametric"):
+        assert document["approaches"][way]["exponents"]["N"] == pytest.approx(LAWS[name].exponents[0], abs=0.05)
     page = (folder / "fit" / "report.html").read_text()
     assert f"{name} law of t.csv" in page and ("<th>U</th>" in page) == (name == "data_constrained")
     assert any("30 runs that repeat" in note for note in document["notes"]) == (name == "data_constrained")

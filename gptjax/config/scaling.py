@@ -15,8 +15,8 @@ class FitConfig(Section):
     """Folder for fit.json, report.html and the plots."""
     law: Literal["chinchilla", "overtraining", "kaplan", "data_constrained"] = "chinchilla"
     """Law of the loss: chinchilla, E + A/N^alpha + B/D^beta (Hoffmann et al. 2022); overtraining, the same with one
-    exponent, by least squares (Gadre et al. 2024): from 4 points on; kaplan, without a floor E (Kaplan et al. 2020);
-    data_constrained, chinchilla's where tokens repeat (Muennighoff et al. 2023), from a column of unique_tokens,
+    exponent, by least squares (Gadre et al. 2024): from 4 points on; kaplan, with no floor E (Kaplan et al. 2020);
+    data_constrained, chinchilla's where tokens repeat (Muennighoff et al. 2023), by a column of unique_tokens,
     runs of one epoch and runs of several."""
     approach: Literal["all", "envelope", "isoflop", "parametric"] = "all"
     """Which of the three ways of Hoffmann et al. 2022 to N-opt and D-opt: all that the table allows, or this one."""
