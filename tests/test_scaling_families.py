@@ -67,23 +67,32 @@ def test_the_fit_finds_the_published_law_that_made_the_points(name):
     assert found.gradient < 1e-7 and found.agreed > 20 and found.notes == ()
 
 
-def test_intervals_of_twice_the_width_hold_the_truth(name, noisy):
-    """Of right 95 % intervals 1 in 20 fails; how often is tested below."""
+def test_intervals_hold_what_was_fitted(noisy):
     for coefficient, value in noisy.coefficients.items():
         low, high = noisy.interval(coefficient)
         assert low < value < high, coefficient
-        assert 2 * low - value < getattr(LAWS[name], coefficient) < 2 * high - value, coefficient
     assert noisy.unconverged == 0 and noisy.notes == ()
+
+
+def share_that_hold(name, replicas):
+    """Of each coefficient, the share of 95 % intervals that hold the truth."""
+    held = []
+    for seed in range(replicas):
+        fitted = fit_law(FAMILIES[name], *of(name, 0.003, seed), bootstraps=80, seed=seed)
+        edges = {k: fitted.interval(k) for k in fitted.coefficients}
+        held.append([low <= getattr(LAWS[name], k) <= high for k, (low, high) in edges.items()])
+    return np.mean(held, axis=0)
+
+
+@pytest.mark.slow
+def test_intervals_hold_the_truth_more_often_than_not(name):
+    """Of 6 replicas, whose coefficients err together; the long test below is the one that measures."""
+    assert share_that_hold(name, 6).mean() >= 0.7
 
 
 @pytest.mark.exhaustive
 def test_intervals_hold_the_truth_about_as_often_as_they_say(name):
-    held = []
-    for seed in range(60):
-        fitted = fit_law(FAMILIES[name], *of(name, 0.003, seed), bootstraps=80, seed=seed)
-        edges = {k: fitted.interval(k) for k in fitted.coefficients}
-        held.append([low <= getattr(LAWS[name], k) <= high for k, (low, high) in edges.items()])
-    assert np.mean(held, axis=0).min() > 0.85  # 0.95 less three and a half of its standard deviations
+    assert share_that_hold(name, 60).min() > 0.8  # of right ones 0.95, give or take 0.03; few runs a coefficient: less
 
 
 def test_the_fit_is_the_same_after_json(name, noisy):
@@ -129,6 +138,8 @@ def test_the_report_says_which_law_and_shows_what_it_reads(name, folder):
     assert set(document["coefficients"]) == set(vars(LAWS[name]))
     for way in ("isoflop", "parametric"):
         assert document["approaches"][way]["exponents"]["N"] == pytest.approx(LAWS[name].exponents[0], abs=0.05)
+    for best in document["approaches"]["isoflop"]["parabolas"]:  # of new tokens, or they would lie 1.6 % high
+        assert best["loss"] == pytest.approx(LAWS[name].loss(*LAWS[name].optimal(best["budget"])), rel=0.01)
     page = (folder / "fit" / "report.html").read_text()
     assert f"{name} law of t.csv" in page and ("<th>U</th>" in page) == (name == "data_constrained")
     assert any("30 runs that repeat" in note for note in document["notes"]) == (name == "data_constrained")
