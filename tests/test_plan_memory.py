@@ -95,6 +95,25 @@ def test_a_head_of_float32_is_never_in_pieces():
     assert weights("bfloat16") < whole < weights("float32")
 
 
+def test_outputs_of_plain_attention_that_are_kept_are_bfloat16_also_in_float32():
+    def activations(attention: str) -> int:
+        flags = f"--data.length 256 --data.batch-size 8 --optim.accumulate 1 --model.attention {attention}"
+        return counted("gpt3_760m", f"{flags} --model.remat names --model.dtype float32", data=8)[0].activations
+
+    # One row of scores and a block of them weigh the same; what is kept of 24 layers does not.
+    kept = 24 * 256 * load_recipe("gpt3_760m").config("pretrain").model.width
+    assert 1.5 * kept < activations("blockwise") - activations("plain") < 2.5 * kept
+
+
+def test_a_v4_holds_one_whole_head_where_others_have_the_next_on_its_way():
+    def weights(place: str) -> int:
+        flags = "--data.length 1024 --data.batch-size 16 --model.remat full --optim.accumulate 1 --mesh.data 2"
+        config = parse(load_recipe("llama_1b").config("pretrain"), shlex.split(f"{flags} --mesh.fsdp 8"), "test")
+        return Planner(config, topology(place)).as_written().memory.weights
+
+    assert weights("v5p:2x2x4") - weights("v4:2x2x4") == 2 * 128256 * 2048
+
+
 def test_the_count_is_within_a_tenth_of_what_the_compiler_said_of_settings_held_out():
     """Those that benchmarks/plan.py compiled; every third."""
     report = json.loads(max(RESULTS.glob("*_plan.json")).read_text())

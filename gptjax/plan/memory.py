@@ -44,7 +44,8 @@ class Temporaries:
     gathered: float = 1.0
     """Weights of one layer as other devices sent them, in the type of products, with fsdp."""
     head: float = 2.0
-    """Copies of the head matrix, whole but for its tensor shard, in the type of products while the loss is computed."""
+    """Copies of a head that devices share, whole but for its tensor shard, in the type of products while the loss is
+    computed: one is multiplied, one on its way."""
     outside: float = 0.0
     """More of them for each loop that one is made before, and lives through: that over the chunks of the loss where the
     head is a matrix of its own that devices share, and that over several micro-batches."""
@@ -58,13 +59,14 @@ class Temporaries:
 
 
 # libtpu multiplies with pieces of a matrix while others are on their way where the fsdp axis alone cuts the batch, for
-# so many devices; of the head, from so many on, and where a device's piece of bfloat16 is at most so many bytes.
-IN_PIECES, HEAD_IN_PIECES, PIECE_BYTES = (4, 32), 8, 32 * 2**20
+# so many devices; of the head, where a device's piece of bfloat16 is at most so many bytes.
+IN_PIECES, PIECE_BYTES = (4, 32), 32 * 2**20
 # Temporaries that libtpu puts into the chip's own fast memory: about half of the 128 MiB of VMEM (CMEM on v4).
 FAST = 64 * 2**20
 BLOCK = 512  # places in a block of blockwise attention
-# libtpu makes what a loop does not change before it on v5e, and in it on v5p and v6e.
-V5E = Temporaries(outside=1.0)
+# libtpu makes what a loop does not change before it on v5e, and in it on the others. On v4 no whole matrix is on its
+# way while the chip computes.
+BY_CHIP = {"v5e": Temporaries(outside=1.0), "v4": Temporaries(head=1.0)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +158,7 @@ def step_memory(
     chunks = count_chunks(platform, size["L"], 4 * rows * V, 4 * V * D / (math.prod(sizes.values()) / sizes["tensor"]))
     # The gradient of the logits is an array of its own where the head's product waits for other devices.
     logits = (1.5 if shared else 1) * 4 * rows * V * size["L"] // chunks
-    whole = kept.head + kept.outside * ((not cfg.tied) + several) if shared else 0 if several else kept.head
+    whole = kept.head + kept.outside * ((not cfg.tied) + several) if shared else 0 if several else 2
     pieces = kept.head_pieces / sizes["fsdp"] if _head_in_pieces(item * V * D, item, sizes, tiles) else whole
     # A float32 matrix is gathered as it is and multiplied as bfloat16, as a TPU does by default.
     heads = max(0, pieces * (item / 2 + 1 if shared else 2) * V * D - fast)
@@ -199,7 +201,9 @@ def saved_by_layer(config: TrainConfig, size: Mapping[str, int], item: int, tile
     if cfg.remat == "full" or cfg.remat == "offload":
         return item * stream
     if cfg.remat == "names":
-        return item * (stream + sum(named[n] for n in cfg.remat_names))
+        # Only a product reads the outputs of plain attention, and a TPU multiplies bfloat16.
+        outputs = "attention" in cfg.remat_names and cfg.attention == "plain" and tiles
+        return item * (stream + sum(named[n] for n in cfg.remat_names)) - (item - 2) * query * outputs
     if cfg.remat == "dots":
         return item * (2 * stream + query + 2 * key + products)
     # Each norm keeps two float32 arrays; GELU, which is computed in float32, four, and what the next product reads.
@@ -265,8 +269,7 @@ def _in_pieces(sizes: Mapping[str, int], tiles: bool) -> bool:
 
 def _head_in_pieces(head: int, item: int, sizes: Mapping[str, int], tiles: bool) -> bool:
     """Whether those with a head of so many bytes are. Its float32 gradient is never cut."""
-    few = sizes["fsdp"] < HEAD_IN_PIECES
-    return item == 2 and not few and _in_pieces(sizes, tiles) and head <= PIECE_BYTES * sizes["fsdp"]
+    return item == 2 and _in_pieces(sizes, tiles) and head <= PIECE_BYTES * sizes["fsdp"]
 
 
 def _head(config: TrainConfig, size: Mapping[str, int], tiles: bool) -> int:
