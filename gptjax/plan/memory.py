@@ -32,7 +32,8 @@ class Temporaries:
     stream: float = 3.0
     """Arrays of rows x length x width, in attention's gradient and in the MLP's."""
     waiting: float = 1.0
-    """Arrays of rows x length x MLP width that still wait for the product of their weight's gradient in attention's."""
+    """Arrays of rows x length x MLP width that still wait for the product of their weight's gradient in attention's;
+    with products in pieces twice as many."""
     hidden: float = 3.0
     """Arrays of rows x length x MLP width in the MLP's gradient."""
     hidden_pieces: float = 5.0
@@ -258,7 +259,7 @@ def _layer_gradient(
     arrays = kept.gated if gated else kept.hidden_pieces if in_pieces else kept.hidden
     if cfg.remat in ("none", "dots") or (cfg.remat == "names" and "mlp" in cfg.remat_names):
         arrays -= 2 if gated else 1
-    return read + kept.stream * stream + max(own + kept.waiting * hidden, arrays * hidden)
+    return read + kept.stream * stream + max(own + kept.waiting * (2 if in_pieces else 1) * hidden, arrays * hidden)
 
 
 def _in_pieces(sizes: Mapping[str, int], tiles: bool) -> bool:
