@@ -118,7 +118,7 @@ def test_the_count_is_within_a_tenth_of_what_the_compiler_said_of_settings_held_
     """Those that benchmarks/plan.py compiled; every third."""
     report = json.loads(max(RESULTS.glob("*_plan.json")).read_text())
     rows = [r for r in report["held_out"] if "compiled" in r]
-    assert len(rows) >= 20
+    assert len(rows) >= 10
     for row in rows[::3]:
         config = parse(load_recipe(row["recipe"]).config("pretrain"), shlex.split(row["flags"]), "test")
         total = Planner(config, topology(row["for"])).as_written().memory.total
