@@ -6,7 +6,7 @@
 The runs are made: losses of the law of Hoffmann et al. 2022 at 10 budgets from 1e17 to 1e21 FLOPs, 25 token counts each
 from D_opt / 8 to 8 D_opt, times exp(0.01 z) with z normal.
 
-speed: fit_chinchilla on the 250 runs with 1,000 bootstraps, compilation included, on a second table of the same law
+speed: fit_law on the 250 runs with 1,000 bootstraps, compilation included, on a second table of the same law
 and size. scipy's L-BFGS-B does the same in a loop: the same objective (in NumPy, with its gradient written out) in
 the same centred coordinates, from the same starts. Its grid is every 50th of the 4,500 starts, its bootstraps the
 first 10; both are timed, with one BLAS thread (its fastest), and scaled up. Two totals: with its whole grid carried
@@ -32,7 +32,8 @@ import numpy as np
 from facts import facts, write_report
 
 from gptjax.scaling import fits
-from gptjax.scaling.fits import Fitted, fit_chinchilla, redraw, refit
+from gptjax.scaling.families import CHINCHILLA
+from gptjax.scaling.fits import Fitted, fit_law, redraw, refit
 from gptjax.scaling.laws import HOFFMANN
 
 DELTA, NOISE, BOOTSTRAPS, SEED = 1e-3, 0.01, 1000, 0
@@ -72,14 +73,14 @@ def table(budgets: int, per_budget: int, rng: np.random.Generator) -> tuple[np.n
 def speed() -> dict[str, Any]:
     rng = np.random.default_rng(SEED)
     began = time.perf_counter()
-    fitted = fit_chinchilla(*table(10, 25, rng), bootstraps=BOOTSTRAPS, seed=SEED)
+    fitted = fit_law(CHINCHILLA, *table(10, 25, rng), bootstraps=BOOTSTRAPS, seed=SEED)
     first = time.perf_counter() - began
     N, D, loss = table(10, 25, rng)
     began, cpu = time.perf_counter(), time.process_time()
-    fitted = fit_chinchilla(N, D, loss, bootstraps=BOOTSTRAPS, seed=SEED)
+    fitted = fit_law(CHINCHILLA, N, D, loss, bootstraps=BOOTSTRAPS, seed=SEED)
     ours, our_cpu = time.perf_counter() - began, time.process_time() - cpu
 
-    problem, starts = fits.chinchilla_problem(N, D, loss, DELTA)
+    problem, starts = CHINCHILLA.problem(N, D, loss, delta=DELTA), CHINCHILLA.starts
     loss_BN = redraw(problem, theta(fitted), BOOTSTRAPS, np.random.default_rng(SEED))
     near_SP = np.vstack([theta(fitted), fits.neighbours(problem, starts)])
     own = refit(problem, near_SP, loss_BN[:SCIPY_BOOTSTRAPS])
@@ -163,7 +164,7 @@ def coverage(replicas: int, bootstraps: int) -> dict[str, Any]:
     held, wide, unconverged, began = [], [], 0, time.perf_counter()
     truth = {name: getattr(HOFFMANN, name) for name in ("E", "A", "B", "alpha", "beta")}
     for replica in range(replicas):
-        fitted = fit_chinchilla(*table(5, 16, rng), bootstraps=bootstraps, seed=replica)
+        fitted = fit_law(CHINCHILLA, *table(5, 16, rng), bootstraps=bootstraps, seed=replica)
         edges = {name: fitted.interval(name) for name in truth}
         edges["a"] = fitted.of(lambda law: law.exponents[0])[1:]
         edges["N_opt at 1e22"] = fitted.of(lambda law: law.optimal(1e22)[0])[1:]

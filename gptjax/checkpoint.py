@@ -20,7 +20,7 @@ import jax
 from gptjax.config import CheckpointConfig
 from gptjax.digest import MANIFEST, check_manifest, digests, folder_files, leaf_names, sealed_steps, write_manifest
 from gptjax.distributed import barrier, from_first, nobody_objects, title
-from gptjax.paths import PROBE, TRASH, place, store
+from gptjax.paths import PROBE, TRASH, BucketError, place, store
 from gptjax.settings import InputError
 
 UNSOUND = ".unsound"
@@ -87,8 +87,14 @@ class Checkpoints:
         return check_manifest(self.path(step), step)
 
     def data_state(self, step: int) -> dict:
-        """The position in the data that a step was saved with."""
-        return json.loads(self.store.read(self.path(step) / "data" / "data.json"))
+        """The position in the data that a step was saved with; raises InputError where it can't be read."""
+        path = self.path(step) / "data" / "data.json"
+        try:
+            return json.loads(self.store.read(path))
+        except BucketError:
+            raise
+        except (OSError, ValueError) as e:
+            raise InputError(f"{path} can't be read ({_one_line(e)}); see gptjax checkpoint verify") from e
 
     # Writing.
 

@@ -86,11 +86,11 @@ def pretrain(args: list[str]) -> int:
     from gptjax.flags import load_recipe, origins, take
 
     if name == "RECIPE":
-        parse(TrainConfig(), args, "gptjax pretrain RECIPE")
+        parse(TrainConfig(), args, "gptjax pretrain RECIPE [--size SIZE]")
     recipe = load_recipe(name)
     size, args = take(args, "size")
     written = recipe.config("pretrain", size)
-    cfg = parse(written, args, f"gptjax pretrain {name}", recipe.doc)
+    cfg = parse(written, args, f"gptjax pretrain {name} [--size SIZE]", recipe.doc)
     tune_process()
     from gptjax.checkpoint import CheckpointError
     from gptjax.pretrain import pretrain
@@ -110,7 +110,7 @@ def pretrain(args: list[str]) -> int:
     return 0
 
 
-PLAN = "gptjax plan RECIPE [--topology KIND:SIZE] [--json FILE] [--out FILE] [--compiles N]"
+PLAN = "[--size SIZE] [--topology KIND:SIZE] [--json FILE] [--out FILE] [--compiles N]"
 
 
 def plan(args: list[str]) -> int:
@@ -120,13 +120,13 @@ def plan(args: list[str]) -> int:
     from gptjax.flags import load_recipe, take
 
     if name == "RECIPE":
-        parse(TrainConfig(), args, PLAN)
+        parse(TrainConfig(), args, f"gptjax plan RECIPE {PLAN}")
     recipe, given = load_recipe(name), {}
     for flag in ("topology", "json", "out", "compiles", "size"):
         given[flag], args = take(args, flag)
     place, out, size = given["topology"], given["out"], given["size"]
     written = recipe.config("pretrain", size)
-    cfg = parse(written, args, f"gptjax plan {name}", recipe.doc)
+    cfg = parse(written, args, f"gptjax plan {name} {PLAN}", recipe.doc)
     from gptjax.paths import write_file
     from gptjax.plan import report
 
@@ -194,9 +194,12 @@ def checkpoint_list(args: list[str]) -> int:
     nothing_left(args, "gptjax checkpoint list RUN")
     from gptjax.trained import open_checkpoints
 
-    checkpoints = open_checkpoints(run)
-    for saved in checkpoints.describe():
+    found = open_checkpoints(run).describe()
+    for saved in found:
         print(f"step {saved.step}  {saved.bytes / 1e6:,.1f} MB in {saved.files} files")
+    if not found:
+        _say(f"{run} has no checkpoint yet")
+        return 0
     _next(f"gptjax checkpoint verify {run}")
     return 0
 
@@ -208,7 +211,9 @@ def checkpoint_verify(args: list[str]) -> int:
     from gptjax.trained import open_checkpoints
 
     checkpoints, bad = open_checkpoints(run), 0
-    for step in checkpoints.steps():
+    if not (steps := checkpoints.steps()):
+        raise InputError(f"{run} has no checkpoint yet, so there is nothing to verify")
+    for step in steps:
         problems = checkpoints.verify(step)
         bad += bool(problems)
         print(f"step {step}: " + ("; ".join(problems) or "sound"))

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gptjax.cluster import Cluster, find_cluster
+from gptjax.installation import versions
 from gptjax.settings import InputError
 
 T = TypeVar("T")
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 WAIT_SECONDS, HEARTBEAT_SECONDS, CLOCK_SECONDS = 300.0, 60.0, 60.0
 BARRIER_SECONDS = 7 * 24 * 3600.0  # as long as anything may take; a process that is lost ends the wait sooner
 POLL_SECONDS, LEAVE_SECONDS, REPORT_SECONDS = 1.0, 10.0, 60.0
@@ -39,7 +39,8 @@ def join_processes(settings: Mapping[str, Any], folder: str | Path | None = None
     All must have the same `settings` and see the same `folder` (of the run), which is made. How long the others are
     waited for is GPTJAX_WAIT_SECONDS (300), after how long without a sign a process counts as lost
     GPTJAX_HEARTBEAT_SECONDS (60), how far clocks may differ GPTJAX_CLOCK_SECONDS (60). Raises InputError for what is
-    wrong, and NotNow where the same command may work later. Does nothing in a process that has joined already.
+    wrong, also where a process that is alone has no devices, and NotNow where the same command may work later. Does
+    nothing in a process that has joined already.
     """
     import jax
 
@@ -55,12 +56,16 @@ def join_processes(settings: Mapping[str, Any], folder: str | Path | None = None
     heartbeat = _seconds("GPTJAX_HEARTBEAT_SECONDS", HEARTBEAT_SECONDS)
     cluster = find_cluster(timeout=wait)
     if cluster is None:
+        try:
+            jax.devices()
+        except RuntimeError as e:  # what JAX_PLATFORMS names is not here, or its driver is not
+            raise InputError(f"jax can't start: {' '.join(str(e).split())}; see gptjax doctor") from e
         return
     _cluster = cluster
     from gptjax.preflight import preflight
 
     path = None if folder is None or "://" in str(folder) else Path(folder).absolute()
-    preflight(cluster, _versions(), settings, path, wait, _seconds("GPTJAX_CLOCK_SECONDS", CLOCK_SECONDS))
+    preflight(cluster, versions(), settings, path, wait, _seconds("GPTJAX_CLOCK_SECONDS", CLOCK_SECONDS))
     # Its handler would take SIGTERM from ours, and knows no other signal.
     jax.config.update("jax_enable_preemption_service", False)
     _keep_stdout()
@@ -259,15 +264,6 @@ def _count(name: str) -> int:
     """How often this name was used before: all processes use each name equally often."""
     _counts[name] = _counts.get(name, -1) + 1
     return _counts[name]
-
-
-@functools.cache
-def _versions() -> dict[str, str]:
-    import importlib.metadata
-
-    from gptjax import __version__
-
-    return {"gptjax": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def _keep_stdout() -> None:

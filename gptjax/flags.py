@@ -9,12 +9,14 @@ import itertools
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gptjax.settings import InputError, leaves, unknown_name
+from gptjax.config import TrainConfig
+from gptjax.settings import InputError, build, leaves, unknown_name
 
 T = TypeVar("T")
 HELP = ("-h", "--help")
@@ -83,24 +85,34 @@ class Recipe:
     sha256: str
     module: Any
 
-    def config(self, stage: str, size: str = "") -> Any:
-        """The config of a stage at a size; raises InputError where the recipe has no such stage, or no such dial.
+    def config(self, stage: str, size: str = "") -> TrainConfig:
+        """The config of a stage at a size; raises InputError where the recipe fails or has no such stage or dial.
 
         A recipe with a dial is a function with an argument `size`, a whole number or a word, that has a default.
         """
         make: Callable[..., Any] | None = getattr(self.module, stage, None)
-        if make is None:
+        if not callable(make):
             raise InputError(f"{self.path} has no function {stage}(); wanted one that returns the stage's config")
-        if not size:
-            return make()
+        given = {"size": self._dial(make, stage, size)} if size else {}
+        try:
+            made = make(**given)
+        except InputError:
+            raise
+        except Exception as e:
+            raise _failure(self.path, f"{stage}()", e) from e
+        if not isinstance(made, TrainConfig):
+            raise InputError(f"{self.path}: {stage}() returned {made!r}; wanted a gptjax.config.TrainConfig")
+        return build(TrainConfig, dict(leaves(made)))  # whose values must be of the types that config.json gives back
+
+    def _dial(self, make: Callable[..., Any], stage: str, size: str) -> int | str:
         dial = inspect.signature(make).parameters.get("size")
         if dial is None:
             raise InputError(f"--size {size}: {self.path} has no dial; wanted {stage}(size=...) there, or no --size")
         if not isinstance(dial.default, int):
-            return make(size=size)
+            return size
         if not size.isdecimal():
             raise InputError(f"--size {size}: wanted a whole number for {self.path}, e.g. --size {dial.default}")
-        return make(size=int(size))
+        return int(size)
 
 
 def take(args: list[str], flag: str) -> tuple[str, list[str]]:
@@ -159,10 +171,18 @@ def load_recipe(name: str) -> Recipe:
     except InputError:
         raise
     except Exception as e:
-        raise InputError(f"{name}: the recipe failed with {type(e).__name__}: {e}") from e
+        raise _failure(path, "the recipe", e) from e
     finally:
         sys.dont_write_bytecode = before
     return Recipe(path, (module.__doc__ or "").strip(), hashlib.sha256(path.read_bytes()).hexdigest(), module)
+
+
+def _failure(path: Path, what: str, error: Exception) -> InputError:
+    """An error of a recipe's own code, with the last line of the recipe that it came through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == os.path.abspath(path)]
+    where = f"{path}:{lines[-1]}" if lines else str(path)
+    return InputError(f"{where}: {what} failed with {type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def origins(default: Any, recipe: Any, config: Any) -> dict[str, str]:

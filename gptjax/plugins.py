@@ -56,8 +56,9 @@ def resolve(name: str, setting: str) -> Callable[..., Any]:
         found: Any = importlib.import_module(module)
         for part in path.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as e:
-        raise InputError(f"{wanted} ({e})") from e
+    except Exception as e:  # of the user's own module, besides those of one that is not there
+        kind = "" if isinstance(e, ImportError | AttributeError) else f"{type(e).__name__}: "
+        raise InputError(f"{wanted} ({kind}{' '.join(str(e).split())})") from e
     finally:
         sys.path.remove(here)
     if not callable(found):

@@ -16,6 +16,7 @@ from gptjax.config import TrainConfig
 from gptjax.data.feed import open_feed
 from gptjax.data.packing import example_batch
 from gptjax.decoder import Decoder
+from gptjax.digest import sealed_steps
 from gptjax.distributed import agreed, barrier, first_alone, from_first, is_first, join_processes
 from gptjax.evaluate import evaluate, make_eval_step
 from gptjax.generate import generate
@@ -37,7 +38,7 @@ from gptjax.train import (
     init_state,
     stop_on_signals,
 )
-from gptjax.transfer import start_from
+from gptjax.transfer import check_init, start_from
 
 ASKED, NEAR = 1, 2  # why training ends early: a signal, or the time limit
 SAVE_BYTES_A_SECOND = 5e7  # of a process, to a slow disk; how long the last save may take is guessed by it at first
@@ -60,6 +61,8 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
         with jax.set_mesh(mesh):
             attention = describe(config.model, config.data.length, config.data.several_documents)
         decoder, tx, init, step = assemble(config)
+        if config.init and not sealed_steps(Run.at(config.run_dir).checkpoints):
+            check_init(config)
         run = Run.open(config.run_dir, config, recipe, origins)
         ending.callback(run.close)
         for line in run.changes:

@@ -5,7 +5,6 @@ as files lies in `local`, a folder of this machine that `pull` makes equal to th
 """
 
 import dataclasses
-import importlib.metadata
 import json
 import platform
 import subprocess
@@ -17,10 +16,10 @@ from typing import Any
 
 from gptjax.config import EXTENDABLE, SCHEMA, TrainConfig, frozen_changes
 from gptjax.digest import MANIFEST, sealed_steps
-from gptjax.paths import MARK, PROBE, place, store
+from gptjax.installation import versions
+from gptjax.paths import MARK, PROBE, place, store, write_json
 from gptjax.settings import InputError, build, leaves
 
-PACKAGES = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 HEADER = ("schema", "stage", "recipe", "settings")
 LOGS = ("metrics.jsonl", "tensorboard")
 
@@ -197,20 +196,11 @@ def environment() -> dict[str, Any]:
         "command": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": versions(),
         "devices": {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)},
         "processes": jax.process_count(),
         "commit": _commit(),
     }
-
-
-def write_json(path: Path, document: Any) -> None:
-    """Writes a file whole or not at all."""
-    text = json.dumps(document, indent=1) + "\n"
-    try:
-        store(path).write(path, text.encode())
-    except OSError as e:
-        raise InputError(f"{path}: can't be written ({e.strerror}); free the disk, or give another --run-dir") from e
 
 
 def _changes(run: Run, config: TrainConfig) -> tuple[str, ...]:
@@ -242,15 +232,6 @@ def _changes(run: Run, config: TrainConfig) -> tuple[str, ...]:
             then = ": the learning-rate schedule changes with it" if name in EXTENDABLE else ""
             lines.append(f"{name} was {before[name]!r}, now {value!r}{then}")
     return tuple(lines)
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        from gptjax import __version__
-
-        return __version__ if package == "gptjax" else "not installed"
 
 
 def _commit() -> str:

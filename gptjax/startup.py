@@ -12,7 +12,7 @@ STARTED = time.monotonic()  # about when the process began: the command line imp
 # glibc's malloc.h: parameters of mallopt. Linux's mman.h: advice for madvise.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 _HUGE_PAGE_ADVICE, _HUGE_PAGE = 14, 2 << 20
-_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def tune_process() -> None:
@@ -52,7 +52,7 @@ def use_huge_pages() -> bool:
     Addresses are reserved and given back to malloc, which keeps them (keep_freed_memory): memory is taken when touched.
     """
     try:
-        if "[madvise]" not in _HUGE_PAGES.read_text():
+        if "[madvise]" not in HUGE_PAGES.read_text():
             return False
         libc = ctypes.CDLL(None)
         libc.malloc.restype = ctypes.c_void_p

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from gptjax.installation import cache_folder
 from gptjax.settings import InputError
 from gptjax.sharding import RowsHere, constrain, put, require_mesh, shardings, suffix
 
@@ -225,7 +226,7 @@ def fit(
             stopping = stop()
             if i < until and not stopping:  # a batch that nobody wants could keep a stopped run waiting
                 coming = thread.submit(take)
-            if trace and first <= i == last:
+            if trace and first <= i <= last and (i == last or stopping):
                 jax.block_until_ready(metrics)
                 jax.profiler.stop_trace()
             if previous is not None:
@@ -304,7 +305,7 @@ class TimeLimit:
 
 def compile_cache_folder() -> Path:
     """Where compiled programs are kept for this user."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptjax" / "compiled"
+    return cache_folder() / "compiled"
 
 
 def others_can_write(folder: Path) -> bool:
@@ -319,7 +320,10 @@ def enable_compile_cache() -> None:
     What lies there is run, so a folder that others can write to is refused with InputError.
     """
     folder = compile_cache_folder()
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"{folder} can't be made ({e.strerror}); set XDG_CACHE_HOME, or --no-compile-cache") from e
     if others_can_write(folder):
         raise InputError(f"{folder} can be written by others; run `chmod 700 {folder}`, or give --no-compile-cache")
     jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -12,11 +12,12 @@ from jax.sharding import Mesh
 
 from gptjax.config import TrainConfig
 from gptjax.plugins import optional
+from gptjax.run import load_config
 from gptjax.settings import InputError
 from gptjax.sharding import shardings
 from gptjax.tokenizer import Tokenizer
 from gptjax.train import TrainState
-from gptjax.trained import Trained, open_trained
+from gptjax.trained import Trained, open_checkpoints, open_trained
 
 # Leaves that may have more rows than before, and what their rows are.
 GROWING = {"embed_VD": "tokenizer.vocab_size", "head_VD": "tokenizer.vocab_size", "position_TD": "data.length"}
@@ -28,18 +29,28 @@ MEANING = ("positions", "norm", "activation", "biases", "qk_norm", "attention_so
 REACH = ("rope_theta", "rope_scaling", "rope_factor", "rope_original_length", "window", "global_every")
 
 
+def check_init(config: TrainConfig) -> None:
+    """Raises InputError where config.init is no run with a checkpoint, or its weights would mean something else here.
+
+    It reads settings alone, so that this is told before a text is prepared and a model made.
+    """
+    old = load_config(config.init)
+    if open_checkpoints(config.init).newest() is None:
+        raise InputError(f"init={config.init!r} has no checkpoint; wanted a run that was trained")
+    _check_settings(old, config)
+
+
 def start_from(
     config: TrainConfig, tokenizer: Tokenizer, state: TrainState, tx: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """`state`, a new one, with the weights of the run in config.init, and an optimizer that has seen nothing yet.
 
-    Raises InputError where that is no run, where its tokens or weights have other meanings here, and where a weight
-    does not fit.
+    What `check_init` raises was looked at before. Raises InputError where the run's tokens have other meanings here,
+    and where a weight does not fit.
     """
     # The old run's block is not read from its folder: it is the one that this run was given.
     old = open_trained(config.init, config.mesh, block=optional(config.model.block, "model.block"))
     _check_tokens(old, tokenizer)
-    _check_settings(old.config, config)
     _check_shapes(old, state.params, config)
     rows = {
         "tokenizer.vocab_size": old.config.tokenizer.vocab_size,  # what only padded the old vocabulary stays behind
@@ -94,8 +105,9 @@ def _check_shapes(old: Trained, params: Any, config: TrainConfig) -> None:
         limit = GROWING.get(name)
         fits = got == new or bool(limit and got and new and got[1:] == new[1:] and got[0] < new[0])
         if not fits:
-            advice = f"; {limit} may grow, not shrink" if limit else "; the model's settings must be those of that run"
-            raise InputError(f"init={config.init!r}: its {name} has shape {got}, this model's {new}{advice}")
+            shrinks = bool(limit and got and new and got[1:] == new[1:])
+            advice = f"{limit} may grow, not shrink" if shrinks else "the model's settings must be those of that run"
+            raise InputError(f"init={config.init!r}: its {name} has shape {got}, this model's {new}; {advice}")
 
 
 def _leaves(tree: Any) -> list[tuple[Any, jax.Array]]:

@@ -1,11 +1,10 @@
 """Flags for XLA by platform, set before jax starts, and only those that the XLA installed here knows.
 
 An unknown flag ends the process, and flags come and go with versions: so a process of its own tries them first, once
-for each version. Nothing here imports jax, or anything else of the package.
+for each version. Nothing here imports jax.
 """
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import re
@@ -13,6 +12,8 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from gptjax.installation import cache_folder, version
 
 # Only what XLA does not do by itself. No flag of GPU or TPU was measured by us: each has its reason, not a number.
 #
@@ -75,9 +76,9 @@ def known_flags(flags: Sequence[str], variable: str) -> list[str]:
 
     They are tried in a process of its own, once: the answer is kept in the user's cache folder by version.
     """
-    versions = [f"{name} {_version(name)}" for name in _PACKAGES]
+    versions = [f"{name} {version(name)}" for name in _PACKAGES]
     key = hashlib.sha256(json.dumps([versions, variable, list(flags)]).encode()).hexdigest()
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptjax" / "xla_flags.json"
+    path = cache_folder() / "xla_flags.json"
     kept = _read(path)
     if key in kept:
         return [flag for flag in flags if flag in kept[key]]
@@ -115,13 +116,6 @@ def _tried(flags: Sequence[str], variable: str) -> tuple[list[str], str]:
 
 def _name(flag: str) -> str:
     return flag.split("=")[0]
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def _read(path: Path) -> dict[str, list[str]]:

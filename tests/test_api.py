@@ -3,6 +3,7 @@
 import functools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,9 @@ from gptjax.decoder import head, init_params, make_decoder
 from gptjax.decoder import layer_params as own_params
 from gptjax.losses import token_log_probs
 from gptjax.plugins import named, resolve
+from gptjax.run import Run
 from gptjax.settings import InputError
-from gptjax.transfer import _check_settings
+from gptjax.transfer import _check_settings, _check_shapes
 
 TINY = {
     "steps": 6, "model.num_layers": 2, "model.width": 16, "model.num_heads": 2, "tokenizer.kind": "bytes",
@@ -243,6 +245,24 @@ def test_a_run_does_not_start_from_weights_that_mean_something_else_in_it(tmp_pa
         _check_settings(old, config(tmp_path / "new", text, init="old", **settings))
 
 
+def test_a_run_that_can_not_be_started_from_is_refused_before_its_text_is_prepared(tmp_path, text):
+    begun = Run.open(tmp_path / "begun", config(tmp_path / "begun", text), {"path": "", "sha256": ""}, {})
+    for init, said in ((tmp_path / "nowhere", "wanted the folder of a run"), (begun.folder, "has no checkpoint")):
+        with pytest.raises(InputError, match=said):
+            gptjax.train(config(tmp_path / "new", text, init=str(init)))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_weight_of_another_shape_says_which_setting_is_wrong(tmp_path, text):
+    old = SimpleNamespace(params={"embed_VD": np.zeros((8, 4))})
+    for shape, said in (
+        ((6, 4), "tokenizer.vocab_size may grow, not shrink"),
+        ((8, 6), "the model's settings must be"),
+    ):
+        with pytest.raises(InputError, match=f"its embed_VD has shape .*; {said}"):
+            _check_shapes(old, {"embed_VD": np.zeros(shape)}, config(tmp_path, text, init="old"))
+
+
 @pytest.mark.slow
 def test_a_run_starts_from_one_with_fewer_token_ids_whose_meanings_are_the_same(tmp_path, text):
     tokenizers = pytest.importorskip("tokenizers")
@@ -285,3 +305,6 @@ def test_a_module_in_the_working_folder_is_found_by_its_name(tmp_path, monkeypat
     (tmp_path / "own_parts_here.py").write_text("def answer():\n    return 42\n")
     monkeypatch.chdir(tmp_path)
     assert resolve("own_parts_here:answer", "loss")() == 42
+    (tmp_path / "broken_parts_here.py").write_text("1 / 0")
+    with pytest.raises(InputError, match="loss='broken_parts_here:answer': wanted .*ZeroDivisionError: division"):
+        resolve("broken_parts_here:answer", "loss")

@@ -14,17 +14,17 @@ ROWS = {
     "assemble": 3, "evaluate": 3, "transfer": 3, "doctor": 3,
     "train": 2, "trained": 2, "generate": 2, "data": 2, "interop": 2,
     "decoder": 1, "optim": 1, "checkpoint": 1, "metrics": 1, "run": 1,
-    "xla_flags": 0, "startup": 0, "settings": 0, "paths": 0, "cluster": 0, "preflight": 0, "distributed": 0,
-    "hardware": 0, "plugins": 0, "config": 0, "digest": 0, "flags": 0, "sharding": 0, "zigzag": 0, "mup": 0,
-    "tokenizer": 0, "attention": 0, "blockwise": 0, "triangle": 0, "backends": 0, "rope": 0, "fewrows": 0,
-    "products": 0, "cache": 0, "block": 0, "losses": 0, "scaling": 0, "lint": 0,
+    "installation": 0, "xla_flags": 0, "startup": 0, "settings": 0, "paths": 0, "cluster": 0, "preflight": 0,
+    "distributed": 0, "hardware": 0, "plugins": 0, "config": 0, "digest": 0, "flags": 0, "sharding": 0, "zigzag": 0,
+    "mup": 0, "tokenizer": 0, "attention": 0, "blockwise": 0, "triangle": 0, "backends": 0, "rope": 0,
+    "fewrows": 0, "products": 0, "cache": 0, "block": 0, "losses": 0, "scaling": 0, "lint": 0,
 }  # fmt: skip
 
 # Within row 0 some modules stand on others; this is their order.
 GROUND = [
-    "xla_flags", "startup", "settings", "paths", "cluster", "preflight", "distributed", "hardware", "plugins", "config",
-    "digest", "flags", "sharding", "zigzag", "mup", "tokenizer", "attention", "blockwise", "triangle", "backends",
-    "rope", "fewrows", "products", "cache", "block", "losses", "scaling", "lint",
+    "installation", "xla_flags", "startup", "settings", "paths", "cluster", "preflight", "distributed", "hardware",
+    "plugins", "config", "digest", "flags", "sharding", "zigzag", "mup", "tokenizer", "attention", "blockwise",
+    "triangle", "backends", "rope", "fewrows", "products", "cache", "block", "losses", "scaling", "lint",
 ]  # fmt: skip
 
 DOORS = {

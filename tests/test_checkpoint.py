@@ -229,6 +229,14 @@ def test_with_no_sound_step_the_error_says_what_is_wrong_with_each(folder):
         Checkpoints(folder, CFG).restore(abstract(make_state()), step=15)
 
 
+def test_a_position_in_the_data_that_is_damaged_is_named(folder):
+    assert Checkpoints(folder, CFG).data_state(20)
+    path = folder / "00000020" / "data" / "data.json"
+    path.write_text("{")
+    with pytest.raises(InputError, match=f"{path} can't be read .*; see gptjax checkpoint verify"):
+        Checkpoints(folder, CFG).data_state(20)
+
+
 def test_another_shape_type_or_structure_is_refused_by_name_and_not_fallen_back_from(folder):
     checkpoints = Checkpoints(folder, CFG)
     wanted = abstract(make_state())

@@ -10,6 +10,8 @@ import time
 import pytest
 
 from gptjax.cli import VERBS, main
+from gptjax.config import TrainConfig
+from gptjax.run import Run
 
 SMALL = """--model.num-layers 1 --model.width 32 --model.num-heads 2 --data.length 32 --data.batch-size 8 --steps 3
 --evaluate.max-rows 4 --optim.warmup-steps 1 --generate.max-new-tokens 5 --no-compile-cache""".split()
@@ -155,6 +157,18 @@ def test_prompts_that_do_not_fit_are_refused(run, capsys):
     assert "32" in refusal(capsys, "generate", run, "--prompt", "It was", "--max-new-tokens", "30")
 
 
+def test_advice_on_a_vocabulary_names_the_flag_of_the_verb(text, tmp_path, capsys):
+    line = refusal(capsys, "tokenizer", "train", "--source", text, "--out", tmp_path / "t", "--vocab-size", "9999")
+    assert "gptjax: vocab_size=9999: the training text has pieces for at most" in line and "; add --vocab-size " in line
+
+
+def test_a_run_that_was_not_saved_yet_has_nothing_to_list_or_to_verify(tmp_path, capsys):
+    Run.open(tmp_path / "run", TrainConfig(), {"path": "", "sha256": ""}, {})
+    assert "run has no checkpoint yet" in refusal(capsys, "checkpoint", "verify", tmp_path / "run")
+    assert main(["checkpoint", "list", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().err == f"{tmp_path / 'run'} has no checkpoint yet\n"
+
+
 def test_what_is_no_verb_and_no_run_is_refused(tmp_path, capsys):
     assert "did you mean 'pretrain'?" in refusal(capsys, "pertrain", "quickstart")
     assert "RUN is missing" in refusal(capsys, "eval")
@@ -169,6 +183,15 @@ def test_every_verb_is_in_the_help_and_has_its_own(verb, capsys, run):
     with pytest.raises(SystemExit) as exit_code:
         main([*verb.split(), "--help"])
     assert exit_code.value.code == 0 and "usage: gptjax" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recipe", ["", "modern "])
+@pytest.mark.parametrize(("verb", "flags"), [("pretrain", "size"), ("plan", "size topology json out compiles")])
+def test_help_names_the_flags_that_are_no_settings_too(recipe, verb, flags, capsys):
+    with pytest.raises(SystemExit):
+        main(f"{verb} {recipe}--help".split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(f"[--{flag} " in said for flag in flags.split())
 
 
 def test_help_of_a_recipe_names_every_setting_and_needs_no_jax():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gptjax.config import TrainConfig
+from gptjax.config import ShowConfig, TrainConfig, TrainTokenizerConfig
 from gptjax.flags import load_recipe, origins, parse
 from gptjax.run import load_config
 from gptjax.scaling.counts import parameters
@@ -103,9 +103,12 @@ def test_a_config_survives_its_flat_form(name):
         ),
         (["--optim.learning-rate", "nan"], "optim.learning_rate=nan: wanted a finite number above 0"),
         (["--optim.learning-rate=-1"], "optim.learning_rate=-1.0: wanted a finite number above 0"),
-        (["--steps=-5"], "steps=-5: wanted a finite number above 0"),
+        (["--steps=-5"], "steps=-5: wanted a number from 1 to 2,147,483,647"),
+        (["--steps", "99999999999"], "steps=99999999999: wanted a number from 1"),
+        (["--optim.warmup-steps", "99999999999"], "optim.warmup_steps=99999999999: wanted a number from 0"),
         (["--mesh.tensor", "0"], "mesh.tensor=0: wanted a number of devices"),
         (["--profile", "7"], "profile='7': wanted FIRST:LAST"),
+        (["--profile", "9:12", "--steps", "8"], "profile='9:12': wanted a FIRST of at most steps=8"),
         (["--tokenizer.kind", "bytes"], "tokenizer.vocab_size=.* add --tokenizer.vocab-size 258"),
         (["stray"], "Unrecognized options: stray"),
     ],
@@ -132,8 +135,45 @@ def test_a_recipe_that_is_none_is_refused(tmp_path):
     with pytest.raises(InputError, match="has no function pretrain"):
         load_recipe(str(tmp_path / "empty.py")).config("pretrain")
     (tmp_path / "broken.py").write_text("import nowhere_at_all")
-    with pytest.raises(InputError, match="the recipe failed with ModuleNotFoundError"):
+    with pytest.raises(InputError, match="broken.py:1: the recipe failed with ModuleNotFoundError"):
         load_recipe(str(tmp_path / "broken.py"))
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        ("TrainConfig(\n        model=ModelConfig(widht=3))", r"r.py:4: pretrain\(\) failed with TypeError: .*'widht'"),
+        ("{'steps': 3}", r"pretrain\(\) returned {'steps': 3}; wanted a gptjax.config.TrainConfig"),
+        ("TrainConfig(steps=1e5)", "steps=100000.0: wanted a value of type int"),
+        ("TrainConfig(loss=print)", "loss=<built-in function print>: wanted a value of type str"),
+    ],
+)
+def test_a_recipe_whose_function_gives_no_config_is_refused(made, said, tmp_path):
+    (tmp_path / "r.py").write_text(f"from gptjax.config import *\ndef pretrain():\n    return {made}\n")
+    with pytest.raises(InputError, match=said):
+        load_recipe(str(tmp_path / "r.py")).config("pretrain")
+
+
+def test_a_recipe_may_write_a_list_for_a_tuple_and_is_the_same_when_it_is_read_back(tmp_path):
+    made = "TrainConfig(optim=OptimConfig(learning_rate=1), checkpoint=CheckpointConfig(at=[3, 4]))"
+    (tmp_path / "r.py").write_text(f"from gptjax.config import *\ndef pretrain():\n    return {made}\n")
+    config = load_recipe(str(tmp_path / "r.py")).config("pretrain")
+    assert repr((config.checkpoint.at, config.optim.learning_rate)) == "((3, 4), 1.0)"
+
+
+@pytest.mark.parametrize(
+    ("default", "args", "message"),
+    [
+        (ShowConfig(), ["--step", "9999999999999999999"], "step=9999999999999999999: wanted a number from 1"),
+        (TrainTokenizerConfig(), ["--validation-fraction", "nan"], "validation_fraction=nan: wanted a share above 0"),
+        (TrainTokenizerConfig(), ["--validation-fraction=-1"], "validation_fraction=-1.0: wanted a share above 0"),
+        (TrainTokenizerConfig(), ["--vocab-size", "100"], "vocab_size=100: wanted at least 300"),
+        (TrainTokenizerConfig(), ["--source", ""], "source='': wanted a path or a name"),
+    ],
+)
+def test_a_bad_setting_of_another_verb_is_one_clear_line(default, args, message):
+    with pytest.raises(InputError, match=f"^{message}"):
+        parse(default, args, "gptjax")
 
 
 def test_a_run_that_is_none_is_refused(tmp_path):

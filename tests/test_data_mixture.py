@@ -311,3 +311,12 @@ def test_a_tokenizer_that_did_not_prepare_the_folder_is_refused(folder, tmp_path
         open_feed(TrainConfig(data=data, tokenizer=other), Path("none"), print)
     for tokenizer in (own, TokenizerConfig(vocab_size=300)):
         assert open_feed(TrainConfig(data=data, tokenizer=tokenizer), Path("none"), print).tokenizer.vocab_size == 300
+
+
+def test_a_corpus_that_is_not_where_its_run_was_trained_is_told_by_its_name(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    run = TrainConfig(data=DataConfig(source="abc", length=32), tokenizer=BYTES)
+    open_feed(run, tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="source 'abc' is no prepared folder here, .*; go to the folder in which"):
+        open_feed(run, tmp_path / "data")

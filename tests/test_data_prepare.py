@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -303,6 +304,8 @@ def test_token_ids_outside_the_vocabulary_are_an_error_that_names_the_file(tmp_p
         (lambda text: text.replace('"pages"', '"leaves"'), "does not describe a corpus"),
         (lambda text: "[]", "does not describe a corpus"),
         (lambda text: text.replace("uint16", "object"), "does not describe a corpus"),
+        (lambda text: re.sub(r'"tokens": \d+', '"tokens": "many"', text), "does not describe a corpus"),
+        (lambda text: re.sub(r'"tokens": (\d+)', r'"tokens": \g<1>00000', text), "does not describe a corpus"),
     ],
 )
 def test_a_damaged_manifest_is_refused(tmp_path, one, change, says):

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from held_out import holdout
 
 from gptjax.config import PrepareConfig, TokenizerConfig
 from gptjax.data import records
 from gptjax.data.corpus import example_type
 from gptjax.data.prepare import prepare
-from gptjax.data.sources import documents, holdout, source_sha256
+from gptjax.data.sources import documents, source_sha256
 from gptjax.settings import InputError
 
 TEXTS = ["first\nline", "\u4e2d\u6587", ""] + [f"text {i}" for i in range(300)]

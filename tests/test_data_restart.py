@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from held_out import splits
 
 from gptjax.cli import main
 from gptjax.config import PrepareConfig, TokenizerConfig
 from gptjax.data import encode, scan
 from gptjax.data.corpus import Corpus, open_corpus
 from gptjax.data.prepare import WORK, prepare, report
-from gptjax.data.sources import holdout, split_documents
 from gptjax.settings import InputError
 
 BYTES = TokenizerConfig(kind="bytes", vocab_size=258)
@@ -255,10 +255,7 @@ def test_a_single_text_that_is_kept_is_split_by_its_tail(tmp_path):
 def test_a_document_is_held_out_as_the_holdout_says(tmp_path):
     texts = [f"text {i}" for i in range(200)]
     write_jsonl(tmp_path / "a.jsonl", texts)
-    held = holdout(str(tmp_path / "a.jsonl"), 0.2)
-    wanted = {"train": [], "validation": []}
-    for split, document in split_documents(str(tmp_path / "a.jsonl"), held):
-        wanted[split].append(document.text)
+    wanted = splits(tmp_path / "a.jsonl", 0.2)
     assert stored(prepare(config(tmp_path / "a.jsonl", tmp_path / "out", validation_fraction=0.2))) == wanted
 
 

@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
+from held_out import holdout, splits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptjax.data.sources import Document, documents, holdout, source_sha256, split_documents
+from gptjax.data.sources import Document, documents, source_sha256
 from gptjax.settings import InputError
 
 
@@ -21,14 +22,6 @@ def write_jsonl(path: Path, values: list) -> str:
 
 def texts(source: str | Path) -> list[str]:
     return [document.text for document in documents(str(source))]
-
-
-def splits(source: str | Path, fraction: float) -> dict[str, list[str]]:
-    held = holdout(str(source), fraction)
-    found = {"train": [], "validation": []}
-    for split, document in split_documents(str(source), held):
-        found[split].append(document.text)
-    return found
 
 
 def test_a_folder_gives_every_text_below_it_in_sorted_order(tmp_path):

@@ -98,7 +98,7 @@ def test_jax_that_does_not_start_is_a_problem_and_not_a_traceback(monkeypatch, t
 
 
 def test_no_process_leaves_before_all_have_reported_and_only_the_first_writes(nothing_else, monkeypatch, tmp_path):
-    out, seen = tmp_path / "found.json", []
+    out, seen = tmp_path / "a" / "new" / "folder" / "found.json", []
     monkeypatch.setattr(examine, "wait_for_reports", lambda: seen.append(out.exists() and json.loads(out.read_text())))
     assert main(["doctor", "--json", str(out)]) == 0
     assert len(seen) == 1 and seen[0]["ok"] is True
@@ -198,6 +198,9 @@ def test_a_compile_cache_that_others_can_write_is_found(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     folder.chmod(0o777)
     assert machine.compile_cache().level == "PROBLEM" and "chmod 700" in machine.compile_cache().advice
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert machine.compile_cache().level == "PROBLEM" and "set XDG_CACHE_HOME" in machine.compile_cache().advice
 
 
 def test_a_look_that_fails_is_a_finding_and_the_rest_is_looked_at(monkeypatch, capsys):

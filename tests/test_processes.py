@@ -333,6 +333,15 @@ def test_processes_that_were_joined_by_someone_else_are_refused(monkeypatch):
         distributed.join_processes({})
 
 
+def test_devices_that_are_not_here_are_one_line(monkeypatch):
+    def devices():
+        raise RuntimeError("Unable to initialize backend 'cuda': no driver\n(set JAX_PLATFORMS='' to choose)")
+
+    monkeypatch.setattr(jax, "devices", devices)
+    with pytest.raises(InputError, match="^jax can't start: Unable to .*'cuda': no driver .*; see gptjax doctor$"):
+        distributed.join_processes({})
+
+
 # Whole runs, as processes on this machine.
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from gptjax import run as run_module
 from gptjax.config import CheckpointConfig, MeshConfig, ModelConfig, TrainConfig
-from gptjax.run import Run, environment, load_config, read_config, write_json
+from gptjax.paths import write_json
+from gptjax.run import Run, environment, load_config, read_config
 from gptjax.settings import InputError, leaves
 
 CFG = TrainConfig(steps=100, model=ModelConfig(num_layers=2, width=64, num_heads=4))

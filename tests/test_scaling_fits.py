@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import types
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import scaling_fit
 from gptjax.scaling import fits
 from gptjax.scaling.approaches import envelope, isoflop, leave_one_budget_out, parametric
 from gptjax.scaling.descent import Problem, minimize
-from gptjax.scaling.fits import Fitted, fit_chinchilla, fit_overtraining, fit_power, redraw, refit
+from gptjax.scaling.families import CHINCHILLA, OVERTRAINING, POWER
+from gptjax.scaling.fits import Fitted, fit_law, redraw, refit
 from gptjax.scaling.laws import HOFFMANN, Chinchilla, PowerLaw
 from gptjax.settings import InputError
 
@@ -35,13 +37,13 @@ def runs(per_budget: int, noise: float = 0.0, seed: int = 0, law: Chinchilla = H
 @pytest.fixture(scope="module")
 def noisy():
     _, N, D, loss = runs(6, 0.01)
-    return fit_chinchilla(N, D, loss, bootstraps=200)
+    return fit_law(CHINCHILLA, N, D, loss, bootstraps=200)
 
 
 @pytest.fixture(scope="module")
 def exact():
     _, N, D, loss = runs(16)
-    return fit_chinchilla(N, D, loss)
+    return fit_law(CHINCHILLA, N, D, loss)
 
 
 def test_the_fit_finds_the_law_that_made_the_points(exact):
@@ -58,7 +60,7 @@ def test_five_small_runs_on_redpajama_give_the_published_law_and_errors():
     small = [row for row in rows if row not in large]
     columns = [np.array([float(row[k]) for row in small]) for k in ("params", "tokens", "loss")]
     assert len(small) == 5
-    law = fit_overtraining(*columns).law
+    law = fit_law(OVERTRAINING, *columns).law
     assert [round(law.a, 1), round(law.b, 1), round(law.e, 4), round(law.E, 4)] == [166.2, 366.7, -0.2729, 1.8366]
     error = {
         row["name"]: 100 * (law.loss(float(row["params"]), float(row["tokens"])) / float(row["loss"]) - 1)
@@ -124,7 +126,7 @@ def test_intervals_hold_the_truth_and_narrow_without_the_scatter_of_a_run(noisy)
 
 def test_bootstraps_near_the_optimum_find_what_starts_all_over_the_grid_find(noisy):
     _, N, D, loss = runs(6, 0.01)
-    problem, starts = fits.chinchilla_problem(N, D, loss, 1e-3)
+    problem, starts = CHINCHILLA.problem(N, D, loss, delta=1e-3), CHINCHILLA.starts
     loss_BN = redraw(problem, scaling_fit.theta(noisy), 3, np.random.default_rng(0))
     near = np.vstack([scaling_fit.theta(noisy), fits.neighbours(problem, starts)])
     ours, whole = refit(problem, near, loss_BN), refit(problem, starts[::23], loss_BN)
@@ -134,10 +136,10 @@ def test_bootstraps_near_the_optimum_find_what_starts_all_over_the_grid_find(noi
 
 def test_redrawn_losses_err_up_and_down_as_the_law_of_the_others_errs_nearby(noisy):
     _, N, D, loss = runs(6, 0.01)
-    problem, _ = fits.chinchilla_problem(N, D, loss, 1e-3)
+    problem = CHINCHILLA.problem(N, D, loss, delta=1e-3)
     moved_BN = np.log(redraw(problem, scaling_fit.theta(noisy), 200, np.random.default_rng(0)) / noisy.law.loss(N, D))
     left = np.arange(len(N)) == 17
-    others = fit_chinchilla(N[~left], D[~left], loss[~left]).law
+    others = fit_law(CHINCHILLA, N[~left], D[~left], loss[~left]).law
     error = np.sqrt(25 / 30) * abs(float(np.log(loss[17] / others.loss(N[17], D[17]))))
     drawn = np.isclose(np.abs(moved_BN), error, rtol=1e-3)
     assert drawn[:, 17].any() and not drawn[:, np.abs(np.log(N / N[17])) > 5].any()
@@ -148,7 +150,7 @@ def test_redrawn_losses_do_not_lie_on_the_law_where_the_fit_goes_through_a_run(n
     """A fit of medians goes through about as many runs as it has coefficients; they were as noisy as the rest."""
     _, N, D, loss = runs(6, 0.01)
     assert np.sum(np.abs(noisy.residuals) < 1e-3) >= 5
-    problem, _ = fits.chinchilla_problem(N, D, loss, 1e-3)
+    problem = CHINCHILLA.problem(N, D, loss, delta=1e-3)
     moved_BN = np.log(redraw(problem, scaling_fit.theta(noisy), 60, np.random.default_rng(0)) / noisy.law.loss(N, D))
     assert np.mean(np.abs(moved_BN) < 1e-3) < 0.1  # normal noise of 1 %: 0.08
 
@@ -168,7 +170,7 @@ def test_redrawn_losses_of_a_least_squares_line_err_by_its_residuals_over_one_le
 
 def test_descents_that_have_not_converged_go_on_to_the_same_minimum(noisy):
     _, N, D, loss = runs(6, 0.01)
-    problem, starts = fits.chinchilla_problem(N, D, loss, 1e-3)
+    problem, starts = CHINCHILLA.problem(N, D, loss, delta=1e-3), CHINCHILLA.starts
     start_SP = np.vstack([scaling_fit.theta(noisy) * 1.1, fits.neighbours(problem, starts)])
     early = minimize(problem, start_SP, turns=10)
     assert early.gradient_B.min() > fits.FLAT
@@ -180,14 +182,14 @@ def test_descents_that_have_not_converged_go_on_to_the_same_minimum(noisy):
 def test_a_fit_says_that_the_runs_do_not_tell_the_floor():
     budget, N, D, loss = runs(6, 0.01, law=dataclasses.replace(HOFFMANN, E=0.0))
     small = budget < 1e20
-    fitted = fit_chinchilla(N[small], D[small], loss[small], bootstraps=60)
+    fitted = fit_law(CHINCHILLA, N[small], D[small], loss[small], bootstraps=60)
     assert fitted.unconverged <= 2 and fitted.gradient < fits.FLAT
     assert any("E is 0 in" in note for note in fitted.notes)
 
 
 def test_lanes_and_filled_up_points_do_not_change_each_other():
     _, N, D, loss = runs(5, 0.01)
-    problem, starts = fits.chinchilla_problem(N, D, loss, 1e-3)
+    problem, starts = CHINCHILLA.problem(N, D, loss, delta=1e-3), CHINCHILLA.starts
     many, one = minimize(problem, starts[:150]), minimize(problem, starts[140:141])
     np.testing.assert_allclose(many.objective_B[140], one.objective_B[0], rtol=1e-9)
     best = Chinchilla(*np.exp(one.theta_BP[0, [2, 0, 1]]), *one.theta_BP[0, 3:])
@@ -205,17 +207,17 @@ def test_scipy_finds_no_lower_objective(noisy):
 
 def test_a_power_law_of_budgets_is_found_again():
     C = np.logspace(17, 21, 6)
-    law = fit_power(C, PowerLaw(1.7, 120.0, 0.15).loss(C)).law
+    law = fit_law(POWER, C, PowerLaw(1.7, 120.0, 0.15).loss(C)).law
     assert (law.E, law.K, law.gamma) == (pytest.approx(1.7), pytest.approx(120.0), pytest.approx(0.15))
 
 
 def test_a_left_out_budget_is_predicted_by_the_others():
     budget, N, D, loss = runs(6)
-    rows = leave_one_budget_out(fit_chinchilla, budget, N, D, loss)
+    rows = leave_one_budget_out(partial(fit_law, CHINCHILLA), budget, N, D, loss)
     assert [row["budget"] for row in rows] == list(BUDGETS) and [row["beyond"] for row in rows] == [False] * 4 + [True]
     assert max(row["worst"] for row in rows) < 1e-6
     two = budget < 1e19
-    rows = leave_one_budget_out(fit_chinchilla, budget[two], N[two], D[two], loss[two])
+    rows = leave_one_budget_out(partial(fit_law, CHINCHILLA), budget[two], N[two], D[two], loss[two])
     assert all(np.isnan(row["error"]) and row["why"] for row in rows)
 
 
@@ -254,7 +256,7 @@ def test_a_fit_is_the_same_after_json(noisy):
 )
 def test_points_that_cannot_be_fitted_get_one_clear_line(change, says):
     with pytest.raises(InputError, match=says) as refusal:
-        fit_chinchilla(*change(*runs(6)))
+        fit_law(CHINCHILLA, *change(*runs(6)))
     assert "wanted" in str(refusal.value) and "\n" not in str(refusal.value)
 
 
@@ -263,7 +265,7 @@ def test_isoflop_refuses_one_budget_and_negative_losses():
     one = budget == 1e19
     with pytest.raises(InputError, match="1 budgets with a best size"):
         isoflop(budget[one], N[one], D[one], loss[one])
-    with pytest.raises(InputError, match="loss has -1"):
+    with pytest.raises(InputError, match="loss=-1 at point"):
         isoflop(budget, N, D, np.where(N == N[0], -1.0, loss))
 
 

@@ -1,11 +1,24 @@
 """Published laws give their published numbers; optima are optima; recipes say what their papers say."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from gptjax.scaling.laws import BESIROGLU, HOFFMANN, MUENNIGHOFF, Chinchilla, Kaplan, OverTraining
+from gptjax.scaling.laws import (
+    BESIROGLU,
+    HOFFMANN,
+    KAPLAN_D,
+    KAPLAN_N,
+    KAPLAN_ND,
+    MUENNIGHOFF,
+    Chinchilla,
+    OverTraining,
+)
 from gptjax.scaling.recipes import RECIPES, critical_batch, recipe
 from gptjax.settings import InputError
+
+OVERTRAINING = OverTraining(1.8366, 166.2, 366.7, -0.2729)
 
 
 @pytest.mark.parametrize(
@@ -17,27 +30,37 @@ def test_the_data_constrained_law_gives_the_losses_of_its_released_code(sizes, p
 
 
 def test_the_best_epochs_for_scarce_data_are_those_of_the_released_code():
-    N, D = MUENNIGHOFF.optimal(6 * 8.67e9 * 178e9, 25e9)
+    N, D = MUENNIGHOFF.optimal(6 * 8.67e9 * 178e9, U=25e9)
     assert (N, D) == (pytest.approx(6.8e9, rel=0.01), pytest.approx(227e9, rel=0.01))
 
 
 def test_one_epoch_of_unique_tokens_is_chinchillas_law_up_to_the_optimal_size():
-    N, D = MUENNIGHOFF.chinchilla.optimal(1e21)
-    assert MUENNIGHOFF.loss(N / 2, D, D) == pytest.approx(MUENNIGHOFF.chinchilla.loss(N / 2, D), rel=1e-12)
+    N, D = Chinchilla.optimal(MUENNIGHOFF, 1e21)
+    assert MUENNIGHOFF.loss(N / 2, D, D) == pytest.approx(Chinchilla.loss(MUENNIGHOFF, N / 2, D), rel=1e-12)
     assert MUENNIGHOFF.loss(N, 4 * D, D) > MUENNIGHOFF.loss(N, 4 * D, 4 * D)
 
 
-def test_more_unique_tokens_than_tokens_are_refused():
-    with pytest.raises(InputError, match="wanted U <= D"):
-        MUENNIGHOFF.loss(1e9, 1e9, 2e9)
+def test_unique_tokens_that_a_run_does_not_come_to_change_nothing():
+    assert MUENNIGHOFF.loss(1e9, 1e9, 2e9) == MUENNIGHOFF.loss(1e9, 1e9, 1e9) == MUENNIGHOFF.loss(1e9, 1e9)
+    assert MUENNIGHOFF.optimal(1e21, U=1e12) == MUENNIGHOFF.optimal(1e21) == Chinchilla.optimal(MUENNIGHOFF, 1e21)
 
 
-@pytest.mark.parametrize("law", [HOFFMANN, BESIROGLU, OverTraining(1.8366, 166.2, 366.7, -0.2729)])
+@pytest.mark.parametrize("law", [HOFFMANN, BESIROGLU, OVERTRAINING, KAPLAN_ND, MUENNIGHOFF])
 def test_no_other_size_of_a_budget_has_less_loss_than_the_optimum(law):
     N, D = law.optimal(1e21)
     assert 6 * N * D == pytest.approx(1e21)
     for factor in (0.97, 1.03):
         assert law.loss(N * factor, D / factor) > law.loss(N, D)
+
+
+def test_no_other_size_of_a_budget_makes_more_of_scarce_tokens():
+    flops, law = np.array([1e20, 1e21, 1e22]), dataclasses.replace(MUENNIGHOFF, R_D=np.array([[5.0], [15.0]]))
+    N, D = law.optimal(flops, U=2e9)
+    assert N.shape == (2, 3) and np.all(D > 2e9)
+    np.testing.assert_allclose(6 * N * D, np.tile(flops, (2, 1)))
+    for factor in (0.97, 1.03):
+        assert np.all(law.loss(N * factor, D / factor, 2e9) > law.loss(N, D, 2e9))
+    assert law.optimal(1e21, U=2e9)[1][1, 0] == D[1, 1]
 
 
 def test_the_exponents_are_how_the_optimum_grows():
@@ -54,7 +77,7 @@ def test_one_law_with_arrays_of_coefficients_is_many_laws():
 
 
 def test_the_over_training_law_says_the_same_in_compute_and_multiplier():
-    law = OverTraining(1.8366, 166.2, 366.7, -0.2729)
+    law = OVERTRAINING
     N, M = 1.4e9, 640.0
     C, paper = 6 * N * N * M, law.published
     published = paper["E"] + (paper["a"] * M ** paper["eta"] + paper["b"] * M ** -paper["eta"]) * C ** -paper["eta"]
@@ -62,11 +85,10 @@ def test_the_over_training_law_says_the_same_in_compute_and_multiplier():
 
 
 def test_kaplans_joint_law_becomes_its_power_law_of_parameters_with_endless_data():
-    law = Kaplan()
-    alpha_N, _, N_c, _ = law.joint
-    assert law.loss(1e9, 1e30) == pytest.approx((N_c / 1e9) ** alpha_N, rel=1e-6)
+    law = KAPLAN_ND
+    assert law.loss(1e9, 1e30) == pytest.approx((law.N_c / 1e9) ** law.alpha_N, rel=1e-6)
     assert law.loss(1e9, 1e10) > law.loss(1e9, 1e11) > law.loss(1e10, 1e11)
-    assert law.loss_of_parameters(8.8e13) == law.loss_of_tokens(5.4e13) == 1
+    assert KAPLAN_N.loss(8.8e13) == pytest.approx(1) and KAPLAN_D.loss(5.4e13) == pytest.approx(1)
 
 
 def test_recipes_give_what_their_papers_do():

@@ -164,7 +164,8 @@ def test_a_recipe_that_was_edited_is_refused_for_sizes_outside_the_grid_too(reci
     monkeypatch.setattr(work, "_corpus", lambda *_: ["--data.source", "prepared"])
     monkeypatch.setattr(work, "POLL", 0.01)
     begun = SweepConfig(grid=tuple(points(s16="10 40")), set=("data.source=text", "optim.beta2=0.9"))
-    work._table(begun, make_points(begun, load_recipe(str(recipe))), tmp_path, print)
+    was = load_recipe(str(recipe))
+    work._table(begun, was, make_points(begun, was), tmp_path, print)
     # A size keeps the --set that it was begun with; of the recipe, what is free may change.
     further = SweepConfig(out=str(tmp_path), grid=tuple(points(s32="10")), set=("data.source=text",))
     recipe.write_text(RECIPE.replace("optim=OptimConfig(", "optim=OptimConfig(ema=0.5, "))
@@ -187,7 +188,8 @@ def test_several_workers_do_not_share_an_accelerator(recipe, tmp_path, monkeypat
 def test_where_the_text_lies_stands_once_in_a_job(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(work, "_corpus", lambda *_: ["--data.source", "prepared"])
     cfg = SweepConfig(grid=tuple(GRID), set=("data.source=text", "optim.beta2=0.9"))
-    jobs = work._table(cfg, make_points(cfg, load_recipe(str(recipe))), tmp_path, print)
+    made = load_recipe(str(recipe))
+    jobs = work._table(cfg, made, make_points(cfg, made), tmp_path, print)
     assert {job.flags[2:7] for job in jobs} == {("--optim.beta2", "0.9", "--data.source", "prepared", "--seed")}
 
 

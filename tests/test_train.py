@@ -198,6 +198,18 @@ def test_a_run_that_starts_or_ends_within_the_steps_to_trace_traces_its_own(tmp_
     assert calls == ([] if steps == (9, 9) else ["start", "stop"])
 
 
+def test_a_run_that_is_interrupted_within_the_steps_to_trace_keeps_what_was_traced(tmp_path, monkeypatch):
+    calls, mesh, state, step = [], *make()
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    with jax.set_mesh(mesh), pytest.raises(Interrupted):
+        fit(
+            step, state, FROZEN, endless(), 9, mesh=mesh, log=lambda *_: None, save=lambda *_: None, save_every=9,
+            trace=(1, 5, tmp_path), stop=lambda: bool(calls),
+        )  # fmt: skip
+    assert calls == ["start", "stop"]
+
+
 def test_training_refuses_sharded_state_without_a_mesh():
     mesh, state, step = make()
     with pytest.raises(InputError, match="no mesh is set"):
@@ -258,4 +270,8 @@ def test_a_compile_cache_that_others_can_write_is_refused(tmp_path, monkeypatch)
     folder.mkdir(parents=True)
     folder.chmod(0o777)
     with pytest.raises(InputError, match="can be written by others"):
+        enable_compile_cache()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(InputError, match="compiled can't be made .*; set XDG_CACHE_HOME, or --no-compile-cache"):
         enable_compile_cache()

@@ -120,4 +120,5 @@ class ShowConfig(Section):
     """Rows of the batch to print."""
 
     def __post_init__(self):
-        self.require_positive("step", "rows")
+        self.require_numbers(1, 2**31 - 1, "step")
+        self.require_positive("rows")

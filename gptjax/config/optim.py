@@ -51,7 +51,8 @@ class OptimConfig(Section):
 
     def __post_init__(self):
         self.require_positive("learning_rate", "epsilon", "accumulate")
-        self.require_numbers(0, math.inf, "warmup_steps", "weight_decay", "clip_norm", "z_loss")
+        self.require_numbers(0, 2**31 - 1, "warmup_steps")
+        self.require_numbers(0, math.inf, "weight_decay", "clip_norm", "z_loss")
         self.require_numbers(0, 1, "final_fraction", "decay_fraction")
         for name in ("beta1", "beta2", "momentum", "ema"):
             self.require(0 <= getattr(self, name) < 1, name, "from 0 up to, not including, 1")

@@ -13,9 +13,11 @@ class FitConfig(Section):
 
     out: str = "fit"
     """Folder for fit.json, report.html and the plots."""
-    law: Literal["chinchilla", "overtraining"] = "chinchilla"
+    law: Literal["chinchilla", "overtraining", "kaplan", "data_constrained"] = "chinchilla"
     """Law of the loss: chinchilla, E + A/N^alpha + B/D^beta (Hoffmann et al. 2022); overtraining, the same with one
-    exponent, by least squares (Gadre et al. 2024): from 4 points on."""
+    exponent, by least squares (Gadre et al. 2024): from 4 points on; kaplan, with no floor E (Kaplan et al. 2020);
+    data_constrained, chinchilla's where tokens repeat (Muennighoff et al. 2023), by a column of unique_tokens,
+    runs of one epoch and runs of several."""
     approach: Literal["all", "envelope", "isoflop", "parametric"] = "all"
     """Which of the three ways of Hoffmann et al. 2022 to N-opt and D-opt: all that the table allows, or this one."""
     columns: tuple[str, ...] = ()
@@ -25,7 +27,7 @@ class FitConfig(Section):
     max_flops: float = 0.0
     """Leave out points whose budget (or FLOPs) is above this, so that they can be predicted; 0: use all."""
     count: Literal["total", "non-embedding"] = "total"
-    """Which parameters N counts."""
+    """Which parameters N counts; Kaplan et al. count non-embedding."""
     flops_per: float = 6.0
     """FLOPs a parameter and token, for tables without a column of FLOPs or of tokens: C = 6 N D."""
     delta: float = 1e-3
@@ -57,6 +59,8 @@ class PredictConfig(Section):
     """Parameters of a run whose loss is wanted; with --tokens."""
     tokens: float = 0.0
     """Training tokens of that run."""
+    unique_tokens: float = 0.0
+    """Different tokens that there are, by a fit of data_constrained; 0: as many as are trained on."""
     against: str = ""
     """A table of runs: each is predicted, and compared where the table has losses; without, they are yet to be run."""
     columns: tuple[str, ...] = ()
@@ -71,9 +75,11 @@ class PredictConfig(Section):
     """File for the predictions."""
 
     def __post_init__(self):
-        self.require_numbers(0, math.inf, "flops", "parameters", "tokens")
+        self.require_numbers(0, math.inf, "flops", "parameters", "tokens", "unique_tokens")
         run, asked = self.parameters > 0 or self.tokens > 0, (self.flops > 0) + bool(self.against)
         if run:
             self.require(self.parameters > 0, "parameters", "the parameters of the run, beside --tokens")
             self.require(self.tokens > 0, "tokens", "the tokens of the run, beside --parameters")
+        alone = not (self.unique_tokens and self.against)
+        self.require(alone, "unique_tokens", "0 with --against, whose table has a column of them")
         self.require(asked + run < 2, "flops", "one of --flops, --parameters with --tokens, and --against")

@@ -6,6 +6,8 @@ from typing import ClassVar, Literal
 
 from gptjax.settings import Section
 
+LEAST_PIECES = 300  # byte fallback needs all 256 bytes and 3 special tokens in the vocabulary, and then some pieces
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig(Section):
@@ -29,8 +31,7 @@ class TokenizerConfig(Section):
             fits, then = self.vocab_size == self.BYTES_VOCAB, f"add --tokenizer.vocab-size {self.BYTES_VOCAB}"
             self.require(fits, "vocab_size", f"{self.BYTES_VOCAB} when tokenizer.kind is bytes", then)
             self.require(not self.path, "path", "no path when tokenizer.kind is bytes")
-        # Byte fallback needs all 256 bytes and 3 special tokens in the vocabulary, and then some pieces.
-        least = {"bytes": self.BYTES_VOCAB, "sentencepiece": 300}.get(self.kind, 257)
+        least = {"bytes": self.BYTES_VOCAB, "sentencepiece": LEAST_PIECES}.get(self.kind, 257)
         self.require(self.vocab_size >= least, "vocab_size", f"at least {least} for {self.kind}")
         self.require(not self.pattern or self.kind == "tiktoken", "pattern", "none unless tokenizer.kind is tiktoken")
 
@@ -53,4 +54,8 @@ class TrainTokenizerConfig(Section):
     """Corrupt files that may be skipped; with one more, or with 0, training stops and names it."""
 
     def __post_init__(self):
+        self.require(bool(self.source), "source", "a path or a name", "give --source FILE")
+        self.require(bool(self.out), "out", "a folder to make", "give --out FOLDER")
+        self.require(self.vocab_size >= LEAST_PIECES, "vocab_size", f"at least {LEAST_PIECES}")
+        self.require(0 < self.validation_fraction < 1, "validation_fraction", "a share above 0 and below 1")
         self.require_numbers(0, math.inf, "max_corrupt")

@@ -142,7 +142,8 @@ class TrainConfig(Section):
 
     def __post_init__(self):
         self.require(bool(self.run_dir), "run_dir", "a folder")
-        self.require_positive("steps", "log_every")
+        self.require_numbers(1, 2**31 - 1, "steps")
+        self.require_positive("log_every")
         self.require_numbers(0, 2**31 - 1, "seed")
         self.require_numbers(0, math.inf, "log_norms_every")
         if self.data.batch_size % self.optim.accumulate:
@@ -155,7 +156,9 @@ class TrainConfig(Section):
             wanted = "a time above 0 such as 4h, 1h30m, 90m, 1:30:00, 2-12:00:00 (days), or a number of seconds"
             self.require(self.time_limit_seconds > 0, "time_limit", wanted)
         if self.profile:
-            self.require(self.profile_steps != (), "profile", "FIRST:LAST with 1 <= FIRST <= LAST, e.g. 10:15")
+            first, _ = self.profile_steps or (0, 0)
+            self.require(first > 0, "profile", "FIRST:LAST with 1 <= FIRST <= LAST, e.g. 10:15")
+            self.require(first <= self.steps, "profile", f"a FIRST of at most steps={self.steps}")
 
     @property
     def time_limit_seconds(self) -> float:

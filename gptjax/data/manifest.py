@@ -114,6 +114,9 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest(splits=splits, files=files, report=report, **value)
         if manifest.dtype not in ("uint16", "uint32") or manifest.page < 1 or manifest.vocab_size < 1:
             raise ValueError
+        for split in splits.values():
+            if sum(shard.pages for shard in split.shards) != -(-split.tokens // manifest.page):
+                raise ValueError(split.tokens)
     except InputError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError):

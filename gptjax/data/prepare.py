@@ -28,7 +28,7 @@ from gptjax.data.records import Source
 from gptjax.data.scan import Filters, Scan, changed, load_scan, scan
 from gptjax.data.sources import LOCK_FILE, SPLITS, ContentHash, open_source, source_sha256
 from gptjax.settings import InputError
-from gptjax.tokenizer import FILES, MODEL_FILE, Tokenizer, load, load_model, make_tokenizer
+from gptjax.tokenizer import FILES, MODEL_FILE, Tokenizer, load, load_model, make_tokenizer, train_sentencepiece
 
 TRAINING_BYTES = 64 << 20  # text that a tokenizer is trained on, spread evenly over a larger source
 WORK = ".prepare"
@@ -124,12 +124,11 @@ def train_tokenizer(cfg: TrainTokenizerConfig) -> Tokenizer:
 
     It is the one that `prepare` would train. Raises InputError where the folder holds another one already.
     """
-    settings = TokenizerConfig(kind="sentencepiece", vocab_size=cfg.vocab_size)
     source = open_source(cfg.source, cfg.text_field)
     filters = Filters(max_corrupt=cfg.max_corrupt)
     with tempfile.TemporaryDirectory(prefix="gptjax-") as folder:
         found = scan(source, cfg.validation_fraction, filters, Path(folder), lambda what, done, total: None)
-    tokenizer = make_tokenizer(settings, training_texts(source, found))
+    tokenizer = train_sentencepiece(training_texts(source, found), cfg.vocab_size, "vocab_size")
     path = Path(cfg.out) / MODEL_FILE
     if path.exists() and load_model(path).sha256 != tokenizer.sha256:
         raise InputError(f"{path} is another tokenizer; choose another folder with --out, or delete it")

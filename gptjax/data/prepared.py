@@ -160,6 +160,11 @@ def open_corpora(config: TrainConfig, folder: Path, say: Say | None = None) -> d
         tokenizer_cfg = _shared_tokenizer(config, folder, corpora, texts, say)
     for name, source in texts.items():
         out = folder / name
+        if not say and not is_corpus(out):
+            raise InputError(
+                f"source {source!r} is no prepared folder here, nor was its text prepared into {out}; go to the folder "
+                f"in which the run was trained, or restore one of them"
+            )
         if say and not is_corpus(out):
             say(f"preparing {source} with a tokenizer of {tokenizer_cfg.vocab_size:,} ids into {out}")
         corpora[name] = _prepare(source, out, config, tokenizer_cfg) if say else open_corpus(out)

@@ -218,22 +218,6 @@ class Tally:
         return held
 
 
-def holdout(source: str | Source, fraction: float, text_field: str = "text", max_corrupt: int = 0) -> Holdout:
-    """Reads the whole source once and says what is held out; raises InputError where it can't be split in two."""
-    source, tally = open_source(source, text_field), Tally()
-    for document in documents(source, max_corrupt=max_corrupt):
-        tally.add(document, document.digest, fraction)
-    return tally.holdout(source.name, fraction)
-
-
-def split_documents(
-    source: str | Source, held: Holdout, text_field: str = "text", max_corrupt: int = 0
-) -> Iterator[tuple[Split, Document]]:
-    """Yields every document of the source with the split that it belongs to."""
-    for document in documents(source, text_field, max_corrupt):
-        yield from held.split(document)
-
-
 def unit_hash(digest: bytes) -> float:
     """A hash as a number in [0, 1); 53 bits, so that no two of them round to the same one by accident."""
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53

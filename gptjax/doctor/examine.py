@@ -6,14 +6,14 @@ Nothing that needs jax is imported before the versions were looked at: a pair th
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 from gptjax.config import DoctorConfig
 from gptjax.distributed import is_first, wait_for_reports
 from gptjax.doctor import versions
 from gptjax.doctor.finding import Finding, worst
-from gptjax.run import environment, write_json
+from gptjax.paths import write_json
+from gptjax.run import environment
 
 Look = Callable[[], Iterable[Finding]]
 SAID = {"PROBLEM": "there are problems", "warning": "nothing stands in the way", "ok": "all is well"}
@@ -35,7 +35,7 @@ def examine(cfg: DoctorConfig, say: Callable[[str], None], start: Callable[[], N
         findings.append(_broken("start", e, "nothing that needs jax was looked at"))
     first = is_first()
     if cfg.json and first:
-        write_json(Path(cfg.json), {"ok": False, "findings": []})  # a place that can't be written is told now
+        write_json(cfg.json, {"ok": False, "findings": []})  # a place that can't be written is told now
     for finding in findings:
         if first:
             say(str(finding))
@@ -52,7 +52,7 @@ def examine(cfg: DoctorConfig, say: Callable[[str], None], start: Callable[[], N
     problems, warnings = (sum(finding.level == level for finding in findings) for level in ("PROBLEM", "warning"))
     if cfg.json and first:
         entries = [dataclasses.asdict(finding) for finding in findings]
-        write_json(Path(cfg.json), report | {"ok": not problems, "findings": entries})
+        write_json(cfg.json, report | {"ok": not problems, "findings": entries})
     if first or problems:
         seconds = time.perf_counter() - began
         say(f"doctor: {SAID[worst(findings)]}: {problems} problem(s), {warnings} warning(s), {seconds:.0f} s")

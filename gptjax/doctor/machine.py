@@ -113,7 +113,7 @@ def compile_cache() -> Finding:
     folder = compile_cache_folder()
     if not folder.exists():
         place = _existing(folder)
-        ok = os.access(place, os.W_OK)
+        ok = place.is_dir() and os.access(place, os.W_OK)
         text = f"{folder} is not there yet"
         return Finding("cache", "ok", text) if ok else Finding(
             "cache", "PROBLEM", f"{text}, and {place} can't be written", "set XDG_CACHE_HOME, or --no-compile-cache"

@@ -14,6 +14,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.version import Version
 
 from gptjax.doctor.finding import Finding, Level
+from gptjax.installation import version
 from gptjax.xla_flags import platform
 
 # Whose needs are looked at: what gptjax stands on, what makes jax use a device, and what is known to pin others.
@@ -57,14 +58,6 @@ KNOWN = (
 )  # fmt: skip
 
 
-def version(package: str) -> str:
-    """The installed version; empty where it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
 def look() -> list[Finding]:
     """The versions, and every misfit among them."""
     names = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tyro", *PLUGINS)
@@ -96,7 +89,7 @@ def _parsed(package: str) -> Iterator[Requirement]:
 
 def _unmet() -> Iterator[Finding]:
     for package in (*CORE, *OTHERS):
-        here = version(package) or ("this checkout" if package == "gptjax" else "")
+        here = version(package)
         for need in _parsed(package) if here else ():
             if need.marker is not None and not need.marker.evaluate({"extra": ""}):
                 continue

@@ -6,6 +6,6 @@
 
 from gptjax.paths.bucket import Bucket, BucketError
 from gptjax.paths.disk import MARK, PROBE, TRASH, Disk
-from gptjax.paths.place import place, store, write_file
+from gptjax.paths.place import place, store, write_file, write_json
 
-__all__ = ["MARK", "PROBE", "TRASH", "Bucket", "BucketError", "Disk", "place", "store", "write_file"]
+__all__ = ["MARK", "PROBE", "TRASH", "Bucket", "BucketError", "Disk", "place", "store", "write_file", "write_json"]

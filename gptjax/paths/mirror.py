@@ -14,6 +14,8 @@ from collections.abc import Container
 from pathlib import Path
 from typing import Any, Protocol
 
+from gptjax.installation import cache_folder
+
 INTERVAL = 60.0  # seconds from one upload to the next
 SHARE = 20  # an upload that takes long is repeated after this many times as long
 INDEX = ".mirror.json"
@@ -24,8 +26,7 @@ SEAL = "manifest.json"
 
 def mirror_of(folder: Path) -> Path:
     """The folder on this machine that stands for one in a bucket."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "gptjax" / "runs" / f"{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}"
+    return cache_folder() / "runs" / f"{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}"
 
 
 class Objects(Protocol):

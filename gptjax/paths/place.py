@@ -1,5 +1,6 @@
 """From what the user wrote to a path, and from a path to its store."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -41,10 +42,15 @@ def store(path: os.PathLike[str]) -> Disk | Bucket:
 
 
 def write_file(text: str | os.PathLike[str], data: bytes) -> None:
-    """Writes a file that the user named, whole or not at all, and its folder; raises InputError where it can't."""
+    """Writes a file, whole or not at all, and makes its folder; raises InputError where it can't."""
     path = place(text)
     try:
         store(path).make_folder(path.parent)
         store(path).write(path, data)
     except OSError as e:
-        raise InputError(f"{path}: can't be written ({e.strerror}); give another place") from e
+        raise InputError(f"{path}: can't be written ({e.strerror}); free the disk, or give another place") from e
+
+
+def write_json(text: str | os.PathLike[str], document: Any) -> None:
+    """Writes a document as `write_file` does."""
+    write_file(text, (json.dumps(document, indent=1) + "\n").encode())

@@ -25,40 +25,49 @@ from gptjax.sharding import AXES, sharding_of
 class Temporaries:
     """How many arrays of each kind the compiler keeps at once in the backward pass of a layer, and in the loss."""
 
-    scores: float = 6.0
-    """Bytes a score (rows x heads x length x keys) in plain attention's gradient."""
-    again: float = 3.5
-    """More of them where the scores are computed again: with every model.remat but none."""
-    stream: float = 6.0
+    scores: float = 9.0
+    """Bytes a score (rows x heads x length x keys) in plain attention's gradient: of one float32 array and others."""
+    scores_fused: float = 4.0
+    """The same of one row, or where the forward pass kept what it made of them: then no float32 array is made."""
+    stream: float = 3.0
     """Arrays of rows x length x width, in attention's gradient and in the MLP's."""
-    hidden: float = 4.0
+    waiting: float = 1.0
+    """Arrays of rows x length x MLP width that still wait for the product of their weight's gradient in attention's;
+    with products in pieces twice as many."""
+    hidden: float = 3.0
     """Arrays of rows x length x MLP width in the MLP's gradient."""
+    hidden_pieces: float = 5.0
+    """The same where its products are done in pieces, with which nothing fuses: see IN_PIECES."""
     gated: float = 6.0
-    """The same for an MLP with a gate. What the forward pass kept of either is none of them."""
-    heads: float = 6.0
-    """Arrays of rows x length x heads in attention's gradient where it is no plain product: some are float32."""
+    """The same for an MLP with a gate, either way. What the forward pass kept of any of them is none of them."""
+    block: float = 4.0
+    """Bytes a score of one block of queries and keys in blockwise attention's gradient: one float32 array."""
     gathered: float = 1.0
     """Weights of one layer as other devices sent them, in the type of products, with fsdp."""
     head: float = 2.0
-    """Copies of the head matrix, whole but for its tensor shard, in the type of products while the loss is computed."""
+    """Copies of a head that devices share, whole but for its tensor shard, in the type of products while the loss is
+    computed: one is multiplied, one on its way."""
     outside: float = 0.0
     """More of them for each loop that one is made before, and lives through: that over the chunks of the loss where the
     head is a matrix of its own that devices share, and that over several micro-batches."""
-    head_pieces: float = 4.0
-    """Pieces of it, as one device holds them, where it is sent in pieces: see PIECEWISE."""
+    head_pieces: float = 12.0
+    """Pieces of it, as one device holds them, where it is sent in pieces: under way in both directions, as they came
+    and turned, for the product that reads them, that which makes the stream's gradient and that which makes its own."""
     muon: float = 10.0
     """float32 arrays of the size of the largest stack of matrices in Muon's update, beside the gradient and update."""
     muon_shared: float = 5.0
     """More of them where devices share the matrices."""
 
 
-# libtpu multiplies with pieces of the head while others are on their way where the fsdp axis has so many devices, the
-# data axis one, and a device's piece at most so many bytes; everywhere else it gathers the head first.
-PIECEWISE, PIECE_BYTES = (8, 32), 32 * 2**20
+# libtpu multiplies with pieces of a matrix while others are on their way where the fsdp axis alone cuts the batch, for
+# so many devices; of the head, where a device's piece of bfloat16 is at most so many bytes.
+IN_PIECES, PIECE_BYTES = (4, 32), 32 * 2**20
 # Temporaries that libtpu puts into the chip's own fast memory: about half of the 128 MiB of VMEM (CMEM on v4).
 FAST = 64 * 2**20
-# libtpu makes what a loop does not change before it on v5e, and in it on v5p and v6e.
-V5E = Temporaries(outside=1.0)
+BLOCK = 512  # places in a block of blockwise attention
+# libtpu makes what a loop does not change before it on v5e, and in it on the others. On v4 no whole matrix is on its
+# way while the chip computes.
+BY_CHIP = {"v5e": Temporaries(outside=1.0), "v4": Temporaries(head=1.0)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,39 +139,28 @@ def step_memory(
     cfg, size, tiles = config.model, local_sizes(config, sizes), platform == "tpu"
     item, fast = item_size(cfg), FAST if tiles else 0
     rows, V, D, layers = size["B"], size["V"], cfg.width, state.layers
-    stream, hidden = item * rows * size["L"] * D, item * rows * size["L"] * size["F"]
+    stream = item * rows * size["L"] * D
     saved = cfg.num_layers * saved_by_layer(config, size, item, tiles)
-    # A TPU multiplies bfloat16: of float32 temporaries, the half that products read are stored as that.
-    stored = (item + 2) / (2 * item) if tiles else 1
+    several, shared = config.optim.accumulate > 1, sizes["fsdp"] > 1
 
     # What lives through the whole backward pass: copies of this device's weights, the float32 gradient of the head
     # (by then also the embedding's), and the sums of all gradients where there are several micro-batches.
     head_gradient = 4 * V * D // sizes["fsdp"]
-    summed = state.parameters if config.optim.accumulate > 1 else 0
+    summed = state.parameters if several else 0
     copies = layers // 2
-    attention = kept.stream * stored * stream + (
-        (kept.scores + (0 if cfg.remat == "none" else kept.again)) * scores
-        if (scores := score_count(config, size))
-        else kept.heads * stored * item * rows * size["L"] * size["H"] * _head(config, size, tiles)
-    )
-    if sizes["context"] > 1:
-        # Keys and values are gathered whole, and their gradients are added up in float32 before they are scattered.
-        attention += (2 * item + 8) * rows * size["M"] * size["G"] * _head(config, size, tiles)
-    if cfg.attention == "cudnn" and config.data.several_documents:
-        attention += 2 * rows * size["L"] * size["M"]  # its mask
-    gated = cfg.activation == "swiglu"
-    mlp_kept = cfg.remat in ("none", "dots") or (cfg.remat == "names" and "mlp" in cfg.remat_names)
-    arrays = (kept.gated if gated else kept.hidden) - mlp_kept * (2 if gated else 1)
-    mlp = stored * (kept.stream * stream + arrays * hidden)
-    gathered = kept.gathered * state.layer // 4 * item if sizes["fsdp"] > 1 else 0
-    inner = max(0, max(attention, mlp) - fast)
+    if several:
+        # Made once for all micro-batches: the turned head, and the table that is looked up, in float32 as it is.
+        copies += (4 if item == 2 else 2) * V * D // sizes["fsdp"]
+        # A scan that keeps all of a layer for its gradient keeps these copies a second time.
+        copies += layers // 2 if cfg.remat == "none" else 0
+    gathered = kept.gathered * state.layer // 4 * item if shared else 0
+    inner = max(0, _layer_gradient(config, size, sizes, tiles, kept) - fast)
     backward = inner + gathered + layers
     chunks = count_chunks(platform, size["L"], 4 * rows * V, 4 * V * D / (math.prod(sizes.values()) / sizes["tensor"]))
-    shared = sizes["fsdp"] > 1
     # The gradient of the logits is an array of its own where the head's product waits for other devices.
     logits = (1.5 if shared else 1) * 4 * rows * V * size["L"] // chunks
-    whole = kept.head + kept.outside * ((shared and not cfg.tied) + (config.optim.accumulate > 1))
-    pieces = kept.head_pieces / sizes["fsdp"] if _piecewise(item * V * D, sizes) else whole
+    whole = kept.head + kept.outside * ((not cfg.tied) + several) if shared else 0 if several else 2
+    pieces = kept.head_pieces / sizes["fsdp"] if _head_in_pieces(item * V * D, item, sizes, tiles) else whole
     # A float32 matrix is gathered as it is and multiplied as bfloat16, as a TPU does by default.
     heads = max(0, pieces * (item / 2 + 1 if shared else 2) * V * D - fast)
     loss = logits + heads + 2 * stream
@@ -204,7 +202,9 @@ def saved_by_layer(config: TrainConfig, size: Mapping[str, int], item: int, tile
     if cfg.remat == "full" or cfg.remat == "offload":
         return item * stream
     if cfg.remat == "names":
-        return item * (stream + sum(named[n] for n in cfg.remat_names))
+        # Only a product reads the outputs of plain attention, and a TPU multiplies bfloat16.
+        outputs = "attention" in cfg.remat_names and cfg.attention == "plain" and tiles
+        return item * (stream + sum(named[n] for n in cfg.remat_names)) - (item - 2) * query * outputs
     if cfg.remat == "dots":
         return item * (2 * stream + query + 2 * key + products)
     # Each norm keeps two float32 arrays; GELU, which is computed in float32, four, and what the next product reads.
@@ -221,10 +221,56 @@ def saved_by_layer(config: TrainConfig, size: Mapping[str, int], item: int, tile
     return kept + (4 + read) * score_count(config, size)
 
 
-def _piecewise(head: int, sizes: Mapping[str, int]) -> bool:
-    """Whether a head of so many bytes is multiplied in pieces."""
-    low, high = PIECEWISE
-    return sizes["data"] == 1 and low <= sizes["fsdp"] <= high and head <= PIECE_BYTES * sizes["fsdp"]
+def _layer_gradient(
+    config: TrainConfig, size: Mapping[str, int], sizes: Mapping[str, int], tiles: bool, kept: Temporaries
+) -> float:
+    """Bytes of the temporaries of a layer's gradient: those of the MLP's, which comes first, or of attention's.
+
+    What attention's gradient will read is there during the MLP's too, made again by the forward pass, unless it is read
+    where the forward pass stored it.
+    """
+    cfg, item, rows = config.model, item_size(config.model), size["B"]
+    tokens, width, none = rows * size["L"], _head(config, size, tiles), cfg.remat == "none"
+    stream, hidden = item * tokens * cfg.width, item * tokens * size["F"]
+    # A TPU multiplies bfloat16: of float32 temporaries, the half that products read are stored as that.
+    hidden *= (item + 2) / (2 * item) if tiles else 1
+    in_pieces = _in_pieces(sizes, tiles)
+
+    scores = score_count(config, size)
+    query, key = item * tokens * size["H"] * width, item * tokens * size["G"] * width
+    # Each of splash's sums of exponentials fills up a row of 128.
+    sums = 512 * tokens * size["H"] if cfg.attention == "splash" and tiles else 0
+    # Queries, keys, values, outputs and plain attention's weights. Splash's sums are cut at once, but for pieces' sake.
+    weights = 0 if none else 2 * scores
+    read = 0 if none else 2 * query + 2 * key + weights + (sums if in_pieces else 0)
+    # Numbers in the gradients of queries, keys and values; a device's part of a row has those of all of its keys.
+    made = (tokens * size["H"] + 2 * rows * size["M"] * size["G"]) * width
+    if scores:
+        own = (kept.scores_fused if rows == 1 or none else kept.scores) * scores - weights
+    elif cfg.attention == "blockwise":
+        own = query + 4 * made + kept.block * rows * size["H"] * min(BLOCK, size["L"]) * min(BLOCK, size["M"])
+    else:
+        own = query + max(item * made, sums)
+    if sizes["context"] > 1:
+        own += 2 * item * rows * size["M"] * size["G"] * width  # keys and values of the whole row
+    if cfg.attention == "cudnn" and config.data.several_documents:
+        own += 2 * rows * size["L"] * size["M"]  # its mask
+    gated = cfg.activation == "swiglu"
+    arrays = kept.gated if gated else kept.hidden_pieces if in_pieces else kept.hidden
+    if cfg.remat in ("none", "dots") or (cfg.remat == "names" and "mlp" in cfg.remat_names):
+        arrays -= 2 if gated else 1
+    return read + kept.stream * stream + max(own + kept.waiting * (2 if in_pieces else 1) * hidden, arrays * hidden)
+
+
+def _in_pieces(sizes: Mapping[str, int], tiles: bool) -> bool:
+    """Whether products with weights that devices share are done in pieces."""
+    low, high = IN_PIECES
+    return tiles and sizes["data"] == sizes["context"] == 1 and low <= sizes["fsdp"] <= high
+
+
+def _head_in_pieces(head: int, item: int, sizes: Mapping[str, int], tiles: bool) -> bool:
+    """Whether those with a head of so many bytes are. Its float32 gradient is never cut."""
+    return item == 2 and _in_pieces(sizes, tiles) and head <= PIECE_BYTES * sizes["fsdp"]
 
 
 def _head(config: TrainConfig, size: Mapping[str, int], tiles: bool) -> int:

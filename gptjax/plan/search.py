@@ -17,7 +17,7 @@ from gptjax.backends import Device, choose
 from gptjax.config import TrainConfig
 from gptjax.hardware import Topology
 from gptjax.plan.compiled import Compiled
-from gptjax.plan.memory import V5E, Memory, StateBytes, Temporaries, state_bytes, step_memory
+from gptjax.plan.memory import BY_CHIP, Memory, StateBytes, Temporaries, state_bytes, step_memory
 from gptjax.plan.roofline import Speed, speed
 from gptjax.scaling.counts import padded_vocab
 from gptjax.settings import InputError
@@ -78,7 +78,7 @@ class Planner:
         """These settings with their memory and speed; raises InputError where they can't be."""
         sizes = axis_sizes(config.mesh)
         check_divisible(config, sizes)
-        kept = V5E if self.topology.kind == "v5e" else Temporaries()
+        kept = BY_CHIP.get(self.topology.kind, Temporaries())
         memory = step_memory(
             config, self._state(tuple(sizes.values())), sizes, platform=_platform(self.topology), kept=kept
         )

@@ -2,8 +2,8 @@
 
     envelope(curves)                      approach 1: the lower envelope of whole training curves
     isoflop(budget, N, D, loss)           approach 2: a parabola through the losses of each budget
-    parametric(fit_chinchilla(...))       approach 3: the optimum of a fitted L(N, D), in closed form
-    leave_one_budget_out(fit_chinchilla, budget, N, D, loss)
+    parametric(fit_law(CHINCHILLA, ...))  approach 3: the optimum of a fitted L(N, D), in closed form
+    leave_one_budget_out(fit, budget, N, D, loss)
 
 Approach 2 is biased even without noise, for a budget's losses are no parabola: vertices lie off the optimum by a factor
 that a regression carries to every budget, more of it the wider the points and the more alpha differs from beta. With
@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.scaling.fits import Fitted, ends, fit_power
-from gptjax.scaling.laws import Chinchilla
+from gptjax.scaling.families import POWER
+from gptjax.scaling.fits import Fitted, check, ends, fit_law
 from gptjax.settings import InputError
 
 
@@ -61,7 +61,7 @@ class Allocation:
             found[name] = (float(best), edges[0], edges[1])
         if self.loss_law is None:
             return found | {"loss": (float("nan"), *unknown)}
-        if isinstance(self.loss_law.law, Chinchilla):
+        if self.approach == "parametric":
             per = flops / (found["N"][0] * found["D"][0])
             return found | {"loss": self.loss_law.of(lambda law: law.loss(*law.optimal(flops, per)))}
         return found | {"loss": self.loss_law.of(lambda law: law.loss(flops))}
@@ -72,9 +72,12 @@ class Allocation:
 
 
 def parametric(fitted: Fitted, flops_per: float = 6.0) -> Allocation:
-    """Approach 3: the optimum of a fitted Chinchilla law under C = flops_per * N * D, intervals from its bootstraps."""
+    """Approach 3: the optimum of a fitted law under C = flops_per * N * D, intervals from its bootstraps.
 
-    def lines(law: Chinchilla) -> dict[str, Any]:
+    The law must have `exponents`, for its optimum is two powers of C.
+    """
+
+    def lines(law: Any) -> dict[str, Any]:
         a, b = law.exponents
         N, D = law.optimal(1.0, flops_per)
         return {"k_N": N, "a": a, "k_D": D, "b": b}
@@ -115,15 +118,8 @@ def isoflop(budget, N, D, loss, *, bootstraps: int = 0, seed: int = 0, level: fl
     their parabolas, drawn again and widened for the 3 coefficients of each, and repeats the fit. (Drawing runs again
     would leave many a budget of 3 or 4 runs with too few.) They know nothing of the bias of the method.
     """
-    columns = [np.asarray(x, float) for x in (budget, N, D, loss)]
-    budget, N, D, loss = columns
-    if any(c.shape != loss.shape or c.ndim != 1 for c in columns):
-        raise InputError(f"budget, N, D and loss have the shapes {[c.shape for c in columns]}: wanted one length")
-    for name, column in zip(("budget", "N", "D", "loss"), columns):
-        if not np.all(np.isfinite(column) & (column > 0)):
-            raise InputError(
-                f"{name} has {column[~(column > 0) | ~np.isfinite(column)][0]:g}: wanted finite numbers above 0"
-            )
+    check({"budget": budget, "N": N, "D": D, "loss": loss})
+    budget, N, D, loss = (np.asarray(x, float) for x in (budget, N, D, loss))
 
     notes, groups = [], []
     for value in np.unique(budget):
@@ -212,7 +208,7 @@ def _least_losses(
     if len(np.unique(flops)) < 3:
         notes.append("Fewer than 3 budgets: no law for the least loss of a budget.")
         return None
-    fitted = fit_power(flops, loss, level=level, redrawn=redrawn)
+    fitted = fit_law(POWER, flops, loss, level=level, redrawn=redrawn)
     notes += [f"The law of the least loss: {note}" for note in fitted.notes]
     return fitted
 
@@ -279,23 +275,26 @@ def _takeovers(curves, flops_per: float, budgets: int) -> dict[str, np.ndarray]:
     return {"budget": C, "N": N, "D": C / flops_per / N, "loss": np.array([loss[best[i], i] for i in at])}
 
 
-def leave_one_budget_out(fit: Callable[..., Fitted], budget, N, D, loss, **settings) -> list[dict[str, Any]]:
+def leave_one_budget_out(fit: Callable[..., Fitted], budget, N, D, *more) -> list[dict[str, Any]]:
     """What a fit without a budget's runs says of them: one dict a budget, in ascending order.
+
+    fit: of N, D, the law's other inputs and, last, the losses, each [points].
 
     budget; points; error: mean over its runs of prediction / loss - 1; worst: the largest of their sizes; beyond:
     True where no other run took as much compute (N D), the extrapolation that a law is judged by; why: empty, or what
     is missing where the rest can't be fitted and the errors are NaN. Runs whose budget is NaN belong to none, and to
-    every fit. fit is fit_chinchilla or fit_overtraining; settings go to it.
+    every fit.
     """
-    budget, N, D, loss = (np.asarray(x, float) for x in (budget, N, D, loss))
+    budget, N, D, *more = (np.asarray(x, float) for x in (budget, N, D, *more))
+    *inputs, loss = N, D, *more
     rows = []
     for value in np.unique(budget[np.isfinite(budget)]):
         out = budget == value
         beyond = (N * D)[out].max() > np.max((N * D)[~out], initial=0)
         row = {"budget": float(value), "points": int(out.sum()), "beyond": bool(beyond)}
         try:
-            law = fit(N[~out], D[~out], loss[~out], **settings).law
-            error = law.loss(N[out], D[out]) / loss[out] - 1
+            law = fit(*(x[~out] for x in (*inputs, loss))).law
+            error = law.loss(*(x[out] for x in inputs)) / loss[out] - 1
             row |= {"error": float(error.mean()), "worst": float(np.abs(error).max()), "why": ""}
         except InputError as refusal:
             row |= {"error": float("nan"), "worst": float("nan"), "why": str(refusal)}

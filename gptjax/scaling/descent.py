@@ -1,8 +1,9 @@
 """L-BFGS on many small fits at once: every start and every resample is a lane of one batch, in JAX and float64.
 
-A model here is a sum of exponentials whose logarithms are linear in its P parameters: term k of point n is
-exp(design_KNP[k, n] . theta_P), and a prediction is the sum over the K terms. Each term has an intercept of its own
-(parameter k); the rest of the parameters are slopes. Chinchilla's law is such a sum, with (A, B, E) as intercepts.
+A model here is made of terms whose logarithms are linear in its P parameters: term k of point n is
+exp(design_KNP[k, n] . theta_P). Each term has an intercept of its own (parameter k); the rest of the parameters are
+slopes, or no part of the terms. A prediction is the sum over the K terms, or what else `combine` makes of them.
+Chinchilla's law is such a sum, with (A, B, E) as intercepts.
 
 Lanes take turns without waiting for each other: a turn evaluates every lane once, at its own step along its own
 direction; a lane whose step is good enough moves on, another shortens its step.
@@ -10,6 +11,7 @@ Letters: B lanes, K terms, N points, P parameters, M pairs remembered.
 """
 
 import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -25,17 +27,37 @@ TOLERANCE = 1e-8  # of the gradient's largest entry: see Minimum
 GIVEN_UP = 1e-11  # a step this short says that the objective can't be told apart any more
 
 
+def log_sum(log_terms: Sequence[jax.Array], theta_BP: jax.Array, inputs: Sequence[jax.Array]) -> jax.Array:
+    """Log of the sum of terms that are given by their logarithms, each [B, N]; a `combine` of Problem."""
+    top_BN = jax.lax.stop_gradient(jax.tree.reduce(jnp.maximum, log_terms))
+    return top_BN + jnp.log(sum(jnp.exp(u_BN - top_BN) for u_BN in log_terms))
+
+
 class Problem(NamedTuple):
     """Points and how far from them a prediction may be.
 
     `huber`: Huber's function of width delta on log prediction - log loss. `squares`: half the squared difference of
-    prediction and loss.
+    prediction and loss. combine(log_terms, theta_BP, inputs) is the log prediction [B, N] in JAX, a function of a
+    module, so that its compilation is found again; what it reads beside the terms are `inputs`, each [N] and above 0.
+    Where it is NaN, no descent goes.
     """
 
     design_KNP: np.ndarray
     loss_N: np.ndarray
     residual: Literal["huber", "squares"]
     delta: float
+    combine: Callable[..., jax.Array] = log_sum
+    inputs: tuple[np.ndarray, ...] = ()
+
+    def predict(self, theta_BP: np.ndarray) -> np.ndarray:
+        """The losses that each row of parameters says, [B, N]."""
+        with jax.enable_x64(True):
+            return np.exp(np.asarray(_log_predictions(theta_BP, self.design_KNP, self.inputs, self.combine)))
+
+
+@partial(jax.jit, static_argnames="combine")
+def _log_predictions(theta_BP, design_KNP, inputs, combine):
+    return combine([theta_BP @ term_NP.T for term_NP in design_KNP], theta_BP, inputs)
 
 
 class Minimum(NamedTuple):
@@ -69,6 +91,7 @@ def minimize(
     pad = np.arange(lanes) % len(start_BP)
     more = (0, -len(problem.loss_N) % POINTS)
     design_KNP = np.pad(problem.design_KNP @ basis_PP, ((0, 0), more, (0, 0)))
+    inputs = tuple(np.pad(input_N, more, constant_values=1.0) for input_N in problem.inputs)
 
     def part(begin: int) -> tuple[np.ndarray, ...]:
         rows = pad[begin : begin + LANES]
@@ -78,10 +101,13 @@ def minimize(
                 np.pad(np.asarray(weight_BN[rows], float), ((0, 0), more)),
                 design_KNP,
                 np.pad(np.asarray(loss_BN[rows], float), ((0, 0), more), constant_values=1.0),
+                basis_PP,
+                inputs,
                 problem.delta,
                 scale,
                 turns,
                 residual=problem.residual,
+                combine=problem.combine,
             )
             return tuple(np.asarray(x) for x in out)
 
@@ -105,10 +131,13 @@ def _coordinates(design_KNP: np.ndarray) -> np.ndarray:
     return basis_PP
 
 
-@partial(jax.jit, static_argnames="residual")
-def _descend(phi_BP, weight_BN, design_KNP, loss_BN, delta, scale, turns, *, residual):
+@partial(jax.jit, static_argnames=("residual", "combine"))
+def _descend(phi_BP, weight_BN, design_KNP, loss_BN, basis_PP, inputs, delta, scale, turns, *, residual, combine):
+    def log_prediction(phi_BP):
+        return combine([phi_BP @ term_NP.T for term_NP in design_KNP], phi_BP @ basis_PP.T, inputs)
+
     value_and_gradient = partial(
-        _objective, weight_BN=weight_BN, design_KNP=design_KNP, loss_BN=loss_BN, delta=delta, scale=scale, kind=residual
+        _objective, log_prediction, weight_BN=weight_BN, loss_BN=loss_BN, delta=delta, scale=scale, kind=residual
     )
     value_B, gradient_BP = value_and_gradient(phi_BP)
     lanes, size = phi_BP.shape
@@ -144,13 +173,9 @@ def _descend(phi_BP, weight_BN, design_KNP, loss_BN, delta, scale, turns, *, res
     return end["phi"], end["value"], _largest(end["gradient"]), end["turns"]
 
 
-def _objective(phi_BP, *, weight_BN, design_KNP, loss_BN, delta, scale, kind):
-    """Value and gradient of each lane; written out, since it is all that a fit spends its time on."""
-    log_terms = [phi_BP @ term_NP.T for term_NP in design_KNP]
-    top_BN = jax.tree.reduce(jnp.maximum, log_terms)
-    terms = [jnp.exp(u_BN - top_BN) for u_BN in log_terms]
-    sum_BN = jax.tree.reduce(jnp.add, terms)
-    log_prediction_BN = top_BN + jnp.log(sum_BN)
+def _objective(log_prediction, phi_BP, *, weight_BN, loss_BN, delta, scale, kind):
+    """Value and gradient of each lane; lanes don't know of each other, so one pull back serves them all."""
+    log_prediction_BN, pull_back = jax.vjp(log_prediction, phi_BP)
     if kind == "huber":
         error_BN = log_prediction_BN - jnp.log(loss_BN)
         pull_BN = jnp.clip(error_BN, -delta, delta)
@@ -160,8 +185,7 @@ def _objective(phi_BP, *, weight_BN, design_KNP, loss_BN, delta, scale, kind):
         pull_BN = chain_BN - loss_BN
         value_BN = pull_BN**2 / 2
     value_B = jnp.sum(weight_BN * value_BN, axis=1) / scale
-    share_BN = weight_BN * pull_BN * chain_BN / sum_BN / scale
-    gradient_BP = sum((share_BN * term_BN) @ term_NP for term_BN, term_NP in zip(terms, design_KNP))
+    (gradient_BP,) = pull_back(weight_BN * pull_BN * chain_BN / scale)
     return value_B, gradient_BP
 
 

@@ -1,6 +1,6 @@
 """Fits a law to a table of runs: the best coefficients, bootstrap intervals, predictions with intervals.
 
-    fitted = fit_chinchilla(N, D, loss, bootstraps=1000)
+    fitted = fit_law(CHINCHILLA, N, D, loss, bootstraps=1000)
     fitted.law                                       # laws.Chinchilla(E, A, B, alpha, beta)
     fitted.interval("alpha")                         # (low, high)
     fitted.predict(1e9, 2e10)                        # (loss, low, high) of a new run
@@ -8,9 +8,10 @@
     Fitted.of_record(json.loads(json.dumps(fitted.record())))  # the same again
 
 The parametric fit is that of Hoffmann et al. 2022 (section 3.3): Huber's function of width 1e-3 on log prediction - log
-loss, least by L-BFGS from a grid of 4,500 starts. All of them descend for 15 turns and the lowest 256 to the end. It is
-summed over runs, not averaged: an average is so small that an optimizer's default tolerance ends it early (Besiroglu et
-al. 2024, section 4); here each descent ends by its gradient, and one that has not goes on from where it is (`settle`).
+loss, least by L-BFGS from a grid of 4,500 starts (each law has its own: families.py). All of them descend for 15 turns
+and the lowest 256 to the end. It is summed over runs, not averaged: an average is so small that an optimizer's default
+tolerance ends it early (Besiroglu et al. 2024, section 4); here each descent ends by its gradient, and one that has not
+goes on from where it is (`settle`).
 
 Intervals are percentiles of fits to redrawn losses (`redraw`); sizes and token counts stay as they were chosen. Drawing
 whole runs again draws a worse design than the one that was run; its intervals are the wider, the fewer runs there are
@@ -20,17 +21,17 @@ that lie lowest.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from gptjax.scaling.descent import Minimum, Problem, minimize
-from gptjax.scaling.laws import Chinchilla, OverTraining, PowerLaw
+from gptjax.scaling.families import Family
+from gptjax.scaling.laws import Chinchilla, DataConstrained, Kaplan, OverTraining, PowerLaw
 from gptjax.settings import InputError
 
-KINDS: dict[str, type] = {"Chinchilla": Chinchilla, "OverTraining": OverTraining, "PowerLaw": PowerLaw}
+KINDS: dict[str, type] = {kind.__name__: kind for kind in (Chinchilla, OverTraining, PowerLaw, Kaplan, DataConstrained)}
 SCREEN = 15  # turns after which only the lowest starts of a grid go on
 FINAL = 256  # so many of them
 NEAR = 4  # starts of the grid that a resample descends from, beside the optimum of all points
@@ -44,8 +45,8 @@ NO_FLOOR = 1e-3  # an E below this share of the least loss says no more than 0 d
 class Fitted:
     """A law fitted to runs, and what redrawing their losses says of it.
 
-    law: Chinchilla, OverTraining or PowerLaw with float coefficients.
-    inputs: the law's inputs by name, N and D or C, each of shape [points]; loss [points] in nats a token.
+    law: one of KINDS with float coefficients.
+    inputs: the law's inputs by name (Family.inputs), each of shape [points]; loss [points] in nats a token.
     samples: coefficient -> array [bootstraps]; empty where none were asked for or none could be had.
     objective: what was minimized, a sum over the points; gradient: its largest entry there, scaled as in
     descent.Minimum (1e-8 is converged). starts: descents carried to the end; agreed: how many of them ended in this
@@ -89,7 +90,7 @@ class Fitted:
         return (float(np.squeeze(function(self.law))), *_percentiles(values, self.level))
 
     def predict(self, *inputs, new_run: bool = True, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(loss, low, high) at the law's inputs (N, D, or C for a PowerLaw), arrays of their shape.
+        """(loss, low, high) at the law's inputs (N, D, perhaps U; C for a PowerLaw), arrays of their shape.
 
         The interval is meant to hold a new run's loss: each bootstrap's law, times the scatter of the fitted points
         about the law. With new_run=False it is of the law alone, which more runs narrow without end. It knows nothing
@@ -127,119 +128,31 @@ class Fitted:
         return cls(**values | {"loss": np.asarray(record["loss"], float), "notes": tuple(record["notes"])})
 
 
-def fit_chinchilla(
-    N, D, loss, *, delta: float = 1e-3, bootstraps: int = 0, seed: int = 0, level: float = 0.95
-) -> Fitted:
-    """Fits L = E + A/N^alpha + B/D^beta by the parametric approach of Hoffmann et al. 2022.
-
-    N, D, loss: [points], parameters, trained tokens, nats a token. Raises InputError, in one line, for arrays that
-    differ in length, anything that is not finite and above 0, fewer points than the 5 coefficients, fewer than 3
-    different N or D, or a single budget (N D all within 10 %).
-    """
-    _check({"N": N, "D": D, "loss": loss}, 5)
-    N, D, loss = (np.asarray(x, float) for x in (N, D, loss))
-    _check_spread(N, D)
-    problem, starts = chinchilla_problem(N, D, loss, delta)
-    family = _Family(lambda a, b, e, alpha, beta: Chinchilla(np.exp(e), np.exp(a), np.exp(b), alpha, beta), starts)
-    return _fit(family, problem, {"N": N, "D": D}, bootstraps, seed, level)
-
-
-def chinchilla_problem(N: np.ndarray, D: np.ndarray, loss: np.ndarray, delta: float) -> tuple[Problem, np.ndarray]:
-    """What fit_chinchilla minimizes, over log A, log B, log E, alpha and beta, and its 4,500 starts [starts, 5]."""
-    zero, one = np.zeros_like(N), np.ones_like(N)
-    terms = [
-        np.stack([one, zero, zero, -np.log(N), zero], axis=1),
-        np.stack([zero, one, zero, zero, -np.log(D)], axis=1),
-        np.stack([zero, zero, one, zero, zero], axis=1),
-    ]
-    grid = [np.arange(0, 30, 5)] * 2 + [np.arange(-1, 1.5, 0.5)] + [np.arange(0, 2.5, 0.5)] * 2  # theirs: appendix D
-    return Problem(np.stack(terms), loss, "huber", delta), _grid(grid)
-
-
-def fit_overtraining(N, D, loss, *, bootstraps: int = 0, seed: int = 0, level: float = 0.95) -> Fitted:
-    """Fits the over-training law of Gadre et al. 2024 by their method: least squares of the loss itself.
-
-    N, D, loss as for fit_chinchilla; at least 4 points. Their fits take 5: four sizes at 20 tokens a parameter and the
-    smallest at 320.
-    """
-    _check({"N": N, "D": D, "loss": loss}, 4)
-    N, D, loss = (np.asarray(x, float) for x in (N, D, loss))
-    _check_spread(N, D)
-    zero, one = np.zeros_like(N), np.ones_like(N)
-    terms = [
-        np.stack([one, zero, zero, np.log(N)], axis=1),
-        np.stack([zero, one, zero, np.log(6) / 2 + np.log(D)], axis=1),
-        np.stack([zero, zero, one, zero], axis=1),
-    ]
-    grid = [np.log([1e2, 3e2, 1e3, 3e3])] * 2 + [np.log([0.1, 1, 2, 10]), np.array([-0.1, -0.3])]  # as released
-    family = _Family(lambda a, b, E, e: OverTraining(np.exp(E), np.exp(a), np.exp(b), e), _grid(grid))
-    return _fit(family, Problem(np.stack(terms), loss, "squares", 1.0), {"N": N, "D": D}, bootstraps, seed, level)
-
-
-def fit_power(
-    C, loss, *, delta: float = 1e-3, bootstraps: int = 0, seed: int = 0, level: float = 0.95, redrawn=None
-) -> Fitted:
-    """Fits L = E + K / C^gamma to the least losses of at least 3 budgets, Huber's function on the logarithms.
-
-    redrawn: [bootstraps, points], other losses that the points might have had; the samples are then fits to these,
-    and `bootstraps` and `seed` are of no use.
-    """
-    _check({"C": C, "loss": loss}, 3)
-    C, loss = (np.asarray(x, float) for x in (C, loss))
-    _check_different({"C": C})
-    zero, one = np.zeros_like(C), np.ones_like(C)
-    terms = [np.stack([one, zero, -np.log(C)], axis=1), np.stack([zero, one, zero], axis=1)]
-    grid = [np.arange(0, 30, 5), np.arange(-1, 1.5, 0.5), np.array([0.0, 0.05, 0.1, 0.2, 0.4])]
-    family = _Family(lambda K, E, gamma: PowerLaw(np.exp(E), np.exp(K), gamma), _grid(grid))
-    return _fit(family, Problem(np.stack(terms), loss, "huber", delta), {"C": C}, bootstraps, seed, level, redrawn)
-
-
-class _Family(NamedTuple):
-    """How the fitted numbers make a law, and where their descents start, [starts, coefficients]."""
-
-    law: Callable[..., Any]
-    starts: np.ndarray
-
-
-def _grid(axes: Sequence[np.ndarray]) -> np.ndarray:
-    return np.array(list(itertools.product(*axes)), float)
-
-
-def _check(columns: dict[str, Any], coefficients: int) -> None:
-    for name, column in columns.items():
-        values = np.asarray(column, float)
-        if values.ndim != 1 or len(values) != len(np.asarray(columns["loss"])):
-            raise InputError(f"{name} has the shape {values.shape}: wanted one number for each loss")
-        bad = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
-        if len(bad):
-            raise InputError(f"{name}={values[bad[0]]:g} at point {bad[0]}: wanted a finite number above 0")
-    if (points := len(np.asarray(columns["loss"]))) < coefficients:
-        raise InputError(f"{points} points for the {coefficients} coefficients of the law: wanted at least as many")
-
-
-def _check_spread(N: np.ndarray, D: np.ndarray) -> None:
-    if (N * D).max() < 1.1 * (N * D).min():
-        raise InputError(f"all {len(N)} points have one budget (N D = {N[0] * D[0]:.3g}): wanted several to fit a law")
-    _check_different({"N": N, "D": D})
-
-
-def _check_different(columns: dict[str, np.ndarray]) -> None:
-    for name, values in columns.items():
-        if (different := len(np.unique(values))) < 3:
-            raise InputError(f"{name} has {different} different values: wanted at least 3 to fit an exponent")
-
-
-def _fit(
-    family: _Family, problem: Problem, inputs: dict[str, np.ndarray], bootstraps: int, seed: int, level: float,
+def fit_law(
+    family: Family, *columns, delta: float = 1e-3, bootstraps: int = 0, seed: int = 0, level: float = 0.95,
     redrawn: np.ndarray | None = None,
 ) -> Fitted:  # fmt: skip
+    """Fits a law to its inputs and, last, the losses in nats a token, each [points].
+
+    redrawn: [bootstraps, points], other losses that the points might have had; the samples are then fits to these,
+    and `bootstraps` and `seed` are of no use. Raises InputError, in one line, for arrays that differ in length,
+    anything that is not finite and above 0, fewer points than coefficients, inputs that can't tell them (Family.check)
+    and a coefficient that no loss depends on.
+    """
+    named = dict(zip((*family.inputs, "loss"), (np.asarray(x, float) for x in columns), strict=True))
+    check(named, family.size)
+    *inputs, loss = named.values()
+    family.check(*inputs)
+    problem, starts = family.problem(*inputs, loss, delta=delta), family.starts
     if not 0 < level < 1:
         raise InputError(f"level={level}: wanted a number between 0 and 1, such as 0.95")
-    starts, points = family.starts, len(problem.loss_N)
     found = _descend_grid(problem, starts)
     best = int(np.argmin(found.objective_B))
-    theta_P, size = found.theta_BP[best], starts.shape[1]
+    theta_P, points, size = found.theta_BP[best], len(loss), family.size
     agreed = _agree(found.objective_B, found.objective_B[best], problem)
+    law = family.law(*theta_P)
+    law = type(law)(**{k: float(v) for k, v in dataclasses.asdict(law).items()})
+    _check_told(law, inputs)
 
     notes = []
     if found.gradient_B[best] > FLAT:
@@ -273,9 +186,8 @@ def _fit(
                 f"{unconverged} of {len(redrawn)} resamples have not converged and are kept: many laws fit these "
                 "runs about as well. Trust intervals of losses near the runs before those of single coefficients."
             )
-    law = family.law(*theta_P)
-    law = type(law)(**{k: float(v) for k, v in dataclasses.asdict(law).items()})
-    none_B = np.append(samples.get("E", []), law.E) < NO_FLOOR * problem.loss_N.min()
+    floor_B = np.append(samples.get("E", []), getattr(law, "E", np.inf))
+    none_B = floor_B < NO_FLOOR * loss.min()
     if none_B.sum() > (1 - level) / 2 * len(none_B):
         what = "the fit" if none_B[-1] else f"{none_B.sum()} of {len(none_B) - 1} resamples"
         notes.append(
@@ -283,9 +195,33 @@ def _fit(
             "far beyond the runs, predictions are rough."
         )
     return Fitted(
-        law, inputs, problem.loss_N, samples, float(found.objective_B[best]), float(found.gradient_B[best]),
-        len(found.turns_B), agreed, unconverged, level, tuple(notes),
+        law, dict(zip(family.inputs, inputs)), loss, samples, float(found.objective_B[best]),
+        float(found.gradient_B[best]), len(found.turns_B), agreed, unconverged, level, tuple(notes),
     )  # fmt: skip
+
+
+def check(columns: dict[str, np.ndarray], coefficients: int = 0) -> None:
+    """Raises InputError unless each column has one finite number above 0 for each loss, and there are enough."""
+    for name, values in columns.items():
+        if values.ndim != 1 or len(values) != len(columns["loss"]):
+            raise InputError(f"{name} has the shape {values.shape}: wanted one number for each loss")
+        bad = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
+        if len(bad):
+            raise InputError(f"{name}={values[bad[0]]:g} at point {bad[0]}: wanted a finite number above 0")
+    if (points := len(columns["loss"])) < coefficients:
+        raise InputError(f"{points} points for the {coefficients} coefficients of the law: wanted at least as many")
+
+
+def _check_told(law: Any, inputs: Sequence[np.ndarray]) -> None:
+    """Raises InputError for a coefficient that has no say in any loss, such as R_N where no run has too large an N."""
+    for name in dataclasses.asdict(law):
+        with np.errstate(all="ignore"):
+            others = [dataclasses.replace(law, **{name: value}).loss(*inputs) for value in (1.0, 2.0)]
+        if all(np.array_equal(other, law.loss(*inputs)) for other in others):
+            raise InputError(
+                f"no loss of these {len(inputs[0])} runs depends on {name} of the law fitted to them: wanted some that "
+                "do, or a law without it"
+            )
 
 
 def _descend_grid(problem: Problem, start_SP: np.ndarray) -> Minimum:
@@ -318,8 +254,8 @@ def redraw(problem: Problem, theta_P: np.ndarray, number: int, rng: np.random.Ge
     weight_BN = 1 - np.eye(points)
     others = minimize(problem, np.tile(theta_P, (points, 1)), weight_BN=weight_BN)
     others = settle(problem, others, weight_BN=weight_BN)
-    without_N = np.exp(np.einsum("knp,np->kn", problem.design_KNP, others.theta_BP)).sum(axis=0)
-    law_N = np.exp(problem.design_KNP @ theta_P).sum(axis=0)
+    without_N = np.diagonal(problem.predict(others.theta_BP))
+    law_N = problem.predict(theta_P[None])[0]
     near_NM = _nearest(problem.design_KNP, round(points**0.5))
     from_BN = near_NM[np.arange(points), rng.integers(near_NM.shape[1], size=(number, points))]
     scale_BN = rng.choice([-1.0, 1.0], (number, points)) * np.sqrt(1 - size / points)

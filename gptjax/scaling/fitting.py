@@ -2,43 +2,29 @@
 
 import dataclasses
 import functools
-import importlib.metadata
 import platform
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from gptjax import __version__
 from gptjax.config import FitConfig, TrainConfig
+from gptjax.installation import version
 from gptjax.paths import place, store
 from gptjax.scaling import report
 from gptjax.scaling.approaches import Allocation, envelope, isoflop, leave_one_budget_out, parabola, parametric
-from gptjax.scaling.fits import Fitted, fit_chinchilla, fit_overtraining
+from gptjax.scaling.families import FAMILIES
+from gptjax.scaling.fits import Fitted, fit_law
 from gptjax.scaling.laws import TwoPoint
 from gptjax.scaling.saved import FORMAT, Fit, interval, strict
-from gptjax.scaling.table import Table, read_table
+from gptjax.scaling.table import INPUTS, Table, read_table
 from gptjax.settings import InputError
 
 BAND = 24  # budgets at which the interval of N-opt and D-opt is written down
 MOST_NOTES = 12
 LEAST = 3  # different sizes, and token counts, that tell a law's terms apart
-
-
-class Law(NamedTuple):
-    """A law that can be fitted, and how many free parameters it has."""
-
-    fit: Callable[..., Fitted]
-    formula: str
-    free: int
-
-
-LAWS = {
-    "chinchilla": Law(fit_chinchilla, "L(N, D) = E + A / N^alpha + B / D^beta", 5),
-    "overtraining": Law(fit_overtraining, "L(N, D) = E + a N^e + b 6^(e/2) D^e", 4),
-}
 
 
 def fit(
@@ -72,56 +58,68 @@ def fit(
 
 def describe(table: Table, cfg: FitConfig, left_out: int) -> dict[str, Any]:
     """Fits the law and the approaches; all that fit.json holds (saved.KEYS)."""
-    law = LAWS[cfg.law]
-    settings = {"delta": cfg.delta} if cfg.law == "chinchilla" else {}
-    n, d, loss = table.parameters, table.tokens, table.loss
-    again = {"bootstraps": cfg.bootstraps, "seed": cfg.seed, "level": cfg.level}
-    per = float(np.median(table.flops / (n * d)))
-    fit_law = functools.cache(lambda: law.fit(n, d, loss, **settings, **again))
-    ways = approaches(table, fit_law, per, cfg)  # before the law, which takes longer: what was asked for may be refused
-    fitted = fit_law()
-    predicted = fitted.law.loss(n, d)
+    family = FAMILIES[cfg.law]
+    inputs, loss = table.inputs(family.inputs), table.loss
+    per = float(np.median(table.flops / (table.parameters * table.tokens)))
+    fit = functools.partial(fit_law, family, delta=cfg.delta)
+
+    @functools.cache
+    def fit_all() -> Fitted:
+        try:
+            return fit(*inputs, loss, bootstraps=cfg.bootstraps, seed=cfg.seed, level=cfg.level)
+        except InputError as e:
+            raise InputError(f"{table.source}: --law {cfg.law}: {e}") from e
+
+    ways = approaches(table, fit_all, per, cfg)  # before the law, which takes longer: what was asked for may be refused
+    fitted = fit_all()
+    predicted = fitted.law.loss(*inputs)
     off = loss / predicted - 1
+    fields = [INPUTS[name] for name in family.inputs]
     notes = [*table.notes, *fitted.notes]
+    if repeated := int(np.sum(~table.new)):
+        notes.append(
+            f"best N and D and the plots' curves are of new tokens, without the {repeated} runs that repeat theirs; "
+            "gptjax predict --unique-tokens U knows the best use of scarce ones"
+        )
     if left_out:
         notes.append(f"--max-flops {cfg.max_flops:g} left out {left_out} points")
     return {
         "format": FORMAT,
         "law": cfg.law,
-        "formula": law.formula,
+        "formula": family.formula,
         "coefficients": {
             k: {"value": v, "interval": interval(fitted.interval(k))} for k, v in fitted.coefficients.items()
         },
         "residuals": {"rms": float(np.sqrt(np.mean(off**2))), "largest": float(np.abs(off).max())},
         "flops_per": per,
         "level": cfg.level,
-        "range": {k: [getattr(table, k).min(), getattr(table, k).max()] for k in ("parameters", "tokens", "flops")},
+        "range": {k: [getattr(table, k).min(), getattr(table, k).max()] for k in (*fields, "flops")},
         "approaches": ways,
-        "leave_one_out": leave_out(table, law.fit, settings),
+        "leave_one_out": leave_out(table, fit, inputs),
         "baseline": _baseline(table),
-        "points": {"name": table.names, "seed": table.seeds, "parameters": n, "tokens": d, "flops": table.flops,
+        "points": {"name": table.names, "seed": table.seeds, **dict(zip(fields, inputs)), "flops": table.flops,
                    "budget": table.budget, "loss": loss, "predicted": predicted},
         "table": {"source": table.source, "sha256": table.sha256, "points": len(table), "left_out": left_out},
         "settings": dataclasses.asdict(cfg),
-        "versions": {"gptjax": __version__, "python": platform.python_version(),
-                     **{name: importlib.metadata.version(name) for name in ("jax", "numpy")}},
+        "versions": {"python": platform.python_version(),
+                     **{name: version(name) for name in ("gptjax", "jax", "numpy")}},
         "notes": notes,
         "fitted": fitted.record(),
     }  # fmt: skip
 
 
-def approaches(table: Table, fit_law: Callable[[], Fitted], flops_per: float, cfg: FitConfig) -> dict[str, Any]:
+def approaches(table: Table, fit_all: Callable[[], Fitted], flops_per: float, cfg: FitConfig) -> dict[str, Any]:
     """Each approach as JSON: done or why not, exponents and coefficients of N-opt and D-opt, their intervals.
 
-    `fit_law` gives the fitted law, for the parametric approach. Raises InputError where the one that cfg.approach
+    `fit_all` gives the fitted law, for the parametric approach. Raises InputError where the one that cfg.approach
     names can't be done.
     """
     again = {"bootstraps": cfg.bootstraps, "seed": cfg.seed, "level": cfg.level}
-    of = np.isfinite(table.budget)
+    of = np.isfinite(table.budget) & table.new
     columns = (table.budget[of], table.parameters[of], table.tokens[of], table.loss[of])
 
     def by_envelope() -> Allocation:
-        curves, how = curves_of(table)
+        curves, how = curves_of(table.keep(table.new))
         made = envelope(curves, flops_per=flops_per, **again)
         return dataclasses.replace(made, notes=(f"curves: {how}", *made.notes))
 
@@ -131,9 +129,9 @@ def approaches(table: Table, fit_law: Callable[[], Fitted], flops_per: float, cf
         return isoflop(*columns, **again)
 
     def by_law() -> Allocation:
-        if cfg.law != "chinchilla":
-            raise InputError("this law has one exponent, so its N-opt and D-opt grow alike, as C^0.5, by assumption")
-        return parametric(fit_law(), flops_per)
+        if why := FAMILIES[cfg.law].no_powers:
+            raise InputError(why)
+        return parametric(fit_all(), flops_per)
 
     found: dict[str, Any] = {}
     for name, make in (("envelope", by_envelope), ("isoflop", by_isoflop), ("parametric", by_law)):
@@ -205,11 +203,11 @@ def _parabolas(budget_P, N_P, D_P, loss_P, budgets) -> list[dict[str, Any]]:
     return found
 
 
-def leave_out(table: Table, fit_law: Callable[..., Fitted], settings: dict[str, Any]) -> dict[str, Any]:
+def leave_out(table: Table, fit: Callable[..., Fitted], inputs: Sequence[np.ndarray]) -> dict[str, Any]:
     """What a law fitted without each budget says of its runs; or why that can't be done."""
     if len(table.budgets) < 2:
         return {"done": False, "why": f"{len(table.budgets)} budget(s) in the table, wanted at least 2"}
-    rows = leave_one_budget_out(fit_law, table.budget, table.parameters, table.tokens, table.loss, **settings)
+    rows = leave_one_budget_out(fit, table.budget, *inputs, table.loss)
     if all(np.isnan(row["error"]) for row in rows):
         return {"done": False, "why": "without any one budget too little is left to fit"}
     return {"done": True, "why": "", "budgets": rows}
@@ -242,6 +240,7 @@ def points(tables: Sequence[str], cfg: FitConfig, load_config: Callable[[Path], 
         tables,
         columns=cfg.columns,
         where=cfg.where,
+        inputs=FAMILIES[cfg.law].inputs,
         count=cfg.count,
         flops_per=cfg.flops_per,
         load_config=load_config,
@@ -260,7 +259,7 @@ def points(tables: Sequence[str], cfg: FitConfig, load_config: Callable[[Path], 
 
 def check_enough(table: Table, law: str) -> None:
     """Raises InputError where the points can't determine the law, whatever they are."""
-    free = LAWS[law].free
+    free = FAMILIES[law].size
     if len(table) < free:
         raise InputError(
             f"{table.source}: {len(table)} point(s) for the {free} parameters of {law}; wanted at least {free}, better "

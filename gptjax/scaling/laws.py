@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.settings import InputError
-
 PETAFLOP_DAY = 1e15 * 24 * 3600  # FLOPs
 
 
@@ -80,84 +78,84 @@ class OverTraining:
 
 
 @dataclass(frozen=True)
-class DataConstrained:
+class DataConstrained(Chinchilla):
     """Chinchilla's law on effective parameters and tokens where only U tokens are unique (Muennighoff et al. 2023).
 
     D' = U + U R_D (1 - exp(-(D/U - 1) / R_D)), and N' likewise of U_N, the parameters that U tokens would be optimal
-    for, with R_N (equations 5 and 6): after R_D repetitions another epoch is worth 1/e of new tokens.
+    for, with R_N (equations 5 and 6): after R_D repetitions another epoch is worth 1/e of new tokens. A run of fewer
+    than U tokens has as many unique ones as it trains on; U is endless where it is not given.
     """
 
-    chinchilla: Chinchilla
     R_D: Any
     R_N: Any
 
-    def loss(self, N, D, U):
-        """Raises InputError where more tokens are unique than are trained on."""
-        N, D, U = (np.asarray(v, float) for v in (N, D, U))
-        if np.any(U > D):
-            raise InputError(f"unique tokens={U.max():g} are more than the trained tokens={D.min():g}: wanted U <= D")
-        law = self.chinchilla
-        G = (law.alpha * law.A / (law.beta * law.B)) ** (1 / (law.alpha + law.beta))
-        U_N = np.minimum(N, (U * G) ** (law.beta / law.alpha) * G)
-        return law.loss(saturate(U_N, N / U_N - 1, self.R_N), saturate(U, D / U - 1, self.R_D))
+    def loss(self, N, D, U=np.inf):
+        N, D = np.asarray(N, float), np.asarray(D, float)
+        U = np.minimum(U, D)
+        G = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
+        U_N = np.minimum(N, (U * G) ** (self.beta / self.alpha) * G)
+        return super().loss(saturate(U_N, N / U_N - 1, self.R_N), saturate(U, D / U - 1, self.R_D))
 
-    def optimal(self, flops: float, U: float, flops_per: float = 6.0) -> tuple[float, float]:
-        """(N, D) of the least loss at C = flops_per * N * D with U unique tokens, to 1 part in 1,000.
+    def optimal(self, flops, flops_per: float = 6.0, U: float = np.inf):
+        """(N, D) of the least loss at C = flops_per * N * D with U unique tokens: Chinchilla's where U is enough.
 
-        Found on a fine grid of D from the unconstrained optimum / 100 to 100 times it: there is no closed form.
+        Else found on grids of D around it, each as wide as the step of the one before, the last to 1 part in 10,000:
+        there is no closed form.
         """
-        _, D = self.chinchilla.optimal(flops, flops_per)
-        D = D * np.geomspace(0.01, 100, 9211)  # 1.001 apart
-        N = flops / flops_per / D
-        best = int(np.argmin(self.loss(N, D, np.minimum(U, D))))
-        return float(N[best]), float(D[best])
+        N, D = np.broadcast_arrays(*super().optimal(flops, flops_per), self.R_D, self.R_N)[:2]
+        enough, product = D <= U, N * D
+        factors, width = np.ones_like(D), np.log(100.0)
+        for _ in range(4):
+            tried = factors * np.exp(np.linspace(-width, width, 41)).reshape(-1, *[1] * np.ndim(D))
+            best = np.argmin(self.loss(product / (D * tried), D * tried, U), axis=0)
+            factors, width = np.take_along_axis(tried, best[None], axis=0)[0], width / 20
+        D = np.where(enough, D, D * factors)
+        return product / D, D
 
 
 def saturate(unique, repeats, half):
     """What `unique` units are worth when seen `repeats` more times: unique (1 + R (1 - exp(-repeats / R)))."""
-    return unique * (1 + half * (1 - np.exp(-repeats / half)))
+    return unique * (1 - half * np.expm1(-repeats / half))
 
 
 # The fit on C4 of the paper's released code (appendix A rounds it: A=521, B=1488, E=1.87, alpha=beta=0.35).
 MUENNIGHOFF = DataConstrained(
-    Chinchilla(np.exp(0.6254804), np.exp(6.255414), np.exp(7.3049974), 0.3526596, 0.3526596),
-    R_D=15.387756,
-    R_N=5.309743,
-)
+    E=np.exp(0.6254804), A=np.exp(6.255414), B=np.exp(7.3049974), alpha=0.3526596, beta=0.3526596,
+    R_D=15.387756, R_N=5.309743,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Kaplan:
-    """Power laws of Kaplan et al. 2020, for N without embeddings; the defaults are theirs, on WebText2.
+    """L(N, D) = ((N_c / N)^(alpha_N / alpha_D) + D_c / D)^alpha_D (Kaplan et al. 2020, equation 1.5).
 
-    Their tokens and vocabulary (50,257) set the scale of N_c, D_c and C_c, which mean nothing by themselves.
+    Theirs is of N without embeddings. The tokens and their vocabulary set the scale of N_c and D_c, which mean nothing
+    by themselves.
     """
 
-    alpha_N: float = 0.076  # equation 1.1
-    N_c: float = 8.8e13
-    alpha_D: float = 0.095  # equation 1.2
-    D_c: float = 5.4e13
-    alpha_C: float = 0.050  # equation 1.3
-    C_c: float = 3.1e8  # petaflop-days
-    joint: tuple[float, float, float, float] = (0.076, 0.103, 6.4e13, 1.8e13)  # table 2: alpha_N, alpha_D, N_c, D_c
-
-    def loss_of_parameters(self, N):
-        """L(N) = (N_c / N)^alpha_N: trained to convergence on enough data (equation 1.1)."""
-        return (self.N_c / np.asarray(N, float)) ** self.alpha_N
-
-    def loss_of_tokens(self, D):
-        """L(D) = (D_c / D)^alpha_D: a large model, stopped early (equation 1.2)."""
-        return (self.D_c / np.asarray(D, float)) ** self.alpha_D
-
-    def loss_of_compute(self, C):
-        """L(C_min) = (C_c / C_min)^alpha_C, C in FLOPs at the best size and a batch far below critical (1.3)."""
-        return (self.C_c * PETAFLOP_DAY / np.asarray(C, float)) ** self.alpha_C
+    alpha_N: Any
+    alpha_D: Any
+    N_c: Any
+    D_c: Any
 
     def loss(self, N, D):
-        """L(N, D) = ((N_c / N)^(alpha_N / alpha_D) + D_c / D)^alpha_D (equation 1.5, constants of table 2)."""
-        alpha_N, alpha_D, N_c, D_c = self.joint
         N, D = np.asarray(N, float), np.asarray(D, float)
-        return ((N_c / N) ** (alpha_N / alpha_D) + D_c / D) ** alpha_D
+        return ((self.N_c / N) ** (self.alpha_N / self.alpha_D) + self.D_c / D) ** self.alpha_D
+
+    @property
+    def exponents(self):
+        """(a, b) of N_opt ~ C^a and D_opt ~ C^b: (alpha_D, alpha_N) / (alpha_N + alpha_D)."""
+        return self.alpha_D / (self.alpha_N + self.alpha_D), self.alpha_N / (self.alpha_N + self.alpha_D)
+
+    def optimal(self, flops, flops_per: float = 6.0):
+        """(N, D) of the least loss at C = flops_per * N * D FLOPs, where the gradient of equation 1.5 is 0.
+
+        Not the paper's N ~ C^0.73, which is of training at the batch that takes the least compute.
+        """
+        a, _ = self.exponents
+        ratio, product = self.alpha_N / self.alpha_D, np.asarray(flops, float) / flops_per
+        N = self.N_c ** (1 - a) * (ratio * product / self.D_c) ** a
+        return N, product / N
 
 
 @dataclass(frozen=True)
@@ -170,6 +168,13 @@ class PowerLaw:
 
     def loss(self, C):
         return self.E + self.K * np.asarray(C, float) ** -self.gamma
+
+
+KAPLAN_ND = Kaplan(alpha_N=0.076, alpha_D=0.103, N_c=6.4e13, D_c=1.8e13)  # table 2, on WebText2
+# Of one resource where the others are enough, (X_c / X)^alpha: E = 0 and K = X_c^alpha.
+KAPLAN_N = PowerLaw(0.0, 8.8e13**0.076, 0.076)  # equation 1.1: parameters, trained to convergence
+KAPLAN_D = PowerLaw(0.0, 5.4e13**0.095, 0.095)  # equation 1.2: tokens, a large model stopped early
+KAPLAN_C = PowerLaw(0.0, (3.1e8 * PETAFLOP_DAY) ** 0.050, 0.050)  # 1.3: FLOPs, at the best size and batch
 
 
 @dataclass(frozen=True)

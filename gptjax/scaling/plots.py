@@ -87,10 +87,11 @@ def _isoflop(fit: Fit) -> bytes | None:
     from matplotlib import colormaps
 
     figure, (ax,) = _figure()
-    budgets = found["parabolas"]
+    budgets, tokens = found["parabolas"], fit.points["tokens"]
+    new = fit.points.get("unique_tokens", tokens) >= tokens
     colours = colormaps["viridis"](np.linspace(0, 0.88, len(budgets)))
     for parabola, colour in zip(budgets, colours):
-        of = np.abs(np.log(fit.points["budget"] / parabola["budget"])) < 1e-6
+        of = new & (np.abs(np.log(fit.points["budget"] / parabola["budget"])) < 1e-6)
         ax.scatter(fit.points["parameters"][of], fit.points["loss"][of], color=colour, s=20, zorder=3)
         n = fit.points["parameters"][of]
         over = np.geomspace(n.min() / 1.15, n.max() * 1.15, 80)

@@ -24,15 +24,21 @@ def predict(
     Raises InputError for more than a decade beyond the fitted points, unless cfg.extrapolate says that it is known.
     """
     fit = open_fit(folder)
+    if cfg.unique_tokens and "U" not in fit.fitted.inputs:
+        raise InputError(
+            f"unique_tokens={cfg.unique_tokens:g}: to the law of {fit.source}, {fit.document['law']}, every token is "
+            "new; leave it out, or fit --law data_constrained"
+        )
+    again = f" --unique-tokens {cfg.unique_tokens:.3g}" if cfg.unique_tokens else ""
     if cfg.flops:
         made, lines = _budget(fit, cfg)
         following = (
             f"gptjax predict {shlex.quote(folder)} --parameters {made['parameters'] / 2:.3g} "
-            f"--tokens {made['tokens'] * 2:.3g}{' --extrapolate' if cfg.extrapolate else ''}"
+            f"--tokens {made['tokens'] * 2:.3g}{again}{' --extrapolate' if cfg.extrapolate else ''}"
         )
     elif cfg.parameters:
         made, lines = _run(fit, cfg)
-        following = f"gptjax predict {shlex.quote(folder)} --flops {made['flops']:.3g}"
+        following = f"gptjax predict {shlex.quote(folder)} --flops {made['flops']:.3g}{again}"
     elif cfg.against:
         made, lines = _against(fit, cfg, load_config)
         following = f"gptjax predict {shlex.quote(folder)} --flops {fit.document['range']['flops'][1]:.3g}"
@@ -49,11 +55,14 @@ def predict(
     return following
 
 
-def optimum(fit: Fit, flops: float) -> dict[str, Any]:
-    """The best N and D for a budget and their loss, each with its interval, by the law and by each approach."""
+def optimum(fit: Fit, flops: float, *unique_tokens: float) -> dict[str, Any]:
+    """The best N and D for a budget and their loss, each with its interval, by the law and by each approach.
+
+    The approaches know of new tokens only; the law has the best use of `unique_tokens` where they are given.
+    """
     fitted, per = fit.fitted, fit.flops_per
-    (n,), (d,) = (np.atleast_1d(x) for x in fit.optimal(flops))
-    loss, loss_interval = fit.loss_of_run(float(n), float(d))
+    (n,), (d,) = (np.atleast_1d(x) for x in fit.optimal(flops, *unique_tokens))
+    loss, loss_interval = fit.loss_of_run(float(n), float(d), *unique_tokens)
     by = {
         name: {
             "parameters": made["coefficients"]["N"] * flops ** made["exponents"]["N"],
@@ -65,9 +74,9 @@ def optimum(fit: Fit, flops: float) -> dict[str, Any]:
     return {
         "flops": flops,
         "parameters": float(n),
-        "parameters_interval": interval(fitted.of(lambda law: law.optimal(flops, per)[0])[1:]),
+        "parameters_interval": interval(fitted.of(lambda law: law.optimal(flops, per, *unique_tokens)[0])[1:]),
         "tokens": float(d),
-        "tokens_interval": interval(fitted.of(lambda law: law.optimal(flops, per)[1])[1:]),
+        "tokens_interval": interval(fitted.of(lambda law: law.optimal(flops, per, *unique_tokens)[1])[1:]),
         "loss": loss,
         "loss_interval": loss_interval,
         "approaches": by,
@@ -76,40 +85,53 @@ def optimum(fit: Fit, flops: float) -> dict[str, Any]:
 
 def _budget(fit: Fit, cfg: PredictConfig) -> tuple[dict[str, Any], list[str]]:
     outside = fit.check(cfg.extrapolate, flops=cfg.flops)
-    made = optimum(fit, cfg.flops)
-    outside += fit.check(cfg.extrapolate, parameters=made["parameters"], tokens=made["tokens"])
+    unique = _unique(cfg)
+    made = optimum(fit, cfg.flops, *unique.values())
+    outside += fit.check(cfg.extrapolate, parameters=made["parameters"], tokens=made["tokens"], **unique)
     advice = recipe(cfg.recipe, made["parameters"], made["tokens"])
     lines = [
         f"best for {cfg.flops:.4g} FLOPs by {fit.document['law']}, {fit.level:.0%} intervals ({fit.source})",
         f"  parameters {_value(made['parameters'], made['parameters_interval'])}",
         f"  tokens     {_value(made['tokens'], made['tokens_interval'])}, "
-        f"{made['tokens'] / made['parameters']:.3g} a parameter",
+        f"{made['tokens'] / made['parameters']:.3g} a parameter{_epochs(cfg, made['tokens'])}",
         f"  loss       {_value(made['loss'], made['loss_interval'], '.4f')} nats a token, of one run",
     ]
     lines += [
-        f"  by {name}: parameters {by['parameters']:.3g}, tokens {by['tokens']:.3g}"
+        f"  by {name}{' of new tokens' if unique else ''}: parameters {by['parameters']:.3g}, tokens {by['tokens']:.3g}"
         for name, by in made["approaches"].items()
         if name != "parametric"
     ]
     lines += _advised(fit, advice) + _told(outside)
-    return made | {"outside": outside, "recipe": advice}, lines
+    return made | unique | {"outside": outside, "recipe": advice}, lines
 
 
 def _run(fit: Fit, cfg: PredictConfig) -> tuple[dict[str, Any], list[str]]:
     flops = fit.flops_per * cfg.parameters * cfg.tokens
-    outside = fit.check(cfg.extrapolate, flops=flops, parameters=cfg.parameters, tokens=cfg.tokens)
-    loss, loss_interval = fit.loss_of_run(cfg.parameters, cfg.tokens)
-    best = float(np.squeeze(fit.law.loss(*fit.optimal(flops))))
+    unique = _unique(cfg)
+    outside = fit.check(cfg.extrapolate, flops=flops, parameters=cfg.parameters, tokens=cfg.tokens, **unique)
+    loss, loss_interval = fit.loss_of_run(cfg.parameters, cfg.tokens, *unique.values())
+    best = float(np.squeeze(fit.law.loss(*fit.optimal(flops, *unique.values()), *unique.values())))
     advice = recipe(cfg.recipe, cfg.parameters, cfg.tokens)
     lines = [
-        f"{cfg.parameters:.4g} parameters on {cfg.tokens:.4g} tokens, {flops:.4g} FLOPs ({fit.source})",
+        f"{cfg.parameters:.4g} parameters on {cfg.tokens:.4g} tokens{_epochs(cfg, cfg.tokens)}, {flops:.4g} FLOPs "
+        f"({fit.source})",
         f"  loss {_value(loss, loss_interval, '.4f')} nats a token, of one run, {fit.level:.0%} interval",
         f"  the best use of these FLOPs would reach {best:.4f}, {100 * (1 - best / loss):.2f} % less",
     ]
     lines += _advised(fit, advice) + _told(outside)
     made = {"parameters": cfg.parameters, "tokens": cfg.tokens, "flops": flops, "loss": loss,
             "loss_interval": loss_interval, "best_loss": best, "outside": outside, "recipe": advice}  # fmt: skip
-    return made, lines
+    return made | unique, lines
+
+
+def _unique(cfg: PredictConfig) -> dict[str, float]:
+    """The unique tokens that were given, if any were: none is as many as anyone may want."""
+    return {"unique_tokens": cfg.unique_tokens} if cfg.unique_tokens else {}
+
+
+def _epochs(cfg: PredictConfig, tokens: float) -> str:
+    unique = cfg.unique_tokens
+    return f", {max(tokens / unique, 1):.3g} epochs of {min(unique, tokens):.4g} unique ones" if unique else ""
 
 
 def _advised(fit: Fit, advice: dict[str, Any]) -> list[str]:
@@ -128,13 +150,15 @@ def _against(
         [cfg.against],
         columns=cfg.columns,
         where=cfg.where,
+        inputs=list(fit.fitted.inputs),
         count=settings["count"],
         flops_per=settings["flops_per"],
         planned=True,
         load_config=load_config,
     )
     outside: list[str] = []
-    for what, values in (("flops", table.flops), ("parameters", table.parameters), ("tokens", table.tokens)):
+    for what in fit.document["range"]:
+        values = getattr(table, what)
         for edge in (values.min(), values.max()):
             outside += fit.check(cfg.extrapolate, **{what: float(edge)})
     rows = compare(fit, table)
@@ -153,7 +177,7 @@ def compare(fit: Fit, table: Table) -> list[dict[str, Any]]:
 
     `fitted` says whether a row of this size, tokens and loss was among the fitted points.
     """
-    predicted, low, high = fit.loss(table.parameters, table.tokens)
+    predicted, low, high = fit.loss(*table.inputs(fit.fitted.inputs))
     line = fit.baseline
     known = {tuple(p) for p in zip(*(fit.points[k] for k in ("parameters", "tokens", "loss")))}
     rows = []
@@ -189,9 +213,10 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         made["within"] = sum(within)
     if "two_point" not in rows[0]:
         return made
-    budget, n, d, loss = (np.array([row[key] for row in rows]) for key in ("budget", "parameters", "tokens", "loss"))
+    keys = ("budget", "loss", "parameters", "tokens", "predicted")  # one prediction: as many unique tokens, too
+    budget, loss, *inputs = (np.array([row[key] for row in rows]) for key in keys)
     budget = np.where(np.isfinite(budget), budget, -np.arange(1.0, len(rows) + 1))
-    best = [min(seeds_of(n, d, budget == c), key=lambda of: loss[of].mean()) for c in np.unique(budget)]
+    best = [min(seeds_of(budget == c, *inputs), key=lambda of: loss[of].mean()) for c in np.unique(budget)]
 
     def mean_error(of_what: str) -> float:
         said = np.array([row[of_what] for row in rows])

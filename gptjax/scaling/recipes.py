@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gptjax.scaling.laws import Kaplan
+from gptjax.scaling.laws import KAPLAN_ND
 from gptjax.settings import InputError
 
 
@@ -53,14 +53,10 @@ RECIPES = {
     "kaplan": Recipe(
         "Kaplan et al. 2020 (arXiv 2001.08361): B_crit of equation 1.4 at the loss of equation 1.5, rate of D.1",
         "WebText2, N from 768 to 1.5e9, Adam or Adafactor, 1,024 tokens a row",
-        lambda N, D: critical_batch(float(Kaplan().loss(N, D))),
+        lambda N, D: critical_batch(float(KAPLAN_ND.loss(N, D))),
         _kaplan_rate,
     ),
 }
-
-# Haegele et al. 2024 (arXiv 2405.18392): a constant rate with a cooldown of 1 - sqrt over the last fifth of the steps
-# reaches what a cosine of that length does, and its best peak is about half of the cosine's.
-COOLDOWN_FRACTION = 0.2
 
 
 def recipe(name: str, N: float, D: float) -> dict[str, float | str]:

@@ -10,6 +10,7 @@ from gptjax.paths import write_file
 from gptjax.scaling.plots import draw, have_matplotlib
 from gptjax.scaling.predicting import optimum
 from gptjax.scaling.saved import Fit, write_json
+from gptjax.scaling.table import INPUTS
 
 AHEAD = (1, 3, 10)  # budgets that the report plans for, as multiples of the largest fitted
 SHOWN = 2  # notes of an approach that the screen has; the report has all
@@ -55,7 +56,7 @@ def screen(fit: Fit) -> list[str]:
         + f"; {low:.3g} to {high:.3g} FLOPs, N {_range(doc, 'parameters')}, D {_range(doc, 'tokens')}",
     ]  # fmt: skip
     for name, c in doc["coefficients"].items():
-        lines.append(f"  {name:6} {c['value']:11.5g}  {_pair(c['interval'], '.5g')}")
+        lines.append(f"  {name:7} {c['value']:11.5g}  {_pair(c['interval'], '.5g')}")
     r = doc["residuals"]
     lines.append(f"residuals: root mean square {100 * r['rms']:.3g} %, largest {100 * r['largest']:.3g} %")
     lines.append(f"best N and D for a budget C (C = {fit.flops_per:.4g} N D), {fit.level:.0%} intervals:")
@@ -169,14 +170,14 @@ def _held(doc: dict[str, Any]) -> list[str]:
 
 
 def _points(fit: Fit) -> str:
-    points = fit.document["points"]
+    points, inputs = fit.document["points"], list(fit.fitted.inputs)
     rows = [
-        (name, f"{n:.4g}", f"{d:.4g}", f"{c:.4g}", "" if b is None else f"{b:.3g}", f"{loss:.4f}", f"{law:.4f}",
+        (name, *(f"{x:.4g}" for x in sizes), "" if b is None else f"{b:.3g}", f"{loss:.4f}", f"{law:.4f}",
          f"{100 * (loss / law - 1):+.2f} %")
-        for name, n, d, c, b, loss, law in zip(*(points[k] for k in (
-            "name", "parameters", "tokens", "flops", "budget", "loss", "predicted")))
+        for name, b, loss, law, *sizes in zip(*(points[k] for k in (
+            "name", "budget", "loss", "predicted", *(INPUTS[name] for name in inputs), "flops")))
     ]  # fmt: skip
-    return _table(("run", "N", "D", "FLOPs", "budget", "loss", "law", "loss / law - 1"), rows)
+    return _table(("run", *inputs, "FLOPs", "budget", "loss", "law", "loss / law - 1"), rows)
 
 
 def _provenance(doc: dict[str, Any]) -> list[str]:

@@ -52,7 +52,7 @@ class Fit:
 
     @cached_property
     def points(self) -> dict[str, np.ndarray]:
-        """The fitted points: parameters, tokens, flops, loss, budget (NaN for none), predicted; each [P]."""
+        """The fitted points: what the law reads of them, flops, loss, budget (NaN for none), predicted; each [P]."""
         numbers = {k: v for k, v in self.document["points"].items() if k not in ("name", "seed")}
         return {name: np.array([np.nan if x is None else x for x in values]) for name, values in numbers.items()}
 
@@ -61,26 +61,27 @@ class Fit:
         line = self.document["baseline"]
         return TwoPoint(tuple(line["flops"]), tuple(line["losses"])) if line["done"] else None
 
-    def optimal(self, flops: Any) -> tuple[np.ndarray, np.ndarray]:
+    def optimal(self, flops: Any, *unique_tokens: float) -> tuple[np.ndarray, np.ndarray]:
         """(N, D) of the least loss at these FLOPs, by the law."""
-        return self.law.optimal(flops, self.flops_per)
+        return self.law.optimal(flops, self.flops_per, *unique_tokens)
 
-    def loss(self, N: Any, D: Any) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    def loss(self, *inputs: Any) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
         """(loss, low, high) of runs, arrays [runs]; low and high are None where the fit has no intervals.
 
+        The inputs are the law's: N, D, and U where it has one, without which all tokens are new.
         Each run is predicted by itself, so that its interval does not depend on which others are asked for.
         """
-        runs = zip(*np.broadcast_arrays(*np.atleast_1d(N, D)), strict=True)
-        loss, low, high = np.concatenate([self.fitted.predict(n, d) for n, d in runs], axis=1)
+        runs = zip(*np.broadcast_arrays(*np.atleast_1d(*inputs)), strict=True)
+        loss, low, high = np.concatenate([self.fitted.predict(*run) for run in runs], axis=1)
         return (loss, low, high) if np.isfinite([low, high]).all() else (loss, None, None)
 
-    def loss_of_run(self, N: float, D: float) -> tuple[float, list[float] | None]:
+    def loss_of_run(self, *inputs: float) -> tuple[float, list[float] | None]:
         """The loss of one run and its interval, None where there is none."""
-        loss, low, high = self.loss(N, D)
+        loss, low, high = self.loss(*inputs)
         return float(loss[0]), None if low is None or high is None else interval((low[0], high[0]))
 
     def decades_beyond(self, what: str, value: float) -> float:
-        """Decades that "flops", "parameters" or "tokens" lie above the fitted points; negative: below; 0: within."""
+        """Decades that a value of a key of `range` lies above the fitted points; negative: below; 0: within."""
         low, high = self.document["range"][what]
         return math.log10(value / high) if value > high else math.log10(value / low) if value < low else 0.0
 
@@ -96,7 +97,7 @@ class Fit:
                 continue
             side, edge = ("above", "largest") if decades > 0 else ("below", "smallest")
             limit = self.document["range"][what][decades > 0]
-            units = what.replace("flops", "FLOPs")
+            units = what.replace("flops", "FLOPs").replace("_", " ")
             line = f"{value:.3g} {units} are {abs(decades):.2f} decades {side} the {edge} fitted, {limit:.3g}"
             if abs(decades) > MOST + 1e-9 and not extrapolate:
                 raise InputError(

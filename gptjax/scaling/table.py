@@ -23,6 +23,8 @@ FIELDS = {
     "parameters_non_embedding": ("parameters_non_embedding", "params_non_embedding", "non_embedding_parameters",
                                  "non_embedding_params", "params_no_embed", "n_no_embed", "n_non_embedding"),
     "tokens": ("tokens", "d", "n_tokens", "num_tokens", "train_tokens", "training_tokens", "tokens_seen"),
+    "unique_tokens": ("unique_tokens", "u", "unique", "n_unique_tokens", "num_unique_tokens", "dataset_tokens",
+                      "data_tokens"),
     "flops": ("flops", "c", "compute", "train_flops", "training_flops", "total_flops"),
     "loss": ("loss", "val_loss", "eval_loss", "valid_loss", "validation_loss", "test_loss", "final_loss", "l"),
     "budget": ("budget", "flops_budget", "flop_budget", "compute_budget", "isoflop_budget"),
@@ -30,7 +32,8 @@ FIELDS = {
     "name": ("name", "run", "run_name", "run_id", "id"),
     "run_dir": ("run_dir",),
 }  # fmt: skip
-NUMBERS = ("parameters", "parameters_non_embedding", "tokens", "flops", "loss", "budget")
+NUMBERS = ("parameters", "parameters_non_embedding", "tokens", "unique_tokens", "flops", "loss", "budget")
+INPUTS = {"N": "parameters", "D": "tokens", "U": "unique_tokens"}  # of a law, and where a table has them
 SAME_BUDGET = 0.02  # FLOPs that differ by less are one budget, where the table has no column of budgets
 USUAL = (1.0, 100.0)  # FLOPs a parameter and token, in any convention of counting
 CONDITION = re.compile(r"\s*([^<>=!]+?)\s*(<=|>=|!=|==|=|<|>)\s*(.*?)\s*")
@@ -45,7 +48,10 @@ class Curve(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Finished runs, one an entry of each array [P]; `budget` is NaN where there is none."""
+    """Finished runs, one an entry of each array [P]; `budget` is NaN where there is none.
+
+    `unique_tokens` are those of the trained ones that are new: at most `tokens`, and as many where nobody asked.
+    """
 
     source: str
     sha256: str
@@ -53,6 +59,7 @@ class Table:
     seeds: tuple[str, ...]
     parameters: np.ndarray
     tokens: np.ndarray
+    unique_tokens: np.ndarray
     flops: np.ndarray
     loss: np.ndarray
     budget: np.ndarray
@@ -71,7 +78,16 @@ class Table:
 
     def best(self, budget: float) -> np.ndarray:
         """The rows of the size whose loss, averaged over its seeds, is the least of this budget."""
-        return min(seeds_of(self.parameters, self.tokens, self.budget == budget), key=lambda of: self.loss[of].mean())
+        return min(seeds_of(self.budget == budget, *self.inputs("NDU")), key=lambda of: self.loss[of].mean())
+
+    @property
+    def new(self) -> np.ndarray:
+        """Which points see no token twice, [P]."""
+        return self.unique_tokens >= self.tokens
+
+    def inputs(self, names: Iterable[str]) -> list[np.ndarray]:
+        """The columns that a law reads, each [P], by their letters in it."""
+        return [getattr(self, INPUTS[name]) for name in names]
 
     def keep(self, mask_P: np.ndarray) -> "Table":
         """The table of the points where the mask is true."""
@@ -91,10 +107,10 @@ class Table:
         return self.keep(nominal <= max_flops * (1 + 1e-5))  # budgets are kept to six digits
 
 
-def seeds_of(parameters_P: np.ndarray, tokens_P: np.ndarray, among_P: np.ndarray) -> list[np.ndarray]:
-    """Of the rows where `among` is true, those of each size and number of tokens: the seeds of one run."""
+def seeds_of(among_P: np.ndarray, *inputs: np.ndarray) -> list[np.ndarray]:
+    """Of the rows where `among` is true, those that agree in all inputs of a law, each [P]: the seeds of one run."""
     rows = np.flatnonzero(among_P)
-    _, run = np.unique(np.stack([parameters_P[rows], tokens_P[rows]]), axis=1, return_inverse=True)
+    _, run = np.unique(np.stack(inputs)[:, rows], axis=1, return_inverse=True)
     return [rows[run.ravel() == i] for i in range(run.max() + 1)]
 
 
@@ -103,6 +119,7 @@ def read_table(
     *,
     columns: Iterable[str] = (),
     where: Iterable[str] = (),
+    inputs: Sequence[str] = ("N", "D"),
     count: str = "total",
     flops_per: float = 6.0,
     planned: bool = False,
@@ -111,6 +128,7 @@ def read_table(
     """Reads a table of runs: a CSV, a JSONL, the folder of a sweep, or the folders of runs.
 
     `columns` are FIELD=COLUMN, `where` are conditions such as dataset=rpj or tokens>=1e9, all of which a point meets.
+    `inputs` are the law's: unique tokens are read, and must be there, where it asks for U.
     `count` is the parameter count to use, "total" or "non-embedding"; `planned` runs need no column of losses, which
     are then NaN. Where FLOPs are missing they are `flops_per` N D, where tokens are, FLOPs / (flops_per N).
     `load_config` reads the settings of a run's folder. Raises InputError for anything that is wrong with the table,
@@ -120,7 +138,8 @@ def read_table(
     mapping = _mapping(rows, columns)
     notes: list[str] = list(rows.notes)
     size = _size(mapping, count, rows.source, notes)
-    for name in (size, *(() if planned else ("loss",))):
+    repeats = "U" in inputs
+    for name in (size, *(() if planned else ("loss",)), *(("unique_tokens",) if repeats else ())):
         if name not in mapping:
             raise _missing(name, rows)
     if "tokens" not in mapping and "flops" not in mapping:
@@ -139,6 +158,7 @@ def read_table(
         name: np.array([_number(row, column, name, required=name != "budget") for row in kept])
         for name, column in mapping.items()
         if name in NUMBERS and (name == size or not name.startswith("parameters"))
+        if name != "unique_tokens" or repeats
     }
     parameters = got[size]
     if "tokens" not in got:
@@ -153,6 +173,12 @@ def read_table(
         notes.append(f"FLOPs of the table: {middle} N D" + (f", from {low} to {high}" if low != high else ""))
         if not USUAL[0] <= np.median(ratio) <= USUAL[1]:
             notes.append("that is far from 6 N D: is a column in other units (millions, petaFLOPs)?")
+    unique = np.minimum(got.get("unique_tokens", np.inf), got["tokens"])
+    if repeats:
+        notes.append(
+            f"U: column {mapping['unique_tokens']}; {np.sum(unique < got['tokens'])} of {len(kept)} runs repeat their "
+            f"tokens, for {np.max(got['tokens'] / unique):.3g} epochs at most"
+        )
     if "budget" in got:  # what was computed twice may differ in its last digits
         got["budget"] = np.array([float(f"{budget:.6g}") for budget in got["budget"]])
     if "budget" not in got:
@@ -166,6 +192,7 @@ def read_table(
         seeds=_texts(kept, mapping.get("seed"), lambda i: ""),
         parameters=parameters,
         tokens=got["tokens"],
+        unique_tokens=unique,
         flops=got["flops"],
         loss=got.get("loss", np.full(len(kept), np.nan)),
         budget=got["budget"],
@@ -178,7 +205,7 @@ def read_table(
         table = table.keep(np.array([condition.holds(repr(float(v)), rows.source) for v in values], bool))
     if not len(table):
         raise InputError(f"{rows.source}: no row meets --where {' '.join(where)}; change it")
-    again = len(table) - len(set(zip(table.seeds, table.parameters, table.tokens, table.loss)))
+    again = len(table) - len(set(zip(table.seeds, *table.inputs(INPUTS), table.loss)))
     if again and "loss" in got:
         notes.append(f"{again} rows repeat another's size, tokens, loss and seed, and count again: remove copies")
     if len(table) < len(rows.rows):

@@ -7,7 +7,8 @@ from pathlib import Path
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import CheckpointConfig
 from gptjax.metrics import MetricsFile
-from gptjax.run import Run, read_config, write_json
+from gptjax.paths import write_json
+from gptjax.run import Run, read_config
 from gptjax.settings import InputError
 
 PARTIAL = ".fork-"

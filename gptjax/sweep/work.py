@@ -62,8 +62,7 @@ def sweep(cfg: SweepConfig, recipe: Recipe, say: Say, gptjax: Sequence[str] = GP
         for name in ("runs", "logs", "claims"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         with _locked(folder):
-            check_recipe(read_jobs(folder), points, recipe)
-            jobs = _table(cfg, points, folder, say)
+            jobs = _table(cfg, recipe, points, folder, say)
         return _Workers(folder, jobs, command, cfg.workers, say).work()
     except (BucketError, BrokenPipeError):  # a store's outage, or the end of who reads our lines: not the folder's
         raise
@@ -74,11 +73,12 @@ def sweep(cfg: SweepConfig, recipe: Recipe, say: Say, gptjax: Sequence[str] = GP
         ) from e
 
 
-def _table(cfg: SweepConfig, points: list[Point], folder: Path, say: Say) -> list[Job]:
+def _table(cfg: SweepConfig, recipe: Recipe, points: list[Point], folder: Path, say: Say) -> list[Job]:
     """The table of jobs with those of the points, written where it is new. The caller must hold the sweep's lock."""
+    before = read_jobs(folder)
+    check_recipe(before, points, recipe)
     corpus = _corpus(points, folder, say)
     given = [entry for entry in cfg.set if f"--{entry.partition('=')[0]}" not in corpus]
-    before = read_jobs(folder)
     jobs = extend(before, points, [*to_flags(given), *corpus])
     if jobs != before:
         write_jobs(folder, jobs)

@@ -56,11 +56,14 @@ def cuts_between_pieces(pieces: list[bytes]) -> re.Pattern[str]:
     return re.compile("|".join(places)) if places else NOWHERE
 
 
-def train_sentencepiece(texts: Iterator[str], vocab_size: int) -> SentencePieceTokenizer:
+def train_sentencepiece(
+    texts: Iterator[str], vocab_size: int, setting: str = "tokenizer.vocab_size"
+) -> SentencePieceTokenizer:
     """Trains byte pairs (Sennrich et al. 2016) with byte fallback; the same texts give the same model.
 
     Newlines, tabs and control bytes are never part of a larger piece, so cutting a text after a newline does not
-    change its ids. Raises InputError where the texts have too few different pieces for vocab_size.
+    change its ids. Raises InputError where the texts have too few different pieces for vocab_size, which it calls by
+    the name of the `setting` that it came from.
     """
     import sentencepiece
 
@@ -83,7 +86,7 @@ def train_sentencepiece(texts: Iterator[str], vocab_size: int) -> SentencePieceT
             minloglevel=3,
         )
     except RuntimeError as error:
-        raise InputError(_training_error(str(error), vocab_size)) from None
+        raise InputError(_training_error(str(error), vocab_size, setting)) from None
     return SentencePieceTokenizer(model.getvalue())
 
 
@@ -95,16 +98,16 @@ def _sentences(texts: Iterator[str]) -> Iterator[str]:
                 yield line[start : start + _MAX_SENTENCE]
 
 
-def _training_error(message: str, vocab_size: int) -> str:
+def _training_error(message: str, vocab_size: int, setting: str) -> str:
     """SentencePiece's message as one line that names our setting."""
-    got = f"tokenizer.vocab_size={vocab_size}"
+    got, flag = f"{setting}={vocab_size}", f"--{setting.replace('_', '-')}"
     if high := re.search(r"set it to a value <= (\d+)", message):
         largest = int(high[1])
         if largest < 300:
             return f"{got}: the training text is too small for any SentencePiece vocabulary; use --tokenizer.kind bytes"
-        return f"{got}: the training text has pieces for at most {largest}; add --tokenizer.vocab-size {largest}"
+        return f"{got}: the training text has pieces for at most {largest}; add {flag} {largest}"
     if low := re.search(r"smaller than required_chars. \d+ vs (\d+)", message):
-        return f"{got}: the characters of the training text alone need {low[1]}; add --tokenizer.vocab-size {low[1]}"
+        return f"{got}: the characters of the training text alone need {low[1]}; add {flag} {low[1]}"
     if "sentences_.empty()" in message:
         return f"{got}: there is no text to train the tokenizer on; wanted at least one line"
     return f"{got}: SentencePiece could not be trained: {' '.join(message.split())}"

@@ -9,7 +9,6 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +18,8 @@ import numpy as np
 from gptjax.cache import empty_cache
 from gptjax.config import MeshConfig, VerifyConfig
 from gptjax.distributed import wait_for_reports
-from gptjax.run import environment, write_json
+from gptjax.paths import write_json
+from gptjax.run import environment
 from gptjax.sharding import num_slices, put
 from gptjax.startup import usable_cores
 from gptjax.verify import numbers
@@ -59,7 +59,7 @@ def verify(cfg: VerifyConfig, say: Callable[[str], None]) -> bool:
     """
     start, results, first = time.perf_counter(), [], jax.process_index() == 0
     if cfg.json and first:
-        write_json(Path(cfg.json), {"ok": False, "results": []})  # a place that can't be written is told now
+        write_json(cfg.json, {"ok": False, "results": []})  # a place that can't be written is told now
     for name in KERNELS:
         if first and (reason := kernel_obstacle(name)):
             say(f"attention {name} is not tried: {reason}")
@@ -81,7 +81,7 @@ def verify(cfg: VerifyConfig, say: Callable[[str], None]) -> bool:
     if cfg.json and first:
         found = [dataclasses.asdict(r) | {"ok": not r.problem} for r in results]
         report = environment() | {"ok": not bad, "seconds": seconds, "results": found}
-        write_json(Path(cfg.json), report)
+        write_json(cfg.json, report)
     there = f"{len(devices)} {devices[0].device_kind} device(s), {seconds:.0f} s"
     if bad:
         say(f"verify: FAILED {len(bad)} of {len(results)} checks on {there}; do not train with what failed: update jax "

@@ -1,0 +1,23 @@
+"""Which text of a source is held out, read plainly: what `scan` and `prepare` find in their own ways is held to it."""
+
+from pathlib import Path
+
+from gptjax.data.sources import Holdout, Tally, documents, open_source
+
+
+def holdout(source: str | Path, fraction: float) -> Holdout:
+    """What is held out of a source; raises InputError where it can't be split in two."""
+    found, tally = open_source(str(source)), Tally()
+    for document in documents(found):
+        tally.add(document, document.digest, fraction)
+    return tally.holdout(found.name, fraction)
+
+
+def splits(source: str | Path, fraction: float) -> dict[str, list[str]]:
+    """The texts of each split, in the order of the source."""
+    held = holdout(source, fraction)
+    texts: dict[str, list[str]] = {"train": [], "validation": []}
+    for document in documents(str(source)):
+        for split, part in held.split(document):
+            texts[split].append(part.text)
+    return texts
