@@ -21,8 +21,7 @@ def tune_process() -> None:
     It belongs to the first lines of a program: flags are read when jax starts, arenas made with the first threads.
     """
     set_xla_flags()
-    if platform() == "cpu":
-        keep_freed_memory()
+    if platform() == "cpu" and keep_freed_memory():
         use_huge_pages()
 
 

@@ -31,12 +31,16 @@ class Chinchilla:
         """(a, b) of N_opt ~ C^a and D_opt ~ C^b: (beta, alpha) / (alpha + beta) (equation 4)."""
         return self.beta / (self.alpha + self.beta), self.alpha / (self.alpha + self.beta)
 
+    @property
+    def G(self):
+        """N_opt / (C / flops_per)^a (equation 4)."""
+        return (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
+
     def optimal(self, flops, flops_per: float = 6.0):
         """(N, D) of the least loss at C = flops_per * N * D training FLOPs, in closed form (equation 4)."""
         a, _ = self.exponents
-        G = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
         product = np.asarray(flops, float) / flops_per
-        N = G * product**a
+        N = self.G * product**a
         return N, product / N
 
 
@@ -92,8 +96,7 @@ class DataConstrained(Chinchilla):
     def loss(self, N, D, U=np.inf):
         N, D = np.asarray(N, float), np.asarray(D, float)
         U = np.minimum(U, D)
-        G = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
-        U_N = np.minimum(N, (U * G) ** (self.beta / self.alpha) * G)
+        U_N = np.minimum(N, (U * self.G) ** (self.beta / self.alpha) * self.G)
         return super().loss(saturate(U_N, N / U_N - 1, self.R_N), saturate(U, D / U - 1, self.R_D))
 
     def optimal(self, flops, flops_per: float = 6.0, U: float = np.inf):

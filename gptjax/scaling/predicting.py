@@ -10,7 +10,7 @@ import numpy as np
 from gptjax.config import PredictConfig, TrainConfig
 from gptjax.scaling.recipes import recipe
 from gptjax.scaling.saved import Fit, interval, open_fit, write_json
-from gptjax.scaling.table import Table, read_table, seeds_of
+from gptjax.scaling.table import Table, best_run, read_table
 from gptjax.settings import InputError
 
 MOST_ROWS = 24  # of a table that the screen has; the JSON has all
@@ -216,7 +216,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     keys = ("budget", "loss", "parameters", "tokens", "predicted")  # one prediction: as many unique tokens, too
     budget, loss, *inputs = (np.array([row[key] for row in rows]) for key in keys)
     budget = np.where(np.isfinite(budget), budget, -np.arange(1.0, len(rows) + 1))
-    best = [min(seeds_of(budget == c, *inputs), key=lambda of: loss[of].mean()) for c in np.unique(budget)]
+    best = [best_run(budget == c, loss, *inputs) for c in np.unique(budget)]
 
     def mean_error(of_what: str) -> float:
         said = np.array([row[of_what] for row in rows])

@@ -77,8 +77,8 @@ class Table:
         return np.unique(self.budget[np.isfinite(self.budget)])
 
     def best(self, budget: float) -> np.ndarray:
-        """The rows of the size whose loss, averaged over its seeds, is the least of this budget."""
-        return min(seeds_of(self.budget == budget, *self.inputs("NDU")), key=lambda of: self.loss[of].mean())
+        """The rows of this budget's best run: see `best_run`."""
+        return best_run(self.budget == budget, self.loss, *self.inputs(INPUTS))
 
     @property
     def new(self) -> np.ndarray:
@@ -107,11 +107,14 @@ class Table:
         return self.keep(nominal <= max_flops * (1 + 1e-5))  # budgets are kept to six digits
 
 
-def seeds_of(among_P: np.ndarray, *inputs: np.ndarray) -> list[np.ndarray]:
-    """Of the rows where `among` is true, those that agree in all inputs of a law, each [P]: the seeds of one run."""
+def best_run(among_P: np.ndarray, loss_P: np.ndarray, *inputs: np.ndarray) -> np.ndarray:
+    """The rows, of those where `among` is true, of the run whose loss, averaged over its seeds, is the least.
+
+    The seeds of one run are rows that agree in all inputs of a law, each [P].
+    """
     rows = np.flatnonzero(among_P)
     _, run = np.unique(np.stack(inputs)[:, rows], axis=1, return_inverse=True)
-    return [rows[run.ravel() == i] for i in range(run.max() + 1)]
+    return min((rows[run.ravel() == i] for i in range(run.max() + 1)), key=lambda of: loss_P[of].mean())
 
 
 def read_table(
