@@ -12,9 +12,12 @@ Budgets are training FLOPs, forward and backward, of the products and of causal 
 budgets over one decade are fitted, with 3 sizes each and 5 in the middle one, and the next half decade, 2 budgets
 with 3 sizes, is held out; all with two seeds. Loss is that of the validation split, in nats a token.
 
-What is compared: the law's prediction of each held-out run and of each budget's best run, and beside it what a straight
-line in log loss and log FLOPs through the best runs of the two largest fitted budgets says. Writes fit/ (JSON, report,
-plots), prediction.json, held_out.json, table.csv and summary.json.
+Which law predicts is decided by the fitted runs alone, by their rolling origin: each law is fitted without the largest
+budget, and without the two largest, and the one that misses their best runs least is taken (laws.json has them all).
+What is compared: its prediction of each held-out run and of each budget's best run, and beside it what a straight line
+in log loss and log FLOPs through the best runs of the two largest fitted budgets says. Writes fit/ (Chinchilla's three
+approaches: JSON, report, plots), laws.json, law/ (the fit that predicts), prediction.json, held_out.json, table.csv and
+summary.json.
 """
 
 import argparse
@@ -37,6 +40,7 @@ from gptjax.sweep.points import Point, make_points
 
 RECIPE, VOCAB = ROOT / "configs" / "ladder.py", 1024
 FITTED = ("1.2e12:2,3,4@0,1", "2.13e12:3,4,6@0,1", "3.79e12:4,5,6,7,8@0,1", "6.75e12:6,7,9@0,1", "1.2e13:8,10,11@0,1")
+LAWS = tuple((law, count) for law in ("chinchilla", "overtraining", "kaplan") for count in ("total", "non-embedding"))
 HELD_OUT = ("2.13e13:10,11,12@0,1", "3.79e13:12,13,14@0,1")
 
 
@@ -49,7 +53,7 @@ def main() -> None:
     parser.add_argument("--fitted", nargs="+", default=list(FITTED), help="points to fit, as gptjax sweep's --grid")
     parser.add_argument("--held-out", nargs="+", default=list(HELD_OUT), help="points to predict")
     args = parser.parse_args()
-    corpus, sweep, fit = args.work / "corpus", args.work / "sweep", args.out / "fit"
+    corpus, sweep, fit = args.work / "corpus", args.work / "sweep", args.out / "law"
     text = args.work / "corpus.jsonl"
     if not text.exists():
         print(write(text))
@@ -64,7 +68,11 @@ def main() -> None:
         verb(*training, *args.fitted)
         args.out.mkdir(parents=True, exist_ok=True)
         select(sweep / "table.csv", points(*args.fitted), args.out / "fitted.csv")
-        verb("fit", args.out / "fitted.csv", "--out", fit)
+        verb("fit", args.out / "fitted.csv", "--out", args.out / "fit")
+        laws = rolling_origin(args.out / "fitted.csv", args.work / "laws")
+        (args.out / "laws.json").write_text(json.dumps(laws, indent=1) + "\n")
+        best = min(laws, key=lambda law: law["mean"])
+        verb("fit", args.out / "fitted.csv", "--out", fit, "--law", best["law"], "--count", best["count"])
         planned = args.out / "planned.csv"
         with planned.open("w") as file:
             plan(points(*args.held_out), file)
@@ -74,7 +82,9 @@ def main() -> None:
     verb(*training, *args.fitted, *args.held_out)
     select(sweep / "table.csv", points(*args.fitted, *args.held_out), args.out / "table.csv")
     verb("predict", fit, "--against", args.out / "table.csv", "--extrapolate", "--json", args.out / "held_out.json")
-    summary = summarise(args.out, sweep)
+    chinchilla = args.work / "chinchilla.json"
+    verb("predict", args.out / "fit", "--against", args.out / "table.csv", "--extrapolate", "--json", chinchilla)
+    summary = summarise(args.out, sweep) | {"held_out_chinchilla": json.loads(chinchilla.read_text())["unseen"]}
     (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(json.dumps(summary["held_out"], indent=1))
 
@@ -89,12 +99,33 @@ def select(table: Path, points: list[Point], out: Path) -> None:
         writer.writerows(row for row in rows if row["name"] in names)
 
 
+def rolling_origin(table: Path, work: Path) -> list[dict[str, Any]]:
+    """How far each law, fitted without the largest budgets of a table, is from the best runs of those that it lacks.
+
+    `errors`: the mean of the relative errors, by the largest FLOPs that were fitted; `mean`: over both.
+    """
+    with table.open(newline="") as file:
+        budgets = sorted({float(row["budget"]) for row in csv.DictReader(file)})
+    laws = []
+    for law, count in LAWS:
+        errors = {}
+        for cut in budgets[-3:-1]:
+            fit, found = work / f"{law}-{count}-{cut:g}", work / f"{law}-{count}-{cut:g}.json"
+            chosen = ("--law", law, "--count", count, "--max-flops", cut)
+            verb("fit", table, "--out", fit, *chosen, "--bootstraps", 0)
+            verb("predict", fit, "--against", table, "--extrapolate", "--json", found)
+            errors[f"{cut:g}"] = json.loads(found.read_text())["unseen"]["best"]["mean_error"]
+        laws.append({"law": law, "count": count, "errors": errors, "mean": sum(errors.values()) / len(errors)})
+    return laws
+
+
 def plan(points: list[Point], file: TextIO) -> None:
     """Writes the points as a sweep's table has them, but for what is measured."""
     rows = csv.writer(file, lineterminator="\n")
-    rows.writerow(("name", "budget", "parameters", "tokens", "flops"))
+    rows.writerow(("name", "budget", "parameters", "parameters_non_embedding", "tokens", "flops"))
     for point in points:
-        rows.writerow((point.name, point.budget, point.counts["total"], point.tokens, point.flops))
+        counts = point.counts["total"], point.counts["non_embedding"]
+        rows.writerow((point.name, point.budget, *counts, point.tokens, point.flops))
 
 
 def verb(*words: Any) -> None:

@@ -70,3 +70,18 @@ def test_a_fit_that_was_changed_after_its_prediction_is_told(tmp_path, shift):
             scaling_ladder.summarise(tmp_path, tmp_path)
     else:
         assert scaling_ladder.summarise(tmp_path, tmp_path)["runs"][0]["bits_per_byte"] == 1.5
+
+
+def test_the_law_of_the_least_rolling_origin_error_is_seen_from_the_fitted_runs_alone(tmp_path, monkeypatch):
+    lines = ["budget,parameters,parameters_non_embedding,tokens,flops,loss"]
+    for budget in (1e12, 2e12, 4e12, 8e12, 16e12):
+        for n in (4e4, 8e4, 16e4):
+            total, tokens = 1e4 + n, budget / 6 / n
+            loss = 1 + 30 / n**0.3 + 30 / tokens**0.3  # one exponent, of non-embedding parameters
+            lines.append(f"{budget},{total},{n},{tokens},{budget},{loss}")
+    (tmp_path / "table.csv").write_text("\n".join(lines) + "\n")
+    one_exponent = (("overtraining", "total"), ("overtraining", "non-embedding"))
+    monkeypatch.setattr(scaling_ladder, "LAWS", one_exponent)
+    total, without = scaling_ladder.rolling_origin(tmp_path / "table.csv", tmp_path / "work")
+    assert list(without["errors"]) == ["4e+12", "8e+12"]
+    assert without["mean"] < 1e-4 < total["mean"]
