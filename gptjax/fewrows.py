@@ -36,7 +36,13 @@ def product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
     rows, size = math.prod(batch), math.prod(inputs)
     if letters[0] in outputs:
         # As matrices: with more dimensions XLA on a CPU copies the weight at each step.
-        y_RO = jnp.einsum("RC,OC->RO", x.reshape(rows, size), w.reshape(-1, size))
+        x_RC, w_OC = x.reshape(rows, size), w.reshape(-1, size)
+        if len(w_OC) > size:
+            y_RO = jnp.einsum("RC,OC->RO", x_RC, w_OC)
+        else:
+            # Read from the left a weight takes a quarter less time, and few results are soon turned. The barrier keeps
+            # XLA from exchanging the two again.
+            y_RO = jax.lax.optimization_barrier(jnp.einsum("OC,RC->OR", w_OC, x_RC)).T
         return y_RO.reshape(*batch, *w.shape[: w.ndim - num_inputs])
     parts = math.gcd(size, _cores())
     if parts == 1 or rows >= SEVERAL or x.dtype != jnp.float32 or jax.default_backend() != "cpu":
