@@ -127,9 +127,12 @@ def plan(args: list[str]) -> int:
     place, out, size = given["topology"], given["out"], given["size"]
     written = recipe.config("pretrain", size)
     cfg = parse(written, args, f"gptjax plan {name} {PLAN}", recipe.doc)
-    from gptjax.paths import write_file
+    from gptjax.paths import write_json
     from gptjax.plan import report
 
+    report.check_out(out)
+    if given["json"]:
+        write_json(given["json"], {})  # a place that can't be written is told now
     if place:
         found, best = report.plan(cfg, place, report.check_compiles(given["compiles"]), print)
         settings = {} if best is None else report.changes(written, best)
@@ -140,7 +143,7 @@ def plan(args: list[str]) -> int:
         found = report.compare(cfg, print)
         _next(f"gptjax plan {name} --topology v5e:4x4")
     if given["json"]:
-        write_file(given["json"], report.to_json(found).encode())
+        write_json(given["json"], found)
     return 0
 
 

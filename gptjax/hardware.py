@@ -80,6 +80,9 @@ ALIASES = {"tpu v5e": "tpu v5 lite", "tpu v5p": "tpu v5", "v4": "tpu v4", "v5e":
 # What `gptjax plan --topology` takes.
 SLICES = ("v4", "v5e", "v5p", "v6e")
 NODES = ("h200", "h100", "a100", "a100-40gb", "l4", "rtx4090", "cpu")
+# Slices of a torus of two dimensions, all of them; of three, those smaller than a cube of 4x4x4 (Google's pages of v5e,
+# v6e, v4 and v5p). Larger ones are made of cubes; in which order their sides may be named is left to Google.
+SHAPES = {2: ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"), 3: ("2x2x1", "2x2x2", "2x2x4", "2x4x4")}
 EXAMPLES = "v5e:4x4, v5p:2x2x4, h100:8, cpu:8"
 
 
@@ -163,6 +166,12 @@ def topology(name: str) -> Topology:
     if chip.torus and len(shape) != chip.torus:
         example = {2: "4x4", 3: "2x2x4"}[chip.torus]
         raise InputError(f"--topology {name}: a slice of {kind} has {chip.torus} dimensions, e.g. {kind}:{example}")
+    cubes = chip.torus == 3 and not any(side % 4 for side in shape)
+    if chip.torus and not cubes and "x".join(map(str, shape)) not in SHAPES[chip.torus]:
+        larger = " or sides that are multiples of 4" if chip.torus == 3 else ""
+        raise InputError(
+            f"--topology {name}: no slice of {kind} has that shape; wanted {', '.join(SHAPES[chip.torus])}{larger}"
+        )
     return Topology(f"{kind}:{size}", chip, shape if chip.torus else (math.prod(shape),))
 
 

@@ -37,12 +37,6 @@ def capped(logits_BLV: jax.Array, vocab_size: int, softcap: float = 0.0) -> jax.
     return logits_BLV
 
 
-def masked_mean(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """sum(x w) / sum(w), and 0 where no weight is left."""
-    total = weights.sum()
-    return jnp.where(total > 0, (x * weights).sum() / jnp.maximum(total, 1e-30), 0.0)
-
-
 def token_log_probs(
     x_BLD: jax.Array, head_VD: jax.Array, targets_BL: jax.Array, vocab_size: int, softcap: float = 0.0
 ) -> jax.Array:

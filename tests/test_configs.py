@@ -106,6 +106,7 @@ def test_a_config_survives_its_flat_form(name):
         (["--steps=-5"], "steps=-5: wanted a number from 1 to 2,147,483,647"),
         (["--steps", "99999999999"], "steps=99999999999: wanted a number from 1"),
         (["--optim.warmup-steps", "99999999999"], "optim.warmup_steps=99999999999: wanted a number from 0"),
+        (["--data.batch-size", "80000000000"], r"data.batch_size=80000000000: wanted fewer than 2\^31 tokens a step"),
         (["--mesh.tensor", "0"], "mesh.tensor=0: wanted a number of devices"),
         (["--profile", "7"], "profile='7': wanted FIRST:LAST"),
         (["--profile", "9:12", "--steps", "8"], "profile='9:12': wanted a FIRST of at most steps=8"),

@@ -14,7 +14,8 @@ from gptjax.config import PrepareConfig, TokenizerConfig
 from gptjax.data import records
 from gptjax.data.corpus import example_type
 from gptjax.data.prepare import prepare
-from gptjax.data.sources import documents, source_sha256
+from gptjax.data.sources import source_sha256
+from gptjax.data.stream import Text
 from gptjax.settings import InputError
 
 TEXTS = ["first\nline", "\u4e2d\u6587", ""] + [f"text {i}" for i in range(300)]
@@ -40,8 +41,9 @@ def numbers() -> list:
 NO_FUNCTION = 5
 
 
-def texts_of(source: str, *args, **settings) -> list[str]:
-    return [document.text for document in documents(source, *args, **settings)]
+def texts_of(source: str, text_field: str = "text", max_corrupt: int = 0) -> list[str]:
+    """As a stream reads them: all of them, held out."""
+    return [document.text for document in Text(source, text_field, 1.0, max_corrupt, TokenizerConfig()).documents()]
 
 
 def write_tfds(folder: Path, texts: list[str], field: str = "text") -> Path:
@@ -159,6 +161,10 @@ def test_a_dataset_that_is_not_there_is_one_line(tmp_path, monkeypatch):
         f"tfds:{tmp_path}/empty": "cannot be opened: Could not read dataset info",
         f"hf:{tmp_path}/empty": "no folder that save_to_disk wrote; for a folder of text, JSONL or Parquet",
         f"hf:{tmp_path}/absent": "no folder that save_to_disk wrote",
+        "tfds:": "'tfds:' names no dataset; wanted tfds:NAME or tfds:FOLDER",
+        "tfds::train": "names no dataset",
+        "hf:": "'hf:' names no dataset; wanted hf:NAME or hf:FOLDER",
+        "hf:@small:test": "names no dataset",
     }
     for source, says in cases.items():
         with pytest.raises(InputError, match=says) as error:
@@ -291,5 +297,5 @@ def test_saved_metadata_that_is_damaged_is_named(tmp_path):
 
 
 def test_a_trailing_word_is_a_split_and_a_version_is_not():
-    assert records._name_and_split("lm1b/config:1.0.0:test") == ("lm1b/config:1.0.0", "test")
-    assert records._name_and_split("lm1b:1.0.0") == ("lm1b:1.0.0", "train")
+    assert records._name_and_split("hf:lm1b/config:1.0.0:test", "hf:") == ("lm1b/config:1.0.0", "test")
+    assert records._name_and_split("hf:lm1b:1.0.0", "hf:") == ("lm1b:1.0.0", "train")

@@ -264,9 +264,10 @@ def test_verbs_that_read_a_run_import_no_source(source):
 
 
 def test_another_tokenizer_is_refused(source):
-    feed = open_feed(config(source), Path("none"))
-    with pytest.raises(InputError, match="is not the tokenizer that this run was trained with"):
-        feed.check({**feed.start, "tokenizer": "0"})
+    for say, then in ((None, ""), (print, ", or give another --run-dir")):
+        feed = open_feed(config(source), Path("none"), say)
+        with pytest.raises(InputError, match=f"is not the tokenizer that this run was trained with; restore it{then}$"):
+            feed.check({**feed.start, "tokenizer": "0"})
 
 
 def test_a_corrupt_file_stops_a_stream_or_is_counted(source, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from gptjax import losses
 from gptjax.config import MeshConfig
-from gptjax.losses import MASKED, cross_entropy, logits, masked_mean, token_log_probs
+from gptjax.losses import MASKED, cross_entropy, logits, token_log_probs
 from gptjax.sharding import make_mesh, put
 
 B, L, D, V, VOCAB = 3, 8, 16, 64, 50
@@ -109,8 +109,3 @@ def test_a_soft_cap_bounds_the_logits_and_leaves_the_masked_ids_masked():
     assert (capped[..., VOCAB:] == jnp.float32(MASKED)).all()
     small = logits(0.001 * x, head, VOCAB, 30.0)
     np.testing.assert_allclose(small, logits(0.001 * x, head, VOCAB), rtol=1e-5)  # c tanh(z / c) is z for small z
-
-
-def test_masked_mean_by_hand():
-    assert masked_mean(jnp.array([1.0, 2.0, 9.0]), jnp.array([1.0, 3.0, 0.0])) == (1 + 6) / 4
-    assert masked_mean(jnp.array([5.0]), jnp.array([0.0])) == 0

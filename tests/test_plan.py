@@ -46,6 +46,10 @@ def test_a_topology_is_a_kind_and_a_size():
         ("v5x:4x4", "did you mean v5"),
         ("v5e", "no size"),
         ("v5e:4x4x4", "2 dimensions"),
+        ("v5e:3x5", "no slice of v5e has that shape; wanted 1x1, 2x2, 2x4, 4x4, "),
+        ("v6e:16x32", "8x16, 16x16"),
+        ("v5p:2x2x8", "wanted 2x2x1, 2x2x2, 2x2x4, 2x4x4 or sides that are multiples of 4"),
+        ("v4:4x4x6", "multiples of 4"),
         ("h100:0", "no size"),
         ("", "kind"),
     ],
@@ -54,7 +58,22 @@ def test_a_topology_that_is_none_is_refused_in_one_line_that_names_those_known(n
     with pytest.raises(InputError) as caught:
         topology(name)
     text = str(caught.value)
-    assert "\n" not in text and ("v5e:4x4" in text) and (message in text or name == "")
+    assert "\n" not in text and "4x4" in text and (message in text or name == "")
+
+
+def test_every_slice_that_google_lists_is_a_topology():
+    for name in (
+        "v5e:1x1",
+        "v6e:2x4",
+        "v5e:8x16",
+        "v4:2x2x1",
+        "v5p:2x4x4",
+        "v5p:4x4x12",
+        "v4:12x16x16",
+        "v5p:16x16x24",
+    ):
+        assert topology(name).devices == math.prod(topology(name).shape) and topology(name).libtpu == name
+    assert all(topology(name).devices for name in report.OFFERS)
 
 
 def test_a_group_within_a_host_is_faster_than_one_across():
@@ -182,6 +201,15 @@ def test_the_search_gives_an_axis_whole_dimensions_of_a_slice_but_other_meshes_a
     assert (1, 32, 1, 1) in meshes and (4, 8, 1, 1) in meshes and (2, 16, 1, 1) not in meshes
     cut = Planner(recipe("llama_8b", "--mesh.data", "2", "--mesh.fsdp", "16"), topology("v5e:4x8")).as_written()
     assert cut.memory.total > planner.as_written().memory.total > 0
+
+
+def test_a_plan_that_can_not_be_written_is_refused_before_the_search(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    (tmp_path / "file").write_text("")
+    for args in (["--json", tmp_path], ["--json", tmp_path / "file" / "p.json"], ["--out", tmp_path]):
+        assert main(["plan", "gpt2_124m", "--topology", "v5e:2x2", "--compiles", "0", *map(str, args)]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and len(err.splitlines()) == 1 and str(args[1]) in err, err
 
 
 def test_the_plan_is_one_screen_a_json_file_and_a_recipe_that_loads(tmp_path, capsys, monkeypatch):

@@ -126,6 +126,8 @@ BAD = [
     ("an empty cell", changed(5, val_loss=""), ["t.csv:7", "is empty"]),
     ("no parameters", changed(1, params=0), ["t.csv:3", "parameters (column params) is '0'"]),
     ("negative tokens", changed(1, tokens=-1e9), ["t.csv:3", "tokens is '-1000000000.0'"]),
+    ("a huge size", changed(1, params=1e306), ["t.csv:3", "is '1e+306'", "to 1e+100", "--where"]),
+    ("a tiny number", changed(1, tokens=1e-306), ["t.csv:3", "is '1e-306'", "from 1e-100"]),
     ("a text", changed(3, tokens="20B"), ["t.csv:5", "tokens is '20B'", "wanted a number"]),
     ("an empty file", "", ["the file is empty", "wanted a header"]),
     ("nothing but commas", ",,\n,,\n", ["every cell is empty"]),

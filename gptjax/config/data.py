@@ -50,6 +50,8 @@ class DataConfig(Section):
     def __post_init__(self):
         self.require(bool(self.source), "source", "a path or a name", "give --data.source FILE")
         self.require_positive("batch_size", "length")
+        few = self.batch_size * self.length < 2**31
+        self.require(few, "batch_size", f"fewer than 2^31 tokens a step, with data.length={self.length}")
         self.require_numbers(0, math.inf, "workers", "max_corrupt")
         mixed = self.source == "mixture"
         then = "set --data.source mixture and --data.mixture NAME=SOURCE NAME=SOURCE ..."

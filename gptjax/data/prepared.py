@@ -18,7 +18,7 @@ from gptjax.data.packing import Batch
 from gptjax.data.prepare import prepare, training_texts
 from gptjax.data.scan import Filters, scan
 from gptjax.data.sources import open_source
-from gptjax.data.validation import Validation, further
+from gptjax.data.validation import Validation, further, other_data
 from gptjax.settings import InputError
 from gptjax.tokenizer import Tokenizer, make_tokenizer, open_tokenizer
 
@@ -66,8 +66,7 @@ class PreparedFeed:
         was, now = state["corpus"], self.start["corpus"]
         for name, corpus in self._corpora.items():
             if (was.get(name) if self._mixed else was) != (now[name] if self._mixed else now):
-                advice = ", or give another --run-dir" if self._training else ""
-                raise InputError(f"{corpus.folder} is not the corpus that this run was trained on; restore it{advice}")
+                raise other_data(f"{corpus.folder} is not the corpus that this run was trained on", self._training)
 
     def batches(self, state: State, rows: Part = ALL_ROWS) -> Generator[tuple[Batch, State], None, None]:
         """Yields (some rows of a batch, state after it) from a state on, without end; closing it ends its threads.

@@ -47,7 +47,7 @@ def open_tfds(source: str, field: str) -> Source:
         import tensorflow_datasets as tfds
     except ModuleNotFoundError:
         raise InputError(f"source {source!r}: tensorflow-datasets is not installed; run: pip install gptjax") from None
-    name, split = _name_and_split(source.removeprefix(TFDS))
+    name, split = _name_and_split(source, TFDS)
     try:
         if _is_path(name):
             builder: Any = tfds.builder_from_directory(name)  # pyright: ignore[reportCallIssue]
@@ -87,7 +87,7 @@ def open_hf(source: str, field: str) -> Source:
         import datasets
     except ModuleNotFoundError:
         raise InputError(f"source {source!r}: datasets is not installed; run: pip install 'gptjax[hf]'") from None
-    name, split = _name_and_split(source.removeprefix(HF))
+    name, split = _name_and_split(source, HF)
     if _is_path(name):
         files = _saved_files(source, Path(name), split)
     else:
@@ -186,11 +186,15 @@ def _is_path(name: str) -> bool:
     return name.startswith(("/", "./", "../", "~")) or Path(name).exists()
 
 
-def _name_and_split(name: str) -> tuple[str, str]:
+def _name_and_split(source: str, scheme: str) -> tuple[str, str]:
     """A trailing :SPLIT is one where it is no version (which begins with a digit) and no part of a path."""
+    name = source.removeprefix(scheme)
     head, colon, tail = name.rpartition(":")
     is_split = colon and re.fullmatch(r"[A-Za-z_]\w*", tail) and not Path(name).exists()
-    return (head, tail) if is_split else (name, "train")
+    name, split = (head, tail) if is_split else (name, "train")
+    if not re.match("[^@:]", name):
+        raise InputError(f"source {source!r} names no dataset; wanted {scheme}NAME or {scheme}FOLDER")
+    return name, split
 
 
 def _tfds_reason(name: str, error: Exception) -> str:

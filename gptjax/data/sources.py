@@ -91,24 +91,13 @@ class Corrupt:
             raise InputError(f"{len(self.found)} corrupt files, max_corrupt={self.allowed}: {' | '.join(self.found)}")
 
 
-def documents(
-    source: str | Source, text_field: str = "text", max_corrupt: int = 0, corrupt: Corrupt | None = None
-) -> Iterator[Document]:
+def documents(source: str | Source, text_field: str = "text") -> Iterator[Document]:
     """Yields every document of the source in a fixed order: one a text file, one a record of the other kinds.
 
-    Raises InputError, naming file and line, row or byte, for a record without the text, and for a corrupt file. Up to
-    max_corrupt corrupt files are skipped and counted in `corrupt`: the documents before the damage were yielded by
-    then, nothing of the file comes after it.
+    Raises InputError, naming file and line, row or byte, for a record without the text, and for a corrupt file.
     """
-    corrupt = Corrupt(max_corrupt) if corrupt is None else corrupt
     for unit in open_source(source, text_field).units:
-        try:
-            for document in unit.read():
-                if corrupt.allowed:
-                    document.check()
-                yield document
-        except Damaged as error:
-            corrupt.add(error)
+        yield from unit.read()
 
 
 def source_sha256(source: str | Source, text_field: str = "text") -> str:

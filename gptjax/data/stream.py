@@ -130,7 +130,10 @@ def tokenised(pieces: list[Piece], tokenizer: Tokenizer, encoder: Encoder) -> tu
 def _documents(
     source: Source, corrupt: Corrupt, unit: int = 0, document: int = 0
 ) -> Iterator[tuple[int, int, Document]]:
-    """Yields (unit, its number in the unit, document) from a document on; corrupt units are counted and left."""
+    """Yields (unit, its number in the unit, document) from a document on; corrupt units are counted and left.
+
+    The documents before the damage were yielded by then, nothing of the unit comes after it.
+    """
     for u in range(unit, len(source.units)):
         try:
             for number, found in enumerate(source.units[u].read()):

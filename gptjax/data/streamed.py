@@ -18,7 +18,7 @@ from gptjax.data.mixture import Schedule, joined, named, rows_of_a_pass
 from gptjax.data.packing import Batch
 from gptjax.data.sources import open_source
 from gptjax.data.stream import StreamRows, Text, open_chunks, place_of, start_state
-from gptjax.data.validation import Validation, collected, further, no_code, row_tokens
+from gptjax.data.validation import Validation, collected, further, no_code, other_data, row_tokens
 from gptjax.settings import InputError
 from gptjax.tokenizer import Tokenizer, make_tokenizer
 
@@ -101,20 +101,16 @@ class StreamFeed:
         and document number, or with the next pass where there is none.
         """
         if state["tokenizer"] != self.tokenizer.sha256:
-            advice = ", or give another --run-dir" if self._training else ""
-            raise InputError(
-                f"tokenizer.path={self._config.tokenizer.path!r} is not the tokenizer that this run was trained with; "
-                f"restore it{advice}"
-            )
+            what = f"tokenizer.path={self._config.tokenizer.path!r} is not the tokenizer that this run was trained with"
+            raise other_data(what, self._training)
         for name, text in self._texts.items():
             if state["content"][name] == self.start["content"][name]:
                 continue
             if self._config.data.exact_resume:
-                advice = ", or go on inexactly with --no-data.exact-resume" if self._training else ""
-                raise InputError(
-                    f"source {text.source!r} is not what this run was trained on: a file was changed, added or "
-                    f"removed; restore it{advice}"
+                what = (
+                    f"source {text.source!r} is not what this run was trained on: a file was changed, added or removed"
                 )
+                raise other_data(what, self._training, "go on inexactly with --no-data.exact-resume")
             at = state["sources"][name]
             self._say(
                 f"source {text.source!r} changed: going on at document {at['document'] + 1} of file {at['unit'] + 1} "

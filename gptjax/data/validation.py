@@ -63,6 +63,11 @@ class MemorySplit:
         return self._tokens[start:stop]
 
 
+def other_data(what: str, training: bool, then: str = "give another --run-dir") -> InputError:
+    """The refusal of a run's checkpoint: what is not as it was, and for a run that goes on what else can be done."""
+    return InputError(f"{what}; restore it{f', or {then}' if training else ''}")
+
+
 def no_code(source: str) -> str:
     """The source, for a verb that reads a run: what the run's settings name is not imported then."""
     if is_function(source) and not is_given(source):

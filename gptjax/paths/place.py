@@ -52,5 +52,5 @@ def write_file(text: str | os.PathLike[str], data: bytes) -> None:
 
 
 def write_json(text: str | os.PathLike[str], document: Any) -> None:
-    """Writes a document as `write_file` does."""
+    """Writes a document as `write_file` does; NaN and infinity as Python writes them, which strict JSON has not."""
     write_file(text, (json.dumps(document, indent=1) + "\n").encode())

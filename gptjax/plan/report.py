@@ -1,7 +1,6 @@
 """`gptjax plan`: one screen and one JSON object on what a recipe needs on a topology, how fast it may be, its price."""
 
 import dataclasses
-import json
 import os
 import pprint
 import shlex
@@ -10,7 +9,7 @@ from typing import Any
 
 from gptjax.config import TrainConfig
 from gptjax.hardware import PRICE_DATE, PRICE_SOURCES, Topology, topology
-from gptjax.paths import write_file
+from gptjax.paths import place, store, write_file
 from gptjax.plan.compiled import Compiled, Target, compile_for, has_libtpu
 from gptjax.plan.search import MOST_COMPILES, MOST_SECONDS, SAFE, Candidate, Found, Planner, on, with_attention
 from gptjax.scaling.counts import parameters
@@ -140,11 +139,17 @@ def pretrain() -> TrainConfig:
 '''
 
 
-def write_recipe(path: str, source: str, size: str, settings: dict[str, Any], place: str, found: bool) -> None:
+def check_out(path: str) -> None:
+    """Raises InputError, before the search, where `write_recipe` could not write for a folder of that name."""
+    if path and store(place(path)).is_folder(place(path)):
+        raise InputError(f"--out {path}: there is a folder of that name; wanted a file")
+
+
+def write_recipe(path: str, source: str, size: str, settings: dict[str, Any], where: str, found: bool) -> None:
     """Writes the recipe of what was found; raises InputError where nothing was."""
     if not found:
-        raise InputError(f"{path} is not written, for no settings were found for {place}; try more or larger chips")
-    write_file(path, recipe_text(source, size, settings, place).encode())
+        raise InputError(f"{path} is not written, for no settings were found for {where}; try more or larger chips")
+    write_file(path, recipe_text(source, size, settings, where).encode())
 
 
 def _headline(config: TrainConfig, where: Topology) -> str:
@@ -285,10 +290,6 @@ def _on_cpu(planner: Planner, compiles: int, say: Callable[[str], None]) -> dict
         )
         say(f"sharding lint: {'; '.join(found.findings) or 'nothing'}")
     return {"as_written": describe(written)}
-
-
-def to_json(report: dict[str, Any]) -> str:
-    return json.dumps(report, indent=2) + "\n"
 
 
 def check_compiles(text: str) -> int:

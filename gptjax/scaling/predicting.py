@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from gptjax.config import PredictConfig, TrainConfig
+from gptjax.paths import write_json
 from gptjax.scaling.recipes import recipe
-from gptjax.scaling.saved import Fit, interval, open_fit, write_json
+from gptjax.scaling.saved import Fit, interval, open_fit, strict
 from gptjax.scaling.table import Table, best_run, read_table
 from gptjax.settings import InputError
 
@@ -49,7 +50,7 @@ def predict(
         )
     if cfg.json:
         about = {"path": fit.source, "sha256": fit.sha256, "law": fit.document["law"], "level": fit.level}
-        write_json(cfg.json, {"fit": about | {"table": fit.document["table"]}} | made)
+        write_json(cfg.json, strict({"fit": about | {"table": fit.document["table"]}} | made))
     for line in lines:
         show(line)
     return following

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.paths import place, store, write_file
+from gptjax.paths import place, store
 from gptjax.scaling.fits import Fitted
 from gptjax.scaling.laws import TwoPoint
 from gptjax.settings import InputError
@@ -148,8 +148,3 @@ def strict(value: Any) -> Any:
 def interval(edges: tuple[float, float]) -> list[float] | None:
     """An interval for JSON: None where it is not known, or has no end."""
     return [float(edge) for edge in edges] if np.isfinite(edges).all() else None
-
-
-def write_json(path: str | Path, data: dict[str, Any]) -> None:
-    """Writes a file of strict JSON, and its folder; raises InputError where it can't."""
-    write_file(path, (json.dumps(strict(data), indent=1, allow_nan=False) + "\n").encode())

@@ -32,6 +32,7 @@ FIELDS = {
     "name": ("name", "run", "run_name", "run_id", "id"),
     "run_dir": ("run_dir",),
 }  # fmt: skip
+MOST = 1e100  # a number of a table: products of several are still finite, and not 0
 NUMBERS = ("parameters", "parameters_non_embedding", "tokens", "unique_tokens", "flops", "loss", "budget")
 INPUTS = {"N": "parameters", "D": "tokens", "U": "unique_tokens"}  # of a law, and where a table has them
 SAME_BUDGET = 0.02  # FLOPs that differ by less are one budget, where the table has no column of budgets
@@ -273,7 +274,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _number(row: Row, column: str, field: str, required: bool) -> float:
-    """The number in a cell: above 0 and finite; NaN for an empty cell that may be."""
+    """The number in a cell: above 0, and neither too large nor too small; NaN for an empty cell that may be."""
     text = row.cells.get(column, "")
     if not text.strip() and not required:
         return np.nan
@@ -285,8 +286,9 @@ def _number(row: Row, column: str, field: str, required: bool) -> float:
         value = float(text)
     except ValueError:
         value = None
-    if value is None or not np.isfinite(value) or value <= 0:
-        raise InputError(f"{row.place}: {called} is {text.strip()!r}; wanted a number above 0; {then}")
+    if value is None or not 1 / MOST <= value <= MOST:
+        wanted = f"wanted a number above 0, from {1 / MOST:g} to {MOST:g}"
+        raise InputError(f"{row.place}: {called} is {text.strip()!r}; {wanted}; {then}")
     return value
 
 
