@@ -30,8 +30,7 @@ from facts import ROOT, facts, write_report
 
 MODEL = """
 --model.num-layers 1 --model.width 32 --model.num-heads 2 --model.dtype float32 --model.dropout 0.1 --data.length 64
---data.batch-size 8 --optim.warmup-steps 10 --evaluate.max-rows 16 --checkpoint.keep-best 1 --no-tensorboard
---generate.max-new-tokens 4
+--data.batch-size 8 --optim.warmup-steps 10 --evaluate.max-rows 16 --checkpoint.keep-best 1 --no-tensorboard --no-sample
 """
 BYTES = "--tokenizer.kind bytes --tokenizer.vocab-size 258"
 MOCK = """

@@ -538,7 +538,7 @@ def test_a_store_has_what_the_promises_are_made_of(kind, tmp_path):
 SETTINGS = """
 --steps 40 --model.num-layers 2 --model.width 32 --model.num-heads 2 --model.dtype float32 --model.dropout 0.1
 --tokenizer.kind bytes --tokenizer.vocab-size 258 --data.length 32 --data.batch-size 8 --data.source {text}
---evaluate.every 20 --evaluate.max-rows 8 --checkpoint.every 10 --checkpoint.keep-best 1 --generate.max-new-tokens 4
+--evaluate.every 20 --evaluate.max-rows 8 --checkpoint.every 10 --checkpoint.keep-best 1 --no-sample
 """
 
 

@@ -14,7 +14,8 @@ from gptjax.config import TrainConfig
 from gptjax.run import Run
 
 SMALL = """--model.num-layers 1 --model.width 32 --model.num-heads 2 --data.length 32 --data.batch-size 8 --steps 3
---evaluate.max-rows 4 --optim.warmup-steps 1 --generate.max-new-tokens 5 --no-compile-cache""".split()
+--evaluate.max-rows 4 --optim.warmup-steps 1 --generate.max-new-tokens 5""".split()
+pytestmark = pytest.mark.usefixtures("compile_cache")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def text(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(text, tmp_path_factory):
+def run(text, tmp_path_factory, compile_cache):
     """A run of three steps on bytes."""
     folder = tmp_path_factory.mktemp("runs") / "small"
     assert main(["pretrain", "shakespeare_char", *SMALL, "--data.source", str(text), "--run-dir", str(folder)]) == 0
@@ -46,7 +47,7 @@ def refusal(capsys, *args) -> str:
 
 
 def pretrain(text, folder, *more) -> list:
-    return ["pretrain", "shakespeare_char", *SMALL, "--data.source", text, "--run-dir", folder, *more]
+    return ["pretrain", "shakespeare_char", *SMALL, "--no-sample", "--data.source", text, "--run-dir", folder, *more]
 
 
 def test_a_run_is_trained_read_and_continued(run, capsys):

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 from jax.sharding import NamedSharding
+from unoptimised import UNOPTIMISED
 
 from gptjax import decoder as decoder_module
 from gptjax.assemble import assemble
@@ -51,7 +52,8 @@ def linted(config: TrainConfig) -> list[str]:
     with jax.set_mesh(mesh):
         state = abstract(jax.eval_shape(parts.init, 0), mesh)
         batch = abstract(example_batch(config.data.batch_size, config.data.length), mesh)
-        program = compile_step(parts.step, mesh, state, {}, batch).lower(state, {}, batch).compile().as_text()
+        step = compile_step(parts.step, mesh, state, {}, batch)
+        program = step.lower(state, {}, batch).compile(UNOPTIMISED).as_text()
     return findings(config, dict(mesh.shape), state, batch, program)
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from unoptimised import UNOPTIMISED
 
 from gptjax.config import ModelConfig, OptimConfig
 from gptjax.decoder import Decoder, head, init_params
@@ -73,8 +74,8 @@ def rows(steps: int) -> np.ndarray:
     return np.stack(columns, axis=-1).astype(np.int32)
 
 
-# Compiling is all of this test's time, and unoptimised code is compiled in a third of it.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), compiler_options={"xla_backend_optimization_level": 0})
+# Compiling is all of this test's time.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), compiler_options=UNOPTIMISED)
 def trained(cfg: ModelConfig, optim: OptimConfig, steps: int):
     """Parameters after `steps` updates at a constant rate, and [hidden states, logits] before and after them."""
     decoder = Decoder(cfg, VOCAB, LENGTH)
@@ -131,7 +132,7 @@ def slopes(optim: OptimConfig, widths: tuple[int, ...], mup: bool) -> tuple[floa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("optim", "widths"), [(ADAMW, (64, 128, 256, 512)), (MUON, (64, 256))], ids=["adamw", "muon"])
+@pytest.mark.parametrize(("optim", "widths"), [(ADAMW, (64, 512)), (MUON, (64, 256))], ids=["adamw", "muon"])
 def test_coordinates_keep_their_size_over_widths_and_without_mup_they_do_not(optim, widths):
     """The coordinate check of Tensor Programs V, appendix D.1."""
     hidden, logits = slopes(optim, widths, mup=True)
