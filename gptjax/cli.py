@@ -127,12 +127,11 @@ def plan(args: list[str]) -> int:
     place, out, size = given["topology"], given["out"], given["size"]
     written = recipe.config("pretrain", size)
     cfg = parse(written, args, f"gptjax plan {name} {PLAN}", recipe.doc)
-    from gptjax.paths import write_json
+    from gptjax.paths import check_file, write_json
     from gptjax.plan import report
 
-    report.check_out(out)
-    if given["json"]:
-        write_json(given["json"], {})  # a place that can't be written is told now
+    for path in filter(None, (out, given["json"])):
+        check_file(path)
     if place:
         found, best = report.plan(cfg, place, report.check_compiles(given["compiles"]), print)
         settings = {} if best is None else report.changes(written, best)

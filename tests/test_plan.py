@@ -210,6 +210,10 @@ def test_a_plan_that_can_not_be_written_is_refused_before_the_search(tmp_path, c
         assert main(["plan", "gpt2_124m", "--topology", "v5e:2x2", "--compiles", "0", *map(str, args)]) == 2
         out, err = capsys.readouterr()
         assert out == "" and len(err.splitlines()) == 1 and str(args[1]) in err, err
+    earlier = tmp_path / "earlier.json"
+    earlier.write_text("{}")
+    assert main(["plan", "gpt2_124m", "--topology", "v5e:3x3", "--json", str(earlier)]) == 2
+    assert earlier.read_text() == "{}" and len(list(tmp_path.iterdir())) == 2, "neither lost nor left behind"
 
 
 def test_the_plan_is_one_screen_a_json_file_and_a_recipe_that_loads(tmp_path, capsys, monkeypatch):

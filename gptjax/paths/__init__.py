@@ -6,6 +6,9 @@
 
 from gptjax.paths.bucket import Bucket, BucketError
 from gptjax.paths.disk import MARK, PROBE, TRASH, Disk
-from gptjax.paths.place import place, store, write_file, write_json
+from gptjax.paths.place import check_file, place, store, write_file, write_json
 
-__all__ = ["MARK", "PROBE", "TRASH", "Bucket", "BucketError", "Disk", "place", "store", "write_file", "write_json"]
+__all__ = [
+    "MARK", "PROBE", "TRASH", "Bucket", "BucketError", "Disk", "check_file", "place", "store", "write_file",
+    "write_json",
+]  # fmt: skip

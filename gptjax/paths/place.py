@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.paths.bucket import SCHEMES, Bucket, bucket
-from gptjax.paths.disk import Disk
+from gptjax.paths.disk import Disk, probe_in
 from gptjax.settings import InputError
 
 DISK = Disk()
@@ -44,13 +44,27 @@ def store(path: os.PathLike[str]) -> Disk | Bucket:
 def write_file(text: str | os.PathLike[str], data: bytes) -> None:
     """Writes a file, whole or not at all, and makes its folder; raises InputError where it can't."""
     path = place(text)
-    try:
-        store(path).make_folder(path.parent)
-        store(path).write(path, data)
-    except OSError as e:
-        raise InputError(f"{path}: can't be written ({e.strerror}); free the disk, or give another place") from e
+    _write(path, data, path)
+
+
+def check_file(text: str | os.PathLike[str]) -> None:
+    """Raises InputError now where `write_file` could not write later; a file that is there is left as it is."""
+    path = place(text)
+    if store(path).is_folder(path):
+        raise InputError(f"{path}: there is a folder of that name; wanted a file")
+    probe = probe_in(path.parent)
+    _write(probe, b"", path)
+    store(probe).remove(probe)
 
 
 def write_json(text: str | os.PathLike[str], document: Any) -> None:
     """Writes a document as `write_file` does; NaN and infinity as Python writes them, which strict JSON has not."""
     write_file(text, (json.dumps(document, indent=1) + "\n").encode())
+
+
+def _write(path: Path, data: bytes, wanted: Path) -> None:
+    try:
+        store(path).make_folder(path.parent)
+        store(path).write(path, data)
+    except OSError as e:
+        raise InputError(f"{wanted}: can't be written ({e.strerror}); free the disk, or give another place") from e

@@ -9,7 +9,7 @@ from typing import Any
 
 from gptjax.config import TrainConfig
 from gptjax.hardware import PRICE_DATE, PRICE_SOURCES, Topology, topology
-from gptjax.paths import place, store, write_file
+from gptjax.paths import write_file
 from gptjax.plan.compiled import Compiled, Target, compile_for, has_libtpu
 from gptjax.plan.search import MOST_COMPILES, MOST_SECONDS, SAFE, Candidate, Found, Planner, on, with_attention
 from gptjax.scaling.counts import parameters
@@ -137,12 +137,6 @@ def pretrain() -> TrainConfig:
     config = load_recipe({source!r}).config("pretrain"{given})
     return build(TrainConfig, dict(leaves(config)) | CHANGED)
 '''
-
-
-def check_out(path: str) -> None:
-    """Raises InputError, before the search, where `write_recipe` could not write for a folder of that name."""
-    if path and store(place(path)).is_folder(place(path)):
-        raise InputError(f"--out {path}: there is a folder of that name; wanted a file")
 
 
 def write_recipe(path: str, source: str, size: str, settings: dict[str, Any], where: str, found: bool) -> None:
