@@ -98,6 +98,8 @@ def measure(case: Case, folder: Path, steps: int, kills: int, rng: random.Random
     for number in range(kills):
         process = start(case, killed, steps, case.workers[0], folder)
         low, high = number * steps // kills, (number + 1) * steps // kills
+        # Beyond the second save, which waits for the first: a run with nothing to go on from proves nothing.
+        low = max(low, 2 * saved_every(steps))
         target = rng.randint(low + 1, max(low + 1, high - 10))
         while lines_of(killed) < target and process.poll() is None:
             time.sleep(rng.uniform(0, 0.02))
@@ -135,13 +137,16 @@ def refusal(case: Case, run: Path, steps: int, folder: Path) -> str:
 
 def start(case: Case, run: Path, steps: int, workers: int, folder: Path) -> subprocess.Popen:
     command = [sys.executable, *case.program, "pretrain", "shakespeare_char", "--run-dir", str(run), *MODEL.split()]
-    every = max(1, steps // 12)
-    command += f"--steps {steps} --checkpoint.every {every} --evaluate.every {steps // 2}".split()
+    command += f"--steps {steps} --checkpoint.every {saved_every(steps)} --evaluate.every {steps // 2}".split()
     command += [*case.settings.split(), "--data.workers", str(workers)]
     return subprocess.Popen(
         command, env=environment(folder), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
     )  # fmt: skip
+
+
+def saved_every(steps: int) -> int:
+    return max(1, steps // 12)
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:
