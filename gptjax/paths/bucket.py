@@ -102,13 +102,13 @@ class Bucket:
     def absolute(self, path: Path) -> Path:
         return path
 
-    def make_writable(self, folder: Path, what: str) -> None:
+    def make_writable(self, folder: Path, what: str, then: str = "give another --run-dir") -> None:
         probe = probe_in(folder)
         try:
             self.write(probe, b"")
             self._delete(probe)
         except OSError as e:
-            raise InputError(f"{folder}: {what} can't be written there ({e.strerror}); give another --run-dir") from e
+            raise InputError(f"{folder}: {what} can't be written there ({e.strerror}); {then}") from e
 
     # Reading.
 

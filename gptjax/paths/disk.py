@@ -34,7 +34,7 @@ class Disk:
     def absolute(self, path: Path) -> Path:
         return path.absolute()
 
-    def make_writable(self, folder: Path, what: str) -> None:
+    def make_writable(self, folder: Path, what: str, then: str = "give another --run-dir") -> None:
         """Makes the folder and tries a file in it; raises InputError now instead of after hours of training."""
         probe = probe_in(folder)
         try:
@@ -42,7 +42,7 @@ class Disk:
             probe.touch()
             probe.unlink(missing_ok=True)  # another process that opens the folder removes what a killed one left
         except OSError as e:
-            raise InputError(f"{folder}: {what} can't be written there ({e.strerror}); give another --run-dir") from e
+            raise InputError(f"{folder}: {what} can't be written there ({e.strerror}); {then}") from e
 
     # Reading.
 

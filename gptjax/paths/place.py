@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.paths.bucket import SCHEMES, Bucket, bucket
-from gptjax.paths.disk import Disk, probe_in
+from gptjax.paths.disk import Disk
 from gptjax.settings import InputError
 
 DISK = Disk()
@@ -44,7 +44,11 @@ def store(path: os.PathLike[str]) -> Disk | Bucket:
 def write_file(text: str | os.PathLike[str], data: bytes) -> None:
     """Writes a file, whole or not at all, and makes its folder; raises InputError where it can't."""
     path = place(text)
-    _write(path, data, path)
+    try:
+        store(path).make_folder(path.parent)
+        store(path).write(path, data)
+    except OSError as e:
+        raise InputError(f"{path}: can't be written ({e.strerror}); free the disk, or give another place") from e
 
 
 def check_file(text: str | os.PathLike[str]) -> None:
@@ -52,19 +56,9 @@ def check_file(text: str | os.PathLike[str]) -> None:
     path = place(text)
     if store(path).is_folder(path):
         raise InputError(f"{path}: there is a folder of that name; wanted a file")
-    probe = probe_in(path.parent)
-    _write(probe, b"", path)
-    store(probe).remove(probe)
+    store(path).make_writable(path.parent, str(path), "give another place")
 
 
 def write_json(text: str | os.PathLike[str], document: Any) -> None:
     """Writes a document as `write_file` does; NaN and infinity as Python writes them, which strict JSON has not."""
     write_file(text, (json.dumps(document, indent=1) + "\n").encode())
-
-
-def _write(path: Path, data: bytes, wanted: Path) -> None:
-    try:
-        store(path).make_folder(path.parent)
-        store(path).write(path, data)
-    except OSError as e:
-        raise InputError(f"{wanted}: can't be written ({e.strerror}); free the disk, or give another place") from e

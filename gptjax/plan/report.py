@@ -139,11 +139,11 @@ def pretrain() -> TrainConfig:
 '''
 
 
-def write_recipe(path: str, source: str, size: str, settings: dict[str, Any], where: str, found: bool) -> None:
+def write_recipe(path: str, source: str, size: str, settings: dict[str, Any], place: str, found: bool) -> None:
     """Writes the recipe of what was found; raises InputError where nothing was."""
     if not found:
-        raise InputError(f"{path} is not written, for no settings were found for {where}; try more or larger chips")
-    write_file(path, recipe_text(source, size, settings, where).encode())
+        raise InputError(f"{path} is not written, for no settings were found for {place}; try more or larger chips")
+    write_file(path, recipe_text(source, size, settings, place).encode())
 
 
 def _headline(config: TrainConfig, where: Topology) -> str:
