@@ -66,7 +66,7 @@ def block(
     """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)). `p` is one layer: names without N.
 
     In parallel (GPT-J, Wang & Komatsuzaki 2021; PaLM, Chowdhery et al. 2022): x + attention(norm(x)) + mlp(norm(x)),
-    with one norm. With a cache (k_BGKM, v_BGMK), the new keys and values are written at their positions and attended
+    with one norm. With a cache (see cache.py), the new keys and values are written at their positions and attended
     with the rest. A window lets a position see that many places, its own included.
     """
     keys = (None, None, None) if key is None else jax.random.split(key, 3)

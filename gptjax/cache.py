@@ -1,11 +1,13 @@
 """The key-value cache of decoding: how it lies in memory, the writing of new tokens, and one query's attention to it.
 
-A layer's cache is k_BGKM and v_BGMK, slots M being positions. Keys lie with their numbers before the slots: then the
-scores of one query are sums over rows, which XLA on a CPU computes on all cores; values lie slots first, for the same
-reason.
+A layer's cache holds values v_BGMK and keys k0_BGMK, k1_BGMK, ..., slots M being positions: one array of keys for all
+rows, or several for some rows each. XLA on a CPU computes the scores of an array's rows on one core, but shares arrays
+between cores where more than eight wait to be computed.
 """
 
 import functools
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,15 +20,37 @@ from gptjax.sharding import constrain, suffix
 
 Cache = dict[str, jax.Array]
 
+# Arrays of keys where several rows are decoded on a CPU: few to compile, and enough to be shared between cores.
+KEY_ARRAYS = 10
+
 
 def empty_cache(cfg: ModelConfig, rows: int, slots: int, dtype: Any) -> list[Cache]:
-    """A key-value cache for `rows` sequences of at most `slots` tokens: one k_BGKM and v_BGMK a layer.
+    """A key-value cache for `rows` sequences of at most `slots` tokens: a dict of arrays for each layer.
 
-    One array a layer, since a stack of them would be copied whole at every step.
+    They are arrays of their own, since a stack of layers would be copied whole at every step.
     """
-    B, G, M, K = rows, cfg.num_kv_heads, slots, cfg.head_size
-    return [{"k_BGKM": jnp.zeros((B, G, K, M), dtype), "v_BGMK": jnp.zeros((B, G, M, K), dtype)}
-            for _ in range(cfg.num_layers)]  # fmt: skip
+    G, M, K = cfg.num_kv_heads, slots, cfg.head_size
+    names = {"v_BGMK": rows} | {f"k{i}_BGMK": size for i, size in enumerate(_sizes(rows, jnp.dtype(dtype).name))}
+    return [{name: jnp.zeros((B, G, M, K), dtype) for name, B in names.items()} for _ in range(cfg.num_layers)]
+
+
+def _sizes(rows: int, dtype: str) -> list[int]:
+    """The rows of each array of keys. Devices of a mesh share the rows of one array instead."""
+    if rows < 2 * KEY_ARRAYS or not several(rows, dtype) or jax.sharding.get_abstract_mesh().size > 1:
+        return [rows]
+    ends = [rows * i // KEY_ARRAYS for i in range(KEY_ARRAYS + 1)]
+    return [end - start for start, end in itertools.pairwise(ends)]
+
+
+def _keys(cache: Cache) -> list[str]:
+    """The names of a layer's arrays of keys, in the order of their rows."""
+    return [f"k{i}_BGMK" for i in range(len(cache) - 1)]
+
+
+def _shares(cache: Cache, *xs: jax.Array) -> Iterator[tuple[str, *tuple[jax.Array, ...]]]:
+    """Yields the name of each array of keys and, of every x, which begins with the rows, those that belong to it."""
+    ends = list(itertools.accumulate(len(cache[name]) for name in _keys(cache)))
+    return zip(_keys(cache), *(jnp.split(x, ends[:-1]) for x in xs), strict=True)
 
 
 def bucket(size: int, most: int) -> int:
@@ -50,44 +74,44 @@ def grown(state: dict[str, Any], slots: int) -> dict[str, Any]:
     """
     for tree in (*state["cache"], state):
         for name in [name for name in tree if "M" in suffix(name)]:
-            tree[name] = _grown(tree[name], name, slots)
+            tree[name] = _grown(tree[name], suffix(name), slots)
     return state
 
 
-@functools.partial(jax.jit, static_argnames=("name", "slots"))
-def _grown(x: jax.Array, name: str, slots: int) -> jax.Array:
-    more = [(0, slots - size if letter == "M" else 0) for letter, size in zip(suffix(name), x.shape, strict=True)]
-    return constrain(jnp.pad(x, more), suffix(name))
+@functools.partial(jax.jit, static_argnames=("letters", "slots"))
+def _grown(x: jax.Array, letters: str, slots: int) -> jax.Array:
+    more = [(0, slots - size if letter == "M" else 0) for letter, size in zip(letters, x.shape, strict=True)]
+    return constrain(jnp.pad(x, more), letters)
 
 
 def write(cache: Cache, k_BLGK: jax.Array, v_BLGK: jax.Array, start_B: jax.Array) -> Cache:
     """The cache with each row's new keys and values in its slots start .. start + L - 1."""
-    return {
-        "k_BGKM": _write(cache["k_BGKM"], jnp.transpose(k_BLGK, (0, 2, 3, 1)), start_B, axis=3),
-        "v_BGMK": _write(cache["v_BGMK"], jnp.moveaxis(v_BLGK, 1, 2), start_B, axis=2),
-    }
+    k_BGLK, v_BGLK = jnp.moveaxis(k_BLGK, 1, 2), jnp.moveaxis(v_BLGK, 1, 2)
+    new = {name: _write(cache[name], k, start) for name, k, start in _shares(cache, k_BGLK, start_B)}
+    return new | {"v_BGMK": _write(cache["v_BGMK"], v_BGLK, start_B)}
 
 
-def _write(cache: jax.Array, new: jax.Array, start_B: jax.Array, axis: int) -> jax.Array:
-    new = new.astype(cache.dtype)
+def _write(cache_BGMK: jax.Array, new_BGLK: jax.Array, start_B: jax.Array) -> jax.Array:
+    new_BGLK = new_BGLK.astype(cache_BGMK.dtype)
     if len(start_B) > 1:
-        return jax.vmap(lambda c, n, s: jax.lax.dynamic_update_slice_in_dim(c, n, s, axis - 1))(cache, new, start_B)
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
+        return jax.vmap(put)(cache_BGMK, new_BGLK, start_B)
     start = start_B[0]
 
-    def row(_, cache):
-        return jax.lax.dynamic_update_slice_in_dim(cache, new, start, axis)
+    def row(_, cache_BGMK):
+        return jax.lax.dynamic_update_slice_in_dim(cache_BGMK, new_BGLK, start, axis=2)
 
     if jax.default_backend() != "cpu":
-        return row(0, cache)
+        return row(0, cache_BGMK)
     # XLA on a CPU fuses the write of one row into every reader and then copies the whole cache to keep the old one for
     # them; a loop that runs once, as the compiler can't know, is what it does not look through.
-    return jax.lax.fori_loop(0, (start >= 0).astype(jnp.int32), row, cache)
+    return jax.lax.fori_loop(0, (start >= 0).astype(jnp.int32), row, cache_BGMK)
 
 
 def keys_and_values(cache: Cache, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """k_BMGK and v_BMGK of all slots, as attention of several queries takes them."""
-    k_BMGK, v_BMGK = jnp.transpose(cache["k_BGKM"], (0, 3, 1, 2)), jnp.moveaxis(cache["v_BGMK"], 1, 2)
-    return k_BMGK.astype(dtype), v_BMGK.astype(dtype)
+    k_BGMK = jnp.concatenate([cache[name] for name in _keys(cache)])
+    return jnp.moveaxis(k_BGMK, 1, 2).astype(dtype), jnp.moveaxis(cache["v_BGMK"], 1, 2).astype(dtype)
 
 
 def attend_one(
@@ -96,19 +120,19 @@ def attend_one(
     """out_BLHK of attention.attend for one query a row, L = 1: its time is that of reading the cache."""
     (B, L, H, K), (G, M) = q_BLHK.shape, cache["v_BGMK"].shape[1:3]
     assert L == 1, "several queries are products of matrices, which attention.attend computes"
-    k_BGKM, v_BGMK = (cache[name].astype(q_BLHK.dtype) for name in ("k_BGKM", "v_BGMK"))
+    dtype = q_BLHK.dtype
     q_BGJK = (q_BLHK * scale).reshape(B, G, H // G, K)
-    # As products of a matrix with one row, XLA on a CPU would compute both on one core; for few rows, that is faster.
-    sums = G == H and several(B, q_BLHK.dtype.name)
-    if sums:
-        s_BGJM = (q_BGJK[:, :, 0, :, None] * k_BGKM).sum(2)[:, :, None]
-    else:
-        s_BGJM = jnp.einsum("BGJK,BGKM->BGJM", q_BGJK, k_BGKM)
-    p_BGJM = probabilities(s_BGJM[:, :, :, None], sight, window, softcap)[:, :, :, 0].astype(v_BGMK.dtype)
-    if sums and M % 2 == 0:
-        # In two parts, which it may not add up in the same loop: a sum of fewer results is not worth its threads.
+    s = [jnp.einsum("BGJK,BGMK->BGJM", q, cache[name].astype(dtype)) for name, q in _shares(cache, q_BGJK)]
+    s_BGJM = jnp.concatenate(s)
+    p_BGJM = probabilities(s_BGJM[:, :, :, None], sight, window, softcap)[:, :, :, 0].astype(dtype)
+    v_BGMK = cache["v_BGMK"].astype(dtype)
+    if G == H and M % 2 == 0 and several(B, dtype.name):
+        # As a product XLA on a CPU would compute it on one core; for few rows, that is faster. A sum it computes on
+        # all, but of this few results only where they are twice as many: so in two parts, which the barriers keep it
+        # from adding up in one loop, and from joining to the product that follows.
         parts = p_BGJM.reshape(B, G, 2, M // 2, 1) * v_BGMK.reshape(B, G, 2, M // 2, K)
-        out_BGJK = jax.lax.optimization_barrier(parts.sum(3)).sum(2)
+        parts = jax.lax.optimization_barrier(parts.sum(3))
+        out_BGJK = jax.lax.optimization_barrier(parts.sum(2))
     else:
         out_BGJK = jnp.einsum("BGJM,BGMK->BGJK", p_BGJM, v_BGMK)
     return out_BGJK.reshape(B, 1, H, K)

@@ -15,6 +15,9 @@ from gptjax.startup import usable_cores
 # Rows from which on the weight should lie outputs first (on a CPU, in float32); one row reads it a quarter slower so.
 SEVERAL = 8
 
+# Results of a weight read from the left, which are turned: as many as stay in a core's cache. The head has more.
+TURNED = 2**18
+
 
 def several(rows: int, dtype: str) -> bool:
     """Whether decoding so many rows at once is faster with weights outputs first."""
@@ -37,11 +40,11 @@ def product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
     if letters[0] in outputs:
         # As matrices: with more dimensions XLA on a CPU copies the weight at each step.
         x_RC, w_OC = x.reshape(rows, size), w.reshape(-1, size)
-        if len(w_OC) > size:
+        if rows * len(w_OC) > TURNED:
             y_RO = jnp.einsum("RC,OC->RO", x_RC, w_OC)
         else:
-            # Read from the left a weight takes an eighth to a quarter less time, and few results are soon turned. The
-            # barrier keeps XLA from exchanging the two again.
+            # Read from the left a weight takes an eighth to a quarter less time. The barrier keeps XLA from exchanging
+            # the two again.
             y_RO = jax.lax.optimization_barrier(jnp.einsum("OC,RC->OR", w_OC, x_RC)).T
         return y_RO.reshape(*batch, *w.shape[: w.ndim - num_inputs])
     parts = math.gcd(size, _cores())

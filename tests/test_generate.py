@@ -12,7 +12,7 @@ import pytest
 
 from gptjax import fewrows
 from gptjax.block import block
-from gptjax.cache import empty_cache, grown
+from gptjax.cache import KEY_ARRAYS, empty_cache, grown
 from gptjax.config import GenerateConfig, MeshConfig, ModelConfig
 from gptjax.decoder import Decoder, extend, init_params, layer_params, unstacked
 from gptjax.generate import (
@@ -212,14 +212,21 @@ def test_the_likeliest_token_is_the_first_of_equals():
     assert 0 <= int(likeliest(np.full((1, 40), np.nan, np.float32))[0]) < 40
 
 
+@pytest.mark.parametrize("rows", [fewrows.SEVERAL, 2 * KEY_ARRAYS + 1], ids=["one array of keys", "several"])
 @pytest.mark.parametrize("family", [GPT2, LLAMA], ids=["gpt2", "llama"])
-def test_weights_outputs_first_write_the_same_text(family):
+def test_weights_outputs_first_and_several_arrays_of_keys_write_the_same_text(family, rows):
     decoder, params = model(family)
-    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(fewrows.SEVERAL)]
     layer = decode_params(params, "float32", True)["layers"][0]
     assert {"qkv_XD", "o_DHK", "w_in_FD", "w_out_DF", "norm_attn_D"} <= layer.keys()
-    together = generate_ids(decoder, params, prompts, GREEDY)
-    assert together[: len(PROMPTS)] == generate_ids(decoder, params, PROMPTS, GREEDY)
+    assert len(empty_cache(family, rows, 16, "float32")[0]) == 1 + (KEY_ARRAYS if rows > KEY_ARRAYS else 1)
+    one_by_one = generate_ids(decoder, params, PROMPTS, GREEDY)
+    together = generate_ids(decoder, params, [PROMPTS[i % len(PROMPTS)] for i in range(rows)], GREEDY)
+    assert together == [one_by_one[i % len(PROMPTS)] for i in range(rows)]
+
+
+def test_devices_of_a_mesh_share_the_rows_of_one_array_of_keys():
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=-1))):
+        assert len(empty_cache(GPT2, 8 * KEY_ARRAYS, 16, "float32")[0]) == 2
 
 
 def test_a_block_with_a_matrix_of_its_own_meets_it_under_its_own_name_in_any_batch():

@@ -84,7 +84,7 @@ def test_a_cache_that_forgets_is_found(monkeypatch, zero_start):
     right = block.attend_one
 
     def forgets(q_BLHK, cache, sight, **more):
-        return right(q_BLHK, cache | {"k_BGKM": cache["k_BGKM"].at[..., 0].set(0)}, sight, **more)
+        return right(q_BLHK, cache | {"k0_BGMK": cache["k0_BGMK"].at[:, :, 0].set(0)}, sight, **more)
 
     monkeypatch.setattr(block, "attend_one", forgets)
     assert "logits differ" in checks.cache_is_exact("llama", None, "cache").problem
