@@ -1,5 +1,8 @@
 """The throughput benchmark times what is right and fails what is wrong; its GPU suite lowers for CUDA as it stands."""
 
+import dataclasses
+import functools
+import importlib
 import json
 import os
 import subprocess
@@ -7,7 +10,9 @@ import sys
 from pathlib import Path
 
 import contests
+import decode
 import jax
+import numpy as np
 import pytest
 import throughput_report
 import train_jax
@@ -15,10 +20,12 @@ import train_jax
 from gptjax.assemble import assemble
 from gptjax.config import TrainConfig
 from gptjax.data.packing import example_batch
+from gptjax.decoder import Decoder, init_params, unstacked
 from gptjax.sharding import make_mesh
 from gptjax.train import compile_step
 
 ROOT = Path(__file__).parent.parent
+generate = importlib.import_module("gptjax.generate")  # the package's attribute of that name is a function
 
 
 TINY = contests.Contest("tiny", "gpt2", "float32")
@@ -122,3 +129,22 @@ def test_the_steps_of_the_gpu_suite_lower_for_cuda(contest):
         step = compile_step(parts.step, mesh, state, {}, batch)
         lowered = step.trace(state, {}, batch).lower(lowering_platforms=("cuda",))
     assert "dot_general" in lowered.as_text()
+
+
+def test_decoding_of_the_gpu_suite_lowers_for_cuda(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    cfg, vocab_size, context = decode.SHAPES["1b"]
+    decoder = Decoder(dataclasses.replace(cfg, dtype="bfloat16"), vocab_size, context)
+    shapes = jax.eval_shape(init_params(decoder), jax.random.key(0))
+    weights = jax.eval_shape(functools.partial(unstacked, dtype="bfloat16"), shapes)
+    prompt_BL, last_B = np.zeros((32, 128), np.int32), np.full(32, 191)
+    prompts = (decoder, weights, prompt_BL, last_B, 192, False)
+    state = generate.prefill.eval_shape(*prompts)
+    assert state["cache"][0].keys() == {"k0_BGMK", "v_BGMK"}
+    rows = {"copy_B": np.zeros(32, np.int32), "last_B": last_B}
+    rest = (rows, {}, np.uint32(0), decode.NEVER, np.zeros(32, bool), np.int32(64))
+    lowered = [
+        program.trace(*given).lower(lowering_platforms=("cuda",)).as_text()
+        for program, given in ((generate.prefill, prompts), (generate.decode, (decoder, weights, state, *rest)))
+    ]
+    assert all("dot_general" in text for text in lowered) and "stablehlo.while" in lowered[1]
