@@ -1,8 +1,8 @@
 """The key-value cache of decoding: how it lies in memory, the writing of new tokens, and one query's attention to it.
 
 A layer's cache holds values v_BGMK and keys k0_BGMK, k1_BGMK, ..., slots M being positions: one array of keys for all
-rows, or several for some rows each. XLA on a CPU computes the scores of an array's rows on one core, but shares arrays
-between cores where more than eight wait to be computed.
+rows, or several for some rows each. XLA on a CPU computes the scores of an array's rows on one core; arrays it shares
+between cores where more than eight wait to be computed, as measured.
 """
 
 import functools

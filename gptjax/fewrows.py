@@ -15,7 +15,7 @@ from gptjax.startup import usable_cores
 # Rows from which on the weight should lie outputs first (on a CPU, in float32); one row reads it a quarter slower so.
 SEVERAL = 8
 
-# Results of a weight read from the left, which are turned: as many as stay in a core's cache. The head has more.
+# Results of a weight read from the left, which are turned: as many as stay in a core's cache. A large head has more.
 TURNED = 2**18
 
 
