@@ -27,12 +27,12 @@ import jax.numpy as jnp
 import numpy as np
 from facts import facts, spread, write_report
 
-from gptjax.assemble import language_model_loss
-from gptjax.attention import attend, causal
-from gptjax.backends import attention, choose, here, obstacle
 from gptjax.config import ModelConfig
 from gptjax.config.attention import BACKENDS
-from gptjax.decoder import Decoder, init_params
+from gptjax.model.decoder import Decoder, init_params
+from gptjax.ops.attention import attention, choose, here, obstacle
+from gptjax.ops.reference import attend, causal
+from gptjax.training.build import language_model_loss
 
 BLOCKS, DECODER_LENGTHS = (128, 256, 512, 1024), (4096, 8192, 16384)
 # Relative distance from the float32 reference that rounding explains; documents that crossed would be at about 1.

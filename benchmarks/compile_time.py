@@ -3,7 +3,7 @@
     python benchmarks/compile_time.py --out benchmarks/results
 
 Every number is wall seconds of a process of its own, from its start. `help` is `gptjax --help`; `import` is what
-`import gptjax.train, gptjax.decoder` adds to `import jax`, in the same round. A start is `gptjax pretrain quickstart`
+`import gptjax.training.loop, gptjax.model.decoder` adds to `import jax`, in the same round. A start is `gptjax pretrain quickstart`
 until metrics.jsonl has the first line of that process, which is then told to stop and saves the run: cold with an empty
 cache folder (XDG_CACHE_HOME), warm with the same cache folder in a new run folder, resumed in the run folder of the
 warm one; warm and resumed are also given as shares of the cold one of their round. `compile` is tracing, lowering and
@@ -48,7 +48,9 @@ def main() -> None:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The report: rounds, each with every kind of number, so that ratios are of one moment."""
     help_command = [sys.executable, "-m", "gptjax.cli", "--help"]
-    plain, ours = ([sys.executable, "-c", f"import jax{more}"] for more in ("", ", gptjax.train, gptjax.decoder"))
+    plain, ours = (
+        [sys.executable, "-c", f"import jax{more}"] for more in ("", ", gptjax.training.loop, gptjax.model.decoder")
+    )
     seconds: dict[str, list[float]] = {}
     for command in (help_command, plain, ours):
         timed(command)  # Python's own caches are filled, and the files read once
@@ -105,11 +107,11 @@ def compile_seconds(name: str, unrolled: bool) -> dict[str, float]:
     """Seconds to trace, lower and compile a recipe's training step on one row, in this process."""
     import jax
 
-    from gptjax.assemble import assemble
+    from gptjax.config.command_line import load_recipe
     from gptjax.data.packing import example_batch
-    from gptjax.flags import load_recipe
-    from gptjax.sharding import abstract, make_mesh
-    from gptjax.train import compile_step
+    from gptjax.parallel.sharding import abstract, make_mesh
+    from gptjax.training.build import assemble
+    from gptjax.training.loop import compile_step
 
     config = load_recipe(name).config("pretrain", "")
     config = dataclasses.replace(

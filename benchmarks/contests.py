@@ -11,10 +11,10 @@ import numpy as np
 from facts import ROOT
 
 from gptjax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, TokenizerConfig, TrainConfig
+from gptjax.config.command_line import parse
+from gptjax.config.section import leaves
 from gptjax.data.packing import Batch, MemoryStream, Spans, cut
-from gptjax.flags import parse
-from gptjax.scaling.counts import padded_vocab
-from gptjax.settings import leaves
+from gptjax.model.counts import padded_vocab
 
 TEXT = ROOT / "gptjax" / "data" / "corpora" / "shakespeare.txt"
 # The lengths of documents, log-uniform, in rows: some fill several rows, others share one.
@@ -145,5 +145,5 @@ def products(config: TrainConfig) -> list[tuple[int, int, int]]:
 
 
 def flat(config: TrainConfig) -> dict[str, Any]:
-    """A config by dotted names, as JSON can hold it and gptjax.settings.build reads it."""
+    """A config by dotted names, as JSON can hold it and gptjax.config.section.build reads it."""
     return dict(leaves(config))

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from facts import facts, write_report
 
-from gptjax.losses import cross_entropy
-from gptjax.startup import tune_process
+from gptjax.runtime.process import tune_process
+from gptjax.training.losses import cross_entropy
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 

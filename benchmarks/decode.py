@@ -38,12 +38,12 @@ import numpy as np
 from facts import facts, spread, write_report
 from turns import Competitor, Failed
 
-from gptjax.cache import bucket
 from gptjax.config import ModelConfig
-from gptjax.decoder import Decoder, Params, init_params
-from gptjax.fewrows import several
-from gptjax.generate import decode, decode_params, prefill
-from gptjax.startup import tune_process
+from gptjax.generation.engine import decode, decode_params, prefill
+from gptjax.model.cache import bucket
+from gptjax.model.decoder import Decoder, Params, init_params
+from gptjax.ops.cpu_matvec import several
+from gptjax.runtime.process import tune_process
 
 NEVER = np.array([-1], np.int32)  # stop ids that no row meets
 SHAPES = {

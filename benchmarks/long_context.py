@@ -29,11 +29,11 @@ import jax
 import numpy as np
 from facts import ROOT, facts, write_report
 
-from gptjax.assemble import assemble, language_model_loss
-from gptjax.backends import describe
 from gptjax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, TokenizerConfig, TrainConfig
-from gptjax.sharding import make_mesh, put
-from gptjax.train import compile_step, init_state
+from gptjax.ops.attention import describe
+from gptjax.parallel.sharding import make_mesh, put
+from gptjax.training.build import assemble, language_model_loss
+from gptjax.training.loop import compile_step, init_state
 
 TEXT = ROOT / "gptjax" / "data" / "corpora" / "shakespeare.txt"
 

@@ -28,9 +28,9 @@ import optax
 from facts import facts, write_report
 
 from gptjax.config import ModelConfig, OptimConfig
-from gptjax.decoder import Decoder, head, init_params
-from gptjax.losses import cross_entropy
-from gptjax.optim import make_optimizer, make_schedule
+from gptjax.model.decoder import Decoder, head, init_params
+from gptjax.training.losses import cross_entropy
+from gptjax.training.optim import make_optimizer, make_schedule
 
 BASE, WIDTHS = 64, (64, 256)
 LEARNING_RATES = tuple(2.0**-n for n in range(12, 5, -1))

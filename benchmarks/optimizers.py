@@ -32,9 +32,9 @@ from facts import ROOT, facts, write_report
 from jax.sharding import AbstractMesh, AxisType
 
 from gptjax.config import OptimConfig
-from gptjax.decoder import init_params, make_decoder
-from gptjax.optim import make_optimizer, make_schedule
-from gptjax.sharding import AXES, shardings
+from gptjax.model.decoder import init_params, make_decoder
+from gptjax.parallel.sharding import AXES, shardings
+from gptjax.training.optim import make_optimizer, make_schedule
 
 RECIPE = ROOT / "configs" / "quickstart.py"
 # Lion's steps have the size of the learning rate in every element, AdamW's are two to five times smaller.

@@ -27,11 +27,11 @@ from typing import Any
 import jax
 from facts import facts, write_report
 
-from gptjax.flags import load_recipe, parse
-from gptjax.hardware import topology
-from gptjax.plan.compiled import Target, compile_for
-from gptjax.plan.search import Planner
-from gptjax.settings import InputError
+from gptjax.config.command_line import load_recipe, parse
+from gptjax.config.section import InputError
+from gptjax.diagnostics.plan.compiled import Target, compile_for
+from gptjax.diagnostics.plan.search import Planner
+from gptjax.runtime.hardware import topology
 
 # Slice, recipe, rows, micro-batches, remat, attention, mesh (data, fsdp, tensor), further settings.
 FITTED = [

@@ -8,10 +8,10 @@ from typing import Any
 
 import jax
 
-from gptjax.assemble import language_model_loss
-from gptjax.block import block
-from gptjax.decoder import Decoder
-from gptjax.train import LossFn
+from gptjax.model.block import block
+from gptjax.model.decoder import Decoder
+from gptjax.training.build import language_model_loss
+from gptjax.training.loop import LossFn
 
 
 def dropped_layer(decoder: Decoder) -> LossFn:

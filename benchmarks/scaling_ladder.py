@@ -34,9 +34,9 @@ from facts import ROOT, facts
 from ladder_corpus import write
 
 from gptjax.config import SweepConfig
-from gptjax.flags import load_recipe
-from gptjax.startup import usable_cores
-from gptjax.sweep.points import Point, make_points
+from gptjax.config.command_line import load_recipe
+from gptjax.runtime.process import usable_cores
+from gptjax.scaling.sweep.points import Point, make_points
 
 RECIPE, VOCAB = ROOT / "configs" / "ladder.py", 1024
 FITTED = ("1.2e12:2,3,4@0,1", "2.13e12:3,4,6@0,1", "3.79e12:4,5,6,7,8@0,1", "6.75e12:6,7,9@0,1", "1.2e13:8,10,11@0,1")

@@ -40,7 +40,7 @@ from facts import ROOT, facts, write_report
 from throughput_report import judge, plot, rows, summary, table
 from turns import Competitor, Failed
 
-from gptjax.settings import InputError
+from gptjax.config.section import InputError
 
 HERE = Path(__file__).parent
 FLOAT32 = "-float32"

@@ -8,8 +8,8 @@ from contests import Contest, flat
 from facts import spread
 
 from gptjax.config import TrainConfig
-from gptjax.metrics import CONVENTIONS, sheet_flops
-from gptjax.scaling.counts import flops_per_token, parameters
+from gptjax.model.counts import flops_per_token, parameters
+from gptjax.training.metrics import CONVENTIONS, sheet_flops
 
 # How far any loss, and the norm of the first gradient, may be from the reference's, relative to it. Rounding moves them
 # by 2e-7 and 2e-7 in float32, in jax and in torch (TF32, a GPU's default, by some 1e-4), by 7e-4 and 8e-4 in bfloat16.

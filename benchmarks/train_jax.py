@@ -17,14 +17,14 @@ import numpy as np
 from plain_decoder import PlainDecoder, from_stacked
 from turns import serve
 
-from gptjax.assemble import assemble
 from gptjax.config import TrainConfig
+from gptjax.config.section import build
 from gptjax.interop.huggingface import HEAD, LAYER, PREFIX, TOP
-from gptjax.metrics import peak_memory
-from gptjax.settings import build
-from gptjax.sharding import make_mesh, suffix
-from gptjax.startup import tune_process
-from gptjax.train import compile_step, enable_compile_cache, fit, init_state
+from gptjax.parallel.sharding import make_mesh, suffix
+from gptjax.runtime.process import tune_process
+from gptjax.training.build import assemble
+from gptjax.training.loop import compile_step, enable_compile_cache, fit, init_state
+from gptjax.training.metrics import peak_memory
 
 Rows = list[dict[str, float]]
 

@@ -8,7 +8,7 @@ eight devices. Not yet trained to its end by us: no loss is claimed.
 """
 
 from gptjax.config import TrainConfig
-from gptjax.scaling.ladders import gpt2
+from gptjax.model.ladders import gpt2
 
 
 def pretrain() -> TrainConfig:

@@ -7,7 +7,7 @@ devices. Not yet trained to its end by us: no loss is claimed.
 """
 
 from gptjax.config import TrainConfig
-from gptjax.scaling.ladders import gpt3
+from gptjax.model.ladders import gpt3
 
 
 def pretrain() -> TrainConfig:

@@ -7,7 +7,7 @@ us: no loss is claimed.
 """
 
 from gptjax.config import TrainConfig
-from gptjax.scaling.ladders import gpt3
+from gptjax.model.ladders import gpt3
 
 
 def pretrain() -> TrainConfig:

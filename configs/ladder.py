@@ -19,7 +19,7 @@ from gptjax.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from gptjax.settings import InputError
+from gptjax.config.section import InputError
 
 SHAPES = {  # layers and width
     1: (2, 36), 2: (2, 42), 3: (2, 48), 4: (3, 48), 5: (3, 54), 6: (3, 60), 7: (3, 66), 8: (3, 72), 9: (3, 78),

@@ -17,8 +17,8 @@ from gptjax.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from gptjax.scaling.counts import parameters
-from gptjax.settings import InputError
+from gptjax.config.section import InputError
+from gptjax.model.counts import parameters
 
 VOCAB, LENGTH = 32_768, 2048
 TOKENS_A_PARAMETER = 20  # Hoffmann et al. 2022, Chinchilla

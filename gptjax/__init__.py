@@ -26,7 +26,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """Keeps `gptjax.train` the function: importing the module gptjax/train.py would put that in its place."""
+    """Keeps `gptjax.training.loop` the function: importing the module gptjax/train.py would put that in its place."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in __all__ and isinstance(value, ModuleType)):

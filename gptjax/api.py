@@ -12,14 +12,14 @@ from typing import Any, overload
 
 import jax
 
+from gptjax.commands import evaluate_trained
 from gptjax.config import GenerateConfig, TrainConfig
-from gptjax.flags import load_recipe, origins
-from gptjax.generate import generate as generate_texts
-from gptjax.plugins import named, optional
-from gptjax.pretrain import pretrain
-from gptjax.settings import InputError, build, leaves, unknown_name
-from gptjax.trained import Trained, open_trained
-from gptjax.verbs import evaluate_trained
+from gptjax.config.command_line import load_recipe, origins
+from gptjax.config.plugins import named, optional
+from gptjax.config.section import InputError, build, leaves, unknown_name
+from gptjax.generation.engine import generate as generate_texts
+from gptjax.runs.load import Trained, open_trained
+from gptjax.stages.pretrain import pretrain
 
 
 def recipe(name: str, settings: Mapping[str, Any] | None = None, *, size: int | str | None = None) -> TrainConfig:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 from gptjax import __version__
-from gptjax.cluster import NotNow
 from gptjax.config import (
     ContinueConfig,
     DoctorConfig,
@@ -21,11 +20,12 @@ from gptjax.config import (
     TrainTokenizerConfig,
     VerifyConfig,
 )
-from gptjax.distributed import is_first, join_processes, leave, title
-from gptjax.flags import HELP, nothing_left, parse, positional, positionals
-from gptjax.paths.bucket import may_pass
-from gptjax.settings import InputError
-from gptjax.startup import tune_process
+from gptjax.config.command_line import HELP, nothing_left, parse, positional, positionals
+from gptjax.config.section import InputError
+from gptjax.parallel.cluster import NotNow
+from gptjax.parallel.processes import is_first, join_processes, leave, title
+from gptjax.runtime.process import tune_process
+from gptjax.storage.bucket import may_pass
 
 Verb = Callable[[list[str]], int]
 
@@ -58,7 +58,7 @@ def data_show(args: list[str]) -> int:
     """data show RUN            show exactly what the model saw at a step"""
     run, args = positional(args, "RUN", "gptjax data show RUN --step N")
     cfg = parse(ShowConfig(), args, f"gptjax data show {run}")
-    from gptjax.verbs import show_step
+    from gptjax.commands import show_step
 
     print(show_step(run, cfg.step, cfg.rows))
     _next(f"gptjax data show {run} --step {cfg.step + 1}")
@@ -83,7 +83,7 @@ def data_verify(args: list[str]) -> int:
 def pretrain(args: list[str]) -> int:
     """pretrain RECIPE          train a model, or go on with its run"""
     name, args = positional(args, "RECIPE", "gptjax pretrain configs/quickstart.py")
-    from gptjax.flags import load_recipe, origins, take
+    from gptjax.config.command_line import load_recipe, origins, take
 
     if name == "RECIPE":
         parse(TrainConfig(), args, "gptjax pretrain RECIPE [--size SIZE]")
@@ -92,9 +92,9 @@ def pretrain(args: list[str]) -> int:
     written = recipe.config("pretrain", size)
     cfg = parse(written, args, f"gptjax pretrain {name} [--size SIZE]", recipe.doc)
     tune_process()
-    from gptjax.checkpoint import CheckpointError
-    from gptjax.pretrain import pretrain
-    from gptjax.train import Diverged, Interrupted
+    from gptjax.runs.checkpoint import CheckpointError
+    from gptjax.stages.pretrain import pretrain
+    from gptjax.training.loop import Diverged, Interrupted
 
     source = {"path": str(recipe.path), "sha256": recipe.sha256}
     try:
@@ -117,7 +117,7 @@ def plan(args: list[str]) -> int:
     """plan RECIPE              memory, speed and price on --topology v5e:4x4, h100:8 ..., before any bill"""
     name, args = positional(args, "RECIPE", "gptjax plan configs/llama_8b.py --topology v5p:4x4x4")
     os.environ["JAX_PLATFORMS"] = "cpu"  # a GPU or TPU that is here is not taken
-    from gptjax.flags import load_recipe, take
+    from gptjax.config.command_line import load_recipe, take
 
     if name == "RECIPE":
         parse(TrainConfig(), args, f"gptjax plan RECIPE {PLAN}")
@@ -127,8 +127,8 @@ def plan(args: list[str]) -> int:
     place, out, size = given["topology"], given["out"], given["size"]
     written = recipe.config("pretrain", size)
     cfg = parse(written, args, f"gptjax plan {name} {PLAN}", recipe.doc)
-    from gptjax.paths import check_file, write_json
-    from gptjax.plan import report
+    from gptjax.diagnostics.plan import report
+    from gptjax.storage import check_file, write_json
 
     for path in filter(None, (out, given["json"])):
         check_file(path)
@@ -149,10 +149,10 @@ def plan(args: list[str]) -> int:
 def sweep(args: list[str]) -> int:
     """sweep RECIPE --out DIR   train a grid of budgets and sizes, one trunk for all horizons of a size"""
     name, args = positional(args, "RECIPE", "gptjax sweep modern --out DIR --grid 1e17:4,6 3e17:4,6,8")
-    from gptjax.flags import load_recipe
+    from gptjax.config.command_line import load_recipe
 
     cfg = parse(SweepConfig(), args, f"gptjax sweep {name}")
-    from gptjax.sweep.work import sweep
+    from gptjax.scaling.sweep.work import sweep
 
     code = sweep(cfg, load_recipe(name), _say)
     if code == 0:
@@ -165,7 +165,7 @@ def evaluate(args: list[str]) -> int:
     run, args = positional(args, "RUN", "gptjax eval RUN")
     cfg = parse(EvalConfig(), args, f"gptjax eval {run}")
     tune_process()
-    from gptjax.verbs import evaluate_run
+    from gptjax.commands import evaluate_run
 
     found = evaluate_run(run, cfg)
     for name, value in found.items() if is_first() else ():
@@ -179,7 +179,7 @@ def generate(args: list[str]) -> int:
     run, args = positional(args, "RUN", 'gptjax generate RUN --prompt "Once upon a time"')
     cfg = parse(ContinueConfig(), args, f"gptjax generate {run}")
     tune_process()
-    from gptjax.verbs import generate_run
+    from gptjax.commands import generate_run
 
     def write(piece: str) -> None:
         if is_first():
@@ -194,7 +194,7 @@ def checkpoint_list(args: list[str]) -> int:
     """checkpoint list RUN      what checkpoints a run has"""
     run, args = positional(args, "RUN", "gptjax checkpoint list RUN")
     nothing_left(args, "gptjax checkpoint list RUN")
-    from gptjax.trained import open_checkpoints
+    from gptjax.runs.load import open_checkpoints
 
     found = open_checkpoints(run).describe()
     for saved in found:
@@ -210,7 +210,7 @@ def checkpoint_verify(args: list[str]) -> int:
     """checkpoint verify RUN    check every checkpoint's files and numbers"""
     run, args = positional(args, "RUN", "gptjax checkpoint verify RUN")
     nothing_left(args, "gptjax checkpoint verify RUN")
-    from gptjax.trained import open_checkpoints
+    from gptjax.runs.load import open_checkpoints
 
     checkpoints, bad = open_checkpoints(run), 0
     if not (steps := checkpoints.steps()):
@@ -229,7 +229,7 @@ def fit(args: list[str]) -> int:
     """fit TABLE [--out DIR]    fit a scaling law to finished runs (a CSV, a sweep, runs): intervals, plots, a report"""
     tables, args = positionals(args, "TABLE", "gptjax fit TABLE --out DIR")
     cfg = parse(FitConfig(), args, "gptjax fit TABLE")
-    from gptjax.run import load_config
+    from gptjax.runs.run import load_config
     from gptjax.scaling.fitting import fit
 
     _next(fit(tables, cfg, load_config, _print, _say))
@@ -240,7 +240,7 @@ def predict(args: list[str]) -> int:
     """predict FIT              the loss that a budget or a run will reach, or how far a fit was off on a table"""
     folder, args = positional(args, "FIT", "gptjax predict FIT --flops 1e21")
     cfg = parse(PredictConfig(), args, f"gptjax predict {folder}")
-    from gptjax.run import load_config
+    from gptjax.runs.run import load_config
     from gptjax.scaling.predicting import predict
 
     _next(predict(folder, cfg, load_config, _print))
@@ -252,7 +252,7 @@ def import_run(args: list[str]) -> int:
     source, args = positional(args, "SOURCE", "gptjax import SOURCE RUN")
     run, args = positional(args, "RUN", "gptjax import SOURCE RUN")
     nothing_left(args, "gptjax import SOURCE RUN")
-    from gptjax.verbs import import_run
+    from gptjax.commands import import_run
 
     _say(import_run(source, run))
     _next(f"gptjax checkpoint verify {run}")
@@ -263,7 +263,7 @@ def verify(args: list[str]) -> int:
     """verify                   prove on these devices that every mesh and setting gives the same numbers"""
     cfg = parse(VerifyConfig(), args, "gptjax verify")
     _start(cfg)
-    from gptjax.verify.checks import verify
+    from gptjax.diagnostics.verify.checks import verify
 
     if not verify(cfg, _print):
         _next("gptjax doctor")
@@ -275,7 +275,7 @@ def verify(args: list[str]) -> int:
 def doctor(args: list[str]) -> int:
     """doctor                   what this machine and its cluster can do, and what is wrong with them"""
     cfg = parse(DoctorConfig(), args, "gptjax doctor")
-    from gptjax.doctor.examine import examine
+    from gptjax.diagnostics.doctor.examine import examine
 
     if not examine(cfg, _print, start=lambda: _start(cfg)):
         return 3
@@ -363,7 +363,7 @@ def _dispatch(args: list[str]) -> int:
 
 def _start(cfg: Any) -> None:
     """What comes before anything asks jax for its devices: flags, and the other processes of this job."""
-    from gptjax.settings import leaves
+    from gptjax.config.section import leaves
 
     tune_process()
     join_processes(dict(leaves(cfg)))

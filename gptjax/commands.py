@@ -8,21 +8,21 @@ from typing import Any
 
 import jax
 
-from gptjax.checkpoint import Checkpoints
 from gptjax.config import ContinueConfig, DataConfig, EvalConfig, TokenizerConfig, TrainConfig
+from gptjax.config.section import InputError, leaves
 from gptjax.data.feed import open_feed
 from gptjax.data.packing import example_batch
 from gptjax.data.show import show
-from gptjax.distributed import join_processes
-from gptjax.evaluate import evaluate, make_eval_step
-from gptjax.generate import stream
+from gptjax.evals.loss import evaluate, make_eval_step
+from gptjax.generation.engine import stream
 from gptjax.interop.huggingface import import_huggingface
-from gptjax.paths import place, store
-from gptjax.run import Run, load_config
-from gptjax.settings import InputError, leaves
-from gptjax.sharding import abstract
+from gptjax.parallel.processes import join_processes
+from gptjax.parallel.sharding import abstract
+from gptjax.runs.checkpoint import Checkpoints
+from gptjax.runs.load import Trained, open_checkpoints, open_trained
+from gptjax.runs.run import Run, load_config
+from gptjax.storage import place, store
 from gptjax.tokenizer import open_tokenizer
-from gptjax.trained import Trained, open_checkpoints, open_trained
 
 
 def evaluate_run(run_dir: str | Path, cfg: EvalConfig) -> dict[str, Any]:

@@ -9,10 +9,10 @@ import sys
 
 import jax
 
-from gptjax.assemble import assemble, check_divisible
+from gptjax.config.command_line import load_recipe
 from gptjax.data.packing import example_batch
-from gptjax.flags import load_recipe
-from gptjax.sharding import make_mesh, shardings
+from gptjax.parallel.sharding import make_mesh, shardings
+from gptjax.training.build import assemble, check_divisible
 
 
 def size(tree, shape=lambda x: x.shape) -> int:

@@ -21,8 +21,8 @@ DECAY = 0.2
 
 def sweep(recipe: str, out: str, workers: str, *grid: str) -> int:
     from gptjax.config import SweepConfig
-    from gptjax.flags import load_recipe
-    from gptjax.sweep import work
+    from gptjax.config.command_line import load_recipe
+    from gptjax.scaling.sweep import work
 
     work._corpus = lambda *_: []
     work.PAUSE = 0.05
@@ -37,9 +37,9 @@ def kill_at(where: str) -> None:
     """Puts a kill in the place of a function: one of the sweep's, or of what a fork or a table is made with."""
     import shutil
 
-    from gptjax.metrics import MetricsFile
-    from gptjax.paths import disk
-    from gptjax.sweep import fork, work
+    from gptjax.scaling.sweep import fork, work
+    from gptjax.storage import disk
+    from gptjax.training.metrics import MetricsFile
 
     real = os.replace
 
@@ -70,7 +70,7 @@ def kill_at(where: str) -> None:
 
 
 def sweep_code(*args: str) -> int:
-    from gptjax.settings import InputError
+    from gptjax.config.section import InputError
 
     try:
         return sweep(*args)
@@ -130,7 +130,7 @@ def pretrain(recipe: str, *flags: str) -> int:
 
 
 def save(folder: Path, step: int, state: str) -> None:
-    """As gptjax.digest.write_manifest: the manifest comes last, whole."""
+    """As gptjax.runs.digest.write_manifest: the manifest comes last, whole."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "state").write_text(state)
     files = {"state": [len(state), hashlib.sha256(state.encode()).hexdigest()]}

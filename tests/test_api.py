@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 import gptjax
-from gptjax.assemble import assemble
-from gptjax.block import block as own_block
-from gptjax.decoder import head, init_params, make_decoder
-from gptjax.decoder import layer_params as own_params
-from gptjax.losses import token_log_probs
-from gptjax.plugins import named, resolve
-from gptjax.run import Run
-from gptjax.settings import InputError
-from gptjax.transfer import _check_settings, _check_shapes
+from gptjax.config.plugins import named, resolve
+from gptjax.config.section import InputError
+from gptjax.model.block import block as own_block
+from gptjax.model.decoder import head, init_params, make_decoder
+from gptjax.model.decoder import layer_params as own_params
+from gptjax.runs.run import Run
+from gptjax.runs.warm_start import _check_settings, _check_shapes
+from gptjax.training.build import assemble
+from gptjax.training.losses import token_log_probs
 
 TINY = {
     "steps": 6, "model.num_layers": 2, "model.width": 16, "model.num_heads": 2, "tokenizer.kind": "bytes",
@@ -71,11 +71,11 @@ def test_bad_settings_are_one_line(plain):
 
 
 def test_the_functions_are_not_shadowed_by_the_modules_of_their_names():
-    from gptjax.generate import generate_ids
-    from gptjax.train import fit
+    from gptjax.generation.engine import generate_ids
+    from gptjax.training.loop import fit
 
     assert callable(gptjax.train) and callable(gptjax.generate) and callable(gptjax.evaluate)
-    assert fit.__module__ == "gptjax.train" and generate_ids.__module__ == "gptjax.generate"
+    assert fit.__module__ == "gptjax.training.loop" and generate_ids.__module__ == "gptjax.generation.engine"
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         gptjax.trian  # noqa: B018
 
@@ -180,8 +180,8 @@ def test_a_source_of_the_users_own_is_read(tmp_path):
 def test_names_that_lead_nowhere_are_refused(tmp_path, text):
     with pytest.raises(InputError, match="loss='nowhere:f': wanted module:name"):
         gptjax.train(config(tmp_path / "a", text, loss="nowhere:f"))
-    with pytest.raises(InputError, match="model.block='gptjax.block:nothing': wanted module:name"):
-        gptjax.train(config(tmp_path / "b", text, model__block="gptjax.block:nothing"))
+    with pytest.raises(InputError, match="model.block='gptjax.model.block:nothing': wanted module:name"):
+        gptjax.train(config(tmp_path / "b", text, model__block="gptjax.model.block:nothing"))
 
 
 @pytest.mark.slow

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from gptjax import backends
-from gptjax.attention import attend, causal
-from gptjax.backends import Device, attend_cudnn, attend_splash, attention, choose, describe
 from gptjax.config import DataConfig, GenerateConfig, MeshConfig, ModelConfig, TrainConfig
-from gptjax.decoder import Decoder, init_params, make_decoder
-from gptjax.generate import generate_ids
-from gptjax.settings import InputError
-from gptjax.sharding import make_mesh, put
-from gptjax.triangle import attend_triangle
+from gptjax.config.section import InputError
+from gptjax.generation.engine import generate_ids
+from gptjax.model.decoder import Decoder, init_params, make_decoder
+from gptjax.ops import attention as backends
+from gptjax.ops.attention import Device, attend_cudnn, attend_splash, attention, choose, describe
+from gptjax.ops.cpu_attention import attend_triangle
+from gptjax.ops.reference import attend, causal
+from gptjax.parallel.sharding import make_mesh, put
 
 CPU, TPU, A100, H100 = Device("cpu"), Device("tpu"), Device("gpu", 8.0), Device("gpu", 9.0)
 MODEL = ModelConfig(num_layers=2, num_heads=4, queries_per_kv=2, head_dim=8, width=32)
@@ -254,7 +254,7 @@ def test_a_named_attention_that_the_settings_rule_out_is_refused_before_anything
 
 def test_a_cache_is_attended_whatever_the_rows_are_trained_with(monkeypatch):
     """One query, and a prompt behind others, by what runs everywhere."""
-    from gptjax.attention import cached
+    from gptjax.ops.reference import cached
 
     monkeypatch.setattr(backends, "here", lambda: H100)
     given = arrays(16)

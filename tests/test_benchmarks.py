@@ -17,15 +17,15 @@ import pytest
 import throughput_report
 import train_jax
 
-from gptjax.assemble import assemble
 from gptjax.config import TrainConfig
 from gptjax.data.packing import example_batch
-from gptjax.decoder import Decoder, init_params, unstacked
-from gptjax.sharding import make_mesh
-from gptjax.train import compile_step
+from gptjax.model.decoder import Decoder, init_params, unstacked
+from gptjax.parallel.sharding import make_mesh
+from gptjax.training.build import assemble
+from gptjax.training.loop import compile_step
 
 ROOT = Path(__file__).parent.parent
-generate = importlib.import_module("gptjax.generate")  # the package's attribute of that name is a function
+generate = importlib.import_module("gptjax.generation.engine")  # the package's attribute of that name is a function
 
 
 TINY = contests.Contest("tiny", "gpt2", "float32")

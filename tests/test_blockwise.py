@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.assemble import language_model_loss
-from gptjax.attention import Sight, attend, cached, causal
-from gptjax.blockwise import attend_blockwise
 from gptjax.config import MeshConfig, ModelConfig
-from gptjax.decoder import Decoder, init_params
-from gptjax.sharding import make_mesh, put
+from gptjax.model.decoder import Decoder, init_params
+from gptjax.ops.blockwise import attend_blockwise
+from gptjax.ops.reference import Sight, attend, cached, causal
+from gptjax.parallel.sharding import make_mesh, put
+from gptjax.training.build import language_model_loss
 
 
 @pytest.fixture(autouse=True)

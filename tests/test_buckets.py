@@ -18,16 +18,16 @@ import jax.numpy as jnp
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from gptjax.checkpoint import Checkpoints
 from gptjax.cli import main
 from gptjax.config import CheckpointConfig, ModelConfig, TrainConfig
-from gptjax.metrics import MetricsFile
-from gptjax.paths import bucket as bucket_module
-from gptjax.paths import lease, place, store
-from gptjax.paths.bucket import SCHEMES, BucketError, Scheme
-from gptjax.paths.lease import Lease
-from gptjax.run import Run, load_config
-from gptjax.settings import InputError
+from gptjax.config.section import InputError
+from gptjax.runs.checkpoint import Checkpoints
+from gptjax.runs.run import Run, load_config
+from gptjax.storage import bucket as bucket_module
+from gptjax.storage import lease, place, store
+from gptjax.storage.bucket import SCHEMES, BucketError, Scheme
+from gptjax.storage.lease import Lease
+from gptjax.training.metrics import MetricsFile
 
 CFG = CheckpointConfig(keep_newest=1)
 RUN = "s3://bucket/run"
@@ -232,7 +232,9 @@ def test_an_outage_ends_a_verb_so_that_it_is_started_again_and_a_refusal_for_goo
     monkeypatch.setattr(Fake, "info", fail)
     monkeypatch.setattr(Fake, "pipe_file", fail)
     assert main(["checkpoint", "list", RUN]) == code
-    monkeypatch.setattr("gptjax.pretrain.pretrain", lambda *_: store(place(RUN)).make_writable(place(RUN), "a run"))
+    monkeypatch.setattr(
+        "gptjax.stages.pretrain.pretrain", lambda *_: store(place(RUN)).make_writable(place(RUN), "a run")
+    )
     assert main(["pretrain", "quickstart"]) == code  # also where the error was put into other words
 
     def save(*_) -> None:
@@ -241,7 +243,7 @@ def test_an_outage_ends_a_verb_so_that_it_is_started_again_and_a_refusal_for_goo
         checkpoints.save(1, make_state(1), {}, {})
         checkpoints.wait()
 
-    monkeypatch.setattr("gptjax.pretrain.pretrain", save)
+    monkeypatch.setattr("gptjax.stages.pretrain.pretrain", save)
     assert main(["pretrain", "quickstart"]) == failed
 
 

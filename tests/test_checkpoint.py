@@ -14,12 +14,12 @@ import numpy as np
 import optax
 import pytest
 
-from gptjax import checkpoint
-from gptjax.checkpoint import CheckpointError, Checkpoints
 from gptjax.config import CheckpointConfig, MeshConfig
-from gptjax.digest import MANIFEST, digests, leaf_names, write_manifest
-from gptjax.settings import InputError
-from gptjax.sharding import make_mesh, put, shardings
+from gptjax.config.section import InputError
+from gptjax.parallel.sharding import make_mesh, put, shardings
+from gptjax.runs import checkpoint
+from gptjax.runs.checkpoint import CheckpointError, Checkpoints
+from gptjax.runs.digest import MANIFEST, digests, leaf_names, write_manifest
 
 CFG = CheckpointConfig(every=1, keep_newest=2)
 DATA, CONFIG = {"row": 7, "seen": [1, 2]}, {"model.width": 16, "run_dir": "x", "tensorboard": True, "lr": 6e-4}
@@ -296,7 +296,8 @@ def test_leftovers_of_a_kill_are_removed_and_committed_steps_are_not(folder):
 KILLED = """
 import os, shutil, signal, sys, threading
 import jax.numpy as jnp
-from gptjax import checkpoint, digest
+from gptjax.runs import checkpoint
+from gptjax.runs import digest
 from gptjax.config import CheckpointConfig
 c = checkpoint.Checkpoints(sys.argv[1], CheckpointConfig(keep_newest=1))
 c.save(1, {"w_D": jnp.arange(4.0)}, {"row": 1}, {})
@@ -332,7 +333,7 @@ def test_a_kill_during_a_save_or_a_delete_leaves_the_last_committed_step(tmp_pat
 FULL = """
 import resource, signal, sys
 import jax.numpy as jnp
-from gptjax import checkpoint
+from gptjax.runs import checkpoint
 from gptjax.config import CheckpointConfig
 c = checkpoint.Checkpoints(sys.argv[1], CheckpointConfig())
 c.save(1, {"w_D": jnp.zeros(4)}, {}, {})
@@ -453,7 +454,7 @@ def test_every_flipped_bit_changes_the_digest(dtype):
 def test_64_bit_types_are_split():
     code = (
         "import jax; jax.config.update('jax_enable_x64', True); import numpy as np, jax.numpy as jnp\n"
-        "from gptjax.digest import digests\n"
+        "from gptjax.runs.digest import digests\n"
         "x = np.arange(3, dtype=np.int64); y = x.copy(); y[1] ^= 1 << 40\n"
         "a, b = (digests({'x': jnp.asarray(v)}) for v in (x, y)); print(a != b)"
     )

@@ -11,7 +11,7 @@ import pytest
 
 from gptjax.cli import VERBS, main
 from gptjax.config import TrainConfig
-from gptjax.run import Run
+from gptjax.runs.run import Run
 
 SMALL = """--model.num-layers 1 --model.width 32 --model.num-heads 2 --data.length 32 --data.batch-size 8 --steps 3
 --evaluate.max-rows 4 --optim.warmup-steps 1 --generate.max-new-tokens 5""".split()

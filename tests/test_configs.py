@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from gptjax.config import ShowConfig, TrainConfig, TrainTokenizerConfig
-from gptjax.flags import load_recipe, origins, parse
-from gptjax.run import load_config
-from gptjax.scaling.counts import parameters
-from gptjax.settings import InputError, build, leaves
+from gptjax.config.command_line import load_recipe, origins, parse
+from gptjax.config.section import InputError, build, leaves
+from gptjax.model.counts import parameters
+from gptjax.runs.run import load_config
 
 RECIPES = sorted(p.stem for p in (Path(__file__).parent.parent / "configs").glob("*.py"))
 # As the papers print them. GPT-3's 350M and 2.7B are rounded further than 1 % from what the table's own layers and

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from gptjax.config import ModelConfig
-from gptjax.decoder import Decoder
-from gptjax.scaling.counts import flops_per_token, forward_flops, padded_vocab, parameters
+from gptjax.model.counts import flops_per_token, forward_flops, padded_vocab, parameters
+from gptjax.model.decoder import Decoder
 
 GPT2 = ModelConfig(num_layers=12, width=768, num_heads=12)
 GPT2_XL = ModelConfig(num_layers=48, width=1600, num_heads=25)

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax.config import DataConfig
+from gptjax.config.section import InputError
 from gptjax.data.batches import Rows, batches, permuted, validation_batches
 from gptjax.data.packing import MemoryStream, batch_hash, pack_documents, pad_documents
 from gptjax.data.show import show
-from gptjax.settings import InputError
 from gptjax.tokenizer import BytesTokenizer
 
 BOS, EOS = 256, 257

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from gptjax.config import TokenizerConfig
+from gptjax.config.section import InputError
 from gptjax.data.sources import documents, source_sha256
 from gptjax.data.stream import Text
-from gptjax.settings import InputError
 
 TEXTS = ["first\nline", "", "\u4e2d\u6587 \U0001f600", "\u2028 end "] + [f"text {i} " + "word " * i for i in range(600)]
 

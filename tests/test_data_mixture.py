@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax.config import DataConfig, PrepareConfig, TokenizerConfig, TrainConfig, TrainTokenizerConfig
+from gptjax.config.section import InputError
 from gptjax.data.batches import Rows, batches
 from gptjax.data.corpus import Split
 from gptjax.data.feed import open_feed
@@ -17,7 +18,6 @@ from gptjax.data.mixture import Mixture, Schedule, rows_of_a_pass
 from gptjax.data.packing import MemoryStream, batch_hash
 from gptjax.data.prepare import prepare, train_tokenizer
 from gptjax.data.show import show
-from gptjax.settings import InputError
 
 BYTES = TokenizerConfig(kind="bytes", vocab_size=258)
 WORDS = {"abc": "abc abcabc", "xyz": "xyz xyyz zzxy", "pqr": "pq qr rp"}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from gptjax.config import DataConfig, PrepareConfig, TokenizerConfig, TrainTokenizerConfig
+from gptjax.config.section import InputError
 from gptjax.data import prepare as prepare_module
 from gptjax.data import shards
 from gptjax.data.batches import Rows
@@ -19,7 +20,6 @@ from gptjax.data.manifest import MANIFEST_FILE
 from gptjax.data.prepare import report, train_tokenizer, training_texts
 from gptjax.data.scan import Filters, scan
 from gptjax.data.sources import CORPORA, open_source
-from gptjax.settings import InputError
 from gptjax.tokenizer import load
 
 BYTES = TokenizerConfig(kind="bytes", vocab_size=258)
@@ -341,7 +341,7 @@ def test_a_full_disk_or_a_file_in_the_way_is_one_line(tmp_path, one):
     program = f"""
 import resource, signal
 from gptjax.config import PrepareConfig, TokenizerConfig
-from gptjax.settings import InputError
+from gptjax.config.section import InputError
 from gptjax.data.prepare import prepare
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))

@@ -16,10 +16,10 @@ from held_out import splits
 
 from gptjax.cli import main
 from gptjax.config import PrepareConfig, TokenizerConfig
+from gptjax.config.section import InputError
 from gptjax.data import encode, scan
 from gptjax.data.corpus import Corpus, open_corpus
 from gptjax.data.prepare import WORK, prepare, report
-from gptjax.settings import InputError
 
 BYTES = TokenizerConfig(kind="bytes", vocab_size=258)
 

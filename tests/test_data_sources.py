@@ -9,8 +9,8 @@ from held_out import holdout, splits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptjax.config.section import InputError
 from gptjax.data.sources import Document, documents, source_sha256
-from gptjax.settings import InputError
 
 
 def write_jsonl(path: Path, values: list) -> str:

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 
 from gptjax.config import DataConfig, EvaluateConfig, PrepareConfig, TokenizerConfig, TrainConfig
+from gptjax.config.section import InputError
 from gptjax.data import stream, streamed
 from gptjax.data.feed import open_feed
 from gptjax.data.packing import MemoryStream, Spans, batch_hash, cut
 from gptjax.data.prepare import prepare
 from gptjax.data.sources import documents, unit_hash
 from gptjax.data.stream import Place, StreamRows, Text, start_state
-from gptjax.settings import InputError
 from gptjax.tokenizer import BytesTokenizer
 
 BYTES = TokenizerConfig(kind="bytes", vocab_size=258)
@@ -293,7 +293,7 @@ from pathlib import Path
 from gptjax.config import DataConfig, TokenizerConfig, TrainConfig
 from gptjax.data.feed import open_feed
 from gptjax.data.packing import batch_hash
-from gptjax.settings import InputError
+from gptjax.config.section import InputError
 
 def main():
     data = DataConfig(source=sys.argv[1], loading="stream", workers=2, batch_size=6, length=60, validation_fraction=0.1)

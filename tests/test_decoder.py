@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.cache import empty_cache
 from gptjax.config import ModelConfig
-from gptjax.decoder import Decoder, dims, head, init_params
-from gptjax.scaling.counts import parameters
-from gptjax.sharding import suffix
+from gptjax.model.cache import empty_cache
+from gptjax.model.counts import parameters
+from gptjax.model.decoder import Decoder, dims, head, init_params
+from gptjax.parallel.sharding import suffix
 
 VOCAB, LENGTH, ROWS = 50, 12, 2
 GPT2 = ModelConfig(num_layers=2, width=16, num_heads=4, dtype="float32", init_std=0.3)

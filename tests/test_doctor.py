@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gptjax import xla_flags
 from gptjax.cli import main
 from gptjax.config import MeshConfig
-from gptjax.doctor import ceilings, collectives, examine, machine, versions
-from gptjax.doctor.finding import worst
-from gptjax.sharding import AXES, make_mesh
+from gptjax.diagnostics.doctor import ceilings, collectives, examine, machine, versions
+from gptjax.diagnostics.doctor.finding import worst
+from gptjax.parallel.sharding import AXES, make_mesh
+from gptjax.runtime import xla_flags
 
 
 @pytest.fixture

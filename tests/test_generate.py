@@ -10,12 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import fewrows
-from gptjax.block import block
-from gptjax.cache import KEY_ARRAYS, empty_cache, grown
 from gptjax.config import GenerateConfig, MeshConfig, ModelConfig
-from gptjax.decoder import Decoder, extend, init_params, layer_params, unstacked
-from gptjax.generate import (
+from gptjax.config.section import InputError
+from gptjax.generation.engine import (
     TextStream,
     decode,
     decode_params,
@@ -28,15 +25,18 @@ from gptjax.generate import (
     stream,
     stream_ids,
 )
-from gptjax.settings import InputError
-from gptjax.sharding import make_mesh, put
+from gptjax.model.block import block
+from gptjax.model.cache import KEY_ARRAYS, empty_cache, grown
+from gptjax.model.decoder import Decoder, extend, init_params, layer_params, unstacked
+from gptjax.ops import cpu_matvec as fewrows
+from gptjax.parallel.sharding import make_mesh, put
 from gptjax.tokenizer import BytesTokenizer
 
 GPT2 = ModelConfig(num_layers=2, width=32, num_heads=4, dtype="float32")
 LLAMA = dataclasses.replace(
     GPT2, queries_per_kv=2, positions="rope", norm="rmsnorm", activation="swiglu", biases=False, tied=False
 )
-MODULE = importlib.import_module("gptjax.generate")  # the package's attribute of that name is a function
+MODULE = importlib.import_module("gptjax.generation.engine")  # the package's attribute of that name is a function
 TOKENIZER = BytesTokenizer()
 CONTEXT = 18
 # With 11 new tokens the longest prompt fills the context, and each alone needs as many slots of the cache as all

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from gptjax.decoder import Decoder
+from gptjax.config.section import InputError
 from gptjax.interop.huggingface import import_huggingface
-from gptjax.settings import InputError
+from gptjax.model.decoder import Decoder
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FAMILIES = ("tiny_random_gpt2", "tiny_random_llama", "tiny_random_mistral", "tiny_random_qwen3")

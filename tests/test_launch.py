@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from gptjax.cluster import find_cluster
+from gptjax.parallel.cluster import find_cluster
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
@@ -312,7 +312,7 @@ def test_the_image_holds_all_that_its_build_and_the_jobset_need(tmp_path):
 
 
 def test_every_file_here_and_every_xla_flag_is_in_the_readme():
-    from gptjax.xla_flags import FLAGS
+    from gptjax.runtime.xla_flags import FLAGS
 
     readme = (LAUNCH / "README.md").read_text()
     files = [path.name for path in LAUNCH.iterdir() if path.is_file() and path.name != "README.md"]

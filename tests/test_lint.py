@@ -9,15 +9,15 @@ import pytest
 from jax.sharding import NamedSharding
 from unoptimised import UNOPTIMISED
 
-from gptjax import decoder as decoder_module
-from gptjax.assemble import assemble
 from gptjax.config import MeshConfig, TrainConfig
+from gptjax.config.command_line import load_recipe, parse
 from gptjax.data.packing import example_batch
-from gptjax.flags import load_recipe, parse
-from gptjax.lint import findings, replicated_parameters, unused_axes, whole_heads
-from gptjax.plan.compiled import Target, compile_for
-from gptjax.sharding import AXES, abstract, make_mesh
-from gptjax.train import compile_step
+from gptjax.diagnostics.plan.compiled import Target, compile_for
+from gptjax.model import decoder as decoder_module
+from gptjax.parallel.sharding import AXES, abstract, make_mesh
+from gptjax.parallel.sharding_lint import findings, replicated_parameters, unused_axes, whole_heads
+from gptjax.training.build import assemble
+from gptjax.training.loop import compile_step
 
 P = jax.P
 # Sizes that no two dimensions share: the lint goes by sizes.

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import losses
 from gptjax.config import MeshConfig
-from gptjax.losses import MASKED, cross_entropy, logits, token_log_probs
-from gptjax.sharding import make_mesh, put
+from gptjax.parallel.sharding import make_mesh, put
+from gptjax.training import losses
+from gptjax.training.losses import MASKED, cross_entropy, logits, token_log_probs
 
 B, L, D, V, VOCAB = 3, 8, 16, 64, 50
 

@@ -14,15 +14,15 @@ import jax.numpy as jnp
 import pytest
 from unoptimised import UNOPTIMISED
 
-from gptjax import decoder as decoder_module
-from gptjax.assemble import language_model_loss
-from gptjax.attention import attend, causal
-from gptjax.blockwise import attend_blockwise
 from gptjax.config import ModelConfig, OptimConfig
-from gptjax.decoder import Decoder, init_params
-from gptjax.optim import make_optimizer, make_schedule
-from gptjax.sharding import AXES
-from gptjax.train import compile_step, make_init, make_train_step
+from gptjax.model import decoder as decoder_module
+from gptjax.model.decoder import Decoder, init_params
+from gptjax.ops.blockwise import attend_blockwise
+from gptjax.ops.reference import attend, causal
+from gptjax.parallel.sharding import AXES
+from gptjax.training.build import language_model_loss
+from gptjax.training.loop import compile_step, make_init, make_train_step
+from gptjax.training.optim import make_optimizer, make_schedule
 
 CFG = ModelConfig(num_layers=4, width=64, num_heads=4, dtype="float32")
 LENGTH, ROWS_A_DEVICE = 128, 4

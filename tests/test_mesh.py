@@ -10,11 +10,12 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax import backends, block
-from gptjax.attention import Sight, attend
 from gptjax.config import MeshConfig
-from gptjax.verify import numbers
-from gptjax.verify.settings import Setting
+from gptjax.diagnostics.verify import numbers
+from gptjax.diagnostics.verify.settings import Setting
+from gptjax.model import block
+from gptjax.ops import attention as backends
+from gptjax.ops.reference import Sight, attend
 
 MESHES = {
     "data=8": MeshConfig(),

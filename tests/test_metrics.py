@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import metrics
 from gptjax.config import DataConfig, ModelConfig, TrainConfig
-from gptjax.metrics import Metrics, MetricsFile, Progress, Throughput, duration, peak_flops, sheet_flops
-from gptjax.scaling.counts import flops_per_token
-from gptjax.settings import InputError
+from gptjax.config.section import InputError
+from gptjax.model.counts import flops_per_token
+from gptjax.training import metrics
+from gptjax.training.metrics import Metrics, MetricsFile, Progress, Throughput, duration, peak_flops, sheet_flops
 
 CFG = TrainConfig(
     steps=40,
@@ -133,7 +133,7 @@ def test_a_file_that_is_not_there_is_empty(tmp_path):
 
 def test_a_line_is_with_the_system_as_soon_as_it_is_written(tmp_path):
     code = (
-        "import os, signal, sys\nfrom gptjax.metrics import MetricsFile\n"
+        "import os, signal, sys\nfrom gptjax.training.metrics import MetricsFile\n"
         "f = MetricsFile(sys.argv[1])\nf.write({'step': 1})\nf.write({'step': 2})\nos.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "m.jsonl")], check=False)

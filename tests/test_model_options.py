@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptjax.attention import causal
-from gptjax.block import block
-from gptjax.cache import empty_cache
 from gptjax.config import ModelConfig
-from gptjax.decoder import Decoder, dims, init_params, windows
-from gptjax.scaling.counts import flops_per_token, forward_flops, parameters
-from gptjax.settings import InputError
-from gptjax.sharding import suffix
+from gptjax.config.section import InputError
+from gptjax.model.block import block
+from gptjax.model.cache import empty_cache
+from gptjax.model.counts import flops_per_token, forward_flops, parameters
+from gptjax.model.decoder import Decoder, dims, init_params, windows
+from gptjax.ops.reference import causal
+from gptjax.parallel.sharding import suffix
 
 VOCAB, LENGTH, CUT, CHANGED = 50, 12, 5, 7
 GPT2 = ModelConfig(num_layers=2, width=16, num_heads=4, dtype="float32", init_std=0.3)

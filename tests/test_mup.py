@@ -11,10 +11,10 @@ import pytest
 from unoptimised import UNOPTIMISED
 
 from gptjax.config import ModelConfig, OptimConfig
-from gptjax.decoder import Decoder, head, init_params
-from gptjax.losses import cross_entropy
-from gptjax.mup import attention_scale, init_factor, logits_factor, rate_factor
-from gptjax.optim import make_optimizer
+from gptjax.model.decoder import Decoder, head, init_params
+from gptjax.model.mup import attention_scale, init_factor, logits_factor, rate_factor
+from gptjax.training.losses import cross_entropy
+from gptjax.training.optim import make_optimizer
 
 BASE = ModelConfig(num_layers=2, width=64, num_heads=4, dtype="float32")
 VOCAB, LENGTH = 64, 16

@@ -10,9 +10,9 @@ import optax
 import pytest
 
 from gptjax.config import MeshConfig, ModelConfig, OptimConfig
-from gptjax.decoder import Decoder, dims, init_params
-from gptjax.optim import decay_mask, make_optimizer, make_schedule, orthogonalise, scale_by_factored_rms
-from gptjax.sharding import make_mesh, matrix, put, shardings, suffix
+from gptjax.model.decoder import Decoder, dims, init_params
+from gptjax.parallel.sharding import make_mesh, matrix, put, shardings, suffix
+from gptjax.training.optim import decay_mask, make_optimizer, make_schedule, orthogonalise, scale_by_factored_rms
 
 KINDS = ("adamw", "lion", "adafactor", "muon")
 GPT2 = ModelConfig(num_layers=2, width=16, num_heads=4)

@@ -7,18 +7,18 @@ import math
 import jax
 import pytest
 
-from gptjax.assemble import assemble
 from gptjax.cli import main
 from gptjax.config import MeshConfig, TrainConfig
-from gptjax.flags import load_recipe, parse
-from gptjax.hardware import CHIPS, NODES, SLICES, chip_of, topology
-from gptjax.losses import count_chunks
-from gptjax.plan import report, search
-from gptjax.plan.compiled import Compiled, Target, compile_for, has_libtpu, memory_of
-from gptjax.plan.memory import padded, state_bytes, step_memory
-from gptjax.plan.search import SAFE, Planner
-from gptjax.settings import InputError
-from gptjax.sharding import AXES
+from gptjax.config.command_line import load_recipe, parse
+from gptjax.config.section import InputError
+from gptjax.diagnostics.plan import report, search
+from gptjax.diagnostics.plan.compiled import Compiled, Target, compile_for, has_libtpu, memory_of
+from gptjax.diagnostics.plan.memory import padded, state_bytes, step_memory
+from gptjax.diagnostics.plan.search import SAFE, Planner
+from gptjax.parallel.sharding import AXES
+from gptjax.runtime.hardware import CHIPS, NODES, SLICES, chip_of, topology
+from gptjax.training.build import assemble
+from gptjax.training.losses import count_chunks
 
 needs_libtpu = pytest.mark.skipif(not has_libtpu(), reason="libtpu compiles for TPUs: pip install 'gptjax[tpu-plan]'")
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import jax
 import pytest
 
-from gptjax.assemble import assemble
 from gptjax.config import TrainConfig
-from gptjax.flags import load_recipe, parse
-from gptjax.hardware import topology
-from gptjax.plan.memory import Memory, state_bytes, step_memory
-from gptjax.plan.search import Planner
-from gptjax.sharding import AXES
+from gptjax.config.command_line import load_recipe, parse
+from gptjax.diagnostics.plan.memory import Memory, state_bytes, step_memory
+from gptjax.diagnostics.plan.search import Planner
+from gptjax.parallel.sharding import AXES
+from gptjax.runtime.hardware import topology
+from gptjax.training.build import assemble
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 

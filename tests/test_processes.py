@@ -15,16 +15,17 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax import cli, distributed
-from gptjax.checkpoint import Checkpoints
-from gptjax.cluster import Cluster, NotNow, find_cluster
+from gptjax import cli
 from gptjax.config import CheckpointConfig, DataConfig, TrainConfig
+from gptjax.config.section import InputError
 from gptjax.data.batches import Rows, validation_batches
 from gptjax.data.packing import MemoryStream
-from gptjax.preflight import _Desk, preflight
-from gptjax.pretrain import together
-from gptjax.settings import InputError
-from gptjax.train import Diverged, Interrupted
+from gptjax.parallel import processes as distributed
+from gptjax.parallel.cluster import Cluster, NotNow, find_cluster
+from gptjax.parallel.preflight import _Desk, preflight
+from gptjax.runs.checkpoint import Checkpoints
+from gptjax.stages.pretrain import together
+from gptjax.training.loop import Diverged, Interrupted
 
 SETTINGS = """
 --model.num-layers 1 --model.width 32 --model.num-heads 2 --model.dtype float32 --model.dropout 0
@@ -105,8 +106,8 @@ def test_incomplete_variables_are_refused_in_one_line(monkeypatch, environment, 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr("gptjax.preflight.LINGER_SECONDS", 0.5)
-    monkeypatch.setattr("gptjax.preflight.LOOK_SECONDS", 1.0)
+    monkeypatch.setattr("gptjax.parallel.preflight.LINGER_SECONDS", 0.5)
+    monkeypatch.setattr("gptjax.parallel.preflight.LOOK_SECONDS", 1.0)
 
 
 OPEN = dict(versions={"jax": "1"}, settings={"seed": 0}, folder=None, seconds=20.0, clock_seconds=60.0)
@@ -182,7 +183,7 @@ def test_a_run_folder_that_is_not_shared_is_named(tmp_path):
 
 
 def test_clocks_that_differ_are_named(monkeypatch):
-    monkeypatch.setattr("gptjax.preflight._write", shifted(-100.0))
+    monkeypatch.setattr("gptjax.parallel.preflight._write", shifted(-100.0))
     for said in met([{}, {}]):
         assert "s behind process 0's; set the clocks" in said
 
@@ -280,8 +281,8 @@ def test_parts_of_a_batch_are_the_batch_and_their_targets_are_counted_unread(pac
 @pytest.mark.parametrize("error", [None, Interrupted, Diverged, OSError])
 def test_processes_wait_for_each_other_at_the_end_only_where_all_come_to_it(tmp_path, monkeypatch, error):
     checkpoints, done = Checkpoints(tmp_path, CheckpointConfig()), []
-    monkeypatch.setattr("gptjax.checkpoint.barrier", done.append)
-    monkeypatch.setattr("gptjax.pretrain.barrier", done.append)
+    monkeypatch.setattr("gptjax.runs.checkpoint.barrier", done.append)
+    monkeypatch.setattr("gptjax.stages.pretrain.barrier", done.append)
     checkpoints._thread = threading.Thread(target=lambda: done.append("saved"))
     checkpoints._thread.start()
     with pytest.raises(error) if error else contextlib.nullcontext(), contextlib.ExitStack() as ending:
@@ -527,9 +528,9 @@ import jax, numpy as np
 from gptjax.config import TrainConfig
 from gptjax.data.feed import open_feed
 from gptjax.data.packing import batch_hash
-from gptjax.distributed import first_alone, is_first, join_processes
-from gptjax.settings import build, leaves
-from gptjax.sharding import make_mesh, put, rows_here
+from gptjax.parallel.processes import first_alone, is_first, join_processes
+from gptjax.config.section import build, leaves
+from gptjax.parallel.sharding import make_mesh, put, rows_here
 
 cfg = build(TrainConfig, dict(leaves(TrainConfig())) | json.loads(sys.argv[1]))
 join_processes(dict(leaves(cfg)), cfg.run_dir)

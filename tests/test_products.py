@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import products
-from gptjax.products import add_bias, lookup, one_hot_gradient, transpose
+from gptjax.ops import linear as products
+from gptjax.ops.linear import add_bias, lookup, one_hot_gradient, transpose
 
 CASES = {
     "one weight": ("BLD,DF->BLF",),

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.attention import attend, causal
-from gptjax.blockwise import attend_blockwise
 from gptjax.config import ModelConfig
-from gptjax.rope import frequencies, linear, llama3, ntk, rope, rotate, yarn
+from gptjax.model.rope import frequencies, linear, llama3, ntk, rope, rotate, yarn
+from gptjax.ops.blockwise import attend_blockwise
+from gptjax.ops.reference import attend, causal
 
 STORED = json.loads((Path(__file__).parent / "fixtures" / "transformers.json").read_text())
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from gptjax import run as run_module
 from gptjax.config import CheckpointConfig, MeshConfig, ModelConfig, TrainConfig
-from gptjax.paths import write_json
-from gptjax.run import Run, environment, load_config, read_config
-from gptjax.settings import InputError, leaves
+from gptjax.config.section import InputError, leaves
+from gptjax.runs import run as run_module
+from gptjax.runs.run import Run, environment, load_config, read_config
+from gptjax.storage import write_json
 
 CFG = TrainConfig(steps=100, model=ModelConfig(num_layers=2, width=64, num_heads=4))
 RECIPE = {"path": "configs/quickstart.py", "sha256": "ab" * 32}
@@ -232,7 +232,7 @@ def test_a_place_that_can_not_be_written_is_refused(tmp_path):
 HOLD = """
 import sys, time
 from gptjax.config import TrainConfig
-from gptjax.run import Run
+from gptjax.runs.run import Run
 for _ in range(2):  # a process does not lock itself out, nor lose the run by opening it twice
     Run.open(sys.argv[1], TrainConfig(), {}, {})
 print("holding", flush=True)

@@ -9,11 +9,11 @@ import pytest
 
 from gptjax.cli import main
 from gptjax.config import FitConfig
+from gptjax.config.section import InputError
 from gptjax.scaling.families import DATA_CONSTRAINED, FAMILIES, POWER
 from gptjax.scaling.fits import KINDS, Fitted, fit_law
 from gptjax.scaling.laws import KAPLAN_ND, MUENNIGHOFF
 from gptjax.scaling.table import read_table
-from gptjax.settings import InputError
 
 LAWS = {"kaplan": KAPLAN_ND, "data_constrained": MUENNIGHOFF}
 

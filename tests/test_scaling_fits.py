@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import scaling_fit
 
+from gptjax.config.section import InputError
 from gptjax.scaling import fits
 from gptjax.scaling.approaches import envelope, isoflop, leave_one_budget_out, parametric
 from gptjax.scaling.descent import Problem, minimize
 from gptjax.scaling.families import CHINCHILLA, OVERTRAINING, POWER
 from gptjax.scaling.fits import Fitted, fit_law, redraw, refit
 from gptjax.scaling.laws import HOFFMANN, Chinchilla, PowerLaw
-from gptjax.settings import InputError
 
 FIXTURES = Path(__file__).parent / "fixtures"
 BUDGETS = np.logspace(17, 21, 5)

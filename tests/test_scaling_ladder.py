@@ -9,8 +9,8 @@ import pytest
 import scaling_ladder
 
 from gptjax.config import SweepConfig
-from gptjax.flags import load_recipe
-from gptjax.sweep.points import make_points
+from gptjax.config.command_line import load_recipe
+from gptjax.scaling.sweep.points import make_points
 
 
 def test_descriptions_are_prose_without_tags_and_short_lines():

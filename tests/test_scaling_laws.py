@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from gptjax.config.section import InputError
 from gptjax.scaling.laws import (
     BESIROGLU,
     HOFFMANN,
@@ -16,7 +17,6 @@ from gptjax.scaling.laws import (
     OverTraining,
 )
 from gptjax.scaling.recipes import RECIPES, critical_batch, recipe
-from gptjax.settings import InputError
 
 OVERTRAINING = OverTraining(1.8366, 166.2, 366.7, -0.2729)
 

@@ -8,10 +8,10 @@ import pytest
 
 from gptjax.cli import main
 from gptjax.config import SCHEMA, TrainConfig
-from gptjax.run import load_config
-from gptjax.scaling.counts import parameters
+from gptjax.config.section import InputError, leaves
+from gptjax.model.counts import parameters
+from gptjax.runs.run import load_config
 from gptjax.scaling.table import read_table
-from gptjax.settings import InputError, leaves
 
 
 def loss(n, d):

@@ -8,9 +8,19 @@ import numpy as np
 import pytest
 
 from gptjax.config import MeshConfig, OptimConfig
-from gptjax.optim import make_optimizer, make_schedule
-from gptjax.settings import InputError
-from gptjax.sharding import constrain, make_mesh, num_slices, put, require_mesh, sharding_of, shardings, spec, suffix
+from gptjax.config.section import InputError
+from gptjax.parallel.sharding import (
+    constrain,
+    make_mesh,
+    num_slices,
+    put,
+    require_mesh,
+    sharding_of,
+    shardings,
+    spec,
+    suffix,
+)
+from gptjax.training.optim import make_optimizer, make_schedule
 
 P = jax.P
 

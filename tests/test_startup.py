@@ -6,14 +6,14 @@ import sys
 
 import pytest
 
-from gptjax import startup
+from gptjax.runtime import process as startup
 
 PROGRAM = """
 import resource
 import sys
 
 if sys.argv[1] == "kept":
-    from gptjax.startup import keep_freed_memory
+    from gptjax.runtime.process import keep_freed_memory
 
     assert keep_freed_memory()
 
@@ -46,7 +46,7 @@ HEAP = """
 import sys
 from pathlib import Path
 
-from gptjax import startup
+from gptjax.runtime import process as startup
 
 assert startup.keep_freed_memory()
 if sys.argv[1] == "huge":

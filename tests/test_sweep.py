@@ -16,12 +16,12 @@ import pytest
 
 from gptjax.cli import main
 from gptjax.config import OptimConfig, SweepConfig, TrainConfig
+from gptjax.config.command_line import load_recipe
+from gptjax.config.section import InputError
 from gptjax.config.sweep import OWN
-from gptjax.flags import load_recipe
-from gptjax.settings import InputError
-from gptjax.sweep import work
-from gptjax.sweep.jobs import extend, read_jobs, write_jobs
-from gptjax.sweep.points import decay_start, make_points
+from gptjax.scaling.sweep import work
+from gptjax.scaling.sweep.jobs import extend, read_jobs, write_jobs
+from gptjax.scaling.sweep.points import decay_start, make_points
 
 STANDIN = Path(__file__).parent / "sweep_standin.py"
 STEP = {"16": 1434624, "32": 4048896}  # FLOPs of a step of the recipe below
@@ -86,7 +86,7 @@ def starts(out: Path) -> list[str]:
 def test_up_to_where_its_decay_begins_a_run_learns_at_the_rates_of_any_longer_one(fraction):
     import numpy as np
 
-    from gptjax.optim import make_schedule
+    from gptjax.training.optim import make_schedule
 
     config = TrainConfig(optim=OptimConfig(schedule="wsd", warmup_steps=3, decay_fraction=fraction))
     longest = np.asarray(make_schedule(config.optim, 10**6)(np.arange(400)))

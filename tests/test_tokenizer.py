@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax.config import TokenizerConfig
-from gptjax.settings import InputError
+from gptjax.config.section import InputError
 from gptjax.tokenizer import (
     META_FILE,
     MODEL_FILE,

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gptjax.config import TokenizerConfig
-from gptjax.settings import InputError
+from gptjax.config.section import InputError
 from gptjax.tokenizer import (
     BytesTokenizer,
     HuggingFaceTokenizer,

@@ -9,11 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from gptjax.checkpoint import Checkpoints
 from gptjax.config import CheckpointConfig, MeshConfig
-from gptjax.settings import InputError
-from gptjax.sharding import abstract, make_mesh
-from gptjax.train import (
+from gptjax.config.section import InputError
+from gptjax.parallel.sharding import abstract, make_mesh
+from gptjax.runs.checkpoint import Checkpoints
+from gptjax.training.loop import (
     Diverged,
     Interrupted,
     compile_step,

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.attention import causal
-from gptjax.block import heads, project
 from gptjax.config import ModelConfig
-from gptjax.decoder import Decoder
 from gptjax.interop.huggingface import import_huggingface
-from gptjax.losses import logits
-from gptjax.rope import rope
+from gptjax.model.block import heads, project
+from gptjax.model.decoder import Decoder
+from gptjax.model.rope import rope
+from gptjax.ops.reference import causal
+from gptjax.training.losses import logits
 
 pytestmark = pytest.mark.peers
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -183,8 +183,8 @@ def test_frequencies_are_theirs(settings):
 @pytest.mark.parametrize(("window", "softcap"), ATTENTIONS)
 @pytest.mark.parametrize("attention", ["plain", "blockwise"])
 def test_attention_with_a_window_and_a_soft_cap_is_that_of_gemma2(window, softcap, attention):
-    from gptjax.attention import attend
-    from gptjax.blockwise import attend_blockwise
+    from gptjax.ops.blockwise import attend_blockwise
+    from gptjax.ops.reference import attend
 
     q_BLHK, k_BLGK, v_BLGK = attention_inputs()
     sight = causal(jnp.ones((1, 10), jnp.int32))

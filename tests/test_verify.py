@@ -11,12 +11,12 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax import block
-from gptjax.attention import Sight, attend
 from gptjax.cli import main
 from gptjax.config import MeshConfig
-from gptjax.verify import checks, numbers
-from gptjax.verify.settings import REMATS, Setting, meshes, settings
+from gptjax.diagnostics.verify import checks, numbers
+from gptjax.diagnostics.verify.settings import REMATS, Setting, meshes, settings
+from gptjax.model import block
+from gptjax.ops.reference import Sight, attend
 
 OPTIONS = {"attention": 2, "packing": 2, "unroll": 2, "accumulate": 2, "family": 2, "remat": len(REMATS)}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gptjax import xla_flags
+from gptjax.runtime import xla_flags
 
 REAL, UNKNOWN = "--xla_cpu_enable_fast_math=false", "--xla_cpu_no_such_flag=true"
 
@@ -81,7 +81,7 @@ def test_the_platform_is_told_without_jax(tmp_path, environment, devices, wanted
 
 
 def test_neither_the_flags_nor_the_command_line_import_jax():
-    program = "import sys, gptjax.cli, gptjax.xla_flags; assert 'jax' not in sys.modules"
+    program = "import sys, gptjax.cli, gptjax.runtime.xla_flags; assert 'jax' not in sys.modules"
     root = str(Path(xla_flags.__file__).parents[1])
     assert subprocess.run([sys.executable, "-c", program], cwd=root).returncode == 0
 

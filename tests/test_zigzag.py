@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 from unoptimised import UNOPTIMISED
 
-from gptjax import zigzag
-from gptjax.assemble import assemble, check_divisible
-from gptjax.attention import Sight, attend, cached, causal
-from gptjax.backends import attend_shared, attention
-from gptjax.blockwise import _Span, visits
 from gptjax.config import DataConfig, MeshConfig, ModelConfig, TokenizerConfig, TrainConfig
+from gptjax.config.section import InputError
 from gptjax.data.packing import example_batch
-from gptjax.decoder import Decoder, init_params
-from gptjax.settings import InputError
-from gptjax.sharding import abstract, make_mesh, put
-from gptjax.train import compile_step
+from gptjax.model.decoder import Decoder, init_params
+from gptjax.ops.attention import attend_shared, attention
+from gptjax.ops.blockwise import _Span, visits
+from gptjax.ops.reference import Sight, attend, cached, causal
+from gptjax.parallel import context as zigzag
+from gptjax.parallel.sharding import abstract, make_mesh, put
+from gptjax.training.build import assemble, check_divisible
+from gptjax.training.loop import compile_step
 
 LENGTH = 64
 ROOT = Path(__file__).parent.parent
@@ -172,7 +172,7 @@ def test_devices_that_share_rows_add_up_bfloat16(case, name):
 
 def test_a_mask_of_rows_in_zigzag_order_is_that_of_the_written_rows_in_that_order():
     """For a layer of the user's own, which asks for a mask of its rows as they stand."""
-    from gptjax.attention import mask
+    from gptjax.ops.reference import mask
 
     order_L = np.asarray(zigzag.places(LENGTH, 4))
     wanted = np.asarray(mask(causal(jnp.array(segments())), LENGTH, 9))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from gptjax.settings import Section
+from gptjax.config.section import Section
 
 
 @dataclass(frozen=True, kw_only=True)

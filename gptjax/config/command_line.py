@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gptjax.config import TrainConfig
-from gptjax.settings import InputError, build, leaves, unknown_name
+from gptjax.config.section import InputError, build, leaves, unknown_name
 
 T = TypeVar("T")
 HELP = ("-h", "--help")
@@ -155,7 +155,7 @@ def nothing_left(args: list[str], usage: str) -> None:
 
 def load_recipe(name: str) -> Recipe:
     """The recipe at a path, or the shipped one of that name (`quickstart`). Its code is run."""
-    shipped = [Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs"]
+    shipped = [folder / "configs" for folder in Path(__file__).parents[1:3]]
     places = [Path(name), *(folder / f"{name}.py" for folder in shipped)]
     path = next((p for p in places if p.is_file()), None)
     if path is None:

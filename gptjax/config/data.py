@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from gptjax.config.section import Section
 from gptjax.config.tokenizer import TokenizerConfig
-from gptjax.settings import Section
 
 
 @dataclass(frozen=True, kw_only=True)

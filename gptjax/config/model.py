@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from gptjax.config.attention import BACKENDS, AttentionName, Refusal, refusal
-from gptjax.settings import Section
+from gptjax.config.section import Section
 
 REMAT_NAMES = ("query", "key", "value", "attention", "mlp")
 
@@ -85,7 +85,7 @@ class ModelConfig(Section):
     """What remat=names and remat=offload keep of each block: of query, key, value (the projections), attention (its
     output), mlp (its products before the activation)."""
     block: str = ""
-    """Function or class module:name that is one layer, in place of gptjax.block.block."""
+    """Function or class module:name that is one layer, in place of gptjax.model.block.block."""
     unroll: int = 1
     """Layers in one step of the compiled loop over layers; 0 unrolls all (slower to compile, often faster to run)."""
 

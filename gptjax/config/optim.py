@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from gptjax.settings import Section
+from gptjax.config.section import Section
 
 
 @dataclass(frozen=True, kw_only=True)

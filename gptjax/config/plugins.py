@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from gptjax.settings import InputError
+from gptjax.config.section import InputError
 
 _GIVEN: dict[str, Callable[..., Any]] = {}
 

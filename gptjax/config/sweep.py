@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from gptjax.settings import InputError, Section
+from gptjax.config.section import InputError, Section
 
 # What a sweep tells each of its runs itself.
 OWN = ("run_dir", "steps", "seed", "checkpoint.at", "checkpoint.keep_newest", "checkpoint.keep_every", "evaluate.every",

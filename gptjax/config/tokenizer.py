@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from gptjax.settings import Section
+from gptjax.config.section import Section
 
 LEAST_PIECES = 300  # byte fallback needs all 256 bytes and 3 special tokens in the vocabulary, and then some pieces
 

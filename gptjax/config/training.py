@@ -10,8 +10,8 @@ from gptjax.config.data import DataConfig
 from gptjax.config.generation import GenerateConfig
 from gptjax.config.model import ModelConfig
 from gptjax.config.optim import OptimConfig
+from gptjax.config.section import InputError, Section, leaves
 from gptjax.config.tokenizer import TokenizerConfig
-from gptjax.settings import InputError, Section, leaves
 
 SCHEMA = 4  # version of config.json; raise it when a saved file needs translating
 

@@ -16,8 +16,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from gptjax.config import DataConfig
+from gptjax.config.section import InputError
 from gptjax.data.packing import Batch, Spans, Stream, cut
-from gptjax.settings import InputError
 
 T = TypeVar("T")
 Part = slice | np.ndarray  # some rows of a batch: their numbers in it, rising

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from gptjax.config.section import InputError
 from gptjax.data.manifest import MANIFEST_FILE, FileEntry, Manifest, SplitEntry, read_manifest
 from gptjax.data.sources import file_sha256
-from gptjax.settings import InputError
 from gptjax.tokenizer import Tokenizer, load
 
 CACHE_BYTES = 64 << 20  # of decoded pages, for each split

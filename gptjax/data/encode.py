@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gptjax.config.section import InputError
 from gptjax.data.formats import Document
 from gptjax.data.sources import SPLITS, Split
-from gptjax.settings import InputError
 from gptjax.tokenizer import Tokenizer, last_safe_cut, load
 
 PART_BYTES = 8 << 20  # text of a part

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptjax.settings import InputError
+from gptjax.config.section import InputError
 
 TEXTS = (".txt", ".md")
 RECORDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")

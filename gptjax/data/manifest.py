@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gptjax.config.section import InputError
 from gptjax.data.formats import file_sha256
-from gptjax.settings import InputError
 
 MANIFEST_FILE = "manifest.json"  # its presence makes a folder a prepared corpus
 SCHEMA = 2  # 1 had no report

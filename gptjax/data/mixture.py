@@ -6,9 +6,9 @@ from fractions import Fraction
 import numpy as np
 
 from gptjax.config import DataConfig
+from gptjax.config.section import InputError
 from gptjax.data.batches import ALL_ROWS, Part, Rows, TokenSplit, mixed_key, numbers_of, row_numbers, separate
 from gptjax.data.packing import Batch
-from gptjax.settings import InputError
 
 _MOST_ROWS = 1 << 30  # of a pass; products of two such numbers still fit into 64 bits
 

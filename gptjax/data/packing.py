@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from gptjax.settings import InputError
+from gptjax.config.section import InputError
 
 Batch = dict[str, np.ndarray]
 

@@ -21,13 +21,13 @@ from typing import Any
 
 from gptjax import __version__
 from gptjax.config import PrepareConfig, TokenizerConfig, TrainTokenizerConfig
+from gptjax.config.section import InputError
 from gptjax.data import encode, shards
 from gptjax.data.corpus import Corpus, is_corpus, open_corpus
 from gptjax.data.manifest import DATASET, Manifest, SplitEntry, file_entry, write_manifest
 from gptjax.data.records import Source
 from gptjax.data.scan import Filters, Scan, changed, load_scan, scan
 from gptjax.data.sources import LOCK_FILE, SPLITS, ContentHash, open_source, source_sha256
-from gptjax.settings import InputError
 from gptjax.tokenizer import FILES, MODEL_FILE, Tokenizer, load, load_model, make_tokenizer, train_sentencepiece
 
 TRAINING_BYTES = 64 << 20  # text that a tokenizer is trained on, spread evenly over a larger source

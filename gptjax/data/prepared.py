@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from gptjax.config import PrepareConfig, TokenizerConfig, TrainConfig
+from gptjax.config.section import InputError
 from gptjax.data.batches import ALL_ROWS, Part, State, batches, part_of
 from gptjax.data.corpus import Corpus, DamagedPage, is_corpus, open_corpus
 from gptjax.data.mixture import Mixture, named
@@ -19,7 +20,6 @@ from gptjax.data.prepare import prepare, training_texts
 from gptjax.data.scan import Filters, scan
 from gptjax.data.sources import open_source
 from gptjax.data.validation import Validation, further, other_data
-from gptjax.settings import InputError
 from gptjax.tokenizer import Tokenizer, make_tokenizer, open_tokenizer
 
 SHARED_TOKENIZER = "shared-tokenizer"  # no name of a source: those have no dash

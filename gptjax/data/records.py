@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gptjax.config.plugins import resolve
+from gptjax.config.section import InputError
 from gptjax.data.formats import Damaged, Document, document_of, no_field, opened, rows_of_table
-from gptjax.plugins import resolve
-from gptjax.settings import InputError
 
 TFDS = "tfds:"
 HF = "hf:"

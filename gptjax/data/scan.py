@@ -13,11 +13,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from gptjax.config.section import InputError
 from gptjax.data.formats import Damaged, Document
 from gptjax.data.manifest import Report
 from gptjax.data.records import Source
 from gptjax.data.sources import ContentHash, Corrupt, Holdout, Split, Tally
-from gptjax.settings import InputError
 
 TRAIN, VALIDATION, TOO_SHORT, TOO_LONG, DUPLICATE = range(5)  # fates; the last three are left out
 

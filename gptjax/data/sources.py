@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from gptjax.config.plugins import is_name
+from gptjax.config.section import InputError
 from gptjax.data.formats import SUFFIXES, Damaged, Document, file_sha256, kind_of, read_file
 from gptjax.data.records import HF, TFDS, Source, Unit, open_function, open_hf, open_tfds
-from gptjax.plugins import is_name
-from gptjax.settings import InputError
 
 BUILTIN = "builtin:"
 CORPORA = Path(__file__).parent / "corpora"

@@ -12,13 +12,13 @@ from typing import NamedTuple
 import numpy as np
 
 from gptjax.config import DataConfig, TokenizerConfig
+from gptjax.config.section import InputError
 from gptjax.data.batches import State
 from gptjax.data.encode import Encoder, Piece, parts
 from gptjax.data.formats import Damaged, Document
 from gptjax.data.packing import Batch, Spans, cut
 from gptjax.data.records import Source
 from gptjax.data.sources import Corrupt, open_source, unit_hash
-from gptjax.settings import InputError
 from gptjax.tokenizer import Tokenizer, make_tokenizer
 
 CHUNK_BYTES = 1 << 16  # of text, at least; the last piece of a document that goes in may be as long again

@@ -12,6 +12,7 @@ from typing import BinaryIO
 import numpy as np
 
 from gptjax.config import TrainConfig
+from gptjax.config.section import InputError
 from gptjax.data.batches import ALL_ROWS, Part, State, ahead, part_of, row_numbers
 from gptjax.data.corpus import is_corpus
 from gptjax.data.mixture import Schedule, joined, named, rows_of_a_pass
@@ -19,7 +20,6 @@ from gptjax.data.packing import Batch
 from gptjax.data.sources import open_source
 from gptjax.data.stream import StreamRows, Text, open_chunks, place_of, start_state
 from gptjax.data.validation import Validation, collected, further, no_code, other_data, row_tokens
-from gptjax.settings import InputError
 from gptjax.tokenizer import Tokenizer, make_tokenizer
 
 VALIDATION_ROWS = 1024  # of a stream, where evaluate.max_rows is 0

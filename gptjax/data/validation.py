@@ -8,6 +8,8 @@ from typing import Protocol
 import numpy as np
 
 from gptjax.config import TrainConfig
+from gptjax.config.plugins import is_given
+from gptjax.config.section import InputError
 from gptjax.data.batches import ALL_ROWS, Part, TokenSplit, validation_batches
 from gptjax.data.corpus import is_corpus, open_corpus
 from gptjax.data.encode import Encoder
@@ -16,8 +18,6 @@ from gptjax.data.mixture import named
 from gptjax.data.packing import Batch
 from gptjax.data.sources import documents, is_function
 from gptjax.data.stream import pieces_of, tokenised
-from gptjax.plugins import is_given
-from gptjax.settings import InputError
 from gptjax.tokenizer import Tokenizer
 
 _TOGETHER = 64  # pieces of text tokenised at a time

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from gptjax.config.section import InputError
 from gptjax.data.feed import Validation
-from gptjax.decoder import Decoder, head
-from gptjax.losses import cross_entropy
-from gptjax.settings import InputError
-from gptjax.sharding import put, rows_here, shardings
+from gptjax.model.decoder import Decoder, head
+from gptjax.parallel.sharding import put, rows_here, shardings
+from gptjax.training.losses import cross_entropy
 
 
 def make_eval_step(decoder: Decoder, mesh: Mesh, params: Any, batch: Any) -> Callable:

@@ -23,15 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from gptjax import fewrows
-from gptjax.block import block
-from gptjax.cache import bucket, empty_cache, grown, room
 from gptjax.config import GenerateConfig
-from gptjax.decoder import Decoder, Params, extend, next_logits, unstacked
-from gptjax.losses import MASKED
-from gptjax.settings import InputError
-from gptjax.sharding import constrain, require_mesh, suffix
+from gptjax.config.section import InputError
+from gptjax.model.block import block
+from gptjax.model.cache import bucket, empty_cache, grown, room
+from gptjax.model.decoder import Decoder, Params, extend, next_logits, unstacked
+from gptjax.ops import cpu_matvec as fewrows
+from gptjax.parallel.sharding import constrain, require_mesh, suffix
 from gptjax.tokenizer import Tokenizer
+from gptjax.training.losses import MASKED
 
 State = dict[str, Any]
 Settings = dict[str, float]

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config import ModelConfig
-from gptjax.decoder import Decoder
-from gptjax.settings import InputError
-from gptjax.sharding import suffix
+from gptjax.config.section import InputError
+from gptjax.model.decoder import Decoder
+from gptjax.parallel.sharding import suffix
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 

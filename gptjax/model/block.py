@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from gptjax.attention import Sight, dropout
-from gptjax.backends import attention
-from gptjax.cache import Cache, attend_one, keys_and_values, write
 from gptjax.config import ModelConfig
-from gptjax.fewrows import outputs_first
-from gptjax.mup import attention_scale
-from gptjax.products import add_bias, products
-from gptjax.rope import rope, rotate
+from gptjax.model.cache import Cache, attend_one, keys_and_values, write
+from gptjax.model.mup import attention_scale
+from gptjax.model.rope import rope, rotate
+from gptjax.ops.attention import attention
+from gptjax.ops.cpu_matvec import outputs_first
+from gptjax.ops.linear import add_bias, products
+from gptjax.ops.reference import Sight, dropout
 
 Params = dict[str, Any]
 

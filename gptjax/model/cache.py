@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gptjax.attention import Sight, probabilities
 from gptjax.config import ModelConfig
-from gptjax.fewrows import several
-from gptjax.sharding import constrain, suffix
+from gptjax.ops.cpu_matvec import several
+from gptjax.ops.reference import Sight, probabilities
+from gptjax.parallel.sharding import constrain, suffix
 
 Cache = dict[str, jax.Array]
 

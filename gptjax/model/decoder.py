@@ -13,17 +13,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gptjax import zigzag
-from gptjax.attention import cached, causal, dropout
-from gptjax.block import Params, block, norm, project
-from gptjax.cache import Cache
 from gptjax.config import ModelConfig, TrainConfig
-from gptjax.losses import capped, logits
-from gptjax.mup import init_factor, logits_factor
-from gptjax.products import lookup
-from gptjax.scaling.counts import padded_vocab
-from gptjax.settings import InputError
-from gptjax.sharding import constrain, matrix, suffix
+from gptjax.config.section import InputError
+from gptjax.model.block import Params, block, norm, project
+from gptjax.model.cache import Cache
+from gptjax.model.counts import padded_vocab
+from gptjax.model.mup import init_factor, logits_factor
+from gptjax.ops.linear import lookup
+from gptjax.ops.reference import cached, causal, dropout
+from gptjax.parallel import context as zigzag
+from gptjax.parallel.sharding import constrain, matrix, suffix
+from gptjax.training.losses import capped, logits
 
 # A layer that attends to everything, in the list of windows: more places than any text has.
 EVERYTHING = 2**31 - 1

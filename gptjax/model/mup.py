@@ -19,7 +19,7 @@ which must stay small beside gradients that shrink as 1 / r.
 """
 
 from gptjax.config import ModelConfig
-from gptjax.sharding import matrix
+from gptjax.parallel.sharding import matrix
 
 # Dimensions that grow with the width. (V, T, L, and LoRA's R do not.)
 GROWING = ("D", "F", "HK", "GK")

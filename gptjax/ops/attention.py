@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from gptjax import zigzag
-from gptjax.attention import Sight, attend, mask
-from gptjax.blockwise import attend_blockwise, divisible
 from gptjax.config import ModelConfig
 from gptjax.config.attention import BACKENDS, PREFERRED
-from gptjax.settings import InputError
-from gptjax.sharding import axes_of, on_each_device
-from gptjax.triangle import attend_triangle
+from gptjax.config.section import InputError
+from gptjax.ops.blockwise import attend_blockwise, divisible
+from gptjax.ops.cpu_attention import attend_triangle
+from gptjax.ops.reference import Sight, attend, mask
+from gptjax.parallel import context as zigzag
+from gptjax.parallel.sharding import axes_of, on_each_device
 
 # Keys from which on auto takes blocks where no kernel of the device serves: scores of more would crowd the memory.
 LONG = 1024

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from gptjax import zigzag
-from gptjax.attention import Sight
-from gptjax.sharding import axes_of, on_each_device
+from gptjax.ops.reference import Sight
+from gptjax.parallel import context as zigzag
+from gptjax.parallel.sharding import axes_of, on_each_device
 
 
 @functools.partial(jax.tree_util.register_dataclass, meta_fields=[],

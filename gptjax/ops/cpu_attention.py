@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from gptjax.attention import Sight, mask
+from gptjax.ops.reference import Sight, mask
 
 # Smaller chunks skip more, but their products become too small for the processor, and the program longer.
 CHUNK, MOST_CHUNKS = 64, 8

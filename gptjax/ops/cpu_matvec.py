@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from gptjax.startup import usable_cores
+from gptjax.runtime.process import usable_cores
 
 # Rows from which on the weight should lie outputs first (on a CPU, in float32); one row reads it a quarter slower so.
 SEVERAL = 8

@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from gptjax import fewrows
+from gptjax.ops import cpu_matvec as fewrows
 
 
 def transpose(x: jax.Array, order: tuple[int, ...]) -> jax.Array:

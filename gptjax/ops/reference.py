@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from gptjax import zigzag
+from gptjax.parallel import context as zigzag
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["query_BL", "query_segments_BL", "key_segments_BM"],

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from gptjax.settings import InputError
+from gptjax.config.section import InputError
 
 JOBSET_PORT = 8476
 

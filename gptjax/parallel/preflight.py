@@ -16,9 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gptjax.cluster import Cluster, NotNow
-from gptjax.paths import MARK
-from gptjax.settings import InputError
+from gptjax.config.section import InputError
+from gptjax.parallel.cluster import Cluster, NotNow
+from gptjax.storage import MARK
 
 MAGIC = "gptjax preflight 1"
 TRY_SECONDS, RETRY_SECONDS, LOOK_SECONDS, LINGER_SECONDS = 3.0, 0.3, 10.0, 5.0

@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gptjax.cluster import Cluster, find_cluster
-from gptjax.installation import versions
-from gptjax.settings import InputError
+from gptjax.config.section import InputError
+from gptjax.parallel.cluster import Cluster, find_cluster
+from gptjax.runtime.versions import versions
 
 T = TypeVar("T")
 
@@ -62,7 +62,7 @@ def join_processes(settings: Mapping[str, Any], folder: str | Path | None = None
             raise InputError(f"jax can't start: {' '.join(str(e).split())}; see gptjax doctor") from e
         return
     _cluster = cluster
-    from gptjax.preflight import preflight
+    from gptjax.parallel.preflight import preflight
 
     path = None if folder is None or "://" in str(folder) else Path(folder).absolute()
     preflight(cluster, versions(), settings, path, wait, _seconds("GPTJAX_CLOCK_SECONDS", CLOCK_SECONDS))

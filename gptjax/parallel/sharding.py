@@ -21,7 +21,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from gptjax.config import MeshConfig
-from gptjax.settings import InputError
+from gptjax.config.section import InputError
 
 P = jax.P
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from gptjax.config import TrainConfig
-from gptjax.sharding import AXES, WHOLE_IF_UNEVEN, suffix
+from gptjax.parallel.sharding import AXES, WHOLE_IF_UNEVEN, suffix
 
 # A parameter is big where it is so large a share of what a device holds of all; smaller ones (norms, biases) stay whole
 # on purpose, for gathering them would cost more.

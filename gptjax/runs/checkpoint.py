@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import jax
 
 from gptjax.config import CheckpointConfig
-from gptjax.digest import MANIFEST, check_manifest, digests, folder_files, leaf_names, sealed_steps, write_manifest
-from gptjax.distributed import barrier, from_first, nobody_objects, title
-from gptjax.paths import PROBE, TRASH, BucketError, place, store
-from gptjax.settings import InputError
+from gptjax.runs.digest import MANIFEST, check_manifest, digests, folder_files, leaf_names, sealed_steps, write_manifest
+from gptjax.parallel.processes import barrier, from_first, nobody_objects, title
+from gptjax.storage import PROBE, TRASH, BucketError, place, store
+from gptjax.config.section import InputError
 
 UNSOUND = ".unsound"
 JSON_ITEMS = ("data", "config", "digests")

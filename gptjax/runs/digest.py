@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from gptjax.paths import BucketError, store
+from gptjax.storage import BucketError, store
 
 P = jax.P
 

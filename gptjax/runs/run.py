@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.config import EXTENDABLE, SCHEMA, TrainConfig, frozen_changes
-from gptjax.digest import MANIFEST, sealed_steps
-from gptjax.installation import versions
-from gptjax.paths import MARK, PROBE, place, store, write_json
-from gptjax.settings import InputError, build, leaves
+from gptjax.runs.digest import MANIFEST, sealed_steps
+from gptjax.runtime.versions import versions
+from gptjax.storage import MARK, PROBE, place, store, write_json
+from gptjax.config.section import InputError, build, leaves
 
 HEADER = ("schema", "stage", "recipe", "settings")
 LOGS = ("metrics.jsonl", "tensorboard")

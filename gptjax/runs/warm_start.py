@@ -11,13 +11,13 @@ import optax
 from jax.sharding import Mesh
 
 from gptjax.config import TrainConfig
-from gptjax.plugins import optional
-from gptjax.run import load_config
-from gptjax.settings import InputError
-from gptjax.sharding import shardings
+from gptjax.config.plugins import optional
+from gptjax.runs.run import load_config
+from gptjax.config.section import InputError
+from gptjax.parallel.sharding import shardings
 from gptjax.tokenizer import Tokenizer
-from gptjax.train import TrainState
-from gptjax.trained import Trained, open_checkpoints, open_trained
+from gptjax.training.loop import TrainState
+from gptjax.runs.load import Trained, open_checkpoints, open_trained
 
 # Leaves that may have more rows than before, and what their rows are.
 GROWING = {"embed_VD": "tokenizer.vocab_size", "head_VD": "tokenizer.vocab_size", "position_TD": "data.length"}

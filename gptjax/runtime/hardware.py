@@ -7,7 +7,7 @@ import difflib
 import math
 from dataclasses import dataclass
 
-from gptjax.settings import InputError
+from gptjax.config.section import InputError
 
 PRICE_DATE = "2025-06"
 PRICE_SOURCES = "Google's Cloud TPU price list (US regions); AWS's EC2 price list (US East) for p5, p5en, p4de and p4d"

@@ -5,7 +5,7 @@ import os
 import time
 from pathlib import Path
 
-from gptjax.xla_flags import platform, set_xla_flags
+from gptjax.runtime.xla_flags import platform, set_xla_flags
 
 STARTED = time.monotonic()  # about when the process began: the command line imports this first
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from gptjax.installation import cache_folder, version
+from gptjax.runtime.versions import cache_folder, version
 
 # Only what XLA does not do by itself. No flag of GPU or TPU was measured by us: each has its reason, not a number.
 #

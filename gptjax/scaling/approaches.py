@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from gptjax.config.section import InputError
 from gptjax.scaling.families import POWER
 from gptjax.scaling.fits import Fitted, check, ends, fit_law
-from gptjax.settings import InputError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

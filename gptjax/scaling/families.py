@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptjax.config.section import InputError
 from gptjax.scaling.descent import Problem, log_sum
 from gptjax.scaling.laws import Chinchilla, DataConstrained, Kaplan, OverTraining, PowerLaw
-from gptjax.settings import InputError
 
 DIFFERENT = 3  # values of an input that tell its exponent
 

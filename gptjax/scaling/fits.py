@@ -26,10 +26,10 @@ from typing import Any
 
 import numpy as np
 
+from gptjax.config.section import InputError
 from gptjax.scaling.descent import Minimum, Problem, minimize
 from gptjax.scaling.families import Family
 from gptjax.scaling.laws import Chinchilla, DataConstrained, Kaplan, OverTraining, PowerLaw
-from gptjax.settings import InputError
 
 KINDS: dict[str, type] = {kind.__name__: kind for kind in (Chinchilla, OverTraining, PowerLaw, Kaplan, DataConstrained)}
 SCREEN = 15  # turns after which only the lowest starts of a grid go on

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from gptjax.config import FitConfig, TrainConfig
-from gptjax.installation import version
-from gptjax.paths import place, store
+from gptjax.config.section import InputError
+from gptjax.runtime.versions import version
 from gptjax.scaling import report
 from gptjax.scaling.approaches import Allocation, envelope, isoflop, leave_one_budget_out, parabola, parametric
 from gptjax.scaling.families import FAMILIES
@@ -20,7 +20,7 @@ from gptjax.scaling.fits import Fitted, fit_law
 from gptjax.scaling.laws import TwoPoint
 from gptjax.scaling.saved import FORMAT, Fit, interval, strict
 from gptjax.scaling.table import INPUTS, Table, read_table
-from gptjax.settings import InputError
+from gptjax.storage import place, store
 
 BAND = 24  # budgets at which the interval of N-opt and D-opt is written down
 MOST_NOTES = 12

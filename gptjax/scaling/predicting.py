@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from gptjax.config import PredictConfig, TrainConfig
-from gptjax.paths import write_json
+from gptjax.config.section import InputError
 from gptjax.scaling.recipes import recipe
 from gptjax.scaling.saved import Fit, interval, open_fit, strict
 from gptjax.scaling.table import Table, best_run, read_table
-from gptjax.settings import InputError
+from gptjax.storage import write_json
 
 MOST_ROWS = 24  # of a table that the screen has; the JSON has all
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gptjax.config.section import InputError
 from gptjax.scaling.laws import KAPLAN_ND
-from gptjax.settings import InputError
 
 
 @dataclass(frozen=True)

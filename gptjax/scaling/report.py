@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gptjax.paths import write_file, write_json
 from gptjax.scaling.plots import draw, have_matplotlib
 from gptjax.scaling.predicting import optimum
 from gptjax.scaling.saved import Fit
 from gptjax.scaling.table import INPUTS
+from gptjax.storage import write_file, write_json
 
 AHEAD = (1, 3, 10)  # budgets that the report plans for, as multiples of the largest fitted
 SHOWN = 2  # notes of an approach that the screen has; the report has all

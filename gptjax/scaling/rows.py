@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptjax.config import TrainConfig
-from gptjax.paths import place, store
-from gptjax.scaling.counts import parameters, token_flops
-from gptjax.settings import InputError
+from gptjax.config.section import InputError
+from gptjax.model.counts import parameters, token_flops
+from gptjax.storage import place, store
 
 SWEEP_TABLE = "table.csv"
 WINDOWS = 48  # points of a curve that is made of training losses

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.paths import place, store
+from gptjax.config.section import InputError
 from gptjax.scaling.fits import Fitted
 from gptjax.scaling.laws import TwoPoint
-from gptjax.settings import InputError
+from gptjax.storage import place, store
 
 FORMAT = 1
 KEYS = ("format", "law", "formula", "coefficients", "flops_per", "level", "range", "approaches", "leave_one_out",

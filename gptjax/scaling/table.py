@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from gptjax.config import TrainConfig
+from gptjax.config.section import InputError
 from gptjax.scaling.rows import Row, Rows, read_rows
-from gptjax.settings import InputError
 
 # How each field may be called; the first is our own name. Case, spaces and dashes do not matter.
 FIELDS = {

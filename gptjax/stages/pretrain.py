@@ -9,24 +9,24 @@ from typing import Any
 
 import jax
 
-from gptjax.assemble import assemble, check_divisible
-from gptjax.backends import describe
-from gptjax.checkpoint import Checkpoints
 from gptjax.config import TrainConfig
+from gptjax.config.section import leaves
 from gptjax.data.feed import open_feed
 from gptjax.data.packing import example_batch
-from gptjax.decoder import Decoder
-from gptjax.digest import sealed_steps
-from gptjax.distributed import agreed, barrier, first_alone, from_first, is_first, join_processes
-from gptjax.evaluate import evaluate, make_eval_step
-from gptjax.generate import generate
-from gptjax.metrics import Metrics
-from gptjax.run import Run
-from gptjax.settings import leaves
-from gptjax.sharding import abstract, make_mesh, rows_here
-from gptjax.startup import STARTED
+from gptjax.evals.loss import evaluate, make_eval_step
+from gptjax.generation.engine import generate
+from gptjax.model.decoder import Decoder
+from gptjax.ops.attention import describe
+from gptjax.parallel.processes import agreed, barrier, first_alone, from_first, is_first, join_processes
+from gptjax.parallel.sharding import abstract, make_mesh, rows_here
+from gptjax.runs.checkpoint import Checkpoints
+from gptjax.runs.digest import sealed_steps
+from gptjax.runs.run import Run
+from gptjax.runs.warm_start import check_init, start_from
+from gptjax.runtime.process import STARTED
 from gptjax.tokenizer import Tokenizer
-from gptjax.train import (
+from gptjax.training.build import assemble, check_divisible
+from gptjax.training.loop import (
     Diverged,
     Interrupted,
     TimeLimit,
@@ -38,7 +38,7 @@ from gptjax.train import (
     init_state,
     stop_on_signals,
 )
-from gptjax.transfer import check_init, start_from
+from gptjax.training.metrics import Metrics
 
 ASKED, NEAR = 1, 2  # why training ends early: a signal, or the time limit
 SAVE_BYTES_A_SECOND = 5e7  # of a process, to a slow disk; how long the last save may take is guessed by it at first

@@ -4,9 +4,9 @@
 `Disk` works by rename, append and POSIX locks, `Bucket` by what object stores have instead.
 """
 
-from gptjax.paths.bucket import Bucket, BucketError
-from gptjax.paths.disk import MARK, PROBE, TRASH, Disk
-from gptjax.paths.place import check_file, place, store, write_file, write_json
+from gptjax.storage.bucket import Bucket, BucketError
+from gptjax.storage.disk import MARK, PROBE, TRASH, Disk
+from gptjax.storage.resolve import check_file, place, store, write_file, write_json
 
 __all__ = [
     "MARK", "PROBE", "TRASH", "Bucket", "BucketError", "Disk", "check_file", "place", "store", "write_file",

@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gptjax.paths.disk import probe_in
-from gptjax.paths.lease import Lease
-from gptjax.paths.mirror import Mirror, mirror_of
-from gptjax.settings import InputError
+from gptjax.config.section import InputError
+from gptjax.storage.disk import probe_in
+from gptjax.storage.lease import Lease
+from gptjax.storage.mirror import Mirror, mirror_of
 
 READ_BYTES = 32 << 20  # asked for at once when a large object is read from its beginning to its end
 

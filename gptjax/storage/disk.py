@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from gptjax.settings import InputError
+from gptjax.config.section import InputError
 
 TRASH, PROBE = ".trash-", ".probe-"
 MARK = ".preflight-"  # a file by which processes see that they have the same folder

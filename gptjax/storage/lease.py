@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
-from gptjax.settings import InputError
+from gptjax.config.section import InputError
 
 BEAT, LEASE, LOOK = 10.0, 60.0, 1.0  # seconds
 

@@ -14,7 +14,7 @@ from collections.abc import Container
 from pathlib import Path
 from typing import Any, Protocol
 
-from gptjax.installation import cache_folder
+from gptjax.runtime.versions import cache_folder
 
 INTERVAL = 60.0  # seconds from one upload to the next
 SHARE = 20  # an upload that takes long is repeated after this many times as long

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gptjax.paths.bucket import SCHEMES, Bucket, bucket
-from gptjax.paths.disk import Disk
-from gptjax.settings import InputError
+from gptjax.config.section import InputError
+from gptjax.storage.bucket import SCHEMES, Bucket, bucket
+from gptjax.storage.disk import Disk
 
 DISK = Disk()
 

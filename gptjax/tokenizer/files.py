@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gptjax.config import TokenizerConfig
-from gptjax.settings import InputError
+from gptjax.config.section import InputError
 from gptjax.tokenizer.bytes import BytesTokenizer
 from gptjax.tokenizer.huggingface import PAIRS, HuggingFaceTokenizer, read_huggingface
 from gptjax.tokenizer.interface import (

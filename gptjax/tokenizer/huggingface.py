@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gptjax.settings import InputError
+from gptjax.config.section import InputError
 from gptjax.tokenizer.interface import (
     JSON_FILE,
     MERGES_FILE,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from gptjax.settings import InputError
+from gptjax.config.section import InputError
 
 META_FILE = "tokenizer_meta.json"
 MODEL_FILE = "tokenizer.model"

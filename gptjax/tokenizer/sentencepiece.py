@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from gptjax.settings import InputError
+from gptjax.config.section import InputError
 from gptjax.tokenizer.interface import MODEL_FILE, NOWHERE, SPACE_SYMBOL, PieceTokenizer, is_text, utf8
 
 # What the trainer refuses in a sentence or gives another meaning; each is a byte piece of its own, or three.

@@ -7,7 +7,7 @@ import os
 import re
 from dataclasses import dataclass
 
-from gptjax.settings import InputError
+from gptjax.config.section import InputError
 from gptjax.tokenizer.interface import RANKS_FILE, PieceTokenizer
 from gptjax.tokenizer.splitting import PATTERNS, WORD_ENDS
 

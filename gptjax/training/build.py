@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import optax
 
 from gptjax.config import TrainConfig
-from gptjax.decoder import Decoder, head, init_params, make_decoder
-from gptjax.losses import cross_entropy
-from gptjax.optim import make_optimizer, make_schedule
-from gptjax.plugins import optional, resolve
-from gptjax.settings import InputError
-from gptjax.train import LossFn, make_init, make_train_step
+from gptjax.config.plugins import optional, resolve
+from gptjax.config.section import InputError
+from gptjax.model.decoder import Decoder, head, init_params, make_decoder
+from gptjax.training.loop import LossFn, make_init, make_train_step
+from gptjax.training.losses import cross_entropy
+from gptjax.training.optim import make_optimizer, make_schedule
 
 
 def language_model_loss(decoder: Decoder, z_loss: float = 0.0, norms: bool = False) -> LossFn:

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from gptjax.installation import cache_folder
-from gptjax.settings import InputError
-from gptjax.sharding import RowsHere, constrain, put, require_mesh, shardings, suffix
+from gptjax.config.section import InputError
+from gptjax.parallel.sharding import RowsHere, constrain, put, require_mesh, shardings, suffix
+from gptjax.runtime.versions import cache_folder
 
 T = TypeVar("T")
 

@@ -6,8 +6,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from gptjax.products import transpose
-from gptjax.sharding import RULES, axes_of, constrain
+from gptjax.ops.linear import transpose
+from gptjax.parallel.sharding import RULES, axes_of, constrain
 
 # float32 logits of one chunk on one device: on a CPU the fastest of 4 to 128 MiB, elsewhere little beside activations
 # and large enough for efficient products.

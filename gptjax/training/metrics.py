@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.config import TrainConfig
-from gptjax.hardware import sheet_flops
-from gptjax.scaling.counts import flops_per_token
-from gptjax.settings import InputError
+from gptjax.config.section import InputError
+from gptjax.model.counts import flops_per_token
+from gptjax.runtime.hardware import sheet_flops
 
 FIRST_KEYS = ("step", "updates", "loss", "tokens", "tokens_per_second", "learning_rate", "grad_norm")
 CONVENTIONS = ("6n", "causal", "palm")

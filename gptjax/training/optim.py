@@ -15,8 +15,8 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gptjax.config import ModelConfig, OptimConfig
-from gptjax.mup import rate_factor
-from gptjax.sharding import matrix, suffix
+from gptjax.model.mup import rate_factor
+from gptjax.parallel.sharding import matrix, suffix
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 

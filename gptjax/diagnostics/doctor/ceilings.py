@@ -8,7 +8,7 @@ import jax
 from gptjax.config import DataConfig, PrepareConfig, TokenizerConfig
 from gptjax.data.prepare import prepare
 from gptjax.data.rate import rows_rate
-from gptjax.doctor.finding import Finding
+from gptjax.diagnostics.doctor.finding import Finding
 
 # What one accelerator may ask of the input: a 124M model at length 2,048 takes 549,000 tokens/s on an H100 (nanochat's
 # figure, not measured here). A CPU asks for a tenth of that at the most.

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from gptjax.doctor.finding import Finding
-from gptjax.sharding import AXES
+from gptjax.diagnostics.doctor.finding import Finding
+from gptjax.parallel.sharding import AXES
 
 P = jax.P
 

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from gptjax.config import DoctorConfig
-from gptjax.distributed import is_first, wait_for_reports
-from gptjax.doctor import versions
-from gptjax.doctor.finding import Finding, worst
-from gptjax.paths import write_json
-from gptjax.run import environment
+from gptjax.diagnostics.doctor import versions
+from gptjax.diagnostics.doctor.finding import Finding, worst
+from gptjax.parallel.processes import is_first, wait_for_reports
+from gptjax.runs.run import environment
+from gptjax.storage import write_json
 
 Look = Callable[[], Iterable[Finding]]
 SAID = {"PROBLEM": "there are problems", "warning": "nothing stands in the way", "ok": "all is well"}
@@ -62,7 +62,7 @@ def examine(cfg: DoctorConfig, say: Callable[[str], None], start: Callable[[], N
 
 def looks(cfg: DoctorConfig) -> Iterator[tuple[str, Look]]:
     """The name of each part of the examination, and how to make it."""
-    from gptjax.doctor import ceilings, collectives, machine
+    from gptjax.diagnostics.doctor import ceilings, collectives, machine
 
     yield "devices", lambda: [machine.devices()]
     yield "arithmetic", lambda: [machine.arithmetic()]

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import xla_flags
-from gptjax.doctor.finding import Finding, Level
-from gptjax.startup import usable_cores
-from gptjax.train import compile_cache_folder, others_can_write
+from gptjax.diagnostics.doctor.finding import Finding, Level
+from gptjax.runtime import xla_flags
+from gptjax.runtime.process import usable_cores
+from gptjax.training.loop import compile_cache_folder, others_can_write
 
 GIB = 2**30
 # A checkpoint of a 124M model is 1.5 GB: at 50 MB/s it takes half a minute. At 5 MB/s the run waits for its saves.

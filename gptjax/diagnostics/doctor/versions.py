@@ -13,9 +13,9 @@ from typing import NamedTuple
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.version import Version
 
-from gptjax.doctor.finding import Finding, Level
-from gptjax.installation import version
-from gptjax.xla_flags import platform
+from gptjax.diagnostics.doctor.finding import Finding, Level
+from gptjax.runtime.versions import version
+from gptjax.runtime.xla_flags import platform
 
 # Whose needs are looked at: what gptjax stands on, what makes jax use a device, and what is known to pin others.
 CORE = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "array-record",
@@ -73,7 +73,7 @@ def _requirements(package: str) -> list[str]:
     try:
         return importlib.metadata.requires(package) or []
     except importlib.metadata.PackageNotFoundError:
-        project = Path(__file__).parents[2] / "pyproject.toml"
+        project = Path(__file__).parents[3] / "pyproject.toml"
         if package != "gptjax" or not project.is_file():
             return []
         return tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.config import TrainConfig
-from gptjax.settings import InputError, build, leaves
+from gptjax.config.section import InputError, build, leaves
 
 # libtpu looks for the machine that it is on unless it is told; the type named here is not that which is compiled for.
 TPU_ENVIRONMENT = {
@@ -80,10 +80,10 @@ def compile_for(config: TrainConfig, target: Target, *, seconds: float = 600, co
             env |= TPU_ENVIRONMENT
         else:
             env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={target.devices}"
-        root = str(Path(__file__).parent.parent.parent)
+        root = str(Path(__file__).parents[3])
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [os.getcwd(), root, os.environ.get("PYTHONPATH", "")]))
         asked = {"config": dict(leaves(config)), "target": dataclasses.asdict(target), "code": code, "folder": folder}
-        command = [sys.executable, "-m", "gptjax.plan.compiled"]
+        command = [sys.executable, "-m", "gptjax.diagnostics.plan.compiled"]
         start = time.perf_counter()
         try:
             done = subprocess.run(
@@ -119,11 +119,11 @@ def main() -> None:
 def _compile(config: TrainConfig, target: Target, folder: Path, code: bool) -> dict[str, Any]:
     import jax
 
-    from gptjax.assemble import assemble, check_divisible
     from gptjax.data.packing import example_batch
-    from gptjax.lint import findings
-    from gptjax.sharding import abstract, make_mesh
-    from gptjax.train import compile_step, in_background
+    from gptjax.parallel.sharding import abstract, make_mesh
+    from gptjax.parallel.sharding_lint import findings
+    from gptjax.training.build import assemble, check_divisible
+    from gptjax.training.loop import compile_step, in_background
 
     devices = _devices(target)
     mesh = make_mesh(dataclasses.replace(config.mesh, slices=1), devices)  # these devices form one slice

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import jax
 
 from gptjax.config import ModelConfig, TrainConfig
-from gptjax.losses import count_chunks
-from gptjax.scaling.counts import padded_vocab
-from gptjax.sharding import AXES, sharding_of
+from gptjax.model.counts import padded_vocab
+from gptjax.parallel.sharding import AXES, sharding_of
+from gptjax.training.losses import count_chunks
 
 
 @dataclass(frozen=True, kw_only=True)

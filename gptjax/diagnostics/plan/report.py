@@ -8,12 +8,21 @@ from collections.abc import Callable
 from typing import Any
 
 from gptjax.config import TrainConfig
-from gptjax.hardware import PRICE_DATE, PRICE_SOURCES, Topology, topology
-from gptjax.paths import write_file
-from gptjax.plan.compiled import Compiled, Target, compile_for, has_libtpu
-from gptjax.plan.search import MOST_COMPILES, MOST_SECONDS, SAFE, Candidate, Found, Planner, on, with_attention
-from gptjax.scaling.counts import parameters
-from gptjax.settings import InputError, leaves
+from gptjax.config.section import InputError, leaves
+from gptjax.diagnostics.plan.compiled import Compiled, Target, compile_for, has_libtpu
+from gptjax.diagnostics.plan.search import (
+    MOST_COMPILES,
+    MOST_SECONDS,
+    SAFE,
+    Candidate,
+    Found,
+    Planner,
+    on,
+    with_attention,
+)
+from gptjax.model.counts import parameters
+from gptjax.runtime.hardware import PRICE_DATE, PRICE_SOURCES, Topology, topology
+from gptjax.storage import write_file
 
 GIB = 2**30
 # What is compared where no topology is asked for.
@@ -127,8 +136,8 @@ def recipe_text(source: str, size: str, settings: dict[str, Any], topology_name:
     return f'''"""The settings of {source} for {topology_name}, as gptjax plan found them; they were not run."""
 
 from gptjax.config import TrainConfig
-from gptjax.flags import load_recipe
-from gptjax.settings import build, leaves
+from gptjax.config.command_line import load_recipe
+from gptjax.config.section import build, leaves
 
 CHANGED = {pprint.pformat(settings, width=110)}
 

@@ -12,16 +12,16 @@ from dataclasses import dataclass, field
 
 import jax
 
-from gptjax.assemble import assemble, check_divisible
-from gptjax.backends import Device, choose
 from gptjax.config import TrainConfig
-from gptjax.hardware import Topology
-from gptjax.plan.compiled import Compiled
-from gptjax.plan.memory import BY_CHIP, Memory, StateBytes, Temporaries, state_bytes, step_memory
-from gptjax.plan.roofline import Speed, speed
-from gptjax.scaling.counts import padded_vocab
-from gptjax.settings import InputError
-from gptjax.sharding import AXES, axis_sizes, filled
+from gptjax.config.section import InputError
+from gptjax.diagnostics.plan.compiled import Compiled
+from gptjax.diagnostics.plan.memory import BY_CHIP, Memory, StateBytes, Temporaries, state_bytes, step_memory
+from gptjax.diagnostics.plan.roofline import Speed, speed
+from gptjax.model.counts import padded_vocab
+from gptjax.ops.attention import Device, choose
+from gptjax.parallel.sharding import AXES, axis_sizes, filled
+from gptjax.runtime.hardware import Topology
+from gptjax.training.build import assemble, check_divisible
 
 # Memory that the count may use up where no compiler has the last word: its own error, and what a run needs besides.
 SAFE = 0.9

@@ -15,15 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.cache import empty_cache
 from gptjax.config import MeshConfig, VerifyConfig
-from gptjax.distributed import wait_for_reports
-from gptjax.paths import write_json
-from gptjax.run import environment
-from gptjax.sharding import num_slices, put
-from gptjax.startup import usable_cores
-from gptjax.verify import numbers
-from gptjax.verify.settings import KERNELS, Setting, kernel_obstacle, mesh_name, meshes, settings, sizes
+from gptjax.diagnostics.verify import numbers
+from gptjax.diagnostics.verify.settings import KERNELS, Setting, kernel_obstacle, mesh_name, meshes, settings, sizes
+from gptjax.model.cache import empty_cache
+from gptjax.parallel.processes import wait_for_reports
+from gptjax.parallel.sharding import num_slices, put
+from gptjax.runs.run import environment
+from gptjax.runtime.process import usable_cores
+from gptjax.storage import write_json
 
 LOGITS_BOUND, START_BOUND = 1e-5, 1e-6  # of the largest logit, for the cache; of the largest initial weight
 

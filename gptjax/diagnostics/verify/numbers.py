@@ -16,14 +16,14 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from gptjax.assemble import language_model_loss
 from gptjax.config import MeshConfig
 from gptjax.data.packing import Batch, pack_documents, pad_documents
-from gptjax.decoder import Decoder, init_params
-from gptjax.digest import leaf_names
-from gptjax.sharding import make_mesh, put
-from gptjax.train import compile_step, init_state, make_init, make_train_step
-from gptjax.verify.settings import Setting
+from gptjax.diagnostics.verify.settings import Setting
+from gptjax.model.decoder import Decoder, init_params
+from gptjax.parallel.sharding import make_mesh, put
+from gptjax.runs.digest import leaf_names
+from gptjax.training.build import language_model_loss
+from gptjax.training.loop import compile_step, init_state, make_init, make_train_step
 
 VOCAB, LENGTH, STEPS = 60, 32, 10
 LOSS_BOUND, GRADIENT_BOUND, SMALL = 1e-5, 1e-4, 1e-3

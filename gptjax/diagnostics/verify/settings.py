@@ -4,10 +4,10 @@ import dataclasses
 import itertools
 from typing import Any
 
-from gptjax.backends import here, obstacle
 from gptjax.config import MeshConfig, ModelConfig
 from gptjax.config.attention import BACKENDS
-from gptjax.sharding import AXES, axis_sizes
+from gptjax.ops.attention import here, obstacle
+from gptjax.parallel.sharding import AXES, axis_sizes
 
 GPT2 = ModelConfig(num_layers=2, width=32, num_heads=4, attention_block=5, dtype="float32")
 FAMILIES = {

@@ -4,12 +4,12 @@ import os
 import shutil
 from pathlib import Path
 
-from gptjax.checkpoint import Checkpoints
 from gptjax.config import CheckpointConfig
-from gptjax.metrics import MetricsFile
-from gptjax.paths import write_json
-from gptjax.run import Run, read_config
-from gptjax.settings import InputError
+from gptjax.config.section import InputError
+from gptjax.runs.checkpoint import Checkpoints
+from gptjax.runs.run import Run, read_config
+from gptjax.storage import write_json
+from gptjax.training.metrics import MetricsFile
 
 PARTIAL = ".fork-"
 

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from gptjax.flags import Recipe, parse
-from gptjax.paths import store
-from gptjax.settings import InputError, build
-from gptjax.sweep.points import Point
+from gptjax.config.command_line import Recipe, parse
+from gptjax.config.section import InputError, build
+from gptjax.scaling.sweep.points import Point
+from gptjax.storage import store
 
 FILE = "jobs.jsonl"
 

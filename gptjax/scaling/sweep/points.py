@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from gptjax.config import SweepConfig, TrainConfig, frozen
-from gptjax.flags import Recipe, parse
-from gptjax.scaling.counts import parameters, token_flops
-from gptjax.settings import InputError
+from gptjax.config.command_line import Recipe, parse
+from gptjax.config.section import InputError
+from gptjax.model.counts import parameters, token_flops
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ import csv
 import io
 from pathlib import Path
 
-from gptjax.metrics import MetricsFile
-from gptjax.paths import store
-from gptjax.run import Run
-from gptjax.sweep.fork import checkpoints_of
-from gptjax.sweep.jobs import Job, read_jobs
-from gptjax.sweep.points import budget_text
+from gptjax.runs.run import Run
+from gptjax.scaling.sweep.fork import checkpoints_of
+from gptjax.scaling.sweep.jobs import Job, read_jobs
+from gptjax.scaling.sweep.points import budget_text
+from gptjax.storage import store
+from gptjax.training.metrics import MetricsFile
 
 FILE = "table.csv"
 COLUMNS = ("name", "size", "seed", "budget", "parameters", "parameters_non_embedding", "tokens", "flops", "loss",

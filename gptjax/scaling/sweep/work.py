@@ -19,18 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from gptjax import xla_flags
 from gptjax.config import SweepConfig
+from gptjax.config.command_line import Recipe
+from gptjax.config.section import InputError
 from gptjax.data.prepared import open_corpora
-from gptjax.flags import Recipe
-from gptjax.metrics import duration
-from gptjax.paths import BucketError
-from gptjax.settings import InputError
-from gptjax.startup import usable_cores
-from gptjax.sweep.fork import checkpoints_of, fork
-from gptjax.sweep.jobs import Job, check_recipe, extend, read_jobs, write_jobs
-from gptjax.sweep.points import Point, make_points, to_flags
-from gptjax.sweep.table import Results, run_dir, write_table
+from gptjax.runtime import xla_flags
+from gptjax.runtime.process import usable_cores
+from gptjax.scaling.sweep.fork import checkpoints_of, fork
+from gptjax.scaling.sweep.jobs import Job, check_recipe, extend, read_jobs, write_jobs
+from gptjax.scaling.sweep.points import Point, make_points, to_flags
+from gptjax.scaling.sweep.table import Results, run_dir, write_table
+from gptjax.storage import BucketError
+from gptjax.training.metrics import duration
 
 Say = Callable[[str], None]
 

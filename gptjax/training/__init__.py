@@ -1,0 +1,1 @@
+"""What every stage trains with: step, loop, losses, optimizers, metrics. Knows no model."""
