@@ -3,10 +3,11 @@
     python benchmarks/compile_time.py --out benchmarks/results
 
 Every number is wall seconds of a process of its own, from its start. `help` is `gptjax --help`; `import` is what
-`import gptjax.training.loop, gptjax.model.decoder` adds to `import jax`, in the same round. A start is `gptjax pretrain quickstart`
-until metrics.jsonl has the first line of that process, which is then told to stop and saves the run: cold with an empty
-cache folder (XDG_CACHE_HOME), warm with the same cache folder in a new run folder, resumed in the run folder of the
-warm one; warm and resumed are also given as shares of the cold one of their round. `compile` is tracing, lowering and
+`import gptjax.training.loop, gptjax.model.decoder` adds to `import jax`, in the same round. A start is
+`gptjax pretrain quickstart` until metrics.jsonl has the first line of that process, which is then told to stop and
+saves the run: cold with an empty cache folder (XDG_CACHE_HOME), warm with the same cache folder in a new run folder,
+resumed in the run folder of the warm one; warm and resumed are also given as shares of the cold one of their round.
+`compile` is tracing, lowering and
 XLA's compilation of a recipe's training step with no cache, layers scanned and unrolled; the batch is cut to one row.
 Medians, with 5th and 95th percentiles.
 """

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from gptjax import __version__
 from gptjax.config import (
     ContinueConfig,
     DoctorConfig,
@@ -25,6 +24,7 @@ from gptjax.config.section import InputError
 from gptjax.parallel.cluster import NotNow
 from gptjax.parallel.processes import is_first, join_processes, leave, title
 from gptjax.runtime.process import tune_process
+from gptjax.runtime.versions import __version__
 from gptjax.storage.bucket import may_pass
 
 Verb = Callable[[list[str]], int]
@@ -229,10 +229,9 @@ def fit(args: list[str]) -> int:
     """fit TABLE [--out DIR]    fit a scaling law to finished runs (a CSV, a sweep, runs): intervals, plots, a report"""
     tables, args = positionals(args, "TABLE", "gptjax fit TABLE --out DIR")
     cfg = parse(FitConfig(), args, "gptjax fit TABLE")
-    from gptjax.runs.run import load_config
     from gptjax.scaling.fitting import fit
 
-    _next(fit(tables, cfg, load_config, _print, _say))
+    _next(fit(tables, cfg, _print, _say))
     return 0
 
 
@@ -240,10 +239,9 @@ def predict(args: list[str]) -> int:
     """predict FIT              the loss that a budget or a run will reach, or how far a fit was off on a table"""
     folder, args = positional(args, "FIT", "gptjax predict FIT --flops 1e21")
     cfg = parse(PredictConfig(), args, f"gptjax predict {folder}")
-    from gptjax.runs.run import load_config
     from gptjax.scaling.predicting import predict
 
-    _next(predict(folder, cfg, load_config, _print))
+    _next(predict(folder, cfg, _print))
     return 0
 
 

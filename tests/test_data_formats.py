@@ -10,8 +10,8 @@ import pytest
 
 from gptjax.config import TokenizerConfig
 from gptjax.config.section import InputError
+from gptjax.data.chunks import Text
 from gptjax.data.sources import documents, source_sha256
-from gptjax.data.stream import Text
 
 TEXTS = ["first\nline", "", "\u4e2d\u6587 \U0001f600", "\u2028 end "] + [f"text {i} " + "word " * i for i in range(600)]
 

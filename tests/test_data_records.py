@@ -13,10 +13,10 @@ from held_out import holdout
 from gptjax.config import PrepareConfig, TokenizerConfig
 from gptjax.config.section import InputError
 from gptjax.data import records
+from gptjax.data.chunks import Text
 from gptjax.data.corpus import example_type
 from gptjax.data.prepare import prepare
 from gptjax.data.sources import source_sha256
-from gptjax.data.stream import Text
 
 TEXTS = ["first\nline", "\u4e2d\u6587", ""] + [f"text {i}" for i in range(300)]
 

@@ -17,11 +17,12 @@ import pytest
 from gptjax.config import DataConfig, EvaluateConfig, PrepareConfig, TokenizerConfig, TrainConfig
 from gptjax.config.section import InputError
 from gptjax.data import stream, streamed
+from gptjax.data.chunks import Place, Text
 from gptjax.data.feed import open_feed
 from gptjax.data.packing import MemoryStream, Spans, batch_hash, cut
 from gptjax.data.prepare import prepare
 from gptjax.data.sources import documents, unit_hash
-from gptjax.data.stream import Place, StreamRows, Text, start_state
+from gptjax.data.stream import StreamRows, start_state
 from gptjax.tokenizer import BytesTokenizer
 
 BYTES = TokenizerConfig(kind="bytes", vocab_size=258)

@@ -77,17 +77,17 @@ def test_the_commit_is_that_of_this_package_and_of_no_other_checkout(tmp_path, m
         subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True)
 
     package = tmp_path / "gptjax"
-    package.mkdir()
-    (package / "run.py").write_text("1")
-    monkeypatch.setattr(run_module, "__file__", str(package / "run.py"))
+    (package / "runs").mkdir(parents=True)
+    (package / "runs" / "run.py").write_text("1")
+    monkeypatch.setattr(run_module, "__file__", str(package / "runs" / "run.py"))
     assert environment()["commit"] == ""
     git("init", "-q")
     git("commit", "-q", "--allow-empty", "-m", "x")
     assert environment()["commit"] == "", "the file is not part of that checkout"
-    git("add", "gptjax/run.py")
+    git("add", "gptjax/runs/run.py")
     git("commit", "-q", "-m", "y")
     assert len(environment()["commit"]) == 40
-    (package / "run.py").write_text("2")
+    (package / "runs" / "run.py").write_text("2")
     assert environment()["commit"].endswith("+changes")
 
 

@@ -10,7 +10,6 @@ from gptjax.cli import main
 from gptjax.config import SCHEMA, TrainConfig
 from gptjax.config.section import InputError, leaves
 from gptjax.model.counts import parameters
-from gptjax.runs.run import load_config
 from gptjax.scaling.table import read_table
 
 
@@ -212,7 +211,7 @@ def test_a_run_is_a_row_with_its_curve(tmp_path):
     config = TrainConfig()
     make_run(tmp_path / "a", 8, config)
     make_run(tmp_path / "b", 8)
-    table = read_table([tmp_path / "a", tmp_path / "b"], load_config=load_config)
+    table = read_table([tmp_path / "a", tmp_path / "b"])
     assert table.names == ("a", "b") and list(table.tokens) == [40 * 256] * 2 and list(table.loss) == [3.5] * 2
     counted = parameters(config.model, config.tokenizer.vocab_size, config.data.length)
     assert table.parameters[0] == counted["total"]
@@ -226,20 +225,20 @@ def test_a_run_is_a_row_with_its_curve(tmp_path):
 def test_a_run_that_diverged_is_refused_and_one_that_has_not_ended_is_said(tmp_path):
     make_run(tmp_path / "a", 8, TrainConfig(steps=40))
     make_run(tmp_path / "b", 8, TrainConfig(steps=80))
-    notes = read_table([tmp_path / "a", tmp_path / "b"], load_config=load_config).notes
+    notes = read_table([tmp_path / "a", tmp_path / "b"]).notes
     assert [note for note in notes if "not ended" in note] == [
         "1 runs have not ended, so their losses lie high: b at step 40 of 80"
     ]
     path = tmp_path / "b" / "metrics.jsonl"
     path.write_text(path.read_text().rpartition("\n")[0] + '\n{"step": 80, "eval_loss": NaN}\n')
     with pytest.raises(InputError, match="the last evaluation, at step 80"):
-        read_table([tmp_path / "a", tmp_path / "b"], load_config=load_config)
+        read_table([tmp_path / "a", tmp_path / "b"])
 
 
 def test_runs_with_few_evaluations_have_curves_of_training_losses(tmp_path):
     make_run(tmp_path / "a", 8)
     make_run(tmp_path / "b", 1)
-    table = read_table([tmp_path / "a", tmp_path / "b"], load_config=load_config)
+    table = read_table([tmp_path / "a", tmp_path / "b"])
     for curve in table.curves:
         assert curve is not None and len(curve.loss_T) > 15 and np.all(np.diff(curve.loss_T) < 0)
         assert curve.loss_T[-1] < 3.2  # 5 - 40 / 20 is the last, not the 3.5 of the evaluation

@@ -56,6 +56,12 @@ def parts(kept: Iterable[tuple[Split, Document]], tokenizer: Tokenizer) -> Itera
         yield part
 
 
+def pieces_of(document: Document, tokenizer: Tokenizer) -> Iterator[Piece]:
+    """A document's text in pieces, cut where that changes no ids."""
+    for part in parts([("train", document)], tokenizer):
+        yield from part
+
+
 def _texts(document: Document, tokenizer: Tokenizer) -> Iterator[str]:
     if document.num_bytes <= _WHOLE:
         yield document.text
@@ -147,6 +153,19 @@ def read_part(path: Path) -> Iterator[tuple[Split, np.ndarray, np.ndarray, int]]
     except (zipfile.BadZipFile, KeyError, ValueError, EOFError):
         path.unlink()
         raise InputError(f"{path} was damaged and is deleted; run the same command again to make it anew") from None
+
+
+def tokenised(pieces: list[Piece], tokenizer: Tokenizer, encoder: Encoder) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of the pieces, [bos] + ids + [eos] for each document, as int32, and where documents begin, int64."""
+    tokens, starts = [], []
+    for piece, ids in zip(pieces, encoder.encode(pieces)):
+        if piece.first:
+            starts.append(len(tokens))
+            tokens.append(tokenizer.bos_id)
+        tokens += ids
+        if piece.last:
+            tokens.append(tokenizer.eos_id)
+    return np.array(tokens, np.int32), np.array(starts, np.int64)
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:

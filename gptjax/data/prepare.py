@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gptjax import __version__
 from gptjax.config import PrepareConfig, TokenizerConfig, TrainTokenizerConfig
 from gptjax.config.section import InputError
 from gptjax.data import encode, shards
@@ -28,6 +27,7 @@ from gptjax.data.manifest import DATASET, Manifest, SplitEntry, file_entry, writ
 from gptjax.data.records import Source
 from gptjax.data.scan import Filters, Scan, changed, load_scan, scan
 from gptjax.data.sources import LOCK_FILE, SPLITS, ContentHash, open_source, source_sha256
+from gptjax.runtime.versions import __version__
 from gptjax.tokenizer import FILES, MODEL_FILE, Tokenizer, load, load_model, make_tokenizer, train_sentencepiece
 
 TRAINING_BYTES = 64 << 20  # text that a tokenizer is trained on, spread evenly over a larger source

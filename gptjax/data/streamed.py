@@ -14,11 +14,12 @@ import numpy as np
 from gptjax.config import TrainConfig
 from gptjax.config.section import InputError
 from gptjax.data.batches import ALL_ROWS, Part, State, ahead, part_of, row_numbers
+from gptjax.data.chunks import Text
 from gptjax.data.corpus import is_corpus
 from gptjax.data.mixture import Schedule, joined, named, rows_of_a_pass
 from gptjax.data.packing import Batch
 from gptjax.data.sources import open_source
-from gptjax.data.stream import StreamRows, Text, open_chunks, place_of, start_state
+from gptjax.data.stream import StreamRows, open_chunks, place_of, start_state
 from gptjax.data.validation import Validation, collected, further, no_code, other_data, row_tokens
 from gptjax.tokenizer import Tokenizer, make_tokenizer
 

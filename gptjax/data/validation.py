@@ -12,12 +12,11 @@ from gptjax.config.plugins import is_given
 from gptjax.config.section import InputError
 from gptjax.data.batches import ALL_ROWS, Part, TokenSplit, validation_batches
 from gptjax.data.corpus import is_corpus, open_corpus
-from gptjax.data.encode import Encoder
+from gptjax.data.encode import Encoder, pieces_of, tokenised
 from gptjax.data.formats import Document
 from gptjax.data.mixture import named
 from gptjax.data.packing import Batch
 from gptjax.data.sources import documents, is_function
-from gptjax.data.stream import pieces_of, tokenised
 from gptjax.tokenizer import Tokenizer
 
 _TOGETHER = 64  # pieces of text tokenised at a time

@@ -13,7 +13,7 @@ import numpy as np
 from absl import flags
 
 from gptjax.config.section import InputError
-from gptjax.data.stream import Chunk, Place, Text
+from gptjax.data.chunks import Chunk, Place, Text
 
 # A worker sends its chunks in parts so small that those which wait for the trainer fit into a pipe, 64 KiB: it never
 # stops amid writing one, so it can end, or be killed, at any moment without leaving half a message behind.

@@ -1,1 +1,1 @@
-"""Diagnostics: what a run would cost (plan), whether every mesh gives the same numbers (verify), what a machine can do (doctor)."""
+"""Diagnostics: the cost of a run (plan), the same numbers on every mesh (verify), the state of a machine (doctor)."""

@@ -28,10 +28,10 @@ from gptjax.config.section import InputError
 from gptjax.model.block import block
 from gptjax.model.cache import bucket, empty_cache, grown, room
 from gptjax.model.decoder import Decoder, Params, extend, next_logits, unstacked
+from gptjax.model.head import MASKED
 from gptjax.ops import cpu_matvec as fewrows
 from gptjax.parallel.sharding import constrain, require_mesh, suffix
 from gptjax.tokenizer import Tokenizer
-from gptjax.training.losses import MASKED
 
 State = dict[str, Any]
 Settings = dict[str, float]

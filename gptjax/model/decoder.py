@@ -18,12 +18,12 @@ from gptjax.config.section import InputError
 from gptjax.model.block import Params, block, norm, project
 from gptjax.model.cache import Cache
 from gptjax.model.counts import padded_vocab
+from gptjax.model.head import capped, logits
 from gptjax.model.mup import init_factor, logits_factor
 from gptjax.ops.linear import lookup
 from gptjax.ops.reference import cached, causal, dropout
 from gptjax.parallel import context as zigzag
 from gptjax.parallel.sharding import constrain, matrix, suffix
-from gptjax.training.losses import capped, logits
 
 # A layer that attends to everything, in the list of windows: more places than any text has.
 EVERYTHING = 2**31 - 1

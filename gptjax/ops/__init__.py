@@ -1,1 +1,1 @@
-"""How the model's maths runs on a device: products, attention kernels, lookups. The room that asks which device it is."""
+"""The model's maths on a device: products, attention kernels, lookups. The room that asks which device it is."""

@@ -236,15 +236,15 @@ def _changes(run: Run, config: TrainConfig) -> tuple[str, ...]:
 
 def _commit() -> str:
     """The commit of the checkout that this package lies in, "+changes" where files differ; empty outside of one."""
-    here = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(["git", "-C", str(package), *words], capture_output=True, text=True, timeout=10)
         return done.stdout.strip() if done.returncode == 0 else ""
 
     try:
         # A package installed below someone else's checkout is not part of it.
-        if not git("ls-files", "run.py"):
+        if not git("ls-files", "runs/run.py"):
             return ""
         commit = git("rev-parse", "HEAD")
         return commit + ("+changes" if commit and git("status", "--porcelain", "--untracked-files=no", ".") else "")

@@ -4,7 +4,7 @@ import importlib.metadata
 import os
 from pathlib import Path
 
-from gptjax import __version__
+__version__ = "0.1.0"
 
 PACKAGES = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")  # what a run's numbers depend on
 

@@ -5,12 +5,11 @@ import functools
 import platform
 import shlex
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gptjax.config import FitConfig, TrainConfig
+from gptjax.config import FitConfig
 from gptjax.config.section import InputError
 from gptjax.runtime.versions import version
 from gptjax.scaling import report
@@ -30,7 +29,6 @@ LEAST = 3  # different sizes, and token counts, that tell a law's terms apart
 def fit(
     tables: Sequence[str],
     cfg: FitConfig,
-    load_config: Callable[[Path], TrainConfig],
     show: Callable[[str], None],
     say: Callable[[str], None],
 ) -> str:
@@ -38,7 +36,7 @@ def fit(
 
     One screen goes to `show`, what was written where to `say`. Raises InputError for a table that is wrong or small.
     """
-    table, left_out = points(tables, cfg, load_config)
+    table, left_out = points(tables, cfg)
     check_enough(table, cfg.law)
     if store(place(cfg.out)).is_file(place(cfg.out)):
         raise InputError(f"out={cfg.out!r}: there is a file of that name; wanted a folder")
@@ -234,7 +232,7 @@ def _short(notes: Sequence[str]) -> list[str]:
     return [*notes[:MOST_NOTES], *([f"... and {more} more of this kind"] if more > 0 else [])]
 
 
-def points(tables: Sequence[str], cfg: FitConfig, load_config: Callable[[Path], TrainConfig]) -> tuple[Table, int]:
+def points(tables: Sequence[str], cfg: FitConfig) -> tuple[Table, int]:
     """The points of a table that the settings let into the fit, and how many --max-flops left out."""
     table = read_table(
         tables,
@@ -243,7 +241,6 @@ def points(tables: Sequence[str], cfg: FitConfig, load_config: Callable[[Path], 
         inputs=FAMILIES[cfg.law].inputs,
         count=cfg.count,
         flops_per=cfg.flops_per,
-        load_config=load_config,
     )
     if not cfg.max_flops:
         return table, 0

@@ -2,12 +2,11 @@
 
 import shlex
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gptjax.config import PredictConfig, TrainConfig
+from gptjax.config import PredictConfig
 from gptjax.config.section import InputError
 from gptjax.scaling.recipes import recipe
 from gptjax.scaling.saved import Fit, interval, open_fit, strict
@@ -17,9 +16,7 @@ from gptjax.storage import write_json
 MOST_ROWS = 24  # of a table that the screen has; the JSON has all
 
 
-def predict(
-    folder: str, cfg: PredictConfig, load_config: Callable[[Path], TrainConfig], show: Callable[[str], None]
-) -> str:
+def predict(folder: str, cfg: PredictConfig, show: Callable[[str], None]) -> str:
     """Predicts what cfg asks for, tells `show`, writes cfg.json; returns the next command to try.
 
     Raises InputError for more than a decade beyond the fitted points, unless cfg.extrapolate says that it is known.
@@ -41,7 +38,7 @@ def predict(
         made, lines = _run(fit, cfg)
         following = f"gptjax predict {shlex.quote(folder)} --flops {made['flops']:.3g}{again}"
     elif cfg.against:
-        made, lines = _against(fit, cfg, load_config)
+        made, lines = _against(fit, cfg)
         following = f"gptjax predict {shlex.quote(folder)} --flops {fit.document['range']['flops'][1]:.3g}"
     else:
         raise InputError(
@@ -143,9 +140,7 @@ def _advised(fit: Fit, advice: dict[str, Any]) -> list[str]:
     ]
 
 
-def _against(
-    fit: Fit, cfg: PredictConfig, load_config: Callable[[Path], TrainConfig]
-) -> tuple[dict[str, Any], list[str]]:
+def _against(fit: Fit, cfg: PredictConfig) -> tuple[dict[str, Any], list[str]]:
     settings = fit.document["settings"]
     table = read_table(
         [cfg.against],
@@ -155,7 +150,6 @@ def _against(
         count=settings["count"],
         flops_per=settings["flops_per"],
         planned=True,
-        load_config=load_config,
     )
     outside: list[str] = []
     for what in fit.document["range"]:

@@ -5,15 +5,15 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from gptjax.config import TrainConfig
 from gptjax.config.section import InputError
 from gptjax.model.counts import parameters, token_flops
+from gptjax.runs.run import load_config
 from gptjax.storage import place, store
 
 SWEEP_TABLE = "table.csv"
@@ -42,7 +42,7 @@ class Rows(NamedTuple):
     """Whether the curves are of evaluations, not of training losses."""
 
 
-def read_rows(paths: Sequence[str | Path], load_config: Callable[[Path], TrainConfig] | None) -> Rows:
+def read_rows(paths: Sequence[str | Path]) -> Rows:
     """Reads a file, the table of a sweep's folder, or the folders of runs; raises InputError where it can't."""
     if not paths:
         raise InputError(f"no table is given; {WANTED}")
@@ -57,11 +57,9 @@ def read_rows(paths: Sequence[str | Path], load_config: Callable[[Path], TrainCo
     for path in map(place, paths):
         if not _is_run(path):
             raise InputError(f"{path}: not the folder of a run, and several tables can't be read at once; {WANTED}")
-    if load_config is None:
-        raise InputError(f"{paths[0]}: the folder of a run; wanted a table here")
     made, early = [], []
     for path in map(place, paths):
-        row, curves, steps = _of_run(path, load_config)
+        row, curves, steps = _of_run(path)
         made.append((row, curves))
         if curves.step < steps:
             early.append(f"{path.name} at step {curves.step} of {steps}")
@@ -181,7 +179,7 @@ class _Curves(NamedTuple):
     diverged: bool
 
 
-def _of_run(folder: Path, load_config: Callable[[Path], TrainConfig]) -> tuple[Row, _Curves, int]:
+def _of_run(folder: Path) -> tuple[Row, _Curves, int]:
     """The row of a run's folder: the loss of its last evaluation, the tokens until then; and the run's steps."""
     config = load_config(folder)
     count = parameters(config.model, config.tokenizer.vocab_size, config.data.length)

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gptjax.config import TrainConfig
 from gptjax.config.section import InputError
 from gptjax.scaling.rows import Row, Rows, read_rows
 
@@ -127,7 +126,6 @@ def read_table(
     count: str = "total",
     flops_per: float = 6.0,
     planned: bool = False,
-    load_config: Callable[[Path], TrainConfig] | None = None,
 ) -> Table:
     """Reads a table of runs: a CSV, a JSONL, the folder of a sweep, or the folders of runs.
 
@@ -135,10 +133,9 @@ def read_table(
     `inputs` are the law's: unique tokens are read, and must be there, where it asks for U.
     `count` is the parameter count to use, "total" or "non-embedding"; `planned` runs need no column of losses, which
     are then NaN. Where FLOPs are missing they are `flops_per` N D, where tokens are, FLOPs / (flops_per N).
-    `load_config` reads the settings of a run's folder. Raises InputError for anything that is wrong with the table,
-    with the file and the line.
+    Raises InputError for anything that is wrong with the table, with the file and the line.
     """
-    rows = read_rows(paths, load_config)
+    rows = read_rows(paths)
     mapping = _mapping(rows, columns)
     notes: list[str] = list(rows.notes)
     size = _size(mapping, count, rows.source, notes)

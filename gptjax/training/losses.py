@@ -6,35 +6,15 @@ import math
 import jax
 import jax.numpy as jnp
 
+from gptjax.model.head import capped, logits
 from gptjax.ops.linear import transpose
-from gptjax.parallel.sharding import RULES, axes_of, constrain
+from gptjax.parallel.sharding import RULES, axes_of
 
 # float32 logits of one chunk on one device: on a CPU the fastest of 4 to 128 MiB, elsewhere little beside activations
 # and large enough for efficient products.
 CHUNK_BYTES = {"cpu": 1 << 24, "gpu": 1 << 28, "tpu": 1 << 28}
 # Each chunk reads and writes the head's gradient: on a CPU its logits may be so large a share of that, if it is more.
 HEAD_SHARE = {"cpu": 0.5}
-
-# float32's softmax gives exactly 0 here, and a finite number keeps gradients finite.
-MASKED = -1e30
-
-
-def logits(x_BLD: jax.Array, head_VD: jax.Array, vocab_size: int, softcap: float = 0.0) -> jax.Array:
-    """float32 logits_BLV of hidden states and a head: see `capped`."""
-    return capped(jnp.einsum("BLD,VD->BLV", x_BLD, head_VD.astype(x_BLD.dtype)), vocab_size, softcap)
-
-
-def capped(logits_BLV: jax.Array, vocab_size: int, softcap: float = 0.0) -> jax.Array:
-    """float32 logits_BLV of a head's product; the ids that only pad the vocabulary are masked out.
-
-    With a soft-cap c above 0 each logit z becomes c tanh(z / c) (Gemma 2, 2024).
-    """
-    logits_BLV = constrain(logits_BLV.astype(jnp.float32), "BLV")
-    if softcap:
-        logits_BLV = softcap * jnp.tanh(logits_BLV / softcap)
-    if vocab_size < logits_BLV.shape[-1]:
-        logits_BLV = jnp.where(jnp.arange(logits_BLV.shape[-1]) < vocab_size, logits_BLV, MASKED)
-    return logits_BLV
 
 
 def token_log_probs(
