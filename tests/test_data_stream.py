@@ -16,7 +16,7 @@ import pytest
 
 from gptjax.config import DataConfig, EvaluateConfig, PrepareConfig, TokenizerConfig, TrainConfig
 from gptjax.config.section import InputError
-from gptjax.data import stream, streamed
+from gptjax.data import chunks, streamed
 from gptjax.data.chunks import Place, Text
 from gptjax.data.feed import open_feed
 from gptjax.data.packing import MemoryStream, Spans, batch_hash, cut
@@ -52,7 +52,7 @@ def source(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Chunks so small that the text has many of them."""
-    monkeypatch.setattr(stream, "CHUNK_BYTES", 300)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 300)
 
 
 def config(source: Path | str, tokenizer: TokenizerConfig = BYTES, **data) -> TrainConfig:

@@ -218,8 +218,7 @@ def test_a_run_is_a_row_with_its_curve(tmp_path):
     curve = table.curves[0]
     assert curve is not None and list(curve.tokens_T) == [1280 * i for i in range(1, 9)]
     assert list(curve.loss_T) == pytest.approx([5.5 - i / 4 for i in range(1, 9)])
-    with pytest.raises(InputError, match="wanted a table here"):
-        read_table([tmp_path / "a"])
+    assert read_table([tmp_path / "a"]).names == ("a",)
 
 
 def test_a_run_that_diverged_is_refused_and_one_that_has_not_ended_is_said(tmp_path):
