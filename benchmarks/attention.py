@@ -28,9 +28,9 @@ import numpy as np
 from facts import facts, spread, write_report
 
 from gptjax.config import ModelConfig
-from gptjax.config.attention import BACKENDS
+from gptjax.config.attention import KERNELS
 from gptjax.model.decoder import Decoder, init_params
-from gptjax.ops.attention import attention, choose, here, obstacle
+from gptjax.ops.attention import attention, current_device, select_kernel, unsupported_reason
 from gptjax.ops.reference import attend, causal
 from gptjax.training.build import language_model_loss
 
@@ -47,14 +47,16 @@ def main() -> None:
     report: dict[str, Any] = facts(f"{platform.machine()} {device.device_kind}", "jax", "jaxlib", "flax")
     report |= {"dtype": args.dtype, "heads": args.heads, "kv_heads": args.kv_heads, "head_size": args.head_size,
                "tokens": args.tokens, "document": args.document}  # fmt: skip
-    report["left_out"] = {n: found for n in BACKENDS if (found := obstacle(n, cfg, here()))}
+    report["left_out"] = {n: found for n in KERNELS if (found := unsupported_reason(n, cfg, current_device()))}
     for name, reason in report["left_out"].items():
         print(f"{name} is left out: {reason}")
-    report["auto"] = {str(n): choose(dataclasses.replace(cfg, attention="auto"), n, here()) for n in args.lengths}
+    report["auto"] = {
+        str(n): select_kernel(dataclasses.replace(cfg, attention="auto"), n, current_device()) for n in args.lengths
+    }
     # Elsewhere than on a CPU "plain" is the reference itself.
     names = [
         "reference",
-        *(n for n in BACKENDS if n not in report["left_out"] and (n != "plain" or here().platform == "cpu")),
+        *(n for n in KERNELS if n not in report["left_out"] and (n != "plain" or current_device().platform == "cpu")),
     ]
     print(f"{device.device_kind}, {args.dtype}, {args.heads} heads of {args.head_size}; auto takes {report['auto']}")
     print(f"{'length':>7} {'rows':8} {'attention':14} {'forward':>9} {'both ms':>9} {'5 %':>8} {'95 %':>8} "

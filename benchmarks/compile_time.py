@@ -111,7 +111,7 @@ def compile_seconds(name: str, unrolled: bool) -> dict[str, float]:
     from gptjax.config.command_line import load_recipe
     from gptjax.data.packing import example_batch
     from gptjax.parallel.sharding import abstract, make_mesh
-    from gptjax.training.build import assemble
+    from gptjax.training.build import build_components
     from gptjax.training.loop import compile_step
 
     config = load_recipe(name).config("pretrain", "")
@@ -121,7 +121,7 @@ def compile_seconds(name: str, unrolled: bool) -> dict[str, float]:
         data=dataclasses.replace(config.data, batch_size=1),
         optim=dataclasses.replace(config.optim, accumulate=1),
     )
-    mesh, parts = make_mesh(config.mesh, jax.devices()[:1]), assemble(config)
+    mesh, parts = make_mesh(config.mesh, jax.devices()[:1]), build_components(config)
     batch = example_batch(1, config.data.length)
     with jax.set_mesh(mesh):
         state = abstract(jax.eval_shape(parts.init, 0), mesh)

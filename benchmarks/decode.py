@@ -40,7 +40,7 @@ from turns import Competitor, Failed
 
 from gptjax.config import ModelConfig
 from gptjax.generation.engine import decode, decode_params, prefill
-from gptjax.model.cache import bucket
+from gptjax.model.cache import round_up_length
 from gptjax.model.decoder import Decoder, Params, init_params
 from gptjax.ops.cpu_matvec import several
 from gptjax.runtime.process import tune_process
@@ -142,8 +142,8 @@ def measure(
     """Every round's numbers for one batch size, their medians, and whether the tokens agree."""
     rows = len(prompt_BL)
     length_B = np.full(rows, args.prompt, np.int32)
-    slots = bucket(args.prompt + args.new, decoder.context)
-    padded_BL = np.pad(prompt_BL, ((0, 0), (0, bucket(args.prompt, decoder.context) - args.prompt)))
+    slots = round_up_length(args.prompt + args.new, decoder.context)
+    padded_BL = np.pad(prompt_BL, ((0, 0), (0, round_up_length(args.prompt, decoder.context) - args.prompt)))
     constant = {"copy_B": np.zeros(rows, np.int32), "last_B": length_B + args.new - 1}
     rest = (constant, {}, np.uint32(0), NEVER, np.zeros(rows, bool), np.int32(args.new))
 

@@ -29,7 +29,7 @@ from gptjax.config import DataConfig, PrepareConfig, TokenizerConfig, TrainConfi
 from gptjax.data import corpus
 from gptjax.data.prepare import prepare
 from gptjax.data.rate import rate, rows_rate
-from gptjax.data.streamed import StreamFeed
+from gptjax.data.streamed import StreamedData
 
 LENGTHS = (128, 256, 1024)
 WORKERS = (0, 1, 2)
@@ -106,7 +106,7 @@ def bound_rows_rate(folder: Path, data: DataConfig, cache_bytes: int, seconds: f
 
 def stream_rate(config: TrainConfig, seconds: float) -> float:
     """Million tokens a second of a stream."""
-    feed = StreamFeed(config)
+    feed = StreamedData(config)
     with contextlib.closing(feed.batches(feed.start)) as made:
         return rate(made, config.data, seconds) / 1e6
 

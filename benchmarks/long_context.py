@@ -31,8 +31,8 @@ from facts import ROOT, facts, write_report
 
 from gptjax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, TokenizerConfig, TrainConfig
 from gptjax.ops.attention import describe
-from gptjax.parallel.sharding import make_mesh, put
-from gptjax.training.build import assemble, language_model_loss
+from gptjax.parallel.sharding import make_mesh, to_global
+from gptjax.training.build import build_components, language_model_loss
 from gptjax.training.loop import compile_step, init_state
 
 TEXT = ROOT / "gptjax" / "data" / "corpora" / "shakespeare.txt"
@@ -99,7 +99,7 @@ class Result(NamedTuple):
 
 def train(config: TrainConfig, context: int, steps: int, gradients: bool) -> Result:
     """Trains with `context` devices a row and returns what was measured."""
-    length, rows, parts = config.data.length, config.data.batch_size, assemble(config)
+    length, rows, parts = config.data.length, config.data.batch_size, build_components(config)
     mesh = make_mesh(MeshConfig(data=rows, context=context), jax.devices()[: rows * context])
     with jax.set_mesh(mesh):
         describe(config.model, length, config.data.several_documents)
@@ -114,13 +114,13 @@ def train(config: TrainConfig, context: int, steps: int, gradients: bool) -> Res
         if gradients:
             loss = language_model_loss(parts.decoder)
             grads = jax.jit(jax.grad(lambda p, b: loss(p, {}, b, jax.random.key(0))[0]))
-            first = jax.device_get(grads(state.params, put(example, mesh)))
+            first = jax.device_get(grads(state.params, to_global(example, mesh)))
         if not steps:
             return Result(numbers, first)
         losses, seconds, processor = [], [], []
         for i in range(steps):
             start, used = time.perf_counter(), time.process_time()
-            state, metrics = step(state, {}, put(batch(rows, length, i), mesh))
+            state, metrics = step(state, {}, to_global(batch(rows, length, i), mesh))
             losses.append(float(metrics["loss"]))
             seconds.append(time.perf_counter() - start)
             processor.append(time.process_time() - used)

@@ -22,7 +22,7 @@ from gptjax.config.section import build
 from gptjax.interop.huggingface import HEAD, LAYER, PREFIX, TOP
 from gptjax.parallel.sharding import make_mesh, suffix
 from gptjax.runtime.process import tune_process
-from gptjax.training.build import assemble
+from gptjax.training.build import build_components
 from gptjax.training.loop import compile_step, enable_compile_cache, fit, init_state
 from gptjax.training.metrics import peak_memory
 
@@ -43,7 +43,7 @@ class JaxCompetitor:
         names = [name for name in stored.files if name != "count"]
         arrays = {name: stored[name] for name in names}
         self.batches = [{name: np.ascontiguousarray(arrays[name][i]) for name in names} for i in range(count)]
-        self.mesh, self.parts = make_mesh(self.config.mesh, jax.devices()[:1]), assemble(self.config)
+        self.mesh, self.parts = make_mesh(self.config.mesh, jax.devices()[:1]), build_components(self.config)
         self.done = 0
         self.facts = {
             "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")},

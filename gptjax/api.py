@@ -15,10 +15,10 @@ import jax
 from gptjax.commands import evaluate_trained
 from gptjax.config import GenerateConfig, TrainConfig
 from gptjax.config.command_line import load_recipe, origins
-from gptjax.config.plugins import named, optional
+from gptjax.config.plugins import optional, register
 from gptjax.config.section import InputError, build, leaves, unknown_name
 from gptjax.generation.engine import generate as generate_texts
-from gptjax.runs.load import Trained, open_trained
+from gptjax.runs.load import LoadedModel, load_model
 from gptjax.stages.pretrain import pretrain
 
 
@@ -46,7 +46,7 @@ def train(
     loss: Callable[..., Any] | None = None,
     block: Callable[..., Any] | None = None,
     source: Callable[..., Any] | None = None,
-) -> Trained:
+) -> LoadedModel:
     """Trains, or goes on with, the run in config.run_dir and returns the model of its last step.
 
     A user's own parts take the place of ours:
@@ -56,29 +56,29 @@ def train(
     Raises InputError for bad input and train.Interrupted after Ctrl-C, with everything saved.
     """
     given = {"loss": loss, "model.block": block, "data.source": source}
-    config = override(config, {setting: named(part) for setting, part in given.items() if part is not None})
+    config = override(config, {setting: register(part) for setting, part in given.items() if part is not None})
     pretrain(config, {"path": "", "sha256": ""}, origins(TrainConfig(), config, config))
     return load(config.run_dir, block=optional(config.model.block, "model.block"))
 
 
-def load(run_dir: str | Path, step: int = 0, *, block: Callable[..., Any] | None = None) -> Trained:
+def load(run_dir: str | Path, step: int = 0, *, block: Callable[..., Any] | None = None) -> LoadedModel:
     """The model of a run at a checkpoint (0: the newest), on all devices.
 
     A run that was trained with a block of the user's own needs that block again: what a run's folder names is never
     imported. Raises InputError where the folder is no run or has no sound checkpoint.
     """
-    return open_trained(run_dir, None, step, block=block)
+    return load_model(run_dir, None, step, block=block)
 
 
 @overload
-def generate(model: Trained, prompt: str = "", **settings: Any) -> str: ...
+def generate(model: LoadedModel, prompt: str = "", **settings: Any) -> str: ...
 
 
 @overload
-def generate(model: Trained, prompt: list[str], **settings: Any) -> list[str]: ...
+def generate(model: LoadedModel, prompt: list[str], **settings: Any) -> list[str]: ...
 
 
-def generate(model: Trained, prompt: str | list[str] = "", **settings: Any) -> str | list[str]:
+def generate(model: LoadedModel, prompt: str | list[str] = "", **settings: Any) -> str | list[str]:
     """The continuation of a prompt, or of each of several, without the prompt itself.
 
     `settings` are those of config.GenerateConfig: max_new_tokens, temperature, top_k, top_p, min_p, seed, stop, ...
@@ -94,7 +94,7 @@ def generate(model: Trained, prompt: str | list[str] = "", **settings: Any) -> s
     return texts[0] if isinstance(prompt, str) else texts
 
 
-def evaluate(model: Trained, max_rows: int = 0) -> dict[str, Any]:
+def evaluate(model: LoadedModel, max_rows: int = 0) -> dict[str, Any]:
     """step, eval_loss (nats a token), eval_perplexity, eval_bits_per_byte and eval_tokens on the run's validation sets.
 
     Only the first max_rows rows of each where that is not 0.

@@ -21,11 +21,11 @@ from gptjax.config import (
 )
 from gptjax.config.command_line import HELP, nothing_left, parse, positional, positionals
 from gptjax.config.section import InputError
-from gptjax.parallel.cluster import NotNow
-from gptjax.parallel.processes import is_first, join_processes, leave, title
+from gptjax.parallel.cluster import RetryableError
+from gptjax.parallel.processes import exit_all, is_main_process, join_processes, process_label
 from gptjax.runtime.process import tune_process
 from gptjax.runtime.versions import __version__
-from gptjax.storage.bucket import may_pass
+from gptjax.storage.bucket import is_transient
 
 Verb = Callable[[list[str]], int]
 
@@ -104,7 +104,7 @@ def pretrain(args: list[str]) -> int:
         return 75
     except (CheckpointError, Diverged) as e:
         _fail(e)
-        return 75 if may_pass(e) else 3
+        return 75 if is_transient(e) else 3
     _say(f"run folder: {folder}")
     _next(f'gptjax generate {cfg.run_dir} --prompt "ROMEO. "')
     return 0
@@ -168,7 +168,7 @@ def evaluate(args: list[str]) -> int:
     from gptjax.commands import evaluate_run
 
     found = evaluate_run(run, cfg)
-    for name, value in found.items() if is_first() else ():
+    for name, value in found.items() if is_main_process() else ():
         print(f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}")
     _next(f'gptjax generate {run} --prompt "ROMEO. "')
     return 0
@@ -182,7 +182,7 @@ def generate(args: list[str]) -> int:
     from gptjax.commands import generate_run
 
     def write(piece: str) -> None:
-        if is_first():
+        if is_main_process():
             print(piece, end="", flush=True)
 
     generate_run(run, cfg, write)
@@ -321,19 +321,19 @@ def main(argv: list[str] | None = None) -> int:
     """
     code = _run(sys.argv[1:] if argv is None else argv)
     if code:
-        leave(code)  # with the other processes of this job, where there are any
+        exit_all(code)  # with the other processes of this job, where there are any
     return code
 
 
 def _run(args: list[str]) -> int:
     try:
         return _dispatch(args)
-    except (InputError, NotNow) as e:
+    except (InputError, RetryableError) as e:
         _fail(e)
-        return 75 if isinstance(e, NotNow) or may_pass(e) else 2
+        return 75 if isinstance(e, RetryableError) or is_transient(e) else 2
     except BrokenPipeError:  # the reader of our output went away: `gptjax data show ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        leave(0)  # the other processes of this job would wait for this one
+        exit_all(0)  # the other processes of this job would wait for this one
         return 0
 
 
@@ -368,18 +368,18 @@ def _start(cfg: Any) -> None:
 
 
 def _print(line: str) -> None:
-    if is_first():
+    if is_main_process():
         print(line, flush=True)
 
 
 def _say(line: str) -> None:
     """Tells what was done; of several processes only the first does."""
-    if is_first():
+    if is_main_process():
         print(line, file=sys.stderr, flush=True)
 
 
 def _fail(error: Exception) -> None:
-    where = f"{title()}: " if title() else ""
+    where = f"{process_label()}: " if process_label() else ""
     print(f"gptjax: {where}{error}", file=sys.stderr, flush=True)
 
 

@@ -10,8 +10,8 @@ import jax
 
 from gptjax.config import ContinueConfig, DataConfig, EvalConfig, TokenizerConfig, TrainConfig
 from gptjax.config.section import InputError, leaves
-from gptjax.data.feed import open_feed
 from gptjax.data.packing import example_batch
+from gptjax.data.pipeline import open_pipeline
 from gptjax.data.show import show
 from gptjax.evals.loss import evaluate, make_eval_step
 from gptjax.generation.engine import stream
@@ -19,25 +19,25 @@ from gptjax.interop.huggingface import import_huggingface
 from gptjax.parallel.processes import join_processes
 from gptjax.parallel.sharding import abstract
 from gptjax.runs.checkpoint import Checkpoints
-from gptjax.runs.load import Trained, open_checkpoints, open_trained
+from gptjax.runs.load import LoadedModel, load_model, open_checkpoints
 from gptjax.runs.run import Run, load_config
-from gptjax.storage import place, store
+from gptjax.storage import filesystem, resolve_path
 from gptjax.tokenizer import open_tokenizer
 
 
 def evaluate_run(run_dir: str | Path, cfg: EvalConfig) -> dict[str, Any]:
     """Evaluates a run on its validation split: step, eval_loss, eval_perplexity, eval_bits_per_byte, eval_tokens."""
     join_processes({"run": str(run_dir), **dict(leaves(cfg))})
-    model = open_trained(run_dir, cfg.mesh, cfg.step)
+    model = load_model(run_dir, cfg.mesh, cfg.step)
     return {"step": model.step, **evaluate_trained(model, cfg.max_rows)}
 
 
-def evaluate_trained(model: Trained, max_rows: int = 0) -> dict[str, Any]:
+def evaluate_trained(model: LoadedModel, max_rows: int = 0) -> dict[str, Any]:
     """The same numbers for a model that is open already."""
     # How much of a set in memory is tokenised depends on it.
     limits = dataclasses.replace(model.config.evaluate, max_rows=max_rows)
     model.run.pull(model.run.data)
-    feed = open_feed(dataclasses.replace(model.config, evaluate=limits), model.run.data)
+    feed = open_pipeline(dataclasses.replace(model.config, evaluate=limits), model.run.data)
     feed.check(model.data_state)
     with jax.set_mesh(model.mesh):
         example = abstract(example_batch(model.config.data.batch_size, model.config.data.length), model.mesh)
@@ -48,7 +48,7 @@ def evaluate_trained(model: Trained, max_rows: int = 0) -> dict[str, Any]:
 def generate_run(run_dir: str | Path, cfg: ContinueConfig, write: Callable[[str], None]) -> None:
     """Continues cfg.prompt with a run, writing text as it comes; several prompts are written one after the other."""
     join_processes({"run": str(run_dir), **dict(leaves(cfg))})
-    model = open_trained(run_dir, None, cfg.step)
+    model = load_model(run_dir, None, cfg.step)
     with jax.set_mesh(model.mesh):
         pieces = stream(model.decoder, model.params, model.tokenizer, cfg)
         first = list(itertools.islice(pieces, 1))  # a prompt that does not fit is refused before anything is written
@@ -72,7 +72,7 @@ def show_step(run_dir: str | Path, step: int, rows: int) -> str:
     """
     config, run = load_config(run_dir), Run.existing(run_dir)
     run.pull(run.data)
-    feed = open_feed(config, run.data)
+    feed = open_pipeline(config, run.data)
     checkpoints = open_checkpoints(run_dir)
     if (newest := checkpoints.newest()) is not None:
         feed.check(checkpoints.data_state(newest))
@@ -85,7 +85,7 @@ def import_run(source: str | Path, run_dir: str | Path) -> str:
 
     Raises InputError where the folder is not one, holds what the decoder can't represent, or run_dir is a run already.
     """
-    if store(place(run_dir)).is_file(Run.at(run_dir).config_path):
+    if filesystem(resolve_path(run_dir)).is_file(Run.at(run_dir).config_path):
         raise InputError(f"{run_dir} is a run already; give another folder")
     model, vocab_size, context, params = import_huggingface(Path(source))
     tokenizer, note = None, ""

@@ -12,7 +12,7 @@ import jax
 from gptjax.config.command_line import load_recipe
 from gptjax.data.packing import example_batch
 from gptjax.parallel.sharding import make_mesh, shardings
-from gptjax.training.build import assemble, check_divisible
+from gptjax.training.build import build_components, check_divisible
 
 
 def size(tree, shape=lambda x: x.shape) -> int:
@@ -24,7 +24,7 @@ for name in sys.argv[1:]:
     count = math.prod(max(n, 1) for n in vars(config.mesh).values())
     mesh = make_mesh(config.mesh, jax.devices()[:count])
     check_divisible(config, mesh.shape)
-    parts = assemble(config)
+    parts = build_components(config)
     state = jax.eval_shape(parts.init, 0)
     where = shardings(state, mesh)
     batch = example_batch(config.data.batch_size, config.data.length)

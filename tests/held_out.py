@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from gptjax.data.sources import Holdout, Tally, documents, open_source
+from gptjax.data.sources import Holdout, HoldoutBuilder, documents, open_source
 
 
 def holdout(source: str | Path, fraction: float) -> Holdout:
     """What is held out of a source; raises InputError where it can't be split in two."""
-    found, tally = open_source(str(source)), Tally()
+    found, tally = open_source(str(source)), HoldoutBuilder()
     for document in documents(found):
         tally.add(document, document.digest, fraction)
     return tally.holdout(found.name, fraction)

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 import gptjax
-from gptjax.config.plugins import named, resolve
+from gptjax.config.plugins import register, resolve
 from gptjax.config.section import InputError
 from gptjax.model.block import block as own_block
 from gptjax.model.decoder import head, init_params, make_decoder
 from gptjax.model.decoder import layer_params as own_params
 from gptjax.runs.run import Run
 from gptjax.runs.warm_start import _check_settings, _check_shapes
-from gptjax.training.build import assemble
+from gptjax.training.build import build_components
 from gptjax.training.losses import token_log_probs
 
 TINY = {
@@ -125,7 +125,7 @@ def test_a_loss_without_the_numbers_that_training_reads_is_one_line(tmp_path, te
         return lambda params, frozen, batch, key: made
 
     cfg = config(tmp_path / "lacking", text)
-    parts = assemble(gptjax.override(cfg, {"loss": named(lacking)}))
+    parts = build_components(gptjax.override(cfg, {"loss": register(lacking)}))
     with pytest.raises(InputError, match=f"lacking' returned {said}; wanted .* 'loss', .*'weight'") as e:
         jax.eval_shape(parts.step, jax.eval_shape(parts.init, 0), {}, {})
     assert "\n" not in str(e.value)

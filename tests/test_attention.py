@@ -15,10 +15,10 @@ from gptjax.config.section import InputError
 from gptjax.generation.engine import generate_ids
 from gptjax.model.decoder import Decoder, init_params, make_decoder
 from gptjax.ops import attention as backends
-from gptjax.ops.attention import Device, attend_cudnn, attend_splash, attention, choose, describe
-from gptjax.ops.cpu_attention import attend_triangle
+from gptjax.ops.attention import Device, attend_cudnn, attend_splash, attention, describe, select_kernel
+from gptjax.ops.cpu_attention import attend_causal_chunked
 from gptjax.ops.reference import attend, causal
-from gptjax.parallel.sharding import make_mesh, put
+from gptjax.parallel.sharding import make_mesh, to_global
 
 CPU, TPU, A100, H100 = Device("cpu"), Device("tpu"), Device("gpu", 8.0), Device("gpu", 9.0)
 MODEL = ModelConfig(num_layers=2, num_heads=4, queries_per_kv=2, head_dim=8, width=32)
@@ -76,13 +76,13 @@ TRIANGLE = {
 def test_plain_attention_without_the_future_is_plain_attention(name):
     options = dict(TRIANGLE[name])
     given = arrays(options.pop("length", 193))
-    assert_close(value_and_grads(attend_triangle, given, **options), value_and_grads(attend, given, **options))
+    assert_close(value_and_grads(attend_causal_chunked, given, **options), value_and_grads(attend, given, **options))
 
 
 def test_in_bfloat16_it_is_about_as_far_from_float32_as_the_reference():
     given = arrays(128, jnp.bfloat16)
     exact = value_and_grads(attend, {n: x if n == "segments_BL" else x.astype(np.float32) for n, x in given.items()})
-    chunked, plain = (value_and_grads(f, given) for f in (attend_triangle, attend))
+    chunked, plain = (value_and_grads(f, given) for f in (attend_causal_chunked, attend))
     for wanted, a, b in zip(exact, chunked, plain, strict=True):
         assert np.linalg.norm(a - wanted) <= 1.1 * np.linalg.norm(b - wanted)
 
@@ -91,7 +91,7 @@ def test_the_future_is_not_touched():
     """A value that is no number and is multiplied leaves its mark: 0 times nan is nan."""
     given = arrays(256)
     given["v_BLGK"][:, 128:] = np.nan
-    out_BLHK, dq_BLHK, *_ = value_and_grads(attend_triangle, given)
+    out_BLHK, dq_BLHK, *_ = value_and_grads(attend_causal_chunked, given)
     assert np.isfinite(out_BLHK[:, :128]).all() and np.isnan(out_BLHK[:, 128:]).all()
     assert np.isfinite(dq_BLHK[:, :128]).all()
 
@@ -147,13 +147,13 @@ def test_a_mesh_does_not_change_what_the_kernels_compute(mesh, monkeypatch):
     given = arrays(16, rows=8)
     wanted = value_and_grads(attend, given)
     with jax.set_mesh(make_mesh(mesh)):
-        assert_close(value_and_grads(attend_cudnn, put(given, make_mesh(mesh))), wanted)
+        assert_close(value_and_grads(attend_cudnn, to_global(given, make_mesh(mesh))), wanted)
     assert seen[-1] == (8 // max(mesh.data, mesh.fsdp), 16, 4 // mesh.tensor, 8)  # each device has its own part
 
 
 def lowered(cfg: ModelConfig, device: Device, platform: str, monkeypatch, packed: bool = True) -> str:
     """The text of attention and its gradients, lowered for a platform that need not be here."""
-    monkeypatch.setattr(backends, "here", lambda: device)
+    monkeypatch.setattr(backends, "current_device", lambda: device)
     # What jax asks the device at hand, which is not the one that is lowered for.
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91800)
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda least: device.capability >= float(least))
@@ -217,7 +217,7 @@ CHOICES = [
 
 @pytest.mark.parametrize(("device", "settings", "length", "wanted"), CHOICES)
 def test_auto_takes_the_first_that_can_honour_the_case(device, settings, length, wanted):
-    assert choose(dataclasses.replace(MODEL, attention="auto", **settings), length, device) == wanted
+    assert select_kernel(dataclasses.replace(MODEL, attention="auto", **settings), length, device) == wanted
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_auto_takes_the_first_that_can_honour_the_case(device, settings, length,
 )
 def test_a_named_attention_that_the_device_cannot_honour_is_refused(name, device, settings, message):
     with pytest.raises(InputError, match=message):
-        choose(dataclasses.replace(MODEL, attention=name, **settings), 64, device)
+        select_kernel(dataclasses.replace(MODEL, attention=name, **settings), 64, device)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_a_cache_is_attended_whatever_the_rows_are_trained_with(monkeypatch):
     """One query, and a prompt behind others, by what runs everywhere."""
     from gptjax.ops.reference import cached
 
-    monkeypatch.setattr(backends, "here", lambda: H100)
+    monkeypatch.setattr(backends, "current_device", lambda: H100)
     given = arrays(16)
     for queries in (1, 4):
         qkv = given["q_BLHK"][:, :queries], given["k_BLGK"], given["v_BLGK"]

@@ -21,7 +21,7 @@ from gptjax.config import TrainConfig
 from gptjax.data.packing import example_batch
 from gptjax.model.decoder import Decoder, init_params, unstacked
 from gptjax.parallel.sharding import make_mesh
-from gptjax.training.build import assemble
+from gptjax.training.build import build_components
 from gptjax.training.loop import compile_step
 
 ROOT = Path(__file__).parent.parent
@@ -121,7 +121,7 @@ def test_the_report_says_what_was_measured_and_a_planted_fault_ends_it_with_code
 @pytest.mark.parametrize("contest", contests.SUITES["h100"], ids=lambda c: c.name)
 def test_the_steps_of_the_gpu_suite_lower_for_cuda(contest):
     config = contests.recipe(contest)
-    parts = assemble(config)
+    parts = build_components(config)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     state = jax.eval_shape(parts.init, 0)
     batch = example_batch(config.data.batch_size, config.data.length)

@@ -11,8 +11,8 @@ import pytest
 from gptjax.config import MeshConfig, ModelConfig
 from gptjax.model.decoder import Decoder, init_params
 from gptjax.ops.blockwise import attend_blockwise
-from gptjax.ops.reference import Sight, attend, cached, causal
-from gptjax.parallel.sharding import make_mesh, put
+from gptjax.ops.reference import AttentionMask, attend, cached, causal
+from gptjax.parallel.sharding import make_mesh, to_global
 from gptjax.training.build import language_model_loss
 
 
@@ -34,7 +34,7 @@ class Case:
     documents: str = "packed"
 
     @property
-    def sight(self) -> Sight:
+    def sight(self) -> AttentionMask:
         if self.documents == "cached":  # the second row is far ahead of the first
             start_B1 = jnp.array([[3], [self.keys - self.queries]])
             return cached(start_B1 + jnp.arange(self.queries))
@@ -105,7 +105,7 @@ def test_in_bfloat16_blockwise_is_no_further_from_float32_than_plain():
         assert np.linalg.norm(blockwise - wanted) <= np.linalg.norm(plain - wanted)
 
 
-def blockwise_and_grads(arrays: list[jax.Array], sight: Sight, **options) -> list[np.ndarray]:
+def blockwise_and_grads(arrays: list[jax.Array], sight: AttentionMask, **options) -> list[np.ndarray]:
     """Output and gradients by q, k and v, in blocks of 8."""
     *qkv, g_BLHK = arrays
 
@@ -136,7 +136,7 @@ def test_other_documents_are_not_visited():
 
 
 def test_a_query_that_sees_nothing_gives_zero_and_finite_gradients():
-    sight = Sight(jnp.full((2, 4), 7), jnp.array([[1, 9, 1, 9]] * 2), jnp.ones((2, 8), jnp.int32))
+    sight = AttentionMask(jnp.full((2, 4), 7), jnp.array([[1, 9, 1, 9]] * 2), jnp.ones((2, 8), jnp.int32))
     out_BLHK, dq_BLHK, *others = blockwise_and_grads(Case(queries=4, keys=8).arrays(), sight)
     assert not out_BLHK[:, 1::2].any() and out_BLHK[:, ::2].all()
     assert not dq_BLHK[:, 1::2].any()
@@ -158,7 +158,7 @@ def test_a_mesh_does_not_change_blockwise_attention(mesh, heads):
     names = ["q_BLHK", "k_BLGK", "v_BLGK", "g_BLHK"]
     devices = make_mesh(mesh)
     with jax.set_mesh(devices):
-        placed = put(dict(zip(names, case.arrays(), strict=True)), devices)
+        placed = to_global(dict(zip(names, case.arrays(), strict=True)), devices)
         got = value_and_grads(attend_blockwise, case, [placed[n] for n in names], block=case.block)
     assert_close(got, wanted)
 

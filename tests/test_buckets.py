@@ -24,7 +24,7 @@ from gptjax.config.section import InputError
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.run import Run, load_config
 from gptjax.storage import bucket as bucket_module
-from gptjax.storage import lease, place, store
+from gptjax.storage import filesystem, lease, resolve_path
 from gptjax.storage.bucket import SCHEMES, BucketError, Scheme
 from gptjax.storage.lease import Lease
 from gptjax.training.metrics import MetricsFile
@@ -93,16 +93,16 @@ def fake(monkeypatch, tmp_path):
     monkeypatch.setattr(Fake, "store", {})
     monkeypatch.setattr(Fake, "left", float("inf"))
     monkeypatch.setattr(Fake, "answers", True)
-    bucket_module.bucket.cache_clear()
+    bucket_module.open_bucket.cache_clear()
     yield Fake
     Fake.left, Fake.answers = float("inf"), True
-    bucket_module.bucket.cache_clear()
+    bucket_module.open_bucket.cache_clear()
 
 
 def reborn(fake) -> None:
     """Another process: it remembers nothing, and its writes arrive."""
     fake.left = float("inf")
-    bucket_module.bucket.cache_clear()
+    bucket_module.open_bucket.cache_clear()
 
 
 def make_state(step: int) -> dict:
@@ -118,24 +118,24 @@ SHAPES = jax.eval_shape(make_state, 0)
 @pytest.mark.parametrize("text", ["ftp://bucket/run", "gs:///run", "gs://bucket", "gs://bucket/", "s3://b/../run"])
 def test_what_is_no_place_for_a_run_is_refused_in_one_line(text):
     with pytest.raises(InputError, match="wanted a folder, or gs://BUCKET/FOLDER or s3://BUCKET/FOLDER") as e:
-        place(text)
+        resolve_path(text)
     assert str(e.value).startswith(text) and "\n" not in str(e.value)
 
 
 def test_a_missing_package_is_named_with_what_to_install(monkeypatch):
     monkeypatch.setitem(SCHEMES, "gs", Scheme("gcs", "no_such_package", "gcs", direct=True))
-    bucket_module.bucket.cache_clear()
+    bucket_module.open_bucket.cache_clear()
     with pytest.raises(InputError, match=r"needs the package no_such_package; .*pip install 'gptjax\[gcs\]'"):
-        place("gs://bucket/run")
+        resolve_path("gs://bucket/run")
 
 
 @pytest.mark.parametrize("text", ["runs/a", "/runs/a", "a:b", "C:/x", "s3/x"])
 def test_every_other_name_is_a_folder_of_the_file_system(text):
-    assert place(text) == Path(text) and type(store(place(text))).__name__ == "Disk"
+    assert resolve_path(text) == Path(text) and type(filesystem(resolve_path(text))).__name__ == "Disk"
 
 
 def test_a_place_in_a_bucket_is_kept_as_it_was_written(fake):
-    assert str(place(RUN + "/") / "x") == RUN + "/x" and str(place(place(RUN))) == RUN
+    assert str(resolve_path(RUN + "/") / "x") == RUN + "/x" and str(resolve_path(resolve_path(RUN))) == RUN
 
 
 # Kills.
@@ -143,7 +143,7 @@ def test_a_place_in_a_bucket_is_kept_as_it_was_written(fake):
 
 def save(step: int, log: Path) -> None:
     """A step of a run: its line in the log, its checkpoint, and the delete of the one before."""
-    checkpoints = Checkpoints(place(RUN) / "checkpoints", CFG)
+    checkpoints = Checkpoints(resolve_path(RUN) / "checkpoints", CFG)
     MetricsFile(log).write({"step": step, "loss": 0.5})
     checkpoints.save(step, make_state(step), {"row": step}, {}, first=Run.at(RUN).push_logs)
     checkpoints.wait()
@@ -166,7 +166,7 @@ def test_a_kill_at_any_operation_leaves_a_sound_step_and_the_log_up_to_it(fake, 
     for n in range(operations, -1, -stride):
         fake.store.clear()
         fake.store.update(objects)
-        store(place(RUN)).clear(place(RUN))
+        filesystem(resolve_path(RUN)).clear(resolve_path(RUN))
         log.parent.mkdir()
         for path, data in files:
             path.write_bytes(data)
@@ -175,7 +175,7 @@ def test_a_kill_at_any_operation_leaves_a_sound_step_and_the_log_up_to_it(fake, 
             save(step, log)
         reborn(fake)
         sealed = [k for k in fake.store if k.endswith("manifest.json")]
-        checkpoints = Checkpoints(place(RUN) / "checkpoints", CFG)
+        checkpoints = Checkpoints(resolve_path(RUN) / "checkpoints", CFG)
         newest = checkpoints.newest() or 0
         seen.add(newest)
         assert len(sealed) == len(checkpoints.steps())
@@ -193,20 +193,20 @@ def test_a_kill_at_any_operation_leaves_a_sound_step_and_the_log_up_to_it(fake, 
 
 
 def test_an_unsound_step_is_set_aside_and_found_whole_under_its_new_name(fake, capsys):
-    checkpoints = Checkpoints(place(RUN), CheckpointConfig())
+    checkpoints = Checkpoints(resolve_path(RUN), CheckpointConfig())
     for step in (1, 2):
         checkpoints.save(step, make_state(step), {}, {})
         checkpoints.wait()
-    objects = store(place(RUN))
+    objects = filesystem(resolve_path(RUN))
     names = set(objects.sizes(checkpoints.path(2)))
     objects.write(checkpoints.path(2) / "commit_success.txt", b"")
     assert checkpoints.restore(SHAPES)[0] == 1
     assert "commit_success.txt" in capsys.readouterr().err
-    assert checkpoints.steps() == [1] and set(objects.sizes(place(RUN) / "00000002.unsound")) == names
+    assert checkpoints.steps() == [1] and set(objects.sizes(resolve_path(RUN) / "00000002.unsound")) == names
 
 
 def test_a_store_that_does_not_answer_is_not_taken_for_an_empty_one(fake):
-    checkpoints = Checkpoints(place(RUN), CFG)
+    checkpoints = Checkpoints(resolve_path(RUN), CFG)
     checkpoints.save(1, make_state(1), {}, {})
     checkpoints.wait()
     before = set(fake.store)
@@ -233,12 +233,13 @@ def test_an_outage_ends_a_verb_so_that_it_is_started_again_and_a_refusal_for_goo
     monkeypatch.setattr(Fake, "pipe_file", fail)
     assert main(["checkpoint", "list", RUN]) == code
     monkeypatch.setattr(
-        "gptjax.stages.pretrain.pretrain", lambda *_: store(place(RUN)).make_writable(place(RUN), "a run")
+        "gptjax.stages.pretrain.pretrain",
+        lambda *_: filesystem(resolve_path(RUN)).make_writable(resolve_path(RUN), "a run"),
     )
     assert main(["pretrain", "quickstart"]) == code  # also where the error was put into other words
 
     def save(*_) -> None:
-        checkpoints = Checkpoints(place(RUN), CFG, readonly=True)
+        checkpoints = Checkpoints(resolve_path(RUN), CFG, readonly=True)
         checkpoints.readonly = False
         checkpoints.save(1, make_state(1), {}, {})
         checkpoints.wait()
@@ -269,7 +270,7 @@ def test_a_run_in_a_bucket_has_its_settings_and_starts_with_an_empty_mirror(fake
     (run.data / "a").write_bytes(b"12")
     run.push(run.data)
     run.close()
-    store(run.folder).clear(run.folder)
+    filesystem(run.folder).clear(run.folder)
     again = Run.open(RUN, cfg, {"path": "", "sha256": ""}, {})
     again.pull(again.data)
     assert sorted(p.name for p in again.data.iterdir()) == ["a", "manifest.json"]
@@ -290,7 +291,7 @@ def test_only_what_changed_is_transferred_and_the_bucket_has_the_truth(fake):
     (run.data / "b").write_text("longer")
     run.push(run.data)
     fake.left = float("inf")
-    objects = store(run.folder)
+    objects = filesystem(run.folder)
     assert objects.read(run.folder / "data" / "b") == b"longer"
     (run.data / "c").write_text("torn")
     (run.data / "stranger").write_text("")
@@ -315,7 +316,7 @@ def test_an_upload_that_was_killed_takes_nothing_away_and_gives_no_half_of_a_fol
     whole = {f"{folder}/{name}" for folder, names in folders.items() for name in names}
     for n in range(len(whole) + 1):
         fake.store.clear()
-        store(run.folder).clear(run.folder)
+        filesystem(run.folder).clear(run.folder)
         for path in whole:
             (run.local / path).parent.mkdir(parents=True, exist_ok=True)
             (run.local / path).write_text(path)
@@ -325,7 +326,7 @@ def test_an_upload_that_was_killed_takes_nothing_away_and_gives_no_half_of_a_fol
         reborn(fake)
         run.pull(run.data, run.tokenizer)
         assert here() == whole, "the start after it needs what was made"
-        store(run.folder).clear(run.folder)  # as on another machine
+        filesystem(run.folder).clear(run.folder)  # as on another machine
         run.pull(run.data, run.tokenizer)
         got = here()
         for folder, names in folders.items():
@@ -343,7 +344,7 @@ def hasty(monkeypatch):
 
 
 def test_a_run_is_held_by_one_process_and_given_up_at_once(fake, hasty):
-    objects, folder = store(place(RUN)), place(RUN)
+    objects, folder = filesystem(resolve_path(RUN)), resolve_path(RUN)
     first = Lease(objects, folder)
     with pytest.raises(InputError, match=f"is being trained by process {os.getpid()} on .*--run-dir") as e:
         Lease(objects, folder)
@@ -357,7 +358,7 @@ def test_a_run_is_held_by_one_process_and_given_up_at_once(fake, hasty):
 
 
 def test_a_holder_without_a_sign_of_life_loses_the_run_and_is_told(fake, hasty, monkeypatch):
-    objects, folder = store(place(RUN)), place(RUN)
+    objects, folder = filesystem(resolve_path(RUN)), resolve_path(RUN)
     monkeypatch.setattr(Lease, "_keep", lambda self: None)  # a process that was stopped
     first = Lease(objects, folder)
     start = time.monotonic()
@@ -372,7 +373,7 @@ def test_a_holder_without_a_sign_of_life_loses_the_run_and_is_told(fake, hasty, 
 
 
 def test_a_dead_process_of_this_machine_holds_nothing(fake, hasty, monkeypatch):
-    objects, folder = store(place(RUN)), place(RUN)
+    objects, folder = filesystem(resolve_path(RUN)), resolve_path(RUN)
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     monkeypatch.setattr(Lease, "_keep", lambda self: None)
@@ -385,7 +386,7 @@ def test_a_dead_process_of_this_machine_holds_nothing(fake, hasty, monkeypatch):
 
 
 def test_of_many_that_want_a_run_at_once_one_gets_it(fake, hasty, monkeypatch):
-    objects, folder, held, refused = store(place(RUN)), place(RUN), [], []
+    objects, folder, held, refused = filesystem(resolve_path(RUN)), resolve_path(RUN), [], []
     create, together = objects.create, threading.Barrier(8)
 
     def create_together(*args):
@@ -410,7 +411,7 @@ def test_of_many_that_want_a_run_at_once_one_gets_it(fake, hasty, monkeypatch):
 
 
 def test_one_that_was_slow_does_not_get_a_term_that_is_over(fake, hasty, monkeypatch):
-    objects, folder = store(place(RUN)), place(RUN)
+    objects, folder = filesystem(resolve_path(RUN)), resolve_path(RUN)
     create = objects.create
 
     def create_late(*args):
@@ -426,14 +427,14 @@ def test_one_that_was_slow_does_not_get_a_term_that_is_over(fake, hasty, monkeyp
 
 def test_a_lost_run_is_neither_committed_nor_deleted_from(fake, hasty, monkeypatch):
     monkeypatch.setattr(Lease, "_keep", lambda self: None)
-    objects = store(place(RUN))
-    checkpoints = Checkpoints(place(RUN) / "checkpoints", CheckpointConfig(keep_newest=1))
+    objects = filesystem(resolve_path(RUN))
+    checkpoints = Checkpoints(resolve_path(RUN) / "checkpoints", CheckpointConfig(keep_newest=1))
     checkpoints.save(1, make_state(1), {}, {})
     checkpoints.wait()
-    objects.lock(place(RUN))
+    objects.lock(resolve_path(RUN))
     checkpoints.save(2, make_state(2), {}, {})
     checkpoints.wait()
-    Lease(objects, place(RUN))
+    Lease(objects, resolve_path(RUN))
     checkpoints.save(3, make_state(3), {}, {})
     with pytest.raises(Exception, match="taken over"):
         checkpoints.wait()
@@ -444,13 +445,13 @@ def test_a_lost_run_is_neither_committed_nor_deleted_from(fake, hasty, monkeypat
 
 def test_a_step_that_the_new_owner_committed_is_not_touched_by_the_old_one(fake, hasty, monkeypatch):
     monkeypatch.setattr(Lease, "_keep", lambda self: None)
-    objects = store(place(RUN))
-    checkpoints = Checkpoints(place(RUN) / "checkpoints", CheckpointConfig())
-    objects.lock(place(RUN))
-    theirs = Checkpoints(place(RUN) / "checkpoints", CheckpointConfig(), readonly=True).path(1)
+    objects = filesystem(resolve_path(RUN))
+    checkpoints = Checkpoints(resolve_path(RUN) / "checkpoints", CheckpointConfig())
+    objects.lock(resolve_path(RUN))
+    theirs = Checkpoints(resolve_path(RUN) / "checkpoints", CheckpointConfig(), readonly=True).path(1)
 
     def taken_over() -> None:
-        Lease(objects, place(RUN))
+        Lease(objects, resolve_path(RUN))
         objects.write(theirs / "manifest.json", b"of the new owner")
         objects.write(theirs / "page", b"of the new owner")
 
@@ -487,12 +488,12 @@ def serve(kind: str, patch: pytest.MonkeyPatch):
     )
     try:
         assert process.stdout is not None and "ready\n" in iter(process.stdout.readline, "")
-        bucket_module.bucket.cache_clear()
+        bucket_module.open_bucket.cache_clear()
         yield
     finally:
         process.kill()
         process.wait()
-        bucket_module.bucket.cache_clear()
+        bucket_module.open_bucket.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -513,8 +514,8 @@ def kind(request, cache):
 
 @pytest.mark.parametrize("kind", ["gs", "s3"], indirect=True)
 def test_a_store_has_what_the_promises_are_made_of(kind, tmp_path):
-    folder = place(f"{kind}://bucket/store")
-    objects = store(folder)
+    folder = resolve_path(f"{kind}://bucket/store")
+    objects = filesystem(folder)
     objects.make_writable(folder, "a run")
     objects.create(folder / "a", b"1")
     with pytest.raises(FileExistsError):
@@ -534,7 +535,7 @@ def test_a_store_has_what_the_promises_are_made_of(kind, tmp_path):
     with pytest.raises(FileNotFoundError):
         objects.read(folder / "a")
     with pytest.raises(InputError, match=r"://nowhere/run: a run can't be written there"):
-        objects.make_writable(place(f"{kind}://nowhere/run"), "a run")
+        objects.make_writable(resolve_path(f"{kind}://nowhere/run"), "a run")
 
 
 SETTINGS = """
@@ -576,8 +577,8 @@ def uninterrupted(tmp_path_factory, cache) -> tuple[Path, Path]:
 @pytest.mark.parametrize("kind", GS_AND_S3, indirect=True)
 def test_a_run_in_a_bucket_that_was_killed_has_the_curve_of_one_on_a_disk_that_was_not(kind, uninterrupted, cache):
     reference, text = uninterrupted
-    folder = place(f"{kind}://bucket/killed")
-    objects, run = store(folder), Run.at(folder)
+    folder = resolve_path(f"{kind}://bucket/killed")
+    objects, run = filesystem(folder), Run.at(folder)
     process = start(str(folder), text, cache)
     while not objects.is_file(folder / "checkpoints" / "00000010" / "manifest.json") and process.poll() is None:
         time.sleep(0.05)
@@ -605,7 +606,7 @@ def test_a_run_in_a_bucket_that_was_killed_has_the_curve_of_one_on_a_disk_that_w
 def test_the_verbs_read_a_run_in_a_bucket_as_one_on_a_disk(kind, uninterrupted, cache, capsys):
     reference, text = uninterrupted
     folder = f"{kind}://bucket/killed"
-    if not store(place(folder)).is_file(place(folder) / "config.json"):
+    if not filesystem(resolve_path(folder)).is_file(resolve_path(folder) / "config.json"):
         assert start(folder, text, cache).wait(300) == 0
     jax.clear_caches()
     for words in (

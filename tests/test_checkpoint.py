@@ -16,7 +16,7 @@ import pytest
 
 from gptjax.config import CheckpointConfig, MeshConfig
 from gptjax.config.section import InputError
-from gptjax.parallel.sharding import make_mesh, put, shardings
+from gptjax.parallel.sharding import make_mesh, shardings, to_global
 from gptjax.runs import checkpoint
 from gptjax.runs.checkpoint import CheckpointError, Checkpoints
 from gptjax.runs.digest import MANIFEST, digests, leaf_names, write_manifest
@@ -102,7 +102,7 @@ def test_a_donated_and_overwritten_state_is_saved_as_it_was(tmp_path):
 def test_a_state_moves_between_meshes_bit_for_bit(tmp_path, saved_on, restored_on):
     a, b = (make_mesh(MeshConfig(**{"data": 1, **m})) if m else None for m in (saved_on, restored_on))
     state = {"params": make_params(), "step": np.int32(5)}
-    state = put(state, a) if a else jax.tree.map(jnp.asarray, state)
+    state = to_global(state, a) if a else jax.tree.map(jnp.asarray, state)
     checkpoints = Checkpoints(tmp_path / "c", CFG)
     checkpoints.save(1, state, {}, {})
     checkpoints.wait()
@@ -193,7 +193,7 @@ def test_an_unsound_step_is_set_aside_so_that_it_never_counts_as_the_newest(fold
 @pytest.mark.parametrize("said", [[False], [True, False, False], [True, True, False]])  # to files, marks, arrays
 def test_what_another_process_objects_to_is_not_restored_and_not_called_unsound_here(folder, monkeypatch, said, capsys):
     answers = iter([*said, True, True, True, *said])
-    monkeypatch.setattr(checkpoint, "nobody_objects", lambda ok: ok and next(answers))
+    monkeypatch.setattr(checkpoint, "all_agree", lambda ok: ok and next(answers))
     checkpoints = Checkpoints(folder, CFG, readonly=True)
     assert checkpoints.restore(abstract(make_state()))[0] == 10
     assert checkpoints.problems == [] and capsys.readouterr().err == ""
@@ -202,7 +202,7 @@ def test_what_another_process_objects_to_is_not_restored_and_not_called_unsound_
 
 
 def test_a_problem_is_told_by_the_process_that_has_it(folder, monkeypatch, capsys):
-    monkeypatch.setattr(checkpoint, "title", lambda: "process 1 of 2 on host")
+    monkeypatch.setattr(checkpoint, "process_label", lambda: "process 1 of 2 on host")
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     monkeypatch.setattr(Checkpoints, "_load_from", lambda *args: (None, None, None, ["it can't be read"]))
     with pytest.raises(InputError, match="no sound checkpoint"):
@@ -435,7 +435,7 @@ def test_another_program_can_read_the_state(folder):
 def test_a_digest_does_not_depend_on_the_mesh():
     meshes = [make_mesh(MeshConfig(**m)) for m in ({"fsdp": 8, "data": 1}, {"fsdp": 2, "tensor": 4, "data": 1})]
     plain = digests(make_params())
-    assert all(digests(put(make_params(), mesh)) == plain for mesh in meshes)
+    assert all(digests(to_global(make_params(), mesh)) == plain for mesh in meshes)
     assert list(plain) == ["embed_VD", "layers.q_NDHK", "layers.scale_ND"]
 
 

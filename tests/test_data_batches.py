@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gptjax.config import DataConfig
 from gptjax.config.section import InputError
-from gptjax.data.batches import Rows, batches, permuted, validation_batches
+from gptjax.data.batches import RowSampler, batches, permute, validation_batches
 from gptjax.data.packing import MemoryStream, batch_hash, pack_documents, pad_documents
 from gptjax.data.show import show
 from gptjax.tokenizer import BytesTokenizer
@@ -40,7 +40,7 @@ def document_ends(split: MemorySplit) -> set[int]:
     return {int(s) - 1 for s in split.starts[1:]}
 
 
-def epoch(rows: Rows, number: int) -> list[dict]:
+def epoch(rows: RowSampler, number: int) -> list[dict]:
     """The rows of an epoch, one to a batch; data.batch_size must be 1."""
     n = rows.rows_per_epoch
     return [rows.batch(step) for step in range(number * n, (number + 1) * n)]
@@ -52,7 +52,7 @@ def epoch(rows: Rows, number: int) -> list[dict]:
 def test_every_target_is_predicted_exactly_once_an_epoch(packing, sizes, length, seed, number):
     split = MemorySplit(sizes)
     length = min(length, split.num_tokens - 1)
-    rows = Rows(split, DataConfig(batch_size=1, length=length, packing=packing), seed)
+    rows = RowSampler(split, DataConfig(batch_size=1, length=length, packing=packing), seed)
     seen = []
     for batch in epoch(rows, number):
         seen += batch["inputs_BL"][batch["weights_BL"] > 0].tolist()
@@ -83,7 +83,7 @@ def test_validation_predicts_every_target_once_and_in_order(packing, sizes, leng
 def test_segments_positions_and_weights_say_which_document_a_token_is_from(packing, sizes, length, step):
     split = MemorySplit(sizes)
     length = min(length, split.num_tokens - 1)
-    batch = Rows(split, DataConfig(batch_size=3, length=length, packing=packing), 7).batch(step)
+    batch = RowSampler(split, DataConfig(batch_size=3, length=length, packing=packing), 7).batch(step)
     starts, ends = set(split.starts.tolist()), document_ends(split)
     for i in range(3):
         segment = position = 0
@@ -105,8 +105,8 @@ def test_segments_positions_and_weights_say_which_document_a_token_is_from(packi
 def test_crossing_documents_makes_a_row_one_segment(sizes, length, step):
     split = MemorySplit(sizes)
     length = min(length, split.num_tokens - 1)
-    apart = Rows(split, DataConfig(batch_size=2, length=length), 0).batch(step)
-    crossing = Rows(split, DataConfig(batch_size=2, length=length, cross_documents=True), 0).batch(step)
+    apart = RowSampler(split, DataConfig(batch_size=2, length=length), 0).batch(step)
+    crossing = RowSampler(split, DataConfig(batch_size=2, length=length, cross_documents=True), 0).batch(step)
     for name in ("inputs_BL", "targets_BL"):
         np.testing.assert_array_equal(crossing[name], apart[name])
     np.testing.assert_array_equal(crossing["segments_BL"], real(apart).astype(int))
@@ -117,12 +117,12 @@ def test_crossing_documents_makes_a_row_one_segment(sizes, length, step):
 @both_packings
 def test_every_host_reads_its_rows_of_the_same_batch(packing):
     split, cfg = MemorySplit([30, 50, 7, 11]), DataConfig(batch_size=8, length=10, packing=packing)
-    whole = [Rows(split, cfg, 3).batch(step) for step in range(5)]
+    whole = [RowSampler(split, cfg, 3).batch(step) for step in range(5)]
     for hosts in (1, 2, 4, 8):
         share = 8 // hosts
         for step in (4, 0, 3):
             # Each host has its own Rows and asks in its own order.
-            parts = [Rows(split, cfg, 3).batch(step, slice(h * share, (h + 1) * share)) for h in range(hosts)]
+            parts = [RowSampler(split, cfg, 3).batch(step, slice(h * share, (h + 1) * share)) for h in range(hosts)]
             joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
             assert batch_hash(joined) == batch_hash(whole[step])
 
@@ -130,8 +130,8 @@ def test_every_host_reads_its_rows_of_the_same_batch(packing):
 @both_packings
 def test_batch_size_does_not_change_the_order_of_rows(packing):
     split = MemorySplit([30, 50, 7, 11])
-    ones = Rows(split, DataConfig(batch_size=1, length=10, packing=packing), 3)
-    fours = Rows(split, DataConfig(batch_size=4, length=10, packing=packing), 3)
+    ones = RowSampler(split, DataConfig(batch_size=1, length=10, packing=packing), 3)
+    fours = RowSampler(split, DataConfig(batch_size=4, length=10, packing=packing), 3)
     single = np.concatenate([ones.batch(step)["inputs_BL"] for step in range(40)])
     np.testing.assert_array_equal(single, np.concatenate([fours.batch(step)["inputs_BL"] for step in range(10)]))
 
@@ -140,7 +140,7 @@ def test_seeds_and_epochs_have_orders_and_cuts_of_their_own():
     split, cfg = MemorySplit([400]), DataConfig(batch_size=1, length=10)
     orders = set()
     for seed in (0, 1):
-        rows = Rows(split, cfg, seed)
+        rows = RowSampler(split, cfg, seed)
         for number in range(3):
             firsts = tuple(int(batch["inputs_BL"][0, 0]) for batch in epoch(rows, number))
             assert firsts != tuple(sorted(firsts))
@@ -152,7 +152,7 @@ def test_seeds_and_epochs_have_orders_and_cuts_of_their_own():
 @settings(max_examples=60, deadline=None)
 @given(size=st.integers(1, 3000), seed=st.integers(0, 2**31 - 1), epoch=st.integers(0, 2**40))
 def test_permuted_places_are_a_permutation(size, seed, epoch):
-    places = permuted(np.arange(size), size, seed, epoch)
+    places = permute(np.arange(size), size, seed, epoch)
     np.testing.assert_array_equal(np.sort(places), np.arange(size))
 
 
@@ -160,21 +160,21 @@ def test_permutations_prefer_no_place():
     size, trials = 7, 1000
     counts = np.zeros((size, size))
     for number in range(trials):
-        counts[np.arange(size), permuted(np.arange(size), size, 1, number)] += 1
+        counts[np.arange(size), permute(np.arange(size), size, 1, number)] += 1
     expected = trials / size
     assert ((counts - expected) ** 2 / expected).sum() < 36 + 6 * np.sqrt(2 * 36)  # chi squared, 36 degrees of freedom
 
 
 def test_an_order_of_rows_never_changes_between_versions():
     # A resumed run must read what it would have read; a change here breaks every unfinished run.
-    assert permuted(np.arange(10), 10, 0, 0).tolist() == [7, 1, 4, 6, 2, 5, 0, 3, 8, 9]
-    rows = Rows(MemorySplit([20, 31]), DataConfig(batch_size=2, length=8), 5)
+    assert permute(np.arange(10), 10, 0, 0).tolist() == [7, 1, 4, 6, 2, 5, 0, 3, 8, 9]
+    rows = RowSampler(MemorySplit([20, 31]), DataConfig(batch_size=2, length=8), 5)
     assert batch_hash(rows.batch(3))[:16] == "f3530bf651edd648"
 
 
 @both_packings
 def test_resuming_at_a_step_goes_on_with_that_steps_batch(packing):
-    rows = Rows(MemorySplit([30, 50]), DataConfig(batch_size=2, length=10, packing=packing), 0)
+    rows = RowSampler(MemorySplit([30, 50]), DataConfig(batch_size=2, length=10, packing=packing), 0)
     straight, hashes = batches(rows, 0), []
     for _ in range(6):
         batch, state = next(straight)
@@ -193,7 +193,7 @@ def test_resuming_at_a_step_goes_on_with_that_steps_batch(packing):
 
 
 def test_closing_the_iterator_ends_its_thread():
-    rows = Rows(MemorySplit([30, 50]), DataConfig(batch_size=2, length=10), 0)
+    rows = RowSampler(MemorySplit([30, 50]), DataConfig(batch_size=2, length=10), 0)
     before = threading.active_count()
     iterator = batches(rows, 0)
     next(iterator)
@@ -204,7 +204,7 @@ def test_closing_the_iterator_ends_its_thread():
 
 
 def test_an_error_while_reading_ahead_reaches_the_reader_in_its_place():
-    rows = Rows(MemorySplit([30, 50]), DataConfig(batch_size=2, length=10), 0)
+    rows = RowSampler(MemorySplit([30, 50]), DataConfig(batch_size=2, length=10), 0)
     good = rows.rows
 
     def damaged(number):
@@ -221,9 +221,9 @@ def test_an_error_while_reading_ahead_reaches_the_reader_in_its_place():
 
 def test_too_few_tokens_for_a_row_is_refused_with_numbers():
     with pytest.raises(InputError, match="data.length=10.* 10 tokens.*--data.length"):
-        Rows(MemorySplit([4, 6]), DataConfig(length=10), 0)
-    assert Rows(MemorySplit([4, 7]), DataConfig(length=10), 0).rows_per_epoch == 1
-    assert Rows(MemorySplit([4, 6]), DataConfig(length=10, packing="padded"), 0).rows_per_epoch == 2
+        RowSampler(MemorySplit([4, 6]), DataConfig(length=10), 0)
+    assert RowSampler(MemorySplit([4, 7]), DataConfig(length=10), 0).rows_per_epoch == 1
+    assert RowSampler(MemorySplit([4, 6]), DataConfig(length=10, packing="padded"), 0).rows_per_epoch == 2
 
 
 docs_of_ids = st.lists(st.lists(st.integers(0, 99), min_size=2, max_size=9), min_size=1, max_size=10)
@@ -263,7 +263,7 @@ def test_documents_that_fit_no_row_are_refused():
 
 
 def test_types_and_names_are_those_that_the_step_is_compiled_for():
-    batch = Rows(MemorySplit([30, 50]), DataConfig(batch_size=2, length=10), 0).batch(0)
+    batch = RowSampler(MemorySplit([30, 50]), DataConfig(batch_size=2, length=10), 0).batch(0)
     types = {name: str(value.dtype) for name, value in batch.items()}
     assert types == {
         "inputs_BL": "int32", "targets_BL": "int32", "positions_BL": "int32", "segments_BL": "int32",

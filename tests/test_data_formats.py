@@ -10,7 +10,7 @@ import pytest
 
 from gptjax.config import TokenizerConfig
 from gptjax.config.section import InputError
-from gptjax.data.chunks import Text
+from gptjax.data.chunks import StreamSpec
 from gptjax.data.sources import documents, source_sha256
 
 TEXTS = ["first\nline", "", "\u4e2d\u6587 \U0001f600", "\u2028 end "] + [f"text {i} " + "word " * i for i in range(600)]
@@ -54,7 +54,7 @@ WRITERS = {"jsonl.gz": write_gz, "jsonl.zst": write_zst, "parquet": write_parque
 
 def texts_of(source: Path, text_field: str = "text", max_corrupt: int = 0) -> list[str]:
     """As a stream reads them: all of them, held out."""
-    text = Text(str(source), text_field, 1.0, max_corrupt, TokenizerConfig())
+    text = StreamSpec(str(source), text_field, 1.0, max_corrupt, TokenizerConfig())
     return [document.text for document in text.documents()]
 
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from gptjax.config import DataConfig, PrepareConfig, TokenizerConfig, TrainConfig, TrainTokenizerConfig
 from gptjax.config.section import InputError
-from gptjax.data.batches import Rows, batches
-from gptjax.data.corpus import Split
-from gptjax.data.feed import open_feed
-from gptjax.data.mixture import Mixture, Schedule, rows_of_a_pass
+from gptjax.data.batches import RowSampler, batches
+from gptjax.data.corpus import CorpusSplit
+from gptjax.data.mixture import Mixture, SourceSchedule, rows_of_a_pass
 from gptjax.data.packing import MemoryStream, batch_hash
+from gptjax.data.pipeline import open_pipeline
 from gptjax.data.prepare import prepare, train_tokenizer
 from gptjax.data.show import show
 
@@ -76,7 +76,7 @@ some_counts = st.one_of(
 @settings(max_examples=150, deadline=None)
 @given(counts=some_counts)
 def test_every_prefix_of_a_mixture_has_each_source_in_its_proportion(counts):
-    schedule, k = Schedule(counts), len(counts)
+    schedule, k = SourceSchedule(counts), len(counts)
     number = np.arange(2 * sum(counts))
     source, index = schedule.split(number)
     bound = (1 + sum(1 / j for j in range(1, k - 1))) / 2
@@ -90,7 +90,7 @@ def test_every_prefix_of_a_mixture_has_each_source_in_its_proportion(counts):
 
 def test_a_mixture_never_changes_between_versions():
     # A resumed run must read what it would have read; a change here breaks every unfinished run.
-    assert "".join(map(str, Schedule([5, 3, 2]).split(np.arange(20))[0])) == "0102010201" * 2
+    assert "".join(map(str, SourceSchedule([5, 3, 2]).split(np.arange(20))[0])) == "0102010201" * 2
     mixture = Mixture({"a": MemorySplit(301), "b": MemorySplit(101, 1000)}, DataConfig(batch_size=4, length=10), 7)
     assert batch_hash(mixture.batch(20))[:16] == "5b36204efc80d797"
 
@@ -107,7 +107,7 @@ def test_rows_of_a_pass_follow_weights():
     tokens = [rows * t / r for rows, (r, t) in zip(shares, sizes)]
     np.testing.assert_allclose(np.array(tokens) / sum(tokens), [0.5, 0.3, 0.2], rtol=1e-6)
     huge = rows_of_a_pass(DataConfig(), [(1 << 40, 1 << 50)])
-    assert Schedule(huge).total <= 1 << 30
+    assert SourceSchedule(huge).total <= 1 << 30
 
 
 def test_a_source_is_visited_as_if_it_were_alone():
@@ -126,7 +126,7 @@ def test_a_source_is_visited_as_if_it_were_alone():
 
 def test_threads_change_no_batch_and_no_order():
     mixture = Mixture({"": MemorySplit(2000)}, DataConfig(batch_size=4, length=10), 3)
-    alone = Rows(MemorySplit(2000), DataConfig(batch_size=4, length=10), 3)
+    alone = RowSampler(MemorySplit(2000), DataConfig(batch_size=4, length=10), 3)
     for workers in (0, 1, 3):
         made = batches(mixture, 5, workers=workers)
         found = [(batch_hash(batch), state["step"]) for batch, state in (next(made) for _ in range(12))]
@@ -135,7 +135,7 @@ def test_threads_change_no_batch_and_no_order():
 
 
 def test_a_resumed_mixture_goes_on_and_counts_its_tokens(folder):
-    feed = open_feed(mixed(folder, "xyz", "abc", weights=(2.0, 1.0), workers=2), folder / "none", print)
+    feed = open_pipeline(mixed(folder, "xyz", "abc", weights=(2.0, 1.0), workers=2), folder / "none", print)
     tokens = dict.fromkeys(["xyz", "abc"], 0)
     states, hashes = [feed.start], []
     with_all = feed.batches(feed.start)
@@ -159,7 +159,7 @@ def test_a_resumed_mixture_goes_on_and_counts_its_tokens(folder):
 
 def test_a_mixture_is_measured_source_by_source(folder):
     held = mixed(folder, "abc", "xyz", validation=(f"both={folder / 'xyz'}", f"text={folder / 'pqr.jsonl'}"))
-    feed = open_feed(held, folder / "none", print)
+    feed = open_pipeline(held, folder / "none", print)
     assert [(v.name, v.own) for v in feed.validation] == [
         ("abc", True), ("xyz", True), ("both", False), ("text", False),
     ]  # fmt: skip
@@ -177,20 +177,20 @@ def test_a_mixtures_texts_share_one_trained_tokenizer(folder, tmp_path):
     trained = TokenizerConfig(vocab_size=310)
     said: list[str] = []
     cfg = mixed(folder, "abc.jsonl", "pqr.jsonl", tokenizer=trained)
-    feed = open_feed(cfg, tmp_path, said.append)
+    feed = open_pipeline(cfg, tmp_path, said.append)
     assert sum("training one tokenizer" in line for line in said) == 1
     assert feed.tokenizer.encode("abcpqr") and {"abc", "pqr", "shared-tokenizer"} <= {
         p.name for p in tmp_path.iterdir()
     }
     pieces = {feed.tokenizer.decode([i]) for i in range(310)}
     assert any({"a", "b"} & set(p) and len(p) > 1 for p in pieces) and any("q" in p and len(p) > 1 for p in pieces)
-    again = open_feed(cfg, tmp_path)  # opened to read: nothing is made
+    again = open_pipeline(cfg, tmp_path)  # opened to read: nothing is made
     assert batch_hash(again.batch(3)) == batch_hash(feed.batch(3))
     assert len(said) == 3
     with pytest.raises(InputError, match="abc.* and .*other.* different tokenizers"):
         other = str(tmp_path / "other")
         prepare(PrepareConfig(source=str(folder / "xyz.jsonl"), out=other, tokenizer=trained, validation_fraction=0.2))
-        open_feed(
+        open_pipeline(
             TrainConfig(
                 data=DataConfig(source="mixture", mixture=(f"abc={tmp_path / 'abc'}", f"o={other}"), length=32),
                 tokenizer=trained,
@@ -201,13 +201,13 @@ def test_a_mixtures_texts_share_one_trained_tokenizer(folder, tmp_path):
 
 
 def test_a_text_beside_a_prepared_folder_is_prepared_with_its_tokenizer(folder, tmp_path):
-    feed = open_feed(mixed(folder, "abc", "pqr.jsonl"), tmp_path, print)
+    feed = open_pipeline(mixed(folder, "abc", "pqr.jsonl"), tmp_path, print)
     rows = {letters_of(row) for row in feed.batch(0)["inputs_BL"]}
     assert rows == {"abc", "pqr"} and feed.tokenizer.kind == "bytes"
 
 
 def test_another_corpus_is_refused_by_name(folder, tmp_path):
-    feed = open_feed(mixed(folder, "abc", "xyz"), tmp_path, print)
+    feed = open_pipeline(mixed(folder, "abc", "xyz"), tmp_path, print)
     state = feed.start
     feed.check(state)
     state["corpus"]["xyz"] = "0"
@@ -229,7 +229,7 @@ def test_a_mixture_that_makes_no_sense_is_refused(wrong, message):
         DataConfig(source="mixture", **wrong)
 
 
-def damage(shard: Path, split: Split, at: int) -> None:
+def damage(shard: Path, split: CorpusSplit, at: int) -> None:
     """Flips the bits of a token, found by the tokens from there on."""
     data = bytearray(shard.read_bytes())
     place = data.find(split.tokens(at, at + 50).astype("<u2").tobytes())
@@ -245,17 +245,17 @@ def test_a_damaged_page_stops_training_or_becomes_padding(tmp_path):
     (shard,) = out.glob("*train*array_record*")
     page, split = corpus.manifest.page, corpus.split("train")
     assert split.num_tokens > 3 * page
-    whole = open_feed(one(out), tmp_path / "none", print)
+    whole = open_pipeline(one(out), tmp_path / "none", print)
     sound = [whole.batch(step) for step in range(300)]
     damage(shard, split, page + 100)
 
     with pytest.raises(InputError, match=r"train.*is damaged at page 1 "):
-        made = open_feed(one(out), tmp_path / "none", print).batches(whole.start)
+        made = open_pipeline(one(out), tmp_path / "none", print).batches(whole.start)
         for _ in range(300):
             next(made)
 
     said: list[str] = []
-    feed = open_feed(one(out, max_corrupt=1), tmp_path / "none", said.append)
+    feed = open_pipeline(one(out, max_corrupt=1), tmp_path / "none", said.append)
     damaged = 0
     made, state = feed.batches(feed.start), {}
     for want in sound:
@@ -276,7 +276,7 @@ def test_a_damaged_page_stops_training_or_becomes_padding(tmp_path):
     assert any("left out page 1 of at most data.max_corrupt=1" in line for line in said)
 
     damage(shard, split, 100)
-    twice = open_feed(one(out, max_corrupt=1), tmp_path / "none", print)
+    twice = open_pipeline(one(out, max_corrupt=1), tmp_path / "none", print)
     with pytest.raises(InputError, match="data.max_corrupt=1 damaged pages were skipped before, and now"):
         made = twice.batches(state)
         for _ in range(300):
@@ -289,7 +289,7 @@ def one(corpus: Path, **data) -> TrainConfig:
 
 
 def test_show_names_the_source_of_each_row(folder):
-    feed = open_feed(mixed(folder, "abc", "xyz"), folder / "none", print)
+    feed = open_pipeline(mixed(folder, "abc", "xyz"), folder / "none", print)
     lines = show(feed.batch(1), feed.tokenizer, range(4), feed.sources(1)).splitlines()
     rows = [line for line in lines if line.startswith("row ")]
     for row, inputs in zip(rows, feed.batch(1)["inputs_BL"], strict=True):
@@ -308,15 +308,17 @@ def test_a_tokenizer_that_did_not_prepare_the_folder_is_refused(folder, tmp_path
     data = DataConfig(source=out, batch_size=2, length=16)
     wanted = f"tokenizer.path=.*other' holds the tokenizer {shas['other']}, but {out} was prepared with {shas['own']}"
     with pytest.raises(InputError, match=wanted):
-        open_feed(TrainConfig(data=data, tokenizer=other), Path("none"), print)
+        open_pipeline(TrainConfig(data=data, tokenizer=other), Path("none"), print)
     for tokenizer in (own, TokenizerConfig(vocab_size=300)):
-        assert open_feed(TrainConfig(data=data, tokenizer=tokenizer), Path("none"), print).tokenizer.vocab_size == 300
+        assert (
+            open_pipeline(TrainConfig(data=data, tokenizer=tokenizer), Path("none"), print).tokenizer.vocab_size == 300
+        )
 
 
 def test_a_corpus_that_is_not_where_its_run_was_trained_is_told_by_its_name(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     run = TrainConfig(data=DataConfig(source="abc", length=32), tokenizer=BYTES)
-    open_feed(run, tmp_path / "data")
+    open_pipeline(run, tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="source 'abc' is no prepared folder here, .*; go to the folder in which"):
-        open_feed(run, tmp_path / "data")
+        open_pipeline(run, tmp_path / "data")

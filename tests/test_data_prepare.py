@@ -14,13 +14,13 @@ from gptjax.config import DataConfig, PrepareConfig, TokenizerConfig, TrainToken
 from gptjax.config.section import InputError
 from gptjax.data import prepare as prepare_module
 from gptjax.data import shards
-from gptjax.data.batches import Rows
+from gptjax.data.batches import RowSampler
 from gptjax.data.corpus import Corpus, is_corpus, open_corpus
 from gptjax.data.manifest import MANIFEST_FILE
 from gptjax.data.prepare import report, train_tokenizer, training_texts
 from gptjax.data.scan import Filters, scan
 from gptjax.data.sources import CORPORA, open_source
-from gptjax.tokenizer import load
+from gptjax.tokenizer import load_tokenizer
 
 BYTES = TokenizerConfig(kind="bytes", vocab_size=258)
 PIECES = TokenizerConfig(vocab_size=400)
@@ -117,7 +117,7 @@ def test_validation_text_is_in_no_training_row_and_never_trains_the_tokenizer(tm
     corpus = prepare(str(tmp_path), tmp_path / "out", PIECES, 0.3)
     held = stored(corpus, "validation")
     assert len(held) > 8
-    rows = Rows(corpus.split("train"), DataConfig(batch_size=4, length=64), 0)
+    rows = RowSampler(corpus.split("train"), DataConfig(batch_size=4, length=64), 0)
     trained = ""
     for step in range(-(-rows.rows_per_epoch // 4)):
         batch = rows.batch(step)
@@ -168,8 +168,8 @@ def test_reading_needs_no_tfds_grain_tensorflow_or_jax(tmp_path, one):
 import sys
 from gptjax.config import DataConfig
 from gptjax.data.corpus import open_corpus
-from gptjax.data.batches import Rows
-Rows(open_corpus({str(tmp_path / "out")!r}).split("train"), DataConfig(), 0).batch(3)
+from gptjax.data.batches import RowSampler
+RowSampler(open_corpus({str(tmp_path / "out")!r}).split("train"), DataConfig(), 0).batch(3)
 assert not {{"tensorflow_datasets", "grain", "tensorflow", "jax", "sentencepiece"}} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
@@ -228,7 +228,7 @@ PIECES_OF_MANY = TokenizerConfig(vocab_size=300)
 def test_a_given_tokenizer_is_used_and_belongs_to_the_inputs(tmp_path, one):
     settings = TrainTokenizerConfig(source=one, out=str(tmp_path / "tok"), vocab_size=400, validation_fraction=0.1)
     trained = train_tokenizer(settings)
-    assert load(tmp_path / "tok").sha256 == trained.sha256
+    assert load_tokenizer(tmp_path / "tok").sha256 == trained.sha256
     assert train_tokenizer(settings).sha256 == trained.sha256  # the same command again changes nothing
     model = TokenizerConfig(vocab_size=400, path=str(tmp_path / "tok" / "tokenizer.model"))
     corpus = prepare(one, tmp_path / "a", model, 0.1)
@@ -281,7 +281,7 @@ def test_damage_to_any_other_file_is_named_too(tmp_path, one):
         path.write_bytes(good)
     corrupt(tmp_path / "out" / corpus.manifest.splits["train"].starts.name, 0)
     with pytest.raises(InputError, match="starts.int64 is damaged"):
-        Rows(open_corpus(tmp_path / "out").split("train"), DataConfig(length=8), 0).batch(0)
+        RowSampler(open_corpus(tmp_path / "out").split("train"), DataConfig(length=8), 0).batch(0)
 
 
 def test_token_ids_outside_the_vocabulary_are_an_error_that_names_the_file(tmp_path, one):

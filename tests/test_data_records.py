@@ -13,7 +13,7 @@ from held_out import holdout
 from gptjax.config import PrepareConfig, TokenizerConfig
 from gptjax.config.section import InputError
 from gptjax.data import records
-from gptjax.data.chunks import Text
+from gptjax.data.chunks import StreamSpec
 from gptjax.data.corpus import example_type
 from gptjax.data.prepare import prepare
 from gptjax.data.sources import source_sha256
@@ -43,7 +43,9 @@ NO_FUNCTION = 5
 
 def texts_of(source: str, text_field: str = "text", max_corrupt: int = 0) -> list[str]:
     """As a stream reads them: all of them, held out."""
-    return [document.text for document in Text(source, text_field, 1.0, max_corrupt, TokenizerConfig()).documents()]
+    return [
+        document.text for document in StreamSpec(source, text_field, 1.0, max_corrupt, TokenizerConfig()).documents()
+    ]
 
 
 def write_tfds(folder: Path, texts: list[str], field: str = "text") -> Path:

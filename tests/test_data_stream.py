@@ -17,9 +17,9 @@ import pytest
 from gptjax.config import DataConfig, EvaluateConfig, PrepareConfig, TokenizerConfig, TrainConfig
 from gptjax.config.section import InputError
 from gptjax.data import chunks, streamed
-from gptjax.data.chunks import Place, Text
-from gptjax.data.feed import open_feed
+from gptjax.data.chunks import Cursor, StreamSpec
 from gptjax.data.packing import MemoryStream, Spans, batch_hash, cut
+from gptjax.data.pipeline import open_pipeline
 from gptjax.data.prepare import prepare
 from gptjax.data.sources import documents, unit_hash
 from gptjax.data.stream import StreamRows, start_state
@@ -78,7 +78,7 @@ def take(feed, state, count: int) -> list[tuple[str, dict]]:
 def test_packed_rows_are_the_documents_end_to_end_pass_after_pass(source):
     docs = trained_on(source) * 3
     whole, length = MemoryStream(docs), 20
-    feed = open_feed(config(source), Path("none"))
+    feed = open_pipeline(config(source), Path("none"))
     for step, (batch, _) in enumerate(itertools.islice(feed.batches(feed.start), 110)):
         start = (step * 3 + np.arange(3)) * length
         spans = Spans(np.arange(3), np.zeros(3, np.int64), start, np.full(3, length))
@@ -87,7 +87,7 @@ def test_packed_rows_are_the_documents_end_to_end_pass_after_pass(source):
 
 
 def test_padded_rows_hold_each_target_once_a_pass(source):
-    feed = open_feed(config(source, packing="padded"), Path("none"))
+    feed = open_pipeline(config(source, packing="padded"), Path("none"))
     wanted = [(a, b) for doc in trained_on(source) * 2 for a, b in zip(doc, doc[1:])]
     found: list[tuple[int, int]] = []
     for batch, _ in feed.batches(feed.start):
@@ -102,12 +102,12 @@ def test_padded_rows_hold_each_target_once_a_pass(source):
 
 @both_packings
 def test_a_stream_goes_on_exactly_from_any_state(source, packing):
-    feed = open_feed(config(source, packing=packing), Path("none"))
+    feed = open_pipeline(config(source, packing=packing), Path("none"))
     straight = take(feed, feed.start, 120)
     assert any(state["sources"][""]["epoch"] == 1 for _, state in straight)
     assert len({state["sources"][""]["piece"] for _, state in straight}) == 1  # a document of one piece is never cut
     for step in range(0, 115, 9):
-        again = open_feed(config(source, packing=packing), Path("none"))
+        again = open_pipeline(config(source, packing=packing), Path("none"))
         again.check(straight[step][1])
         assert take(again, straight[step][1], 4) == straight[step + 1 : step + 5]
     assert batch_hash(feed.batch(30)) == straight[30][0]
@@ -118,26 +118,26 @@ def test_a_stream_goes_on_exactly_inside_a_long_document(tmp_path):
     (tmp_path / "long.txt").write_text(text)
     (tmp_path / "short.txt").write_text("short")
     cfg = config(tmp_path, batch_size=40, length=100)
-    feed = open_feed(cfg, Path("none"))
+    feed = open_pipeline(cfg, Path("none"))
     straight = take(feed, feed.start, 70)
     pieces = [state["sources"][""]["piece"] for _, state in straight]
     assert max(pieces) >= 2
     at = pieces.index(2)
-    assert take(open_feed(cfg, Path("none")), straight[at][1], 3) == straight[at + 1 : at + 4]
+    assert take(open_pipeline(cfg, Path("none")), straight[at][1], 3) == straight[at + 1 : at + 4]
 
 
 def test_rows_do_not_depend_on_how_many_are_taken_at_a_time(source):
     cfg = DataConfig(length=20)
-    text = Text(str(source), "text", FRACTION, 0, BYTES)
-    ones, fives = (StreamRows(text.chunks(Place()), start_state(), cfg) for _ in range(2))
+    text = StreamSpec(str(source), "text", FRACTION, 0, BYTES)
+    ones, fives = (StreamRows(text.chunks(Cursor()), start_state(), cfg) for _ in range(2))
     single = np.concatenate([ones.take(1)["inputs_BL"] for _ in range(50)])
     np.testing.assert_array_equal(single, np.concatenate([fives.take(5)["inputs_BL"] for _ in range(10)]))
     assert ones.state == fives.state
 
 
 def test_workers_make_every_chunk_between_them(source):
-    text = Text(str(source), "text", FRACTION, 0, BYTES)
-    alone = list(itertools.islice(text.chunks(Place()), 40))
+    text = StreamSpec(str(source), "text", FRACTION, 0, BYTES)
+    alone = list(itertools.islice(text.chunks(Cursor()), 40))
     assert len({chunk.place for chunk in alone}) == 40
     for workers in (2, 3):
         shares = [text.chunks(alone[5].place, i, workers) for i in range(workers)]
@@ -154,7 +154,7 @@ def test_held_out_documents_are_those_of_a_prepared_corpus_and_never_trained_on(
             source=str(source), out=out, validation_fraction=FRACTION, tokenizer=BYTES, deduplicate=False, min_bytes=0
         )
     )
-    feed = open_feed(config(source), Path("none"), print)
+    feed = open_pipeline(config(source), Path("none"), print)
     (own,) = feed.validation
     held = corpus.split("validation")
     np.testing.assert_array_equal(own.split.tokens(0, 10**6), held.tokens(0, held.num_tokens))
@@ -167,8 +167,8 @@ def test_held_out_documents_are_those_of_a_prepared_corpus_and_never_trained_on(
 def test_validation_takes_as_many_rows_as_are_evaluated(source):
     cfg = config(source, length=5)
     few = TrainConfig(data=cfg.data, tokenizer=BYTES, evaluate=type(cfg.evaluate)(max_rows=2))
-    (own,) = open_feed(few, Path("none"), print).validation
-    (every,) = open_feed(cfg, Path("none"), print).validation
+    (own,) = open_pipeline(few, Path("none"), print).validation
+    (every,) = open_pipeline(cfg, Path("none"), print).validation
     some, full = (next(iter(v.batches(2))) for v in (own, every))
     assert batch_hash(some) == batch_hash(full)
 
@@ -178,12 +178,12 @@ def test_a_stream_that_holds_out_more_than_is_evaluated_says_so_once(source, mon
     for rows, told in ((0, 1), (5, 0)):
         said: list[str] = []
         cfg = dataclasses.replace(config(source), evaluate=EvaluateConfig(max_rows=rows))
-        feed = open_feed(cfg, Path("none"), said.append)
+        feed = open_pipeline(cfg, Path("none"), said.append)
         assert feed.validation and len(said) == told
         assert all(f"of what {source} holds out, the first 2 rows are evaluated" in line for line in said)
     monkeypatch.setattr(streamed, "VALIDATION_ROWS", 10**4)  # more than there is: nothing is left out
     said = []
-    open_feed(config(source), Path("none"), said.append)
+    open_pipeline(config(source), Path("none"), said.append)
     assert said == []
 
 
@@ -193,7 +193,7 @@ def test_a_mixture_of_streams_keeps_shares_and_resumes(source, tmp_path):
         "mixture", mixture=(f"letters={source}", f"digits={tmp_path / 'digits.jsonl.gz'}"), weights=(3.0, 1.0),
         weights_are="shares", batch_size=8,
     )  # fmt: skip
-    feed = open_feed(cfg, Path("none"), print)
+    feed = open_pipeline(cfg, Path("none"), print)
     assert [v.name for v in feed.validation] == ["letters", "digits"]
     tokens = {"letters": 0, "digits": 0}
     made, states, hashes = feed.batches(feed.start), [], []
@@ -212,41 +212,41 @@ def test_a_mixture_of_streams_keeps_shares_and_resumes(source, tmp_path):
 
 def test_a_stream_wants_a_tokenizer_that_exists(source):
     with pytest.raises(InputError, match="gptjax tokenizer train --source .* --tokenizer.path"):
-        open_feed(config(source, TokenizerConfig()), Path("none"))
+        open_pipeline(config(source, TokenizerConfig()), Path("none"))
 
 
 def test_a_prepared_folder_is_no_stream(source, tmp_path):
     out = str(tmp_path / "corpus")
     prepare(PrepareConfig(source=str(source), out=out, validation_fraction=FRACTION, tokenizer=BYTES))
     with pytest.raises(InputError, match="prepared folder.*--data.loading prepared"):
-        open_feed(config(out), Path("none"))
+        open_pipeline(config(out), Path("none"))
 
 
 def test_a_stream_needs_text_on_both_sides(tmp_path):
     (tmp_path / "only.txt").write_text("one document")
     with pytest.raises(InputError, match="no document that is held out"):
-        open_feed(config(tmp_path), Path("none"), print)
+        open_pipeline(config(tmp_path), Path("none"), print)
     with pytest.raises(InputError, match="all of its documents are held out"):
-        open_feed(config(tmp_path, validation_fraction=0.999999), Path("none")).batch(0)
+        open_pipeline(config(tmp_path, validation_fraction=0.999999), Path("none")).batch(0)
 
 
 def test_a_changed_source_is_refused_or_gone_on_with_inexactly(source, tmp_path):
     for file in source.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    feed = open_feed(config(tmp_path), Path("none"))
+    feed = open_pipeline(config(tmp_path), Path("none"))
     _, state = take(feed, feed.start, 8)[-1]
     write_gz(tmp_path / "2.jsonl.gz", ["something else"] * 30)
     with pytest.raises(InputError, match="not what this run was trained on.*--no-data.exact-resume"):
-        open_feed(config(tmp_path), Path("none"), print).check(state)
+        open_pipeline(config(tmp_path), Path("none"), print).check(state)
     with pytest.raises(InputError, match="not what this run was trained on.*restore it$"):
-        open_feed(config(tmp_path), Path("none")).check(state)  # as the verbs that read a run do
+        open_pipeline(config(tmp_path), Path("none")).check(state)  # as the verbs that read a run do
     said: list[str] = []
-    anyway = open_feed(config(tmp_path, exact_resume=False), Path("none"), said.append)
+    anyway = open_pipeline(config(tmp_path, exact_resume=False), Path("none"), said.append)
     anyway.check(state)
     (line,) = (line for line in said if "changed: going on at document" in line)
     after = take(anyway, state, 2)
     assert after[-1][1]["step"] == 10
-    open_feed(config(tmp_path), Path("none")).check(after[-1][1])  # from here on it is exact again
+    open_pipeline(config(tmp_path), Path("none")).check(after[-1][1])  # from here on it is exact again
 
 
 def some_texts():
@@ -256,17 +256,17 @@ def some_texts():
 
 def test_verbs_that_read_a_run_import_no_source(source):
     name = f"{__name__}:some_texts"
-    training = open_feed(config(name), Path("none"), print)
+    training = open_pipeline(config(name), Path("none"), print)
     assert training.validation[0].split.num_documents > 0
     with pytest.raises(InputError, match="imports no code that the run names"):
-        open_feed(config(name), Path("none"))
+        open_pipeline(config(name), Path("none"))
     with pytest.raises(InputError, match="imports no code that the run names"):
-        _ = open_feed(config(source, validation=(f"more={name}",)), Path("none")).validation
+        _ = open_pipeline(config(source, validation=(f"more={name}",)), Path("none")).validation
 
 
 def test_another_tokenizer_is_refused(source):
     for say, then in ((None, ""), (print, ", or give another --run-dir")):
-        feed = open_feed(config(source), Path("none"), say)
+        feed = open_pipeline(config(source), Path("none"), say)
         with pytest.raises(InputError, match=f"is not the tokenizer that this run was trained with; restore it{then}$"):
             feed.check({**feed.start, "tokenizer": "0"})
 
@@ -277,10 +277,10 @@ def test_a_corrupt_file_stops_a_stream_or_is_counted(source, tmp_path):
     second = tmp_path / "2.jsonl.gz"
     second.write_bytes(second.read_bytes()[:-200])
     with pytest.raises(InputError, match=r"2\.jsonl\.gz.*cannot be unpacked"):
-        feed = open_feed(config(tmp_path), Path("none"))
+        feed = open_pipeline(config(tmp_path), Path("none"))
         take(feed, feed.start, 120)
     said: list[str] = []
-    feed = open_feed(config(tmp_path, max_corrupt=1), Path("none"), said.append)
+    feed = open_pipeline(config(tmp_path, max_corrupt=1), Path("none"), said.append)
     states = [state for _, state in take(feed, feed.start, 200)]
     (what,) = states[-1]["corrupt"]  # once, though two passes came by
     assert states[-1]["sources"][""]["epoch"] >= 1 and "2.jsonl.gz" in what
@@ -292,7 +292,7 @@ TRAINER = """
 import multiprocessing, sys, time
 from pathlib import Path
 from gptjax.config import DataConfig, TokenizerConfig, TrainConfig
-from gptjax.data.feed import open_feed
+from gptjax.data.pipeline import open_feed
 from gptjax.data.packing import batch_hash
 from gptjax.config.section import InputError
 
@@ -339,7 +339,7 @@ def test_two_workers_make_the_same_rows_and_end_with_the_trainer(tmp_path, how):
     path, script = tmp_path / "text.jsonl.gz", tmp_path / "trainer.py"
     write_gz(path, ["".join(rng.choices("abcdefgh \n", k=rng.randint(1, 900))) for _ in range(200)])
     script.write_text(TRAINER)
-    feed = open_feed(config(path, batch_size=6, length=60), Path("none"))
+    feed = open_pipeline(config(path, batch_size=6, length=60), Path("none"))
     want = [h for h, _ in take(feed, feed.start, 60)]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, str(script), str(path), how]

@@ -33,7 +33,7 @@ def packages(monkeypatch):
 @pytest.fixture
 def nothing_else(monkeypatch):
     """Leaves the doctor nothing to look at but the versions."""
-    monkeypatch.setattr(examine, "looks", lambda cfg: iter(()))
+    monkeypatch.setattr(examine, "probes", lambda cfg: iter(()))
 
 
 def problems(found):
@@ -103,7 +103,7 @@ def test_no_process_leaves_before_all_have_reported_and_only_the_first_writes(no
     assert main(["doctor", "--json", str(out)]) == 0
     assert len(seen) == 1 and seen[0]["ok"] is True
     out.unlink()
-    monkeypatch.setattr(examine, "is_first", lambda: False)
+    monkeypatch.setattr(examine, "is_main_process", lambda: False)
     assert main(["doctor", "--json", str(out)]) == 0
     assert seen[1] is False and not out.exists()
 
@@ -170,7 +170,7 @@ def test_a_run_folder_that_can_not_be_written_is_found(tmp_path, nothing_else, m
     for place in (tmp_path / "file" / "run", Path("/proc/run")):
         told = problems(machine.run_folder(str(place)))
         assert len(told) == 1 and "can't be written" in told[0]
-    monkeypatch.setattr(examine, "looks", lambda cfg: iter([("run folder", lambda: machine.run_folder(cfg.run_dir))]))
+    monkeypatch.setattr(examine, "probes", lambda cfg: iter([("run folder", lambda: machine.run_folder(cfg.run_dir))]))
     assert main(["doctor", "--run-dir", str(tmp_path / "file")]) == 3
 
 
@@ -208,7 +208,7 @@ def test_a_look_that_fails_is_a_finding_and_the_rest_is_looked_at(monkeypatch, c
         raise RuntimeError("NCCL: no route to host")
 
     looks = [("collectives", broken), ("host", machine.host)]
-    monkeypatch.setattr(examine, "looks", lambda cfg: iter(looks))
+    monkeypatch.setattr(examine, "probes", lambda cfg: iter(looks))
     assert main(["doctor"]) == 3
     out = capsys.readouterr().out
     assert "no route to host" in out and " host " in out

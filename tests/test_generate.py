@@ -16,20 +16,20 @@ from gptjax.generation.engine import (
     TextStream,
     decode,
     decode_params,
-    filtered,
+    filter_logits,
     generate,
     generate_ids,
-    likeliest,
+    greedy,
     prefill,
     sample,
     stream,
     stream_ids,
 )
 from gptjax.model.block import block
-from gptjax.model.cache import KEY_ARRAYS, empty_cache, grown
+from gptjax.model.cache import KEY_ARRAYS, empty_cache, grow
 from gptjax.model.decoder import Decoder, extend, init_params, layer_params, unstacked
 from gptjax.ops import cpu_matvec as fewrows
-from gptjax.parallel.sharding import make_mesh, put
+from gptjax.parallel.sharding import make_mesh, to_global
 from gptjax.tokenizer import BytesTokenizer
 
 GPT2 = ModelConfig(num_layers=2, width=32, num_heads=4, dtype="float32")
@@ -157,8 +157,8 @@ def test_the_compiled_loop_copies_neither_the_cache_nor_a_weight(rows: int):
 def test_a_cache_grows_when_it_is_full_and_changes_no_text(gpt2: Model, monkeypatch):
     want = generate_ids(*gpt2, PROMPTS, sampled(), stop_ids=NEVER)
     sizes = []
-    monkeypatch.setattr(MODULE, "room", lambda rows: 4)
-    monkeypatch.setattr(MODULE, "grown", lambda state, slots: (sizes.append(slots), grown(state, slots))[1])
+    monkeypatch.setattr(MODULE, "headroom", lambda rows: 4)
+    monkeypatch.setattr(MODULE, "grow", lambda state, slots: (sizes.append(slots), grow(state, slots))[1])
     assert generate_ids(*gpt2, PROMPTS, sampled(), stop_ids=NEVER) == want
     assert sizes == [CONTEXT]
     news = list(stream_ids(*gpt2, PROMPTS, sampled(), stop_ids=NEVER, chunk=5))
@@ -186,10 +186,10 @@ def test_a_sharded_model_writes_the_same_text(gpt2: Model, monkeypatch):
     decoder, params = gpt2
     want = generate_ids(decoder, params, PROMPTS, sampled(), stop_ids=NEVER)
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2, context=2))
-    sharded = put(jax.tree.map(np.asarray, params), mesh)
+    sharded = to_global(jax.tree.map(np.asarray, params), mesh)
     with jax.set_mesh(mesh):
         assert generate_ids(decoder, sharded, PROMPTS, sampled(), stop_ids=NEVER) == want
-        monkeypatch.setattr(MODULE, "room", lambda rows: 4)
+        monkeypatch.setattr(MODULE, "headroom", lambda rows: 4)
         assert generate_ids(decoder, sharded, PROMPTS, sampled(), stop_ids=NEVER) == want
     with pytest.raises(InputError, match="no mesh is set"):
         generate_ids(decoder, sharded, PROMPTS, sampled(), stop_ids=NEVER)
@@ -208,8 +208,8 @@ def test_a_row_does_not_depend_on_its_batch(gpt2: Model):
 
 def test_the_likeliest_token_is_the_first_of_equals():
     logits_BV = np.random.default_rng(2).integers(-3, 3, (5, 40)).astype(np.float32)
-    np.testing.assert_array_equal(likeliest(logits_BV), logits_BV.argmax(-1))
-    assert 0 <= int(likeliest(np.full((1, 40), np.nan, np.float32))[0]) < 40
+    np.testing.assert_array_equal(greedy(logits_BV), logits_BV.argmax(-1))
+    assert 0 <= int(greedy(np.full((1, 40), np.nan, np.float32))[0]) < 40
 
 
 @pytest.mark.parametrize("rows", [fewrows.SEVERAL, 2 * KEY_ARRAYS + 1], ids=["one array of keys", "several"])
@@ -340,7 +340,7 @@ def test_filters_give_the_reference_distribution(names):
     for name in names:
         value, reference = FILTERS[name]
         want_BV = reference(want_BV, value)
-    got_BV = filtered(jnp.asarray(LOGITS_BV), {name: FILTERS[name][0] for name in names}, jnp.asarray(SEEN_BV))
+    got_BV = filter_logits(jnp.asarray(LOGITS_BV), {name: FILTERS[name][0] for name in names}, jnp.asarray(SEEN_BV))
     got_BV = np.asarray(jax.nn.softmax(got_BV))
     np.testing.assert_array_equal(got_BV > 0, softmax(want_BV) > 0)
     np.testing.assert_allclose(got_BV, softmax(want_BV), rtol=1e-5)
@@ -349,7 +349,7 @@ def test_filters_give_the_reference_distribution(names):
 
 def test_a_filter_that_asks_for_everything_changes_nothing():
     for settings in ({"top_k": 40}, {"top_k": 1000}, {"top_p": 0.9999999}, {"min_p": 1e-30}):
-        np.testing.assert_array_equal(filtered(jnp.asarray(LOGITS_BV), settings), LOGITS_BV)
+        np.testing.assert_array_equal(filter_logits(jnp.asarray(LOGITS_BV), settings), LOGITS_BV)
 
 
 def test_samples_are_drawn_with_the_filtered_probabilities():

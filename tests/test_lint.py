@@ -16,7 +16,7 @@ from gptjax.diagnostics.plan.compiled import Target, compile_for
 from gptjax.model import decoder as decoder_module
 from gptjax.parallel.sharding import AXES, abstract, make_mesh
 from gptjax.parallel.sharding_lint import findings, replicated_parameters, unused_axes, whole_heads
-from gptjax.training.build import assemble
+from gptjax.training.build import build_components
 from gptjax.training.loop import compile_step
 
 P = jax.P
@@ -48,7 +48,7 @@ def small(name: str) -> TrainConfig:
 
 
 def linted(config: TrainConfig) -> list[str]:
-    mesh, parts = make_mesh(config.mesh), assemble(config)
+    mesh, parts = make_mesh(config.mesh), build_components(config)
     with jax.set_mesh(mesh):
         state = abstract(jax.eval_shape(parts.init, 0), mesh)
         batch = abstract(example_batch(config.data.batch_size, config.data.length), mesh)
@@ -83,7 +83,7 @@ def test_every_recipe_has_one_of_these_structures():
 def params():
     config = small("gpt3_175b")
     mesh = make_mesh(config.mesh)
-    return mesh, abstract(jax.eval_shape(assemble(config).init, 0), mesh).params
+    return mesh, abstract(jax.eval_shape(build_components(config).init, 0), mesh).params
 
 
 def test_a_big_parameter_that_is_whole_is_told_and_small_ones_are_not(params):

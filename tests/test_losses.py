@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from gptjax.config import MeshConfig
-from gptjax.parallel.sharding import make_mesh, put
+from gptjax.model.head import MASKED, logits
+from gptjax.parallel.sharding import make_mesh, to_global
 from gptjax.training import losses
-from gptjax.training.losses import MASKED, cross_entropy, logits, token_log_probs
+from gptjax.training.losses import cross_entropy, token_log_probs
 
 B, L, D, V, VOCAB = 3, 8, 16, 64, 50
 
@@ -72,7 +73,7 @@ def test_chunks_of_rows_that_devices_share_stay_where_they_lie(monkeypatch):
     want, want_grads = step(x, head, batch)
     with jax.set_mesh(mesh):
         assert losses._chunks(targets.shape, head.shape) == (2, 4)
-        batch = put(batch, mesh)
+        batch = to_global(batch, mesh)
         compiled = jax.jit(step).lower(batch["x_BLD"], batch["head_VD"], batch).compile()
         got, got_grads = compiled(batch["x_BLD"], batch["head_VD"], batch)
     np.testing.assert_allclose(got, want, rtol=1e-6)

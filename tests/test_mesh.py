@@ -15,7 +15,7 @@ from gptjax.diagnostics.verify import numbers
 from gptjax.diagnostics.verify.settings import Setting
 from gptjax.model import block
 from gptjax.ops import attention as backends
-from gptjax.ops.reference import Sight, attend
+from gptjax.ops.reference import AttentionMask, attend
 
 MESHES = {
     "data=8": MeshConfig(),
@@ -77,9 +77,9 @@ def test_attention_that_sees_a_token_of_the_future_under_one_mesh_is_found(monke
     right = block.attention
 
     def wrong(cfg, q_BLHK, k_BMGK, v_BMGK, sight, *, scale, **more):
-        if not backends.here().shares_rows:
+        if not backends.current_device().shares_rows:
             return right(cfg, q_BLHK, k_BMGK, v_BMGK, sight, scale=scale, **more)
-        ahead = Sight(sight.query_BL + 1, sight.query_segments_BL, sight.key_segments_BM)
+        ahead = AttentionMask(sight.query_BL + 1, sight.query_segments_BL, sight.key_segments_BM)
         return attend(q_BLHK, k_BMGK, v_BMGK, ahead, scale=scale)
 
     monkeypatch.setattr(block, "attention", wrong)

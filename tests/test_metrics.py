@@ -16,7 +16,7 @@ from gptjax.config import DataConfig, ModelConfig, TrainConfig
 from gptjax.config.section import InputError
 from gptjax.model.counts import flops_per_token
 from gptjax.training import metrics
-from gptjax.training.metrics import Metrics, MetricsFile, Progress, Throughput, duration, peak_flops, sheet_flops
+from gptjax.training.metrics import Metrics, MetricsFile, ProgressBar, Throughput, duration, peak_flops, sheet_flops
 
 CFG = TrainConfig(
     steps=40,
@@ -247,7 +247,7 @@ def test_an_unknown_device_is_measured_and_says_so():
 def test_without_a_terminal_there_is_a_line_every_so_many_steps(monkeypatch):
     out = io.StringIO()
     monkeypatch.setattr(sys, "stderr", out)
-    progress = Progress(25, 0, 10)
+    progress = ProgressBar(25, 0, 10)
     for step in range(1, 26):
         shares = {"mfu_6n": 0.1213, "mfu_causal": 0.1304, "mfu_palm": 0.15}
         line = {"step": step, "loss": 3.12341, "tokens_per_second": 21345.4, **shares}
@@ -265,7 +265,7 @@ def test_on_a_terminal_there_is_a_bar(monkeypatch):
 
     out = Terminal()
     monkeypatch.setattr(sys, "stderr", out)
-    progress = Progress(20, 10, 10)
+    progress = ProgressBar(20, 10, 10)
     shares = {"mfu_6n": 0.5, "mfu_causal": 0.6, "mfu_palm": 0.7}
     progress.step({"step": 15, "loss": 2.0, "tokens_per_second": 1234.0, **shares}, 61.0)
     progress.note("hello")

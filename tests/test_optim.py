@@ -11,7 +11,7 @@ import pytest
 
 from gptjax.config import MeshConfig, ModelConfig, OptimConfig
 from gptjax.model.decoder import Decoder, dims, init_params
-from gptjax.parallel.sharding import make_mesh, matrix, put, shardings, suffix
+from gptjax.parallel.sharding import make_mesh, matrix, shardings, suffix, to_global
 from gptjax.training.optim import decay_mask, make_optimizer, make_schedule, orthogonalise, scale_by_factored_rms
 
 KINDS = ("adamw", "lion", "adafactor", "muon")
@@ -293,7 +293,7 @@ def test_on_a_mesh_the_state_is_divided_and_the_updates_are_the_same(kind):
     where = shardings(jax.eval_shape(two_updates, params, grads), mesh)
     with jax.set_mesh(mesh):
         host = jax.device_get((params, grads))
-        found = jax.jit(two_updates, out_shardings=where)(*(put(tree, mesh) for tree in host))
+        found = jax.jit(two_updates, out_shardings=where)(*(to_global(tree, mesh) for tree in host))
     largest = functools.partial(jax.tree.map, lambda a, b: float(np.abs(a - b).max()))
     assert max(jax.tree.leaves(largest(jax.device_get(found[0]), jax.device_get(wanted[0])))) < 1e-5
     held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(found[1]))

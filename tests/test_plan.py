@@ -17,7 +17,7 @@ from gptjax.diagnostics.plan.memory import padded, state_bytes, step_memory
 from gptjax.diagnostics.plan.search import SAFE, Planner
 from gptjax.parallel.sharding import AXES
 from gptjax.runtime.hardware import CHIPS, NODES, SLICES, chip_of, topology
-from gptjax.training.build import assemble
+from gptjax.training.build import build_components
 from gptjax.training.losses import count_chunks
 
 needs_libtpu = pytest.mark.skipif(not has_libtpu(), reason="libtpu compiles for TPUs: pip install 'gptjax[tpu-plan]'")
@@ -85,7 +85,7 @@ def test_a_group_within_a_host_is_faster_than_one_across():
 
 def test_the_state_is_counted_to_the_byte():
     config = recipe("llama_8b")
-    shapes = jax.eval_shape(assemble(config).init, 0)
+    shapes = jax.eval_shape(build_components(config).init, 0)
     counted = state_bytes(config, shapes, {"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, tiles=False)
     assert counted.parameters + counted.optimizer == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
     shared = state_bytes(config, shapes, {"data": 2, "fsdp": 8, "tensor": 4, "context": 1}, tiles=False)
@@ -101,7 +101,7 @@ def test_a_tpu_fills_arrays_up_to_tiles_in_the_way_that_wastes_least():
 
 def test_memory_falls_with_remat_micro_batches_and_devices():
     config = recipe("llama_8b", "--mesh.data", "1")
-    shapes = jax.eval_shape(assemble(config).init, 0)
+    shapes = jax.eval_shape(build_components(config).init, 0)
     sizes = dict.fromkeys(AXES, 1) | {"fsdp": 32}
 
     def total(remat="none", accumulate=4, **mesh) -> int:
@@ -122,7 +122,7 @@ def test_memory_falls_with_remat_micro_batches_and_devices():
 def test_the_logits_of_a_chunk_are_those_that_the_platform_cuts():
     config = recipe("gpt2_124m", "--model.num-layers", "1", "--data.batch-size", "1", "--optim.accumulate", "1")
     sizes = dict.fromkeys(AXES, 1)
-    state = state_bytes(config, jax.eval_shape(assemble(config).init, 0), sizes, tiles=False)
+    state = state_bytes(config, jax.eval_shape(build_components(config).init, 0), sizes, tiles=False)
     by_platform = {p: step_memory(config, state, sizes, platform=p).logits for p in ("cpu", "gpu")}
     each = 4 * 50304 * 1024
     assert by_platform == {"cpu": each // count_chunks("cpu", 1024, each / 1024, 4 * 50304 * 768), "gpu": each}
@@ -131,7 +131,7 @@ def test_the_logits_of_a_chunk_are_those_that_the_platform_cuts():
 
 def test_a_head_that_is_multiplied_in_pieces_is_never_whole():
     config = recipe("llama_8b", "--mesh.data", "1", "--data.length", "1024")
-    shapes = jax.eval_shape(assemble(config).init, 0)
+    shapes = jax.eval_shape(build_components(config).init, 0)
 
     def weights(**mesh) -> int:
         sizes = dict.fromkeys(AXES, 1) | mesh

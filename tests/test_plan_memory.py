@@ -14,14 +14,14 @@ from gptjax.diagnostics.plan.memory import Memory, state_bytes, step_memory
 from gptjax.diagnostics.plan.search import Planner
 from gptjax.parallel.sharding import AXES
 from gptjax.runtime.hardware import topology
-from gptjax.training.build import assemble
+from gptjax.training.build import build_components
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
 @functools.cache
 def shapes(recipe: str):
-    return jax.eval_shape(assemble(load_recipe(recipe).config("pretrain")).init, 0)
+    return jax.eval_shape(build_components(load_recipe(recipe).config("pretrain")).init, 0)
 
 
 def counted(recipe: str, flags: str, **mesh: int) -> tuple[Memory, TrainConfig]:

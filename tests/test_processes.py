@@ -18,10 +18,10 @@ import pytest
 from gptjax import cli
 from gptjax.config import CheckpointConfig, DataConfig, TrainConfig
 from gptjax.config.section import InputError
-from gptjax.data.batches import Rows, validation_batches
+from gptjax.data.batches import RowSampler, validation_batches
 from gptjax.data.packing import MemoryStream
 from gptjax.parallel import processes as distributed
-from gptjax.parallel.cluster import Cluster, NotNow, find_cluster
+from gptjax.parallel.cluster import Cluster, RetryableError, find_cluster
 from gptjax.parallel.preflight import _Desk, preflight
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.stages.pretrain import together
@@ -121,7 +121,7 @@ def met(cards: list[dict], processes: int | None = None) -> list[str]:
         cluster = Cluster("test", f"{host}:{port}", count or processes or len(cards), i if process < 0 else process)
         try:
             preflight(cluster, **{**OPEN, **changed})
-        except (InputError, NotNow) as e:
+        except (InputError, RetryableError) as e:
             said[i] = f"{type(e).__name__}: {e}"
 
     threads = [threading.Thread(target=one, args=(i,), kwargs=card) for i, card in enumerate(cards)]
@@ -148,7 +148,7 @@ def test_processes_that_agree_are_let_through(tmp_path):
         (
             [{"seconds": 1.0}, {}],
             5,
-            r"NotNow: 2 of 5 processes came to .* within 1 s; missing: 2, 3, 4 \(th",
+            r"RetryableError: 2 of 5 processes came to .* within 1 s; missing: 2, 3, 4 \(th",
         ),
     ],
 )
@@ -201,16 +201,16 @@ def test_a_coordinator_that_can_t_be_reached_is_named():
     def alone(address: str, kind: str = "GPTJAX_COORDINATOR", process: int = 1, hosts: int = 0) -> str:
         try:
             preflight(Cluster(kind, address, 2, process, None, hosts), **{**OPEN, "seconds": 0.5})
-        except (InputError, NotNow) as e:
+        except (InputError, RetryableError) as e:
             return f"{type(e).__name__}: {e}"
         return ""
 
     port = free_port()
-    assert alone(f"127.0.0.1:{port}").startswith("NotNow: the coordinator 127.0.0.1")
+    assert alone(f"127.0.0.1:{port}").startswith("RetryableError: the coordinator 127.0.0.1")
     assert "nothing listens there" in alone(f"127.0.0.1:{port}")
     assert "loopback address" in alone(f"127.0.0.1:{port}")
     assert alone("no-such-host.invalid:1").startswith("InputError") and "resolve" in alone("no-such-host.invalid:1")
-    assert alone("no-such-host.invalid:1", "JobSet").startswith("NotNow"), "the pod may not be there yet"
+    assert alone("no-such-host.invalid:1", "JobSet").startswith("RetryableError"), "the pod may not be there yet"
     assert "each of the 2 hosts takes for itself" in alone(f"localhost:{port}", hosts=2)
     with socket.create_server(("", port)) as server:
         assert "can't listen on port" in alone(f"127.0.0.1:{port}", process=0)
@@ -261,7 +261,7 @@ def split() -> Split:
 @pytest.mark.parametrize("packing, crossing", [("packed", False), ("packed", True), ("padded", False)])
 def test_parts_of_a_batch_are_the_batch_and_their_targets_are_counted_unread(packing, crossing):
     cfg = DataConfig(batch_size=8, length=16, packing=packing, cross_documents=crossing)
-    rows = Rows(split(), cfg, seed=3)
+    rows = RowSampler(split(), cfg, seed=3)
     parts = [np.array([0, 1, 5]), np.array([2, 3, 4, 6, 7])]
     for step in (0, 5, 60):
         whole = rows.batch(step)
@@ -310,8 +310,8 @@ def test_all_end_with_the_code_of_the_first_to_leave(monkeypatch):
     monkeypatch.setattr(distributed, "_watch", threading.Event())
     monkeypatch.setattr(distributed, "_client", Client)
     monkeypatch.setattr(distributed, "_end", ended.append)
-    distributed.leave(75)
-    distributed.leave(3)
+    distributed.exit_all(75)
+    distributed.exit_all(3)
     assert ended == [75, 75]
 
 
@@ -321,7 +321,7 @@ def test_a_reader_that_goes_away_ends_all_processes(monkeypatch):
 
     left = []
     monkeypatch.setattr(cli, "_dispatch", write)
-    monkeypatch.setattr(cli, "leave", left.append)
+    monkeypatch.setattr(cli, "exit_all", left.append)
     monkeypatch.setattr(os, "dup2", lambda *fds: None)
     assert cli.main(["generate"]) == 0 and left == [0]
 
@@ -526,7 +526,7 @@ import itertools, json, sys
 from pathlib import Path
 import jax, numpy as np
 from gptjax.config import TrainConfig
-from gptjax.data.feed import open_feed
+from gptjax.data.pipeline import open_feed
 from gptjax.data.packing import batch_hash
 from gptjax.parallel.processes import first_alone, is_first, join_processes
 from gptjax.config.section import build, leaves

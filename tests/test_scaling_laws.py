@@ -16,7 +16,7 @@ from gptjax.scaling.laws import (
     Chinchilla,
     OverTraining,
 )
-from gptjax.scaling.recipes import RECIPES, critical_batch, recipe
+from gptjax.scaling.recipes import BATCH_RULES, batch_rule, critical_batch
 
 OVERTRAINING = OverTraining(1.8366, 166.2, 366.7, -0.2729)
 
@@ -92,23 +92,23 @@ def test_kaplans_joint_law_becomes_its_power_law_of_parameters_with_endless_data
 
 
 def test_recipes_give_what_their_papers_do():
-    deepseek = recipe("deepseek", 1e8, 2e9)
+    deepseek = batch_rule("deepseek", 1e8, 2e9)
     assert deepseek["batch_tokens"] == pytest.approx(0.2920 * (6 * 1e8 * 2e9) ** 0.3271)
     # The paper's 7B model on 2T tokens: a batch of 2,304 rows of 4,096 (9.4M tokens) and a rate of 4.2e-4.
-    seven = recipe("deepseek", 6.5e9, 2e12)
+    seven = batch_rule("deepseek", 6.5e9, 2e12)
     assert seven["batch_tokens"] == pytest.approx(9.4e6, rel=0.2)
     assert seven["learning_rate"] == pytest.approx(4.2e-4, rel=0.2)
-    step = recipe("steplaw", 1e9, 1e11)
+    step = batch_rule("steplaw", 1e9, 1e11)
     assert (step["learning_rate"], step["batch_tokens"]) == (
         pytest.approx(1.79 * 1e9**-0.713 * 1e11**0.307),
         pytest.approx(0.58 * 1e11**0.571),
     )
     assert critical_batch(3.0) == pytest.approx(1.07e6, rel=0.01)
-    assert all("arXiv" in r.source for r in RECIPES.values())
+    assert all("arXiv" in r.source for r in BATCH_RULES.values())
 
 
 @pytest.mark.parametrize(("name", "N"), [("chinchilla", 1e8), ("deepseek", -1.0), ("kaplan", 2e10)])
 def test_a_recipe_that_cannot_be_had_is_one_line(name, N):
     with pytest.raises(InputError) as refusal:
-        recipe(name, N, 1e9)
+        batch_rule(name, N, 1e9)
     assert "wanted" in str(refusal.value) and "\n" not in str(refusal.value)

@@ -13,12 +13,12 @@ from gptjax.parallel.sharding import (
     constrain,
     make_mesh,
     num_slices,
-    put,
     require_mesh,
     sharding_of,
     shardings,
     spec,
     suffix,
+    to_global,
 )
 from gptjax.training.optim import make_optimizer, make_schedule
 
@@ -168,7 +168,7 @@ def test_constrain_leaves_what_does_not_divide_and_does_nothing_without_a_mesh()
 
 def test_state_on_several_devices_without_a_mesh_is_an_error():
     mesh = make_mesh(MeshConfig())
-    batch = put({"inputs_BL": np.arange(16, dtype=np.int32).reshape(8, 2)}, mesh)
+    batch = to_global({"inputs_BL": np.arange(16, dtype=np.int32).reshape(8, 2)}, mesh)
     np.testing.assert_array_equal(batch["inputs_BL"], np.arange(16).reshape(8, 2))
     with pytest.raises(InputError, match="no mesh is set"):
         require_mesh(batch)

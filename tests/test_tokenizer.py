@@ -14,7 +14,7 @@ from gptjax.tokenizer import (
     MODEL_FILE,
     BytesTokenizer,
     SentencePieceTokenizer,
-    load,
+    load_tokenizer,
     make_tokenizer,
     train_sentencepiece,
 )
@@ -134,7 +134,7 @@ def test_pieces_are_learned_however_lines_end(between):
 def test_a_saved_tokenizer_is_loaded_as_it_was(tmp_path):
     for name, tokenizer in {"bytes": BytesTokenizer(), "trained": TRAINED}.items():
         tokenizer.save(tmp_path / name)
-        loaded = load(tmp_path / name)
+        loaded = load_tokenizer(tmp_path / name)
         assert (loaded.sha256, loaded.vocab_size) == (tokenizer.sha256, tokenizer.vocab_size)
         assert loaded.encode("To be\n or") == tokenizer.encode("To be\n or")
 
@@ -144,7 +144,7 @@ def test_another_model_under_the_same_name_is_refused(tmp_path):
     train_sentencepiece(iter([TEXT[:100_000]]), 400).save(tmp_path / "other")
     (tmp_path / MODEL_FILE).write_bytes((tmp_path / "other" / MODEL_FILE).read_bytes())
     with pytest.raises(InputError, match=f"{MODEL_FILE}: sha256"):
-        load(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_another_model_under_the_same_name_is_refused(tmp_path):
 def test_a_damaged_description_is_named(tmp_path, content):
     (tmp_path / META_FILE).write_text(content)
     with pytest.raises(InputError, match=META_FILE):
-        load(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 def test_too_little_text_says_the_largest_vocabulary_and_that_one_works():

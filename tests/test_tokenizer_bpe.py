@@ -19,7 +19,7 @@ from gptjax.tokenizer import (
     SentencePieceTokenizer,
     TiktokenTokenizer,
     last_safe_cut,
-    load,
+    load_tokenizer,
     make_tokenizer,
     open_tokenizer,
     train_sentencepiece,
@@ -264,7 +264,7 @@ def test_pieces_of_a_document_decode_to_the_document(tokenizer):
 def test_a_saved_tokenizer_is_loaded_as_it_was_and_a_changed_file_is_refused(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(tokenizer.files)
-    for loaded in (load(tmp_path), open_tokenizer(tmp_path), pickle.loads(pickle.dumps(tokenizer))):
+    for loaded in (load_tokenizer(tmp_path), open_tokenizer(tmp_path), pickle.loads(pickle.dumps(tokenizer))):
         assert loaded.encode(TEXT[:2000]) == tokenizer.encode(TEXT[:2000])
         for name in ("kind", "sha256", "vocab_size", "bos_id", "eos_id", "specials"):
             assert getattr(loaded, name) == getattr(tokenizer, name)
@@ -272,10 +272,10 @@ def test_a_saved_tokenizer_is_loaded_as_it_was_and_a_changed_file_is_refused(tok
     content = changed.read_bytes()
     changed.write_bytes(content + b"\n")
     with pytest.raises(InputError, match="sha256|SentencePiece"):
-        load(tmp_path)
+        load_tokenizer(tmp_path)
     changed.unlink()
     with pytest.raises(InputError, match="cannot be read"):
-        load(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 def test_ids_are_those_of_tiktoken():
@@ -319,7 +319,7 @@ def test_the_ends_of_a_document_are_found(tmp_path):
         tokenizer = open_tokenizer(tmp_path)
         assert (tokenizer.bos_id, tokenizer.eos_id) == ids
         tokenizer.save(tmp_path / "saved")
-        assert (load(tmp_path / "saved").bos_id, load(tmp_path / "saved").eos_id) == ids
+        assert (load_tokenizer(tmp_path / "saved").bos_id, load_tokenizer(tmp_path / "saved").eos_id) == ids
     spaces = from_json(byte_level_json(), eos=SPACES)
     assert spaces.eos_id not in spaces.encode("a" + SPACES) and spaces.decode(spaces.encode(SPACES)) == SPACES
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<fin>"}')

@@ -16,7 +16,7 @@ from gptjax.config import MeshConfig
 from gptjax.diagnostics.verify import checks, numbers
 from gptjax.diagnostics.verify.settings import REMATS, Setting, meshes, settings
 from gptjax.model import block
-from gptjax.ops.reference import Sight, attend
+from gptjax.ops.reference import AttentionMask, attend
 
 OPTIONS = {"attention": 2, "packing": 2, "unroll": 2, "accumulate": 2, "family": 2, "remat": len(REMATS)}
 
@@ -44,7 +44,7 @@ def test_few_devices_are_tried_in_every_shape_and_many_with_every_set_of_axes():
 
 def look_ahead(cfg, q_BLHK, k_BMGK, v_BMGK, sight, *, scale, **more):
     """Attention whose mask is off by one."""
-    ahead = Sight(sight.query_BL + 1, sight.query_segments_BL, sight.key_segments_BM)
+    ahead = AttentionMask(sight.query_BL + 1, sight.query_segments_BL, sight.key_segments_BM)
     return attend(q_BLHK, k_BMGK, v_BMGK, ahead, scale=scale)
 
 

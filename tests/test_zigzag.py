@@ -19,10 +19,10 @@ from gptjax.data.packing import example_batch
 from gptjax.model.decoder import Decoder, init_params
 from gptjax.ops.attention import attend_shared, attention
 from gptjax.ops.blockwise import _Span, visits
-from gptjax.ops.reference import Sight, attend, cached, causal
+from gptjax.ops.reference import AttentionMask, attend, cached, causal
 from gptjax.parallel import context as zigzag
-from gptjax.parallel.sharding import abstract, make_mesh, put
-from gptjax.training.build import assemble, check_divisible
+from gptjax.parallel.sharding import abstract, make_mesh, to_global
+from gptjax.training.build import build_components, check_divisible
 from gptjax.training.loop import compile_step
 
 LENGTH = 64
@@ -52,17 +52,17 @@ def test_rows_go_into_the_order_and_come_back_and_so_do_their_gradients(n):
     x_BLD = np.random.default_rng(0).normal(size=(8, 16, 3)).astype(np.float32)
     order_L = np.asarray(zigzag.places(16, n))
     with jax.set_mesh(mesh):
-        x = put({"x_BLD": x_BLD}, mesh)["x_BLD"]
-        assert zigzag.shards(16) == n and zigzag.shards(15) == zigzag.shards(n) == 1
-        there, turn = jax.jit(lambda x: jax.vjp(lambda x: zigzag.into(x, n), x))(x)
+        x = to_global({"x_BLD": x_BLD}, mesh)["x_BLD"]
+        assert zigzag.num_shards(16) == n and zigzag.num_shards(15) == zigzag.num_shards(n) == 1
+        there, turn = jax.jit(lambda x: jax.vjp(lambda x: zigzag.to_zigzag(x, n), x))(x)
         np.testing.assert_array_equal(there, x_BLD[:, order_L])
-        back, turn_back = jax.jit(lambda x: jax.vjp(lambda x: zigzag.out_of(x, n), x))(there)
+        back, turn_back = jax.jit(lambda x: jax.vjp(lambda x: zigzag.from_zigzag(x, n), x))(there)
         np.testing.assert_array_equal(back, x_BLD)
         np.testing.assert_array_equal(jax.jit(turn_back)(x)[0], x_BLD[:, order_L])
         np.testing.assert_array_equal(jax.jit(turn)(there)[0], x_BLD)
-        text = jax.jit(lambda x: zigzag.into(x, n)).lower(x).compile().as_text()
+        text = jax.jit(lambda x: zigzag.to_zigzag(x, n)).lower(x).compile().as_text()
     assert "collective-permute" in text and "all-gather" not in text
-    assert zigzag.shards(16) == 1  # no mesh, one device has all of a row
+    assert zigzag.num_shards(16) == 1  # no mesh, one device has all of a row
 
 
 @pytest.mark.parametrize("block", [4, 5, 16])
@@ -124,13 +124,13 @@ def value_and_grads(case: Case, name: str, given: dict[str, Any]) -> list[np.nda
     given = {n: x if n == "segments_BL" else x.astype(cfg.dtype) for n, x in given.items()}
 
     def run(given, window):
-        n = zigzag.shards(LENGTH)
-        sight = causal(zigzag.into(given["segments_BL"], n), case.packed, n)
+        n = zigzag.num_shards(LENGTH)
+        sight = causal(zigzag.to_zigzag(given["segments_BL"], n), case.packed, n)
 
         def attended(*qkv):
-            out = attention(cfg, *(zigzag.into(x, n) for x in qkv), sight, scale=0.4,
+            out = attention(cfg, *(zigzag.to_zigzag(x, n) for x in qkv), sight, scale=0.4,
                             window=case.window if isinstance(case.window, int) else window)  # fmt: skip
-            return zigzag.out_of(out, n)
+            return zigzag.from_zigzag(out, n)
 
         out_BLHK, back = jax.vjp(attended, given["q_BLHK"], given["k_BLGK"], given["v_BLGK"])
         return out_BLHK, *back(given["g_BLHK"])
@@ -150,7 +150,7 @@ def test_devices_that_share_rows_attend_as_one_does(case, name):
     wanted = value_and_grads(case, "plain", given)
     mesh = make_mesh(case.mesh)
     with jax.set_mesh(mesh):
-        got = value_and_grads(case, name, put(given, mesh))
+        got = value_and_grads(case, name, to_global(given, mesh))
     np.testing.assert_allclose(got[0], wanted[0], rtol=1e-5, atol=1e-5)
     for g, want in zip(got[1:], wanted[1:], strict=True):
         assert np.abs(g - want).max() <= 1e-4 * np.abs(want).max() > 0
@@ -165,7 +165,7 @@ def test_devices_that_share_rows_add_up_bfloat16(case, name):
     mesh = make_mesh(case.mesh)
     with jax.set_mesh(mesh):
         rounded = dataclasses.replace(case, settings=case.settings | {"dtype": "bfloat16"})
-        got = value_and_grads(rounded, name, put(arrays(case), mesh))
+        got = value_and_grads(rounded, name, to_global(arrays(case), mesh))
     for g, want in zip(got, wanted, strict=True):
         assert np.linalg.norm(g - want) <= 2e-2 * np.linalg.norm(want)
 
@@ -188,8 +188,8 @@ def test_devices_that_share_a_row_drop_elements_of_their_own():
 
         @jax.jit
         def run(x_BLHK, key):
-            x_BLHK = zigzag.into(x_BLHK, n)
-            sight = Sight(jnp.full((1, 32), 31), shards=n)  # each query sees all keys
+            x_BLHK = zigzag.to_zigzag(x_BLHK, n)
+            sight = AttentionMask(jnp.full((1, 32), 31), shards=n)  # each query sees all keys
             return attend_shared(0 * x_BLHK, x_BLHK, x_BLHK, sight, scale=1.0, dropout_rate=0.5, key=key)
 
         dropped_LM = np.asarray(run(eye_BLHK, jax.random.key(0)))[0, :, 0] == 0
@@ -215,7 +215,7 @@ def test_hidden_states_stand_in_the_order_of_the_tokens():
     wanted, wanted_rms = jax.jit(run)(params, batch)
     mesh = make_mesh(MeshConfig(data=2, context=4))
     with jax.set_mesh(mesh):
-        got, rms = jax.jit(run)(put(jax.tree.map(np.asarray, params), mesh), put(batch, mesh))
+        got, rms = jax.jit(run)(to_global(jax.tree.map(np.asarray, params), mesh), to_global(batch, mesh))
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(rms, wanted_rms, rtol=1e-5)
 
@@ -246,7 +246,7 @@ def step_bytes(context: int, length: int, **model) -> int:
     config = TrainConfig(model=model, tokenizer=TokenizerConfig(kind="bytes", vocab_size=258),
                          data=DataConfig(batch_size=2, length=length))  # fmt: skip
     mesh = make_mesh(MeshConfig(data=2, context=context), jax.devices()[: 2 * context])
-    parts, batch = assemble(config), example_batch(2, length)
+    parts, batch = build_components(config), example_batch(2, length)
     with jax.set_mesh(mesh):
         state = abstract(jax.eval_shape(parts.init, 0), mesh)
         step = compile_step(parts.step, mesh, state, {}, batch)

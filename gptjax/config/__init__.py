@@ -20,13 +20,13 @@ from gptjax.config.training import (
     EvaluateConfig,
     MeshConfig,
     TrainConfig,
-    frozen,
     frozen_changes,
+    frozen_settings,
 )
 
 __all__ = [
     "EXTENDABLE", "SCHEMA", "CheckpointConfig", "ContinueConfig", "DataConfig", "DoctorConfig", "EvalConfig",
     "EvaluateConfig", "FitConfig", "GenerateConfig", "MeshConfig", "ModelConfig", "OptimConfig", "PredictConfig",
     "PrepareConfig", "ShowConfig", "SweepConfig", "TokenizerConfig", "TrainConfig", "TrainTokenizerConfig",
-    "VerifyConfig", "frozen", "frozen_changes",
+    "VerifyConfig", "frozen_settings", "frozen_changes",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ AttentionName = Literal["auto", "plain", "blockwise", "cudnn", "splash"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Backend:
+class AttentionKernel:
     """One way of computing attention. All know packed documents, grouped queries and a sliding window."""
 
     platform: str = ""
@@ -28,20 +28,20 @@ class Backend:
     """Memory grows linearly with length, where documents of a row do not see each other."""
 
 
-BACKENDS = {
-    "plain": Backend(dropout=True, split_rows=True, linear=False),
-    "blockwise": Backend(split_rows=True),
+KERNELS = {
+    "plain": AttentionKernel(dropout=True, split_rows=True, linear=False),
+    "blockwise": AttentionKernel(split_rows=True),
     # Its kernel has no segments: packed documents are kept apart by an additive mask of 2 L x M bytes a row.
-    "cudnn": Backend(platform="gpu", capability=8.0, dtypes=("bfloat16",), softcap=False, head_multiple=8,
+    "cudnn": AttentionKernel(platform="gpu", capability=8.0, dtypes=("bfloat16",), softcap=False, head_multiple=8,
                      head_most=((8.0, 128), (9.0, 256)), linear=False),
-    "splash": Backend(platform="tpu", mixed_windows=False),
+    "splash": AttentionKernel(platform="tpu", mixed_windows=False),
 }  # fmt: skip
 
 # What each kind of device tries, in this order, where model.attention is auto.
 PREFERRED = {"gpu": "cudnn", "tpu": "splash"}
 
 
-class Refusal(NamedTuple):
+class Unsupported(NamedTuple):
     """A setting that a backend can't honour, what it would have to be, and a value that would do."""
 
     field: str
@@ -49,14 +49,14 @@ class Refusal(NamedTuple):
     value: str
 
 
-def refusal(
+def unsupported_setting(
     name: str, dropout: float, softcap: float, dtype: str, windows: int, head_size: int, capability: float | None = None
-) -> Refusal | None:
+) -> Unsupported | None:
     """The first setting that this backend can't honour on a device of this capability, or on any; None: it can all.
 
     `windows` counts the different windows of the layers.
     """
-    backend = BACKENDS[name]
+    backend = KERNELS[name]
     most = max((size for least, size in backend.head_most if capability is None or capability >= least), default=0)
     fits = head_size % backend.head_multiple == 0 and (not most or head_size <= most)
     checks = [
@@ -66,4 +66,4 @@ def refusal(
         (backend.mixed_windows or windows == 1, "global_every", "0, one window for all layers", "0"),
         (fits, "head_dim", f"heads of a multiple of {backend.head_multiple} and at most {most} numbers", "64"),
     ]
-    return next((Refusal(field, wanted, value) for ok, field, wanted, value in checks if not ok), None)
+    return next((Unsupported(field, wanted, value) for ok, field, wanted, value in checks if not ok), None)

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from gptjax.config.attention import BACKENDS, AttentionName, Refusal, refusal
+from gptjax.config.attention import KERNELS, AttentionName, Unsupported, unsupported_setting
 from gptjax.config.section import Section
 
 REMAT_NAMES = ("query", "key", "value", "attention", "mlp")
@@ -148,14 +148,16 @@ class ModelConfig(Section):
         everything = [self.global_every > 0 and (n + 1) % self.global_every == 0 for n in range(self.num_layers)]
         return tuple(0 if e else self.window for e in everything)
 
-    def attention_refusal(self, name: str, capability: float | None = None) -> Refusal | None:
+    def attention_refusal(self, name: str, capability: float | None = None) -> Unsupported | None:
         """The first setting that attention by this name can't honour, on a device of this capability or on any."""
         windows = len(set(self.layer_windows))
-        return refusal(name, self.dropout, self.attention_softcap, self.dtype, windows, self.head_size, capability)
+        return unsupported_setting(
+            name, self.dropout, self.attention_softcap, self.dtype, windows, self.head_size, capability
+        )
 
     def anywhere(self) -> "ModelConfig":
         """The same model on any device: attention that one platform alone has becomes auto."""
-        bound = self.attention != "auto" and BACKENDS[self.attention].platform
+        bound = self.attention != "auto" and KERNELS[self.attention].platform
         return dataclasses.replace(self, attention="auto") if bound else self
 
     @property

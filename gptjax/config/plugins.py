@@ -16,7 +16,7 @@ from gptjax.config.section import InputError
 _GIVEN: dict[str, Callable[..., Any]] = {}
 
 
-def named(function: Callable[..., Any]) -> str:
+def register(function: Callable[..., Any]) -> str:
     """The name `module:name` under which `resolve` finds this function, in this process, wherever it was defined."""
     if isinstance(function, functools.partial):
         raise InputError(f"{function}: a partial has no name of its own; wanted a function, give it one with def")
@@ -25,7 +25,7 @@ def named(function: Callable[..., Any]) -> str:
     return name
 
 
-def is_given(name: str) -> bool:
+def is_registered(name: str) -> bool:
     """Whether `resolve` finds the function with no import, since this process gave it."""
     return name in _GIVEN
 

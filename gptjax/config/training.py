@@ -178,7 +178,7 @@ class TrainConfig(Section):
         return ()
 
 
-def frozen(config: Any) -> dict[str, Any]:
+def frozen_settings(config: Any) -> dict[str, Any]:
     """The settings, by dotted name, that may not change on resume."""
     may_change = FREE + EXTENDABLE
     return {n: v for n, v in leaves(config) if not any(n == f or n.startswith(f"{f}.") for f in may_change)}
@@ -187,4 +187,4 @@ def frozen(config: Any) -> dict[str, Any]:
 def frozen_changes(old: Any, new: Any) -> list[str]:
     """Names what differs between a run's settings and new ones and may not change on resume."""
     before = dict(leaves(old))
-    return [f"{n} was {before[n]!r}, got {value!r}" for n, value in frozen(new).items() if value != before[n]]
+    return [f"{n} was {before[n]!r}, got {value!r}" for n, value in frozen_settings(new).items() if value != before[n]]

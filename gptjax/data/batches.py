@@ -20,8 +20,8 @@ from gptjax.config.section import InputError
 from gptjax.data.packing import Batch, Spans, Stream, cut
 
 T = TypeVar("T")
-Part = slice | np.ndarray  # some rows of a batch: their numbers in it, rising
-State = dict[str, Any]  # of the data after some batches; JSON, saved with the checkpoint of the last one trained on
+RowSlice = slice | np.ndarray  # some rows of a batch: their numbers in it, rising
+DataState = dict[str, Any]  # of the data after some batches; JSON, saved with the checkpoint of the last one trained on
 
 ALL_ROWS = slice(None)
 
@@ -36,7 +36,7 @@ class TokenSplit(Stream, Protocol):
     num_tokens: int
 
 
-class Rows:
+class RowSampler:
     """The rows of a split in the order that training reads them."""
 
     def __init__(self, split: TokenSplit, cfg: DataConfig, seed: int):
@@ -54,11 +54,11 @@ class Rows:
         """Rows that hold each target of the split once."""
         return self._layout.num_rows
 
-    def batch(self, step: int, rows: Part = ALL_ROWS) -> Batch:
+    def batch(self, step: int, rows: RowSlice = ALL_ROWS) -> Batch:
         """The batch that is trained on after `step` steps, or some rows of it; what `packing.cut` describes."""
         return self.rows(row_numbers(self.cfg, step, rows))
 
-    def several(self, steps: range, rows: Part = ALL_ROWS) -> list[Batch]:
+    def several(self, steps: range, rows: RowSlice = ALL_ROWS) -> list[Batch]:
         """The batches of these steps, cut at once."""
         return separate(self.rows(numbers_of(self.cfg, steps, rows)), len(steps))
 
@@ -81,19 +81,19 @@ class Rows:
         parts, at = [], 0
         for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
             stop = int(np.searchsorted(epochs, epoch, side="right"))
-            chosen = permuted(places[at:stop], self.rows_per_epoch, self.seed, epoch)
+            chosen = permute(places[at:stop], self.rows_per_epoch, self.seed, epoch)
             spans = self._layout.spans(chosen, self._layout.shift(self.seed, epoch))
             parts.append(spans._replace(row=spans.row + at))
             at = stop
         return parts[0] if len(parts) == 1 else Spans(*(np.concatenate(column) for column in zip(*parts)))
 
 
-def row_numbers(cfg: DataConfig, step: int, rows: Part = ALL_ROWS) -> np.ndarray:
+def row_numbers(cfg: DataConfig, step: int, rows: RowSlice = ALL_ROWS) -> np.ndarray:
     """Numbers of the rows that are trained on after `step` steps, or of some of them: int64[rows]."""
     return step * cfg.batch_size + np.arange(cfg.batch_size)[rows]
 
 
-def numbers_of(cfg: DataConfig, steps: range, rows: Part = ALL_ROWS) -> np.ndarray:
+def numbers_of(cfg: DataConfig, steps: range, rows: RowSlice = ALL_ROWS) -> np.ndarray:
     """Numbers of the rows of several steps, one step after the other."""
     return np.concatenate([row_numbers(cfg, step, rows) for step in steps])
 
@@ -104,14 +104,16 @@ def separate(rows: Batch, count: int) -> list[Batch]:
     return [{name: x[i * size : (i + 1) * size] for name, x in rows.items()} for i in range(count)]
 
 
-def part_of(batch: Batch, part: Part) -> Batch:
+def slice_rows(batch: Batch, part: RowSlice) -> Batch:
     """Some rows of a batch that is there; a slice, and all of them, copies nothing."""
     if not isinstance(part, slice) and len(part) == len(next(iter(batch.values()))):
         return batch
     return {name: x[part] for name, x in batch.items()}
 
 
-def validation_batches(split: TokenSplit, cfg: DataConfig, max_rows: int = 0, part: Part = ALL_ROWS) -> Iterator[Batch]:
+def validation_batches(
+    split: TokenSplit, cfg: DataConfig, max_rows: int = 0, part: RowSlice = ALL_ROWS
+) -> Iterator[Batch]:
     """Yields the split's rows in order, each target once, or only the first max_rows rows; of each batch some rows.
 
     The last batch is filled with rows of padding, so that all have the same shape.
@@ -129,14 +131,14 @@ class Batches(Protocol):
 
     cfg: DataConfig
 
-    def batch(self, step: int, rows: Part = ALL_ROWS) -> Batch: ...
+    def batch(self, step: int, rows: RowSlice = ALL_ROWS) -> Batch: ...
 
-    def several(self, steps: range, rows: Part = ALL_ROWS) -> list[Batch]: ...
+    def several(self, steps: range, rows: RowSlice = ALL_ROWS) -> list[Batch]: ...
 
 
 def batches(
-    rows: Batches, start_step: int, part: Part = ALL_ROWS, workers: int = 0
-) -> Generator[tuple[Batch, State], None, None]:
+    rows: Batches, start_step: int, part: RowSlice = ALL_ROWS, workers: int = 0
+) -> Generator[tuple[Batch, DataState], None, None]:
     """Yields (batch, state after it) from a step on, without end; {"step": s} is the state after s steps.
 
     With a `part` only those rows of each batch are read and cut.
@@ -155,13 +157,13 @@ def batches(
             return steps, []
 
     firsts = itertools.count(start_step, together)
-    with contextlib.closing(ahead((functools.partial(make, first) for first in firsts), workers)) as groups:
+    with contextlib.closing(prefetch((functools.partial(make, first) for first in firsts), workers)) as groups:
         for steps, made in groups:
             for i, step in enumerate(steps):
                 yield made[i] if made else rows.batch(step, part), {"step": step + 1}
 
 
-def ahead(makes: Iterator[Callable[[], T]], workers: int = 0) -> Generator[T, None, None]:
+def prefetch(makes: Iterator[Callable[[], T]], workers: int = 0) -> Generator[T, None, None]:
     """Yields what each function makes, in order, while threads call the next ones; with one thread also in order."""
     threads = max(1, workers)
     ready: collections.deque[Future[T]] = collections.deque()
@@ -231,7 +233,7 @@ def _layout(split: TokenSplit, length: int, packing: str) -> _Packed | _Padded:
     return _Packed(split, length) if packing == "packed" else _Padded(split, length)
 
 
-def permuted(places: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
+def permute(places: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
     """Where a permutation of range(size), drawn from (seed, epoch), takes each place; int64.
 
     A generalised Feistel network over pairs (left, right), left < a and right < b with a b >= size, walked until
@@ -252,7 +254,7 @@ def permuted(places: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray
 
 @functools.lru_cache(maxsize=256)
 def _network(size: int, seed: int, epoch: int) -> tuple[np.uint64, np.uint64, list[np.uint64]]:
-    """a, b and the key of each round of `permuted`."""
+    """a, b and the key of each round of `permute`."""
     b = math.isqrt(size - 1) + 1
     keys = [np.uint64(mixed_key(seed, epoch, i)) for i in range(_ROUNDS)]
     return np.uint64(-(-size // b)), np.uint64(b), keys

@@ -16,10 +16,10 @@ import numpy as np
 from gptjax.config.section import InputError
 from gptjax.data.manifest import MANIFEST_FILE, FileEntry, Manifest, SplitEntry, read_manifest
 from gptjax.data.sources import file_sha256
-from gptjax.tokenizer import Tokenizer, load
+from gptjax.tokenizer import Tokenizer, load_tokenizer
 
 CACHE_BYTES = 64 << 20  # of decoded pages, for each split
-HOLE = np.int32(-1)  # no token: what a page that can't be read would have held
+MISSING_TOKEN = np.int32(-1)  # no token: what a page that can't be read would have held
 _OPEN_SHARDS = 64  # shards a split keeps open
 _AGAIN = "delete the folder and prepare it again"
 
@@ -49,12 +49,12 @@ class Corpus:
         self.folder = folder
         self.manifest = manifest
         self.vocab_size = manifest.vocab_size
-        self._splits: dict[str, Split] = {}
+        self._splits: dict[str, CorpusSplit] = {}
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the corpus was made with."""
-        tokenizer = load(self.folder)
+        tokenizer = load_tokenizer(self.folder)
         if tokenizer.sha256 != self.manifest.tokenizer_sha256:
             raise InputError(f"{self.folder}: the tokenizer is not the one that made this corpus; prepare it again")
         return tokenizer
@@ -67,12 +67,12 @@ class Corpus:
             total.update(" ".join([name, *(f.sha256 for f in (*split.shards, split.starts))]).encode())
         return total.hexdigest()
 
-    def split(self, name: str) -> "Split":
+    def split(self, name: str) -> "CorpusSplit":
         """The split called "train" or "validation"."""
         if name not in self.manifest.splits:
             raise InputError(f"{self.folder} has no split {name!r}; wanted one of {sorted(self.manifest.splits)}")
         if name not in self._splits:
-            self._splits[name] = Split(self.folder, self.manifest, self.manifest.splits[name])
+            self._splits[name] = CorpusSplit(self.folder, self.manifest, self.manifest.splits[name])
         return self._splits[name]
 
     def verify(self) -> None:
@@ -91,7 +91,7 @@ class DamagedPage(InputError):
         self.where = where
 
 
-class Split:
+class CorpusSplit:
     """One split's token stream; reads are safe from several threads.
 
     With `skip_damaged` a page that can't be read is a hole: HOLE in place of each of its tokens. `damage` collects what
@@ -144,7 +144,7 @@ class Split:
                 if not self.skip_damaged:
                     raise
                 self.damage[index] = error
-        return np.full(self._manifest.page, HOLE)
+        return np.full(self._manifest.page, MISSING_TOKEN)
 
     def damage_in(self, start: int, stop: int) -> list[DamagedPage]:
         """What was wrong with the pages that hold tokens [start, stop), of those that were found damaged so far."""

@@ -19,8 +19,8 @@ import numpy as np
 
 from gptjax.config.section import InputError
 from gptjax.data.formats import Document
-from gptjax.data.sources import SPLITS, Split
-from gptjax.tokenizer import Tokenizer, last_safe_cut, load
+from gptjax.data.sources import SPLITS, SplitName
+from gptjax.tokenizer import Tokenizer, last_safe_cut, load_tokenizer
 
 PART_BYTES = 8 << 20  # text of a part
 _BATCH_BYTES = 1 << 20  # text tokenised at a time
@@ -29,24 +29,24 @@ _LONGEST = 1 << 20  # characters without a safe cut; then it is cut at a newline
 _SHORT = 1 << 11  # characters; SentencePiece takes time n log n for a text of n
 
 
-class Piece(NamedTuple):
+class TextSegment(NamedTuple):
     """A piece of a document, and whether the document begins and ends with it."""
 
-    split: Split
+    split: SplitName
     first: bool
     last: bool
     text: str
     num_bytes: int
 
 
-def parts(kept: Iterable[tuple[Split, Document]], tokenizer: Tokenizer) -> Iterator[list[Piece]]:
+def text_parts(kept: Iterable[tuple[SplitName, Document]], tokenizer: Tokenizer) -> Iterator[list[TextSegment]]:
     """Yields the text in lists of about PART_BYTES; documents are cut where that changes no ids."""
     part, size = [], 0
     for split, document in kept:
         at = 0
         for text in _texts(document, tokenizer):
             num_bytes = len(text.encode())
-            part.append(Piece(split, at == 0, at + num_bytes == document.num_bytes, text, num_bytes))
+            part.append(TextSegment(split, at == 0, at + num_bytes == document.num_bytes, text, num_bytes))
             at += num_bytes
             size += num_bytes + 64  # many tiny documents are no smaller in memory
             if size >= PART_BYTES:
@@ -56,9 +56,9 @@ def parts(kept: Iterable[tuple[Split, Document]], tokenizer: Tokenizer) -> Itera
         yield part
 
 
-def pieces_of(document: Document, tokenizer: Tokenizer) -> Iterator[Piece]:
+def segments_of(document: Document, tokenizer: Tokenizer) -> Iterator[TextSegment]:
     """A document's text in pieces, cut where that changes no ids."""
-    for part in parts([("train", document)], tokenizer):
+    for part in text_parts([("train", document)], tokenizer):
         yield from part
 
 
@@ -85,13 +85,13 @@ class Encoder:
         self._tokenizer = tokenizer
         self._dtype = token_dtype(tokenizer)
 
-    def write(self, part: list[Piece], path: Path) -> None:
+    def write(self, part: list[TextSegment], path: Path) -> None:
         """Tokenises the part into a file that is there whole, on the disk, or not at all."""
-        tokens: dict[Split, list[np.ndarray]] = {name: [np.empty(0, self._dtype)] for name in SPLITS}
-        starts: dict[Split, list[int]] = {name: [] for name in SPLITS}
+        tokens: dict[SplitName, list[np.ndarray]] = {name: [np.empty(0, self._dtype)] for name in SPLITS}
+        starts: dict[SplitName, list[int]] = {name: [] for name in SPLITS}
         num_bytes, count = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
         for pieces in _batches(part):
-            flat: dict[Split, list[int]] = {name: [] for name in SPLITS}
+            flat: dict[SplitName, list[int]] = {name: [] for name in SPLITS}
             for piece, ids in zip(pieces, self.encode(pieces)):
                 out = flat[piece.split]
                 if piece.first:
@@ -117,7 +117,7 @@ class Encoder:
             os.fsync(file.fileno())
         os.replace(partial, path)
 
-    def encode(self, pieces: list[Piece]) -> Iterator[list[int]]:
+    def encode(self, pieces: list[TextSegment]) -> Iterator[list[int]]:
         """Yields the ids of each piece."""
         texts, firsts, counts = [], [], []
         for piece in pieces:
@@ -144,7 +144,7 @@ class Encoder:
         return [*texts, text[start:]]
 
 
-def read_part(path: Path) -> Iterator[tuple[Split, np.ndarray, np.ndarray, int]]:
+def read_part(path: Path) -> Iterator[tuple[SplitName, np.ndarray, np.ndarray, int]]:
     """Yields for each split its tokens in the part, where in them documents begin, and the bytes of their text."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -155,7 +155,9 @@ def read_part(path: Path) -> Iterator[tuple[Split, np.ndarray, np.ndarray, int]]
         raise InputError(f"{path} was damaged and is deleted; run the same command again to make it anew") from None
 
 
-def tokenised(pieces: list[Piece], tokenizer: Tokenizer, encoder: Encoder) -> tuple[np.ndarray, np.ndarray]:
+def tokenize_segments(
+    pieces: list[TextSegment], tokenizer: Tokenizer, encoder: Encoder
+) -> tuple[np.ndarray, np.ndarray]:
     """The tokens of the pieces, [bos] + ids + [eos] for each document, as int32, and where documents begin, int64."""
     tokens, starts = [], []
     for piece, ids in zip(pieces, encoder.encode(pieces)):
@@ -174,7 +176,7 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype:
 
 
 def encode_parts(
-    jobs: Iterable[tuple[list[Piece], Path]], tokenizer_folder: Path, workers: int
+    jobs: Iterable[tuple[list[TextSegment], Path]], tokenizer_folder: Path, workers: int
 ) -> Generator[int, None, None]:
     """Tokenises each part into its file and yields its bytes of text when it is there, in the order they get ready.
 
@@ -183,7 +185,7 @@ def encode_parts(
     if workers == 1:
         encoder = None
         for part, path in jobs:
-            encoder = encoder or Encoder(load(tokenizer_folder))
+            encoder = encoder or Encoder(load_tokenizer(tokenizer_folder))
             encoder.write(part, path)
             yield part_bytes(part)
         return
@@ -202,7 +204,7 @@ def encode_parts(
             yield from _finished(busy, idle)
 
 
-def part_bytes(part: list[Piece]) -> int:
+def part_bytes(part: list[TextSegment]) -> int:
     """Bytes of text in the part."""
     return sum(piece.num_bytes for piece in part)
 
@@ -242,7 +244,7 @@ class _Worker:
             self.process.terminate()
         self.process.wait()
 
-    def give(self, part: list[Piece], path: Path) -> None:
+    def give(self, part: list[TextSegment], path: Path) -> None:
         self._num_bytes = part_bytes(part)
         try:
             self.pipe.send((part, path))
@@ -271,7 +273,7 @@ def main(fd: int, tokenizer_folder: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: the parent decides
     pipe = Connection(fd)
     with contextlib.suppress(EOFError, ConnectionError):
-        encoder = Encoder(load(Path(tokenizer_folder)))
+        encoder = Encoder(load_tokenizer(Path(tokenizer_folder)))
         while True:
             part, path = pipe.recv()
             try:
@@ -282,7 +284,7 @@ def main(fd: int, tokenizer_folder: str) -> None:
                 pipe.send(None)
 
 
-def _batches(part: list[Piece]) -> Iterator[list[Piece]]:
+def _batches(part: list[TextSegment]) -> Iterator[list[TextSegment]]:
     start, size = 0, 0
     for stop, piece in enumerate(part, 1):
         size += piece.num_bytes + 64

@@ -25,7 +25,7 @@ _BLOCK = 1 << 16  # compressed bytes unpacked at a time
 _ROWS = 256  # of a table held at a time
 
 
-class Damaged(InputError):
+class CorruptData(InputError):
     """A file whose bytes are not what its writer wrote: it can't be unpacked, or holds no JSON or no UTF-8."""
 
 
@@ -101,7 +101,7 @@ class Document:
             return self.data[start:stop].decode("utf-8")
         except UnicodeDecodeError as error:
             at = start + error.start
-            raise Damaged(
+            raise CorruptData(
                 f"{self.origin}: byte 0x{self.data[at]:02x} at offset {at} is not UTF-8; convert the file to UTF-8"
             ) from None
 
@@ -196,13 +196,13 @@ def _lines(path: Path, kind: str, field: str) -> Iterator[Document]:
             try:
                 line = file.readline()
             except (OSError, EOFError, zlib.error) as error:
-                raise Damaged(f"{path}: line {number} cannot be unpacked ({error}); the file is damaged") from None
+                raise CorruptData(f"{path}: line {number} cannot be unpacked ({error}); the file is damaged") from None
             if not line:
                 break
             yield _of_line(line, f"{path}:{number}", offset, field)
             offset += len(line)
     if number == 1:
-        raise Damaged(f"{path} is empty; {_wanted(field)} on each line")
+        raise CorruptData(f"{path} is empty; {_wanted(field)} on each line")
 
 
 def _of_line(line: bytes, origin: str, offset: int, field: str) -> Document:
@@ -211,12 +211,12 @@ def _of_line(line: bytes, origin: str, offset: int, field: str) -> Document:
         value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         at = offset + error.start
-        raise Damaged(
+        raise CorruptData(
             f"{origin}: byte 0x{line[error.start]:02x} at offset {at} is not UTF-8; {_wanted(field)}"
         ) from None
     except (ValueError, RecursionError) as error:
         found = "a blank line" if not line.strip() else f"no JSON ({error})"
-        raise Damaged(f"{origin}: found {found}; {_wanted(field)}") from None
+        raise CorruptData(f"{origin}: found {found}; {_wanted(field)}") from None
     if not isinstance(value, dict):
         raise InputError(f"{origin}: found a JSON {type(value).__name__}; {_wanted(field)}")
     if field not in value:
@@ -286,4 +286,4 @@ def _table(path: Path, field: str) -> Iterator[Document]:
                 first += batch.num_rows
         except (pyarrow.ArrowException, OSError) as error:
             reason = " ".join(str(error).split())[:160]
-            raise Damaged(f"{path}: row {first} cannot be read ({reason}); the file is damaged") from None
+            raise CorruptData(f"{path}: row {first} cannot be read ({reason}); the file is damaged") from None

@@ -7,18 +7,18 @@ import numpy as np
 
 from gptjax.config import DataConfig
 from gptjax.config.section import InputError
-from gptjax.data.batches import ALL_ROWS, Part, Rows, TokenSplit, mixed_key, numbers_of, row_numbers, separate
+from gptjax.data.batches import ALL_ROWS, RowSampler, RowSlice, TokenSplit, mixed_key, numbers_of, row_numbers, separate
 from gptjax.data.packing import Batch
 
 _MOST_ROWS = 1 << 30  # of a pass; products of two such numbers still fit into 64 bits
 
 
-def named(entries: Sequence[str]) -> dict[str, str]:
+def parse_sources(entries: Sequence[str]) -> dict[str, str]:
     """NAME=SOURCE entries as {name: source}, in their order."""
     return {name: source for name, _, source in (entry.partition("=") for entry in entries)}
 
 
-class Schedule:
+class SourceSchedule:
     """Gives row r of the mixture to a source, and says which of that source's rows it is.
 
     A pass has counts[i] rows of source i, evenly spread: the largest source takes every row at which
@@ -59,24 +59,24 @@ class Schedule:
 
 
 class Mixture:
-    """The rows of several splits, each visited in its own order and epochs as `Rows` does it."""
+    """The rows of several splits, each visited in its own order and epochs as `RowSampler` does it."""
 
     def __init__(self, splits: dict[str, TokenSplit], cfg: DataConfig, seed: int):
         self.cfg, self.names = cfg, list(splits)
-        self.rows: list[Rows] = []
+        self.rows: list[RowSampler] = []
         for number, (name, split) in enumerate(splits.items()):
             try:
                 # One unnamed source is no mixture: its rows are those of its own seed.
-                self.rows.append(Rows(split, cfg, mixed_key(seed, number) if name else seed))
+                self.rows.append(RowSampler(split, cfg, mixed_key(seed, number) if name else seed))
             except InputError as error:
                 raise InputError(f"{name}: {error}" if name else str(error)) from None
-        self.schedule = Schedule(rows_of_a_pass(cfg, [(r.rows_per_epoch, r.split.num_tokens) for r in self.rows]))
+        self.schedule = SourceSchedule(rows_of_a_pass(cfg, [(r.rows_per_epoch, r.split.num_tokens) for r in self.rows]))
 
-    def batch(self, step: int, rows: Part = ALL_ROWS) -> Batch:
+    def batch(self, step: int, rows: RowSlice = ALL_ROWS) -> Batch:
         """The batch that is trained on after `step` steps, or some rows of it."""
         return self._rows(row_numbers(self.cfg, step, rows))
 
-    def several(self, steps: range, rows: Part = ALL_ROWS) -> list[Batch]:
+    def several(self, steps: range, rows: RowSlice = ALL_ROWS) -> list[Batch]:
         """The batches of these steps, cut at once."""
         return separate(self._rows(numbers_of(self.cfg, steps, rows)), len(steps))
 

@@ -25,10 +25,18 @@ from gptjax.data import encode, shards
 from gptjax.data.corpus import Corpus, is_corpus, open_corpus
 from gptjax.data.manifest import DATASET, Manifest, SplitEntry, file_entry, write_manifest
 from gptjax.data.records import Source
-from gptjax.data.scan import Filters, Scan, changed, load_scan, scan
+from gptjax.data.scan import Filters, ScanResult, changed, load_scan, scan
 from gptjax.data.sources import LOCK_FILE, SPLITS, ContentHash, open_source, source_sha256
 from gptjax.runtime.versions import __version__
-from gptjax.tokenizer import FILES, MODEL_FILE, Tokenizer, load, load_model, make_tokenizer, train_sentencepiece
+from gptjax.tokenizer import (
+    FILES,
+    MODEL_FILE,
+    Tokenizer,
+    load_model,
+    load_tokenizer,
+    make_tokenizer,
+    train_sentencepiece,
+)
 
 TRAINING_BYTES = 64 << 20  # text that a tokenizer is trained on, spread evenly over a larger source
 WORK = ".prepare"
@@ -137,7 +145,7 @@ def train_tokenizer(cfg: TrainTokenizerConfig) -> Tokenizer:
     return tokenizer
 
 
-def training_texts(source: Source, found: Scan, total: int = 0) -> Iterator[str]:
+def training_texts(source: Source, found: ScanResult, total: int = 0) -> Iterator[str]:
     """Yields training text for the tokenizer, at most about TRAINING_BYTES, the same pieces each time.
 
     Where it is trained on several sources, `total` is the bytes that all of them keep.
@@ -206,7 +214,7 @@ def _begin(folder: Path, inputs: dict[str, Any]) -> None:
     os.replace(path.with_suffix(".partial"), path)
 
 
-def _tokenizer(cfg: TokenizerConfig, source: Source, found: Scan, work: Path) -> Tokenizer:
+def _tokenizer(cfg: TokenizerConfig, source: Source, found: ScanResult, work: Path) -> Tokenizer:
     """The tokenizer of the settings, trained once: where a run was killed after that, it is loaded."""
     folder = work / "tokenizer"
     if not folder.is_dir():
@@ -214,12 +222,12 @@ def _tokenizer(cfg: TokenizerConfig, source: Source, found: Scan, work: Path) ->
         shutil.rmtree(new, ignore_errors=True)
         make_tokenizer(cfg, training_texts(source, found)).save(new)
         os.replace(new, folder)
-    return load(folder)
+    return load_tokenizer(folder)
 
 
 def _write_parts(
     source: Source,
-    found: Scan,
+    found: ScanResult,
     tokenizer: Tokenizer,
     content: ContentHash | None,
     work: Path,
@@ -229,9 +237,9 @@ def _write_parts(
     """Tokenises every part that has no file yet, and returns the number of parts."""
     done = count = 0
 
-    def missing() -> Iterator[tuple[list[encode.Piece], Path]]:
+    def missing() -> Iterator[tuple[list[encode.TextSegment], Path]]:
         nonlocal count, done
-        for part in encode.parts(found.documents(source, content), tokenizer):
+        for part in encode.text_parts(found.documents(source, content), tokenizer):
             path = _part(work, count)
             count += 1
             if path.exists():

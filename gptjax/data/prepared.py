@@ -12,14 +12,14 @@ import numpy as np
 
 from gptjax.config import PrepareConfig, TokenizerConfig, TrainConfig
 from gptjax.config.section import InputError
-from gptjax.data.batches import ALL_ROWS, Part, State, batches, part_of
+from gptjax.data.batches import ALL_ROWS, DataState, RowSlice, batches, slice_rows
 from gptjax.data.corpus import Corpus, DamagedPage, is_corpus, open_corpus
-from gptjax.data.mixture import Mixture, named
+from gptjax.data.mixture import Mixture, parse_sources
 from gptjax.data.packing import Batch
 from gptjax.data.prepare import prepare, training_texts
 from gptjax.data.scan import Filters, scan
 from gptjax.data.sources import open_source
-from gptjax.data.validation import Validation, further, other_data
+from gptjax.data.validation import ValidationSet, data_changed, extra_validation_sets
 from gptjax.tokenizer import Tokenizer, make_tokenizer, open_tokenizer
 
 SHARED_TOKENIZER = "shared-tokenizer"  # no name of a source: those have no dash
@@ -27,7 +27,7 @@ SHARED_TOKENIZER = "shared-tokenizer"  # no name of a source: those have no dash
 Say = Callable[[str], None]
 
 
-class PreparedFeed:
+class PreparedData:
     """The data of a run, from prepared corpora: which rows a step reads is a pure function of the step.
 
     The state after some batches is {"step", "corpus"}, where the corpus is a SHA-256, or one for each source of a
@@ -48,27 +48,27 @@ class PreparedFeed:
         return next(iter(self._corpora.values())).tokenizer
 
     @functools.cached_property
-    def validation(self) -> list[Validation]:
+    def validation(self) -> list[ValidationSet]:
         """The validation split of each corpus, and the sets of data.validation."""
-        own = [Validation(name, c.split("validation"), self._config) for name, c in self._corpora.items()]
-        return own + further(self._config, self.tokenizer, self._training)
+        own = [ValidationSet(name, c.split("validation"), self._config) for name, c in self._corpora.items()]
+        return own + extra_validation_sets(self._config, self.tokenizer, self._training)
 
     @property
-    def start(self) -> State:
+    def start(self) -> DataState:
         """The state before the first batch."""
         if not self._mixed:
             return {"step": 0, "corpus": self._corpora[""].sha256}
         shas = {name: corpus.sha256 for name, corpus in self._corpora.items()}
         return {"step": 0, "corpus": shas, "tokens": dict.fromkeys(shas, 0)}
 
-    def check(self, state: State) -> None:
+    def check(self, state: DataState) -> None:
         """Raises InputError where a checkpoint's state of the data is not one of this data."""
         was, now = state["corpus"], self.start["corpus"]
         for name, corpus in self._corpora.items():
             if (was.get(name) if self._mixed else was) != (now[name] if self._mixed else now):
-                raise other_data(f"{corpus.folder} is not the corpus that this run was trained on", self._training)
+                raise data_changed(f"{corpus.folder} is not the corpus that this run was trained on", self._training)
 
-    def batches(self, state: State, rows: Part = ALL_ROWS) -> Generator[tuple[Batch, State], None, None]:
+    def batches(self, state: DataState, rows: RowSlice = ALL_ROWS) -> Generator[tuple[Batch, DataState], None, None]:
         """Yields (some rows of a batch, state after it) from a state on, without end; closing it ends its threads.
 
         Only those rows are read. Where damaged pages are left out all are, since the state tells of each page.
@@ -78,9 +78,9 @@ class PreparedFeed:
         with contextlib.closing(batches(self._mixture, state["step"], read, data.workers)) as made:
             for batch, after in made:
                 state = self._after(state, batch) | after
-                yield (part_of(batch, rows) if data.max_corrupt else batch), state
+                yield (slice_rows(batch, rows) if data.max_corrupt else batch), state
 
-    def batch(self, step: int, rows: Part = ALL_ROWS) -> Batch:
+    def batch(self, step: int, rows: RowSlice = ALL_ROWS) -> Batch:
         """The batch that is trained on after `step` steps, or some of its rows."""
         return self._mixture.batch(step, rows)
 
@@ -88,7 +88,7 @@ class PreparedFeed:
         """The name of the source of each row of a batch; none where there is only one."""
         return [list(self._corpora)[i] for i in self._mixture.split(step)[0].tolist()] if self._mixed else []
 
-    def passes(self, state: State) -> dict[str, float]:
+    def passes(self, state: DataState) -> dict[str, float]:
         """How often each source has been passed, by name; "" is the name of a single corpus."""
         return self._mixture.passes(state["step"])
 
@@ -109,7 +109,7 @@ class PreparedFeed:
                 )
         return "\n".join(lines)
 
-    def _after(self, state: State, batch: Batch) -> State:
+    def _after(self, state: DataState, batch: Batch) -> DataState:
         """The state, with what a batch adds to it besides the step."""
         source_B, index_B = self._mixture.split(state["step"])
         if self._mixed:
@@ -129,7 +129,7 @@ class PreparedFeed:
                         state = self._skipped(state, f"{name} {error.where}".strip(), error)
         return state
 
-    def _skipped(self, state: State, where: str, error: DamagedPage) -> State:
+    def _skipped(self, state: DataState, where: str, error: DamagedPage) -> DataState:
         """The state with one more damaged page; raises InputError where data.max_corrupt pages were skipped before."""
         skipped, most = state.get("corrupt", []), self._config.data.max_corrupt
         if where in skipped:
@@ -149,7 +149,7 @@ def open_corpora(config: TrainConfig, folder: Path, say: Say | None = None) -> d
     """
     data, tokenizer_cfg = config.data, config.tokenizer
     mixed = data.source == "mixture"
-    sources = named(data.mixture) if mixed else {"": data.source}
+    sources = parse_sources(data.mixture) if mixed else {"": data.source}
     corpora = {name: open_corpus(source) for name, source in sources.items() if is_corpus(source)}
     if corpora and say and tokenizer_cfg.path:
         _check_tokenizer(next(iter(corpora.values())), tokenizer_cfg)  # the others have the first one's: see below

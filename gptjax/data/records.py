@@ -13,7 +13,7 @@ from typing import Any
 
 from gptjax.config.plugins import resolve
 from gptjax.config.section import InputError
-from gptjax.data.formats import Damaged, Document, document_of, no_field, opened, rows_of_table
+from gptjax.data.formats import CorruptData, Document, document_of, no_field, opened, rows_of_table
 
 TFDS = "tfds:"
 HF = "hf:"
@@ -22,7 +22,7 @@ _ROWS = 256  # of a dataset held at a time
 
 
 @dataclass(frozen=True)
-class Unit:
+class SourceFile:
     """What can be corrupt by itself: a file of the source, or the whole of a source that is no file."""
 
     name: str
@@ -37,7 +37,7 @@ class Source:
     """
 
     name: str
-    units: tuple[Unit, ...]
+    units: tuple[SourceFile, ...]
     files: tuple[tuple[str, Path], ...] = ()
 
 
@@ -66,8 +66,8 @@ def open_tfds(source: str, field: str) -> Source:
     if field not in features:
         raise no_field(source, field, list(features))
 
-    def unit(name: str, start: int, stop: int) -> Unit:
-        return Unit(name, lambda: _tfds_rows(read, name, start, stop, field))
+    def unit(name: str, start: int, stop: int) -> SourceFile:
+        return SourceFile(name, lambda: _tfds_rows(read, name, start, stop, field))
 
     read = rows.__getitems__
     if not splits:  # tfds.testing.mock_data, which gives records one by one alone
@@ -98,10 +98,10 @@ def open_hf(source: str, field: str) -> Source:
             raise InputError(f"source {source!r} cannot be opened: {_first_line(error)}") from None
         files = [Path(file["filename"]) for file in data.cache_files]
         if not files or data._indices is not None:
-            return Source(source, (Unit(source, lambda: _hf_rows(lambda: data, source, field)),))
+            return Source(source, (SourceFile(source, lambda: _hf_rows(lambda: data, source, field)),))
 
-    def unit(path: Path) -> Unit:
-        return Unit(str(path), lambda: _hf_rows(lambda: datasets.Dataset.from_file(str(path)), str(path), field))
+    def unit(path: Path) -> SourceFile:
+        return SourceFile(str(path), lambda: _hf_rows(lambda: datasets.Dataset.from_file(str(path)), str(path), field))
 
     return Source(source, tuple(unit(path) for path in files), tuple((".arrow", path) for path in files))
 
@@ -109,7 +109,7 @@ def open_hf(source: str, field: str) -> Source:
 def open_function(source: str, field: str) -> Source:
     """MODULE:NAME of a function that yields texts or {field: text}, the same ones each time it is called."""
     function = resolve(source, "source")
-    return Source(source, (Unit(source, lambda: _function_rows(function, source, field)),))
+    return Source(source, (SourceFile(source, lambda: _function_rows(function, source, field)),))
 
 
 def _tfds_rows(read: Callable[[list[int]], Any], name: str, start: int, stop: int, field: str) -> Iterator[Document]:
@@ -118,7 +118,7 @@ def _tfds_rows(read: Callable[[list[int]], Any], name: str, start: int, stop: in
         try:
             batch = read(numbers)
         except Exception as error:  # array_record and protobuf raise many kinds for damaged bytes
-            raise Damaged(f"{name}: record {first - start + 1} cannot be read ({_first_line(error)})") from None
+            raise CorruptData(f"{name}: record {first - start + 1} cannot be read ({_first_line(error)})") from None
         for row, values in zip(numbers, batch):
             yield document_of(values[field], f"{name}:{row - start + 1}", field)
 
@@ -135,7 +135,7 @@ def _hf_rows(load: Callable[[], Any], name: str, field: str) -> Iterator[Documen
             yield from rows_of_table(batch, field, name, first)
             first += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:
-        raise Damaged(f"{name}: row {first} cannot be read ({_first_line(error)}); the file is damaged") from None
+        raise CorruptData(f"{name}: row {first} cannot be read ({_first_line(error)}); the file is damaged") from None
 
 
 def _function_rows(function: Callable[[], Any], source: str, field: str) -> Iterator[Document]:

@@ -14,10 +14,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from gptjax.config.section import InputError
-from gptjax.data.formats import Damaged, Document
+from gptjax.data.formats import CorruptData, Document
 from gptjax.data.manifest import Report
 from gptjax.data.records import Source
-from gptjax.data.sources import ContentHash, Corrupt, Holdout, Split, Tally
+from gptjax.data.sources import ContentHash, ErrorBudget, Holdout, HoldoutBuilder, SplitName
 
 TRAIN, VALIDATION, TOO_SHORT, TOO_LONG, DUPLICATE = range(5)  # fates; the last three are left out
 
@@ -37,7 +37,7 @@ class Filters:
 
 
 @dataclass(frozen=True)
-class Scan:
+class ScanResult:
     """What became of every document, in the order of the source without its corrupt units.
 
     `kept_bytes` counts the text that is tokenised, `skipped` are the indices of the corrupt units; content_sha256 is
@@ -51,7 +51,7 @@ class Scan:
     skipped: tuple[int, ...]
     fates: np.ndarray
 
-    def documents(self, source: Source, content: ContentHash | None = None) -> Iterator[tuple[Split, Document]]:
+    def documents(self, source: Source, content: ContentHash | None = None) -> Iterator[tuple[SplitName, Document]]:
         """Yields the documents that are kept, each with its split; a single text as its head and its tail.
 
         Adds the digest of every document to `content`. Raises InputError where the source is not as it was.
@@ -87,13 +87,13 @@ class Scan:
         os.replace(folder / "scan.json.partial", folder / "scan.json")
 
 
-def load_scan(folder: Path) -> Scan | None:
+def load_scan(folder: Path) -> ScanResult | None:
     """The scan that was saved into the folder, if one was."""
     if not (folder / "scan.json").is_file():
         return None
     values = json.loads((folder / "scan.json").read_text(encoding="utf-8"))
     values |= {"held": Holdout(**values["held"]), "report": Report.of(values["report"])}
-    return Scan(
+    return ScanResult(
         **values | {"skipped": tuple(values["skipped"]), "fates": np.fromfile(folder / "fates.uint8", np.uint8)}
     )
 
@@ -104,7 +104,7 @@ def changed(source: Source) -> InputError:
 
 def scan(
     source: Source, fraction: float, filters: Filters, folder: Path, progress: Callable[[str, int, int], None]
-) -> Scan:
+) -> ScanResult:
     """Reads the source once; a file in `folder` takes 24 bytes a document meanwhile.
 
     A corrupt file is left out as a whole: what was read of it before the damage may be damaged too. Raises InputError
@@ -126,7 +126,7 @@ def scan(
         too_long=counts[TOO_LONG],
         corrupt=tuple(reader.corrupt.found),
     )
-    return Scan(reader.content.hexdigest, held, kept_bytes, report, tuple(reader.skipped), fates)
+    return ScanResult(reader.content.hexdigest, held, kept_bytes, report, tuple(reader.skipped), fates)
 
 
 class _Reader:
@@ -134,7 +134,7 @@ class _Reader:
 
     def __init__(self, source: Source, fraction: float, filters: Filters, file: BinaryIO, progress: Callable):
         self.source, self.fraction, self.filters, self.file, self.progress = source, fraction, filters, file, progress
-        self.tally, self.content, self.corrupt = Tally(), ContentHash(), Corrupt(filters.max_corrupt)
+        self.tally, self.content, self.corrupt = HoldoutBuilder(), ContentHash(), ErrorBudget(filters.max_corrupt)
         self.fates, self.skipped, self.done = bytearray(), [], 0
 
     def read(self) -> None:
@@ -143,7 +143,7 @@ class _Reader:
             try:
                 for document in unit.read():
                     self._add(document)
-            except Damaged as error:
+            except CorruptData as error:
                 self.corrupt.add(error)
                 self.skipped.append(i)
                 self.tally, self.content, count = before

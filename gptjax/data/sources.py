@@ -11,14 +11,14 @@ from typing import Literal
 
 from gptjax.config.plugins import is_name
 from gptjax.config.section import InputError
-from gptjax.data.formats import SUFFIXES, Damaged, Document, file_sha256, kind_of, read_file
-from gptjax.data.records import HF, TFDS, Source, Unit, open_function, open_hf, open_tfds
+from gptjax.data.formats import SUFFIXES, CorruptData, Document, file_sha256, kind_of, read_file
+from gptjax.data.records import HF, TFDS, Source, SourceFile, open_function, open_hf, open_tfds
 
 BUILTIN = "builtin:"
 CORPORA = Path(__file__).parent / "corpora"
-Split = Literal["train", "validation"]
+SplitName = Literal["train", "validation"]
 LOCK_FILE = ".prepare.lock"  # in every folder that `prepare` writes, from its beginning on
-SPLITS: tuple[Split, Split] = ("train", "validation")
+SPLITS: tuple[SplitName, SplitName] = ("train", "validation")
 
 _PACKED = (".gz", ".zst", ".bz2", ".xz", ".zip", ".json", ".arrow")  # of these only the known kinds are read
 
@@ -38,7 +38,7 @@ def open_source(source: str | Source, text_field: str = "text") -> Source:
     if is_function(source):
         return open_function(source, text_field)
     files = source_files(source)
-    units = tuple(Unit(str(path), lambda path=path: read_file(path, text_field)) for path in files)
+    units = tuple(SourceFile(str(path), lambda path=path: read_file(path, text_field)) for path in files)
     return Source(source, units, tuple((kind_of(path), path) for path in files))
 
 
@@ -75,14 +75,14 @@ def source_files(source: str) -> list[Path]:
     return [path]
 
 
-class Corrupt:
+class ErrorBudget:
     """Counts the corrupt parts of a source that are left out; `found` says which, and why."""
 
     def __init__(self, allowed: int):
         self.allowed = allowed
         self.found: list[str] = []
 
-    def add(self, error: Damaged) -> None:
+    def add(self, error: CorruptData) -> None:
         """Raises InputError naming all of them where this is one more than allowed."""
         self.found.append(str(error))
         if not self.allowed:
@@ -147,7 +147,7 @@ class Holdout:
     fraction: float
     threshold: float
 
-    def split(self, document: Document) -> Iterator[tuple[Split, Document]]:
+    def split(self, document: Document) -> Iterator[tuple[SplitName, Document]]:
         """Yields the document with its split, or its two parts where it is the only document."""
         if self.num_documents > 1:
             yield "validation" if unit_hash(document.digest) <= self.threshold else "train", document
@@ -158,7 +158,7 @@ class Holdout:
 
 
 @dataclass
-class Tally:
+class HoldoutBuilder:
     """What decides the Holdout, gathered document by document."""
 
     count: int = 0
@@ -181,7 +181,7 @@ class Tally:
         elif unit != self._highest:
             self._below = max(self._below, unit)
 
-    def copy(self) -> "Tally":
+    def copy(self) -> "HoldoutBuilder":
         return replace(self)
 
     def holdout(self, source: str, fraction: float) -> Holdout:

@@ -8,10 +8,10 @@ from collections.abc import Generator, Iterator
 import numpy as np
 
 from gptjax.config import DataConfig
-from gptjax.data.batches import State
-from gptjax.data.chunks import Chunk, Place, Text
+from gptjax.data.batches import DataState
+from gptjax.data.chunks import Cursor, StreamSpec, TokenChunk
 from gptjax.data.packing import Batch, Spans, cut
-from gptjax.data.workers import made_by_workers
+from gptjax.data.workers import chunks_from_workers
 
 
 class StreamRows:
@@ -20,14 +20,14 @@ class StreamRows:
     `chunks` begins at the state's place. Packed rows lie end to end; padded ones hold a document, or a slice, each.
     """
 
-    def __init__(self, chunks: Iterator[Chunk], state: State, cfg: DataConfig):
+    def __init__(self, chunks: Iterator[TokenChunk], state: DataState, cfg: DataConfig):
         self._chunks, self._cfg = chunks, cfg
-        self._held: list[Chunk] = []
+        self._held: list[TokenChunk] = []
         self._tokens, self.starts = np.zeros(0, np.int32), np.zeros(0, np.int64)  # of the chunks that are held
         self._next: int = state["token"]  # where the next row begins among them
 
     @property
-    def state(self) -> State:
+    def state(self) -> DataState:
         """Where the next row begins: {"epoch", "unit", "document", "piece"} of a chunk, and a "token" of it."""
         return {**self._held[0].place._asdict(), "token": self._next}
 
@@ -83,18 +83,18 @@ class StreamRows:
         self.starts = np.concatenate([chunk.starts + at for chunk, at in zip(self._held, before)])
 
 
-def start_state() -> State:
+def start_state() -> DataState:
     """The state of a stream before its first row."""
-    return {**Place()._asdict(), "token": 0}
+    return {**Cursor()._asdict(), "token": 0}
 
 
-def place_of(state: State) -> Place:
+def cursor_of(state: DataState) -> Cursor:
     """The chunk that a stream's state lies in."""
-    return Place(*(state[name] for name in Place._fields))
+    return Cursor(*(state[name] for name in Cursor._fields))
 
 
-def open_chunks(text: Text, place: Place, workers: int) -> Generator[Chunk, None, None]:
+def open_chunks(text: StreamSpec, place: Cursor, workers: int) -> Generator[TokenChunk, None, None]:
     """The chunks of a text from a place on, made by `workers` processes (0: in this one); close it at the end."""
     if not workers:
         return text.chunks(place)
-    return made_by_workers(text, place, workers)
+    return chunks_from_workers(text, place, workers)

@@ -13,14 +13,21 @@ import numpy as np
 
 from gptjax.config import TrainConfig
 from gptjax.config.section import InputError
-from gptjax.data.batches import ALL_ROWS, Part, State, ahead, part_of, row_numbers
-from gptjax.data.chunks import Text
+from gptjax.data.batches import ALL_ROWS, DataState, RowSlice, prefetch, row_numbers, slice_rows
+from gptjax.data.chunks import StreamSpec
 from gptjax.data.corpus import is_corpus
-from gptjax.data.mixture import Schedule, joined, named, rows_of_a_pass
+from gptjax.data.mixture import SourceSchedule, joined, parse_sources, rows_of_a_pass
 from gptjax.data.packing import Batch
 from gptjax.data.sources import open_source
-from gptjax.data.stream import StreamRows, open_chunks, place_of, start_state
-from gptjax.data.validation import Validation, collected, further, no_code, other_data, row_tokens
+from gptjax.data.stream import StreamRows, cursor_of, open_chunks, start_state
+from gptjax.data.validation import (
+    ValidationSet,
+    data_changed,
+    extra_validation_sets,
+    refuse_code,
+    row_tokens,
+    tokenize_into_memory,
+)
 from gptjax.tokenizer import Tokenizer, make_tokenizer
 
 VALIDATION_ROWS = 1024  # of a stream, where evaluate.max_rows is 0
@@ -28,7 +35,7 @@ VALIDATION_ROWS = 1024  # of a stream, where evaluate.max_rows is 0
 _END_BYTES = 1 << 16  # of each end of a file, by which its content is told
 
 
-class StreamFeed:
+class StreamedData:
     """The data of a run, read and tokenised as it is trained on.
 
     The state after some batches is {"step", "tokenizer", "sources", "content"}: for each source, by name ("" for a
@@ -41,7 +48,7 @@ class StreamFeed:
         data, tokenizer = config.data, config.tokenizer
         self._config, self._training, self._say = config, say is not None, say or (lambda line: None)
         self._mixed = data.source == "mixture"
-        sources = named(data.mixture) if self._mixed else {"": data.source}
+        sources = parse_sources(data.mixture) if self._mixed else {"": data.source}
         if tokenizer.kind != "bytes" and not tokenizer.path:
             source = next(iter(sources.values()))
             raise InputError(
@@ -54,12 +61,14 @@ class StreamFeed:
         self.tokenizer: Tokenizer = make_tokenizer(tokenizer, iter(()))
         self._texts = {}
         for name, source in sources.items():
-            source = source if self._training else no_code(source)
-            self._texts[name] = Text(source, data.text_field, data.validation_fraction, data.max_corrupt, tokenizer)
-        self._schedule = Schedule(rows_of_a_pass(data, [(1, 1)] * len(sources)))
+            source = source if self._training else refuse_code(source)
+            self._texts[name] = StreamSpec(
+                source, data.text_field, data.validation_fraction, data.max_corrupt, tokenizer
+            )
+        self._schedule = SourceSchedule(rows_of_a_pass(data, [(1, 1)] * len(sources)))
 
     @functools.cached_property
-    def validation(self) -> list[Validation]:
+    def validation(self) -> list[ValidationSet]:
         """The held-out documents of each source, and the sets of data.validation, in memory.
 
         Held out are the documents whose hash is at most data.validation_fraction, as in a prepared corpus; of them as
@@ -69,23 +78,23 @@ class StreamFeed:
         most = row_tokens(self._config) or VALIDATION_ROWS * self._config.data.length + 1
         own, cut = [], []
         for name, text in self._texts.items():
-            split = collected(text.documents(), self.tokenizer, most)
+            split = tokenize_into_memory(text.documents(), self.tokenizer, most)
             if not split.num_documents:
                 raise InputError(
                     f"source {text.source!r} has no document that is held out for validation; give more documents, "
                     f"raise data.validation_fraction={text.held_out:g}, or prepare it: --data.loading prepared"
                 )
-            own.append(Validation(name, split, self._config))
+            own.append(ValidationSet(name, split, self._config))
             cut += [text.source] if split.num_tokens >= most else []
         if cut and not self._config.evaluate.max_rows:
             self._say(
                 f"of what {', '.join(cut)} hold{'s' if len(cut) == 1 else ''} out, the first {VALIDATION_ROWS:,} rows "
                 f"are evaluated, as of every stream; set --evaluate.max-rows for more"
             )
-        return own + further(self._config, self.tokenizer, self._training)
+        return own + extra_validation_sets(self._config, self.tokenizer, self._training)
 
     @functools.cached_property
-    def start(self) -> State:
+    def start(self) -> DataState:
         """The state before the first batch."""
         state = {
             "step": 0,
@@ -95,7 +104,7 @@ class StreamFeed:
         }
         return state | ({"tokens": dict.fromkeys(self._texts, 0)} if self._mixed else {})
 
-    def check(self, state: State) -> None:
+    def check(self, state: DataState) -> None:
         """Raises InputError where a checkpoint's state of the data is not one of this data.
 
         A source with another content is let through without data.exact_resume: the stream goes on at the same file
@@ -103,7 +112,7 @@ class StreamFeed:
         """
         if state["tokenizer"] != self.tokenizer.sha256:
             what = f"tokenizer.path={self._config.tokenizer.path!r} is not the tokenizer that this run was trained with"
-            raise other_data(what, self._training)
+            raise data_changed(what, self._training)
         for name, text in self._texts.items():
             if state["content"][name] == self.start["content"][name]:
                 continue
@@ -111,40 +120,40 @@ class StreamFeed:
                 what = (
                     f"source {text.source!r} is not what this run was trained on: a file was changed, added or removed"
                 )
-                raise other_data(what, self._training, "go on inexactly with --no-data.exact-resume")
+                raise data_changed(what, self._training, "go on inexactly with --no-data.exact-resume")
             at = state["sources"][name]
             self._say(
                 f"source {text.source!r} changed: going on at document {at['document'] + 1} of file {at['unit'] + 1} "
                 f"in pass {at['epoch'] + 1}, so that text may be missed or seen again"
             )
 
-    def batches(self, state: State, rows: Part = ALL_ROWS) -> Generator[tuple[Batch, State], None, None]:
+    def batches(self, state: DataState, rows: RowSlice = ALL_ROWS) -> Generator[tuple[Batch, DataState], None, None]:
         """Yields (some rows of a batch, state after it) from a state on, without end; a thread packs the next ones.
 
         All of the text is tokenised whatever the rows: where one begins is known only by the tokens before it. So each
         of several hosts does the work of one. Closing it ends the thread and the workers.
         """
         made = self._made(state, self._config.data.workers)
-        packed = ahead(itertools.repeat(functools.partial(next, made)))
+        packed = prefetch(itertools.repeat(functools.partial(next, made)))
         atexit.register(made.close)  # a stream that nobody closed must end before the modules that it needs
         try:
             with contextlib.closing(made), contextlib.closing(packed):
                 for batch, after in packed:
-                    yield part_of(batch, rows), after
+                    yield slice_rows(batch, rows), after
         finally:
             atexit.unregister(made.close)
 
-    def batch(self, step: int, rows: Part = ALL_ROWS) -> Batch:
+    def batch(self, step: int, rows: RowSlice = ALL_ROWS) -> Batch:
         """The batch that is trained on after `step` steps, or some of its rows; the text before is tokenised again."""
         with contextlib.closing(self._made(self.start, 0)) as made:
-            return part_of(next(itertools.islice(made, step, None))[0], rows)
+            return slice_rows(next(itertools.islice(made, step, None))[0], rows)
 
     def sources(self, step: int) -> list[str]:
         """The name of the source of each row of a batch; none where there is only one."""
         source_B, _ = self._schedule.split(row_numbers(self._config.data, step))
         return [list(self._texts)[i] for i in source_B.tolist()] if self._mixed else []
 
-    def passes(self, state: State) -> dict[str, float]:
+    def passes(self, state: DataState) -> dict[str, float]:
         """How often each source has been passed whole, by name; "" is the name of a single one."""
         return {name: float(at["epoch"]) for name, at in state["sources"].items()}
 
@@ -157,13 +166,13 @@ class StreamFeed:
             f"{cfg.batch_size * cfg.length:,} tokens a step"
         )
 
-    def _made(self, state: State, workers: int) -> Generator[tuple[Batch, State], None, None]:
+    def _made(self, state: DataState, workers: int) -> Generator[tuple[Batch, DataState], None, None]:
         cfg = self._config.data
         state = {**state, "content": self.start["content"]}
         with contextlib.ExitStack() as stack:
             sources = []
             for name, text in self._texts.items():
-                chunks = open_chunks(text, place_of(state["sources"][name]), workers)
+                chunks = open_chunks(text, cursor_of(state["sources"][name]), workers)
                 sources.append(StreamRows(stack.enter_context(contextlib.closing(chunks)), state["sources"][name], cfg))
             while True:
                 source_B, _ = self._schedule.split(row_numbers(cfg, state["step"]))
@@ -172,7 +181,7 @@ class StreamFeed:
                 state = self._after(state, sources, parts)
                 yield joined(source_B, parts), state
 
-    def _after(self, state: State, sources: list[StreamRows], parts: dict[int, Batch]) -> State:
+    def _after(self, state: DataState, sources: list[StreamRows], parts: dict[int, Batch]) -> DataState:
         """The state after a batch that is made of these parts."""
         places, tokens, corrupt = {**state["sources"]}, {**state.get("tokens", {})}, [*state.get("corrupt", [])]
         for i, part in parts.items():
@@ -194,7 +203,7 @@ class StreamFeed:
         self._say(f"left out {len(corrupt)} of at most data.max_corrupt={most} corrupt files: {corrupt[-1]}")
 
 
-def content(text: Text) -> str:
+def content(text: StreamSpec) -> str:
     """What tells a source's content: a hash of its files' kinds, sizes and both ends; "" where it is no files.
 
     It is made at each start, so it does not read all of the text.

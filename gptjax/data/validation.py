@@ -8,13 +8,13 @@ from typing import Protocol
 import numpy as np
 
 from gptjax.config import TrainConfig
-from gptjax.config.plugins import is_given
+from gptjax.config.plugins import is_registered
 from gptjax.config.section import InputError
-from gptjax.data.batches import ALL_ROWS, Part, TokenSplit, validation_batches
+from gptjax.data.batches import ALL_ROWS, RowSlice, TokenSplit, validation_batches
 from gptjax.data.corpus import is_corpus, open_corpus
-from gptjax.data.encode import Encoder, pieces_of, tokenised
+from gptjax.data.encode import Encoder, segments_of, tokenize_segments
 from gptjax.data.formats import Document
-from gptjax.data.mixture import named
+from gptjax.data.mixture import parse_sources
 from gptjax.data.packing import Batch
 from gptjax.data.sources import documents, is_function
 from gptjax.tokenizer import Tokenizer
@@ -30,7 +30,7 @@ class TextSplit(TokenSplit, Protocol):
 
 
 @dataclass(frozen=True)
-class Validation:
+class ValidationSet:
     """A validation set: its batches in order, and how many bytes of text a predicted token stands for."""
 
     name: str  # "" for the one split of a corpus
@@ -38,7 +38,7 @@ class Validation:
     config: TrainConfig
     own: bool = True  # part of the run's own validation split, which eval_loss is about
 
-    def batches(self, max_rows: int, part: Part = ALL_ROWS) -> Iterator[Batch]:
+    def batches(self, max_rows: int, part: RowSlice = ALL_ROWS) -> Iterator[Batch]:
         """Yields the rows, or only the first max_rows of them (0: all), in batches, or some rows of each batch."""
         return validation_batches(self.split, self.config.data, max_rows, part)
 
@@ -62,14 +62,14 @@ class MemorySplit:
         return self._tokens[start:stop]
 
 
-def other_data(what: str, training: bool, then: str = "give another --run-dir") -> InputError:
+def data_changed(what: str, training: bool, then: str = "give another --run-dir") -> InputError:
     """The refusal of a run's checkpoint: what is not as it was, and for a run that goes on what else can be done."""
     return InputError(f"{what}; restore it{f', or {then}' if training else ''}")
 
 
-def no_code(source: str) -> str:
+def refuse_code(source: str) -> str:
     """The source, for a verb that reads a run: what the run's settings name is not imported then."""
-    if is_function(source) and not is_given(source):
+    if is_function(source) and not is_registered(source):
         raise InputError(
             f"source {source!r} is a function, and a verb that reads a run imports no code that the run names; "
             f"train with --data.loading prepared, which keeps its text"
@@ -77,14 +77,14 @@ def no_code(source: str) -> str:
     return source
 
 
-def further(config: TrainConfig, tokenizer: Tokenizer, training: bool) -> list[Validation]:
+def extra_validation_sets(config: TrainConfig, tokenizer: Tokenizer, training: bool) -> list[ValidationSet]:
     """The validation sets of data.validation: the validation split of a prepared folder, or a whole text.
 
     A text is tokenised into memory at each start, as much of it as evaluate.max_rows rows need (0: all of it; 4 bytes
     a token). Raises InputError for a folder of another tokenizer, and for a function where this is not training.
     """
     found = []
-    for name, source in named(config.data.validation).items():
+    for name, source in parse_sources(config.data.validation).items():
         if is_corpus(source):
             corpus = open_corpus(source)
             if corpus.manifest.tokenizer_sha256 != tokenizer.sha256:
@@ -95,11 +95,11 @@ def further(config: TrainConfig, tokenizer: Tokenizer, training: bool) -> list[V
                 )
             split = corpus.split("validation")
         else:
-            source = source if training else no_code(source)
-            split = collected(documents(source, config.data.text_field), tokenizer, row_tokens(config))
+            source = source if training else refuse_code(source)
+            split = tokenize_into_memory(documents(source, config.data.text_field), tokenizer, row_tokens(config))
         if not split.num_documents or not split.num_bytes:
             raise InputError(f"data.validation {name}={source} holds no text; wanted at least one document with some")
-        found.append(Validation(name, split, config, own=False))
+        found.append(ValidationSet(name, split, config, own=False))
     return found
 
 
@@ -108,13 +108,13 @@ def row_tokens(config: TrainConfig) -> int:
     return config.evaluate.max_rows * config.data.length + 1 if config.evaluate.max_rows else 0
 
 
-def collected(texts: Iterable[Document], tokenizer: Tokenizer, max_tokens: int = 0) -> MemorySplit:
+def tokenize_into_memory(texts: Iterable[Document], tokenizer: Tokenizer, max_tokens: int = 0) -> MemorySplit:
     """The documents as a split in memory, up to the piece of text in which max_tokens are reached (0: all)."""
     encoder = Encoder(tokenizer)
-    pieces = (piece for text in texts for piece in pieces_of(text, tokenizer))
+    pieces = (piece for text in texts for piece in segments_of(text, tokenizer))
     runs, starts, size, num_bytes = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)], 0, 0
     while (not max_tokens or size < max_tokens) and (some := list(itertools.islice(pieces, _TOGETHER))):
-        tokens, begins = tokenised(some, tokenizer, encoder)
+        tokens, begins = tokenize_segments(some, tokenizer, encoder)
         runs.append(tokens)
         starts.append(begins + size)
         size, num_bytes = size + len(tokens), num_bytes + sum(piece.num_bytes for piece in some)

@@ -13,7 +13,7 @@ import numpy as np
 from absl import flags
 
 from gptjax.config.section import InputError
-from gptjax.data.chunks import Chunk, Place, Text
+from gptjax.data.chunks import Cursor, StreamSpec, TokenChunk
 
 # A worker sends its chunks in parts so small that those which wait for the trainer fit into a pipe, 64 KiB: it never
 # stops amid writing one, so it can end, or be killed, at any moment without leaving half a message behind.
@@ -21,7 +21,7 @@ _PART_TOKENS = 5000
 _AHEAD = 2  # parts that a worker makes before they are asked for
 
 
-def made_by_workers(text: Text, place: Place, workers: int) -> Generator[Chunk, None, None]:
+def chunks_from_workers(text: StreamSpec, place: Cursor, workers: int) -> Generator[TokenChunk, None, None]:
     """Yields the chunks of a text in order; the processes end when it is closed, or when this process dies.
 
     They are spawned, so a script of one's own needs the usual `if __name__ == "__main__":`. Raises InputError where
@@ -54,24 +54,24 @@ def made_by_workers(text: Text, place: Place, workers: int) -> Generator[Chunk, 
                 one.close()
 
 
-def _joined(parts: Iterator[dict]) -> Chunk:
+def _joined(parts: Iterator[dict]) -> TokenChunk:
     """The next chunk of a worker."""
     part = next(parts)
-    place, corrupt = Place(*part["place"]), tuple(part["corrupt"])
+    place, corrupt = Cursor(*part["place"]), tuple(part["corrupt"])
     tokens, starts, size = [], [], 0
     while True:
         tokens.append(np.frombuffer(part["tokens"], np.int32))
         starts.append(np.frombuffer(part["starts"], np.uint16).astype(np.int64) + size)
         size += len(tokens[-1])
         if part["last"]:
-            return Chunk(place, np.concatenate(tokens), np.concatenate(starts), corrupt)
+            return TokenChunk(place, np.concatenate(tokens), np.concatenate(starts), corrupt)
         part = next(parts)
 
 
 class _Parts(grain.IterDataset):
     """The chunks first, first + every, ... of a text from a place on, in parts."""
 
-    def __init__(self, text: Text, place: Place, first: int, every: int):
+    def __init__(self, text: StreamSpec, place: Cursor, first: int, every: int):
         super().__init__()
         self._arguments = text, place, first, every
 
@@ -82,7 +82,7 @@ class _Parts(grain.IterDataset):
 class _PartIterator(grain.DatasetIterator):
     """Parts as plain values: grain would put arrays into shared memory, which outlives a killed process."""
 
-    def __init__(self, text: Text, place: Place, first: int, every: int):
+    def __init__(self, text: StreamSpec, place: Cursor, first: int, every: int):
         super().__init__()
         self._parts = (part for chunk in text.chunks(place, first, every) for part in _cut(chunk))
         self._made = 0
@@ -98,7 +98,7 @@ class _PartIterator(grain.DatasetIterator):
         raise NotImplementedError("a stream is opened at the place where it goes on")
 
 
-def _cut(chunk: Chunk) -> Iterator[dict]:
+def _cut(chunk: TokenChunk) -> Iterator[dict]:
     stops = [*range(_PART_TOKENS, len(chunk.tokens), _PART_TOKENS), len(chunk.tokens)]
     for start, stop in zip([0, *stops], stops):
         low, high = np.searchsorted(chunk.starts, (start, stop))

@@ -8,9 +8,9 @@ import jax
 from jax.sharding import Mesh
 
 from gptjax.config.section import InputError
-from gptjax.data.feed import Validation
+from gptjax.data.pipeline import ValidationSet
 from gptjax.model.decoder import Decoder, head
-from gptjax.parallel.sharding import put, rows_here, shardings
+from gptjax.parallel.sharding import local_rows, shardings, to_global
 from gptjax.training.losses import cross_entropy
 
 
@@ -26,7 +26,7 @@ def make_eval_step(decoder: Decoder, mesh: Mesh, params: Any, batch: Any) -> Cal
 
 
 def evaluate(
-    eval_step: Callable, params: Any, validation: Sequence[Validation], max_rows: int, mesh: Mesh
+    eval_step: Callable, params: Any, validation: Sequence[ValidationSet], max_rows: int, mesh: Mesh
 ) -> dict[str, Any]:
     """Means over every weighted token of the validation sets, or of the first max_rows rows of each (0: all).
 
@@ -39,9 +39,9 @@ def evaluate(
     named: dict[str, float] = {}
     for held in validation:
         loss_sum = weight_sum = 0.0
-        rows = rows_here(held.config.data.batch_size, mesh)
+        rows = local_rows(held.config.data.batch_size, mesh)
         for batch in held.batches(max_rows, rows.numbers):
-            loss, weight = jax.device_get(eval_step(params, put(batch, mesh, rows)))
+            loss, weight = jax.device_get(eval_step(params, to_global(batch, mesh, rows)))
             loss_sum, weight_sum = loss_sum + float(loss), weight_sum + float(weight)
         if not weight_sum:
             name = f" {held.name!r}" if held.name else ""

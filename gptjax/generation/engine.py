@@ -26,18 +26,18 @@ from jax.experimental import multihost_utils
 from gptjax.config import GenerateConfig
 from gptjax.config.section import InputError
 from gptjax.model.block import block
-from gptjax.model.cache import bucket, empty_cache, grown, room
+from gptjax.model.cache import empty_cache, grow, headroom, round_up_length
 from gptjax.model.decoder import Decoder, Params, extend, next_logits, unstacked
 from gptjax.model.head import MASKED
 from gptjax.ops import cpu_matvec as fewrows
 from gptjax.parallel.sharding import constrain, require_mesh, suffix
 from gptjax.tokenizer import Tokenizer
 
-State = dict[str, Any]
-Settings = dict[str, float]
+DecodeState = dict[str, Any]
+SamplingParams = dict[str, float]
 
 # Values at which a setting changes nothing. Such a setting is left out, and its filter is not even compiled.
-OFF = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+DISABLED = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 CHUNK = 16  # tokens a call of the loop while text is streamed or searched for a stop text
 
@@ -163,7 +163,7 @@ def stream_ids(
         decoder = decoder.clone(cfg=dataclasses.replace(decoder.cfg.anywhere(), dtype="float32"))
     params = decode_params(params, decoder.cfg.dtype, _outputs_first(decoder, len(prompts)))
     length_B = np.array([len(ids) for ids in prompts], np.int32)
-    prompt_BL = np.zeros((len(prompts), bucket(length_B.max(), decoder.context)), np.int32)
+    prompt_BL = np.zeros((len(prompts), round_up_length(length_B.max(), decoder.context)), np.int32)
     for row, ids in enumerate(prompts):
         prompt_BL[row, : len(ids)] = ids
     seen = [tuple(ids) for ids in prompts]
@@ -171,14 +171,14 @@ def stream_ids(
     rows = {"copy_B": np.array(copies, np.int32), "last_B": length_B + cfg.max_new_tokens - 1}
     settings, seed, stops = active(cfg), np.uint32(cfg.seed), np.array(stop_ids, np.int32)
     most = length_B.max() + cfg.max_new_tokens
-    slots = bucket(min(length_B.max() + room(len(prompts)), most), decoder.context)
+    slots = round_up_length(min(length_B.max() + headroom(len(prompts)), most), decoder.context)
     state = prefill(decoder, params, prompt_BL, length_B, slots, "repetition_penalty" in settings)
     position_B, running_B = length_B - 1, ~np.isin(np.arange(len(prompts)), list(finished))
     while running_B.any():
         filled = position_B[running_B].max() + 1
         if filled == slots:
-            slots = bucket(min(filled + room(len(prompts)), most), decoder.context)
-            state = grown(state, slots)
+            slots = round_up_length(min(filled + headroom(len(prompts)), most), decoder.context)
+            state = grow(state, slots)
         n = np.int32(min(chunk, slots - filled))
         state = decode(decoder, params, state, rows, settings, seed, stops, ~running_B, n)
         tokens_BM, new_B, done_B = (_read(state[name]) for name in ("tokens_BM", "position_B", "done_B"))
@@ -200,17 +200,17 @@ def _check(decoder: Decoder, prompts: Sequence[Sequence[int]], cfg: GenerateConf
         wrong = next((i for i in ids if not 0 <= i < decoder.vocab_size), None)
         if wrong is not None:
             raise InputError(f"{name} holds token id {wrong}; wanted 0 to {decoder.vocab_size - 1}")
-        room = context - len(ids)
-        if room < 1:
+        free = context - len(ids)
+        if free < 1:
             raise InputError(
                 f"{name} has {len(ids)} tokens; wanted at most {context - 1}, "
                 f"since the model was trained with data.length={context}; shorten the prompt"
             )
-        if cfg.max_new_tokens > room:
+        if cfg.max_new_tokens > free:
             setting = cfg.dotted("max_new_tokens")
             raise InputError(
-                f"{setting}={cfg.max_new_tokens}: wanted at most {room}, since {name} takes {len(ids)} of the model's "
-                f"{context} positions; add --{setting.replace('_', '-')} {room} or shorten the prompt"
+                f"{setting}={cfg.max_new_tokens}: wanted at most {free}, since {name} takes {len(ids)} of the model's "
+                f"{context} positions; add --{setting.replace('_', '-')} {free} or shorten the prompt"
             )
 
 
@@ -232,7 +232,7 @@ decode_params = jax.jit(unstacked, static_argnames=("dtype", "outputs_first"))
 @functools.partial(jax.jit, static_argnames=("decoder", "slots", "keep_seen"))
 def prefill(
     decoder: Decoder, params: Params, prompt_BL: jax.Array, length_B: jax.Array, slots: int, keep_seen: bool
-) -> State:
+) -> DecodeState:
     """The state of a batch that has read its prompts, padded on the right to L: all that `decode` goes on from.
 
     tokens_BM holds the ids known so far, position_B the place of each row's last one, done_B the rows that ended, the
@@ -242,7 +242,7 @@ def prefill(
     position_BL = jnp.broadcast_to(jnp.arange(L), (B, L))
     cache = _placed(empty_cache(decoder.cfg, B, slots, jnp.dtype(decoder.cfg.dtype)))
     _, cache = extend(decoder, params, prompt_BL, position_BL, cache)
-    state: State = {
+    state: DecodeState = {
         "cache": cache,
         "tokens_BM": jnp.pad(prompt_BL, ((0, 0), (0, slots - L))),
         "position_B": length_B - 1,
@@ -258,14 +258,14 @@ def prefill(
 def decode(
     decoder: Decoder,
     params: Params,
-    state: State,
+    state: DecodeState,
     rows: dict[str, jax.Array],
-    settings: Settings,
+    settings: SamplingParams,
     seed: jax.Array,
     stop_ids: jax.Array,
     finished_B: jax.Array,
     n: jax.Array,
-) -> State:
+) -> DecodeState:
     """Adds up to n tokens to every row that is not done; ends early where all are.
 
     `rows` holds what is constant: copy_B (see the top of this file) and last_B, the position of the last token that a
@@ -290,7 +290,7 @@ def decode(
         next_B = jnp.where(done_B, token_B, next_B)
         position_B = jnp.where(done_B, position_B, position_B + 1)
         done_B = done_B | (position_B >= rows["last_B"]) | jnp.isin(next_B, stop_ids)
-        new: State = {"cache": cache, "position_B": position_B, "done_B": done_B}
+        new: DecodeState = {"cache": cache, "position_B": position_B, "done_B": done_B}
         new["tokens_BM"] = state["tokens_BM"].at[row_B, position_B].set(next_B)
         if "seen_BV" in state:
             new["seen_BV"] = state["seen_BV"].at[row_B, next_B].set(True)
@@ -300,23 +300,23 @@ def decode(
     return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]
 
 
-def active(cfg: GenerateConfig) -> Settings:
+def active(cfg: GenerateConfig) -> SamplingParams:
     """The settings that change a token's chance; with temperature 0, which takes the likeliest, only the penalty."""
-    names = OFF if cfg.temperature else ("repetition_penalty",)
-    return {name: getattr(cfg, name) for name in names if getattr(cfg, name) != OFF[name]}
+    names = DISABLED if cfg.temperature else ("repetition_penalty",)
+    return {name: getattr(cfg, name) for name in names if getattr(cfg, name) != DISABLED[name]}
 
 
 def sample(
     logits_BV: jax.Array, key_B: jax.Array, settings: dict[str, Any], seen_BV: jax.Array | None = None
 ) -> jax.Array:
     """One token id a row: drawn from the filtered logits with the row's key, or the likeliest without a temperature."""
-    logits_BV = filtered(logits_BV, settings, seen_BV)
+    logits_BV = filter_logits(logits_BV, settings, seen_BV)
     if "temperature" not in settings:
-        return likeliest(logits_BV)
+        return greedy(logits_BV)
     return jax.vmap(jax.random.categorical)(key_B, logits_BV).astype(jnp.int32)
 
 
-def likeliest(logits_BV: jax.Array) -> jax.Array:
+def greedy(logits_BV: jax.Array) -> jax.Array:
     """argmax over V, the first of equals. XLA on a CPU computes its own on one core, these two reductions on all."""
     ids_V = jnp.arange(logits_BV.shape[1], dtype=jnp.int32)
     best_B = logits_BV.max(axis=-1, keepdims=True)
@@ -324,14 +324,14 @@ def likeliest(logits_BV: jax.Array) -> jax.Array:
     return jnp.where(logits_BV < best_B, ids_V[-1], ids_V).min(axis=-1)
 
 
-def filtered(logits_BV: jax.Array, settings: dict[str, Any], seen_BV: jax.Array | None = None) -> jax.Array:
+def filter_logits(logits_BV: jax.Array, settings: dict[str, Any], seen_BV: jax.Array | None = None) -> jax.Array:
     """The logits to draw from: penalty, temperature, top-k, top-p, min-p, in this order (that of transformers).
 
     Each filter sees what the ones before it left. Tokens as likely as the last one kept are kept, too.
     """
     if "repetition_penalty" in settings:
         assert seen_BV is not None, "the penalty needs the ids that occurred"
-        logits_BV = penalised(logits_BV, seen_BV, settings["repetition_penalty"])
+        logits_BV = apply_repetition_penalty(logits_BV, seen_BV, settings["repetition_penalty"])
     if "temperature" in settings:
         # The highest logit is 0 first, so that no temperature, however small, makes the others' ratio infinite.
         logits_BV = logits_BV - logits_BV.max(axis=-1, keepdims=True)
@@ -345,7 +345,7 @@ def filtered(logits_BV: jax.Array, settings: dict[str, Any], seen_BV: jax.Array 
     return logits_BV
 
 
-def penalised(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array | float) -> jax.Array:
+def apply_repetition_penalty(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array | float) -> jax.Array:
     """Divides positive logits of the tokens that occurred by the penalty and multiplies negative ones by it.
 
     CTRL, Keskar et al. 2019, section 4.1, in the form for logits of either sign.

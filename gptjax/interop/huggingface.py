@@ -61,7 +61,7 @@ def import_huggingface(source: Path) -> tuple[ModelConfig, int, int, dict[str, A
     source = Path(source)
     if not (source / CONFIG).is_file():
         raise InputError(f"{source} holds no {CONFIG}; wanted a Hugging Face folder with {CONFIG} and {WEIGHTS}")
-    settings = Settings(source / CONFIG, _read_json(source / CONFIG))
+    settings = ForeignConfig(source / CONFIG, _read_json(source / CONFIG))
     kind = settings.values.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise settings.error("model_type", kind, " or ".join(map(repr, FAMILIES)))
@@ -72,7 +72,7 @@ def import_huggingface(source: Path) -> tuple[ModelConfig, int, int, dict[str, A
         return cfg, vocab_size, context, _params(Tensors(source, stack), kind, Decoder(cfg, vocab_size, context))
 
 
-class Settings:
+class ForeignConfig:
     """A config.json whose values are checked as they are read; a missing one is its default."""
 
     def __init__(self, path: Path, values: dict[str, Any], prefix: str = ""):
@@ -110,7 +110,7 @@ class Settings:
         return float(value)
 
 
-def _gpt2(s: Settings) -> tuple[ModelConfig, int, int]:
+def _gpt2(s: ForeignConfig) -> tuple[ModelConfig, int, int]:
     s.only("activation_function", "gelu_new", "gelu_pytorch_tanh")
     s.only("scale_attn_weights", True)
     s.only("scale_attn_by_inverse_layer_idx", False)
@@ -129,21 +129,21 @@ def _gpt2(s: Settings) -> tuple[ModelConfig, int, int]:
     return cfg, s.size("vocab_size"), s.size("n_positions")
 
 
-def _llama(s: Settings) -> tuple[ModelConfig, int, int]:
+def _llama(s: ForeignConfig) -> tuple[ModelConfig, int, int]:
     biases = s.only("attention_bias", False, True)
     if s.only("mlp_bias", False, True) != biases:
         raise s.error("mlp_bias", not biases, f"the same as attention_bias={biases}")
     return _llama_like(s, s.size("num_key_value_heads", s.size("num_attention_heads")), biases=biases)
 
 
-def _mistral(s: Settings) -> tuple[ModelConfig, int, int]:
+def _mistral(s: ForeignConfig) -> tuple[ModelConfig, int, int]:
     """Llama with a sliding window in every layer; a key that is missing is not null in transformers, but 4096."""
     s.only("layer_types", None)
     window = 0 if s.stated("sliding_window") is None else s.size("sliding_window")
     return _llama_like(s, s.size("num_key_value_heads"), biases=False, window=window)
 
 
-def _qwen3(s: Settings) -> tuple[ModelConfig, int, int]:
+def _qwen3(s: ForeignConfig) -> tuple[ModelConfig, int, int]:
     """Llama with queries and keys normalised, and heads whose size is stated."""
     s.only("attention_bias", False)
     s.only("use_sliding_window", False)
@@ -153,7 +153,7 @@ def _qwen3(s: Settings) -> tuple[ModelConfig, int, int]:
     return _llama_like(s, s.size("num_key_value_heads"), biases=False, qk_norm=True)
 
 
-def _llama_like(s: Settings, kv_heads: int, **more: Any) -> tuple[ModelConfig, int, int]:
+def _llama_like(s: ForeignConfig, kv_heads: int, **more: Any) -> tuple[ModelConfig, int, int]:
     s.only("hidden_act", "silu", "swish")
     width, heads = s.size("hidden_size"), s.size("num_attention_heads")
     if heads % kv_heads:
@@ -198,7 +198,7 @@ ROPE_FIXED = {
 }  # fmt: skip
 
 
-def _rope(s: Settings) -> dict[str, Any]:
+def _rope(s: ForeignConfig) -> dict[str, Any]:
     """Our settings of rotary positions: the base, which newer files hold in rope_parameters, and how it is scaled."""
     theta = s.number("rope_theta", 10_000.0)
     s.only("partial_rotary_factor", 1.0, 1, None)
@@ -220,7 +220,7 @@ def _rope(s: Settings) -> dict[str, Any]:
         same = key in fixed and value == fixed[key] and isinstance(value, bool) == isinstance(fixed[key], bool)
         if value is not None and not same and key not in ("rope_theta", "factor", ORIGINAL):
             raise s.error(f"{name}.{key}", value, f"{fixed[key]!r}" if key in fixed else f"no such key for {kind!r}")
-    inner = Settings(s.path, rope, f"{name}.")
+    inner = ForeignConfig(s.path, rope, f"{name}.")
     made: dict[str, Any] = {"rope_theta": inner.number("rope_theta", theta)}
     if kind != "default":
         made |= {"rope_scaling": kind, "rope_factor": inner.number("factor", 1.0)}
@@ -233,7 +233,7 @@ def _rope(s: Settings) -> dict[str, Any]:
     return made
 
 
-def _dtype(s: Settings) -> Any:
+def _dtype(s: ForeignConfig) -> Any:
     name = "dtype" if "dtype" in s.values else "torch_dtype"
     value = s.only(name, "float32", "float16", "bfloat16", None)
     return "bfloat16" if value == "bfloat16" else "float32"

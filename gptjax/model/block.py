@@ -16,7 +16,7 @@ from gptjax.model.rope import rope, rotate
 from gptjax.ops.attention import attention
 from gptjax.ops.cpu_matvec import outputs_first
 from gptjax.ops.linear import add_bias, products
-from gptjax.ops.reference import Sight, dropout
+from gptjax.ops.reference import AttentionMask, dropout
 
 Params = dict[str, Any]
 
@@ -58,7 +58,7 @@ def block(
     p: Params,
     x_BLD: jax.Array,
     positions_BL: jax.Array,
-    sight: Sight,
+    sight: AttentionMask,
     cache: Cache | None = None,
     key: jax.Array | None = None,
     window: jax.typing.ArrayLike | None = None,
@@ -84,7 +84,7 @@ def heads(
     p: Params,
     h_BLD: jax.Array,
     positions_BL: jax.Array,
-    sight: Sight,
+    sight: AttentionMask,
     cache: Cache | None,
     key: jax.Array | None,
     window: jax.typing.ArrayLike | None,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from gptjax.config import ModelConfig
 from gptjax.ops.cpu_matvec import several
-from gptjax.ops.reference import Sight, probabilities
+from gptjax.ops.reference import AttentionMask, probabilities
 from gptjax.parallel.sharding import constrain, suffix
 
 Cache = dict[str, jax.Array]
@@ -53,13 +53,13 @@ def _shares(cache: Cache, *xs: jax.Array) -> Iterator[tuple[str, *tuple[jax.Arra
     return zip(_keys(cache), *(jnp.split(x, ends[:-1]) for x in xs), strict=True)
 
 
-def bucket(size: int, most: int) -> int:
+def round_up_length(size: int, most: int) -> int:
     """The size rounded up to 2^i or 3 2^i, from 16 to `most`: few programs to compile, at most half again the work."""
     fits = (n for i in range(4, 64) for n in (1 << i, 3 << (i - 1)) if n >= size)
     return min(next(fits), most)
 
 
-def room(rows: int) -> int:
+def headroom(rows: int) -> int:
     """Free slots that a cache of so many rows gets when it is made or grows.
 
     More are read in vain by every step; with fewer, compiling for each size takes longer than the reading it saves.
@@ -67,7 +67,7 @@ def room(rows: int) -> int:
     return max(256, 8192 // rows)
 
 
-def grown(state: dict[str, Any], slots: int) -> dict[str, Any]:
+def grow(state: dict[str, Any], slots: int) -> dict[str, Any]:
     """A batch's state, its layers' caches under `cache`, with free slots behind those it has, `slots` in all.
 
     One array after another takes the place of the old one in `state` itself: two whole caches may not fit.
@@ -115,7 +115,13 @@ def keys_and_values(cache: Cache, dtype: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def attend_one(
-    q_BLHK: jax.Array, cache: Cache, sight: Sight, *, scale: float, window: jax.typing.ArrayLike | None, softcap: float
+    q_BLHK: jax.Array,
+    cache: Cache,
+    sight: AttentionMask,
+    *,
+    scale: float,
+    window: jax.typing.ArrayLike | None,
+    softcap: float,
 ) -> jax.Array:
     """out_BLHK of attention.attend for one query a row, L = 1: its time is that of reading the cache."""
     (B, L, H, K), (G, M) = q_BLHK.shape, cache["v_BGMK"].shape[1:3]

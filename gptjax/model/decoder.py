@@ -26,7 +26,7 @@ from gptjax.parallel import context as zigzag
 from gptjax.parallel.sharding import constrain, matrix, suffix
 
 # A layer that attends to everything, in the list of windows: more places than any text has.
-EVERYTHING = 2**31 - 1
+NO_WINDOW = 2**31 - 1
 
 
 def dims(cfg: ModelConfig, vocab_size: int, context: int) -> dict[str, int]:
@@ -58,7 +58,7 @@ def windows(cfg: ModelConfig) -> jax.Array | int | None:
     """window_N where the layers differ, the window that they share, or None where every layer attends to everything."""
     if len(set(cfg.layer_windows)) == 1:
         return cfg.layer_windows[0] or None
-    return jnp.array([w or EVERYTHING for w in cfg.layer_windows], jnp.int32)
+    return jnp.array([w or NO_WINDOW for w in cfg.layer_windows], jnp.int32)
 
 
 def unstacked(params: Params, dtype: str, outputs_first: bool = False) -> Params:
@@ -124,7 +124,7 @@ def extend(
         assert written is not None, "a block that is given a cache returns one"
         x_BLD = constrain(x_BLD, "BLD")
         new.append(written)
-    return final(cfg, params, x_BLD), new
+    return final_norm(cfg, params, x_BLD), new
 
 
 def next_logits(decoder: "Decoder", params: Params, x_BLD: jax.Array) -> jax.Array:
@@ -142,7 +142,7 @@ def embed(cfg: ModelConfig, top: Params, tokens_BL: jax.Array, positions_BL: jax
     return x_BLD + learned_BLD
 
 
-def final(cfg: ModelConfig, top: Params, x_BLD: jax.Array) -> jax.Array:
+def final_norm(cfg: ModelConfig, top: Params, x_BLD: jax.Array) -> jax.Array:
     """The stream behind the last layer as every head reads it: normed, and divided where muP divides the logits."""
     return logits_factor(cfg) * norm(x_BLD, top["norm_final_D"], top.get("norm_final_bias_D"), cfg)
 
@@ -240,8 +240,10 @@ class Decoder(nn.Module):
 
     def _run(self, tokens_BL, positions_BL, segments_BL, key, norms=False):
         # A block of the user's own may look at its neighbours, so only ours is given rows in another order.
-        cfg, shards = self.cfg, zigzag.shards(tokens_BL.shape[1]) if self.block is block else 1
-        tokens_BL, positions_BL, segments_BL = (zigzag.into(x, shards) for x in (tokens_BL, positions_BL, segments_BL))
+        cfg, shards = self.cfg, zigzag.num_shards(tokens_BL.shape[1]) if self.block is block else 1
+        tokens_BL, positions_BL, segments_BL = (
+            zigzag.to_zigzag(x, shards) for x in (tokens_BL, positions_BL, segments_BL)
+        )
         sight = causal(segments_BL, self.packed, shards)
         x_BLD = embed(cfg, self.top, tokens_BL, positions_BL)
         layer_keys = None
@@ -264,7 +266,7 @@ class Decoder(nn.Module):
 
         layers = (_unstacked(self.layers), layer_keys, window_N)
         x_BLD, rms_N = jax.lax.scan(remat(cfg, body), x_BLD, layers, unroll=cfg.unroll or cfg.num_layers)
-        return final(cfg, self.top, zigzag.out_of(x_BLD, shards)), rms_N
+        return final_norm(cfg, self.top, zigzag.from_zigzag(x_BLD, shards)), rms_N
 
     def logits(self, x_BLD: jax.Array) -> jax.Array:
         """float32 logits_BLV of hidden states; the ids that pad the vocabulary are masked out."""

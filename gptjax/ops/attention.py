@@ -1,7 +1,7 @@
 """Attention by name: which of the ways to compute it a model takes on a device, and the call of each.
 
-`choose` is the one place that decides, from settings, length and device alone: never from data. A way that was named
-and can't honour the case is refused; only `auto` picks another.
+`select_kernel` is the one place that decides, from settings, length and device alone: never from data. A kernel that
+was named and can't honour the case is refused; only `auto` picks another.
 """
 
 import functools
@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import ModelConfig
-from gptjax.config.attention import BACKENDS, PREFERRED
+from gptjax.config.attention import KERNELS, PREFERRED
 from gptjax.config.section import InputError
 from gptjax.ops.blockwise import attend_blockwise, divisible
-from gptjax.ops.cpu_attention import attend_triangle
-from gptjax.ops.reference import Sight, attend, mask
+from gptjax.ops.cpu_attention import attend_causal_chunked
+from gptjax.ops.reference import AttentionMask, attend, mask
 from gptjax.parallel import context as zigzag
 from gptjax.parallel.sharding import axes_of, on_each_device
 
@@ -32,7 +32,7 @@ class Device(NamedTuple):
     shares_rows: bool = False  # mesh.context is above 1
 
 
-def here() -> Device:
+def current_device() -> Device:
     """The devices of the mesh that is set, or else of this process."""
     mesh = jax.sharding.get_abstract_mesh()
     shares_rows = not mesh.empty and dict(mesh.shape).get("context", 1) > 1
@@ -48,9 +48,9 @@ def here() -> Device:
     return Device(platform, capability, shares_rows)
 
 
-def obstacle(name: str, cfg: ModelConfig, device: Device) -> str:
+def unsupported_reason(name: str, cfg: ModelConfig, device: Device) -> str:
     """What keeps attention by this name from the case, with what it needs; empty: nothing."""
-    backend = BACKENDS[name]
+    backend = KERNELS[name]
     if backend.platform not in ("", device.platform):
         return f"it runs on a {backend.platform}, and this is a {device.platform}"
     if device.capability < backend.capability:
@@ -63,29 +63,29 @@ def obstacle(name: str, cfg: ModelConfig, device: Device) -> str:
     return ""
 
 
-def choose(cfg: ModelConfig, length: int, device: Device) -> str:
+def select_kernel(cfg: ModelConfig, length: int, device: Device) -> str:
     """The name of the attention that rows of this length take: the one that is set or, for auto, the first that can.
 
     Raises InputError where the one that is set can't honour the case on this device.
     """
     if cfg.attention != "auto":
-        found = obstacle(cfg.attention, cfg, device)
+        found = unsupported_reason(cfg.attention, cfg, device)
         if found:
             raise InputError(
                 f"model.attention={cfg.attention!r} can't be used: {found}; set --model.attention auto or blockwise"
             )
         return cfg.attention
     preferred = PREFERRED.get(device.platform)
-    if preferred and not obstacle(preferred, cfg, device):
+    if preferred and not unsupported_reason(preferred, cfg, device):
         return preferred
-    return "plain" if length <= LONG or obstacle("blockwise", cfg, device) else "blockwise"
+    return "plain" if length <= LONG or unsupported_reason("blockwise", cfg, device) else "blockwise"
 
 
 def describe(cfg: ModelConfig, length: int, packed: bool) -> str:
-    """One line on the attention that rows of this length take on the devices at hand; raises what `choose` raises."""
-    name = choose(cfg, length, here())
+    """One line on the attention that rows of this length take on these devices; raises what `select_kernel` raises."""
+    name = select_kernel(cfg, length, current_device())
     chosen = f"attention: {name}" + (" (chosen by model.attention=auto)" if cfg.attention == "auto" else "")
-    if (shards := zigzag.shards(length)) > 1:
+    if (shards := zigzag.num_shards(length)) > 1:
         chosen += f", each row over {shards} devices in zigzag order"
     if not packed:
         return f"{chosen}, each row one document"
@@ -98,7 +98,7 @@ def attention(
     q_BLHK: jax.Array,
     k_BMGK: jax.Array,
     v_BMGK: jax.Array,
-    sight: Sight,
+    sight: AttentionMask,
     *,
     scale: float,
     window: jax.typing.ArrayLike | None = None,
@@ -109,16 +109,16 @@ def attention(
     The output bears the name "attention" for remat. A cache's queries, which are no rows of their own, take the plain
     product or, several of them on many keys, blocks.
     """
-    L, M, device = q_BLHK.shape[1], k_BMGK.shape[1], here()
+    L, M, device = q_BLHK.shape[1], k_BMGK.shape[1], current_device()
     seen = {"scale": scale, "window": window, "softcap": cfg.attention_softcap}
     if L == 1:
         # One query's scores are M numbers a head: for it the plain product already is linear in memory.
         name = "plain"
     elif sight.of_rows:
-        name = choose(cfg, L, device)
+        name = select_kernel(cfg, L, device)
     else:
         blocks = cfg.attention == "blockwise" or (cfg.attention != "plain" and M > LONG)
-        name = "blockwise" if blocks and not obstacle("blockwise", cfg, device) else "plain"
+        name = "blockwise" if blocks and not unsupported_reason("blockwise", cfg, device) else "plain"
     if name == "blockwise":
         return attend_blockwise(q_BLHK, k_BMGK, v_BMGK, sight, block=cfg.attention_block, **seen)
     if name == "cudnn":
@@ -127,7 +127,7 @@ def attention(
         return attend_splash(q_BLHK, k_BMGK, v_BMGK, sight, **seen)
     drops = key is not None and cfg.dropout > 0
     if sight.aligned and L > 1 and not drops and device.platform == "cpu" and not device.shares_rows:
-        return attend_triangle(q_BLHK, k_BMGK, v_BMGK, sight, **seen)
+        return attend_causal_chunked(q_BLHK, k_BMGK, v_BMGK, sight, **seen)
     plain = attend if sight.shards == 1 else attend_shared
     out_BLHK = plain(q_BLHK, k_BMGK, v_BMGK, sight, dropout_rate=cfg.dropout, key=key if drops else None, **seen)
     return checkpoint_name(out_BLHK, "attention")
@@ -137,7 +137,7 @@ def attend_shared(
     q_BLHK: jax.Array,
     k_BLGK: jax.Array,
     v_BLGK: jax.Array,
-    sight: Sight,
+    sight: AttentionMask,
     *,
     window: jax.typing.ArrayLike | None = None,
     key: jax.Array | None = None,
@@ -152,12 +152,14 @@ def attend_shared(
     axes = axes_of({**dict(zip("BLH", q_BLHK.shape)), "G": k_BLGK.shape[2]})
 
     def on_device(q_BLHK, k_BLGK, v_BLGK, query_BL, segments, known):
-        k_BMGK, v_BMGK, *key_segments = (zigzag.whole(x, axes["L"], sight.shards) for x in (k_BLGK, v_BLGK, *segments))
+        k_BMGK, v_BMGK, *key_segments = (
+            zigzag.gather_length(x, axes["L"], sight.shards) for x in (k_BLGK, v_BLGK, *segments)
+        )
         window, key = known
         if key is not None:  # each device drops elements of its own
             key = jax.random.fold_in(key, jax.lax.axis_index(tuple(dict.fromkeys(sum(axes.values(), ())))))
         return attend(
-            q_BLHK, k_BMGK, v_BMGK, Sight(query_BL, *segments, *key_segments), window=window, key=key, **options
+            q_BLHK, k_BMGK, v_BMGK, AttentionMask(query_BL, *segments, *key_segments), window=window, key=key, **options
         )
 
     segments = () if sight.query_segments_BL is None else (sight.query_segments_BL,)
@@ -169,7 +171,7 @@ def attend_cudnn(
     q_BLHK: jax.Array,
     k_BLGK: jax.Array,
     v_BLGK: jax.Array,
-    sight: Sight,
+    sight: AttentionMask,
     *,
     scale: float,
     window: jax.typing.ArrayLike | None = None,
@@ -203,7 +205,7 @@ def attend_splash(
     q_BLHK: jax.Array,
     k_BLGK: jax.Array,
     v_BLGK: jax.Array,
-    sight: Sight,
+    sight: AttentionMask,
     *,
     scale: float,
     window: int | None = None,

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from gptjax.ops.reference import Sight
+from gptjax.ops.reference import AttentionMask
 from gptjax.parallel import context as zigzag
 from gptjax.parallel.sharding import axes_of, on_each_device
 
@@ -48,7 +48,7 @@ def attend_blockwise(
     q_BLHK: jax.Array,
     k_BMGK: jax.Array,
     v_BMGK: jax.Array,
-    sight: Sight,
+    sight: AttentionMask,
     *,
     scale: float,
     window: jax.typing.ArrayLike | None = None,
@@ -134,10 +134,10 @@ def _whole(options, axes, k_BMGK, v_BMGK, span):
     if not options.of_rows or "L" not in axes:
         assert options.shards == 1, "rows in zigzag order lie over the context axis"
         return k_BMGK, v_BMGK, span
-    k_BMGK, v_BMGK = (zigzag.whole(x, axes["L"], options.shards) for x in (k_BMGK, v_BMGK))
+    k_BMGK, v_BMGK = (zigzag.gather_length(x, axes["L"], options.shards) for x in (k_BMGK, v_BMGK))
     if span.segments is not None:
         query_BL, key_BM = span.segments
-        span = dataclasses.replace(span, segments=(query_BL, zigzag.whole(key_BM, axes["L"], options.shards)))
+        span = dataclasses.replace(span, segments=(query_BL, zigzag.gather_length(key_BM, axes["L"], options.shards)))
     return k_BMGK, v_BMGK, span
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from gptjax.ops.reference import Sight, mask
+from gptjax.ops.reference import AttentionMask, mask
 
 # Smaller chunks skip more, but their products become too small for the processor, and the program longer.
 CHUNK, MOST_CHUNKS = 64, 8
@@ -25,11 +25,11 @@ class _Options:
     window: int | None  # where it is known before anything runs
 
 
-def attend_triangle(
+def attend_causal_chunked(
     q_BLHK: jax.Array,
     k_BLGK: jax.Array,
     v_BLGK: jax.Array,
-    sight: Sight,
+    sight: AttentionMask,
     *,
     scale: float,
     window: jax.typing.ArrayLike | None = None,

@@ -12,7 +12,7 @@ from gptjax.parallel import context as zigzag
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["query_BL", "query_segments_BL", "key_segments_BM"],
                    meta_fields=["aligned", "shards"])  # fmt: skip
 @dataclasses.dataclass(frozen=True)
-class Sight:
+class AttentionMask:
     """Which keys each query sees, without an L x M array: those at places m <= query_BL, in the same segment.
 
     query_BL is the place of each query among the keys. Segments are None where all keys belong to one document. Known
@@ -32,24 +32,24 @@ class Sight:
         return self.aligned or self.shards > 1
 
 
-def causal(segments_BL: jax.Array, packed: bool = True, shards: int = 1) -> Sight:
+def causal(segments_BL: jax.Array, packed: bool = True, shards: int = 1) -> AttentionMask:
     """A training row: position l sees m where m <= l and both lie in the same document.
 
     Padding is segment 0. It sees only itself and other padding, so that no softmax is empty. Where a row is known to
     hold one document and, behind it, padding (not `packed`), the segments are left out: only padding sees more by it.
-    With `shards` above 1 segments_BL, and what will be attended, stand in the zigzag order of so many.
+    With `num_shards` above 1 segments_BL, and what will be attended, stand in the zigzag order of so many.
     """
     places_BL = jnp.broadcast_to(zigzag.places(segments_BL.shape[1], shards), segments_BL.shape)
     segments = segments_BL if packed else None
-    return Sight(places_BL, segments, segments, aligned=shards == 1, shards=shards)
+    return AttentionMask(places_BL, segments, segments, aligned=shards == 1, shards=shards)
 
 
-def cached(positions_BL: jax.Array) -> Sight:
+def cached(positions_BL: jax.Array) -> AttentionMask:
     """Cached decoding: the token at position p sees the slots 0..p, which is all that was written."""
-    return Sight(positions_BL)
+    return AttentionMask(positions_BL)
 
 
-def mask(sight: Sight, keys: int, window: jax.typing.ArrayLike | None = None) -> jax.Array:
+def mask(sight: AttentionMask, keys: int, window: jax.typing.ArrayLike | None = None) -> jax.Array:
     """mask_BLM over all the keys: what `sight` allows and, with a window, only the last `window` places of it."""
     behind_BLM = sight.query_BL[:, :, None] - zigzag.places(keys, sight.shards)[None, None, :]
     mask_BLM = behind_BLM >= 0
@@ -67,7 +67,9 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
 
 
-def probabilities(s_BGJLM: jax.Array, sight: Sight, window: jax.typing.ArrayLike | None, softcap: float) -> jax.Array:
+def probabilities(
+    s_BGJLM: jax.Array, sight: AttentionMask, window: jax.typing.ArrayLike | None, softcap: float
+) -> jax.Array:
     """p_BGJLM, the float32 softmax of the scores in sight."""
     s_BGJLM = s_BGJLM.astype(jnp.float32)
     if softcap:
@@ -80,7 +82,7 @@ def attend(
     q_BLHK: jax.Array,
     k_BMGK: jax.Array,
     v_BMGK: jax.Array,
-    sight: Sight,
+    sight: AttentionMask,
     *,
     scale: float,
     window: jax.typing.ArrayLike | None = None,

@@ -20,7 +20,7 @@ from gptjax.config.section import InputError
 JOBSET_PORT = 8476
 
 
-class NotNow(Exception):
+class RetryableError(Exception):
     """The processes could not come together this time; the same command may do it later."""
 
 

@@ -17,7 +17,7 @@ P = jax.P
 AXIS = "context"
 
 
-def shards(length: int) -> int:
+def num_shards(length: int) -> int:
     """How many devices share rows of this length in zigzag order; 1: rows keep their order.
 
     So it is without a mesh, inside a shard_map over all axes, and for a length that 2n does not divide.
@@ -39,17 +39,17 @@ def places(length: int, n: int) -> jax.Array:
     return jnp.where(late_L, 2 * n - 1 - shard_L, shard_L) * size + place_L % size
 
 
-def into(x_BL: jax.Array, n: int) -> jax.Array:
+def to_zigzag(x_BL: jax.Array, n: int) -> jax.Array:
     """x_BL, or x_BLD, over n context shards from the order it was written in to the zigzag order."""
     return x_BL if n == 1 else _on_shards(_send, x_BL, n)
 
 
-def out_of(x_BL: jax.Array, n: int) -> jax.Array:
-    """The inverse of `into`."""
+def from_zigzag(x_BL: jax.Array, n: int) -> jax.Array:
+    """The inverse of `to_zigzag`."""
     return x_BL if n == 1 else _on_shards(_send_back, x_BL, n)
 
 
-def whole(x_BL: jax.Array, axes: tuple[str, ...], n: int) -> jax.Array:
+def gather_length(x_BL: jax.Array, axes: tuple[str, ...], n: int) -> jax.Array:
     """Inside a shard_map: all of the rows of which each device of these axes has a part, in the order as written.
 
     n = 1 says that the parts are not in zigzag order.
@@ -62,7 +62,7 @@ def whole(x_BL: jax.Array, axes: tuple[str, ...], n: int) -> jax.Array:
 
 
 def part_of_sum(x_BM: jax.Array, axes: tuple[str, ...], n: int) -> jax.Array:
-    """The transpose of `whole`: the sum over the devices of whole rows, of which each gets its own part."""
+    """The transpose of `gather_length`: the sum over the devices of whole rows, of which each gets its own part."""
     if n > 1:
         chunks = x_BM.reshape(x_BM.shape[0], 2 * n, -1, *x_BM.shape[2:])
         x_BM = jnp.stack([chunks[:, :n], chunks[:, : n - 1 : -1]], axis=2).reshape(x_BM.shape)

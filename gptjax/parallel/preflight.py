@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptjax.config.section import InputError
-from gptjax.parallel.cluster import Cluster, NotNow
+from gptjax.parallel.cluster import Cluster, RetryableError
 from gptjax.storage import MARK
 
 MAGIC = "gptjax preflight 1"
@@ -25,7 +25,7 @@ TRY_SECONDS, RETRY_SECONDS, LOOK_SECONDS, LINGER_SECONDS = 3.0, 0.3, 10.0, 5.0
 LOOPBACK = ("127.", "localhost", "::1", "[::1]")
 
 
-class Verdict(NamedTuple):
+class CheckResult(NamedTuple):
     """What process 0 tells all: a line that says what is wrong ("" where nothing is), and whether to try again."""
 
     problem: str
@@ -40,7 +40,7 @@ def preflight(
 
     Compared are the number of processes, their ids, `versions` and `settings` (what JSON can hold), the clocks (which
     may differ by clock_seconds), and whether all see the same `folder`, which process 0 makes. Raises InputError, or
-    NotNow where the same command may work later, at the latest after about twice `seconds`.
+    RetryableError where the same command may work later, at the latest after about twice `seconds`.
     """
     host, _, port = cluster.coordinator.rpartition(":")
     if cluster.hosts > 1 and host.startswith(LOOPBACK):
@@ -64,7 +64,7 @@ def preflight(
         }  # fmt: skip
         verdict = _ask(cluster, card, folder, seconds)
     if verdict.problem:
-        raise NotNow(verdict.problem) if verdict.again else InputError(verdict.problem)
+        raise RetryableError(verdict.problem) if verdict.again else InputError(verdict.problem)
 
 
 def _leave_mark(folder: Path) -> dict[str, str]:
@@ -105,12 +105,12 @@ class _Desk:
             if verdict.problem:
                 self._tell_late(verdict)
         except Exception as e:  # a thread's error is nobody's otherwise
-            self._tell({"verdict": Verdict(f"process 0 failed in the preflight: {e!r}", True)})
+            self._tell({"verdict": CheckResult(f"process 0 failed in the preflight: {e!r}", True)})
         finally:
             for connection in list(self._buffers):
                 connection.close()
 
-    def _tell_late(self, verdict: Verdict) -> None:
+    def _tell_late(self, verdict: CheckResult) -> None:
         """Tells the same to those who come a little later, so that they need not find out that nobody is there."""
         until = time.monotonic() + LINGER_SECONDS
         come = {card["process"] for card in self._cards.values()}
@@ -119,7 +119,7 @@ class _Desk:
             self._tell({"verdict": verdict})
             come |= {card.get("process") for card in self._cards.values()}
 
-    def _judge(self) -> Verdict:
+    def _judge(self) -> CheckResult:
         while len(self._cards) < self._cluster.processes:
             if time.monotonic() > self._until:
                 return self._missing()
@@ -133,9 +133,9 @@ class _Desk:
                 self._cards[connection] = message  # also behind a problem: whoever has spoken must be told
             if problem:
                 return problem
-        return self._looked() if self._mark else Verdict("", False)
+        return self._looked() if self._mark else CheckResult("", False)
 
-    def _missing(self) -> Verdict:
+    def _missing(self) -> CheckResult:
         come = {card["process"] for card in self._cards.values()}
         missing = [i for i in range(self._cluster.processes) if i not in come]
         shown = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
@@ -145,24 +145,26 @@ class _Desk:
         )
         if self._cluster.coordinator.startswith(LOOPBACK):
             line += " (that is a loopback address: only processes on process 0's host can come to it)"
-        return Verdict(f"{line}; look at their logs, or give more time with GPTJAX_WAIT_SECONDS", True)
+        return CheckResult(f"{line}; look at their logs, or give more time with GPTJAX_WAIT_SECONDS", True)
 
-    def _wrong(self, card: dict) -> Verdict | None:
+    def _wrong(self, card: dict) -> CheckResult | None:
         """What is wrong with one more card."""
         there = _who(card)
         if card["processes"] != self._cluster.processes:
-            return Verdict(
+            return CheckResult(
                 f"{there} was told that there are {card['processes']} processes, process 0 {self._cluster.processes}; "
                 "give all the same number",
                 False,
             )
         for other in self._cards.values():
             if other["process"] == card["process"]:
-                return Verdict(f"{_who(other)} and {there} (pid {card['pid']}) have the same number; give each its own",
-                               False)  # fmt: skip
+                return CheckResult(
+                    f"{_who(other)} and {there} (pid {card['pid']}) have the same number; give each its own",
+                    False,
+                )
         if abs(card["skew"]) > self._clock_seconds:
             way = "ahead of" if card["skew"] > 0 else "behind"
-            return Verdict(
+            return CheckResult(
                 f"the clock of {there} is {abs(card['skew']):.0f} s {way} process 0's; set the clocks (NTP), or allow "
                 "it with GPTJAX_CLOCK_SECONDS",
                 False,
@@ -176,12 +178,12 @@ class _Desk:
                 mine, its = here[what].get(name), card[what].get(name)
                 if mine != its:
                     what = "installed" if what == "versions" else "set"
-                    return Verdict(
+                    return CheckResult(
                         f"{there} has {name} {its!r}, {_who(here)} has {mine!r}; all must have the same {what}", False
                     )
         return None
 
-    def _looked(self) -> Verdict:
+    def _looked(self) -> CheckResult:
         """Has everyone look for the mark in the run's folder."""
         assert self._mark is not None
         self._tell({"look": self._mark["name"]})
@@ -193,12 +195,12 @@ class _Desk:
                     answers[self._cards[connection]["process"]] = bool(message.get("sees"))
         for card in self._cards.values():
             if not answers.get(card["process"], False):
-                return Verdict(
+                return CheckResult(
                     f"{_who(card)} does not see the run folder of process 0 on {socket.gethostname()}, "
                     f"{Path(self._mark['path']).parent}; put --run-dir on a file system that all hosts share",
                     False,
                 )
-        return Verdict("", False)
+        return CheckResult("", False)
 
     def _messages(self) -> list[tuple[socket.socket, dict]]:
         """What came within a moment: whole lines, as JSON; who went away loses its card."""
@@ -251,10 +253,10 @@ def _listen(port: int, given: bool, seconds: float) -> socket.socket:
             line = f"process 0 can't listen on port {port} of {socket.gethostname()} ({e.strerror})"
             if given:
                 raise InputError(f"{line}; give another port in GPTJAX_COORDINATOR") from e
-            raise NotNow(f"{line}; wait for what holds it, or set JAX_COORDINATOR_PORT to another") from e
+            raise RetryableError(f"{line}; wait for what holds it, or set JAX_COORDINATOR_PORT to another") from e
 
 
-def _ask(cluster: Cluster, card: dict, folder: Path | None, seconds: float) -> Verdict:
+def _ask(cluster: Cluster, card: dict, folder: Path | None, seconds: float) -> CheckResult:
     """A process's side: comes to process 0 with its card and returns the verdict."""
     host, _, port = cluster.coordinator.rpartition(":")
     until, reason = time.monotonic() + seconds, "nothing was tried"
@@ -279,18 +281,18 @@ def _ask(cluster: Cluster, card: dict, folder: Path | None, seconds: float) -> V
             if host.startswith(LOOPBACK):
                 line += " (that is a loopback address, which each host takes for itself)"
             unknown = cluster.given and "resolve" in reason
-            return Verdict(line + ("; set GPTJAX_COORDINATOR to a host that does" if unknown else ""), not unknown)
+            return CheckResult(line + ("; set GPTJAX_COORDINATOR to a host that does" if unknown else ""), not unknown)
         time.sleep(RETRY_SECONDS)
 
 
-def _converse(connection: socket.socket, card: dict, folder: Path | None, seconds: float) -> Verdict | None:
+def _converse(connection: socket.socket, card: dict, folder: Path | None, seconds: float) -> CheckResult | None:
     """Gives the card, looks at the folder when asked, and returns the verdict; None where the other end went away."""
     connection.settimeout(seconds)
     with connection.makefile("rwb") as line:
         _write(line, {**card, "time": time.time()})
         while answer := _json(line.readline(1 << 22)):
             if "verdict" in answer:
-                return Verdict(*answer["verdict"])
+                return CheckResult(*answer["verdict"])
             if "look" in answer:
                 _write(line, {"sees": folder is not None and _sees(folder / answer["look"])})
     return None

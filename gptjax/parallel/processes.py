@@ -39,14 +39,14 @@ def join_processes(settings: Mapping[str, Any], folder: str | Path | None = None
     All must have the same `settings` and see the same `folder` (of the run), which is made. How long the others are
     waited for is GPTJAX_WAIT_SECONDS (300), after how long without a sign a process counts as lost
     GPTJAX_HEARTBEAT_SECONDS (60), how far clocks may differ GPTJAX_CLOCK_SECONDS (60). Raises InputError for what is
-    wrong, also where a process that is alone has no devices, and NotNow where the same command may work later. Does
-    nothing in a process that has joined already.
+    wrong, also where a process that is alone has no devices, and RetryableError where the same command may work later.
+    Does nothing in a process that has joined already.
     """
     import jax
 
     global _cluster, _watch
     if jax.distributed.is_initialized():
-        if not several() and (count := _jax_state().num_processes) > 1:
+        if not is_multi_process() and (count := _jax_state().num_processes) > 1:
             raise InputError(
                 f"jax.distributed.initialize() was called before, for {count} processes; leave it out: gptjax joins "
                 "them itself, as a scheduler or GPTJAX_COORDINATOR, GPTJAX_PROCESSES and GPTJAX_PROCESS say it"
@@ -86,17 +86,17 @@ def join_processes(settings: Mapping[str, Any], folder: str | Path | None = None
         print(f"{cluster.processes} processes, found by {cluster.kind}", file=sys.stderr, flush=True)
 
 
-def several() -> bool:
+def is_multi_process() -> bool:
     """Whether this process has joined others."""
     return _watch is not None
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the one that speaks: process 0, or one that is alone."""
     return _cluster is None or _cluster.process == 0
 
 
-def title() -> str:
+def process_label() -> str:
     """What this process calls itself in its errors: "process 1 of 4 on host"; "" where it is alone."""
     if _cluster is None:
         return ""
@@ -105,7 +105,7 @@ def title() -> str:
 
 def barrier(name: str, seconds: float = BARRIER_SECONDS) -> None:
     """Returns when every process has come here; a lost one ends the wait. No device has part in it."""
-    if several():
+    if is_multi_process():
         key = f"gptjax/{name}/{_count(name)}"
         _waited(lambda: _client().wait_at_barrier(key, int(seconds * 1000)))
 
@@ -119,9 +119,9 @@ def wait_for_reports() -> None:
         barrier("reported", REPORT_SECONDS)
 
 
-def from_first(name: str, value: T) -> T:
+def broadcast_from_main(name: str, value: T) -> T:
     """Process 0's `value`, which JSON can hold, in every process; where files are seen later by some, it decides."""
-    if not several():
+    if not is_multi_process():
         return value
     assert _cluster is not None
     key = f"gptjax/told/{name}/{_count(name)}"
@@ -147,9 +147,9 @@ def _waited(call: Callable[[], T]) -> T:
     return made.result(BARRIER_SECONDS)
 
 
-def nobody_objects(ok: bool) -> bool:
+def all_agree(ok: bool) -> bool:
     """Whether `ok` holds in every process."""
-    if not several():
+    if not is_multi_process():
         return ok
     assert _cluster is not None
     name = f"gptjax/objects/{_count('objects')}"
@@ -160,9 +160,9 @@ def nobody_objects(ok: bool) -> bool:
 
 
 @contextlib.contextmanager
-def first_alone(name: str) -> Iterator[None]:
+def main_process_first(name: str) -> Iterator[None]:
     """The block runs in process 0 first, and then in the others, which find what it made."""
-    if not is_first():
+    if not is_main_process():
         barrier(name)
         yield
     else:
@@ -170,13 +170,13 @@ def first_alone(name: str) -> Iterator[None]:
         barrier(name)
 
 
-def agreed(local: Callable[[], int]) -> Callable[[], int]:
+def all_reduce_max_lagged(local: Callable[[], int]) -> Callable[[], int]:
     """A function that gives every process the largest number that `local` gave any of them, one call later.
 
     Each call is a small reduction over all devices, which runs behind what was dispatched before; its result is read at
     the next call. So all processes must call it equally often.
     """
-    if not several():
+    if not is_multi_process():
         return local
     import jax
     import numpy as np
@@ -196,14 +196,14 @@ def agreed(local: Callable[[], int]) -> Callable[[], int]:
     return of_all
 
 
-def leave(code: int) -> None:
+def exit_all(code: int) -> None:
     """Ends this process and the others with this code, or with that of another that was first to leave.
 
     Those that wait for this one would not find out alone.
 
     Returns where this process is alone. What is not on the disk by now is lost.
     """
-    if not several():
+    if not is_multi_process():
         return
     assert _watch is not None
     _watch.set()
@@ -217,11 +217,11 @@ def leave(code: int) -> None:
 def _fail(heartbeat: float, kind: type[BaseException], error: BaseException, trace: Any) -> None:
     """Ends all processes for an error that nobody caught, and says in which one it was."""
     if kind.__name__ == "JaxRuntimeError":  # a collective may have failed for a lost peer: then jax ends us, with 134
-        print(f"gptjax: {title()}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        print(f"gptjax: {process_label()}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
         time.sleep(heartbeat + POLL_SECONDS)
     sys.__excepthook__(kind, error, trace)
-    print(f"gptjax: {title()} failed", file=sys.stderr, flush=True)
-    leave(1)
+    print(f"gptjax: {process_label()} failed", file=sys.stderr, flush=True)
+    exit_all(1)
 
 
 def _end(code: int) -> None:

@@ -201,20 +201,20 @@ def abstract(shapes: Any, mesh: Mesh) -> Any:
     )
 
 
-class RowsHere(NamedTuple):
+class LocalRows(NamedTuple):
     """The rows of a batch of `total` that the devices of this process hold: their numbers, rising."""
 
     numbers: np.ndarray
     total: int
 
 
-def rows_here(total: int, mesh: Mesh) -> RowsHere:
+def local_rows(total: int, mesh: Mesh) -> LocalRows:
     """Which rows of a batch this process must give; several processes hold the same ones where they share rows."""
     held = sharding_of("rows_B", (total,), mesh).addressable_devices_indices_map((total,))
-    return RowsHere(np.unique(np.concatenate([np.arange(total)[index] for index in held.values()])), total)
+    return LocalRows(np.unique(np.concatenate([np.arange(total)[index] for index in held.values()])), total)
 
 
-def put(tree: Any, mesh: Mesh, rows: RowsHere | None = None) -> Any:
+def to_global(tree: Any, mesh: Mesh, rows: LocalRows | None = None) -> Any:
     """Places a tree of host arrays on the mesh, each process giving what its devices hold.
 
     The arrays are whole, or with `rows` hold only those along their first dimension.

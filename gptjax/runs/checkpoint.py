@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import jax
 
 from gptjax.config import CheckpointConfig
-from gptjax.runs.digest import MANIFEST, check_manifest, digests, folder_files, leaf_names, sealed_steps, write_manifest
-from gptjax.parallel.processes import barrier, from_first, nobody_objects, title
-from gptjax.storage import PROBE, TRASH, BucketError, place, store
+from gptjax.runs.digest import MANIFEST, check_manifest, digests, folder_files, leaf_names, committed_steps, write_manifest
+from gptjax.parallel.processes import barrier, broadcast_from_main, all_agree, process_label
+from gptjax.storage import PROBE, TRASH, BucketError, resolve_path, filesystem
 from gptjax.config.section import InputError
 
 UNSOUND = ".unsound"
@@ -48,8 +48,8 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, cfg: CheckpointConfig, readonly: bool = False):
-        folder = place(folder)
-        self.store = store(folder)
+        folder = resolve_path(folder)
+        self.store = filesystem(folder)
         self.folder, self.cfg, self.readonly = self.store.absolute(folder), cfg, readonly
         self.problems: list[str] = []
         self._thread: threading.Thread | None = None
@@ -63,7 +63,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The committed steps, in order, read from the disk at each call."""
-        return sealed_steps(self.folder)
+        return committed_steps(self.folder)
 
     def newest(self) -> int | None:
         """The newest committed step; None where there is none."""
@@ -107,7 +107,7 @@ class Checkpoints:
         """
         assert not self.readonly, "these checkpoints were opened for reading"
         self.wait()
-        if from_first("saved", step in self.steps()):
+        if broadcast_from_main("saved", step in self.steps()):
             return
         from orbax.checkpoint import v1 as ocp
 
@@ -207,23 +207,23 @@ class Checkpoints:
         the unsound ones aside. Raises InputError where no step is sound, and where a sound step holds other leaves,
         shapes or types than asked for.
         """
-        steps = from_first("steps", self.steps())
+        steps = broadcast_from_main("steps", self.steps())
         if not steps or (step is not None and step not in steps):
             has = f"there are steps {', '.join(map(str, steps))}" if steps else "there is none"
             raise InputError(f"{self.folder}: no checkpoint{'' if step is None else f' of step {step}'}; {has}")
         tried = []
         for candidate in [step] if step is not None else reversed(steps):
             problems = self.verify(candidate) if jax.process_index() == 0 else []
-            if nobody_objects(not problems):
+            if all_agree(not problems):
                 state, data, config, problems = self._load(candidate, abstract_state, partial)
-                if nobody_objects(not problems):
+                if all_agree(not problems):
                     self._set_aside([s for s in steps if s > candidate and step is None])
                     return candidate, state, data, config
             shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
             tried.append(f"step {candidate}: {shown or 'not sound for another process, which says why'}")
             self.problems += [f"step {candidate}: {p}" for p in problems]
             if problems:  # of several processes each tells its own
-                where = f"{title()}: " if title() else ""
+                where = f"{process_label()}: " if process_label() else ""
                 line = f"warning: {where}checkpoint {self.path(candidate)} is not sound: {shown}"
                 print(line, file=sys.stderr, flush=True)
         raise InputError(f"{self.folder}: no sound checkpoint ({' | '.join(tried)}); give another --run-dir, or a copy")
@@ -252,7 +252,7 @@ class Checkpoints:
                 marks = ocp.load_checkpointables(path, {"digests": None})["digests"]
         except Exception as e:
             problems = [f"digests can't be read: {_one_line(e)}"]
-        if not nobody_objects(not problems):  # told before the load of the arrays, in which all have part
+        if not all_agree(not problems):  # told before the load of the arrays, in which all have part
             return None, None, None, problems
         self._check_leaves(step, dict(zip(names, leaves, strict=True)), marks, partial)
         wanted = _nested({n: _placed(leaf) for n, leaf in zip(names, leaves, strict=True)})

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from gptjax.storage import BucketError, store
+from gptjax.storage import BucketError, filesystem
 
 P = jax.P
 
@@ -77,19 +77,19 @@ def write_manifest(folder: Path, step: int) -> None:
     text = json.dumps({"step": step, "files": files, "sha256": _seal(step, files)}, indent=1)
     # Beside the folder, not inside it: a leftover of a kill must not count as one of its files.
     temporary = folder.with_name(f"{folder.name}.orbax-manifest")
-    store(folder).write(folder / MANIFEST, text.encode(), temporary)
+    filesystem(folder).write(folder / MANIFEST, text.encode(), temporary)
 
 
-def sealed_steps(folder: Path) -> list[int]:
+def committed_steps(folder: Path) -> list[int]:
     """The steps in a folder of checkpoints that have a manifest, which is written last, in order."""
-    names = [n for n in store(folder).names(folder) if re.fullmatch("[0-9]{8,}", n)]
-    return sorted(int(n) for n in names if store(folder).is_file(folder / n / MANIFEST))
+    names = [n for n in filesystem(folder).names(folder) if re.fullmatch("[0-9]{8,}", n)]
+    return sorted(int(n) for n in names if filesystem(folder).is_file(folder / n / MANIFEST))
 
 
 def check_manifest(folder: Path, step: int) -> list[str]:
     """How the folder of a step differs from its manifest, one line each; empty where it does not."""
     try:
-        manifest = json.loads(store(folder).read(folder / MANIFEST))
+        manifest = json.loads(filesystem(folder).read(folder / MANIFEST))
         files = manifest["files"]
         sealed = manifest["sha256"] == _seal(manifest["step"], files) and manifest["step"] == step
     except BucketError:  # an outage, which says nothing of the step
@@ -119,13 +119,13 @@ def check_manifest(folder: Path, step: int) -> list[str]:
 
 def folder_files(folder: Path) -> dict[str, int]:
     """Size of every file below the folder but its manifest, by the path inside."""
-    there = store(folder).sizes(folder)
+    there = filesystem(folder).sizes(folder)
     there.pop(MANIFEST, None)
     return there
 
 
 def _sha256(path: Path) -> str:
-    with store(path).open(path) as file:
+    with filesystem(path).open(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

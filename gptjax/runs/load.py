@@ -13,11 +13,11 @@ from gptjax.model.decoder import Decoder, init_params, make_decoder
 from gptjax.runs.run import Run, load_config
 from gptjax.config.section import InputError
 from gptjax.parallel.sharding import abstract, make_mesh, num_slices
-from gptjax.tokenizer import Tokenizer, load
+from gptjax.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
-class Trained:
+class LoadedModel:
     """A model that has been trained (or imported), its parameters on the mesh."""
 
     run: Run
@@ -27,17 +27,17 @@ class Trained:
     mesh: jax.sharding.Mesh
     step: int
     data_state: dict[str, Any]
-    """The state of the data after that step, as `data.feed` describes it."""
+    """The state of the data after that step, as `data.pipeline` describes it."""
 
     @property
     def tokenizer(self) -> Tokenizer:
         self.run.pull(self.run.tokenizer)
-        return load(self.run.tokenizer)
+        return load_tokenizer(self.run.tokenizer)
 
 
-def open_trained(
+def load_model(
     run_dir: str | Path, mesh_cfg: MeshConfig | None, step: int = 0, block: Callable[..., Any] | None = None
-) -> Trained:
+) -> LoadedModel:
     """The model of a run at a checkpoint (0: the newest), on a mesh that need not be the one it was trained on.
 
     None is a mesh of all devices, whose data axis is cut over the slices that they form.
@@ -60,7 +60,7 @@ def open_trained(
     item = "ema" if config.optim.ema else "params"
     wanted = {item: abstract(shapes, mesh)}
     found, state, data_state, _ = open_checkpoints(run_dir).restore(wanted, step or None, partial=True)
-    return Trained(run, config, decoder, state[item], mesh, found, data_state)
+    return LoadedModel(run, config, decoder, state[item], mesh, found, data_state)
 
 
 def open_checkpoints(run_dir: str | Path) -> Checkpoints:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.config import EXTENDABLE, SCHEMA, TrainConfig, frozen_changes
-from gptjax.runs.digest import MANIFEST, sealed_steps
+from gptjax.runs.digest import MANIFEST, committed_steps
 from gptjax.runtime.versions import versions
-from gptjax.storage import MARK, PROBE, place, store, write_json
+from gptjax.storage import MARK, PROBE, resolve_path, filesystem, write_json
 from gptjax.config.section import InputError, build, leaves
 
 HEADER = ("schema", "stage", "recipe", "settings")
@@ -35,7 +35,7 @@ class Run:
     @property
     def local(self) -> Path:
         """Where this machine has the files of the run that must be files: the folder itself, or a bucket's mirror."""
-        return store(self.folder).local(self.folder)
+        return filesystem(self.folder).local(self.folder)
 
     @property
     def config_path(self) -> Path:
@@ -81,7 +81,7 @@ class Run:
         import jax
 
         run = Run.at(folder)
-        files = store(run.folder)
+        files = filesystem(run.folder)
         if jax.process_count() > 1 and not files.direct:
             raise InputError(
                 f"{run.folder}: {jax.process_count()} processes train this run, but Orbax can't write there and one "
@@ -109,20 +109,20 @@ class Run:
     @staticmethod
     def at(folder: str | Path) -> "Run":
         """The run in `folder`, whether there is one or not."""
-        path = place(folder)
-        return Run(store(path).absolute(path))
+        path = resolve_path(folder)
+        return Run(filesystem(path).absolute(path))
 
     def pull(self, *paths: Path) -> None:
         """Makes these (`data`, `tokenizer`, ...) what they are in the run's bucket; of a local run they are that."""
-        store(self.folder).pull(self.folder, *(path.name for path in paths))
+        filesystem(self.folder).pull(self.folder, *(path.name for path in paths))
 
     def push(self, *paths: Path) -> None:
         """Brings these (`data`, `tokenizer`, ...) into the run's bucket; a local run has them."""
-        store(self.folder).push(self.folder, *(path.name for path in paths))
+        filesystem(self.folder).push(self.folder, *(path.name for path in paths))
 
     def push_logs(self) -> None:
         """Brings the metrics into the run's bucket; called before a step is committed, so that none is missing."""
-        store(self.folder).push(self.folder, *LOGS)
+        filesystem(self.folder).push(self.folder, *LOGS)
 
     def close(self) -> None:
         """After training: the logs and profiles go to a run's bucket, and its lease is given up."""
@@ -133,12 +133,12 @@ class Run:
                 self.push_logs()
                 self.push(self.profile)
         finally:
-            store(self.folder).release(self.folder)
+            filesystem(self.folder).release(self.folder)
 
     @staticmethod
     def existing(folder: str | Path) -> "Run":
         """The run in `folder`, to read; raises InputError where there is none."""
-        run, files = Run.at(folder), store(place(folder))
+        run, files = Run.at(folder), filesystem(resolve_path(folder))
         if not files.is_file(run.config_path):
             is_a = "a folder without config.json" if files.is_folder(run.folder) else "no folder"
             raise InputError(f"{folder}: {is_a}; wanted the folder of a run, as given to --run-dir when it was trained")
@@ -158,7 +158,7 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
     """All of a run's config.json: schema, stage, recipe, and settings with where each value came from."""
     path = Run.existing(run_dir).config_path
     try:
-        document = json.loads(store(path).read(path).decode("utf-8"))
+        document = json.loads(filesystem(path).read(path).decode("utf-8"))
     except OSError as e:
         raise InputError(f"{path}: can't be read ({e.strerror})") from e
     except UnicodeDecodeError as e:
@@ -205,7 +205,7 @@ def environment() -> dict[str, Any]:
 
 def _changes(run: Run, config: TrainConfig) -> tuple[str, ...]:
     """What differs from the settings in config.json; raises where a checkpoint forbids it."""
-    files = store(run.folder)
+    files = filesystem(run.folder)
     if not any(files.is_file(run.checkpoints / name / MANIFEST) for name in files.names(run.checkpoints)):
         return ()  # no step was ever committed, so nothing is lost by starting afresh
     if not files.is_file(run.config_path):
@@ -219,7 +219,7 @@ def _changes(run: Run, config: TrainConfig) -> tuple[str, ...]:
             f"{run.folder} was trained with other settings: {'; '.join(frozen)}; "
             "keep the old values, or give another --run-dir"
         )
-    newest = max(sealed_steps(run.checkpoints), default=0)
+    newest = max(committed_steps(run.checkpoints), default=0)
     if config.steps < newest:
         raise InputError(
             f"steps={config.steps}: {run.folder} is at step {newest} already; wanted --steps {newest} or more, or "

@@ -17,7 +17,7 @@ from gptjax.config.section import InputError
 from gptjax.parallel.sharding import shardings
 from gptjax.tokenizer import Tokenizer
 from gptjax.training.loop import TrainState
-from gptjax.runs.load import Trained, open_checkpoints, open_trained
+from gptjax.runs.load import LoadedModel, open_checkpoints, load_model
 
 # Leaves that may have more rows than before, and what their rows are.
 GROWING = {"embed_VD": "tokenizer.vocab_size", "head_VD": "tokenizer.vocab_size", "position_TD": "data.length"}
@@ -40,7 +40,7 @@ def check_init(config: TrainConfig) -> None:
     _check_settings(old, config)
 
 
-def start_from(
+def warm_start(
     config: TrainConfig, tokenizer: Tokenizer, state: TrainState, tx: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """`state`, a new one, with the weights of the run in config.init, and an optimizer that has seen nothing yet.
@@ -49,7 +49,7 @@ def start_from(
     and where a weight does not fit.
     """
     # The old run's block is not read from its folder: it is the one that this run was given.
-    old = open_trained(config.init, config.mesh, block=optional(config.model.block, "model.block"))
+    old = load_model(config.init, config.mesh, block=optional(config.model.block, "model.block"))
     _check_tokens(old, tokenizer)
     _check_shapes(old, state.params, config)
     rows = {
@@ -70,7 +70,7 @@ def start_from(
     return state.replace(params=params, opt_state=opt_state, ema=ema)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _check_tokens(old: Trained, tokenizer: Tokenizer) -> None:
+def _check_tokens(old: LoadedModel, tokenizer: Tokenizer) -> None:
     """The old ids mean what they meant."""
     before = old.tokenizer
     if before.sha256 == tokenizer.sha256:
@@ -97,7 +97,7 @@ def _check_settings(old: TrainConfig, config: TrainConfig) -> None:
         raise InputError(f"init={config.init!r}: its weights are of another model: {told}; wanted what was{advice}")
 
 
-def _check_shapes(old: Trained, params: Any, config: TrainConfig) -> None:
+def _check_shapes(old: LoadedModel, params: Any, config: TrainConfig) -> None:
     have = {jax.tree_util.keystr(p, simple=True, separator="."): x for p, x in _leaves(old.params)}
     want = {jax.tree_util.keystr(p, simple=True, separator="."): x for p, x in _leaves(params)}
     for name in sorted(have.keys() | want.keys()):

@@ -19,7 +19,7 @@ from gptjax.scaling.fits import Fitted, fit_law
 from gptjax.scaling.laws import TwoPoint
 from gptjax.scaling.saved import FORMAT, Fit, interval, strict
 from gptjax.scaling.table import INPUTS, Table, read_table
-from gptjax.storage import place, store
+from gptjax.storage import filesystem, resolve_path
 
 BAND = 24  # budgets at which the interval of N-opt and D-opt is written down
 MOST_NOTES = 12
@@ -38,10 +38,10 @@ def fit(
     """
     table, left_out = points(tables, cfg)
     check_enough(table, cfg.law)
-    if store(place(cfg.out)).is_file(place(cfg.out)):
+    if filesystem(resolve_path(cfg.out)).is_file(resolve_path(cfg.out)):
         raise InputError(f"out={cfg.out!r}: there is a file of that name; wanted a folder")
     made = Fit(strict(describe(table, cfg, left_out)), source=f"{cfg.out}/fit.json")
-    written = report.write_report(made, place(cfg.out))
+    written = report.write_report(made, resolve_path(cfg.out))
     for line in report.screen(made):
         show(line)
     if without := report.without_plots():

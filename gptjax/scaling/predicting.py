@@ -8,7 +8,7 @@ import numpy as np
 
 from gptjax.config import PredictConfig
 from gptjax.config.section import InputError
-from gptjax.scaling.recipes import recipe
+from gptjax.scaling.recipes import batch_rule
 from gptjax.scaling.saved import Fit, interval, open_fit, strict
 from gptjax.scaling.table import Table, best_run, read_table
 from gptjax.storage import write_json
@@ -86,7 +86,7 @@ def _budget(fit: Fit, cfg: PredictConfig) -> tuple[dict[str, Any], list[str]]:
     unique = _unique(cfg)
     made = optimum(fit, cfg.flops, *unique.values())
     outside += fit.check(cfg.extrapolate, parameters=made["parameters"], tokens=made["tokens"], **unique)
-    advice = recipe(cfg.recipe, made["parameters"], made["tokens"])
+    advice = batch_rule(cfg.recipe, made["parameters"], made["tokens"])
     lines = [
         f"best for {cfg.flops:.4g} FLOPs by {fit.document['law']}, {fit.level:.0%} intervals ({fit.source})",
         f"  parameters {_value(made['parameters'], made['parameters_interval'])}",
@@ -109,7 +109,7 @@ def _run(fit: Fit, cfg: PredictConfig) -> tuple[dict[str, Any], list[str]]:
     outside = fit.check(cfg.extrapolate, flops=flops, parameters=cfg.parameters, tokens=cfg.tokens, **unique)
     loss, loss_interval = fit.loss_of_run(cfg.parameters, cfg.tokens, *unique.values())
     best = float(np.squeeze(fit.law.loss(*fit.optimal(flops, *unique.values()), *unique.values())))
-    advice = recipe(cfg.recipe, cfg.parameters, cfg.tokens)
+    advice = batch_rule(cfg.recipe, cfg.parameters, cfg.tokens)
     lines = [
         f"{cfg.parameters:.4g} parameters on {cfg.tokens:.4g} tokens{_epochs(cfg, cfg.tokens)}, {flops:.4g} FLOPs "
         f"({fit.source})",

@@ -15,7 +15,7 @@ from gptjax.scaling.laws import KAPLAN_ND
 
 
 @dataclass(frozen=True)
-class Recipe:
+class BatchRule:
     """batch_tokens(N, D) and learning_rate(N, D): functions of non-embedding parameters and trained tokens."""
 
     source: str
@@ -37,20 +37,20 @@ def _kaplan_rate(N: float, D: float) -> float:
 
 
 # C in DeepSeek's formulas is M D with M the FLOPs of a token without embeddings, attention counted; 6 N is near it.
-RECIPES = {
-    "deepseek": Recipe(
+BATCH_RULES = {
+    "deepseek": BatchRule(
         "DeepSeek LLM 2024 (arXiv 2401.02954), equation 1: B = 0.2920 C^0.3271, rate = 0.3118 C^-0.1250, C = 6 N D",
         "C from 1e17 to 2e19, within 0.25 % of the least loss of each sweep; used up to 3e24",
         lambda N, D: 0.2920 * (6 * N * D) ** 0.3271,
         lambda N, D: 0.3118 * (6 * N * D) ** -0.1250,
     ),
-    "steplaw": Recipe(
+    "steplaw": BatchRule(
         "Step Law, Li et al. 2025 (arXiv 2503.04715): B = 0.58 D^0.571, rate = 1.79 N^-0.713 D^0.307",
         "3,700 runs, N from 6e7 to 1e9, D from 2e9 to 1e11, final rate 1e-5",
         lambda N, D: 0.58 * D**0.571,
         lambda N, D: 1.79 * N**-0.713 * D**0.307,
     ),
-    "kaplan": Recipe(
+    "kaplan": BatchRule(
         "Kaplan et al. 2020 (arXiv 2001.08361): B_crit of equation 1.4 at the loss of equation 1.5, rate of D.1",
         "WebText2, N from 768 to 1.5e9, Adam or Adafactor, 1,024 tokens a row",
         lambda N, D: critical_batch(float(KAPLAN_ND.loss(N, D))),
@@ -59,14 +59,14 @@ RECIPES = {
 }
 
 
-def recipe(name: str, N: float, D: float) -> dict[str, float | str]:
+def batch_rule(name: str, N: float, D: float) -> dict[str, float | str]:
     """batch_tokens, learning_rate and source for N non-embedding parameters and D tokens; InputError for bad input."""
-    if name not in RECIPES:
-        raise InputError(f"recipe={name!r}: wanted one of {sorted(RECIPES)}")
+    if name not in BATCH_RULES:
+        raise InputError(f"recipe={name!r}: wanted one of {sorted(BATCH_RULES)}")
     for key, value in (("N", N), ("D", D)):
         if not (np.isfinite(value) and value > 0):
             raise InputError(f"{key}={value}: wanted a finite number above 0")
-    chosen = RECIPES[name]
+    chosen = BATCH_RULES[name]
     return {
         "batch_tokens": float(chosen.batch_tokens(N, D)),
         "learning_rate": float(chosen.learning_rate(N, D)),

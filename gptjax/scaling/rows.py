@@ -14,7 +14,7 @@ import numpy as np
 from gptjax.config.section import InputError
 from gptjax.model.counts import parameters, token_flops
 from gptjax.runs.run import load_config
-from gptjax.storage import place, store
+from gptjax.storage import filesystem, resolve_path
 
 SWEEP_TABLE = "table.csv"
 WINDOWS = 48  # points of a curve that is made of training losses
@@ -22,7 +22,7 @@ ENOUGH = 5  # evaluations that make a curve
 WANTED = "wanted a .csv or .jsonl file, the folder of a sweep, or the folders of runs"
 
 
-class Row(NamedTuple):
+class RunRow(NamedTuple):
     """One row: its cells as text by column, where it stands, and the (tokens, losses) along the run."""
 
     cells: dict[str, str]
@@ -30,35 +30,35 @@ class Row(NamedTuple):
     curve: tuple[np.ndarray, np.ndarray] | None = None
 
 
-class Rows(NamedTuple):
+class RunRows(NamedTuple):
     """All rows of a table, and the sha256 of what was read."""
 
     source: str
     sha256: str
     header: tuple[str, ...]
-    rows: list[Row]
+    rows: list[RunRow]
     notes: tuple[str, ...]
     evaluated: bool = False
     """Whether the curves are of evaluations, not of training losses."""
 
 
-def read_rows(paths: Sequence[str | Path]) -> Rows:
+def read_rows(paths: Sequence[str | Path]) -> RunRows:
     """Reads a file, the table of a sweep's folder, or the folders of runs; raises InputError where it can't."""
     if not paths:
         raise InputError(f"no table is given; {WANTED}")
-    if len(paths) == 1 and not _is_run(place(paths[0])):
-        path = place(paths[0])
-        if store(path).is_folder(path):
-            if not store(path).is_file(path / SWEEP_TABLE):
+    if len(paths) == 1 and not _is_run(resolve_path(paths[0])):
+        path = resolve_path(paths[0])
+        if filesystem(path).is_folder(path):
+            if not filesystem(path).is_file(path / SWEEP_TABLE):
                 raise InputError(f"{path}: a folder with neither {SWEEP_TABLE} nor config.json; {WANTED}")
             path = path / SWEEP_TABLE
         rows = _read_file(path)
         return _with_curves(rows, path.parent) if "run_dir" in rows.header else rows
-    for path in map(place, paths):
+    for path in map(resolve_path, paths):
         if not _is_run(path):
             raise InputError(f"{path}: not the folder of a run, and several tables can't be read at once; {WANTED}")
     made, early = [], []
-    for path in map(place, paths):
+    for path in map(resolve_path, paths):
         row, curves, steps = _of_run(path)
         made.append((row, curves))
         if curves.step < steps:
@@ -67,15 +67,15 @@ def read_rows(paths: Sequence[str | Path]) -> Rows:
     notes = (note, f"{len(early)} runs have not ended, so their losses lie high: {', '.join(early)}")[: 1 + bool(early)]
     text = json.dumps([row.cells for row in rows], sort_keys=True)
     source = str(paths[0]) if len(paths) == 1 else f"{len(paths)} runs ({paths[0]}, ...)"
-    return Rows(source, hashlib.sha256(text.encode()).hexdigest(), tuple(rows[0].cells), rows, notes, evaluated)
+    return RunRows(source, hashlib.sha256(text.encode()).hexdigest(), tuple(rows[0].cells), rows, notes, evaluated)
 
 
 def _is_run(path: Path) -> bool:
-    return store(path).is_file(path / "config.json")
+    return filesystem(path).is_file(path / "config.json")
 
 
-def _read_file(path: Path) -> Rows:
-    if not store(path).is_file(path):
+def _read_file(path: Path) -> RunRows:
+    if not filesystem(path).is_file(path):
         raise InputError(f"{path}: no such file or folder; {WANTED}")
     raw = _bytes(path)
     try:
@@ -88,10 +88,10 @@ def _read_file(path: Path) -> Rows:
     header, rows = _jsonl(text, str(path)) if jsonl else _csv(text, str(path))
     if not rows:
         raise InputError(f"{path}: a header and no rows; wanted a row for each run")
-    return Rows(str(path), hashlib.sha256(raw).hexdigest(), header, rows, ())
+    return RunRows(str(path), hashlib.sha256(raw).hexdigest(), header, rows, ())
 
 
-def _csv(text: str, source: str) -> tuple[tuple[str, ...], list[Row]]:
+def _csv(text: str, source: str) -> tuple[tuple[str, ...], list[RunRow]]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         lines = [(reader.line_num, [cell.strip() for cell in line]) for line in reader]
@@ -109,7 +109,7 @@ def _csv(text: str, source: str) -> tuple[tuple[str, ...], list[Row]]:
                 f"{source}:{number}: {len(cells)} cells in the row, {len(header)} columns in the header; "
                 "repair the row (a text with commas needs quotes)"
             )
-        rows.append(Row(dict(zip(header, cells, strict=True)), f"{source}:{number}"))
+        rows.append(RunRow(dict(zip(header, cells, strict=True)), f"{source}:{number}"))
     return tuple(header), rows
 
 
@@ -121,7 +121,7 @@ def _once(names: Sequence[str], where: str) -> None:
         raise InputError(f"{where}: {what} there {times} times; wanted each name once, rename or remove the others")
 
 
-def _jsonl(text: str, source: str) -> tuple[tuple[str, ...], list[Row]]:
+def _jsonl(text: str, source: str) -> tuple[tuple[str, ...], list[RunRow]]:
     rows, header = [], {}
     for where, line in _objects(text, source):
         cells = {}
@@ -130,7 +130,7 @@ def _jsonl(text: str, source: str) -> tuple[tuple[str, ...], list[Row]]:
                 raise InputError(f"{where}: {name} is {json.dumps(value)[:40]}; wanted a number or a text")
             cells[name] = "" if value is None else str(value)
         header |= dict.fromkeys(cells)
-        rows.append(Row(cells, where))
+        rows.append(RunRow(cells, where))
     return tuple(header), rows
 
 
@@ -162,7 +162,7 @@ def _objects(text: str, source: str, torn: bool = False) -> Iterator[tuple[str, 
 
 def _bytes(path: Path) -> bytes:
     try:
-        return store(path).read(path)
+        return filesystem(path).read(path)
     except OSError as e:
         raise InputError(f"{path}: can't be read ({e.strerror})") from e
 
@@ -179,7 +179,7 @@ class _Curves(NamedTuple):
     diverged: bool
 
 
-def _of_run(folder: Path) -> tuple[Row, _Curves, int]:
+def _of_run(folder: Path) -> tuple[RunRow, _Curves, int]:
     """The row of a run's folder: the loss of its last evaluation, the tokens until then; and the run's steps."""
     config = load_config(folder)
     count = parameters(config.model, config.tokenizer.vocab_size, config.data.length)
@@ -200,13 +200,13 @@ def _of_run(folder: Path) -> tuple[Row, _Curves, int]:
         "flops": str(float(tokens[-1] * token_flops(config))),
         "loss": str(float(losses[-1])),
     }
-    return Row(cells, str(folder)), curves, config.steps
+    return RunRow(cells, str(folder)), curves, config.steps
 
 
 def _curves(folder: Path) -> _Curves:
     """Losses along a run, from its metrics."""
     path = folder / "metrics.jsonl"
-    if not store(path).is_file(path):
+    if not filesystem(path).is_file(path):
         raise InputError(f"{path}: no such file; wanted a run that was trained")
     tokens_at: dict[int, float] = {}
     evaluated: dict[int, float] = {}
@@ -241,7 +241,7 @@ def _windows(points_T2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.array([tokens[p].mean() for p in parts]), np.array([loss[p].mean() for p in parts])
 
 
-def _same_curves(made: Sequence[tuple[Row, _Curves]]) -> tuple[list[Row], str, bool]:
+def _same_curves(made: Sequence[tuple[RunRow, _Curves]]) -> tuple[list[RunRow], str, bool]:
     """The rows with their curves, all of evaluations or all of training losses, and which, in words and as a flag."""
     if all(len(curves.evaluation[0]) >= ENOUGH for _, curves in made):
         return [row._replace(curve=curves.evaluation) for row, curves in made], "curves: losses of evaluations", True
@@ -250,12 +250,16 @@ def _same_curves(made: Sequence[tuple[Row, _Curves]]) -> tuple[list[Row], str, b
     return rows, f"curves: training losses averaged over {WINDOWS} windows of each run, for {why}", False
 
 
-def _with_curves(rows: Rows, folder: Path) -> Rows:
+def _with_curves(rows: RunRows, folder: Path) -> RunRows:
     """The rows of a sweep with the curves of the runs that are still there; a note says how many are."""
     made, without = [], []
     for row in rows.rows:
         name = row.cells["run_dir"]
-        places = [path for path in (folder / name, place(name)) if name and store(path).is_file(path / "metrics.jsonl")]
+        places = [
+            path
+            for path in (folder / name, resolve_path(name))
+            if name and filesystem(path).is_file(path / "metrics.jsonl")
+        ]
         if places:
             made.append((row, _curves(places[0])))
         else:

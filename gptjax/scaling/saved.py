@@ -13,7 +13,7 @@ import numpy as np
 from gptjax.config.section import InputError
 from gptjax.scaling.fits import Fitted
 from gptjax.scaling.laws import TwoPoint
-from gptjax.storage import place, store
+from gptjax.storage import filesystem, resolve_path
 
 FORMAT = 1
 KEYS = ("format", "law", "formula", "coefficients", "flops_per", "level", "range", "approaches", "leave_one_out",
@@ -110,12 +110,12 @@ class Fit:
 
 def open_fit(path: str | Path) -> Fit:
     """Reads fit.json, or the folder it lies in; raises InputError where it is not one that this version wrote."""
-    file = place(path)
-    if store(file).is_folder(file):
+    file = resolve_path(path)
+    if filesystem(file).is_folder(file):
         file = file / "fit.json"
-    if not store(file).is_file(file):
+    if not filesystem(file).is_file(file):
         raise InputError(f"{file}: no such file; wanted the folder that gptjax fit wrote (gptjax fit TABLE --out DIR)")
-    raw = store(file).read(file)
+    raw = filesystem(file).read(file)
     try:
         document = json.loads(raw)
     except (ValueError, RecursionError) as e:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gptjax.config.section import InputError
-from gptjax.scaling.rows import Row, Rows, read_rows
+from gptjax.scaling.rows import RunRow, RunRows, read_rows
 
 # How each field may be called; the first is our own name. Case, spaces and dashes do not matter.
 FIELDS = {
@@ -218,7 +218,7 @@ def _spelled(name: str) -> str:
     return re.sub(r"[\s-]+", "_", name.strip().lower())
 
 
-def _mapping(rows: Rows, columns: Iterable[str]) -> dict[str, str]:
+def _mapping(rows: RunRows, columns: Iterable[str]) -> dict[str, str]:
     """The table's column of each field that it has."""
     mapping: dict[str, str] = {}
     for text in columns:
@@ -258,7 +258,7 @@ def _size(mapping: Mapping[str, str], count: str, source: str, notes: list[str])
     return wanted
 
 
-def _missing(field: str, rows: Rows, more: str = "") -> InputError:
+def _missing(field: str, rows: RunRows, more: str = "") -> InputError:
     names = ", ".join(FIELDS[field][:4])
     return InputError(
         f"{rows.source}: no column of {field}{more} among {_listed(rows.header)}; wanted {names}, ..., "
@@ -270,7 +270,7 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:12]) + (f", ... ({len(names)})" if len(names) > 12 else "")
 
 
-def _number(row: Row, column: str, field: str, required: bool) -> float:
+def _number(row: RunRow, column: str, field: str, required: bool) -> float:
     """The number in a cell: above 0, and neither too large nor too small; NaN for an empty cell that may be."""
     text = row.cells.get(column, "")
     if not text.strip() and not required:
@@ -289,7 +289,7 @@ def _number(row: Row, column: str, field: str, required: bool) -> float:
     return value
 
 
-def _texts(rows: Sequence[Row], column: str | None, other: Callable[[int], str]) -> tuple[str, ...]:
+def _texts(rows: Sequence[RunRow], column: str | None, other: Callable[[int], str]) -> tuple[str, ...]:
     return tuple((row.cells.get(column, "") if column else "") or other(i) for i, row in enumerate(rows))
 
 
@@ -339,7 +339,7 @@ def _maybe(text: str) -> float | None:
         return None
 
 
-def _condition(text: str, mapping: Mapping[str, str], rows: Rows) -> _Condition:
+def _condition(text: str, mapping: Mapping[str, str], rows: RunRows) -> _Condition:
     match = CONDITION.fullmatch(text)
     if match is None:
         raise InputError(f"--where {text}: wanted COLUMN=VALUE (or VALUE,VALUE), or !=, <, <=, > or >= in its place")

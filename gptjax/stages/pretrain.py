@@ -11,21 +11,28 @@ import jax
 
 from gptjax.config import TrainConfig
 from gptjax.config.section import leaves
-from gptjax.data.feed import open_feed
 from gptjax.data.packing import example_batch
+from gptjax.data.pipeline import open_pipeline
 from gptjax.evals.loss import evaluate, make_eval_step
 from gptjax.generation.engine import generate
 from gptjax.model.decoder import Decoder
 from gptjax.ops.attention import describe
-from gptjax.parallel.processes import agreed, barrier, first_alone, from_first, is_first, join_processes
-from gptjax.parallel.sharding import abstract, make_mesh, rows_here
+from gptjax.parallel.processes import (
+    all_reduce_max_lagged,
+    barrier,
+    broadcast_from_main,
+    is_main_process,
+    join_processes,
+    main_process_first,
+)
+from gptjax.parallel.sharding import abstract, local_rows, make_mesh
 from gptjax.runs.checkpoint import Checkpoints
-from gptjax.runs.digest import sealed_steps
+from gptjax.runs.digest import committed_steps
 from gptjax.runs.run import Run
-from gptjax.runs.warm_start import check_init, start_from
+from gptjax.runs.warm_start import check_init, warm_start
 from gptjax.runtime.process import STARTED
 from gptjax.tokenizer import Tokenizer
-from gptjax.training.build import assemble, check_divisible
+from gptjax.training.build import build_components, check_divisible
 from gptjax.training.loop import (
     Diverged,
     Interrupted,
@@ -34,8 +41,8 @@ from gptjax.training.loop import (
     compile_step,
     enable_compile_cache,
     fit,
-    in_background,
     init_state,
+    run_in_background,
     stop_on_signals,
 )
 from gptjax.training.metrics import Metrics
@@ -57,11 +64,11 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
             enable_compile_cache()
         mesh = make_mesh(config.mesh)
         check_divisible(config, mesh.shape)
-        rows = rows_here(config.data.batch_size, mesh)
+        rows = local_rows(config.data.batch_size, mesh)
         with jax.set_mesh(mesh):
             attention = describe(config.model, config.data.length, config.data.several_documents)
-        decoder, tx, init, step = assemble(config)
-        if config.init and not sealed_steps(Run.at(config.run_dir).checkpoints):
+        decoder, tx, init, step = build_components(config)
+        if config.init and not committed_steps(Run.at(config.run_dir).checkpoints):
             check_init(config)
         run = Run.open(config.run_dir, config, recipe, origins)
         ending.callback(run.close)
@@ -74,11 +81,11 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
             # Traced here: tracing imports, and while tensorflow_datasets is imported (to prepare text, next) no other
             # thread may, since it exchanges Python's own import for one that breaks JAX's.
             lowered = step.lower(shapes, {}, example)
-        compiled = in_background(lowered.compile, mesh)
-        with first_alone("feed"):
+        compiled = run_in_background(lowered.compile, mesh)
+        with main_process_first("feed"):
             run.pull(run.data)
-            feed = open_feed(config, run.data, _say)
-            if is_first():
+            feed = open_pipeline(config, run.data, _say)
+            if is_main_process():
                 feed.tokenizer.save(run.tokenizer)
                 run.push(run.data, run.tokenizer)
         _say(feed.describe())
@@ -87,14 +94,14 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
         barrier("ready")
         with jax.set_mesh(mesh):
             start, data_state = 0, feed.start
-            if from_first("newest", checkpoints.newest()) is not None:
+            if broadcast_from_main("newest", checkpoints.newest()) is not None:
                 start, state, data_state, _ = checkpoints.restore(shapes)
                 feed.check(data_state)
                 _say(f"resumed {run.folder} after step {start}")
             else:
                 state = init_state(init, config.seed, mesh)
                 if config.init:
-                    state = start_from(config, feed.tokenizer, state, tx, mesh)
+                    state = warm_start(config, feed.tokenizer, state, tx, mesh)
                     _say(f"weights from {config.init}")
             feed.batch(0, rows.numbers)  # damaged data is told now, not after the wait for a long compilation
             _say(attention)
@@ -113,7 +120,7 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
 
             def retain() -> None:
                 checkpoints.wait()  # the save that it may refer to is on the disk
-                if is_first():  # which has the metrics, and deletes
+                if is_main_process():  # which has the metrics, and deletes
                     checkpoints.retain(metrics.file.best_steps(config.checkpoint.keep_best, among=checkpoints.steps()))
 
             def log(i: int, values: dict) -> None:
@@ -132,7 +139,7 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
                         yield batch, after
 
             due = start > 0 and (start % config.evaluate.every == 0 or start == config.steps)
-            if due and not from_first("evaluated", is_first() and metrics.file.has_evaluation(start)):
+            if due and not broadcast_from_main("evaluated", is_main_process() and metrics.file.has_evaluation(start)):
                 evaluate_at(start, state)  # the run ended between a save and its evaluation
             profile = (*config.profile_steps, run.profile) if config.profile_steps else None
             size = sum(s.data.nbytes for x in jax.tree.leaves(state) for s in x.addressable_shards)
@@ -140,7 +147,7 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
                 config.time_limit_seconds, STARTED, lambda: checkpoints.seconds or size / SAVE_BYTES_A_SECOND
             )
 
-            reason = agreed(lambda: NEAR if limit.near() else ASKED if signals.stop() else 0)
+            reason = all_reduce_max_lagged(lambda: NEAR if limit.near() else ASKED if signals.stop() else 0)
 
             def stop() -> bool:
                 why = reason()
@@ -196,10 +203,10 @@ def _print_sample(config: TrainConfig, decoder: Decoder, params: Any, tokenizer:
         config.generate, prompt=(prompt,), max_new_tokens=min(room, config.generate.max_new_tokens)
     )
     text = generate(decoder, params, tokenizer, settings)[0]
-    if is_first():
+    if is_main_process():
         print(f"\nsample of {settings.max_new_tokens} tokens:\n{prompt}{text}\n", flush=True)
 
 
 def _say(line: str) -> None:
-    if is_first():
+    if is_main_process():
         print(line, file=sys.stderr, flush=True)

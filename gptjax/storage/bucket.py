@@ -55,7 +55,7 @@ class BucketError(OSError, InputError):
         return f"{self.filename}: {self.strerror}"
 
 
-def may_pass(error: BaseException | None) -> bool:
+def is_transient(error: BaseException | None) -> bool:
     """Whether an outage of a store is what the error comes from."""
     while error is not None:
         if isinstance(error, BucketError):
@@ -65,7 +65,7 @@ def may_pass(error: BaseException | None) -> bool:
 
 
 @functools.cache
-def bucket(scheme: str) -> "Bucket":
+def open_bucket(scheme: str) -> "Bucket":
     """The store of a scheme; raises InputError where its package is not installed."""
     _, package, extra, _ = SCHEMES[scheme]
     if importlib.util.find_spec(package) is None:

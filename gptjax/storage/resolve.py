@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.config.section import InputError
-from gptjax.storage.bucket import SCHEMES, Bucket, bucket
+from gptjax.storage.bucket import SCHEMES, Bucket, open_bucket
 from gptjax.storage.disk import Disk
 
 DISK = Disk()
 
 
-def place(text: str | os.PathLike[str]) -> Path:
+def resolve_path(text: str | os.PathLike[str]) -> Path:
     """A path of a file system, or one with the same methods in a bucket; not yet absolute.
 
     Raises InputError for another scheme, for a bucket without a folder, and where a package is missing.
@@ -28,35 +28,35 @@ def place(text: str | os.PathLike[str]) -> Path:
     parts = rest.rstrip("/").split("/")
     if len(parts) < 2 or {"", ".", ".."} & set(parts):
         raise InputError(f"{written}: does not name a folder in a bucket; {wanted}")
-    bucket(scheme)
+    open_bucket(scheme)
     from etils import epath
 
     path: Any = epath.Path(written.rstrip("/"))
     return path
 
 
-def store(path: os.PathLike[str]) -> Disk | Bucket:
-    """What can be done where a path made by `place` lies."""
+def filesystem(path: os.PathLike[str]) -> Disk | Bucket:
+    """What can be done where a path made by `resolve_path` lies."""
     scheme, found, _ = os.fspath(path).partition("://")
-    return bucket(scheme) if found and scheme in SCHEMES else DISK
+    return open_bucket(scheme) if found and scheme in SCHEMES else DISK
 
 
 def write_file(text: str | os.PathLike[str], data: bytes) -> None:
     """Writes a file, whole or not at all, and makes its folder; raises InputError where it can't."""
-    path = place(text)
+    path = resolve_path(text)
     try:
-        store(path).make_folder(path.parent)
-        store(path).write(path, data)
+        filesystem(path).make_folder(path.parent)
+        filesystem(path).write(path, data)
     except OSError as e:
         raise InputError(f"{path}: can't be written ({e.strerror}); free the disk, or give another place") from e
 
 
 def check_file(text: str | os.PathLike[str]) -> None:
     """Raises InputError now where `write_file` could not write later; a file that is there is left as it is."""
-    path = place(text)
-    if store(path).is_folder(path):
+    path = resolve_path(text)
+    if filesystem(path).is_folder(path):
         raise InputError(f"{path}: there is a folder of that name; wanted a file")
-    store(path).make_writable(path.parent, str(path), "give another place")
+    filesystem(path).make_writable(path.parent, str(path), "give another place")
 
 
 def write_json(text: str | os.PathLike[str], document: Any) -> None:

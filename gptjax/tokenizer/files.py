@@ -24,7 +24,7 @@ from gptjax.tokenizer.tiktoken import TiktokenTokenizer, looks_like_ranks
 _KINDS = ("bytes", "sentencepiece", "huggingface", "tiktoken")
 
 
-def load(folder: Path) -> Tokenizer:
+def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer that `save` wrote into the folder; raises InputError where a file is missing or was changed."""
     folder = Path(folder)
     path = folder / META_FILE
@@ -69,7 +69,7 @@ def open_tokenizer(path: str | Path, kind: str = "", pattern: str = "") -> Token
     """
     path = Path(path)
     if path.is_dir() and (path / META_FILE).exists():
-        tokenizer = load(path)
+        tokenizer = load_tokenizer(path)
         if kind not in ("", tokenizer.kind):
             raise _other_kind(path, tokenizer.kind, kind)
         if isinstance(tokenizer, TiktokenTokenizer) and pattern not in ("", tokenizer.pattern):

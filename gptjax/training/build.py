@@ -39,7 +39,7 @@ def language_model_loss(decoder: Decoder, z_loss: float = 0.0, norms: bool = Fal
     return loss_fn
 
 
-class Parts(NamedTuple):
+class TrainComponents(NamedTuple):
     """What the settings of a run make, before anything is allocated or compiled."""
 
     decoder: Decoder
@@ -48,7 +48,7 @@ class Parts(NamedTuple):
     step: Callable  # (state, frozen, batch) -> (state, metrics)
 
 
-def assemble(config: TrainConfig) -> Parts:
+def build_components(config: TrainConfig) -> TrainComponents:
     """The decoder, optimizer, initial state and training step of a run, with the user's own loss and block."""
     decoder = make_decoder(config, optional(config.model.block, "model.block"))
     norms, ema = config.log_norms_every > 0, config.optim.ema
@@ -64,7 +64,7 @@ def assemble(config: TrainConfig) -> Parts:
     schedule = make_schedule(config.optim, config.steps)
     tx = make_optimizer(config.optim, schedule, config.model)
     step = make_train_step(loss_fn, tx, schedule, config.optim.accumulate, ema, norms)
-    return Parts(decoder, tx, make_init(init_params(decoder), tx, ema), step)
+    return TrainComponents(decoder, tx, make_init(init_params(decoder), tx, ema), step)
 
 
 def _checked(loss_fn: LossFn, name: str) -> LossFn:

@@ -18,7 +18,7 @@ import optax
 from jax.sharding import Mesh
 
 from gptjax.config.section import InputError
-from gptjax.parallel.sharding import RowsHere, constrain, put, require_mesh, shardings, suffix
+from gptjax.parallel.sharding import LocalRows, constrain, require_mesh, shardings, suffix, to_global
 from gptjax.runtime.versions import cache_folder
 
 T = TypeVar("T")
@@ -74,7 +74,7 @@ def init_state(init: Callable, seed: int, mesh: Mesh) -> TrainState:
     return jax.jit(init, out_shardings=where)(seed)
 
 
-def in_background(make: Callable[[], T], mesh: Mesh) -> Future[T]:
+def run_in_background(make: Callable[[], T], mesh: Mesh) -> Future[T]:
     """Calls make() in a thread under the mesh, e.g. to compile while text is prepared: XLA works without Python's lock.
 
     The process does not end before the thread does.
@@ -175,7 +175,7 @@ def fit(
     until: int,
     *,
     mesh: Mesh,
-    rows: RowsHere | None = None,
+    rows: LocalRows | None = None,
     log: Callable[[int, dict], None],
     save: Callable[[int, TrainState, dict], None],
     save_every: int,
@@ -200,7 +200,7 @@ def fit(
 
     def take() -> tuple[dict, dict]:
         host_batch, data_state = next(batches)
-        return put(host_batch, mesh, rows), data_state
+        return to_global(host_batch, mesh, rows), data_state
 
     def report(i: int, metrics: dict) -> None:
         values = jax.device_get(metrics)

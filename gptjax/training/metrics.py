@@ -204,7 +204,7 @@ def peak_flops(dtype: str) -> tuple[float, str]:
     return 2 * size**3 / best / shared, "measured"
 
 
-class Progress:
+class ProgressBar:
     """A bar on a terminal, otherwise a line every `every` steps, both on stderr."""
 
     def __init__(self, total: int, start: int, every: int):
@@ -267,7 +267,7 @@ class Metrics:
         flops = flops_per_token(cfg.model, vocab_size, cfg.data.length)
         self._throughput = Throughput(self._tokens_a_step, flops, devices * peak)
         self._tensorboard = TensorBoard(tensorboard, resumed_step) if cfg.tensorboard else None
-        self.progress = Progress(cfg.steps, resumed_step, cfg.log_every)
+        self.progress = ProgressBar(cfg.steps, resumed_step, cfg.log_every)
         self.progress.note(
             f"mfu is by 6N/causal/PaLM, a share of {peak / 1e12:.4g} TFLOP/s ({cfg.model.dtype}, {source}) "
             f"on each of {devices} x {kind}"

@@ -11,11 +11,11 @@ from typing import Any
 from gptjax.config import DoctorConfig
 from gptjax.diagnostics.doctor import versions
 from gptjax.diagnostics.doctor.finding import Finding, worst
-from gptjax.parallel.processes import is_first, wait_for_reports
+from gptjax.parallel.processes import is_main_process, wait_for_reports
 from gptjax.runs.run import environment
 from gptjax.storage import write_json
 
-Look = Callable[[], Iterable[Finding]]
+Probe = Callable[[], Iterable[Finding]]
 SAID = {"PROBLEM": "there are problems", "warning": "nothing stands in the way", "ok": "all is well"}
 
 
@@ -30,10 +30,10 @@ def examine(cfg: DoctorConfig, say: Callable[[str], None], start: Callable[[], N
     try:
         start()
         report = environment()
-        parts = looks(cfg)
+        parts = probes(cfg)
     except Exception as e:  # one of the things that the doctor is asked about
         findings.append(_broken("start", e, "nothing that needs jax was looked at"))
-    first = is_first()
+    first = is_main_process()
     if cfg.json and first:
         write_json(cfg.json, {"ok": False, "findings": []})  # a place that can't be written is told now
     for finding in findings:
@@ -60,7 +60,7 @@ def examine(cfg: DoctorConfig, say: Callable[[str], None], start: Callable[[], N
     return not problems
 
 
-def looks(cfg: DoctorConfig) -> Iterator[tuple[str, Look]]:
+def probes(cfg: DoctorConfig) -> Iterator[tuple[str, Probe]]:
     """The name of each part of the examination, and how to make it."""
     from gptjax.diagnostics.doctor import ceilings, collectives, machine
 

@@ -122,18 +122,18 @@ def _compile(config: TrainConfig, target: Target, folder: Path, code: bool) -> d
     from gptjax.data.packing import example_batch
     from gptjax.parallel.sharding import abstract, make_mesh
     from gptjax.parallel.sharding_lint import findings
-    from gptjax.training.build import assemble, check_divisible
-    from gptjax.training.loop import compile_step, in_background
+    from gptjax.training.build import build_components, check_divisible
+    from gptjax.training.loop import compile_step, run_in_background
 
     devices = _devices(target)
     mesh = make_mesh(dataclasses.replace(config.mesh, slices=1), devices)  # these devices form one slice
     check_divisible(config, mesh.shape)
-    parts = assemble(config)
+    parts = build_components(config)
     with jax.set_mesh(mesh):
         state = abstract(jax.eval_shape(parts.init, 0), mesh)
         batch = abstract(example_batch(config.data.batch_size, config.data.length), mesh)
         step = compile_step(parts.step, mesh, state, {}, batch).lower(state, {}, batch)
-        thread = in_background(step.compile, mesh)
+        thread = run_in_background(step.compile, mesh)
 
         def lint(program: str) -> list[str]:
             return findings(config, dict(mesh.shape), state, batch, program)

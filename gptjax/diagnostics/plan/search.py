@@ -18,10 +18,10 @@ from gptjax.diagnostics.plan.compiled import Compiled
 from gptjax.diagnostics.plan.memory import BY_CHIP, Memory, StateBytes, Temporaries, state_bytes, step_memory
 from gptjax.diagnostics.plan.roofline import Speed, speed
 from gptjax.model.counts import padded_vocab
-from gptjax.ops.attention import Device, choose
+from gptjax.ops.attention import Device, select_kernel
 from gptjax.parallel.sharding import AXES, axis_sizes, filled
 from gptjax.runtime.hardware import Topology
-from gptjax.training.build import assemble, check_divisible
+from gptjax.training.build import build_components, check_divisible
 
 # Memory that the count may use up where no compiler has the last word: its own error, and what a run needs besides.
 SAFE = 0.9
@@ -64,7 +64,7 @@ class Planner:
     def __init__(self, config: TrainConfig, topology: Topology):
         self.topology = topology
         self.config = with_attention(on(topology, config), topology)
-        self._shapes = jax.eval_shape(assemble(self.config).init, 0)
+        self._shapes = jax.eval_shape(build_components(self.config).init, 0)
         self._state = functools.cache(self._state_bytes)
 
     @property
@@ -185,10 +185,10 @@ def on(topology: Topology, config: TrainConfig) -> TrainConfig:
 
 
 def with_attention(config: TrainConfig, topology: Topology) -> TrainConfig:
-    """The settings with model.attention as the devices of the topology would choose it; raises what `choose` raises."""
+    """The settings with model.attention as the topology's devices select it; raises what `select_kernel` raises."""
     platform = _platform(topology)
     device = Device(platform, 9.0 if platform == "gpu" else 0.0, config.mesh.context > 1)
-    name = choose(config.model, config.data.length, device)
+    name = select_kernel(config.model, config.data.length, device)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, attention=name))
 
 

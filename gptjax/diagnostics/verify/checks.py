@@ -17,10 +17,18 @@ import numpy as np
 
 from gptjax.config import MeshConfig, VerifyConfig
 from gptjax.diagnostics.verify import numbers
-from gptjax.diagnostics.verify.settings import KERNELS, Setting, kernel_obstacle, mesh_name, meshes, settings, sizes
+from gptjax.diagnostics.verify.settings import (
+    OF_ONE_PLATFORM,
+    Setting,
+    kernel_obstacle,
+    mesh_name,
+    meshes,
+    settings,
+    sizes,
+)
 from gptjax.model.cache import empty_cache
 from gptjax.parallel.processes import wait_for_reports
-from gptjax.parallel.sharding import num_slices, put
+from gptjax.parallel.sharding import num_slices, to_global
 from gptjax.runs.run import environment
 from gptjax.runtime.process import usable_cores
 from gptjax.storage import write_json
@@ -60,7 +68,7 @@ def verify(cfg: VerifyConfig, say: Callable[[str], None]) -> bool:
     start, results, first = time.perf_counter(), [], jax.process_index() == 0
     if cfg.json and first:
         write_json(cfg.json, {"ok": False, "results": []})  # a place that can't be written is told now
-    for name in KERNELS:
+    for name in OF_ONE_PLATFORM:
         if first and (reason := kernel_obstacle(name)):
             say(f"attention {name} is not tried: {reason}")
     if first:
@@ -156,8 +164,8 @@ def cache_is_exact(family: str, mesh: MeshConfig | None, name: str) -> Result:
         return apply(ids_BL, place_BL, jnp.ones_like(ids_BL))[0], cached_BLV
 
     with jax.set_mesh(over), jax.default_matmul_precision("highest"):
-        inputs = put({"ids_BL": ids_BL, "place_BL": place_BL}, over)
-        params = put(numbers.first_state(family).params, over)
+        inputs = to_global({"ids_BL": ids_BL, "place_BL": place_BL}, over)
+        params = to_global(numbers.first_state(family).params, over)
         full_BLV, cached_BLV = numbers.on_host(jax.jit(both)(params, inputs["ids_BL"], inputs["place_BL"]))
     full_BLV, cached_BLV = full_BLV[..., : numbers.VOCAB], cached_BLV[..., : numbers.VOCAB]  # the others are masked
     far = numbers.finite(float(np.abs(cached_BLV - full_BLV).max() / np.abs(full_BLV).max()))
@@ -177,7 +185,7 @@ def nothing_leaks(setting: Setting, name: str) -> Result:
     after = before | {"inputs_BL": before["inputs_BL"].copy()}
     after["inputs_BL"][rows_B, place_B] = (after["inputs_BL"][rows_B, place_B] + 1) % numbers.VOCAB
     with jax.set_mesh(over), jax.default_matmul_precision("highest"):
-        params = put(numbers.first_state(setting.family).params, over)
+        params = to_global(numbers.first_state(setting.family).params, over)
 
         @jax.jit
         def forward(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
@@ -185,7 +193,7 @@ def nothing_leaks(setting: Setting, name: str) -> Result:
                 0
             ]
 
-        a_BLD, b_BLD = (numbers.on_host(forward(params, put(x, over))) for x in (before, after))
+        a_BLD, b_BLD = (numbers.on_host(forward(params, to_global(x, over))) for x in (before, after))
     changed_BL = (a_BLD != b_BLD).any(axis=-1)
     may_BL = (np.arange(numbers.LENGTH) >= place_B[:, None]) & (segments_BL == 2)
     if (changed_BL & ~may_BL).any():

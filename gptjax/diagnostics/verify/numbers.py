@@ -20,7 +20,7 @@ from gptjax.config import MeshConfig
 from gptjax.data.packing import Batch, pack_documents, pad_documents
 from gptjax.diagnostics.verify.settings import Setting
 from gptjax.model.decoder import Decoder, init_params
-from gptjax.parallel.sharding import make_mesh, put
+from gptjax.parallel.sharding import make_mesh, to_global
 from gptjax.runs.digest import leaf_names
 from gptjax.training.build import language_model_loss
 from gptjax.training.loop import compile_step, init_state, make_init, make_train_step
@@ -106,9 +106,9 @@ def run(setting: Setting, step: Callable | None = None) -> Numbers:
     mesh, rows = device_mesh(setting.mesh), num_rows()
     losses, gradients = [], None
     with jax.set_mesh(mesh):
-        state = put(first_state(setting.family), mesh)
+        state = to_global(first_state(setting.family), mesh)
         for i in range(STEPS):
-            state, metrics = step(state, {}, put(batch(i, setting.packing, rows), mesh))
+            state, metrics = step(state, {}, to_global(batch(i, setting.packing, rows), mesh))
             losses.append(float(metrics["loss"]))
             gradients = on_host(state.opt_state[0].trace) if gradients is None else gradients
     return Numbers(losses, gradients)

@@ -5,8 +5,8 @@ import itertools
 from typing import Any
 
 from gptjax.config import MeshConfig, ModelConfig
-from gptjax.config.attention import BACKENDS
-from gptjax.ops.attention import here, obstacle
+from gptjax.config.attention import KERNELS
+from gptjax.ops.attention import current_device, unsupported_reason
 from gptjax.parallel.sharding import AXES, axis_sizes
 
 GPT2 = ModelConfig(num_layers=2, width=32, num_heads=4, attention_block=5, dtype="float32")
@@ -101,17 +101,17 @@ def settings(over: list[MeshConfig]) -> list[Setting]:
         tried.append(Setting(family=family, mesh=over[i % len(over)], remat=REMATS[turn], **options))
     tried.append(Setting(family="gpt2", mesh=over[-1], remat="offload"))
     whole = next(mesh for mesh in reversed(over) if mesh.context == 1)  # a kernel wants whole rows
-    usable = [name for name in KERNELS if not kernel_obstacle(name)]
+    usable = [name for name in OF_ONE_PLATFORM if not kernel_obstacle(name)]
     return tried + [Setting(family=kernel_family(n), attention=n, mesh=mesh) for n in usable for mesh in (None, whole)]
 
 
-KERNELS = tuple(name for name, backend in BACKENDS.items() if backend.platform)
+OF_ONE_PLATFORM = tuple(name for name, backend in KERNELS.items() if backend.platform)
 
 
 def kernel_family(name: str) -> str:
-    return "kernels" if "float32" in BACKENDS[name].dtypes else "kernels16"
+    return "kernels" if "float32" in KERNELS[name].dtypes else "kernels16"
 
 
 def kernel_obstacle(name: str) -> str:
     """What keeps a kernel for attention from these devices; empty: nothing."""
-    return obstacle(name, FAMILIES[kernel_family(name)], here())
+    return unsupported_reason(name, FAMILIES[kernel_family(name)], current_device())

@@ -13,7 +13,7 @@ from pathlib import Path
 from gptjax.config.command_line import Recipe, parse
 from gptjax.config.section import InputError, build
 from gptjax.scaling.sweep.points import Point
-from gptjax.storage import store
+from gptjax.storage import filesystem
 
 FILE = "jobs.jsonl"
 
@@ -142,4 +142,4 @@ def read_jobs(folder: Path) -> list[Job]:
 def write_jobs(folder: Path, jobs: Iterable[Job]) -> None:
     """Writes the table whole or not at all."""
     text = "".join(json.dumps(asdict(job)) + "\n" for job in jobs)
-    store(folder).write(folder / FILE, text.encode())
+    filesystem(folder).write(folder / FILE, text.encode())

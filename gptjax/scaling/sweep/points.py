@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gptjax.config import SweepConfig, TrainConfig, frozen
+from gptjax.config import SweepConfig, TrainConfig, frozen_settings
 from gptjax.config.command_line import Recipe, parse
 from gptjax.config.section import InputError
 from gptjax.model.counts import parameters, token_flops
@@ -58,7 +58,7 @@ class Point:
     @property
     def settings(self) -> str:
         """A digest of what makes the run another one, but for its seed and length."""
-        same = {name: value for name, value in frozen(self.config).items() if name != "seed"}
+        same = {name: value for name, value in frozen_settings(self.config).items() if name != "seed"}
         same["evaluate.max_rows"] = self.config.evaluate.max_rows  # no other run, but another loss of it
         return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -8,7 +8,7 @@ from gptjax.runs.run import Run
 from gptjax.scaling.sweep.fork import checkpoints_of
 from gptjax.scaling.sweep.jobs import Job, read_jobs
 from gptjax.scaling.sweep.points import budget_text
-from gptjax.storage import store
+from gptjax.storage import filesystem
 from gptjax.training.metrics import MetricsFile
 
 FILE = "table.csv"
@@ -51,4 +51,4 @@ def write_table(folder: Path, results: Results) -> None:
             values = vars(job) | {"budget": budget_text(job.budget), "run_dir": run_dir(job)}
             values |= {"loss": found[0], "bits_per_byte": found[1]}
             rows.writerow([values[name] for name in COLUMNS])
-    store(folder).write(folder / FILE, text.getvalue().encode())
+    filesystem(folder).write(folder / FILE, text.getvalue().encode())
