@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the dated report")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--start", default="quickstart", help="recipe whose start is timed")
-    parser.add_argument("--recipe", default="gpt2_124m", help="recipe whose step is compiled; empty: none")
+    parser.add_argument("--recipe", default="gpt2", help="recipe whose step is compiled; empty: none")
     parser.add_argument("--compile-one", default="", help=argparse.SUPPRESS)  # scanned or unrolled, in this process
     args = parser.parse_args()
     if args.compile_one:

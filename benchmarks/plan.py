@@ -27,7 +27,8 @@ from typing import Any
 import jax
 from facts import facts, write_report
 
-from gptjax.config.command_line import load_recipe, parse
+from gptjax.config import TrainConfig
+from gptjax.config.command_line import load_recipe, parse, take
 from gptjax.config.section import InputError
 from gptjax.diagnostics.plan.compiled import Target, compile_for
 from gptjax.diagnostics.plan.search import Planner
@@ -35,17 +36,17 @@ from gptjax.runtime.hardware import topology
 
 # Slice, recipe, rows, micro-batches, remat, attention, mesh (data, fsdp, tensor), further settings.
 FITTED = [
-    ("v5p:2x2x2", "gpt2_124m", 64, 1, "none", "plain", (1, 8, 1), ""),
-    ("v5p:2x2x2", "gpt2_124m", 64, 1, "full", "plain", (1, 8, 1), ""),
-    ("v5p:2x2x2", "gpt2_124m", 64, 1, "dots", "plain", (1, 8, 1), ""),
-    ("v5p:2x2x2", "gpt2_124m", 64, 1, "names", "plain", (1, 8, 1), ""),
-    ("v5p:2x2x2", "gpt2_124m", 64, 1, "full", "plain", (2, 1, 4), ""),
-    ("v5p:2x2x2", "gpt2_124m", 256, 4, "full", "plain", (8, 1, 1), ""),
-    ("v5p:2x2x2", "gpt2_124m", 128, 1, "none", "blockwise", (8, 1, 1), ""),
-    ("v5p:2x2x2", "gpt2_124m", 128, 1, "none", "splash", (8, 1, 1), ""),
-    ("v5p:2x2x2", "gpt2_124m", 64, 1, "full", "plain", (8, 1, 1), "--model.dtype float32"),
-    ("v5p:2x2x2", "gpt2_124m", 64, 1, "full", "plain", (8, 1, 1), "--optim.kind muon"),
-    ("v5p:2x2x2", "gpt2_124m", 32, 1, "dots", "plain", (8, 1, 1), "--data.length 2048"),
+    ("v5p:2x2x2", "gpt2 --size 124m", 64, 1, "none", "plain", (1, 8, 1), ""),
+    ("v5p:2x2x2", "gpt2 --size 124m", 64, 1, "full", "plain", (1, 8, 1), ""),
+    ("v5p:2x2x2", "gpt2 --size 124m", 64, 1, "dots", "plain", (1, 8, 1), ""),
+    ("v5p:2x2x2", "gpt2 --size 124m", 64, 1, "names", "plain", (1, 8, 1), ""),
+    ("v5p:2x2x2", "gpt2 --size 124m", 64, 1, "full", "plain", (2, 1, 4), ""),
+    ("v5p:2x2x2", "gpt2 --size 124m", 256, 4, "full", "plain", (8, 1, 1), ""),
+    ("v5p:2x2x2", "gpt2 --size 124m", 128, 1, "none", "blockwise", (8, 1, 1), ""),
+    ("v5p:2x2x2", "gpt2 --size 124m", 128, 1, "none", "splash", (8, 1, 1), ""),
+    ("v5p:2x2x2", "gpt2 --size 124m", 64, 1, "full", "plain", (8, 1, 1), "--model.dtype float32"),
+    ("v5p:2x2x2", "gpt2 --size 124m", 64, 1, "full", "plain", (8, 1, 1), "--optim.kind muon"),
+    ("v5p:2x2x2", "gpt2 --size 124m", 32, 1, "dots", "plain", (8, 1, 1), "--data.length 2048"),
     ("v5p:2x2x2", "llama_1b", 16, 1, "full", "plain", (1, 8, 1), ""),
     ("v5p:2x2x2", "llama_1b", 16, 1, "dots", "plain", (1, 8, 1), ""),
     ("v5p:2x2x2", "llama_1b", 16, 1, "full", "plain", (1, 2, 4), ""),
@@ -54,41 +55,42 @@ FITTED = [
     ("v6e:2x4", "llama_1b", 32, 1, "full", "plain", (1, 8, 1), ""),
     ("v6e:2x4", "llama_1b", 64, 2, "dots", "splash", (2, 4, 1), ""),
     ("v6e:2x4", "llama_1b", 8, 1, "none", "blockwise", (1, 8, 1), ""),
-    ("v5e:4x4", "gpt3_1p3b", 64, 2, "dots", "splash", (1, 16, 1), ""),
-    ("v5p:2x2x4", "gpt3_6p7b", 16, 1, "full", "plain", (1, 16, 1), ""),
-    ("v5p:2x2x4", "gpt3_6p7b", 64, 1, "dots", "plain", (1, 16, 1), ""),
-    ("v5p:2x2x4", "gpt3_6p7b", 64, 1, "full", "plain", (1, 4, 4), ""),
-    ("v5p:2x2x4", "gpt3_6p7b", 16, 1, "none", "blockwise", (1, 16, 1), ""),
-    ("v5p:8x8x8", "gpt3_175b", 1600, 25, "full", "plain", (1, 64, 8), ""),
+    ("v5e:4x4", "gpt3 --size 1.3b", 64, 2, "dots", "splash", (1, 16, 1), ""),
+    ("v5p:2x2x4", "gpt3 --size 6.7b", 16, 1, "full", "plain", (1, 16, 1), ""),
+    ("v5p:2x2x4", "gpt3 --size 6.7b", 64, 1, "dots", "plain", (1, 16, 1), ""),
+    ("v5p:2x2x4", "gpt3 --size 6.7b", 64, 1, "full", "plain", (1, 4, 4), ""),
+    ("v5p:2x2x4", "gpt3 --size 6.7b", 16, 1, "none", "blockwise", (1, 16, 1), ""),
+    ("v5p:8x8x8", "gpt3 --size 175b", 1600, 25, "full", "plain", (1, 64, 8), ""),
     ("v5e:8x8", "llama_8b", 64, 1, "full", "splash", (1, 64, 1), ""),
 ]
 # Drawn at random. Nobody had looked at what the compiler says of them when the numbers were fixed.
 HELD_OUT = [
-    ("v4:2x2x2", "gpt2_774m", 8, 1, "none", "splash", (4, 1, 2), "--data.length 1024"),
-    ("v4:2x2x2", "gpt2_774m", 32, 2, "dots", "splash", (1, 8, 1), "--data.length 1024 --optim.kind adafactor"),
-    ("v5p:2x2x4", "gpt2_1p5b", 512, 4, "dots", "plain", (1, 16, 1), "--data.length 1024 --optim.kind lion"),
+    ("v4:2x2x2", "gpt2 --size 774m", 8, 1, "none", "splash", (4, 1, 2), "--data.length 1024"),
+    ("v4:2x2x2", "gpt2 --size 774m", 32, 2, "dots", "splash", (1, 8, 1), "--data.length 1024 --optim.kind adafactor"),
+    ("v5p:2x2x4", "gpt2 --size 1.5b", 512, 4, "dots", "plain", (1, 16, 1), "--data.length 1024 --optim.kind lion"),
     ("v5p:2x2x4", "llama_8b", 128, 2, "names", "plain", (4, 2, 2), "--data.length 2048 --optim.kind lion"),
-    ("v5p:2x4x4", "gpt3_6p7b", 128, 2, "full", "blockwise", (16, 2, 1), "--data.length 2048 --optim.kind adafactor"),
-    ("v6e:4x4", "gpt3_760m", 128, 1, "dots", "blockwise", (16, 1, 1), "--data.length 1024"),
-    ("v4:2x2x2", "gpt2_355m", 4, 2, "none", "blockwise", (2, 1, 4), "--data.length 2048 --optim.kind lion"),
-    ("v4:2x2x2", "gpt2_355m", 64, 1, "names", "splash", (1, 8, 1), "--data.length 512"),
-    ("v5p:2x2x4", "gpt2_1p5b", 16, 1, "full", "splash", (16, 1, 1),
+    ("v5p:2x4x4", "gpt3 --size 6.7b", 128, 2, "full", "blockwise", (16, 2, 1),
+     "--data.length 2048 --optim.kind adafactor"),
+    ("v6e:4x4", "gpt3 --size 760m", 128, 1, "dots", "blockwise", (16, 1, 1), "--data.length 1024"),
+    ("v4:2x2x2", "gpt2 --size 355m", 4, 2, "none", "blockwise", (2, 1, 4), "--data.length 2048 --optim.kind lion"),
+    ("v4:2x2x2", "gpt2 --size 355m", 64, 1, "names", "splash", (1, 8, 1), "--data.length 512"),
+    ("v5p:2x2x4", "gpt2 --size 1.5b", 16, 1, "full", "splash", (16, 1, 1),
      "--data.length 2048 --model.dtype float32 --optim.kind adafactor"),
-    ("v4:2x2x4", "gpt2_1p5b", 64, 1, "names", "plain", (4, 4, 1), "--data.length 2048"),
-    ("v6e:4x4", "gpt3_760m", 64, 4, "dots", "plain", (2, 8, 1), "--data.length 2048"),
-    ("v6e:4x8", "gpt3_6p7b", 128, 2, "full", "blockwise", (1, 8, 4), "--data.length 2048"),
-    ("v4:2x2x2", "gpt2_774m", 64, 2, "full", "splash", (4, 1, 2), "--data.length 2048"),
-    ("v6e:4x4", "gpt3_760m", 64, 4, "none", "plain", (2, 2, 4), "--data.length 1024 --optim.kind lion"),
-    ("v6e:4x4", "gpt3_760m", 8, 1, "dots", "splash", (1, 8, 2), "--data.length 2048 --optim.kind lion"),
+    ("v4:2x2x4", "gpt2 --size 1.5b", 64, 1, "names", "plain", (4, 4, 1), "--data.length 2048"),
+    ("v6e:4x4", "gpt3 --size 760m", 64, 4, "dots", "plain", (2, 8, 1), "--data.length 2048"),
+    ("v6e:4x8", "gpt3 --size 6.7b", 128, 2, "full", "blockwise", (1, 8, 4), "--data.length 2048"),
+    ("v4:2x2x2", "gpt2 --size 774m", 64, 2, "full", "splash", (4, 1, 2), "--data.length 2048"),
+    ("v6e:4x4", "gpt3 --size 760m", 64, 4, "none", "plain", (2, 2, 4), "--data.length 1024 --optim.kind lion"),
+    ("v6e:4x4", "gpt3 --size 760m", 8, 1, "dots", "splash", (1, 8, 2), "--data.length 2048 --optim.kind lion"),
     ("v5e:2x4", "llama_1b", 32, 1, "full", "splash", (4, 2, 1), "--data.length 8192 --optim.kind adafactor"),
-    ("v4:2x2x2", "gpt2_774m", 128, 4, "full", "plain", (4, 2, 1), "--data.length 2048 --optim.kind adafactor"),
-    ("v6e:2x4", "gpt2_1p5b", 2, 1, "none", "plain", (1, 2, 4), "--data.length 1024 --optim.kind lion"),
-    ("v5e:2x4", "gpt2_355m", 8, 2, "dots", "blockwise", (2, 2, 2), "--data.length 512"),
-    ("v5p:2x4x4", "gpt3_6p7b", 256, 1, "dots", "splash", (16, 2, 1),
+    ("v4:2x2x2", "gpt2 --size 774m", 128, 4, "full", "plain", (4, 2, 1), "--data.length 2048 --optim.kind adafactor"),
+    ("v6e:2x4", "gpt2 --size 1.5b", 2, 1, "none", "plain", (1, 2, 4), "--data.length 1024 --optim.kind lion"),
+    ("v5e:2x4", "gpt2 --size 355m", 8, 2, "dots", "blockwise", (2, 2, 2), "--data.length 512"),
+    ("v5p:2x4x4", "gpt3 --size 6.7b", 256, 1, "dots", "splash", (16, 2, 1),
      "--data.length 1024 --model.dtype float32 --optim.kind adafactor"),
     ("v6e:4x4", "llama_1b", 32, 2, "none", "blockwise", (4, 4, 1), "--data.length 2048 --model.dtype float32"),
-    ("v5e:4x4", "gpt2_355m", 16, 1, "full", "blockwise", (4, 4, 1), "--data.length 2048"),
-    ("v5p:2x4x4", "gpt3_6p7b", 256, 4, "none", "plain", (1, 32, 1), "--data.length 1024"),
+    ("v5e:4x4", "gpt2 --size 355m", 16, 1, "full", "blockwise", (4, 4, 1), "--data.length 2048"),
+    ("v5p:2x4x4", "gpt3 --size 6.7b", 256, 4, "none", "plain", (1, 32, 1), "--data.length 1024"),
     ("v6e:4x4", "llama_1b", 32, 1, "none", "splash", (4, 1, 4), "--data.length 2048 --optim.kind lion"),
     ("v5p:4x4x4", "llama_8b", 1024, 4, "dots", "splash", (8, 8, 1),
      "--data.length 2048 --model.dtype float32 --optim.kind lion"),
@@ -151,15 +153,20 @@ def setting(row: tuple) -> tuple[str, str, str]:
 
 def on_cpu(devices: int) -> list[tuple[str, str, str]]:
     """The fitted settings of two small models whose mesh has so many devices."""
-    rows = [r for r in FITTED if r[1] in ("gpt2_124m", "llama_1b") and r[5] != "splash"]
+    rows = [r for r in FITTED if r[1] in ("gpt2 --size 124m", "llama_1b") and r[5] != "splash"]
     return [setting((f"cpu:{devices}", *r[1:])) for r in rows if r[6][0] * r[6][1] * r[6][2] == devices]
+
+
+def shipped(recipe: str, flags: str) -> TrainConfig:
+    """The config of NAME [--size SIZE] with flags."""
+    size, (name,) = take(recipe.split(), "size")
+    return parse(load_recipe(name).config("pretrain", size), shlex.split(flags), "benchmark")
 
 
 def measured(place: str, recipe: str, flags: str) -> dict[str, Any]:
     """A setting with the counted bytes, the compiled ones and the error, or why there is none."""
     row: dict[str, Any] = {"for": place, "recipe": recipe, "flags": flags}
-    where, config = topology(place), load_recipe(recipe).config("pretrain")
-    config = parse(config, shlex.split(flags), "benchmark")
+    where, config = topology(place), shipped(recipe, flags)
     known = KNOWN.get((place, recipe, flags), {})
     if "left_out" in known:
         return known
@@ -185,10 +192,7 @@ def measured(place: str, recipe: str, flags: str) -> dict[str, Any]:
 def compile_time(layers: int) -> dict[str, float]:
     """Seconds of the processes that compile GPT-2's step with so many layers, from their start to their end."""
     flags = f"--model.num-layers {layers} --data.batch-size 8 --optim.accumulate 1 --model.remat full --mesh.data 1"
-    one, eight = (
-        parse(load_recipe("gpt2_124m").config("pretrain"), shlex.split(f"{flags} --mesh.fsdp {n}"), "benchmark")
-        for n in (1, 8)
-    )
+    one, eight = (shipped("gpt2 --size 124m", f"{flags} --mesh.fsdp {n}") for n in (1, 8))
     used = [resource.getrusage(resource.RUSAGE_CHILDREN)]
     made = []
     for config, target in ((one, Target(devices=1)), (eight, Target(devices=8, tpu="v5e:2x4"))):

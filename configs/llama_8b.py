@@ -2,9 +2,13 @@
 
 gptjax pretrain configs/llama_8b.py --data.source FOLDER --tokenizer.vocab-size N
 
-With its 128,256 token ids it has 8,030,261,248 parameters. FOLDER is a corpus made by `gptjax prepare`. Rows of 8,192
-tokens need blockwise attention; parameters and optimizer state are sharded over 32 devices. Not yet trained to its end
-by us: no loss is claimed.
+With its 128,256 token ids it has 8,030,261,248 parameters. FOLDER is a corpus made by `gptjax prepare`. Laid out for 32
+devices, 80 GB GPUs or TPU v5p chips:
+
+    gptjax plan configs/llama_8b.py --topology h100:32
+    gptjax plan configs/llama_8b.py --topology v5p:2x4x4
+
+Not yet trained to its end by us: no loss is claimed.
 """
 
 from gptjax.config import (
@@ -26,7 +30,7 @@ def pretrain() -> TrainConfig:
         model=ModelConfig(
             num_layers=32, width=4096, num_heads=32, queries_per_kv=4, mlp_ratio=3.5, positions="rope", norm="rmsnorm",
             activation="swiglu", biases=False, tied=False, rope_theta=500_000.0, dtype="bfloat16",
-            attention="blockwise", remat="full",
+            attention="auto", remat="full",
         ),
         tokenizer=TokenizerConfig(vocab_size=128_256),
         data=DataConfig(batch_size=512, length=8192, validation_fraction=0.0005),

@@ -5,7 +5,12 @@ gptjax pretrain configs/modern.py --size 12 --data.source FOLDER --tokenizer.voc
 In the manner of nanochat (Karpathy 2025): rotary positions, RMSNorm, queries and keys normalised, ReLU squared, a head
 of its own with a soft cap, a sliding window in three of four layers, Muon, and a trapezoid schedule. Learning rate and
 initial scale are those of size 4, which muP carries over to the width of every other. FOLDER is a corpus made by
-`gptjax prepare`. Sizes: 4 (a laptop) to 32. Not yet trained to its end by us: no loss is claimed.
+`gptjax prepare`. Sizes: even numbers from 4 (a laptop) to 32, the large ones laid out for eight 80 GB GPUs:
+
+    gptjax plan configs/modern.py --size 12 --topology h100:8
+    gptjax plan configs/modern.py --size 32 --topology h100:8
+
+Not yet trained to its end by us: no loss is claimed.
 """
 
 from gptjax.config import (
@@ -31,7 +36,7 @@ def pretrain(size: int = 12) -> TrainConfig:
         num_layers=size, width=64 * size, num_heads=size // 2, head_dim=128, positions="rope", norm="rmsnorm",
         activation="relu2", biases=False, tied=False, qk_norm=True, logit_softcap=15.0, window=LENGTH // 2,
         global_every=4, rope_theta=100_000.0, mup_base_width=256, dtype="bfloat16",
-        remat="names", remat_names=("attention", "mlp"),
+        remat="names", remat_names=("attention", "mlp"), attention="auto",
     )  # fmt: skip
     rows = 256 if size > 8 else 64
     tokens = TOKENS_A_PARAMETER * parameters(model, VOCAB, LENGTH)["total"]
@@ -43,7 +48,7 @@ def pretrain(size: int = 12) -> TrainConfig:
         data=DataConfig(batch_size=rows, length=LENGTH, validation_fraction=0.001),
         optim=OptimConfig(
             kind="muon", learning_rate=2e-3, schedule="wsd", warmup_steps=100, final_fraction=0.0, decay_fraction=0.4,
-            z_loss=1e-4,
+            z_loss=1e-4, accumulate=2 if size > 28 else 1,
         ),
         checkpoint=CheckpointConfig(every=1000, keep_every=10_000),
         evaluate=EvaluateConfig(every=500, max_rows=512),

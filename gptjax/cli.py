@@ -137,7 +137,8 @@ def plan(args: list[str]) -> int:
         settings = {} if best is None else report.changes(written, best)
         if out:
             report.write_recipe(out, str(recipe.path), size, settings, place, best is not None)
-        _next(shlex.join(["gptjax", "pretrain", out or name, *([] if out else report.to_flags(settings))]))
+        own = [] if out else [*(["--size", size] if size else []), *report.to_flags(settings)]
+        _next(shlex.join(["gptjax", "pretrain", out or name, *own]))
     else:
         found = report.compare(cfg, print)
         _next(f"gptjax plan {name} --topology v5e:4x4")

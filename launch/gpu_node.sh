@@ -18,7 +18,7 @@ die() {
   exit 2
 }
 
-[ $# -ge 1 ] && [[ $1 != -* ]] || die "RECIPE is missing; wanted e.g. bash launch/gpu_node.sh configs/gpt2_124m.py"
+[ $# -ge 1 ] && [[ $1 != -* ]] || die "RECIPE is missing; wanted e.g. bash launch/gpu_node.sh configs/gpt2.py"
 [ -n "${RUN_DIR:-}" ] || die "RUN_DIR is missing; wanted the folder of the run, e.g. RUN_DIR=runs/gpt2"
 recipe=$1
 shift

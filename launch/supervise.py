@@ -1,6 +1,6 @@
 """Runs a command, and again where it was interrupted, lost a peer or was killed, for as long as its run gets on.
 
-    python launch/supervise.py [options] -- gptjax pretrain configs/gpt2_124m.py --run-dir runs/gpt2
+    python launch/supervise.py [options] -- gptjax pretrain configs/gpt2.py --run-dir runs/gpt2
 
 It needs the standard library alone, so that it starts anywhere and outlives what befalls the command. A command that
 ends with one of --restart-on is started again, after a pause that doubles; any other code is returned as it is. The

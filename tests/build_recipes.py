@@ -8,8 +8,8 @@ import math
 import sys
 
 import jax
+from shipped import recipe
 
-from gptjax.config.command_line import load_recipe
 from gptjax.data.packing import example_batch
 from gptjax.parallel.sharding import make_mesh, shardings
 from gptjax.training.build import build_components, check_divisible
@@ -20,7 +20,7 @@ def size(tree, shape=lambda x: x.shape) -> int:
 
 
 for name in sys.argv[1:]:
-    config = load_recipe(name).config("pretrain")
+    config = recipe(name)
     count = math.prod(max(n, 1) for n in vars(config.mesh).values())
     mesh = make_mesh(config.mesh, jax.devices()[:count])
     check_divisible(config, mesh.shape)

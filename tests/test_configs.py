@@ -2,42 +2,42 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from shipped import EVERY, NAMES, SIZES, recipe
 
 from gptjax.config import ShowConfig, TrainConfig, TrainTokenizerConfig
-from gptjax.config.command_line import load_recipe, origins, parse
+from gptjax.config.command_line import load_recipe, origins, parse, take
 from gptjax.config.section import InputError, build, leaves
+from gptjax.diagnostics.plan.search import SAFE, Planner
 from gptjax.model.counts import parameters
 from gptjax.runs.run import load_config
+from gptjax.runtime.hardware import topology
 
-RECIPES = sorted(p.stem for p in (Path(__file__).parent.parent / "configs").glob("*.py"))
 # As the papers print them. GPT-3's 350M and 2.7B are rounded further than 1 % from what the table's own layers and
 # widths make: 355.9M and 2.65B.
 PAPER = {
-    "gpt2_124m": (124_439_808, 0), "gpt2_355m": (354_823_168, 0), "gpt2_774m": (774_030_080, 0),
-    "gpt2_1p5b": (1_557_611_200, 0), "llama_1b": (1_235_814_400, 0), "llama_8b": (8_030_261_248, 0),
-    "gpt3_125m": (125e6, 0.01), "gpt3_350m": (350e6, 0.017), "gpt3_760m": (760e6, 0.01), "gpt3_1p3b": (1.3e9, 0.01),
-    "gpt3_2p7b": (2.7e9, 0.018), "gpt3_6p7b": (6.7e9, 0.01), "gpt3_13b": (13e9, 0.01), "gpt3_175b": (175e9, 0.01),
+    "gpt2 --size 124m": (124_439_808, 0), "gpt2 --size 355m": (354_823_168, 0), "gpt2 --size 774m": (774_030_080, 0),
+    "gpt2 --size 1.5b": (1_557_611_200, 0), "gpt3 --size 125m": (125e6, 0.01), "gpt3 --size 350m": (350e6, 0.017),
+    "gpt3 --size 760m": (760e6, 0.01), "gpt3 --size 1.3b": (1.3e9, 0.01), "gpt3 --size 2.7b": (2.7e9, 0.018),
+    "gpt3 --size 6.7b": (6.7e9, 0.01), "gpt3 --size 13b": (13e9, 0.01), "gpt3 --size 175b": (175e9, 0.01),
+    "llama_1b": (1_235_814_400, 0), "llama_8b": (8_030_261_248, 0),
 }  # fmt: skip
-
-
-def recipe(name: str) -> TrainConfig:
-    return load_recipe(name).config("pretrain")
 
 
 @pytest.mark.slow
 def test_every_recipe_builds_on_its_mesh_with_nothing_allocated():
     # A process of its own, for the number of fake devices is fixed when jax starts: 512, as GPT-3 175B is sharded.
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=512", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, str(Path(__file__).parent / "build_recipes.py"), *RECIPES]
+    command = [sys.executable, str(Path(__file__).parent / "build_recipes.py"), *EVERY]
     done = subprocess.run(command, env=os.environ | flags, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     built = {line["recipe"]: line for line in map(json.loads, done.stdout.splitlines())}
-    assert set(built) == set(RECIPES)
+    assert set(built) == set(EVERY)
     for name, line in built.items():
         config = recipe(name)
         counted = parameters(config.model, config.tokenizer.vocab_size, config.data.length)
@@ -58,15 +58,37 @@ def test_the_gpt3_recipes_are_the_table_of_the_paper():
     # Brown et al. 2020, table 2.1: layers, width, heads, batch in tokens, learning rate.
     table = {
         "125m": (12, 768, 12, 0.5e6, 6.0e-4), "350m": (24, 1024, 16, 0.5e6, 3.0e-4),
-        "760m": (24, 1536, 16, 0.5e6, 2.5e-4), "1p3b": (24, 2048, 24, 1e6, 2.0e-4),
-        "2p7b": (32, 2560, 32, 1e6, 1.6e-4), "6p7b": (32, 4096, 32, 2e6, 1.2e-4),
+        "760m": (24, 1536, 16, 0.5e6, 2.5e-4), "1.3b": (24, 2048, 24, 1e6, 2.0e-4),
+        "2.7b": (32, 2560, 32, 1e6, 1.6e-4), "6.7b": (32, 4096, 32, 2e6, 1.2e-4),
         "13b": (40, 5140, 40, 2e6, 1.0e-4), "175b": (96, 12288, 96, 3.2e6, 0.6e-4),
     }  # fmt: skip
     for size, (layers, width, heads, tokens, rate) in table.items():
-        config = recipe(f"gpt3_{size}")
+        config = recipe(f"gpt3 --size {size}")
         assert (config.model.num_layers, config.model.width, config.model.num_heads) == (layers, width, heads)
         assert config.optim.learning_rate == rate
         assert config.data.batch_size * config.data.length == pytest.approx(tokens, rel=0.05)
+
+
+def planned(name: str) -> list[tuple[str, str]]:
+    """The `gptjax plan` commands of a recipe's docstring: the words of the recipe with its flags, and the machine."""
+    commands = re.findall(r"^    gptjax plan configs/(\w+)\.py (.*)$", load_recipe(name).doc, re.M)
+    assert all(named == name for named, _ in commands)
+    return [
+        (f"{name} {' '.join(rest)}", place) for place, rest in (take(line.split(), "topology") for _, line in commands)
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_fits_each_machine_that_its_docstring_names_and_is_not_bound_by_its_network(name):
+    config, commands = recipe(name), planned(name)
+    assert commands or config.tokenizer.vocab_size < 8192, "laid out for a laptop's CPU, or the docstring has a machine"
+    assert [words.split()[2] for words, _ in commands] == SIZES[name].split() if name in SIZES else True
+    for words, place in commands:
+        where = topology(place)
+        counted = Planner(recipe(words), where).as_written()
+        assert counted.config.model.attention == {"h100": "cudnn"}.get(place.split(":")[0], "splash"), words
+        assert counted.memory.total <= SAFE * where.chip.memory, (words, place, counted.memory.total / 2**30)
+        assert counted.speed.bound == "compute", (words, place, counted.speed)
 
 
 def test_a_dial_makes_a_recipe_of_any_size():
@@ -77,11 +99,13 @@ def test_a_dial_makes_a_recipe_of_any_size():
         load_recipe("modern").config("pretrain", "deep")
     with pytest.raises(InputError, match="--size 5: wanted an even depth"):
         load_recipe("modern").config("pretrain", "5")
+    with pytest.raises(InputError, match="--size 1b: wanted one of 124m, 355m, 774m, 1.5b"):
+        load_recipe("gpt2").config("pretrain", "1b")
     with pytest.raises(InputError, match="has no dial"):
         load_recipe("quickstart").config("pretrain", "4")
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_config_survives_its_flat_form(name):
     config = recipe(name)
     assert build(TrainConfig, dict(leaves(config))) == config

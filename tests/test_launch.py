@@ -78,9 +78,9 @@ def test_the_gpu_script_takes_all_gpus_or_says_that_jax_does_not_see_them(tmp_pa
         f'*) exec {sys.executable} "$@" ;; esac',
     )  # fmt: skip
     given = {"RUN_DIR": "runs/x", "PYTHON": str(python)}
-    assert run(tmp_path, "gpu_node.sh", "gpt2_124m", *AWKWARD, **given).returncode == 3
+    assert run(tmp_path, "gpu_node.sh", "gpt2", *AWKWARD, **given).returncode == 3
     said = (tmp_path / "said").read_text().splitlines()
-    assert said == ["0.92", "-m", "gptjax.cli", "pretrain", "gpt2_124m", "--run-dir", "runs/x", *AWKWARD]
+    assert said == ["0.92", "-m", "gptjax.cli", "pretrain", "gpt2", "--run-dir", "runs/x", *AWKWARD]
     one_line(run(tmp_path, "gpu_node.sh", "x", CUDA_VISIBLE_DEVICES="0,1,2", **given), "jax sees 2 of 3 GPUs")
     one_line(run(tmp_path, "gpu_node.sh", "x", PYTHON=str(python)), "RUN_DIR is missing")
     one_line(run(tmp_path, "gpu_node.sh", RUN_DIR="x"), "RECIPE is missing")

@@ -6,10 +6,11 @@ import math
 
 import jax
 import pytest
+from shipped import recipe
 
 from gptjax.cli import main
-from gptjax.config import MeshConfig, TrainConfig
-from gptjax.config.command_line import load_recipe, parse
+from gptjax.config import MeshConfig
+from gptjax.config.command_line import load_recipe
 from gptjax.config.section import InputError
 from gptjax.diagnostics.plan import report, search
 from gptjax.diagnostics.plan.compiled import Compiled, Target, compile_for, has_libtpu, memory_of
@@ -21,10 +22,6 @@ from gptjax.training.build import build_components
 from gptjax.training.losses import count_chunks
 
 needs_libtpu = pytest.mark.skipif(not has_libtpu(), reason="libtpu compiles for TPUs: pip install 'gptjax[tpu-plan]'")
-
-
-def recipe(name: str, *args: str) -> TrainConfig:
-    return parse(load_recipe(name).config("pretrain"), list(args), "test")
 
 
 def test_a_topology_is_a_kind_and_a_size():
@@ -120,7 +117,7 @@ def test_memory_falls_with_remat_micro_batches_and_devices():
 
 
 def test_the_logits_of_a_chunk_are_those_that_the_platform_cuts():
-    config = recipe("gpt2_124m", "--model.num-layers", "1", "--data.batch-size", "1", "--optim.accumulate", "1")
+    config = recipe("gpt2 --size 124m", "--model.num-layers", "1", "--data.batch-size", "1", "--optim.accumulate", "1")
     sizes = dict.fromkeys(AXES, 1)
     state = state_bytes(config, jax.eval_shape(build_components(config).init, 0), sizes, tiles=False)
     by_platform = {p: step_memory(config, state, sizes, platform=p).logits for p in ("cpu", "gpu")}
@@ -207,12 +204,12 @@ def test_a_plan_that_can_not_be_written_is_refused_before_the_search(tmp_path, c
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     (tmp_path / "file").write_text("")
     for args in (["--json", tmp_path], ["--json", tmp_path / "file" / "p.json"], ["--out", tmp_path]):
-        assert main(["plan", "gpt2_124m", "--topology", "v5e:2x2", "--compiles", "0", *map(str, args)]) == 2
+        assert main(["plan", "gpt2", "--topology", "v5e:2x2", "--compiles", "0", *map(str, args)]) == 2
         out, err = capsys.readouterr()
         assert out == "" and len(err.splitlines()) == 1 and str(args[1]) in err, err
     earlier = tmp_path / "earlier.json"
     earlier.write_text("{}")
-    assert main(["plan", "gpt2_124m", "--topology", "v5e:3x3", "--json", str(earlier)]) == 2
+    assert main(["plan", "gpt2", "--topology", "v5e:3x3", "--json", str(earlier)]) == 2
     assert earlier.read_text() == "{}" and len(list(tmp_path.iterdir())) == 2, "neither lost nor left behind"
 
 
@@ -231,7 +228,7 @@ def test_the_plan_is_one_screen_a_json_file_and_a_recipe_that_loads(tmp_path, ca
         "--data.batch-size",
         "64",
     ]
-    assert main(["plan", "gpt3_1p3b", *args]) == 0
+    assert main(["plan", "gpt3", "--size", "1.3b", *args]) == 0
     screen, errors = capsys.readouterr()
     assert len(screen.splitlines()) <= 24 and "fits" in screen and "List prices" in screen and "not measured" in screen
     assert "ran on" not in screen and f"next: gptjax pretrain {out}" in errors
@@ -246,7 +243,7 @@ def test_the_plan_is_one_screen_a_json_file_and_a_recipe_that_loads(tmp_path, ca
 def test_what_can_not_fit_is_said_with_what_is_missing(capsys, monkeypatch):
     monkeypatch.setattr(report, "has_libtpu", lambda: False)
     lines: list[str] = []
-    found, best = report.plan(recipe("gpt3_175b"), "v5e:4x4", 6, lines.append)
+    found, best = report.plan(recipe("gpt3 --size 175b"), "v5e:4x4", 6, lines.append)
     assert best is None and found["found"] is None
     assert any("libtpu is not installed" in line and "pip install" in line for line in lines)
     assert any(line.startswith("nothing fits") and "GiB a chip are missing" in line for line in lines)
@@ -254,7 +251,7 @@ def test_what_can_not_fit_is_said_with_what_is_missing(capsys, monkeypatch):
 
 def test_a_step_is_compiled_for_fake_devices_in_a_process_of_its_own():
     small = ["--model.num-layers", "2", "--model.width", "64", "--model.num-heads", "2", "--data.length", "64"]
-    config = recipe("gpt2_124m", *small, "--data.batch-size", "16", "--optim.accumulate", "1")
+    config = recipe("gpt2 --size 124m", *small, "--data.batch-size", "16", "--optim.accumulate", "1")
     config = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=4))
     found = compile_for(config, Target(devices=4))
     counted = Planner(config, topology("cpu:4")).candidate(search.with_attention(config, topology("cpu:4"))).memory
@@ -274,7 +271,7 @@ def test_what_does_not_fit_a_slice_is_told_by_the_compiler():
 def test_the_count_is_within_a_tenth_of_the_compiler():
     """benchmarks/plan.py has the table; these are two of it."""
     for name, place, mesh in (
-        ("gpt3_175b", "v5p:8x8x8", {"fsdp": 64, "tensor": 8}),
+        ("gpt3 --size 175b", "v5p:8x8x8", {"fsdp": 64, "tensor": 8}),
         ("llama_8b", "v6e:4x8", {"fsdp": 32}),
     ):
         config = dataclasses.replace(recipe(name), mesh=MeshConfig(**({"data": 1} | mesh)))

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import jax
 import pytest
+from shipped import recipe
 
 from gptjax.config import TrainConfig
-from gptjax.config.command_line import load_recipe, parse
 from gptjax.diagnostics.plan.memory import Memory, state_bytes, step_memory
 from gptjax.diagnostics.plan.search import Planner
 from gptjax.parallel.sharding import AXES
@@ -20,23 +20,23 @@ RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
 @functools.cache
-def shapes(recipe: str):
-    return jax.eval_shape(build_components(load_recipe(recipe).config("pretrain")).init, 0)
+def shapes(words: str):
+    return jax.eval_shape(build_components(recipe(words)).init, 0)
 
 
-def counted(recipe: str, flags: str, **mesh: int) -> tuple[Memory, TrainConfig]:
+def counted(words: str, flags: str, **mesh: int) -> tuple[Memory, TrainConfig]:
     """The memory on a TPU; the state is that of the recipe's parameters, whatever the flags."""
-    config = parse(load_recipe(recipe).config("pretrain"), shlex.split(flags), "test")
+    config = recipe(words, *shlex.split(flags))
     sizes = dict.fromkeys(AXES, 1) | mesh
-    state = state_bytes(config, shapes(recipe), sizes, tiles=True)
+    state = state_bytes(config, shapes(words), sizes, tiles=True)
     return step_memory(config, state, sizes, platform="tpu"), config
 
 
 def test_a_product_in_pieces_fuses_with_nothing_and_so_keeps_more_of_the_mlp():
     """Eight rows a device; where the data axis cuts the batch too, whole weights are gathered and multiplied."""
     same = "--model.remat full --model.attention splash --optim.accumulate 1 --data.length 2048"
-    pieces, config = counted("gpt3_760m", f"--data.batch-size 128 {same}", fsdp=16)
-    whole, _ = counted("gpt3_760m", f"--data.batch-size 256 {same}", data=2, fsdp=16)
+    pieces, config = counted("gpt3 --size 760m", f"--data.batch-size 128 {same}", fsdp=16)
+    whole, _ = counted("gpt3 --size 760m", f"--data.batch-size 256 {same}", data=2, fsdp=16)
     hidden = 2 * 8 * 2048 * config.model.mlp_width
     assert pieces.activations - whole.activations >= hidden
 
@@ -54,7 +54,7 @@ def test_blockwise_attention_holds_a_block_of_scores_for_each_row_and_head():
 
     def activations(attention: str, rows: int) -> int:
         flags = f"{same} --model.attention {attention} --data.batch-size {8 * rows} --data.length {8192 // rows}"
-        return counted("gpt3_760m", flags, data=8)[0].activations
+        return counted("gpt3 --size 760m", flags, data=8)[0].activations
 
     assert activations("blockwise", 8) > activations("blockwise", 1)
     assert activations("splash", 8) == activations("splash", 1)
@@ -62,8 +62,8 @@ def test_blockwise_attention_holds_a_block_of_scores_for_each_row_and_head():
 
 def test_plain_attention_of_one_row_makes_no_float32_scores():
     same = "--model.remat full --model.attention plain --optim.accumulate 1 --data.length 2048"
-    one, config = counted("gpt3_760m", f"--data.batch-size 8 {same}", data=8)
-    two, _ = counted("gpt3_760m", f"--data.batch-size 16 {same}", data=8)
+    one, config = counted("gpt3 --size 760m", f"--data.batch-size 8 {same}", data=8)
+    two, _ = counted("gpt3 --size 760m", f"--data.batch-size 16 {same}", data=8)
     scores = config.model.num_heads * 2048 * 2048
     assert two.activations - 2 * one.activations > 4 * scores
 
@@ -72,17 +72,17 @@ def test_plain_attention_of_one_row_makes_no_float32_scores():
 def test_micro_batches_share_copies_of_the_head_and_of_the_table(dtype, copies):
     """In float32 the table is looked up as it is."""
     same = f"--model.remat full --model.attention splash --data.length 2048 --model.dtype {dtype}"
-    one, config = counted("gpt3_760m", f"--data.batch-size 64 --optim.accumulate 1 {same}", data=4, fsdp=2)
-    two, _ = counted("gpt3_760m", f"--data.batch-size 128 --optim.accumulate 2 {same}", data=4, fsdp=2)
+    one, config = counted("gpt3 --size 760m", f"--data.batch-size 64 --optim.accumulate 1 {same}", data=4, fsdp=2)
+    two, _ = counted("gpt3 --size 760m", f"--data.batch-size 128 --optim.accumulate 2 {same}", data=4, fsdp=2)
     assert two.weights - one.weights == copies * 2 * 50304 * config.model.width // 2
 
 
 def test_a_scan_over_micro_batches_without_remat_keeps_the_copies_of_the_weights_twice():
     def weights(remat: str) -> int:
         flags = f"--data.batch-size 128 --optim.accumulate 2 --model.attention splash --model.remat {remat}"
-        return counted("gpt3_760m", flags, data=4, fsdp=2)[0].weights
+        return counted("gpt3 --size 760m", flags, data=4, fsdp=2)[0].weights
 
-    layers = sum(x.size for x in jax.tree.leaves(shapes("gpt3_760m").params["layers"]))
+    layers = sum(x.size for x in jax.tree.leaves(shapes("gpt3 --size 760m").params["layers"]))
     assert weights("none") - weights("full") == pytest.approx(2 * layers / 2, rel=0.01)
 
 
@@ -98,17 +98,17 @@ def test_a_head_of_float32_is_never_in_pieces():
 def test_outputs_of_plain_attention_that_are_kept_are_bfloat16_also_in_float32():
     def activations(attention: str) -> int:
         flags = f"--data.length 256 --data.batch-size 8 --optim.accumulate 1 --model.attention {attention}"
-        return counted("gpt3_760m", f"{flags} --model.remat names --model.dtype float32", data=8)[0].activations
+        return counted("gpt3 --size 760m", f"{flags} --model.remat names --model.dtype float32", data=8)[0].activations
 
     # One row of scores and a block of them weigh the same; what is kept of 24 layers does not.
-    kept = 24 * 256 * load_recipe("gpt3_760m").config("pretrain").model.width
+    kept = 24 * 256 * recipe("gpt3 --size 760m").model.width
     assert 1.5 * kept < activations("blockwise") - activations("plain") < 2.5 * kept
 
 
 def test_a_v4_holds_one_whole_head_where_others_have_the_next_on_its_way():
     def weights(place: str) -> int:
         flags = "--data.length 1024 --data.batch-size 16 --model.remat full --optim.accumulate 1 --mesh.data 2"
-        config = parse(load_recipe("llama_1b").config("pretrain"), shlex.split(f"{flags} --mesh.fsdp 8"), "test")
+        config = recipe(f"llama_1b {flags} --mesh.fsdp 8")
         return Planner(config, topology(place)).as_written().memory.weights
 
     assert weights("v5p:2x2x4") - weights("v4:2x2x4") == 2 * 128256 * 2048
@@ -120,6 +120,6 @@ def test_the_count_is_within_a_tenth_of_what_the_compiler_said_of_settings_held_
     rows = [r for r in report["held_out"] if "compiled" in r]
     assert len(rows) >= 10
     for row in rows[::3]:
-        config = parse(load_recipe(row["recipe"]).config("pretrain"), shlex.split(row["flags"]), "test")
+        config = recipe(row["recipe"], *shlex.split(row["flags"]))
         total = Planner(config, topology(row["for"])).as_written().memory.total
         assert total == pytest.approx(row["compiled"], rel=0.1), row

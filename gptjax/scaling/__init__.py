@@ -11,5 +11,4 @@ The way of the data, from runs to a prediction:
     report.py, plots.py       fit.json -> one screen, one HTML page, four plots
     predicting.py             `gptjax predict`: fit.json -> losses with intervals, beside observed ones
 
-counts.py (parameters and FLOPs of a decoder) and ladders.py (families of published sizes) stand by themselves.
 """
