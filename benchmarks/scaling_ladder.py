@@ -2,6 +2,7 @@
 
     python benchmarks/scaling_ladder.py --out DIR --until prediction   # writes DIR/fit and DIR/prediction.json: commit
     python benchmarks/scaling_ladder.py --out DIR                      # trains the held-out budgets, compares, reports
+    python benchmarks/scaling_ladder.py --out DIR --refit              # from DIR's tables alone; trains nothing
 
 The second command alone does all of it; the first stops before anything that is predicted has been trained, so that the
 prediction can be published before its runs. Each step is a verb of gptjax and is not done again where it is done: a
@@ -49,11 +50,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the report")
     parser.add_argument("--work", type=Path, default=Path("runs/scaling_ladder"), help="folder for corpus and runs")
     parser.add_argument("--until", choices=("prediction", "report"), default="report")
+    parser.add_argument("--refit", action="store_true", help="fit and compare the tables that are in --out again")
     parser.add_argument("--workers", type=int, default=usable_cores(), help="runs at a time, each on its own cores")
     parser.add_argument("--fitted", nargs="+", default=list(FITTED), help="points to fit, as gptjax sweep's --grid")
     parser.add_argument("--held-out", nargs="+", default=list(HELD_OUT), help="points to predict")
     args = parser.parse_args()
-    corpus, sweep, fit = args.work / "corpus", args.work / "sweep", args.out / "law"
+    if args.refit:
+        refit(args.out, args.work)
+        return
+    corpus, sweep = args.work / "corpus", args.work / "sweep"
     text = args.work / "corpus.jsonl"
     if not text.exists():
         print(write(text))
@@ -68,24 +73,50 @@ def main() -> None:
         verb(*training, *args.fitted)
         args.out.mkdir(parents=True, exist_ok=True)
         select(sweep / "table.csv", points(*args.fitted), args.out / "fitted.csv")
-        verb("fit", args.out / "fitted.csv", "--out", args.out / "fit")
-        laws = rolling_origin(args.out / "fitted.csv", args.work / "laws")
-        (args.out / "laws.json").write_text(json.dumps(laws, indent=1) + "\n")
-        best = min(laws, key=lambda law: law["mean"])
-        verb("fit", args.out / "fitted.csv", "--out", fit, "--law", best["law"], "--count", best["count"])
-        planned = args.out / "planned.csv"
-        with planned.open("w") as file:
+        with (args.out / "planned.csv").open("w") as file:
             plan(points(*args.held_out), file)
-        verb("predict", fit, "--against", planned, "--extrapolate", "--json", args.out / "prediction.json")
+        fit(args.out, args.work)
     if args.until == "prediction":
         return
     verb(*training, *args.fitted, *args.held_out)
     select(sweep / "table.csv", points(*args.fitted, *args.held_out), args.out / "table.csv")
-    verb("predict", fit, "--against", args.out / "table.csv", "--extrapolate", "--json", args.out / "held_out.json")
-    chinchilla = args.work / "chinchilla.json"
-    verb("predict", args.out / "fit", "--against", args.out / "table.csv", "--extrapolate", "--json", chinchilla)
-    summary = summarise(args.out, sweep) | {"held_out_chinchilla": json.loads(chinchilla.read_text())["unseen"]}
-    (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    ran = facts(f"{usable_cores()} CPU cores", "jax", "numpy") | {"seconds_of_runs": seconds(sweep / "times.jsonl")}
+    report(args.out, args.work, ran)
+
+
+def refit(out: Path, work: Path) -> None:
+    """Fits, predicts and compares again from a report's own tables; its facts stay those of the runs."""
+    before = json.loads((out / "summary.json").read_text())
+    fit(out, work, choose=(out / "laws.json").exists())  # earlier ladders predicted by Chinchilla's law, unchosen
+    ran = {name: before[name] for name in ("date", "command", "commit", "device", "versions", "seconds_of_runs")}
+    report(out, work, ran | {"refitted": facts(f"{usable_cores()} CPU cores", "jax", "numpy")})
+
+
+def fit(out: Path, work: Path, choose: bool = True) -> None:
+    """Fits Chinchilla's law to fitted.csv and, where one is to be chosen, the law of the least error; predicts."""
+    verb("fit", out / "fitted.csv", "--out", out / "fit")
+    if choose:
+        laws = rolling_origin(out / "fitted.csv", work / "laws")
+        (out / "laws.json").write_text(json.dumps(laws, indent=1) + "\n")
+        best = min(laws, key=lambda law: law["mean"])
+        verb("fit", out / "fitted.csv", "--out", out / "law", "--law", best["law"], "--count", best["count"])
+    predict(out, "planned.csv", out / "prediction.json")
+
+
+def predict(out: Path, table: str, found: Path, fit: str = "law") -> dict[str, Any]:
+    """The predictions for a table of the report, written to `found`; by fit/ where the report has no law/."""
+    folder = out / fit if (out / fit).exists() else out / "fit"
+    verb("predict", folder, "--against", out / table, "--extrapolate", "--json", found)
+    return json.loads(found.read_text())
+
+
+def report(out: Path, work: Path, ran: dict[str, Any]) -> None:
+    """Compares the predictions with table.csv and writes summary.json: the facts of the runs, and what was found."""
+    predict(out, "table.csv", out / "held_out.json")
+    work.mkdir(parents=True, exist_ok=True)
+    chinchilla = predict(out, "table.csv", work / "chinchilla.json", "fit")
+    summary = ran | summarise(out) | {"held_out_chinchilla": chinchilla["unseen"]}
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(json.dumps(summary["held_out"], indent=1))
 
 
@@ -135,8 +166,8 @@ def verb(*words: Any) -> None:
         sys.exit(done.returncode)
 
 
-def summarise(out: Path, sweep: Path) -> dict[str, Any]:
-    """What the report says, with the seconds that the runs took and the facts of this machine."""
+def summarise(out: Path) -> dict[str, Any]:
+    """The held-out runs beside their predictions; ends with an error where a prediction was changed after its runs."""
     compared = json.loads((out / "held_out.json").read_text())
     predicted = {row["name"]: row["predicted"] for row in json.loads((out / "prediction.json").read_text())["rows"]}
     unseen = [row for row in compared["rows"] if not row["fitted"]]
@@ -145,11 +176,8 @@ def summarise(out: Path, sweep: Path) -> dict[str, Any]:
         sys.exit(f"the prediction of {changed} is not the one in prediction.json: the fit was changed after it")
     with (out / "table.csv").open() as table:
         bits = {row["name"]: float(row["bits_per_byte"]) for row in csv.DictReader(table)}
-    return facts(f"{usable_cores()} CPU cores", "jax", "numpy") | {
-        "seconds_of_runs": seconds(sweep / "times.jsonl"),
-        "held_out": compared["unseen"],
-        "runs": [row | {"bits_per_byte": bits[row["name"]]} for row in unseen],
-    }
+    runs = [row | {"bits_per_byte": bits[row["name"]]} for row in unseen]
+    return {"held_out": compared["unseen"], "runs": runs}
 
 
 def seconds(times: Path) -> dict[str, float]:

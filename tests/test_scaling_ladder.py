@@ -8,8 +8,10 @@ import ladder_corpus
 import pytest
 import scaling_ladder
 
+from gptjax.cli import main
 from gptjax.config import SweepConfig
 from gptjax.config.command_line import load_recipe
+from gptjax.scaling.saved import open_fit
 from gptjax.scaling.sweep.points import make_points
 
 
@@ -64,12 +66,11 @@ def test_a_fit_that_was_changed_after_its_prediction_is_told(tmp_path, shift):
     (tmp_path / "prediction.json").write_text(json.dumps({"rows": [rows[0] | {"predicted": 3.25 + shift}]}))
     (tmp_path / "held_out.json").write_text(json.dumps({"rows": rows, "unseen": {"rows": 1}}))
     (tmp_path / "table.csv").write_text("name,bits_per_byte\n5_1e13_0,1.5\n")
-    (tmp_path / "times.jsonl").write_text("")
     if shift:
         with pytest.raises(SystemExit, match="5_1e13_0.*not the one in prediction.json"):
-            scaling_ladder.summarise(tmp_path, tmp_path)
+            scaling_ladder.summarise(tmp_path)
     else:
-        assert scaling_ladder.summarise(tmp_path, tmp_path)["runs"][0]["bits_per_byte"] == 1.5
+        assert scaling_ladder.summarise(tmp_path)["runs"][0]["bits_per_byte"] == 1.5
 
 
 def test_the_law_of_the_least_rolling_origin_error_is_seen_from_the_fitted_runs_alone(tmp_path, monkeypatch):
@@ -85,3 +86,20 @@ def test_the_law_of_the_least_rolling_origin_error_is_seen_from_the_fitted_runs_
     total, without = scaling_ladder.rolling_origin(tmp_path / "table.csv", tmp_path / "work")
     assert list(without["errors"]) == ["4e+12", "8e+12"]
     assert without["mean"] < 1e-4 < total["mean"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fit", ["scaling_ladder/fit", "scaling_ladder_muon/law"])
+def test_a_committed_fit_is_what_its_command_gives_today(fit, tmp_path):
+    folder = scaling_ladder.ROOT / "benchmarks" / "results" / fit
+    then = open_fit(folder)
+    law = ("--law", then.document["settings"]["law"], "--count", then.document["settings"]["count"])
+    assert main(["fit", str(folder.parent / "fitted.csv"), "--out", str(tmp_path), *law]) == 0
+    now = open_fit(tmp_path)
+    for name, coefficient in then.document["coefficients"].items():
+        for key in ("value", "interval"):
+            assert now.document["coefficients"][name][key] == pytest.approx(coefficient[key], rel=1e-2, abs=1e-6), (
+                name,
+                key,
+            )
+    assert now.points["predicted"] == pytest.approx(then.points["predicted"], rel=1e-6)

@@ -4,6 +4,7 @@ import dataclasses
 import html.parser
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -330,3 +331,16 @@ def test_a_folder_that_can_not_be_written_is_told(fitted, table, tmp_path, capsy
     assert "can't be written" in line
     line = refused(capsys, "fit", table, "--out", tmp_path / "file")
     assert "there is a file of that name" in line
+
+
+def test_labels_of_the_plots_do_not_overlap():
+    pytest.importorskip("matplotlib")
+    ladder = Path(__file__).parents[1] / "benchmarks" / "results" / "scaling_ladder" / "fit"
+    for name, figure in plots.figures(open_fit(ladder)).items():
+        figure.draw_without_rendering()
+        for axis in (axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)):
+            labels = [label for label in axis.get_ticklabels(which="both") if label.get_text() and label.get_visible()]
+            boxes = [label.get_window_extent() for label in labels]
+            for i, box in enumerate(boxes):
+                over = [labels[j].get_text() for j in range(i) if box.overlaps(boxes[j])]
+                assert not over, f"{name}: {labels[i].get_text()} lies over {over}"

@@ -19,10 +19,16 @@ def have_matplotlib() -> bool:
 
 def draw(fit: Fit) -> dict[str, bytes]:
     """The plots that this fit allows, as the bytes of PNG files by name; empty without matplotlib."""
-    if not have_matplotlib():
-        return {}
+    return {name: _png(figure) for name, figure in figures(fit).items()} if have_matplotlib() else {}
+
+
+def figures(fit: Fit) -> dict[str, Any]:
+    """The plots that this fit allows, as matplotlib's figures by name."""
     makers = {"losses": _losses, "isoflop": _isoflop, "optimum": _optimum, "residuals": _residuals}
-    return {name: png for name, make in makers.items() if (png := make(fit)) is not None}
+    made = {name: figure for name, make in makers.items() if (figure := make(fit)) is not None}
+    for figure in made.values():
+        _thin_log_ticks(figure)
+    return made
 
 
 def _figure(columns: int = 1) -> tuple[Any, Any]:
@@ -42,7 +48,7 @@ def _png(figure: Any) -> bytes:
     return file.getvalue()
 
 
-def _losses(fit: Fit) -> bytes:
+def _losses(fit: Fit) -> Any:
     """Loss over FLOPs: the points by size, the law at each size, and the least loss with its interval."""
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
@@ -76,10 +82,10 @@ def _losses(fit: Fit) -> bytes:
     _plain_loss_ticks(ax)
     ax.legend(frameon=False, fontsize=9)
     figure.colorbar(marks, ax=ax, label="parameters")
-    return _png(figure)
+    return figure
 
 
-def _isoflop(fit: Fit) -> bytes | None:
+def _isoflop(fit: Fit) -> Any:
     """Loss over N for each budget, the parabola in log N and its minimum."""
     found = fit.approaches["isoflop"]
     if not found["done"]:
@@ -101,10 +107,10 @@ def _isoflop(fit: Fit) -> bytes | None:
                 markeredgewidth=0.6, markersize=12, zorder=4)  # fmt: skip
     ax.set(xscale="log", xlabel="parameters", ylabel="loss (nats a token)", title="IsoFLOP parabolas; stars are minima")
     ax.legend(title="FLOPs", frameon=False, fontsize=8, title_fontsize=9)
-    return _png(figure)
+    return figure
 
 
-def _optimum(fit: Fit) -> bytes | None:
+def _optimum(fit: Fit) -> Any:
     """N-opt and D-opt over FLOPs by each approach, with intervals."""
     done = {name: a for name, a in fit.approaches.items() if a["done"]}
     if not done:
@@ -124,10 +130,10 @@ def _optimum(fit: Fit) -> bytes | None:
         ax.axvline(c.max(), color=GREY, linewidth=0.8, linestyle=":")
         ax.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel=label, title=f"Best {label} for a budget")
         ax.legend(frameon=False, fontsize=9)
-    return _png(figure)
+    return figure
 
 
-def _residuals(fit: Fit) -> bytes:
+def _residuals(fit: Fit) -> Any:
     """How far each loss is from the law, in percent, over FLOPs and over tokens a parameter."""
     figure, axes = _figure(2)
     n, d, c, loss = (fit.points[k] for k in ("parameters", "tokens", "flops", "loss"))
@@ -138,7 +144,7 @@ def _residuals(fit: Fit) -> bytes:
         ax.set(xscale="log", xlabel=label, ylabel="observed / law - 1 (%)")
     rms = float(np.sqrt(np.mean(off**2)))
     figure.suptitle(f"Residuals: root mean square {rms:.3g} %, largest {np.abs(off).max():.3g} %", fontsize=12)
-    return _png(figure)
+    return figure
 
 
 def _clusters(values: np.ndarray, gap: float) -> np.ndarray:
@@ -154,3 +160,13 @@ def _plain_loss_ticks(ax: Any) -> None:
     ax.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
     ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter(ScalarFormatter())
+
+
+def _thin_log_ticks(figure: Any) -> None:
+    """Labels of logarithmic axes at 1, 2 and 5 alone: those of 3 and 4 run into each other."""
+    from matplotlib.ticker import LogFormatterSciNotation, LogLocator
+
+    for axis in (axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)):
+        if isinstance(axis.get_major_locator(), LogLocator):
+            axis.set_minor_locator(LogLocator(subs=(2, 5)))
+            axis.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(2, 2)))
