@@ -87,9 +87,10 @@ def main() -> None:
 def refit(out: Path, work: Path) -> None:
     """Fits, predicts and compares again from a report's own tables; its facts stay those of the runs."""
     before = json.loads((out / "summary.json").read_text())
+    again = facts(f"{usable_cores()} CPU cores", "jax", "numpy")
     fit(out, work, choose=(out / "laws.json").exists())  # earlier ladders predicted by Chinchilla's law, unchosen
     ran = {name: before[name] for name in ("date", "command", "commit", "device", "versions", "seconds_of_runs")}
-    report(out, work, ran | {"refitted": facts(f"{usable_cores()} CPU cores", "jax", "numpy")})
+    report(out, work, ran | {"refitted": again})
 
 
 def fit(out: Path, work: Path, choose: bool = True) -> None:
