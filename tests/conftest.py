@@ -19,3 +19,11 @@ def compile_cache(tmp_path_factory):
         yield
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Prints what tests recorded as their `summary`, such as how many snippets of a page ran."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name == "summary" and report.when == "call":
+                terminalreporter.write_line(value)
