@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from facts import facts, spread, write_report
+from report import facts, spread, write_report
 
 from gptjax.config import ModelConfig
 from gptjax.config.attention import KERNELS

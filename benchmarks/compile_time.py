@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from facts import ROOT, facts, spread, write_report
+from report import ROOT, facts, spread, write_report
 
 PRETRAIN = [sys.executable, "-m", "gptjax.cli", "pretrain"]
 KINDS = ("cold", "warm", "resumed")

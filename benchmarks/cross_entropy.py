@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from facts import facts, write_report
+from report import facts, write_report
 
 from gptjax.runtime.process import tune_process
 from gptjax.training.losses import cross_entropy

@@ -35,8 +35,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from facts import facts, spread, write_report
-from turns import Competitor, Failed
+from report import facts, spread, write_report
+from worker_pool import Competitor, Failed
 
 from gptjax.config import ModelConfig
 from gptjax.generation.engine import decode, decode_params, prefill

@@ -1,6 +1,6 @@
 """The competitor of decode.py in torch: `generate` of transformers' GPT-2 on the CPU, in float32, as its users call it.
 
-A child of turns.py that imports nothing of ours and sets nothing but the number of threads.
+A child of worker_pool.py that imports nothing of ours and sets nothing but the number of threads.
 """
 
 import time
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 import transformers  # pyright: ignore[reportMissingImports]
-from turns import serve
+from worker_pool import serve
 
 
 class TorchDecoder:

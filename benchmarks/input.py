@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from facts import ROOT, facts, spread, write_report
+from report import ROOT, facts, spread, write_report
 
 from gptjax.config import DataConfig, PrepareConfig, TokenizerConfig, TrainConfig
 from gptjax.data import corpus

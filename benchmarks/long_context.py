@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from facts import ROOT, facts, write_report
+from report import ROOT, facts, write_report
 
 from gptjax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, TokenizerConfig, TrainConfig
 from gptjax.ops.attention import describe

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from facts import facts, write_report
+from report import facts, write_report
 
 from gptjax.config import ModelConfig, OptimConfig
 from gptjax.model.decoder import Decoder, head, init_params

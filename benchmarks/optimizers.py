@@ -28,8 +28,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from facts import ROOT, facts, write_report
 from jax.sharding import AbstractMesh, AxisType
+from report import ROOT, facts, write_report
 
 from gptjax.config import OptimConfig
 from gptjax.model.decoder import init_params, make_decoder

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from facts import facts, write_report
+from report import facts, write_report
 
 from gptjax.config import TrainConfig
 from gptjax.config.command_line import load_recipe, parse, take

@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from facts import ROOT, facts, write_report
+from report import ROOT, facts, write_report
 
 from gptjax.data.corpus import open_corpus
 from gptjax.data.prepare import WORK

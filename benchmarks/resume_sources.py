@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from facts import ROOT, facts, write_report
+from report import ROOT, facts, write_report
 
 MODEL = """
 --model.num-layers 1 --model.width 32 --model.num-heads 2 --model.dtype float32 --model.dropout 0.1 --data.length 64

@@ -29,7 +29,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from facts import facts, write_report
+from report import facts, write_report
 
 from gptjax.scaling import fits
 from gptjax.scaling.families import CHINCHILLA

@@ -31,8 +31,8 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
-from facts import ROOT, facts
 from ladder_corpus import write
+from report import ROOT, facts
 
 from gptjax.config import SweepConfig
 from gptjax.config.command_line import load_recipe

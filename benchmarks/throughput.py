@@ -1,7 +1,7 @@
 """Training steps of gptjax against its peers in one run: tokens a second, memory, MFU, and whether they are right.
 
     python benchmarks/throughput.py --out benchmarks/results
-    python benchmarks/throughput.py --suite h100 --out benchmarks/results      (one H100, under ten minutes)
+    python benchmarks/throughput.py --suite h100 --out benchmarks/results      (one H100, at most twelve minutes)
 
 Who competes, by name:
 
@@ -11,8 +11,10 @@ Who competes, by name:
     ...-float32           plain or torch (eager) in float32 where the others use bfloat16
 
 All start from the same weights and train on the same packed rows of real text (documents crossing, but for isolated).
-Each is a process of its own. After warm-up they take turns, one at a time while the others wait: in each round each
-makes --steps steps. Ratios are taken within a round; reported are medians with 5th and 95th percentiles.
+Each is a process of its own. On a CPU, whose speed drifts, all are started and take turns, one at a time while the
+others wait: in each round each makes --steps steps, and ratios are taken within a round. A GPU's memory does not hold
+them all: there (--one-by-one) each is started, makes all its rounds and ends before the next starts, those first that
+matter most, and who is not done after --minutes has failed. Reported are medians with 5th and 95th percentiles.
 
 Every loss and the norm of the first gradient are compared with a float32 run of the plain attention at highest
 precision on the same rows. A step further off than its tolerance (throughput_report.py says why), or a competitor that
@@ -25,6 +27,7 @@ Writes DATE_throughput.json, .md and .png (matplotlib: pip install 'gptjax[plots
 
 import argparse
 import dataclasses
+import math
 import os
 import platform
 import subprocess
@@ -35,25 +38,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from contests import MOST_BATCHES, SHAPES, SUITES, Contest, batches, flat, products, recipe, reference, write_batches
-from facts import ROOT, facts, write_report
+from contenders import MOST_BATCHES, SHAPES, SUITES, Contest, batches, flat, products, recipe, reference, write_batches
+from report import ROOT, facts, write_report
 from throughput_report import judge, plot, rows, summary, table
-from turns import Competitor, Failed
+from worker_pool import Competitor, Failed
 
 from gptjax.config.section import InputError
 
 HERE = Path(__file__).parent
 FLOAT32 = "-float32"
-COMPETITORS = ("ours", "ours-isolated", "plain", f"plain{FLOAT32}", "torch", f"torch{FLOAT32}", "torch-compiled")
+# Those first that matter most, for where there is not time for all.
+COMPETITORS = ("ours", "torch-compiled", "ours-isolated", "plain", "torch", f"plain{FLOAT32}", f"torch{FLOAT32}")
 WARM_UP = 2
 PRODUCT_SECONDS = 0.05  # for each shape in each round
 
 
 def main() -> int:
     args, wrong = arguments(), []
+    args.deadline = time.monotonic() + 60 * args.minutes
     try:
         contests = choose(args)
         report = machine() | {"suite": args.suite, "rounds": args.rounds, "steps": args.steps, "contests": []}
+        report |= {"one_by_one": args.one_by_one, "minutes": None if args.minutes == math.inf else args.minutes}
         with tempfile.TemporaryDirectory(prefix="gptjax-bench-") as folder:
             for contest in contests:
                 place = Path(folder) / contest.name
@@ -64,13 +70,14 @@ def main() -> int:
                     wrong.append(f"{contest.name}: {e}")
                 else:
                     say("\n".join(rows(report["contests"][-1])))
+                    write_report(report, args.out, "throughput")  # what is known, should this process be ended
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     wrong += [fault for contest in report["contests"] for fault in contest["faults"]]
     report["faults"] = wrong
     if args.suite == "h100":
-        report["others"] = others(args.out)
+        report["others"] = others(args.out, args.deadline)
     path = write_report(report, args.out, "throughput")
     path.with_suffix(".md").write_text(table(report))
     plot(report, path.with_suffix(".png"))
@@ -88,23 +95,30 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, help="only this shape, in place of a suite")
     parser.add_argument("--family", nargs="+", choices=("gpt2", "llama"), default=["gpt2", "llama"])
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
-    parser.add_argument("--competitors", nargs="+", choices=COMPETITORS, default=list(COMPETITORS))
+    parser.add_argument("--competitors", nargs="+", choices=COMPETITORS, help="(default: all that a suite has)")
     parser.add_argument("--jax-only", action="store_true", help="no torch")
     parser.add_argument("--torch-python", default=sys.executable, help="Python that has torch and transformers")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="steps of each competitor in each round")
     parser.add_argument("--batch", type=int, default=0, help="rows a step (default: the shape's)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="torch's (default: all)")
-    parser.add_argument("--patience", type=float, default=300.0, help="seconds for an answer, compiling included")
+    parser.add_argument("--patience", type=float, help="seconds for an answer, compiling included (default: 300, 120)")
+    parser.add_argument("--one-by-one", action="store_true", help="each starts when the one before has ended")
+    parser.add_argument("--minutes", type=float, help="end by then, whoever is left out (default: none, 12)")
     parser.add_argument("--warm-start", action="store_true", help="time a second start of ours, from its compile cache")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of ours alone")
     args = parser.parse_args()
     for name in ("rounds", "steps", "threads"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: wanted at least 1")
+    on_gpu = args.suite == "h100"  # whose second number above is its default
+    args.competitors = args.competitors or [c for c in COMPETITORS if not (on_gpu and c.endswith(FLOAT32))]
     if "ours" not in args.competitors:
         parser.error("--competitors: wanted ours among them, which the others are compared with")
-    args.warm_start |= args.suite == "h100"
+    args.patience = args.patience or (120.0 if on_gpu else 300.0)
+    args.minutes = args.minutes or (12.0 if on_gpu else math.inf)
+    args.one_by_one |= on_gpu
+    args.warm_start |= on_gpu
     return args
 
 
@@ -152,7 +166,7 @@ def machine() -> dict[str, Any]:
 def compete(contest: Contest, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Runs one contest and returns its report, with `faults` for all that failed or is wrong.
 
-    Raises Failed where the reference fails, without which nothing can be judged.
+    Raises Failed where the reference fails, without which nothing can be judged, or where no time is left for it.
     """
     config, names = recipe(contest, args.batch, tuple(args.set)), entrants(contest, args)
     total = WARM_UP + args.rounds * args.steps
@@ -199,42 +213,52 @@ def compete(contest: Contest, args: argparse.Namespace, folder: Path) -> dict[st
         rates = running[name].ask("products", shapes, contest.dtype, PRODUCT_SECONDS)["result"]
         ceilings.setdefault(library, []).append(rates)
 
-    def remember(name: str) -> None:
+    def leave(name: str) -> None:
         timed[name] |= running[name].ask("memory")["result"]
+        running.pop(name).close()
 
     def enter_again(name: str) -> None:
-        child = running[name] = start(name, contest, args, folder)
-        timed[name]["warm_first_step_seconds"] = child.ask("run", 1)["seconds"]
-        child.close()
+        try:
+            running[name] = start(name, contest, args, folder)
+            timed[name]["warm_first_step_seconds"] = running[name].ask("run", 1)["seconds"]
+        except Failed as e:  # its steps are timed already
+            faults.append(f"{contest.name}: second start: {e}")
+        finally:
+            if name in running:
+                running.pop(name).close()
 
     try:
-        for name in names:
-            say(f"{contest.name}: {name} starts")
-            attempt(enter, name)
-        for i in range(args.rounds):
-            order = list(running)
-            turned = i % max(1, len(order))
-            for name in order[turned:] + order[:turned]:
-                attempt(turn, name)
-            for library, prefix in (("jax", "ours"), ("torch", "torch")):
-                for name in [name for name in running if name.startswith(prefix)][:1]:
-                    attempt(measure, name, library)
-            say(f"{contest.name}: round {i + 1} of {args.rounds}")
-        for name in list(running):
-            attempt(remember, name)
+        for group in [[name] for name in names] if args.one_by_one else [names]:
+            for name in group:
+                say(f"{contest.name}: {name} starts")
+                attempt(enter, name)
+            for i in range(args.rounds):
+                order = list(running)
+                turned = i % max(1, len(order))
+                for name in order[turned:] + order[:turned]:
+                    attempt(turn, name)
+                for library, prefix in (("jax", "ours"), ("torch", "torch")):
+                    if len(ceilings.get(library, [])) <= i:
+                        for name in [name for name in running if name.startswith(prefix)][:1]:
+                            attempt(measure, name, library)
+                say(f"{contest.name}: round {i + 1} of {args.rounds}")
+            for name in list(running):
+                attempt(leave, name)
+            for name in group if args.warm_start else ():
+                if name.startswith("ours") and "failed" not in timed[name]:
+                    enter_again(name)
     finally:
         for child in running.values():
             child.close()
-    if args.warm_start:
-        for name in [name for name in running if name.startswith("ours")]:
-            attempt(enter_again, name)
     report = summary(contest, config, timed, ceilings, shapes, right)
     report["faults"] = faults + judge(contest, timed, right)
     return report
 
 
 def start(name: str, contest: Contest, args: argparse.Namespace, folder: Path, documents: str = "") -> Competitor:
-    """A competitor's process, ready to run."""
+    """A competitor's process, ready to run; raises Failed where it does not start, or no time is left."""
+    if time.monotonic() >= args.deadline:
+        raise Failed(f"{name} was left out: the {args.minutes:g} minutes are over")
     contest = contest._replace(dtype="float32") if name.endswith(FLOAT32) else contest
     config = recipe(contest, args.batch, tuple(args.set) if name.startswith("ours") else ())
     config = reference(config) if name == "reference" else config
@@ -254,10 +278,11 @@ def start(name: str, contest: Contest, args: argparse.Namespace, folder: Path, d
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "XDG_CACHE_HOME": str(folder / name)}
     env.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     command = [args.torch_python if torch else sys.executable, str(HERE / f"train_{'torch' if torch else 'jax'}.py")]
-    return Competitor(name, command, setting, folder / f"{name}.log", env, args.patience)
+    log = folder / f"{name}.log"
+    return Competitor(name, command, setting, log, env, args.patience, args.deadline)
 
 
-def others(out: Path) -> dict[str, Any]:
+def others(out: Path, deadline: float) -> dict[str, Any]:
     """The other benchmarks of a GPU, each in a process; how each ended, for none of them may end this report."""
     commands = {
         "decode": [
@@ -270,8 +295,9 @@ def others(out: Path) -> dict[str, Any]:
     ended: dict[str, Any] = {}
     for name, command in commands.items():
         say(f"{name} starts")
+        left = max(0.0, deadline - time.monotonic())
         try:
-            done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=100)
+            done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=min(100, left))
             ended[name] = {"code": done.returncode, "end": (done.stdout + done.stderr)[-400:]}
         except (OSError, subprocess.TimeoutExpired) as e:
             ended[name] = {"code": None, "end": str(e)[:400]}

@@ -4,8 +4,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from contests import Contest, flat
-from facts import spread
+from contenders import Contest, flat
+from report import spread
 
 from gptjax.config import TrainConfig
 from gptjax.model.counts import flops_per_token, parameters
@@ -13,8 +13,8 @@ from gptjax.training.metrics import CONVENTIONS, sheet_flops
 
 # How far any loss, and the norm of the first gradient, may be from the reference's, relative to it. Rounding moves them
 # by 2e-7 and 2e-7 in float32, in jax and in torch (TF32, a GPU's default, by some 1e-4), by 7e-4 and 8e-4 in bfloat16.
-# The faults of planted.py move the norm by 1.4e-2 (future_seen at length 256) to 0.3, a row's documents taken for one
-# by 1.3e-2, queries taken for keys by 4e-3.
+# The faults of planted_faults.py move the norm by 1.4e-2 (future_seen at length 256) to 0.3, a row's documents taken
+# for one by 1.3e-2, queries taken for keys by 4e-3.
 TOLERANCE = {"float32": {"loss": 3e-4, "grad_norm": 2e-3}, "bfloat16": {"loss": 2e-3, "grad_norm": 3e-3}}
 
 Rows = list[dict[str, float]]
@@ -102,12 +102,13 @@ def table(report: dict[str, Any]) -> str:
     for contest in report["contests"]:
         for found in contest["competitors"].values():
             versions |= found.get("versions", {})
+    order = "one after the other" if report.get("one_by_one") else "taking turns"
     lines = [
         f"# Training steps, {report['date']}", "",
         f"`{report['command']}`, commit {report['commit']}, {device}, XLA_FLAGS={report['xla_flags']!r}, "
         + ", ".join(f"{k} {v}" for k, v in versions.items()), "",
-        f"{report['rounds']} rounds of {report['steps']} steps; median (5th to 95th percentile). Ratio: ours over it, "
-        "in the same round. MFU: 6N/causal/PaLM, of the measured ceiling and of the data sheet.",
+        f"{report['rounds']} rounds of {report['steps']} steps, {order}; median (5th to 95th percentile). Ratio: ours "
+        "over it, in the same round. MFU: 6N/causal/PaLM, of the measured ceiling and of the data sheet.",
     ]  # fmt: skip
     for contest in report["contests"]:
         lines += ["", f"## {contest['name']}: {contest['parameters'] / 1e6:,.1f}M parameters, "

@@ -1,7 +1,7 @@
-"""A competitor of throughput.py in JAX: our training step as a run makes it, or the plain decoder. A child of turns.py.
+"""A competitor of throughput.py in JAX: our training step as a run makes it, or the plain decoder.
 
-Our own step is made by the functions of gptjax/assemble.py and train.py (assemble, init_state, compile_step) and run by
-the loop of every run (train.fit), which reads the numbers of a step while the next one runs.
+A child of worker_pool.py. Our own step is made by the functions of gptjax/training (build_components, init_state,
+compile_step) and run by the loop of every run (fit), which reads the numbers of a step while the next one runs.
 """
 
 import os
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from plain_decoder import PlainDecoder, from_stacked
-from turns import serve
+from worker_pool import serve
 
 from gptjax.config import TrainConfig
 from gptjax.config.section import build

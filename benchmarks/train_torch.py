@@ -1,8 +1,8 @@
 """A competitor of throughput.py in torch: GPT-2 or Llama of Hugging Face's transformers, trained as its users do.
 
-A child of turns.py that imports nothing of ours, so that it may run in another Python. The optimizer is AdamW, fused;
-bfloat16 is torch's autocast; compiled means torch.compile of the model and its loss; attention is torch's scaled dot
-product. Initial weights, batches, the groups without decay and the clipping are those of our step.
+A child of worker_pool.py that imports nothing of ours, so that it may run in another Python. The optimizer is AdamW,
+fused; bfloat16 is torch's autocast; compiled means torch.compile of the model and its loss; attention is torch's scaled
+dot product. Initial weights, batches, the groups without decay and the clipping are those of our step.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
 import transformers  # pyright: ignore[reportMissingImports]
-from turns import serve
+from worker_pool import serve
 
 UNDECAYED = ("norm", "bias", "ln_", "wpe")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from held_out import holdout
+from holdout_reference import holdout
 
 from gptjax.config import PrepareConfig, TokenizerConfig
 from gptjax.config.section import InputError

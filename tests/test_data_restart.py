@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from held_out import splits
+from holdout_reference import splits
 
 from gptjax.cli import main
 from gptjax.config import PrepareConfig, TokenizerConfig

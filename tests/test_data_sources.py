@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from held_out import holdout, splits
+from holdout_reference import holdout, splits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

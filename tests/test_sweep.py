@@ -23,7 +23,7 @@ from gptjax.scaling.sweep import work
 from gptjax.scaling.sweep.jobs import extend, read_jobs, write_jobs
 from gptjax.scaling.sweep.points import decay_start, make_points
 
-STANDIN = Path(__file__).parent / "sweep_standin.py"
+STANDIN = Path(__file__).parent / "fake_pretrain.py"
 STEP = {"16": 1434624, "32": 4048896}  # FLOPs of a step of the recipe below
 RECIPE = '''"""Tiny."""
 from gptjax.config import DataConfig, EvaluateConfig, ModelConfig, OptimConfig, TokenizerConfig, TrainConfig

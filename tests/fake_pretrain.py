@@ -1,7 +1,7 @@
 """A sweep over a stand-in for pretrain, which does no arithmetic and needs no jax; for tests/test_sweep.py.
 
-    sweep_standin.py sweep RECIPE OUT WORKERS GRID...   the real sweep, with the other as its `gptjax`
-    sweep_standin.py pretrain RECIPE FLAGS...           makes a run's files; its loss tells which steps it made, and how
+    fake_pretrain.py sweep RECIPE OUT WORKERS GRID...   the real sweep, with the other as its `gptjax`
+    fake_pretrain.py pretrain RECIPE FLAGS...           makes a run's files; its loss tells which steps it made, and how
 
 STANDIN_KILLS names a function of the sweep, which is killed with all it started where it first calls that.
 STANDIN_DELAY is the seconds a step takes, STANDIN_FAILS names a run and the code that it ends with at its third step.

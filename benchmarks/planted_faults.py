@@ -1,6 +1,6 @@
 """Losses that are wrong in a way that makes a step fast or a model better: throughput.py must find each of them.
 
-Used as `--set loss=planted:dropped_layer`; each builds a loss from the decoder, as every user's own loss does.
+Used as `--set loss=planted_faults:dropped_layer`; each builds a loss from the decoder, as every user's own loss does.
 """
 
 import dataclasses

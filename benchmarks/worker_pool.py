@@ -1,4 +1,4 @@
-"""Competitors of a benchmark as processes of their own, which work in turns: one works, the others wait to be asked.
+"""Competitors of a benchmark as processes of their own: one works when it is asked, any others wait.
 
 A process of its own gives each its thread pool and its memory, and lets one of them live in another Python. The child
 reads one JSON value a line from its standard input and answers each with one line; what its libraries print goes to its
@@ -6,6 +6,7 @@ log. Nothing here imports jax or torch.
 """
 
 import json
+import math
 import os
 import select
 import subprocess
@@ -23,11 +24,15 @@ class Failed(Exception):
 class Competitor:
     """The parent's side: starts `command`, gives it its setting, and asks it.
 
-    `facts` is what the child said when it was ready. An answer that takes longer than `patience` seconds is a failure.
+    `facts` is what the child said when it was ready. Raises Failed, and kills the child, where an answer takes longer
+    than `patience` seconds or is not there by `deadline`, a time of time.monotonic().
     """
 
-    def __init__(self, name: str, command: list[str], setting: dict[str, Any], log: Path, env: dict, patience: float):
-        self.name, self._log, self._patience = name, log, patience
+    def __init__(
+        self, name: str, command: list[str], setting: dict[str, Any], log: Path, env: dict, patience: float,
+        deadline: float = math.inf,
+    ):  # fmt: skip
+        self.name, self._log, self._patience, self._deadline = name, log, patience, deadline
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=env
@@ -53,17 +58,20 @@ class Competitor:
     def _exchange(self, message: Any) -> dict[str, Any]:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None and stdout is not None
+        wait = 0.0
         try:
             stdin.write(json.dumps(message).encode() + b"\n")
             stdin.flush()
-            ready, _, _ = select.select([stdout], [], [], self._patience)
+            wait = max(0.0, min(self._patience, self._deadline - time.monotonic()))
+            ready, _, _ = select.select([stdout], [], [], wait)
             line = stdout.readline() if ready else None
         except BrokenPipeError:
             line = b""
         if line:
             return json.loads(line)
-        why = f"gave no answer in {self._patience:.0f} s" if line is None else "ended"
+        why = f"gave no answer in {wait:.0f} s" if line is None else "ended"
         self._process.kill()
+        self._process.wait()
         tail = " | ".join(self._log.read_text(errors="replace").strip().splitlines()[-3:])
         raise Failed(f"{self.name} {why}: {tail[-600:] or 'it wrote nothing'}")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from facts import ROOT
+from report import ROOT
 
 from gptjax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, TokenizerConfig, TrainConfig
 from gptjax.config.command_line import parse
@@ -72,7 +72,7 @@ def recipe(contest: Contest, batch_size: int = 0, overrides: tuple[str, ...] = (
     s = SHAPES[contest.shape]
     llama: dict[str, Any] = {"positions": "rope", "norm": "rmsnorm", "activation": "swiglu", "biases": False}
     # Wider than a recipe's start: with weights of 0.02 the layers say so little that the loss would hardly tell a wrong
-    # one; so each gives about what it gets, and a fault of planted.py is seen in the first steps.
+    # one; so each gives about what it gets, and a fault of planted_faults.py is seen in the first steps.
     model = ModelConfig(
         init_std=0.8 / s.width**0.5,
         num_layers=s.layers, width=s.width, num_heads=s.heads, queries_per_kv=s.queries_per_kv,
