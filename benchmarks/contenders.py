@@ -13,7 +13,7 @@ from report import ROOT
 from gptjax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, TokenizerConfig, TrainConfig
 from gptjax.config.command_line import parse
 from gptjax.config.section import leaves
-from gptjax.data.packing import Batch, MemoryStream, Spans, cut
+from gptjax.data.packing import Batch, MemorySplit, Spans, cut
 from gptjax.model.counts import padded_vocab
 
 TEXT = ROOT / "gptjax" / "data" / "corpora" / "shakespeare.txt"
@@ -119,7 +119,7 @@ def batches(config: TrainConfig, documents: Documents, count: int) -> list[Batch
     low, high = (length * share for share in DOCUMENT_ROWS)
     sizes = np.exp(rng.uniform(np.log(low), np.log(high), int(len(ids) / low))).astype(np.int64)
     ends = np.cumsum(sizes)
-    stream = MemoryStream(np.split(ids, ends[ends < len(ids)]))
+    stream = MemorySplit.of(np.split(ids, ends[ends < len(ids)]))
     row = np.arange(rows)
     made = []
     for i in range(count):

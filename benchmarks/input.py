@@ -27,9 +27,9 @@ from report import ROOT, facts, spread, write_report
 
 from gptjax.config import DataConfig, PrepareConfig, TokenizerConfig, TrainConfig
 from gptjax.data import corpus
+from gptjax.data.pipeline import open_pipeline
 from gptjax.data.prepare import prepare
 from gptjax.data.rate import rate, rows_rate
-from gptjax.data.streamed import StreamedData
 
 LENGTHS = (128, 256, 1024)
 WORKERS = (0, 1, 2)
@@ -69,7 +69,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for name, value in round_of(args, folder / "corpus", tokenizer):
             found.setdefault(name, []).append(value)
     device = {"cores": os.cpu_count(), "load_before": LOAD}
-    return facts(device, "numpy", "sentencepiece", "array-record", "grain", "jax") | {
+    return facts(device, "numpy", "sentencepiece", "array-record", "jax") | {
         "text": args.text,
         "corpus_tokens": made.split("train").num_tokens,
         "batch_size": args.batch_size,
@@ -106,9 +106,9 @@ def bound_rows_rate(folder: Path, data: DataConfig, cache_bytes: int, seconds: f
 
 def stream_rate(config: TrainConfig, seconds: float) -> float:
     """Million tokens a second of a stream."""
-    feed = StreamedData(config)
-    with contextlib.closing(feed.batches(feed.start)) as made:
-        return rate(made, config.data, seconds) / 1e6
+    pipeline = open_pipeline(config, Path())
+    with contextlib.closing(pipeline.batches(pipeline.start)) as batches:
+        return rate(batches, config.data, seconds) / 1e6
 
 
 def quickstart_wait(steps: int) -> float:

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from gptjax.data.sources import Holdout, HoldoutBuilder, documents, open_source
+from gptjax.data.holdout import Holdout, HoldoutBuilder
+from gptjax.data.sources import documents, open_source
 
 
 def holdout(source: str | Path, fraction: float) -> Holdout:

@@ -10,20 +10,18 @@ from hypothesis import strategies as st
 
 from gptjax.config import DataConfig
 from gptjax.config.section import InputError
-from gptjax.data.batches import RowSampler, batches, permute, validation_batches
-from gptjax.data.packing import MemoryStream, batch_hash, pack_documents, pad_documents
+from gptjax.data.batches import RowSampler, batches, validation_batches
+from gptjax.data.packing import MemorySplit, batch_hash, pack_documents, pad_documents
+from gptjax.data.permutation import permute
 from gptjax.data.show import show
 from gptjax.tokenizer import BytesTokenizer
 
 BOS, EOS = 256, 257
 
 
-class MemorySplit(MemoryStream):
-    """A split in memory whose token at place p is p itself, so that a batch shows what it was cut from."""
-
-    def __init__(self, sizes: list[int]):
-        super().__init__(np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1]))
-        self.num_tokens = sum(sizes)
+def split_of(sizes: list[int]) -> MemorySplit:
+    """A split whose token at p is p itself, so that a batch shows what it was cut from."""
+    return MemorySplit.of(np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1]))
 
 
 sizes = st.lists(st.integers(2, 30), min_size=1, max_size=12)
@@ -50,7 +48,7 @@ def epoch(rows: RowSampler, number: int) -> list[dict]:
 @settings(max_examples=60, deadline=None)
 @given(sizes=sizes, length=st.integers(1, 20), seed=st.integers(0, 2**31 - 1), number=st.integers(0, 5))
 def test_every_target_is_predicted_exactly_once_an_epoch(packing, sizes, length, seed, number):
-    split = MemorySplit(sizes)
+    split = split_of(sizes)
     length = min(length, split.num_tokens - 1)
     rows = RowSampler(split, DataConfig(batch_size=1, length=length, packing=packing), seed)
     seen = []
@@ -64,7 +62,7 @@ def test_every_target_is_predicted_exactly_once_an_epoch(packing, sizes, length,
 @settings(max_examples=60, deadline=None)
 @given(sizes=sizes, length=st.integers(1, 20), batch_size=st.integers(1, 5))
 def test_validation_predicts_every_target_once_and_in_order(packing, sizes, length, batch_size):
-    split = MemorySplit(sizes)
+    split = split_of(sizes)
     cfg = DataConfig(batch_size=batch_size, length=length, packing=packing)
     made = list(validation_batches(split, cfg))
     seen = [i for batch in made for i in batch["inputs_BL"][batch["weights_BL"] > 0].tolist()]
@@ -81,7 +79,7 @@ def test_validation_predicts_every_target_once_and_in_order(packing, sizes, leng
 @settings(max_examples=60, deadline=None)
 @given(sizes=sizes, length=st.integers(2, 20), step=st.integers(0, 50))
 def test_segments_positions_and_weights_say_which_document_a_token_is_from(packing, sizes, length, step):
-    split = MemorySplit(sizes)
+    split = split_of(sizes)
     length = min(length, split.num_tokens - 1)
     batch = RowSampler(split, DataConfig(batch_size=3, length=length, packing=packing), 7).batch(step)
     starts, ends = set(split.starts.tolist()), document_ends(split)
@@ -103,7 +101,7 @@ def test_segments_positions_and_weights_say_which_document_a_token_is_from(packi
 @settings(max_examples=40, deadline=None)
 @given(sizes=sizes, length=st.integers(2, 20), step=st.integers(0, 20))
 def test_crossing_documents_makes_a_row_one_segment(sizes, length, step):
-    split = MemorySplit(sizes)
+    split = split_of(sizes)
     length = min(length, split.num_tokens - 1)
     apart = RowSampler(split, DataConfig(batch_size=2, length=length), 0).batch(step)
     crossing = RowSampler(split, DataConfig(batch_size=2, length=length, cross_documents=True), 0).batch(step)
@@ -116,7 +114,7 @@ def test_crossing_documents_makes_a_row_one_segment(sizes, length, step):
 
 @both_packings
 def test_every_host_reads_its_rows_of_the_same_batch(packing):
-    split, cfg = MemorySplit([30, 50, 7, 11]), DataConfig(batch_size=8, length=10, packing=packing)
+    split, cfg = split_of([30, 50, 7, 11]), DataConfig(batch_size=8, length=10, packing=packing)
     whole = [RowSampler(split, cfg, 3).batch(step) for step in range(5)]
     for hosts in (1, 2, 4, 8):
         share = 8 // hosts
@@ -129,7 +127,7 @@ def test_every_host_reads_its_rows_of_the_same_batch(packing):
 
 @both_packings
 def test_batch_size_does_not_change_the_order_of_rows(packing):
-    split = MemorySplit([30, 50, 7, 11])
+    split = split_of([30, 50, 7, 11])
     ones = RowSampler(split, DataConfig(batch_size=1, length=10, packing=packing), 3)
     fours = RowSampler(split, DataConfig(batch_size=4, length=10, packing=packing), 3)
     single = np.concatenate([ones.batch(step)["inputs_BL"] for step in range(40)])
@@ -137,7 +135,7 @@ def test_batch_size_does_not_change_the_order_of_rows(packing):
 
 
 def test_seeds_and_epochs_have_orders_and_cuts_of_their_own():
-    split, cfg = MemorySplit([400]), DataConfig(batch_size=1, length=10)
+    split, cfg = split_of([400]), DataConfig(batch_size=1, length=10)
     orders = set()
     for seed in (0, 1):
         rows = RowSampler(split, cfg, seed)
@@ -168,13 +166,13 @@ def test_permutations_prefer_no_place():
 def test_an_order_of_rows_never_changes_between_versions():
     # A resumed run must read what it would have read; a change here breaks every unfinished run.
     assert permute(np.arange(10), 10, 0, 0).tolist() == [7, 1, 4, 6, 2, 5, 0, 3, 8, 9]
-    rows = RowSampler(MemorySplit([20, 31]), DataConfig(batch_size=2, length=8), 5)
+    rows = RowSampler(split_of([20, 31]), DataConfig(batch_size=2, length=8), 5)
     assert batch_hash(rows.batch(3))[:16] == "f3530bf651edd648"
 
 
 @both_packings
 def test_resuming_at_a_step_goes_on_with_that_steps_batch(packing):
-    rows = RowSampler(MemorySplit([30, 50]), DataConfig(batch_size=2, length=10, packing=packing), 0)
+    rows = RowSampler(split_of([30, 50]), DataConfig(batch_size=2, length=10, packing=packing), 0)
     straight, hashes = batches(rows, 0), []
     for _ in range(6):
         batch, state = next(straight)
@@ -193,7 +191,7 @@ def test_resuming_at_a_step_goes_on_with_that_steps_batch(packing):
 
 
 def test_closing_the_iterator_ends_its_thread():
-    rows = RowSampler(MemorySplit([30, 50]), DataConfig(batch_size=2, length=10), 0)
+    rows = RowSampler(split_of([30, 50]), DataConfig(batch_size=2, length=10), 0)
     before = threading.active_count()
     iterator = batches(rows, 0)
     next(iterator)
@@ -204,7 +202,7 @@ def test_closing_the_iterator_ends_its_thread():
 
 
 def test_an_error_while_reading_ahead_reaches_the_reader_in_its_place():
-    rows = RowSampler(MemorySplit([30, 50]), DataConfig(batch_size=2, length=10), 0)
+    rows = RowSampler(split_of([30, 50]), DataConfig(batch_size=2, length=10), 0)
     good = rows.rows
 
     def damaged(number):
@@ -221,9 +219,9 @@ def test_an_error_while_reading_ahead_reaches_the_reader_in_its_place():
 
 def test_too_few_tokens_for_a_row_is_refused_with_numbers():
     with pytest.raises(InputError, match="data.length=10.* 10 tokens.*--data.length"):
-        RowSampler(MemorySplit([4, 6]), DataConfig(length=10), 0)
-    assert RowSampler(MemorySplit([4, 7]), DataConfig(length=10), 0).rows_per_epoch == 1
-    assert RowSampler(MemorySplit([4, 6]), DataConfig(length=10, packing="padded"), 0).rows_per_epoch == 2
+        RowSampler(split_of([4, 6]), DataConfig(length=10), 0)
+    assert RowSampler(split_of([4, 7]), DataConfig(length=10), 0).rows_per_epoch == 1
+    assert RowSampler(split_of([4, 6]), DataConfig(length=10, packing="padded"), 0).rows_per_epoch == 2
 
 
 docs_of_ids = st.lists(st.lists(st.integers(0, 99), min_size=2, max_size=9), min_size=1, max_size=10)
@@ -263,7 +261,7 @@ def test_documents_that_fit_no_row_are_refused():
 
 
 def test_types_and_names_are_those_that_the_step_is_compiled_for():
-    batch = RowSampler(MemorySplit([30, 50]), DataConfig(batch_size=2, length=10), 0).batch(0)
+    batch = RowSampler(split_of([30, 50]), DataConfig(batch_size=2, length=10), 0).batch(0)
     types = {name: str(value.dtype) for name, value in batch.items()}
     assert types == {
         "inputs_BL": "int32", "targets_BL": "int32", "positions_BL": "int32", "segments_BL": "int32",

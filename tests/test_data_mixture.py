@@ -14,7 +14,7 @@ from gptjax.config.section import InputError
 from gptjax.data.batches import RowSampler, batches
 from gptjax.data.corpus import CorpusSplit
 from gptjax.data.mixture import Mixture, SourceSchedule, rows_of_a_pass
-from gptjax.data.packing import MemoryStream, batch_hash
+from gptjax.data.packing import MemorySplit, batch_hash
 from gptjax.data.pipeline import open_pipeline
 from gptjax.data.prepare import prepare, train_tokenizer
 from gptjax.data.show import show
@@ -23,12 +23,9 @@ BYTES = TokenizerConfig(kind="bytes", vocab_size=258)
 WORDS = {"abc": "abc abcabc", "xyz": "xyz xyyz zzxy", "pqr": "pq qr rp"}
 
 
-class MemorySplit(MemoryStream):
-    """A split in memory whose token at place p is first + p, so that a batch shows what it was cut from."""
-
-    def __init__(self, size: int, first: int = 0):
-        super().__init__([np.arange(first, first + size)])
-        self.num_tokens = size
+def split(size: int, first: int = 0) -> MemorySplit:
+    """A split of one document whose token at p is first + p, so that a batch shows what it was cut from."""
+    return MemorySplit.of([np.arange(first, first + size)])
 
 
 def write_jsonl(path: Path, letters: str, count: int, seed: int = 0) -> Path:
@@ -78,20 +75,18 @@ some_counts = st.one_of(
 def test_every_prefix_of_a_mixture_has_each_source_in_its_proportion(counts):
     schedule, k = SourceSchedule(counts), len(counts)
     number = np.arange(2 * sum(counts))
-    source, index = schedule.split(number)
+    source, index = schedule.assign(number)
     bound = (1 + sum(1 / j for j in range(1, k - 1))) / 2
     for i, count in enumerate(counts):
         np.testing.assert_array_equal(index[source == i], np.arange(2 * count))  # none left out, in order
         off = np.cumsum(source == i) - (number + 1) * count / sum(counts)
         assert np.abs(off).max() <= bound + 1e-9
-        for r in (0, 1, len(number) // 3, len(number) - 1):
-            assert schedule.before(r)[i] == np.count_nonzero(source[:r] == i)
 
 
 def test_a_mixture_never_changes_between_versions():
     # A resumed run must read what it would have read; a change here breaks every unfinished run.
-    assert "".join(map(str, SourceSchedule([5, 3, 2]).split(np.arange(20))[0])) == "0102010201" * 2
-    mixture = Mixture({"a": MemorySplit(301), "b": MemorySplit(101, 1000)}, DataConfig(batch_size=4, length=10), 7)
+    assert "".join(map(str, SourceSchedule([5, 3, 2]).assign(np.arange(20))[0])) == "0102010201" * 2
+    mixture = Mixture({"a": split(301), "b": split(101, 1000)}, DataConfig(batch_size=4, length=10), 7)
     assert batch_hash(mixture.batch(20))[:16] == "5b36204efc80d797"
 
 
@@ -112,21 +107,20 @@ def test_rows_of_a_pass_follow_weights():
 
 def test_a_source_is_visited_as_if_it_were_alone():
     cfg = DataConfig(source="mixture", mixture=("a=a", "b=b"), weights=(0.5, 3.0), batch_size=4, length=10)
-    mixture = Mixture({"a": MemorySplit(301), "b": MemorySplit(101, 1000)}, cfg, 7)
+    mixture = Mixture({"a": split(301), "b": split(101, 1000)}, cfg, 7)
     made = np.concatenate([mixture.batch(step)["inputs_BL"] for step in range(60)])
-    for i, (rows, low) in enumerate(zip(mixture.rows, (0, 1000))):
+    # 15 rows of a and 30 of b in a pass: half a pass over a's 30 rows, three over b's 10.
+    assert mixture.schedule.counts == [15, 30]
+    for rows, low, count in zip(mixture.samplers, (0, 1000), (80, 160)):
         own = made[(made.max(axis=1) >= 1000) == (low == 1000)]
         alone = np.concatenate([rows.rows(np.array([n]))["inputs_BL"] for n in range(len(own))])
         np.testing.assert_array_equal(own, alone)
-        assert mixture.schedule.before(240)[i] == len(own)
-    # 15 rows of a and 30 of b in a pass: half a pass over a's 30 rows, three over b's 10.
-    assert mixture.schedule.counts == [15, 30]
-    assert mixture.passes(60) == {"a": 80 / 30, "b": 160 / 10}
+        assert len(own) == count
 
 
 def test_threads_change_no_batch_and_no_order():
-    mixture = Mixture({"": MemorySplit(2000)}, DataConfig(batch_size=4, length=10), 3)
-    alone = RowSampler(MemorySplit(2000), DataConfig(batch_size=4, length=10), 3)
+    mixture = Mixture({"": split(2000)}, DataConfig(batch_size=4, length=10), 3)
+    alone = RowSampler(split(2000), DataConfig(batch_size=4, length=10), 3)
     for workers in (0, 1, 3):
         made = batches(mixture, 5, workers=workers)
         found = [(batch_hash(batch), state["step"]) for batch, state in (next(made) for _ in range(12))]
@@ -135,10 +129,10 @@ def test_threads_change_no_batch_and_no_order():
 
 
 def test_a_resumed_mixture_goes_on_and_counts_its_tokens(folder):
-    feed = open_pipeline(mixed(folder, "xyz", "abc", weights=(2.0, 1.0), workers=2), folder / "none", print)
+    pipeline = open_pipeline(mixed(folder, "xyz", "abc", weights=(2.0, 1.0), workers=2), folder / "none", training=True)
     tokens = dict.fromkeys(["xyz", "abc"], 0)
-    states, hashes = [feed.start], []
-    with_all = feed.batches(feed.start)
+    states, hashes = [pipeline.start], []
+    with_all = pipeline.batches(pipeline.start)
     for _ in range(30):
         batch, state = next(with_all)
         for row, weights in zip(batch["inputs_BL"], batch["weights_BL"]):
@@ -147,23 +141,21 @@ def test_a_resumed_mixture_goes_on_and_counts_its_tokens(folder):
         hashes.append(batch_hash(batch))
         assert state["tokens"] == tokens
     with_all.close()
-    feed.check(states[17])
-    resumed = feed.batches(states[17])
+    pipeline.check(states[17])
+    resumed = pipeline.batches(states[17])
     assert [batch_hash(next(resumed)[0]) for _ in range(5)] == hashes[17:22]
     assert next(resumed)[1] == states[23]
     resumed.close()
-    assert batch_hash(feed.batch(29)) == hashes[29]
-    passes = feed.passes(states[30])
-    assert passes["xyz"] == pytest.approx(2 * passes["abc"], rel=0.1)
+    assert batch_hash(pipeline.batch(29)) == hashes[29]
 
 
 def test_a_mixture_is_measured_source_by_source(folder):
     held = mixed(folder, "abc", "xyz", validation=(f"both={folder / 'xyz'}", f"text={folder / 'pqr.jsonl'}"))
-    feed = open_pipeline(held, folder / "none", print)
-    assert [(v.name, v.own) for v in feed.validation] == [
+    pipeline = open_pipeline(held, folder / "none", training=True)
+    assert [(v.name, v.own) for v in pipeline.validation] == [
         ("abc", True), ("xyz", True), ("both", False), ("text", False),
     ]  # fmt: skip
-    own, same, text = (feed.validation[i] for i in (1, 2, 3))
+    own, same, text = (pipeline.validation[i] for i in (1, 2, 3))
     for a, b in zip(own.batches(0), same.batches(0), strict=True):
         assert batch_hash(a) == batch_hash(b)
     size = sum(len(json.loads(line)["text"]) for line in (folder / "pqr.jsonl").read_text().splitlines())
@@ -177,15 +169,15 @@ def test_a_mixtures_texts_share_one_trained_tokenizer(folder, tmp_path):
     trained = TokenizerConfig(vocab_size=310)
     said: list[str] = []
     cfg = mixed(folder, "abc.jsonl", "pqr.jsonl", tokenizer=trained)
-    feed = open_pipeline(cfg, tmp_path, said.append)
+    pipeline = open_pipeline(cfg, tmp_path, training=True, say=said.append)
     assert sum("training one tokenizer" in line for line in said) == 1
-    assert feed.tokenizer.encode("abcpqr") and {"abc", "pqr", "shared-tokenizer"} <= {
+    assert pipeline.tokenizer.encode("abcpqr") and {"abc", "pqr", "shared-tokenizer"} <= {
         p.name for p in tmp_path.iterdir()
     }
-    pieces = {feed.tokenizer.decode([i]) for i in range(310)}
+    pieces = {pipeline.tokenizer.decode([i]) for i in range(310)}
     assert any({"a", "b"} & set(p) and len(p) > 1 for p in pieces) and any("q" in p and len(p) > 1 for p in pieces)
     again = open_pipeline(cfg, tmp_path)  # opened to read: nothing is made
-    assert batch_hash(again.batch(3)) == batch_hash(feed.batch(3))
+    assert batch_hash(again.batch(3)) == batch_hash(pipeline.batch(3))
     assert len(said) == 3
     with pytest.raises(InputError, match="abc.* and .*other.* different tokenizers"):
         other = str(tmp_path / "other")
@@ -196,23 +188,23 @@ def test_a_mixtures_texts_share_one_trained_tokenizer(folder, tmp_path):
                 tokenizer=trained,
             ),
             tmp_path,
-            said.append,
+            training=True,
         )
 
 
 def test_a_text_beside_a_prepared_folder_is_prepared_with_its_tokenizer(folder, tmp_path):
-    feed = open_pipeline(mixed(folder, "abc", "pqr.jsonl"), tmp_path, print)
-    rows = {letters_of(row) for row in feed.batch(0)["inputs_BL"]}
-    assert rows == {"abc", "pqr"} and feed.tokenizer.kind == "bytes"
+    pipeline = open_pipeline(mixed(folder, "abc", "pqr.jsonl"), tmp_path, training=True)
+    rows = {letters_of(row) for row in pipeline.batch(0)["inputs_BL"]}
+    assert rows == {"abc", "pqr"} and pipeline.tokenizer.kind == "bytes"
 
 
 def test_another_corpus_is_refused_by_name(folder, tmp_path):
-    feed = open_pipeline(mixed(folder, "abc", "xyz"), tmp_path, print)
-    state = feed.start
-    feed.check(state)
+    pipeline = open_pipeline(mixed(folder, "abc", "xyz"), tmp_path, training=True)
+    state = pipeline.start
+    pipeline.check(state)
     state["corpus"]["xyz"] = "0"
     with pytest.raises(InputError, match="xyz is not the corpus"):
-        feed.check(state)
+        pipeline.check(state)
 
 
 @pytest.mark.parametrize(
@@ -245,19 +237,19 @@ def test_a_damaged_page_stops_training_or_becomes_padding(tmp_path):
     (shard,) = out.glob("*train*array_record*")
     page, split = corpus.manifest.page, corpus.split("train")
     assert split.num_tokens > 3 * page
-    whole = open_pipeline(one(out), tmp_path / "none", print)
+    whole = open_pipeline(one(out), tmp_path / "none", training=True)
     sound = [whole.batch(step) for step in range(300)]
     damage(shard, split, page + 100)
 
     with pytest.raises(InputError, match=r"train.*is damaged at page 1 "):
-        made = open_pipeline(one(out), tmp_path / "none", print).batches(whole.start)
+        made = open_pipeline(one(out), tmp_path / "none", training=True).batches(whole.start)
         for _ in range(300):
             next(made)
 
     said: list[str] = []
-    feed = open_pipeline(one(out, max_corrupt=1), tmp_path / "none", said.append)
+    pipeline = open_pipeline(one(out, max_corrupt=1), tmp_path / "none", training=True, say=said.append)
     damaged = 0
-    made, state = feed.batches(feed.start), {}
+    made, state = pipeline.batches(pipeline.start), {}
     for want in sound:
         batch, state = next(made)
         hole = (batch["inputs_BL"] == 0) & (want["inputs_BL"] != 0)
@@ -276,7 +268,7 @@ def test_a_damaged_page_stops_training_or_becomes_padding(tmp_path):
     assert any("left out page 1 of at most data.max_corrupt=1" in line for line in said)
 
     damage(shard, split, 100)
-    twice = open_pipeline(one(out, max_corrupt=1), tmp_path / "none", print)
+    twice = open_pipeline(one(out, max_corrupt=1), tmp_path / "none", training=True)
     with pytest.raises(InputError, match="data.max_corrupt=1 damaged pages were skipped before, and now"):
         made = twice.batches(state)
         for _ in range(300):
@@ -289,10 +281,10 @@ def one(corpus: Path, **data) -> TrainConfig:
 
 
 def test_show_names_the_source_of_each_row(folder):
-    feed = open_pipeline(mixed(folder, "abc", "xyz"), folder / "none", print)
-    lines = show(feed.batch(1), feed.tokenizer, range(4), feed.sources(1)).splitlines()
+    pipeline = open_pipeline(mixed(folder, "abc", "xyz"), folder / "none", training=True)
+    lines = show(pipeline.batch(1), pipeline.tokenizer, range(4), pipeline.sources(1)).splitlines()
     rows = [line for line in lines if line.startswith("row ")]
-    for row, inputs in zip(rows, feed.batch(1)["inputs_BL"], strict=True):
+    for row, inputs in zip(rows, pipeline.batch(1)["inputs_BL"], strict=True):
         assert f" of {letters_of(inputs)}: " in row
 
 
@@ -308,10 +300,11 @@ def test_a_tokenizer_that_did_not_prepare_the_folder_is_refused(folder, tmp_path
     data = DataConfig(source=out, batch_size=2, length=16)
     wanted = f"tokenizer.path=.*other' holds the tokenizer {shas['other']}, but {out} was prepared with {shas['own']}"
     with pytest.raises(InputError, match=wanted):
-        open_pipeline(TrainConfig(data=data, tokenizer=other), Path("none"), print)
+        open_pipeline(TrainConfig(data=data, tokenizer=other), Path("none"), training=True)
     for tokenizer in (own, TokenizerConfig(vocab_size=300)):
         assert (
-            open_pipeline(TrainConfig(data=data, tokenizer=tokenizer), Path("none"), print).tokenizer.vocab_size == 300
+            open_pipeline(TrainConfig(data=data, tokenizer=tokenizer), Path("none"), training=True).tokenizer.vocab_size
+            == 300
         )
 
 

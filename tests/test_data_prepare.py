@@ -59,11 +59,11 @@ def one(tmp_path) -> str:
 def stored(corpus: Corpus, name: str) -> list[str]:
     """The documents of a split, decoded, with their special tokens checked."""
     split, tokenizer = corpus.split(name), corpus.tokenizer
-    tokens, documents = split.read(0, split.num_tokens)
-    assert documents[-1] + 1 == split.num_documents
+    documents = np.split(split.tokens(0, split.num_tokens), split.starts[1:])
+    assert len(documents) == split.num_documents
     found = []
-    for number in range(split.num_documents):
-        ids = tokens[documents == number].tolist()
+    for ids in documents:
+        ids = ids.tolist()
         assert (ids[0], ids[-1]) == (tokenizer.bos_id, tokenizer.eos_id)
         assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids[1:-1])
         found.append(tokenizer.decode(ids))
@@ -298,7 +298,7 @@ def test_token_ids_outside_the_vocabulary_are_an_error_that_names_the_file(tmp_p
     ("change", "says"),
     [
         (lambda text: text[:-10], "not JSON"),
-        (lambda text: text.replace('"schema": 2', '"schema": 3'), "schema 3; wanted 2"),
+        (lambda text: text.replace('"schema": 1', '"schema": 3'), "schema 3; wanted 1"),
         (lambda text: text.replace('"corrupt": []', '"corrupt": [1]'), "does not describe a corpus"),
         (lambda text: text.replace('"name": "', '"name": "../'), "does not describe a corpus"),
         (lambda text: text.replace('"pages"', '"leaves"'), "does not describe a corpus"),
@@ -362,11 +362,11 @@ def test_a_large_source_trains_the_tokenizer_on_an_even_sample(tmp_path, monkeyp
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(value) + "\n" for value in values))
     monkeypatch.setattr(prepare_module, "TRAINING_BYTES", 10_000)
     source = open_source(str(tmp_path))
-    found = scan(source, 0.1, Filters(), tmp_path, lambda what, done, total: None)
-    sample = list(training_texts(source, found))
+    result = scan(source, 0.1, Filters(), tmp_path, lambda what, done, total: None)
+    sample = list(training_texts(source, result))
     assert 70 < len(sample) < 110
     assert len({text[5:7] for text in sample}) == 10  # from every hundred lines
-    assert sample == list(training_texts(source, found))
+    assert sample == list(training_texts(source, result))
 
 
 def test_the_report_states_both_splits(tmp_path, one):

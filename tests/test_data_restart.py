@@ -19,7 +19,8 @@ from gptjax.config import PrepareConfig, TokenizerConfig
 from gptjax.config.section import InputError
 from gptjax.data import encode, scan
 from gptjax.data.corpus import Corpus, open_corpus
-from gptjax.data.prepare import WORK, prepare, report
+from gptjax.data.prepare import WORK, prepare
+from gptjax.data.worker import Worker
 
 BYTES = TokenizerConfig(kind="bytes", vocab_size=258)
 
@@ -41,8 +42,7 @@ def stored(corpus: Corpus) -> dict[str, list[str]]:
     found = {}
     for name in ("train", "validation"):
         split = corpus.split(name)
-        tokens, documents = split.read(0, split.num_tokens)
-        ids = [tokens[documents == i] for i in range(split.num_documents)]
+        ids = np.split(split.tokens(0, split.num_tokens), split.starts[1:])
         for row in ids:
             assert np.flatnonzero(row == corpus.tokenizer.bos_id).tolist() == [0]
             assert np.flatnonzero(row == corpus.tokenizer.eos_id).tolist() == [len(row) - 1]
@@ -65,7 +65,7 @@ def text(tmp_path) -> Path:
 PROGRAM = """
 import os, signal, sys
 from gptjax.config import PrepareConfig, TokenizerConfig
-from gptjax.data import encode, shards
+from gptjax.data import encode, shards, worker
 from gptjax.data.prepare import prepare
 
 encode.PART_BYTES, shards.PAGE, shards.SHARD_BYTES = 50_000, 64, 1 << 16
@@ -92,13 +92,13 @@ prepare(cfg)
 
 # Dies when some parts are done, and its workers are at others; says who these are.
 KILLED_AT_WORK = """
-workers, init = [], encode._Worker.__init__
+init = worker.Worker.__init__
 
 def remembered(self, *args):
     init(self, *args)
     print(self.process.pid, flush=True)
 
-encode._Worker.__init__ = remembered
+worker.Worker.__init__ = remembered
 
 def progress(what, done, total):
     if what == "tokens" and int(when) and done > total * int(when) / 100:
@@ -169,17 +169,17 @@ def test_the_bytes_of_a_page_are_the_same_in_every_process(tmp_path, text):
 
 def test_a_lost_worker_is_one_line_and_the_next_run_goes_on(tmp_path, text, monkeypatch):
     monkeypatch.setattr(encode, "PART_BYTES", 30_000)
-    give = encode._Worker.give
+    send = Worker.send
 
-    def kill_at_the_third(worker, part, path):
-        give(worker, part, path)
-        if "000002" in path.name:
+    def kill_at_the_third(worker, message):
+        send(worker, message)
+        if getattr(message[1], "name", "") == "part-000002.npz":
             worker.process.kill()
 
-    monkeypatch.setattr(encode._Worker, "give", kill_at_the_third)
+    monkeypatch.setattr(Worker, "send", kill_at_the_third)
     with pytest.raises(InputError, match="a worker process was killed by signal 9 .*run the same command again"):
         prepare(config(text, tmp_path / "out", workers=2))
-    monkeypatch.setattr(encode._Worker, "give", give)
+    monkeypatch.setattr(Worker, "send", send)
     prepare(config(text, tmp_path / "out", workers=2))
     prepare(config(text, tmp_path / "whole"))
     assert files(tmp_path / "out") == files(tmp_path / "whole")
@@ -289,21 +289,6 @@ def test_a_corrupt_file_leaves_nothing_behind_but_its_name(tmp_path, capsys):
     told = capsys.readouterr().err
     assert "left out of 100 documents: 0 duplicates, 0 too short, 0 too long; and 1 corrupt files" in told
     assert "corrupt: " in told and "b.jsonl.gz: line" in told
-
-
-def test_a_corpus_of_the_first_schema_is_read_and_used_again(tmp_path):
-    write_jsonl(tmp_path / "a.jsonl", [f"text {i}" for i in range(50)])
-    corpus = prepare(config(tmp_path / "a.jsonl", tmp_path / "out"))
-    path = tmp_path / "out" / "manifest.json"
-    value = json.loads(path.read_text())
-    value["schema"] = 1
-    del value["report"]
-    for name in ("text_field", "deduplicate", "min_bytes", "max_bytes"):
-        del value["inputs"][name]
-    path.write_text(json.dumps(value))
-    again = prepare(config(tmp_path / "a.jsonl", tmp_path / "out"))
-    assert again.sha256 == corpus.sha256
-    assert "left out" not in report(again) and "left out" in report(corpus)
 
 
 def test_the_files_of_any_tokenizer_are_part_of_the_corpus(tmp_path):

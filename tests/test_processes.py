@@ -19,7 +19,7 @@ from gptjax import cli
 from gptjax.config import CheckpointConfig, DataConfig, TrainConfig
 from gptjax.config.section import InputError
 from gptjax.data.batches import RowSampler, validation_batches
-from gptjax.data.packing import MemoryStream
+from gptjax.data.packing import MemorySplit
 from gptjax.parallel import processes as distributed
 from gptjax.parallel.cluster import Cluster, RetryableError, find_cluster
 from gptjax.parallel.preflight import _Desk, preflight
@@ -248,14 +248,10 @@ def test_strangers_at_the_port_do_not_disturb():
 # Rows.
 
 
-class Split(MemoryStream):
-    num_tokens = 1000
-
-
-def split() -> Split:
+def split() -> MemorySplit:
     rng = np.random.default_rng(0)
     cuts = np.sort(rng.choice(np.arange(1, 1000), 40, replace=False))
-    return Split(np.split(rng.integers(1, 250, 1000), cuts))
+    return MemorySplit.of(np.split(rng.integers(1, 250, 1000), cuts))
 
 
 @pytest.mark.parametrize("packing, crossing", [("packed", False), ("packed", True), ("padded", False)])
@@ -268,8 +264,7 @@ def test_parts_of_a_batch_are_the_batch_and_their_targets_are_counted_unread(pac
         for name, x in whole.items():
             for part in parts:
                 np.testing.assert_array_equal(rows.batch(step, part)[name], x[part])
-        counted = rows.targets(step * 8 + np.arange(8))
-        np.testing.assert_array_equal(counted, np.count_nonzero(whole["weights_BL"], axis=1))
+        assert rows.num_targets(step * 8 + np.arange(8)) == np.count_nonzero(whole["weights_BL"])
     for whole, *some in zip(*(validation_batches(split(), cfg, 21, p) for p in (slice(None), *parts)), strict=True):
         for part, given in zip(parts, some):
             np.testing.assert_array_equal(given["targets_BL"], whole["targets_BL"][part])
@@ -526,24 +521,24 @@ import itertools, json, sys
 from pathlib import Path
 import jax, numpy as np
 from gptjax.config import TrainConfig
-from gptjax.data.pipeline import open_feed
+from gptjax.data.pipeline import open_pipeline
 from gptjax.data.packing import batch_hash
-from gptjax.parallel.processes import first_alone, is_first, join_processes
+from gptjax.parallel.processes import is_main_process, join_processes, main_process_first
 from gptjax.config.section import build, leaves
-from gptjax.parallel.sharding import make_mesh, put, rows_here
+from gptjax.parallel.sharding import local_rows, make_mesh, to_global
 
 cfg = build(TrainConfig, dict(leaves(TrainConfig())) | json.loads(sys.argv[1]))
 join_processes(dict(leaves(cfg)), cfg.run_dir)
 mesh = make_mesh(cfg.mesh)
-with first_alone("feed"):
-    feed = open_feed(cfg, Path(cfg.run_dir) / "data", lambda line: None)
-rows = rows_here(cfg.data.batch_size, mesh)
+with main_process_first("data"):
+    feed = open_pipeline(cfg, Path(cfg.run_dir) / "data", training=True)
+rows = local_rows(cfg.data.batch_size, mesh)
 whole = jax.jit(lambda batch: batch, out_shardings=jax.sharding.NamedSharding(mesh, jax.P()))
 hashes = []
 for batch, state in itertools.islice(feed.batches(feed.start, rows.numbers), 12):
     assert len(batch["inputs_BL"]) == len(rows.numbers)
-    hashes.append(batch_hash({name: np.asarray(x) for name, x in whole(put(batch, mesh, rows)).items()}))
-if is_first():
+    hashes.append(batch_hash({name: np.asarray(x) for name, x in whole(to_global(batch, mesh, rows)).items()}))
+if is_main_process():
     print(json.dumps([hashes, state, len(rows.numbers)]))
 """
 

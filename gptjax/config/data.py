@@ -1,6 +1,7 @@
-"""Where text comes from and how it is cut into rows."""
+"""Settings of the data: sources of text, its preparation and its rows."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -8,9 +9,14 @@ from gptjax.config.section import Section
 from gptjax.config.tokenizer import TokenizerConfig
 
 
+def parse_sources(entries: Sequence[str]) -> dict[str, str]:
+    """NAME=SOURCE entries as {name: source}, in their order."""
+    return {name: source for name, _, source in (entry.partition("=") for entry in entries)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Section):
-    """Where the text comes from and how it is cut into rows."""
+    """Sources of the text, and its rows."""
 
     section: ClassVar[str] = "data"
 
@@ -72,6 +78,11 @@ class DataConfig(Section):
         then = "give --data.weights, or --data.loading prepared"
         self.require(bool(shares), "weights_are", "shares, and data.weights, for a stream: its size is not known", then)
         self.require(0 < self.validation_fraction < 1, "validation_fraction", "a share above 0 and below 1")
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """The sources by name: those of the mixture, or the one source under the empty name."""
+        return parse_sources(self.mixture) if self.mixture else {"": self.source}
 
     @property
     def several_documents(self) -> bool:

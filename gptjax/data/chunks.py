@@ -1,49 +1,63 @@
-"""A source's text read in chunks of about CHUNK_BYTES, for a stream that is tokenised while it is trained on.
+"""A source's text in chunks of about CHUNK_BYTES, for a stream that is tokenised while it is trained on.
 
-A chunk is known by its place, where it begins, so any process can make it from the text alone.
+A chunk is identified by its cursor, so any process can make it from the text alone.
 """
 
+import contextlib
+import itertools
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 import numpy as np
 
 from gptjax.config import TokenizerConfig
+from gptjax.config.plugins import is_registered
 from gptjax.config.section import InputError
 from gptjax.data.encode import Encoder, TextSegment, segments_of, tokenize_segments
 from gptjax.data.formats import CorruptData, Document
+from gptjax.data.holdout import unit_hash
 from gptjax.data.records import Source
-from gptjax.data.sources import ErrorBudget, open_source, unit_hash
+from gptjax.data.sources import ErrorBudget, is_function, open_source
+from gptjax.data.worker import Worker
 from gptjax.tokenizer import Tokenizer, make_tokenizer
 
-CHUNK_BYTES = 1 << 16  # of text, at least; the last piece of a document that goes in may be as long again
+CHUNK_BYTES = 1 << 16  # of text, at least; the last segment that goes in may be as long again
 
 
 class Cursor(NamedTuple):
-    """Where a chunk begins: in this pass, this unit (file), this document of it and this piece of that, all from 0."""
+    """The beginning of a chunk: this segment of this document of this file in this pass, all from 0."""
 
     epoch: int = 0
-    unit: int = 0
+    file: int = 0
     document: int = 0
-    piece: int = 0
+    segment: int = 0
 
 
 class TokenChunk(NamedTuple):
-    """Tokens of the training text from a place on: int32; documents begin at `starts` (int64) of them.
+    """Tokens of the training text from a cursor on: int32; documents begin at `starts` (int64) of them.
 
-    `corrupt` is what was found corrupt and left out in this pass, since its beginning or since the stream was opened.
+    `corrupt` lists what was corrupt and left out in this pass, since its beginning or since the stream was opened.
     """
 
-    place: Cursor
+    cursor: Cursor
     tokens: np.ndarray
     starts: np.ndarray
     corrupt: tuple[str, ...] = ()
 
 
+class _TextChunk(NamedTuple):
+    """A chunk before it is tokenised."""
+
+    cursor: Cursor
+    segments: list[TextSegment]
+    corrupt: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class StreamSpec:
-    """A source of text and how it is read; small, so that workers can be told."""
+    """A source of text and the way it is read; small, so that it can be sent to workers."""
 
     source: str
     text_field: str
@@ -51,18 +65,17 @@ class StreamSpec:
     max_corrupt: int
     tokenizer: TokenizerConfig
 
-    def chunks(self, place: Cursor, first: int = 0, every: int = 1) -> Generator[TokenChunk, None, None]:
-        """Yields chunks first, first + every, ... counted from a place on, without end: one worker's share.
+    def chunks(self, cursor: Cursor, first: int = 0, every: int = 1) -> Generator[TokenChunk, None, None]:
+        """Yields chunks first, first + every, ... counted from a cursor on, without end: one worker's share.
 
-        Getting to the place costs nothing for the files before it, and reading without tokenising up to the document.
+        Getting to the cursor costs nothing for the files before it, and reading without tokenising up to the document.
         A worker reads (unpacks, hashes) all the text and tokenises its share. Raises InputError where the source is
         not there, or has no text to train on.
         """
         tokenizer = make_tokenizer(self.tokenizer, iter(()))
         encoder = Encoder(tokenizer)
-        for number, unread in enumerate(_unread(self, place, tokenizer)):
-            if number % every == first:
-                yield TokenChunk(unread.place, *tokenize_segments(unread.pieces, tokenizer, encoder), unread.corrupt)
+        for text in itertools.islice(self._text(cursor, tokenizer), first, None, every):
+            yield TokenChunk(text.cursor, *tokenize_segments(text.segments, tokenizer, encoder), text.corrupt)
 
     def documents(self) -> Iterator[Document]:
         """Yields the held-out documents, once."""
@@ -70,53 +83,72 @@ class StreamSpec:
             if unit_hash(document.digest) <= self.held_out:
                 yield document
 
-
-class _Unread(NamedTuple):
-    """A chunk before it is tokenised."""
-
-    place: Cursor
-    pieces: list[TextSegment]
-    corrupt: tuple[str, ...]
-
-
-def _unread(text: StreamSpec, place: Cursor, tokenizer: Tokenizer) -> Iterator[_Unread]:
-    source = open_source(text.source, text.text_field)
-    while True:
-        corrupt = ErrorBudget(text.max_corrupt)
-        pieces, size, begun, any_text = [], 0, place, place[1:] != (0, 0, 0)
-        for unit, number, document in _documents(source, corrupt, place.unit, place.document):
-            if unit_hash(document.digest) <= text.held_out:
-                continue
-            skipped = place.piece if (unit, number) == (place.unit, place.document) else 0
-            for i, piece in enumerate(segments_of(document, tokenizer)):
-                if i < skipped:
+    def _text(self, cursor: Cursor, tokenizer: Tokenizer) -> Iterator[_TextChunk]:
+        source = open_source(self.source, self.text_field)
+        while True:
+            corrupt = ErrorBudget(self.max_corrupt)
+            segments, size, start, any_text = [], 0, cursor, cursor[1:] != (0, 0, 0)
+            for file, number, document in _documents(source, corrupt, cursor.file, cursor.document):
+                if unit_hash(document.digest) <= self.held_out:
                     continue
-                pieces.append(piece)
-                size += piece.num_bytes
-                if size >= CHUNK_BYTES:
-                    yield _Unread(begun, pieces, tuple(corrupt.found))
-                    after = (number + 1, 0) if piece.last else (number, i + 1)
-                    pieces, size, begun, any_text = [], 0, Cursor(place.epoch, unit, *after), True
-        if pieces:
-            yield _Unread(begun, pieces, tuple(corrupt.found))
-        elif not any_text:
-            raise InputError(f"source {text.source!r} has no text to train on: all of its documents are held out")
-        place = Cursor(place.epoch + 1)
+                skipped = cursor.segment if (file, number) == (cursor.file, cursor.document) else 0
+                for i, segment in enumerate(segments_of(document, tokenizer)):
+                    if i < skipped:
+                        continue
+                    segments.append(segment)
+                    size += segment.num_bytes
+                    if size >= CHUNK_BYTES:
+                        yield _TextChunk(start, segments, tuple(corrupt.errors))
+                        after = (number + 1, 0) if segment.last else (number, i + 1)
+                        segments, size, start, any_text = [], 0, Cursor(cursor.epoch, file, *after), True
+            if segments:
+                yield _TextChunk(start, segments, tuple(corrupt.errors))
+            elif not any_text:
+                raise InputError(f"source {self.source!r} has no text to train on: all of its documents are held out")
+            cursor = Cursor(cursor.epoch + 1)
+
+
+def open_chunks(spec: StreamSpec, cursor: Cursor, workers: int) -> Generator[TokenChunk, None, None]:
+    """The chunks of a text from a cursor on, in order, made by so many processes (0: by this one); close it at the end.
+
+    Raises InputError where one of the processes was killed, and where they can't import a source of the user's script.
+    """
+    if not workers:
+        yield from spec.chunks(cursor)
+        return
+    if is_function(spec.source) and (spec.source.startswith("__main__:") or is_registered(spec.source)):
+        raise InputError(
+            f"source {spec.source!r} exists in this process alone, and data.workers={workers} worker processes import "
+            f"it: give the name of a function in a module of its own, or --data.workers 0"
+        )
+    with contextlib.ExitStack() as stack:
+        shares = [(spec, cursor, i, workers) for i in range(workers)]
+        processes = [stack.enter_context(Worker("--data.workers", _send_chunks, *share)) for share in shares]
+        for process in itertools.cycle(processes):
+            yield process.receive()
+
+
+def _send_chunks(pipe: Connection, spec: StreamSpec, *share: object) -> None:
+    try:
+        for chunk in spec.chunks(*share):  # pyright: ignore[reportArgumentType]
+            pipe.send(chunk)
+    except InputError as error:
+        pipe.send(error)
 
 
 def _documents(
-    source: Source, corrupt: ErrorBudget, unit: int = 0, document: int = 0
+    source: Source, corrupt: ErrorBudget, file: int = 0, document: int = 0
 ) -> Iterator[tuple[int, int, Document]]:
-    """Yields (unit, its number in the unit, document) from a document on; corrupt units are counted and left.
+    """Yields (file, its number in the file, document) from a document on; corrupt files are counted and left.
 
-    The documents before the damage were yielded by then, nothing of the unit comes after it.
+    The documents before the damage were yielded by then, nothing of the file comes after it.
     """
-    for u in range(unit, len(source.units)):
+    for i in range(file, len(source.files)):
         try:
-            for number, found in enumerate(source.units[u].read()):
-                if u > unit or number >= document:
+            for number, found in enumerate(source.files[i].read()):
+                if i > file or number >= document:
                     if corrupt.allowed:
                         found.check()
-                    yield u, number, found
+                    yield i, number, found
         except CorruptData as error:
             corrupt.add(error)

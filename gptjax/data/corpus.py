@@ -1,7 +1,7 @@
 """A prepared corpus: random access to the token stream of each split, with neither TensorFlow nor TFDS.
 
-A split is one stream of tokens, each document [bos] + ids + [eos], stored as pages in ArrayRecord shards; a table
-beside the shards says where documents start.
+A split is one stream of tokens, each document [bos] + ids + [eos], stored as pages in ArrayRecord shards; a table of
+document starts lies beside them.
 """
 
 import functools
@@ -15,17 +15,17 @@ import numpy as np
 
 from gptjax.config.section import InputError
 from gptjax.data.manifest import MANIFEST_FILE, FileEntry, Manifest, SplitEntry, read_manifest
-from gptjax.data.sources import file_sha256
+from gptjax.storage import file_sha256
 from gptjax.tokenizer import Tokenizer, load_tokenizer
 
 CACHE_BYTES = 64 << 20  # of decoded pages, for each split
-MISSING_TOKEN = np.int32(-1)  # no token: what a page that can't be read would have held
+MISSING_TOKEN = np.int32(-1)  # stands for each token of a page that can't be read
 _OPEN_SHARDS = 64  # shards a split keeps open
 _AGAIN = "delete the folder and prepare it again"
 
 
 def is_corpus(path: str | Path) -> bool:
-    """Whether the path is a folder that `prepare` finished."""
+    """True for a folder that `prepare` finished."""
     return (Path(path) / MANIFEST_FILE).is_file()
 
 
@@ -94,8 +94,7 @@ class DamagedPage(InputError):
 class CorpusSplit:
     """One split's token stream; reads are safe from several threads.
 
-    With `skip_damaged` a page that can't be read is a hole: HOLE in place of each of its tokens. `damage` collects what
-    was wrong, by page.
+    With `skip_damaged` a page that can't be read is one of MISSING_TOKEN, and `damage` collects the errors, by page.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, entry: SplitEntry):
@@ -114,7 +113,7 @@ class CorpusSplit:
 
     @property
     def starts(self) -> np.ndarray:
-        """Where each document begins in the stream: int64[num_documents], rising, mapped from its file."""
+        """The first token of each document in the stream: int64[num_documents], rising, mapped from its file."""
         return self._starts
 
     @functools.cached_property
@@ -128,53 +127,44 @@ class CorpusSplit:
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of the stream as int32; raises DamagedPage, naming shard and page, or see the class."""
         assert 0 <= start <= stop <= self.num_tokens, (start, stop, self.num_tokens)
-        page = self._manifest.page
-        first, inside = divmod(start, page)
-        pages = [self._page_or_hole(index) for index in range(first, (stop - 1) // page + 1)]
-        tokens = pages[0] if len(pages) == 1 else np.concatenate([x.astype(np.int32) for x in pages] or [self._NONE])
-        return tokens[inside : inside + stop - start].astype(np.int32)
-
-    _NONE = np.zeros(0, np.int32)
-
-    def _page_or_hole(self, index: int) -> np.ndarray:
-        if index not in self.damage:
-            try:
-                return self._page(index)
-            except DamagedPage as error:
-                if not self.skip_damaged:
-                    raise
-                self.damage[index] = error
-        return np.full(self._manifest.page, MISSING_TOKEN)
+        first, offset = divmod(start, self._manifest.page)
+        pages = [self._page(index) for index in range(first, (stop - 1) // self._manifest.page + 1)]
+        tokens = pages[0] if len(pages) == 1 else np.concatenate([np.zeros(0, np.int32), *pages])
+        return tokens[offset : offset + stop - start].astype(np.int32)
 
     def damage_in(self, start: int, stop: int) -> list[DamagedPage]:
-        """What was wrong with the pages that hold tokens [start, stop), of those that were found damaged so far."""
+        """The errors of the pages that hold tokens [start, stop), of those that were damaged so far."""
         pages = range(start // self._manifest.page, (stop - 1) // self._manifest.page + 1)
         return [self.damage[page] for page in pages if page in self.damage]
 
-    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [start, stop) and, for each, the number of its document in the split; both int32."""
-        documents = np.searchsorted(self.starts, np.arange(start, stop), side="right") - 1
-        return self.tokens(start, stop), documents.astype(np.int32)
-
     def _page(self, index: int) -> np.ndarray:
+        """A page from the cache, or read and decoded."""
         with self._lock:
             if index in self._pages:
                 self._pages.move_to_end(index)
                 return self._pages[index]
         shard = int(np.searchsorted(self._first_page, index, side="right")) - 1
-        with self._shard_locks[shard]:  # threads read different shards at a time
-            tokens = self._decoded(self._entry.shards[shard], shard, index)
+        try:
+            if index in self.damage:
+                raise self.damage[index]
+            with self._shard_locks[shard]:  # threads read different shards at a time
+                tokens = self._read_page(self._entry.shards[shard], shard, index)
+        except DamagedPage as error:
+            if not self.skip_damaged:
+                raise
+            self.damage[index] = error
+            return np.full(self._manifest.page, MISSING_TOKEN)
         with self._lock:
             self._pages[index] = tokens
             if len(self._pages) > self._max_pages:
                 self._pages.popitem(last=False)
         return tokens
 
-    def _decoded(self, entry: FileEntry, shard: int, index: int) -> np.ndarray:
+    def _read_page(self, entry: FileEntry, shard: int, index: int) -> np.ndarray:
         path = self._folder / entry.name
         record = index - int(self._first_page[shard])
-        page, where = self._manifest.page, f"{entry.name} page {record}"
-        wanted = min(page, self.num_tokens - index * page)
+        where = f"{entry.name} page {record}"
+        wanted = min(self._manifest.page, self.num_tokens - index * self._manifest.page)
         try:
             raw = self._reader(shard, path).read([record])[0]
             feature = example_type().FromString(raw).features.feature["tokens"]

@@ -1,4 +1,4 @@
-"""How each kind of file is read: whole texts, JSONL (plain, gzip, zstd) and the text column of Parquet and Arrow.
+"""Readers of each kind of file: whole texts, JSONL (plain, gzip, zstd) and the text column of Parquet and Arrow.
 
 Nothing is held in memory but one document of a JSONL file or a batch of rows of a table: text files are mapped.
 """
@@ -49,11 +49,11 @@ class Document:
 
     @property
     def text(self) -> str:
-        """The whole text; raises Damaged naming file and byte where it is not UTF-8."""
+        """The whole text; raises CorruptData naming file and byte where it is not UTF-8."""
         return self._decode(self.start, self.stop)
 
     def check(self) -> None:
-        """Raises Damaged naming file and byte where the text is not UTF-8."""
+        """Raises CorruptData naming file and byte where the text is not UTF-8."""
         for _ in self.pieces(_BLOCK):
             pass
 
@@ -91,7 +91,7 @@ class Document:
         return end if end > start else stop
 
     def _character(self, at: int) -> int:
-        """Where the character begins that the byte at this offset is part of."""
+        """First byte of the character that the byte at this offset is part of."""
         while at > self.start and self.data[at] & 0xC0 == 0x80:
             at -= 1
         return at
@@ -115,7 +115,7 @@ def kind_of(path: Path) -> str:
 def read_file(path: Path, field: str = "text") -> Iterator[Document]:
     """Yields the documents of one file; `field` names the text in records.
 
-    Raises Damaged for a file that can't be unpacked or is no UTF-8 or JSON, and InputError for records without the
+    Raises CorruptData for a file that can't be unpacked or is no UTF-8 or JSON, and InputError for records without the
     text; both name the file and the line, row or byte.
     """
     kind = kind_of(path)
@@ -124,13 +124,8 @@ def read_file(path: Path, field: str = "text") -> Iterator[Document]:
     return _table(path, field) if kind == ".parquet" else _lines(path, kind, field)
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    with opened(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def opened(path: Path) -> io.BufferedReader:
+def open_file(path: Path) -> io.BufferedReader:
+    """The open file; raises InputError where it can't be read."""
     try:
         return path.open("rb")
     except OSError as error:
@@ -181,7 +176,7 @@ def _wanted(field: str) -> str:
 
 
 def _whole(path: Path) -> Iterator[Document]:
-    with opened(path) as file:
+    with open_file(path) as file:
         size = file.seek(0, io.SEEK_END)
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""  # nothing can't be mapped
         yield Document(str(path), data, 0, size)
@@ -189,7 +184,7 @@ def _whole(path: Path) -> Iterator[Document]:
 
 def _lines(path: Path, kind: str, field: str) -> Iterator[Document]:
     number = offset = 0
-    with opened(path) as raw:
+    with open_file(path) as raw:
         file = {".jsonl.gz": _ungzip, ".jsonl.zst": _unzstd}.get(kind, lambda file: file)(raw)
         while True:
             number += 1
@@ -199,13 +194,13 @@ def _lines(path: Path, kind: str, field: str) -> Iterator[Document]:
                 raise CorruptData(f"{path}: line {number} cannot be unpacked ({error}); the file is damaged") from None
             if not line:
                 break
-            yield _of_line(line, f"{path}:{number}", offset, field)
+            yield _parse_line(line, f"{path}:{number}", offset, field)
             offset += len(line)
     if number == 1:
         raise CorruptData(f"{path} is empty; {_wanted(field)} on each line")
 
 
-def _of_line(line: bytes, origin: str, offset: int, field: str) -> Document:
+def _parse_line(line: bytes, origin: str, offset: int, field: str) -> Document:
     """The text of one line of JSONL."""
     try:
         value = json.loads(line.decode("utf-8"))
@@ -215,8 +210,8 @@ def _of_line(line: bytes, origin: str, offset: int, field: str) -> Document:
             f"{origin}: byte 0x{line[error.start]:02x} at offset {at} is not UTF-8; {_wanted(field)}"
         ) from None
     except (ValueError, RecursionError) as error:
-        found = "a blank line" if not line.strip() else f"no JSON ({error})"
-        raise CorruptData(f"{origin}: found {found}; {_wanted(field)}") from None
+        problem = "a blank line" if not line.strip() else f"no JSON ({error})"
+        raise CorruptData(f"{origin}: found {problem}; {_wanted(field)}") from None
     if not isinstance(value, dict):
         raise InputError(f"{origin}: found a JSON {type(value).__name__}; {_wanted(field)}")
     if field not in value:
@@ -224,58 +219,23 @@ def _of_line(line: bytes, origin: str, offset: int, field: str) -> Document:
     return document_of(value[field], origin, field)
 
 
-class _Unzstd(io.RawIOBase):
-    """The bytes packed in a zstd file of one or more frames; raises EOFError where the last one is cut off.
-
-    (The stream reader of zstandard takes a truncated file for a shorter one.)
-    """
-
-    def __init__(self, raw: io.BufferedReader):
-        import zstandard
-
-        self._zstandard, self._raw = zstandard, raw
-        self._frame: Any = None
-        self._packed, self._ready = b"", io.BytesIO()
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not (size := self._ready.readinto(buffer)):
-            packed = self._packed or self._raw.read(_BLOCK)
-            if not packed:
-                if self._frame is not None and not self._frame.eof:
-                    raise EOFError("the zstd file ended before its end-of-frame mark")
-                return 0
-            if self._frame is None or self._frame.eof:
-                self._frame = self._zstandard.ZstdDecompressor().decompressobj()
-            try:
-                self._ready = io.BytesIO(self._frame.decompress(packed))
-            except self._zstandard.ZstdError as error:
-                raise OSError(str(error)) from None
-            self._packed = self._frame.unused_data if self._frame.eof else b""
-        return size
-
-
 def _ungzip(raw: io.BufferedReader) -> io.BufferedReader:
     return io.BufferedReader(gzip.GzipFile(fileobj=raw), _BLOCK)  # its own readline is slower
 
 
 def _unzstd(raw: io.BufferedReader) -> io.BufferedReader:
-    try:
-        return io.BufferedReader(_Unzstd(raw), _BLOCK)
-    except ModuleNotFoundError:
-        raise InputError(f"{raw.name}: zstandard is not installed; run: pip install 'gptjax[hf]'") from None
+    import pyarrow
+
+    stream: Any = pyarrow.CompressedInputStream(raw, "zstd")  # of several frames too; a truncated one raises OSError
+    return io.BufferedReader(stream, _BLOCK)
 
 
 def _table(path: Path, field: str) -> Iterator[Document]:
     """Reads only the text column of a Parquet file, a few rows at a time."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ModuleNotFoundError:
-        raise InputError(f"{path}: pyarrow is not installed; run: pip install 'gptjax[hf]'") from None
-    with opened(path) as raw:
+    import pyarrow
+    from pyarrow import parquet
+
+    with open_file(path) as raw:
         first = 1
         try:
             file = parquet.ParquetFile(raw, buffer_size=_BLOCK, pre_buffer=False, page_checksum_verification=True)

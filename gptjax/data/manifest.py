@@ -1,4 +1,4 @@
-"""What a prepared corpus consists of: manifest.json, written last, names every file with its size and SHA-256."""
+"""The manifest of a prepared corpus: written last, it names every file with its size and SHA-256."""
 
 import dataclasses
 import json
@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.config.section import InputError
-from gptjax.data.formats import file_sha256
+from gptjax.storage import file_sha256, write_json
 
 MANIFEST_FILE = "manifest.json"  # its presence makes a folder a prepared corpus
-SCHEMA = 2  # 1 had no report
+SCHEMA = 1
 DATASET = "corpus"
 
 
@@ -40,11 +40,11 @@ class SplitEntry:
 class Report:
     """Documents of the source, those of them left out, and its corrupt files, each as a line that says why."""
 
-    documents: int = 0
-    duplicates: int = 0
-    too_short: int = 0
-    too_long: int = 0
-    corrupt: tuple[str, ...] = ()
+    documents: int
+    duplicates: int
+    too_short: int
+    too_long: int
+    corrupt: tuple[str, ...]
 
     @staticmethod
     def of(values: dict[str, Any]) -> "Report":
@@ -57,7 +57,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`inputs` is what the corpus was made from, and decides whether it may be used again."""
+    """Contents of a corpus; `inputs` is what it was made from, and decides whether it may be used again."""
 
     source: str
     inputs: dict[str, Any]
@@ -83,14 +83,8 @@ def file_entry(path: Path, pages: int = 0) -> FileEntry:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes manifest.json in one step: it is there whole, or not at all."""
-    partial = folder / f"{MANIFEST_FILE}.partial"
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump({"schema": SCHEMA, **dataclasses.asdict(manifest)}, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, folder / MANIFEST_FILE)
+    """Writes manifest.json whole, or not at all."""
+    write_json(folder / MANIFEST_FILE, {"schema": SCHEMA, **dataclasses.asdict(manifest)})
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -106,9 +100,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise InputError(f"{path} is not JSON, so it is damaged; delete the folder and run `gptjax prepare`") from None
     try:
         schema = value.pop("schema")
-        if schema not in (1, SCHEMA):
+        if schema != SCHEMA:
             raise InputError(f"{path} has schema {schema!r}; wanted {SCHEMA}; prepare the corpus with this version")
-        report = Report.of(value.pop("report")) if schema == SCHEMA else Report()
+        report = Report.of(value.pop("report"))
         splits = {name: _split(split) for name, split in value.pop("splits").items()}
         files = tuple(_file(entry) for entry in value.pop("files"))
         manifest = Manifest(splits=splits, files=files, report=report, **value)

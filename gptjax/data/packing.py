@@ -81,7 +81,7 @@ def example_batch(num_rows: int, length: int) -> Batch:
 
 
 def _covered(spans: Spans, num_rows: int, length: int) -> np.ndarray:
-    """Which places some span covers, by adding up where spans open and close."""
+    """Places that some span covers, by adding up where spans open and close."""
     edges_BL = np.zeros((num_rows, length + 1), np.int8)
     # Spans that meet cancel out; no two open, and no two close, in the same place.
     edges_BL[spans.row, spans.column] += 1
@@ -102,15 +102,22 @@ def _document_starts(starts: np.ndarray, spans: Spans) -> tuple[np.ndarray, np.n
     return spans.row[span], column, column < (spans.column + spans.count)[span]
 
 
-class MemoryStream:
-    """Whole documents in memory as a stream, for a handful of them."""
+class MemorySplit:
+    """A token stream in memory, of so many bytes of text."""
 
-    def __init__(self, docs: Sequence[Sequence[int] | np.ndarray]):
-        sizes = np.array([len(doc) for doc in docs], np.int64)
-        self.starts = np.cumsum(sizes) - sizes
-        self._tokens = np.concatenate([np.asarray(doc, np.int32) for doc in docs])
+    def __init__(self, tokens: np.ndarray, starts: np.ndarray, num_bytes: int = 0):
+        self._tokens, self.starts = tokens, starts
+        self.num_tokens, self.num_documents, self.num_bytes = len(tokens), len(starts), num_bytes
+
+    @staticmethod
+    def of(documents: Sequence[Sequence[int] | np.ndarray]) -> "MemorySplit":
+        """The documents end to end."""
+        sizes = np.array([len(document) for document in documents], np.int64)
+        tokens = np.concatenate([np.asarray(document, np.int32) for document in documents])
+        return MemorySplit(tokens, np.cumsum(sizes) - sizes)
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) as int32."""
         return self._tokens[start:stop]
 
 
@@ -126,7 +133,7 @@ def pack_documents(docs: Sequence[Sequence[int]], length: int) -> Batch:
         rows.append(row)
         columns.append(filled[row])
         filled[row] += count
-    stream = MemoryStream(docs)
+    stream = MemorySplit.of(docs)
     spans = Spans(np.array(rows), np.array(columns), stream.starts, np.array(counts))
     return cut(stream, spans, len(filled), length)
 
@@ -134,7 +141,7 @@ def pack_documents(docs: Sequence[Sequence[int]], length: int) -> Batch:
 def pad_documents(docs: Sequence[Sequence[int]], length: int) -> Batch:
     """One whole document a row, padded to the length."""
     counts = _predictions(docs, length)
-    stream = MemoryStream(docs)
+    stream = MemorySplit.of(docs)
     spans = Spans(np.arange(len(docs)), np.zeros(len(docs), np.int64), stream.starts, np.array(counts))
     return cut(stream, spans, len(docs), length)
 
@@ -150,7 +157,7 @@ def batch_hash(batch: Batch) -> str:
 
 
 def _predictions(docs: Sequence[Sequence[int]], length: int) -> list[int]:
-    """How many tokens of each document are predicted: all but its first."""
+    """Predicted tokens of each document: all but its first."""
     counts = [len(doc) - 1 for doc in docs]
     for number, count in enumerate(counts):
         if not 1 <= count <= length:

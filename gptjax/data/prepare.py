@@ -23,11 +23,13 @@ from gptjax.config import PrepareConfig, TokenizerConfig, TrainTokenizerConfig
 from gptjax.config.section import InputError
 from gptjax.data import encode, shards
 from gptjax.data.corpus import Corpus, is_corpus, open_corpus
+from gptjax.data.holdout import SPLITS, ContentHash
 from gptjax.data.manifest import DATASET, Manifest, SplitEntry, file_entry, write_manifest
 from gptjax.data.records import Source
 from gptjax.data.scan import Filters, ScanResult, changed, load_scan, scan
-from gptjax.data.sources import LOCK_FILE, SPLITS, ContentHash, open_source, source_sha256
+from gptjax.data.sources import LOCK_FILE, open_source, source_sha256
 from gptjax.runtime.versions import __version__
+from gptjax.storage import Disk
 from gptjax.tokenizer import (
     FILES,
     MODEL_FILE,
@@ -59,7 +61,7 @@ def prepare(cfg: PrepareConfig, progress: Progress | None = None) -> Corpus:
     progress = progress or (lambda what, done, total: None)
     source = open_source(cfg.source, cfg.text_field)
     inputs = {
-        "source_sha256": source_sha256(source) if source.files else "",  # of its documents: known when they are read
+        "source_sha256": source_sha256(source) if source.paths else "",  # of its documents: known when they are read
         "text_field": cfg.text_field,
         "validation_fraction": cfg.validation_fraction,
         "deduplicate": cfg.deduplicate,
@@ -79,7 +81,7 @@ def prepare(cfg: PrepareConfig, progress: Progress | None = None) -> Corpus:
 
 
 def report(corpus: Corpus) -> str:
-    """What a corpus holds, in a line for each split, and what of its source was left out."""
+    """The contents of a corpus, in a line for each split, and the parts of its source that were left out."""
     manifest, left = corpus.manifest, corpus.manifest.report
     lines = [f"{corpus.folder}: {manifest.tokenizer_kind} tokenizer of {manifest.vocab_size:,} ids"]
     for name, split in manifest.splits.items():
@@ -135,8 +137,8 @@ def train_tokenizer(cfg: TrainTokenizerConfig) -> Tokenizer:
     source = open_source(cfg.source, cfg.text_field)
     filters = Filters(max_corrupt=cfg.max_corrupt)
     with tempfile.TemporaryDirectory(prefix="gptjax-") as folder:
-        found = scan(source, cfg.validation_fraction, filters, Path(folder), lambda what, done, total: None)
-    tokenizer = train_sentencepiece(training_texts(source, found), cfg.vocab_size, "vocab_size")
+        scan_result = scan(source, cfg.validation_fraction, filters, Path(folder), lambda what, done, total: None)
+    tokenizer = train_sentencepiece(training_texts(source, scan_result), cfg.vocab_size, "vocab_size")
     path = Path(cfg.out) / MODEL_FILE
     if path.exists() and load_model(path).sha256 != tokenizer.sha256:
         raise InputError(f"{path} is another tokenizer; choose another folder with --out, or delete it")
@@ -145,14 +147,14 @@ def train_tokenizer(cfg: TrainTokenizerConfig) -> Tokenizer:
     return tokenizer
 
 
-def training_texts(source: Source, found: ScanResult, total: int = 0) -> Iterator[str]:
+def training_texts(source: Source, scan_result: ScanResult, total: int = 0) -> Iterator[str]:
     """Yields training text for the tokenizer, at most about TRAINING_BYTES, the same pieces each time.
 
     Where it is trained on several sources, `total` is the bytes that all of them keep.
     """
-    share = TRAINING_BYTES / (total or found.kept_bytes)
+    share = TRAINING_BYTES / (total or scan_result.kept_bytes)
     number = 0
-    for split, document in found.documents(source):
+    for split, document in scan_result.documents(source):
         if split == "train":
             for piece in document.pieces():
                 # Multiples of the golden ratio fall evenly into [0, 1), so the pieces are spread over the source.
@@ -164,23 +166,23 @@ def training_texts(source: Source, found: ScanResult, total: int = 0) -> Iterato
 def _write(cfg: PrepareConfig, source: Source, inputs: dict[str, Any], progress: Progress) -> None:
     folder, work = Path(cfg.out), Path(cfg.out) / WORK
     _begin(folder, inputs | {"max_corrupt": cfg.max_corrupt, "part_bytes": encode.PART_BYTES, "version": __version__})
-    found = load_scan(work)
-    if found is None:
+    scan_result = load_scan(work)
+    if scan_result is None:
         filters = Filters(cfg.deduplicate, cfg.min_bytes, cfg.max_bytes, cfg.max_corrupt)
-        found = scan(source, cfg.validation_fraction, filters, work, progress)
-        found.save(work)
-    progress("tokenizer", 0, found.kept_bytes)
-    tokenizer = _tokenizer(cfg.tokenizer, source, found, work)
-    identity, content = inputs["source_sha256"], None if source.files else ContentHash()
-    count = _write_parts(source, found, tokenizer, content, work, cfg.workers or os.cpu_count() or 1, progress)
-    was, now = (found.content_sha256, content.hexdigest) if content else (identity, source_sha256(source))
-    if was != now:
+        scan_result = scan(source, cfg.validation_fraction, filters, work, progress)
+        scan_result.save(work)
+    progress("tokenizer", 0, scan_result.kept_bytes)
+    tokenizer = _tokenizer(cfg.tokenizer, source, scan_result, work)
+    identity, content = inputs["source_sha256"], None if source.paths else ContentHash()
+    count = _write_parts(source, scan_result, tokenizer, content, work, cfg.workers or os.cpu_count() or 1, progress)
+    before, after = (scan_result.content_sha256, content.hexdigest) if content else (identity, source_sha256(source))
+    if before != after:
         shutil.rmtree(work)
         raise changed(source)
     splits = _write_shards(work, count, tokenizer)
     manifest = Manifest(
         source=cfg.source,
-        inputs=inputs | {"source_sha256": was},
+        inputs=inputs | {"source_sha256": before},
         tokenizer_kind=tokenizer.kind,
         tokenizer_sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
@@ -188,7 +190,7 @@ def _write(cfg: PrepareConfig, source: Source, inputs: dict[str, Any], progress:
         dtype=encode.token_dtype(tokenizer).name,
         splits=splits,
         files=tuple(file_entry(work / "out" / name) for name in (*tokenizer.files, *_METADATA)),
-        report=found.report,
+        report=scan_result.report,
     )
     for entry in manifest.all_files:
         os.replace(work / "out" / entry.name, folder / entry.name)
@@ -197,37 +199,36 @@ def _write(cfg: PrepareConfig, source: Source, inputs: dict[str, Any], progress:
 
 
 def _begin(folder: Path, inputs: dict[str, Any]) -> None:
-    """Keeps what an unfinished run of the same inputs left, and removes that of any other."""
+    """Keeps the work of an unfinished run of the same inputs, and removes that of any other."""
     path = folder / WORK / "inputs.json"
     text = json.dumps(inputs, indent=1)
     if path.is_file() and path.read_text(encoding="utf-8") == text:
         return
-    ours = path.is_file()  # else what lies here is the user's: a tokenizer, or the texts themselves
+    unfinished = path.is_file()  # else the files are the user's: a tokenizer, or the texts themselves
     shutil.rmtree(folder / WORK, ignore_errors=True)
     for file in (*(folder / name for name in (*FILES, *_METADATA)), *folder.glob(f"{DATASET}-*")):
-        if ours:
+        if unfinished:
             file.unlink(missing_ok=True)
         elif file.exists():
             raise InputError(f"{file} would be overwritten; delete it, or prepare into another folder with --out")
     path.parent.mkdir()
-    path.with_suffix(".partial").write_text(text, encoding="utf-8")
-    os.replace(path.with_suffix(".partial"), path)
+    Disk().write(path, text.encode())
 
 
-def _tokenizer(cfg: TokenizerConfig, source: Source, found: ScanResult, work: Path) -> Tokenizer:
+def _tokenizer(cfg: TokenizerConfig, source: Source, scan_result: ScanResult, work: Path) -> Tokenizer:
     """The tokenizer of the settings, trained once: where a run was killed after that, it is loaded."""
     folder = work / "tokenizer"
     if not folder.is_dir():
         new = work / "tokenizer.partial"
         shutil.rmtree(new, ignore_errors=True)
-        make_tokenizer(cfg, training_texts(source, found)).save(new)
+        make_tokenizer(cfg, training_texts(source, scan_result)).save(new)
         os.replace(new, folder)
     return load_tokenizer(folder)
 
 
 def _write_parts(
     source: Source,
-    found: ScanResult,
+    scan_result: ScanResult,
     tokenizer: Tokenizer,
     content: ContentHash | None,
     work: Path,
@@ -239,20 +240,20 @@ def _write_parts(
 
     def missing() -> Iterator[tuple[list[encode.TextSegment], Path]]:
         nonlocal count, done
-        for part in encode.text_parts(found.documents(source, content), tokenizer):
+        for part in encode.text_parts(scan_result.documents(source, content), tokenizer):
             path = _part(work, count)
             count += 1
             if path.exists():
                 done += encode.part_bytes(part)
-                progress("tokens", done, found.kept_bytes)
+                progress("tokens", done, scan_result.kept_bytes)
             else:
                 yield part, path
 
-    workers = min(workers, -(-found.kept_bytes // encode.PART_BYTES))
+    workers = min(workers, -(-scan_result.kept_bytes // encode.PART_BYTES))
     with contextlib.closing(encode.encode_parts(missing(), work / "tokenizer", workers)) as ready:
         for num_bytes in ready:
             done += num_bytes
-            progress("tokens", done, found.kept_bytes)
+            progress("tokens", done, scan_result.kept_bytes)
     return count
 
 
@@ -280,12 +281,12 @@ def _reused(cfg: PrepareConfig, source: Source, inputs: dict[str, Any]) -> Corpu
     folder = Path(cfg.out)
     corpus = open_corpus(folder)
     had = corpus.manifest.inputs
-    if not source.files:
+    if not source.paths:
         inputs = inputs | {"source_sha256": source_sha256(source)}
     for name, value in inputs.items():
-        if name in had and had[name] != value:  # an older version had fewer
+        if had.get(name) != value:
             raise InputError(
-                f"{folder} was prepared with {name}={had[name]!r}, got {value!r}; "
+                f"{folder} was prepared with {name}={had.get(name)!r}, got {value!r}; "
                 "prepare into another folder, or delete this one"
             )
     if len(corpus.manifest.report.corrupt) > cfg.max_corrupt:
@@ -301,7 +302,7 @@ def _reused(cfg: PrepareConfig, source: Source, inputs: dict[str, Any]) -> Corpu
 
 @contextlib.contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Makes the folder; says in one line what the system refuses while it is written to."""
+    """Makes the folder; raises InputError for whatever the system refuses while it is written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield

@@ -6,24 +6,25 @@ TFDS data is read from ArrayRecord through its data source, with no TensorFlow; 
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gptjax.config.plugins import resolve
 from gptjax.config.section import InputError
-from gptjax.data.formats import CorruptData, Document, document_of, no_field, opened, rows_of_table
+from gptjax.data.formats import CorruptData, Document, document_of, no_field, open_file, rows_of_table
 
 TFDS = "tfds:"
 HF = "hf:"
 
 _ROWS = 256  # of a dataset held at a time
+_TFDS_CLASS = r"tensorflow_datasets\.core\.features(\.\w+)+"
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """What can be corrupt by itself: a file of the source, or the whole of a source that is no file."""
+    """A part of a source that can be corrupt by itself: a file, or the whole of a source that is no file."""
 
     name: str
     read: Callable[[], Iterator[Document]]
@@ -31,14 +32,14 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Source:
-    """The units in the order they are read, and the files whose bytes are the source's identity, each with its kind.
+    """The files in the order they are read, and the paths whose bytes are the source's identity, each with its kind.
 
-    A source without files is identified by its documents.
+    A source without paths is identified by its documents.
     """
 
     name: str
-    units: tuple[SourceFile, ...]
-    files: tuple[tuple[str, Path], ...] = ()
+    files: tuple[SourceFile, ...]
+    paths: tuple[tuple[str, Path], ...] = ()
 
 
 def open_tfds(source: str, field: str) -> Source:
@@ -48,6 +49,8 @@ def open_tfds(source: str, field: str) -> Source:
     except ModuleNotFoundError:
         raise InputError(f"source {source!r}: tensorflow-datasets is not installed; run: pip install gptjax") from None
     name, split = _name_and_split(source, TFDS)
+    if _is_path(name):
+        _refuse_foreign_classes(source, Path(name).expanduser() / "features.json")
     try:
         if _is_path(name):
             builder: Any = tfds.builder_from_directory(name)  # pyright: ignore[reportCallIssue]
@@ -66,19 +69,35 @@ def open_tfds(source: str, field: str) -> Source:
     if field not in features:
         raise no_field(source, field, list(features))
 
-    def unit(name: str, start: int, stop: int) -> SourceFile:
+    def part(name: str, start: int, stop: int) -> SourceFile:
         return SourceFile(name, lambda: _tfds_rows(read, name, start, stop, field))
 
     read = rows.__getitems__
     if not splits:  # tfds.testing.mock_data, which gives records one by one alone
         read = lambda numbers: [rows[number] for number in numbers]  # noqa: E731
-        return Source(source, (unit(source, 0, len(rows)),))
-    units, start = [], 0
-    for part in splits[split].file_instructions:
-        units.append(unit(str(part.filename), start, start + part.examples_in_shard))
-        start += part.examples_in_shard
-    files = tuple((".array_record", Path(unit.name)) for unit in units)
-    return Source(source, tuple(units), files if all(path.is_file() for _, path in files) else ())
+        return Source(source, (part(source, 0, len(rows)),))
+    files, start = [], 0
+    for shard in splits[split].file_instructions:
+        files.append(part(str(shard.filename), start, start + shard.examples_in_shard))
+        start += shard.examples_in_shard
+    paths = tuple((".array_record", Path(file.name)) for file in files)
+    return Source(source, tuple(files), paths if all(path.is_file() for _, path in paths) else ())
+
+
+def _refuse_foreign_classes(source: str, path: Path) -> None:
+    """Raises InputError where features.json names a class that is not TFDS's own: TFDS would import its module."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        pairs: list[tuple[str, Any]] = []  # of all objects, repeated keys included
+        json.loads(text, object_pairs_hook=pairs.extend)
+    except (OSError, ValueError):
+        return  # TFDS can't read it either, and says so
+    for key, value in pairs:
+        if key in ("pythonClassName", "python_class_name") and not re.fullmatch(_TFDS_CLASS, str(value)):
+            raise InputError(
+                f"source {source!r}: {path} names the class {value!r}; wanted a feature of TFDS itself, since no data "
+                f"may name code to import"
+            )
 
 
 def open_hf(source: str, field: str) -> Source:
@@ -89,25 +108,28 @@ def open_hf(source: str, field: str) -> Source:
         raise InputError(f"source {source!r}: datasets is not installed; run: pip install 'gptjax[hf]'") from None
     name, split = _name_and_split(source, HF)
     if _is_path(name):
-        files = _saved_files(source, Path(name), split)
+        paths = _saved_files(source, Path(name), split)
     else:
         name, _, config = name.partition("@")
         try:
             data: Any = datasets.load_dataset(name, config or None, split=split)
         except Exception as error:  # of the network, of the hub, of the dataset's files
             raise InputError(f"source {source!r} cannot be opened: {_first_line(error)}") from None
-        files = [Path(file["filename"]) for file in data.cache_files]
-        if not files or data._indices is not None:
+        paths = [Path(file["filename"]) for file in data.cache_files]
+        if not paths or data._indices is not None:
             return Source(source, (SourceFile(source, lambda: _hf_rows(lambda: data, source, field)),))
 
-    def unit(path: Path) -> SourceFile:
+    def part(path: Path) -> SourceFile:
         return SourceFile(str(path), lambda: _hf_rows(lambda: datasets.Dataset.from_file(str(path)), str(path), field))
 
-    return Source(source, tuple(unit(path) for path in files), tuple((".arrow", path) for path in files))
+    return Source(source, tuple(part(path) for path in paths), tuple((".arrow", path) for path in paths))
 
 
 def open_function(source: str, field: str) -> Source:
-    """MODULE:NAME of a function that yields texts or {field: text}, the same ones each time it is called."""
+    """MODULE:NAME of a function that gives texts or {field: text}, the same ones each time it is called.
+
+    It may return any iterable; a grain MapDataset or IterDataset is one.
+    """
     function = resolve(source, "source")
     return Source(source, (SourceFile(source, lambda: _function_rows(function, source, field)),))
 
@@ -143,7 +165,7 @@ def _function_rows(function: Callable[[], Any], source: str, field: str) -> Iter
     try:
         for number, value in enumerate(function(), 1):
             origin = f"{source}:{number}"
-            if isinstance(value, dict):
+            if isinstance(value, Mapping):
                 if field not in value:
                     raise no_field(origin, field, [str(key) for key in value])
                 value = value[field]
@@ -175,7 +197,7 @@ def _saved_files(source: str, folder: Path, split: str) -> list[Path]:
 
 
 def _json(path: Path, key: str) -> Any:
-    with opened(path) as file:
+    with open_file(path) as file:
         try:
             return json.load(file)[key]
         except (ValueError, KeyError, TypeError):
@@ -187,7 +209,7 @@ def _is_path(name: str) -> bool:
 
 
 def _name_and_split(source: str, scheme: str) -> tuple[str, str]:
-    """A trailing :SPLIT is one where it is no version (which begins with a digit) and no part of a path."""
+    """Name and split: a trailing :SPLIT is no version (which begins with a digit) and no part of a path."""
     name = source.removeprefix(scheme)
     head, colon, tail = name.rpartition(":")
     is_split = colon and re.fullmatch(r"[A-Za-z_]\w*", tail) and not Path(name).exists()

@@ -109,10 +109,10 @@ def _features(dtype: np.dtype) -> Any:
 
 def _template(folder: Path, split: str) -> Any:
     import tensorflow_datasets as tfds
-    from etils import epath
 
+    data_dir: Any = folder  # annotated as a path of etils, for which any will do
     return tfds.core.ShardedFileTemplate(
-        data_dir=epath.Path(folder), dataset_name=DATASET, split=split, filetype_suffix="array_record"
+        data_dir=data_dir, dataset_name=DATASET, split=split, filetype_suffix="array_record"
     )
 
 

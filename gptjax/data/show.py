@@ -1,4 +1,4 @@
-"""What the model sees at a step, as text that a person can check."""
+"""Batches as text that a person can check."""
 
 from collections.abc import Iterable, Sequence
 
@@ -9,16 +9,16 @@ from gptjax.tokenizer import Tokenizer
 
 
 def show(batch: Batch, tokenizer: Tokenizer, rows: Iterable[int] = (0,), sources: Sequence[str] = ()) -> str:
-    """The chosen rows of a batch: each segment's place, its text with special tokens spelled out, and its targets.
+    """The chosen rows of a batch: each segment's columns, its text with special tokens spelled out, and its targets.
 
     Newlines are shown as a new line behind a bar, so that nothing of the text is changed or left out. `sources` names
-    the source of each row of the batch, where it is a mixture's.
+    the source of each row of the batch; an empty name is left out.
     """
     num_rows, length = batch["inputs_BL"].shape
     weighted = int(np.count_nonzero(batch["weights_BL"]))
     lines = [f"batch of {num_rows} rows of {length}: {weighted} weighted targets, sha256 {batch_hash(batch)}"]
     for row in rows:
-        name = f"{row} of {sources[row]}" if sources else f"{row}"
+        name = f"{row} of {sources[row]}" if sources and sources[row] else f"{row}"
         lines.extend(_row(name, {name: value[row] for name, value in batch.items()}, tokenizer))
     return "\n".join(lines)
 
@@ -29,13 +29,13 @@ def _row(name: str, row: dict[str, np.ndarray], tokenizer: Tokenizer) -> list[st
     edges = [0, *(np.flatnonzero(np.diff(segments_L)) + 1).tolist(), len(segments_L)]
     lines = [f"row {name}: {int(segments_L.max())} segments, {weighted} weighted targets"]
     for start, stop in zip(edges[:-1], edges[1:]):
-        place = f"  [{start}:{stop}]"
+        columns = f"  [{start}:{stop}]"
         if segments_L[start] == 0:
-            lines.append(f"{place} padding")
+            lines.append(f"{columns} padding")
             continue
         first, last = int(row["positions_BL"][start]), int(row["positions_BL"][stop - 1])
         used = int(np.count_nonzero(weights_L[start:stop]))
-        lines.append(f"{place} segment {segments_L[start]}, positions {first} to {last}, {used} weighted targets")
+        lines.append(f"{columns} segment {segments_L[start]}, positions {first} to {last}, {used} weighted targets")
         text = _spelled(row["inputs_BL"][start:stop].tolist(), tokenizer)
         lines.extend(f"    | {line}" for line in text.split("\n"))
         if weights_L[stop - 1]:

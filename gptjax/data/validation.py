@@ -8,22 +8,22 @@ from typing import Protocol
 import numpy as np
 
 from gptjax.config import TrainConfig
+from gptjax.config.data import parse_sources
 from gptjax.config.plugins import is_registered
 from gptjax.config.section import InputError
 from gptjax.data.batches import ALL_ROWS, RowSlice, TokenSplit, validation_batches
 from gptjax.data.corpus import is_corpus, open_corpus
 from gptjax.data.encode import Encoder, segments_of, tokenize_segments
 from gptjax.data.formats import Document
-from gptjax.data.mixture import parse_sources
-from gptjax.data.packing import Batch
+from gptjax.data.packing import Batch, MemorySplit
 from gptjax.data.sources import documents, is_function
 from gptjax.tokenizer import Tokenizer
 
-_TOGETHER = 64  # pieces of text tokenised at a time
+_BATCH = 64  # segments of text tokenised at a time
 
 
 class TextSplit(TokenSplit, Protocol):
-    """A split that knows how much text its tokens stand for."""
+    """A split with the size of its text."""
 
     num_bytes: int
     num_documents: int
@@ -31,9 +31,9 @@ class TextSplit(TokenSplit, Protocol):
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """A validation set: its batches in order, and how many bytes of text a predicted token stands for."""
+    """A validation set: its batches in order, and the bytes of text that a predicted token stands for."""
 
-    name: str  # "" for the one split of a corpus
+    name: str  # "" for the split of a single source
     split: TextSplit
     config: TrainConfig
     own: bool = True  # part of the run's own validation split, which eval_loss is about
@@ -50,20 +50,8 @@ class ValidationSet:
         return self.split.num_bytes / (self.split.num_tokens - (1 if crossing else self.split.num_documents))
 
 
-class MemorySplit:
-    """A split in memory."""
-
-    def __init__(self, tokens: np.ndarray, starts: np.ndarray, num_bytes: int):
-        self._tokens, self.starts = tokens, starts
-        self.num_tokens, self.num_documents, self.num_bytes = len(tokens), len(starts), num_bytes
-
-    def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) as int32."""
-        return self._tokens[start:stop]
-
-
 def data_changed(what: str, training: bool, then: str = "give another --run-dir") -> InputError:
-    """The refusal of a run's checkpoint: what is not as it was, and for a run that goes on what else can be done."""
+    """The refusal of a run's checkpoint: the difference, and for a run that goes on another way out."""
     return InputError(f"{what}; restore it{f', or {then}' if training else ''}")
 
 
@@ -83,7 +71,7 @@ def extra_validation_sets(config: TrainConfig, tokenizer: Tokenizer, training: b
     A text is tokenised into memory at each start, as much of it as evaluate.max_rows rows need (0: all of it; 4 bytes
     a token). Raises InputError for a folder of another tokenizer, and for a function where this is not training.
     """
-    found = []
+    sets = []
     for name, source in parse_sources(config.data.validation).items():
         if is_corpus(source):
             corpus = open_corpus(source)
@@ -99,8 +87,8 @@ def extra_validation_sets(config: TrainConfig, tokenizer: Tokenizer, training: b
             split = tokenize_into_memory(documents(source, config.data.text_field), tokenizer, row_tokens(config))
         if not split.num_documents or not split.num_bytes:
             raise InputError(f"data.validation {name}={source} holds no text; wanted at least one document with some")
-        found.append(ValidationSet(name, split, config, own=False))
-    return found
+        sets.append(ValidationSet(name, split, config, own=False))
+    return sets
 
 
 def row_tokens(config: TrainConfig) -> int:
@@ -109,13 +97,13 @@ def row_tokens(config: TrainConfig) -> int:
 
 
 def tokenize_into_memory(texts: Iterable[Document], tokenizer: Tokenizer, max_tokens: int = 0) -> MemorySplit:
-    """The documents as a split in memory, up to the piece of text in which max_tokens are reached (0: all)."""
+    """The documents as a split in memory, up to the segment in which max_tokens are reached (0: all)."""
     encoder = Encoder(tokenizer)
-    pieces = (piece for text in texts for piece in segments_of(text, tokenizer))
+    segments = (segment for text in texts for segment in segments_of(text, tokenizer))
     runs, starts, size, num_bytes = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)], 0, 0
-    while (not max_tokens or size < max_tokens) and (some := list(itertools.islice(pieces, _TOGETHER))):
-        tokens, begins = tokenize_segments(some, tokenizer, encoder)
+    while (not max_tokens or size < max_tokens) and (batch := list(itertools.islice(segments, _BATCH))):
+        tokens, begins = tokenize_segments(batch, tokenizer, encoder)
         runs.append(tokens)
         starts.append(begins + size)
-        size, num_bytes = size + len(tokens), num_bytes + sum(piece.num_bytes for piece in some)
+        size, num_bytes = size + len(tokens), num_bytes + sum(segment.num_bytes for segment in batch)
     return MemorySplit(np.concatenate(runs), np.concatenate(starts), num_bytes)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from gptjax.storage import BucketError, filesystem
+from gptjax.storage import BucketError, file_sha256, filesystem
 
 P = jax.P
 
@@ -73,7 +73,7 @@ def _bits(x: jax.Array) -> jax.Array:
 
 def write_manifest(folder: Path, step: int) -> None:
     """Writes the size and sha256 of every file of a step's folder into its manifest, whole or not at all."""
-    files = {name: [size, _sha256(folder / name)] for name, size in sorted(folder_files(folder).items())}
+    files = {name: [size, file_sha256(folder / name)] for name, size in sorted(folder_files(folder).items())}
     text = json.dumps({"step": step, "files": files, "sha256": _seal(step, files)}, indent=1)
     # Beside the folder, not inside it: a leftover of a kill must not count as one of its files.
     temporary = folder.with_name(f"{folder.name}.orbax-manifest")
@@ -108,7 +108,7 @@ def check_manifest(folder: Path, step: int) -> list[str]:
         try:
             if there[name] != size:
                 problems.append(f"{name} has {there[name]} bytes, not {size}")
-            elif _sha256(folder / name) != sha256:
+            elif file_sha256(folder / name) != sha256:
                 problems.append(f"{name} has other contents than were written")
         except BucketError:
             raise
@@ -122,11 +122,6 @@ def folder_files(folder: Path) -> dict[str, int]:
     there = filesystem(folder).sizes(folder)
     there.pop(MANIFEST, None)
     return there
-
-
-def _sha256(path: Path) -> str:
-    with filesystem(path).open(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _seal(step: int, files: dict) -> str:

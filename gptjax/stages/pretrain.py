@@ -84,7 +84,7 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
         compiled = run_in_background(lowered.compile, mesh)
         with main_process_first("feed"):
             run.pull(run.data)
-            feed = open_pipeline(config, run.data, _say)
+            feed = open_pipeline(config, run.data, training=True, say=_say)
             if is_main_process():
                 feed.tokenizer.save(run.tokenizer)
                 run.push(run.data, run.tokenizer)
@@ -135,7 +135,7 @@ def pretrain(config: TrainConfig, recipe: dict[str, str], origins: dict[str, str
                 # Closing it ends its threads and workers.
                 with contextlib.closing(feed.batches(data_state, rows.numbers)) as made:
                     for i, (batch, after) in enumerate(made, start + 1):
-                        by_source[i] = {f"tokens_{name}": count for name, count in after.get("tokens", {}).items()}
+                        by_source[i] = {f"tokens_{name}": count for name, count in after["tokens"].items() if name}
                         yield batch, after
 
             due = start > 0 and (start % config.evaluate.every == 0 or start == config.steps)

@@ -6,9 +6,9 @@ methods: `Disk` works by rename, append and POSIX locks, `Bucket` by what object
 
 from gptjax.storage.bucket import Bucket, BucketError
 from gptjax.storage.disk import MARK, PROBE, TRASH, Disk
-from gptjax.storage.resolve import check_file, filesystem, resolve_path, write_file, write_json
+from gptjax.storage.resolve import check_file, file_sha256, filesystem, resolve_path, write_file, write_json
 
 __all__ = [
-    "MARK", "PROBE", "TRASH", "Bucket", "BucketError", "Disk", "check_file", "resolve_path", "filesystem", "write_file",
-    "write_json",
+    "MARK", "PROBE", "TRASH", "Bucket", "BucketError", "Disk", "check_file", "file_sha256", "filesystem",
+    "resolve_path", "write_file", "write_json",
 ]  # fmt: skip

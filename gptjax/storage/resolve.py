@@ -1,5 +1,6 @@
 """From what the user wrote to a path, and from a path to its store."""
 
+import hashlib
 import json
 import os
 import re
@@ -39,6 +40,12 @@ def filesystem(path: os.PathLike[str]) -> Disk | Bucket:
     """What can be done where a path made by `resolve_path` lies."""
     scheme, found, _ = os.fspath(path).partition("://")
     return open_bucket(scheme) if found and scheme in SCHEMES else DISK
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with filesystem(path).open(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_file(text: str | os.PathLike[str], data: bytes) -> None:
