@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from holdout_reference import holdout
 
-from gptjax.config import PrepareConfig, TokenizerConfig
+from gptjax.config import DataConfig, PrepareConfig, TokenizerConfig, TrainConfig
 from gptjax.config.section import InputError
-from gptjax.data import records
 from gptjax.data.chunks import StreamSpec
 from gptjax.data.corpus import example_type
+from gptjax.data.packing import batch_hash
+from gptjax.data.pipeline import open_pipeline
 from gptjax.data.prepare import prepare
 from gptjax.data.sources import source_sha256
 
@@ -248,8 +249,10 @@ def test_a_function_of_the_users_script_is_prepared_by_several_workers(tmp_path)
     script.write_text(
         f"""
 import sys
-from gptjax.config import PrepareConfig, TokenizerConfig
+from gptjax.config import DataConfig, PrepareConfig, TokenizerConfig, TrainConfig
 from gptjax.data import encode
+from gptjax.data.packing import batch_hash
+from gptjax.data.pipeline import open_pipeline
 from gptjax.data.prepare import prepare
 
 print("run")
@@ -298,6 +301,106 @@ def test_saved_metadata_that_is_damaged_is_named(tmp_path):
         texts_of(f"hf:{folder}")
 
 
-def test_a_trailing_word_is_a_split_and_a_version_is_not():
-    assert records._name_and_split("hf:lm1b/config:1.0.0:test", "hf:") == ("lm1b/config:1.0.0", "test")
-    assert records._name_and_split("hf:lm1b:1.0.0", "hf:") == ("lm1b:1.0.0", "train")
+@pytest.mark.parametrize(
+    ("source", "asked"),
+    [
+        ("hf:lm1b/config:1.0.0:test", ("lm1b/config:1.0.0", "test")),
+        ("hf:lm1b:1.0.0", ("lm1b:1.0.0", "train")),
+        ("hf:lm1b:test", ("lm1b", "test")),
+    ],
+)
+def test_a_trailing_word_is_a_split_and_a_version_is_not(tmp_path, monkeypatch, source, asked):
+    datasets = pytest.importorskip("datasets")
+    calls = []
+
+    def load_dataset(name, config, split):
+        calls.append((name, split))
+        return datasets.Dataset.from_dict({"text": TEXTS})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert texts_of(source) == TEXTS
+    assert set(calls) == {asked}
+
+
+@pytest.mark.parametrize("key", ["pythonClassName", "python_class_name"])
+def test_a_data_folder_names_no_code_to_import(tmp_path, monkeypatch, key):
+    folder = write_tfds(tmp_path / "own", TEXTS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))  # as `python -m` and a notebook have the current folder
+    (tmp_path / "payload.py").write_text("raise SystemExit('code from data')\n")
+    path = folder / "features.json"
+    assert texts_of(f"tfds:{folder}") == TEXTS
+    good = path.read_text()
+    for name in (
+        "payload.Text",
+        "tensorflow_datasets.core.featuresX.Text",
+        "tensorflow_datasets.core.features.\u00a0x",
+    ):
+        path.write_text(good.replace("tensorflow_datasets.core.features.text_feature.Text", name))
+        path.write_text(path.read_text().replace("pythonClassName", key))
+        with pytest.raises(
+            InputError, match="features.json names the class .*; wanted a feature of TFDS itself"
+        ) as error:
+            texts_of(f"tfds:{folder}")
+        assert "\n" not in str(error.value) and "payload" not in sys.modules
+
+
+def grain_texts():
+    import grain
+
+    return grain.MapDataset.source(TEXTS).map(lambda text: {"text": text, "id": 1})
+
+
+def grain_iterator():
+    import grain
+
+    return grain.MapDataset.source(TEXTS).seed(3).shuffle().to_iter_dataset()
+
+
+def endless_texts():
+    return grain_texts().repeat()
+
+
+def test_a_function_may_return_a_grain_dataset():
+    pytest.importorskip("grain", reason="needs the extra gptjax[grain]")
+    assert texts_of(f"{__name__}:grain_texts") == TEXTS
+    shuffled = texts_of(f"{__name__}:grain_iterator")
+    assert (
+        shuffled != TEXTS and sorted(shuffled) == sorted(TEXTS) and shuffled == texts_of(f"{__name__}:grain_iterator")
+    )
+    with pytest.raises(InputError, match="endless_texts.* never ends; leave out .repeat"):
+        texts_of(f"{__name__}:endless_texts")
+
+
+def stream_of(source: str, workers: int):
+    data = DataConfig(
+        source=source, loading="stream", batch_size=4, length=32, validation_fraction=0.1, workers=workers
+    )
+    tokenizer = TokenizerConfig(kind="bytes", vocab_size=258)
+    return open_pipeline(TrainConfig(data=data, tokenizer=tokenizer), Path("none"), training=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["own_texts", "grain_iterator"])
+def test_a_function_streams_and_resumes_with_any_number_of_workers(name):
+    if name == "grain_iterator":
+        pytest.importorskip("grain", reason="needs the extra gptjax[grain]")
+    source = f"{__name__}:{name}"
+    alone = stream_of(source, 0)
+    steps, straight = alone.batches(alone.start), []
+    for _ in range(80):  # more than a pass
+        batch, state = next(steps)
+        straight.append((batch_hash(batch), json.loads(json.dumps(state))))
+    steps.close()
+    again = stream_of(source, 2)
+    again.check(straight[29][1])
+    steps = again.batches(straight[29][1])
+    assert [(batch_hash(batch), state) for batch, state in (next(steps) for _ in range(50))] == straight[30:]
+    steps.close()
+
+
+def test_a_function_that_only_this_process_knows_is_no_source_of_workers(monkeypatch):
+    monkeypatch.setattr(sys.modules["__main__"], "script_texts", own_texts, raising=False)
+    pipeline = stream_of("__main__:script_texts", 1)
+    with pytest.raises(InputError, match="__main__:script_texts' exists in this process alone.*--data.workers 0"):
+        next(pipeline.batches(pipeline.start))

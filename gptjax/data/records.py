@@ -6,6 +6,7 @@ TFDS data is read from ArrayRecord through its data source, with no TensorFlow; 
 import difflib
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,7 +164,10 @@ def _hf_rows(load: Callable[[], Any], name: str, field: str) -> Iterator[Documen
 def _function_rows(function: Callable[[], Any], source: str, field: str) -> Iterator[Document]:
     number = 0
     try:
-        for number, value in enumerate(function(), 1):
+        texts = function()
+        if hasattr(texts, "__len__") and len(texts) == sys.maxsize:
+            raise InputError(f"source {source!r} never ends; leave out .repeat(): a stream makes passes by itself")
+        for number, value in enumerate(texts, 1):
             origin = f"{source}:{number}"
             if isinstance(value, Mapping):
                 if field not in value:

@@ -18,9 +18,9 @@ from gptjax.runtime.versions import version
 from gptjax.runtime.xla_flags import platform
 
 # Whose needs are looked at: what gptjax stands on, what makes jax use a device, and what is known to pin others.
-CORE = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "array-record",
-        "tyro", "tensorboardX")  # fmt: skip
-OTHERS = ("tokamax", "transformers", "datasets", "chex", "distrax")
+CORE = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "array-record", "tyro",
+        "tensorboardX")  # fmt: skip
+OTHERS = ("grain", "tokamax", "transformers", "datasets", "chex", "distrax")
 # jax states these versions as extras, which bind only what is installed.
 PLUGINS = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "jax-rocm7-plugin")
 # Each plugin comes in two packages, of which one names the other's version.
@@ -60,7 +60,7 @@ KNOWN = (
 
 def look() -> list[Finding]:
     """The versions, and every misfit among them."""
-    names = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tyro", *PLUGINS)
+    names = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tyro", *PLUGINS)
     installed = {name: found for name in names if (found := version(name))}
     python = ".".join(map(str, sys.version_info[:3]))
     shown = ", ".join(f"{name} {found}" for name, found in {"python": python, **installed}.items())
