@@ -25,7 +25,7 @@ from typing import Any
 
 from report import ROOT, facts, spread, write_report
 
-PRETRAIN = [sys.executable, "-m", "gptjax.cli", "pretrain"]
+PRETRAIN = [sys.executable, "-m", "gptjax", "pretrain"]
 KINDS = ("cold", "warm", "resumed")
 
 
@@ -48,7 +48,7 @@ def main() -> None:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The report: rounds, each with every kind of number, so that ratios are of one moment."""
-    help_command = [sys.executable, "-m", "gptjax.cli", "--help"]
+    help_command = [sys.executable, "-m", "gptjax", "--help"]
     plain, ours = (
         [sys.executable, "-c", f"import jax{more}"] for more in ("", ", gptjax.training.loop, gptjax.model.decoder")
     )

@@ -114,7 +114,7 @@ def stream_rate(config: TrainConfig, seconds: float) -> float:
 def quickstart_wait(steps: int) -> float:
     """The share of the time between the quickstart's steps in which they waited for their batch."""
     with tempfile.TemporaryDirectory(prefix="gptjax-bench-") as folder:
-        command = [sys.executable, "-m", "gptjax.cli", "pretrain", "quickstart", "--run-dir", folder]
+        command = [sys.executable, "-m", "gptjax", "pretrain", "quickstart", "--run-dir", folder]
         command += ["--steps", str(steps), "--evaluate.max-rows", "8", "--generate.max-new-tokens", "1"]
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
         done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)

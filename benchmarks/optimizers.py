@@ -78,9 +78,7 @@ def main() -> None:
 
 def gptjax(verb: str, *options: str) -> None:
     """Runs a verb of the command line; ends with what it wrote to stderr where it fails."""
-    done = subprocess.run(
-        [sys.executable, "-m", "gptjax.cli", verb, *options], cwd=ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-m", "gptjax", verb, *options], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"gptjax {verb} {shlex.join(options)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
 

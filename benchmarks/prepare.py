@@ -57,7 +57,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Does the three runs and returns the report; exits where the restarted run is not the uninterrupted one."""
     source, left_out = link_texts(args.text, folder / "text")
     tokenizer = open_tokenizer(args.tokenizer)
-    command = [sys.executable, "-m", "gptjax.cli", "prepare", "--source", str(source), "--workers", str(args.workers)]
+    command = [sys.executable, "-m", "gptjax", "prepare", "--source", str(source), "--workers", str(args.workers)]
     command += ["--tokenizer.kind", tokenizer.kind, "--tokenizer.vocab-size", str(tokenizer.vocab_size)]
     command += ["--tokenizer.path", str(args.tokenizer)]
     whole, killed = folder / "whole", folder / "killed"

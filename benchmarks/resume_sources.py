@@ -55,7 +55,7 @@ class Case:
     name: str
     settings: str
     workers: tuple[int, ...] = (0, 2)
-    program: tuple[str, ...] = ("-m", "gptjax.cli")
+    program: tuple[str, ...] = ("-m", "gptjax")
     change: Path | None = None  # file of the source to be changed at the end
 
 
@@ -64,7 +64,7 @@ def cases(texts: list[Path], folder: Path) -> list[Case]:
     sources = [shortened(path, folder / f"source{i}") for i, path in enumerate(texts[:3])]
     prepared, parquet, mock = folder / "prepared", folder / "text.parquet", folder / "mock.py"
     command = ["prepare", "--source", str(sources[0]), "--out", str(prepared), *BYTES.split()]
-    subprocess.run([sys.executable, "-m", "gptjax.cli", *command], check=True, env=environment(folder))
+    subprocess.run([sys.executable, "-m", "gptjax", *command], check=True, env=environment(folder))
     write_parquet(sources[1], parquet)
     mock.write_text(MOCK)
     stream = f"{BYTES} --data.loading stream"

@@ -68,8 +68,9 @@ def trained(checkout: Path, run: Path, devices: int, flags: list[str]) -> tuple[
         "JAX_NUM_CPU_DEVICES": str(devices),
     }
     recipe, *flags = flags
+    main = "import sys; from gptjax.cli import main; sys.exit(main())"
     command = [
-        sys.executable, "-m", "gptjax.cli", "pretrain", str(checkout / "configs" / f"{recipe}.py"), *flags,
+        sys.executable, "-c", main, "pretrain", str(checkout / "configs" / f"{recipe}.py"), *flags,
         "--steps", "10", "--run-dir", str(run), "--no-sample", "--no-tensorboard", "--evaluate.max-rows", "8",
     ]  # fmt: skip
     done = subprocess.run(command, env=environment, cwd=run.parent, capture_output=True, text=True)

@@ -162,7 +162,7 @@ def plan(points: list[Point], file: TextIO) -> None:
 
 def verb(*words: Any) -> None:
     """Runs a verb of gptjax; ends this process as it ended where it failed."""
-    done = subprocess.run([sys.executable, "-m", "gptjax.cli", *map(str, words)])
+    done = subprocess.run([sys.executable, "-m", "gptjax", *map(str, words)])
     if done.returncode:
         sys.exit(done.returncode)
 

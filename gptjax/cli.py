@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -37,8 +38,8 @@ def tokenizer_train(args: list[str]) -> int:
 
     trained = train_tokenizer(cfg)
     _say(f"wrote {cfg.out}/tokenizer.model: {trained.vocab_size:,} ids")
-    _next(f"gptjax prepare --source {cfg.source} --out FOLDER --tokenizer.vocab-size {trained.vocab_size} "
-          f"--tokenizer.path {cfg.out}/tokenizer.model")  # fmt: skip
+    _next("prepare", "--source", cfg.source, "--out", "FOLDER", "--tokenizer.vocab-size", trained.vocab_size,
+          "--tokenizer.path", f"{cfg.out}/tokenizer.model")  # fmt: skip
     return 0
 
 
@@ -50,7 +51,7 @@ def prepare(args: list[str]) -> int:
     with progress_bar() as progress:
         corpus = prepare(cfg, progress)
     _say(report(corpus))
-    _next(train_on(cfg.out, corpus))
+    _next(*train_on(cfg.out, corpus))
     return 0
 
 
@@ -61,7 +62,7 @@ def data_show(args: list[str]) -> int:
     from gptjax.commands import show_step
 
     print(show_step(run, cfg.step, cfg.rows))
-    _next(f"gptjax data show {run} --step {cfg.step + 1}")
+    _next("data", "show", run, "--step", cfg.step + 1)
     return 0
 
 
@@ -76,7 +77,7 @@ def data_verify(args: list[str]) -> int:
     corpus.verify()
     _say(report(corpus))
     _say("every file is as it was written")
-    _next(train_on(folder, corpus))
+    _next(*train_on(folder, corpus))
     return 0
 
 
@@ -106,7 +107,8 @@ def pretrain(args: list[str]) -> int:
         _fail(e)
         return 75 if is_transient(e) else 3
     _say(f"run folder: {folder}")
-    _next(f'gptjax generate {cfg.run_dir} --prompt "ROMEO. "')
+    prompt = cfg.generate.prompt[0].strip()
+    _next("generate", cfg.run_dir, *(["--prompt", prompt] if prompt else []))
     return 0
 
 
@@ -138,10 +140,10 @@ def plan(args: list[str]) -> int:
         if out:
             report.write_recipe(out, str(recipe.path), size, settings, place, best is not None)
         own = [] if out else [*(["--size", size] if size else []), *report.to_flags(settings)]
-        _next(shlex.join(["gptjax", "pretrain", out or name, *own]))
+        _next("pretrain", out or name, *own)
     else:
         found = report.compare(cfg, print)
-        _next(f"gptjax plan {name} --topology v5e:4x4")
+        _next("plan", name, "--topology", "v5e:4x4")
     if given["json"]:
         write_json(given["json"], found)
     return 0
@@ -157,7 +159,7 @@ def sweep(args: list[str]) -> int:
 
     code = sweep(cfg, load_recipe(name), _say)
     if code == 0:
-        _next(shlex.join(["gptjax", "fit", cfg.out, "--out", f"{cfg.out}/fit"]))
+        _next("fit", cfg.out, "--out", f"{cfg.out}/fit")
     return code
 
 
@@ -171,7 +173,7 @@ def evaluate(args: list[str]) -> int:
     found = evaluate_run(run, cfg)
     for name, value in found.items() if is_main_process() else ():
         print(f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}")
-    _next(f'gptjax generate {run} --prompt "ROMEO. "')
+    _next("generate", run)
     return 0
 
 
@@ -187,7 +189,7 @@ def generate(args: list[str]) -> int:
             print(piece, end="", flush=True)
 
     generate_run(run, cfg, write)
-    _next(f"gptjax generate {run} --prompt {shlex.join(cfg.prompt)} --seed {cfg.seed + 1}")
+    _next("generate", run, "--prompt", *cfg.prompt, "--seed", cfg.seed + 1)
     return 0
 
 
@@ -203,7 +205,7 @@ def checkpoint_list(args: list[str]) -> int:
     if not found:
         _say(f"{run} has no checkpoint yet")
         return 0
-    _next(f"gptjax checkpoint verify {run}")
+    _next("checkpoint", "verify", run)
     return 0
 
 
@@ -222,7 +224,7 @@ def checkpoint_verify(args: list[str]) -> int:
         print(f"step {step}: " + ("; ".join(problems) or "sound"))
     if bad:
         raise InputError(f"{run}: {bad} checkpoint(s) are not sound; a resume falls back to the newest sound one")
-    _next(f"gptjax eval {run}")
+    _next("eval", run)
     return 0
 
 
@@ -232,7 +234,7 @@ def fit(args: list[str]) -> int:
     cfg = parse(FitConfig(), args, "gptjax fit TABLE")
     from gptjax.scaling.fitting import fit
 
-    _next(fit(tables, cfg, _print, _say))
+    _next(*fit(tables, cfg, _print, _say))
     return 0
 
 
@@ -242,7 +244,7 @@ def predict(args: list[str]) -> int:
     cfg = parse(PredictConfig(), args, f"gptjax predict {folder}")
     from gptjax.scaling.predicting import predict
 
-    _next(predict(folder, cfg, _print))
+    _next(*predict(folder, cfg, _print))
     return 0
 
 
@@ -254,7 +256,7 @@ def import_run(args: list[str]) -> int:
     from gptjax.commands import import_run
 
     _say(import_run(source, run))
-    _next(f"gptjax checkpoint verify {run}")
+    _next("checkpoint", "verify", run)
     return 0
 
 
@@ -265,9 +267,9 @@ def verify(args: list[str]) -> int:
     from gptjax.diagnostics.verify.checks import verify
 
     if not verify(cfg, _print):
-        _next("gptjax doctor")
+        _next("doctor")
         return 3
-    _next("gptjax pretrain quickstart")
+    _next("pretrain", "quickstart")
     return 0
 
 
@@ -278,7 +280,7 @@ def doctor(args: list[str]) -> int:
 
     if not examine(cfg, _print, start=lambda: _start(cfg)):
         return 3
-    _next("gptjax verify")
+    _next("verify")
     return 0
 
 
@@ -320,38 +322,36 @@ def main(argv: list[str] | None = None) -> int:
 
     0 done, 2 bad input, 3 failed for good, 75 interrupted, by a store's outage too (run the same command again).
     """
-    code = _run(sys.argv[1:] if argv is None else argv)
+    try:
+        verb, args = _find_verb(sys.argv[1:] if argv is None else argv)
+        code = verb(args)
+        print(end="", flush=True)
+    except (InputError, RetryableError) as e:
+        _fail(e)
+        code = 75 if isinstance(e, RetryableError) or is_transient(e) else 2
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends what this process waits for at its end
+        _fail("interrupted; run the same command again to go on")
+        code = 75
+    except BrokenPipeError:  # the reader of our output went away: `gptjax data show ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        exit_all(0)  # the other processes of this job would wait for this one
+        code = 0
     if code:
         exit_all(code)  # with the other processes of this job, where there are any
     return code
 
 
-def _run(args: list[str]) -> int:
-    try:
-        return _dispatch(args)
-    except (InputError, RetryableError) as e:
-        _fail(e)
-        return 75 if isinstance(e, RetryableError) or is_transient(e) else 2
-    except BrokenPipeError:  # the reader of our output went away: `gptjax data show ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        exit_all(0)  # the other processes of this job would wait for this one
-        return 0
-
-
-def _dispatch(args: list[str]) -> int:
-    if not args or args[0] in HELP:
-        print(USAGE)
-        return 0
-    if args[0] == "--version":
-        print(__version__)
-        return 0
+def _find_verb(args: list[str]) -> tuple[Verb, list[str]]:
+    """Returns the verb that the first words name, and the other words; raises InputError for one that is not there."""
+    if not args or args[0] in (*HELP, "--version"):
+        return _print_line, [__version__ if args[:1] == ["--version"] else USAGE]
     for words in (2, 1):
         if (verb := VERBS.get(" ".join(args[:words]))) is not None:
-            return verb(args[words:])
-    group = [name for name in VERBS if name.split()[0] == args[0]]
+            return verb, args[words:]
+    group = [f"  gptjax {verb.__doc__}" for name, verb in VERBS.items() if name.split()[0] == args[0]]
     if group and (not args[1:] or args[1] in HELP):
-        print("\n".join(f"  gptjax {VERBS[name].__doc__}" for name in group))
-        return 0
+        return _print_line, ["\n".join(group)]
     import difflib
 
     close = difflib.get_close_matches(" ".join(args[:2]), VERBS, n=1) or difflib.get_close_matches(args[0], VERBS, n=1)
@@ -360,8 +360,13 @@ def _dispatch(args: list[str]) -> int:
     )
 
 
+def _print_line(lines: list[str]) -> int:
+    print(*lines)
+    return 0
+
+
 def _start(cfg: Any) -> None:
-    """What comes before anything asks jax for its devices: flags, and the other processes of this job."""
+    """Sets XLA's flags and joins the other processes of this job, before anything asks jax for its devices."""
     from gptjax.config.section import leaves
 
     tune_process()
@@ -374,19 +379,16 @@ def _print(line: str) -> None:
 
 
 def _say(line: str) -> None:
-    """Tells what was done; of several processes only the first does."""
+    """Prints to stderr; of several processes only the first does."""
     if is_main_process():
         print(line, file=sys.stderr, flush=True)
 
 
-def _fail(error: Exception) -> None:
+def _fail(error: Exception | str) -> None:
     where = f"{process_label()}: " if process_label() else ""
     print(f"gptjax: {where}{error}", file=sys.stderr, flush=True)
 
 
-def _next(command: str) -> None:
-    _say(f"next: {command}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _next(*words: object) -> None:
+    """Prints the command to run next, quoted for a shell."""
+    _say(f"next: {shlex.join(['gptjax', *map(str, words)])}")

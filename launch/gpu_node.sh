@@ -37,4 +37,4 @@ seen=$("$python" -c 'import jax; print(sum(d.platform == "gpu" for d in jax.loca
 
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
 echo "gpu_node.sh: $there GPUs, run $RUN_DIR" >&2
-exec "$python" "$launch/supervise.py" -- "$python" -m gptjax.cli pretrain "$recipe" --run-dir "$RUN_DIR" "$@"
+exec "$python" "$launch/supervise.py" -- "$python" -m gptjax pretrain "$recipe" --run-dir "$RUN_DIR" "$@"

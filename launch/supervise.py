@@ -174,9 +174,9 @@ def main(argv: list[str]) -> int:
 
 
 def _gptjax(command: list[str]) -> list[str]:
-    """How the command calls gptjax, without what launches it (srun, mpirun): GPTJAX, or PYTHON -m gptjax.cli."""
+    """How the command calls gptjax, without what launches it (srun, mpirun): GPTJAX, or PYTHON -m gptjax."""
     before = command[: command.index("pretrain")] if "pretrain" in command else ["gptjax"]
-    return before[-3:] if before[-1:] == ["gptjax.cli"] else before[-1:]
+    return before[-3:] if before[-2:] == ["-m", "gptjax"] else before[-1:]
 
 
 def _run_dir(command: list[str]) -> str:

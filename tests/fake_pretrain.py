@@ -4,7 +4,8 @@
     fake_pretrain.py pretrain RECIPE FLAGS...           makes a run's files; its loss tells which steps it made, and how
 
 STANDIN_KILLS names a function of the sweep, which is killed with all it started where it first calls that.
-STANDIN_DELAY is the seconds a step takes, STANDIN_FAILS names a run and the code that it ends with at its third step.
+STANDIN_DELAY is the seconds a step takes, STANDIN_FAILS names a run and the code that it ends with at its third step,
+where with STANDIN_LOSS its loss is that.
 """
 
 import fcntl
@@ -114,10 +115,12 @@ def pretrain(recipe: str, *flags: str) -> int:
         decayed = max(0.0, (step - 1 - (steps - max(steps * DECAY, 1))) / max(steps * DECAY, 1))
         state = hashlib.sha256(f"{state} {decayed!r}".encode()).hexdigest()
         time.sleep(float(os.environ.get("STANDIN_DELAY", "0")))
-        with metrics.open("a") as file:
-            file.write(json.dumps({"step": step, "loss": state}) + "\n")
         name, _, code = os.environ.get("STANDIN_FAILS", "").partition("=")
-        if step == 3 and name == run.name:
+        fails = step == 3 and name == run.name
+        with metrics.open("a") as file:
+            loss = os.environ.get("STANDIN_LOSS", state) if fails else state
+            file.write(json.dumps({"step": step, "loss": loss}) + "\n")
+        if fails:
             return int(code)
         if step in at or step == steps or ended:
             save(run / "checkpoints" / f"{step:08d}", step, state)

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "gptjax"
 # The rooms, lowest first: a module imports from lower rooms, and from its own where that makes no cycle of files.
 ROOMS = (
     "config runtime storage parallel ops model tokenizer data training generation evals runs interop align scaling "
-    "stages serve diagnostics commands api cli"
+    "stages serve diagnostics commands api cli __main__"
 ).split()
 
 # A dependency and the rooms, or modules, that may import it.

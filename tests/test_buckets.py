@@ -549,7 +549,7 @@ GS_AND_S3 = ["gs", pytest.param("s3", marks=pytest.mark.exhaustive)]
 
 
 def start(run: str, text: Path, cache: str, *more: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "gptjax.cli", "pretrain", "shakespeare_char", "--run-dir", run, *more]
+    command = [sys.executable, "-m", "gptjax", "pretrain", "shakespeare_char", "--run-dir", run, *more]
     env = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": cache}
     command += SETTINGS.format(text=text).split()
     return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

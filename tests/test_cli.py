@@ -1,20 +1,34 @@
 """The command line as its user meets it: help, the small life of a run, and bad input in one line with exit code 2."""
 
+import ast
+import contextlib
+import fcntl
 import gzip
 import json
+import os
+import pty
+import shlex
 import shutil
+import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from gptjax import cli
 from gptjax.cli import VERBS, main
 from gptjax.config import TrainConfig
 from gptjax.runs.run import Run
 
 SMALL = """--model.num-layers 1 --model.width 32 --model.num-heads 2 --data.length 32 --data.batch-size 8 --steps 3
 --evaluate.max-rows 4 --optim.warmup-steps 1 --generate.max-new-tokens 5""".split()
+GPTJAX = (sys.executable, "-m", "gptjax")
+COLOURS = {**os.environ, "TERM": "xterm-256color"}
 pytestmark = pytest.mark.usefixtures("compile_cache")
 
 
@@ -30,7 +44,7 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(text, tmp_path_factory, compile_cache):
     """A run of three steps on bytes."""
-    folder = tmp_path_factory.mktemp("runs") / "small"
+    folder = tmp_path_factory.mktemp("runs") / "it's small"
     assert main(["pretrain", "shakespeare_char", *SMALL, "--data.source", str(text), "--run-dir", str(folder)]) == 0
     return folder
 
@@ -75,6 +89,37 @@ def test_generate_prints_the_text_alone_and_a_seed_repeats_it(run, capsys):
     assert texts[0].startswith("It was") and texts[0] == texts[1] != texts[2]
 
 
+def test_every_next_command_can_be_pasted_into_a_shell(run, text, tmp_path, capsys):
+    def following(*words: object) -> list[str]:
+        capsys.readouterr()
+        assert main([str(word) for word in words]) == 0
+        (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("next: "))
+        return shlex.split(line.removeprefix("next: "))
+
+    out, model = str(tmp_path / "it's $mine"), tmp_path / "to ken" / "tokenizer.model"
+    corpus = ["--data.source", out, "--tokenizer.kind", "bytes", "--tokenizer.vocab-size", "258"]
+    size = ["--tokenizer.vocab-size", "300"]
+    bytes_alone = ["--tokenizer.kind", "bytes", "--tokenizer.vocab-size", "258"]
+    trained = ["gptjax", "pretrain", "quickstart", *corpus, "--run-dir", "runs/NAME"]
+    assert following("prepare", "--source", text, "--out", out, *bytes_alone) == trained
+    assert following("data", "verify", out) == trained
+    prepared = ["gptjax", "prepare", "--source", str(text), "--out", "FOLDER", *size, "--tokenizer.path", str(model)]
+    assert following("tokenizer", "train", "--source", text, "--out", model.parent, "--vocab-size", 300) == prepared
+    run = str(run)
+    assert following("data", "show", run) == ["gptjax", "data", "show", run, "--step", "2"]
+    assert following("checkpoint", "list", run) == ["gptjax", "checkpoint", "verify", run]
+    assert following("checkpoint", "verify", run) == ["gptjax", "eval", run]
+    assert following("eval", run, "--max-rows", 4) == ["gptjax", "generate", run]
+    again = ["gptjax", "generate", run, "--prompt", "it's", "we", "--seed", "1"]
+    assert following("generate", run, "--prompt", "it's", "we", "--max-new-tokens", 2) == again
+    more = [*SMALL[:-2], "--no-sample", "--data.source", text, "--run-dir", run, "--generate.prompt", 'say "a"']
+    assert following("pretrain", "shakespeare_char", *more) == ["gptjax", "generate", run, "--prompt", 'say "a"']
+    for call in ast.walk(ast.parse(Path(cli.__file__).read_text())):  # of the others: one argument is one word
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "_next":
+            texts = [n.value for n in ast.walk(call) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+            assert not any(" " in text for text in texts), texts
+
+
 def test_a_prepared_folder_and_a_trained_tokenizer_are_sources(text, tmp_path, capsys):
     tokenizer, corpus = tmp_path / "tokenizer", tmp_path / "corpus"
     assert main(f"tokenizer train --source {text} --out {tokenizer} --vocab-size 300".split()) == 0
@@ -100,6 +145,42 @@ def test_settings_that_are_wrong_are_refused(text, tmp_path, capsys):
     assert "optim.learning_rate=nan: wanted a finite number above 0" in said("--optim.learning-rate", "nan")
     assert "steps=-1" in said("--steps=-1")
     assert "wanted more than one row" in said("--data.length", "100000")
+
+
+def on_a_terminal(*words: str) -> tuple[int, str]:
+    """The exit code of a command whose output is a terminal of 80 columns, and what it printed."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    process = subprocess.Popen([*GPTJAX, *words], stdin=theirs, stdout=theirs, stderr=theirs, env=COLOURS)
+    os.close(theirs)
+    printed = b""
+    with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+        while piece := os.read(ours, 4096):
+            printed += piece
+    os.close(ours)
+    return process.wait(), printed.decode()
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ("--model.width abc", "--model.width: got 'abc', wanted a whole number"),
+        ("--optim.learning-rate fast", "--optim.learning-rate: got 'fast', wanted a number"),
+        ("--optim.kind adam", "invalid choice 'adam' for argument '--optim.kind'. Expected one of ('adamw', 'lion'"),
+        ("--data.source", "Missing value for argument '--data.source'"),
+        ("--tensorboard yes", "Unrecognized options: yes"),
+        ("--model.num-heads 7", "model.width=192: wanted a multiple of model.num_heads=7"),
+    ],
+)
+def test_a_wrong_value_is_one_plain_line_on_a_terminal_too(words, wanted):
+    code, printed = on_a_terminal("pretrain", "quickstart", *words.split())
+    assert code == 2 and printed.startswith(f"gptjax: {wanted}"), printed
+    assert printed.count("\n") == 1 and printed.rstrip("\r\n").isascii() and printed.rstrip("\r\n").isprintable()
+
+
+def test_help_on_a_terminal_has_its_colours():
+    code, printed = on_a_terminal("prepare", "--help")
+    assert code == 0 and "\x1b[" in printed
 
 
 def test_sources_that_are_wrong_are_refused(tmp_path, capsys):
@@ -208,3 +289,66 @@ def test_help_of_a_recipe_names_every_setting_and_needs_no_jax():
     for setting in ("--run-dir", "--model.num-layers", "--optim.learning-rate", "--mesh.fsdp", "--checkpoint.every"):
         assert setting in done.stdout
     assert time.perf_counter() - start < 30  # a hang, not a speed: that is measured in benchmarks
+
+
+AT_IMPORT = """
+import sys
+def trace(frame, event, arg):
+    if frame.f_globals.get("__name__") == {name!r}:
+        sys.settrace(None)
+        print("begun", file=sys.stderr, flush=True)
+        __import__("time").sleep(30)
+sys.settrace(trace)
+from gptjax.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+INTERRUPTED = "gptjax: interrupted; run the same command again to go on"
+
+
+def interrupt(process: subprocess.Popen, begun: Callable[[], bool]) -> str:
+    """Sends Ctrl-C to a command and all it started, as a terminal does, once it has begun; returns its errors."""
+    while process.poll() is None and not begun():
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    return errors
+
+
+def started(*command: str) -> subprocess.Popen:
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, **pipes, text=True, start_new_session=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "module"),
+    [
+        ("tokenizer train --source {text} --out {out} --vocab-size 300", "gptjax.data.prepare"),
+        ("generate {out}", "jax"),
+        ("fit {text}", "gptjax.scaling.fitting"),
+        ("plan quickstart", "gptjax.diagnostics.plan.report"),
+        ("pretrain quickstart", "jax"),
+        ("sweep quickstart --out {out} --grid 1e13:1", "gptjax.scaling.sweep.work"),
+    ],
+)
+def test_ctrl_c_during_the_imports_of_a_verb_is_one_line_and_75(words, module, text, tmp_path):
+    code = AT_IMPORT.format(name=module)
+    process = started(sys.executable, "-c", code, *words.format(text=text, out=tmp_path / "out").split())
+    assert process.stderr is not None
+    assert interrupt(process, lambda: "begun" in process.stderr.readline()) == f"{INTERRUPTED}\n"
+
+
+def test_ctrl_c_while_workers_of_prepare_write_is_one_line_and_the_same_command_goes_on(tmp_path):
+    text, corpus = tmp_path / "a.txt", tmp_path / "corpus"
+    text.write_text("It was the best of times, it was the worst of times.\n" * 200_000)
+    words = [*GPTJAX, "prepare", "--source", str(text), "--out", str(corpus), "--workers", "2"]
+    words += ["--tokenizer.kind", "bytes", "--tokenizer.vocab-size", "258"]
+    assert interrupt(started(*words), lambda: bool(list(corpus.glob("**/*array_record*")))) == f"{INTERRUPTED}\n"
+    assert subprocess.run(words, stderr=subprocess.DEVNULL).returncode == 0
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    for words in ("--help", "pretrain quickstart --help"):
+        command = f"{shlex.join(GPTJAX)} {words} | true; exit ${{PIPESTATUS[0]}}"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")

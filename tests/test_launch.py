@@ -80,7 +80,7 @@ def test_the_gpu_script_takes_all_gpus_or_says_that_jax_does_not_see_them(tmp_pa
     given = {"RUN_DIR": "runs/x", "PYTHON": str(python)}
     assert run(tmp_path, "gpu_node.sh", "gpt2", *AWKWARD, **given).returncode == 3
     said = (tmp_path / "said").read_text().splitlines()
-    assert said == ["0.92", "-m", "gptjax.cli", "pretrain", "gpt2", "--run-dir", "runs/x", *AWKWARD]
+    assert said == ["0.92", "-m", "gptjax", "pretrain", "gpt2", "--run-dir", "runs/x", *AWKWARD]
     one_line(run(tmp_path, "gpu_node.sh", "x", CUDA_VISIBLE_DEVICES="0,1,2", **given), "jax sees 2 of 3 GPUs")
     one_line(run(tmp_path, "gpu_node.sh", "x", PYTHON=str(python)), "RUN_DIR is missing")
     one_line(run(tmp_path, "gpu_node.sh", RUN_DIR="x"), "RECIPE is missing")
@@ -268,7 +268,7 @@ def test_the_kubernetes_script_builds_applies_and_deletes(tmp_path):
 def test_the_command_of_the_jobset_trains_as_two_processes_with_its_variables(tmp_path):
     (tmp_path / "text.txt").write_text("To be, or not to be, that is the question. " * 100)
     jobset, container = pod(tmp_path, "quickstart", *TINY, str(tmp_path / "text.txt"), RUN_DIR=str(tmp_path / "run"))
-    command(tmp_path, "gptjax", f'exec {sys.executable} -m gptjax.cli "$@"')
+    command(tmp_path, "gptjax", f'exec {sys.executable} -m gptjax "$@"')
     command(tmp_path, "python", f'exec {sys.executable} "$@"')
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -105,7 +105,7 @@ def test_a_job_of_two_tasks_is_interrupted_killed_and_cancelled_and_loses_no_ste
     slurm.job = slurm(
         f"sbatch --parsable --ntasks 2 --time 15 {ROOT}/launch/slurm.sbatch shakespeare_char {SETTINGS}",
         RUN_DIR=str(slurm.work / "run"), LAUNCH=str(ROOT / "launch"), XDG_CACHE_HOME=str(slurm.work / "cache"),
-        PYTHON=sys.executable, GPTJAX=f"{sys.executable} -m gptjax.cli", GPTJAX_HEARTBEAT_SECONDS="10",
+        PYTHON=sys.executable, GPTJAX=f"{sys.executable} -m gptjax", GPTJAX_HEARTBEAT_SECONDS="10",
     )  # fmt: skip
     slurm.trains(1)
 
@@ -150,7 +150,7 @@ def test_the_tasks_of_an_array_share_a_sweep_and_one_that_is_interrupted_comes_b
     slurm.job = slurm(
         f"sbatch --parsable --array 1-2 --cpus-per-task 1 --time 15 {ROOT}/launch/sweep.sbatch tiny.py "
         f"--grid {' '.join(grid)}",
-        OUT=str(slurm.work / "sweep"), GPTJAX=f"{sys.executable} -m gptjax.cli",
+        OUT=str(slurm.work / "sweep"), GPTJAX=f"{sys.executable} -m gptjax",
     )  # fmt: skip
 
     def events() -> list[dict]:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -315,7 +316,7 @@ def test_a_reader_that_goes_away_ends_all_processes(monkeypatch):
         raise BrokenPipeError
 
     left = []
-    monkeypatch.setattr(cli, "_dispatch", write)
+    monkeypatch.setitem(cli.VERBS, "generate", write)
     monkeypatch.setattr(cli, "exit_all", left.append)
     monkeypatch.setattr(os, "dup2", lambda *fds: None)
     assert cli.main(["generate"]) == 0 and left == [0]
@@ -329,12 +330,32 @@ def test_processes_that_were_joined_by_someone_else_are_refused(monkeypatch):
         distributed.join_processes({})
 
 
-def test_devices_that_are_not_here_are_one_line(monkeypatch):
+CUDA, TPU = (f"install its plugin (pip install 'gptjax[{name}]') and its driver, or set" for name in ("cuda", "tpu"))
+
+
+@pytest.mark.parametrize(
+    ("platform", "error", "wanted"),
+    [
+        ("cuda", RuntimeError("Unable to initialize 'cuda': no driver\n(more)"), f"'cuda': no driver (more); {CUDA}"),
+        ("cuda", AssertionError(), f"no plugin for JAX_PLATFORMS=cuda; {CUDA}"),
+        (
+            "gpu",
+            RuntimeError("'rocm' is not in the list of known backends"),
+            f"no plugin for JAX_PLATFORMS=gpu; {CUDA}",
+        ),
+        ("tpu", RuntimeError("no libtpu.so"), f"no libtpu.so; {TPU}"),
+        ("rocm", RuntimeError("no driver"), "no driver; set"),
+    ],
+)
+def test_devices_that_are_not_here_are_one_line_that_names_the_extra(monkeypatch, platform, error, wanted):
     def devices():
-        raise RuntimeError("Unable to initialize backend 'cuda': no driver\n(set JAX_PLATFORMS='' to choose)")
+        raise error
 
     monkeypatch.setattr(jax, "devices", devices)
-    with pytest.raises(InputError, match="^jax can't start: Unable to .*'cuda': no driver .*; see gptjax doctor$"):
+    monkeypatch.setenv("JAX_PLATFORMS", platform)
+    with pytest.raises(
+        InputError, match=f"^jax can't start: .*{re.escape(wanted)} JAX_PLATFORMS=cpu; see gptjax doctor$"
+    ):
         distributed.join_processes({})
 
 
@@ -355,7 +376,7 @@ def start(
     **variables: str,
 ) -> list[subprocess.Popen]:  # fmt: skip
     """The processes of one training run, each with so many fake devices; `own` are variables of single ones."""
-    command = ["-m", "gptjax.cli", "pretrain", "shakespeare_char", "--run-dir", str(run), *SETTINGS.split()]
+    command = ["-m", "gptjax", "pretrain", "shakespeare_char", "--run-dir", str(run), *SETTINGS.split()]
     command += ["--data.source", str(text), *more]
     return launch(count, command, text.parent / "cache", variables | {"JAX_NUM_CPU_DEVICES": str(devices)}, own or {})
 

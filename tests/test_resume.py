@@ -30,7 +30,7 @@ def text(tmp_path_factory) -> Path:
 
 
 def start(run: Path, text: Path, *more: str, steps: int = STEPS) -> subprocess.Popen:
-    command = [sys.executable, "-m", "gptjax.cli", "pretrain", "shakespeare_char", "--run-dir", str(run)]
+    command = [sys.executable, "-m", "gptjax", "pretrain", "shakespeare_char", "--run-dir", str(run)]
     env = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(text.parent / "cache")}
     command += SETTINGS.format(text=text, steps=steps).split() + list(more)
     return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -320,6 +321,24 @@ def test_a_job_that_fails_for_good_ends_the_sweep_and_one_that_was_killed_runs_a
     assert finish(start(recipe, out))[0] == 0 and losses(out) == wanted
 
 
+def test_a_job_that_diverged_is_a_row_of_the_table_and_the_others_go_on(recipe, tmp_path, wanted):
+    out = tmp_path / "sweep"
+    trunk, lone = (next(job.name for job in jobs_of(recipe, GRID) if job.steps == steps) for steps in (40, 30))
+    code, errors = finish(start(recipe, out, STANDIN_FAILS=f"{lone}=3", STANDIN_LOSS="nan"))
+    ends = f"diverged at step 3, loss inf in table.csv: {lone} (to train it again, delete its run)"
+    assert code == 3 and ends in errors, errors
+    branch = next(job.name for job in jobs_of(recipe, GRID) if job.parent == lone)
+    assert f"was given up: {branch}" in errors.splitlines()[-1]
+    losses_of = dict(json.loads(losses(out)))
+    assert losses_of.pop(lone) == float("inf") and losses_of.items() <= dict(json.loads(wanted)).items()
+    assert len(losses_of) == sum(job.size == "16" for job in read_jobs(out)), "the others went on"
+    before = starts(out)
+    code, errors = finish(start(recipe, out, STANDIN_FAILS=f"{trunk}=3"))
+    assert code == 3 and ends in errors and starts(out) == before, "nothing is left to do"
+    shutil.rmtree(out / "runs" / lone)
+    assert finish(start(recipe, out))[0] == 0 and losses(out) == wanted
+
+
 @pytest.mark.parametrize(("code", "returned"), [(75, 3), (137, 137)])
 def test_a_job_that_ends_without_progress_is_given_up_and_others_go_on(recipe, tmp_path, code, returned, monkeypatch):
     monkeypatch.setattr(work, "PAUSE", 0.01)
@@ -392,7 +411,7 @@ def test_a_branch_ends_with_the_bits_of_a_straight_run(recipe, tmp_path, monkeyp
     jobs = read_jobs(tmp_path / "sweep")
     branch = next(job for job in jobs if job.steps == 5)
     assert branch.start == 4
-    command = [sys.executable, "-m", "gptjax.cli", "pretrain", str(recipe), *branch.flags, "--run-dir", "straight"]
+    command = [sys.executable, "-m", "gptjax", "pretrain", str(recipe), *branch.flags, "--run-dir", "straight"]
     assert subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
     ours, straight = tmp_path / "sweep" / "runs" / branch.name, tmp_path / "straight"
     assert curve(ours) == curve(straight) and len(curve(ours)) == 6
@@ -411,7 +430,7 @@ def test_a_sweep_of_real_runs_that_was_killed_ends_with_the_same_table(recipe, t
     }
 
     def begin(out: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "gptjax.cli", "sweep", str(recipe), "--out", out, "--workers", "2", "--grid"]
+        command = [sys.executable, "-m", "gptjax", "sweep", str(recipe), "--out", out, "--workers", "2", "--grid"]
         command += points(s16="10 100 300", s32="50 100")
         return subprocess.Popen(
             command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True

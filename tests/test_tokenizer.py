@@ -204,6 +204,16 @@ def test_too_little_text_says_the_largest_vocabulary_and_that_one_works():
     assert train_sentencepiece(iter([TEXT[:4000]]), largest).vocab_size == largest
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, InputError, OSError])
+def test_an_error_of_the_text_comes_out_of_the_training_of_a_tokenizer_as_it_is(error):
+    def texts():
+        yield TEXT[:1000]
+        raise error("the text")
+
+    with pytest.raises(error, match="^the text$"):
+        train_sentencepiece(texts(), 400)
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [("", "no text"), ("\n\n", "no text"), ("ab", "too small"), ("".join(map(chr, range(0x4E00, 0x5000))), "need 771")],

@@ -172,13 +172,14 @@ def test_a_step_states_how_long_it_waited_for_its_batch():
 
 
 def test_a_loss_that_is_no_number_ends_training_before_it_is_saved():
-    saved, (mesh, state, step) = [], make(rate=1e30)
+    saved, logged, (mesh, state, step) = [], [], make(rate=1e30)
     with jax.set_mesh(mesh), pytest.raises(Diverged, match="(loss|grad_norm) is (nan|inf) at step"):
         fit(
-            step, state, FROZEN, endless(), 50, mesh=mesh, log=lambda i, m: None,
+            step, state, FROZEN, endless(), 50, mesh=mesh, log=lambda i, m: logged.append((m["loss"], m["grad_norm"])),
             save=lambda i, s, d: saved.append(float(jnp.abs(s.params["w_D"]).max())), save_every=1,
         )  # fmt: skip
     assert len(saved) < 10
+    assert np.isfinite(logged[:-1]).all() and not np.isfinite(logged[-1]).all()
 
 
 @pytest.mark.parametrize("steps", [(2, 3), (1, 9), (9, 9)])

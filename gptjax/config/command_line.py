@@ -25,7 +25,7 @@ HELP = ("-h", "--help")
 def parse(default: T, args: list[str], prog: str, description: str = "") -> T:
     """The config `default` with the settings in args; `--help` prints every setting and exits with 0.
 
-    Raises InputError, in one line, for an unknown setting (with the nearest name) and for a value that is no good.
+    Raises InputError, in one line, for an unknown setting (with the nearest name) and for a value that is not valid.
     """
     import tyro
 
@@ -50,7 +50,7 @@ def parse(default: T, args: list[str], prog: str, description: str = "") -> T:
 
 @contextlib.contextmanager
 def _wide(unless: bool):
-    """Errors are made one line, so they must not be wrapped first; help is wrapped for the terminal."""
+    """Keeps tyro from wrapping errors, which become one line; help is wrapped for the terminal."""
     before = os.environ.get("COLUMNS")
     if not unless:
         os.environ["COLUMNS"] = "100000"
@@ -64,7 +64,8 @@ def _wide(unless: bool):
 
 
 def _one_line(box: str) -> str:
-    """What tyro's framed error says in its first part, without title and frame, in our words where it has others."""
+    """The first part of tyro's framed error, without colours (of a terminal), title and frame, reworded for numbers."""
+    box = re.sub(r"\x1b\[[\d;]*m", "", box)
     lines = [line.strip(" \u2502") for line in box.splitlines()][1:]  # the first is the title
     rules = [not line.strip("-\u2500\u256d\u256e\u2570\u256f\u251c\u2524") for line in lines]
     content = itertools.dropwhile(lambda pair: pair[1], zip(lines, rules, strict=True))

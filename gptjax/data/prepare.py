@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import json
 import os
-import shlex
 import shutil
 import sys
 import tempfile
@@ -97,12 +96,12 @@ def report(corpus: Corpus) -> str:
     return "\n".join([*lines, *(f"  corrupt: {line}" for line in left.corrupt)])
 
 
-def train_on(folder: str, corpus: Corpus) -> str:
-    """The command that trains on a prepared folder."""
+def train_on(folder: str, corpus: Corpus) -> list[str]:
+    """Returns the words of the command that trains on a prepared folder, less the program's name."""
     kind = corpus.manifest.tokenizer_kind
-    other = "" if kind == "sentencepiece" else f" --tokenizer.kind {kind}"
-    size = f"--tokenizer.vocab-size {corpus.vocab_size}"
-    return f"gptjax pretrain quickstart --data.source {shlex.quote(folder)}{other} {size} --run-dir runs/NAME"
+    other = [] if kind == "sentencepiece" else ["--tokenizer.kind", kind]
+    size = ["--tokenizer.vocab-size", str(corpus.vocab_size)]
+    return ["pretrain", "quickstart", "--data.source", folder, *other, *size, "--run-dir", "runs/NAME"]
 
 
 @contextlib.contextmanager

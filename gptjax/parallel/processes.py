@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from gptjax.config.section import InputError
 from gptjax.parallel.cluster import Cluster, find_cluster
 from gptjax.runtime.versions import versions
+from gptjax.runtime.xla_flags import platform
 
 T = TypeVar("T")
 
@@ -58,8 +59,8 @@ def join_processes(settings: Mapping[str, Any], folder: str | Path | None = None
     if cluster is None:
         try:
             jax.devices()
-        except RuntimeError as e:  # what JAX_PLATFORMS names is not here, or its driver is not
-            raise InputError(f"jax can't start: {' '.join(str(e).split())}; see gptjax doctor") from e
+        except (RuntimeError, AssertionError) as e:  # what JAX_PLATFORMS names is not here, or its driver is not
+            raise InputError(_no_devices(str(e))) from e
         return
     _cluster = cluster
     from gptjax.parallel.preflight import preflight
@@ -84,6 +85,16 @@ def join_processes(settings: Mapping[str, Any], folder: str | Path | None = None
     threading.Thread(target=_leave_with_others, args=(_watch,), name="watch", daemon=True).start()
     if cluster.process == 0:
         print(f"{cluster.processes} processes, found by {cluster.kind}", file=sys.stderr, flush=True)
+
+
+def _no_devices(reason: str) -> str:
+    """Returns the line for a jax without devices, with the extra that brings the plugin of those that were wanted."""
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    extra = "" if asked == "rocm" else {"gpu": "cuda", "tpu": "tpu"}.get(platform(), "")
+    install = f"install its plugin (pip install 'gptjax[{extra}]') and its driver, or " if extra else ""
+    if not reason or "list of known backends" in reason:
+        reason = f"it has no plugin for JAX_PLATFORMS={asked}"
+    return f"jax can't start: {' '.join(reason.split())}; {install}set JAX_PLATFORMS=cpu; see gptjax doctor"
 
 
 def is_multi_process() -> bool:

@@ -83,7 +83,7 @@ def known_flags(flags: Sequence[str], variable: str) -> list[str]:
     if key in kept:
         return [flag for flag in flags if flag in kept[key]]
     known, why = _tried(flags, variable)
-    if left := [flag for flag in flags if flag not in known]:
+    if why != _NO_START and (left := [flag for flag in flags if flag not in known]):
         print(f"left out of {variable}: {' '.join(left)} ({why})", file=sys.stderr, flush=True)
     if why in ("", _UNKNOWN):  # any other reason may be gone the next time
         _write(path, kept | {key: known})
@@ -91,6 +91,7 @@ def known_flags(flags: Sequence[str], variable: str) -> list[str]:
 
 
 _UNKNOWN = "unknown to this XLA"
+_NO_START = "jax does not start"  # for a reason that it gives itself: the caller's own start reports it
 
 
 def _tried(flags: Sequence[str], variable: str) -> tuple[list[str], str]:
@@ -106,6 +107,8 @@ def _tried(flags: Sequence[str], variable: str) -> tuple[list[str], str]:
             return [], f"trying took more than {_SECONDS:.0f} s"
         if done.returncode == 0:
             break
+        if "Traceback" in done.stderr:
+            return [], _NO_START
         lines = [line for line in done.stderr.splitlines() if "Unknown flag" in line]
         unknown = {_name(word) for line in lines for word in re.findall(r"--\w+", line)}
         left = [flag for flag in known if _name(flag) not in unknown]

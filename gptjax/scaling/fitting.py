@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import platform
-import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,8 +30,8 @@ def fit(
     cfg: FitConfig,
     show: Callable[[str], None],
     say: Callable[[str], None],
-) -> str:
-    """Fits a law to the runs of a table and writes cfg.out; returns the next command to try.
+) -> list[str]:
+    """Fits a law to the runs of a table and writes cfg.out; returns the words of the next command.
 
     One screen goes to `show`, what was written where to `say`. Raises InputError for a table that is wrong or small.
     """
@@ -48,10 +47,10 @@ def fit(
         show(without)
     say(f"wrote {', '.join(f'{cfg.out}/{name}' for name in written)}")
     if left_out and len(tables) == 1:
-        return shlex.join(["gptjax", "predict", cfg.out, "--against", tables[0],
-                           *(["--where", *cfg.where] if cfg.where else []),
-                           *(["--columns", *cfg.columns] if cfg.columns else [])])  # fmt: skip
-    return shlex.join(["gptjax", "predict", cfg.out, "--flops", f"{3 * made.document['range']['flops'][1]:.2g}"])
+        filters = ["--where", *cfg.where] if cfg.where else []
+        columns = ["--columns", *cfg.columns] if cfg.columns else []
+        return ["predict", cfg.out, "--against", tables[0], *filters, *columns]
+    return ["predict", cfg.out, "--flops", f"{3 * made.document['range']['flops'][1]:.2g}"]
 
 
 def describe(table: Table, cfg: FitConfig, left_out: int) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """What `gptjax predict` does: the best run for a budget, the loss of a run, or a whole table held against the fit."""
 
-import shlex
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +15,8 @@ from gptjax.storage import write_json
 MOST_ROWS = 24  # of a table that the screen has; the JSON has all
 
 
-def predict(folder: str, cfg: PredictConfig, show: Callable[[str], None]) -> str:
-    """Predicts what cfg asks for, tells `show`, writes cfg.json; returns the next command to try.
+def predict(folder: str, cfg: PredictConfig, show: Callable[[str], None]) -> list[str]:
+    """Predicts what cfg asks for, passes the lines to `show`, writes cfg.json; returns the words of the next command.
 
     Raises InputError for more than a decade beyond the fitted points, unless cfg.extrapolate says that it is known.
     """
@@ -27,19 +26,17 @@ def predict(folder: str, cfg: PredictConfig, show: Callable[[str], None]) -> str
             f"unique_tokens={cfg.unique_tokens:g}: to the law of {fit.source}, {fit.document['law']}, every token is "
             "new; leave it out, or fit --law data_constrained"
         )
-    again = f" --unique-tokens {cfg.unique_tokens:.3g}" if cfg.unique_tokens else ""
+    again = ["--unique-tokens", f"{cfg.unique_tokens:.3g}"] if cfg.unique_tokens else []
     if cfg.flops:
         made, lines = _budget(fit, cfg)
-        following = (
-            f"gptjax predict {shlex.quote(folder)} --parameters {made['parameters'] / 2:.3g} "
-            f"--tokens {made['tokens'] * 2:.3g}{again}{' --extrapolate' if cfg.extrapolate else ''}"
-        )
+        twice = ["--parameters", f"{made['parameters'] / 2:.3g}", "--tokens", f"{made['tokens'] * 2:.3g}"]
+        following = [*twice, *again, *(["--extrapolate"] if cfg.extrapolate else [])]
     elif cfg.parameters:
         made, lines = _run(fit, cfg)
-        following = f"gptjax predict {shlex.quote(folder)} --flops {made['flops']:.3g}{again}"
+        following = ["--flops", f"{made['flops']:.3g}", *again]
     elif cfg.against:
         made, lines = _against(fit, cfg)
-        following = f"gptjax predict {shlex.quote(folder)} --flops {fit.document['range']['flops'][1]:.3g}"
+        following = ["--flops", f"{fit.document['range']['flops'][1]:.3g}"]
     else:
         raise InputError(
             "nothing is asked for; wanted --flops 1e21, --parameters N with --tokens D, or --against TABLE "
@@ -50,7 +47,7 @@ def predict(folder: str, cfg: PredictConfig, show: Callable[[str], None]) -> str
         write_json(cfg.json, strict({"fit": about | {"table": fit.document["table"]}} | made))
     for line in lines:
         show(line)
-    return following
+    return ["predict", folder, *following]
 
 
 def optimum(fit: Fit, flops: float, *unique_tokens: float) -> dict[str, Any]:

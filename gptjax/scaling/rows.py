@@ -53,7 +53,7 @@ def read_rows(paths: Sequence[str | Path]) -> RunRows:
                 raise InputError(f"{path}: a folder with neither {SWEEP_TABLE} nor config.json; {WANTED}")
             path = path / SWEEP_TABLE
         rows = _read_file(path)
-        return _with_curves(rows, path.parent) if "run_dir" in rows.header else rows
+        return _with_curves(_without_diverged(rows), path.parent) if "run_dir" in rows.header else rows
     for path in map(resolve_path, paths):
         if not _is_run(path):
             raise InputError(f"{path}: not the folder of a run, and several tables can't be read at once; {WANTED}")
@@ -250,6 +250,18 @@ def _same_curves(made: Sequence[tuple[RunRow, _Curves]]) -> tuple[list[RunRow], 
     return rows, f"curves: training losses averaged over {WINDOWS} windows of each run, for {why}", False
 
 
+def _without_diverged(rows: RunRows) -> RunRows:
+    """Leaves out the runs of a sweep that diverged, whose loss is inf; a note names them."""
+    diverged = [row for row in rows.rows if row.cells.get("loss") == "inf"]
+    if not diverged:
+        return rows
+    kept = [row for row in rows.rows if row not in diverged]
+    if not kept:
+        raise InputError(f"{rows.source}: every run diverged; wanted one at least that did not")
+    names = ", ".join(row.cells["run_dir"] for row in diverged)
+    return rows._replace(rows=kept, notes=(*rows.notes, f"left out, for they diverged: {names}"))
+
+
 def _with_curves(rows: RunRows, folder: Path) -> RunRows:
     """The rows of a sweep with the curves of the runs that are still there; a note says how many are."""
     made, without = [], []
@@ -265,9 +277,9 @@ def _with_curves(rows: RunRows, folder: Path) -> RunRows:
         else:
             without.append(row)
     if not made:
-        return rows._replace(notes=("curves: none, for no run_dir of the table is there",))
+        return rows._replace(notes=(*rows.notes, "curves: none, for no run_dir of the table is there"))
     with_curves, note, evaluated = _same_curves(made)
     by_place = {row.place: row for row in [*with_curves, *without]}
     missing = [f"curves: {len(without)} of {len(rows.rows)} run_dirs are not there"] if without else []
     ordered = [by_place[row.place] for row in rows.rows]
-    return rows._replace(rows=ordered, notes=(note, *missing), evaluated=evaluated)
+    return rows._replace(rows=ordered, notes=(*rows.notes, note, *missing), evaluated=evaluated)

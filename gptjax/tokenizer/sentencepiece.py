@@ -67,10 +67,18 @@ def train_sentencepiece(
     """
     import sentencepiece
 
-    model = io.BytesIO()
+    model, errors = io.BytesIO(), []
+
+    def sentences() -> Iterator[str]:
+        try:
+            yield from _sentences(texts)
+        except (Exception, KeyboardInterrupt) as error:  # SentencePiece would raise a RuntimeError of its text
+            errors.append(error)
+            raise
+
     try:
         sentencepiece.SentencePieceTrainer.train(  # pyright: ignore[reportAttributeAccessIssue]
-            sentence_iterator=_sentences(texts),
+            sentence_iterator=sentences(),
             model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",
@@ -86,6 +94,8 @@ def train_sentencepiece(
             minloglevel=3,
         )
     except RuntimeError as error:
+        if errors:
+            raise errors[0] from None
         raise InputError(_training_error(str(error), vocab_size, setting)) from None
     return SentencePieceTokenizer(model.getvalue())
 

@@ -204,10 +204,10 @@ def fit(
 
     def report(i: int, metrics: dict) -> None:
         values = jax.device_get(metrics)
+        log(i, values)  # also where the numbers end: a sweep reads there that the run diverged
         for name in ("loss", "grad_norm"):
             if not math.isfinite(values[name]):
                 raise Diverged(f"{name} is {values[name]} at step {i}; lower optim.learning_rate or optim.clip_norm")
-        log(i, values)
 
     previous, start = None, int(state.step) + 1
     # A run that is resumed within the steps to trace, or ends there, traces those that it makes.

@@ -1,7 +1,11 @@
-"""What a sweep found: one line a finished run, from the runs' own files alone, the same whatever order they ran in."""
+"""The table of a sweep: one line a run that ended, from the runs' own files alone, the same in whatever order they ran.
+
+A run that diverged has a loss of inf.
+"""
 
 import csv
 import io
+import math
 from pathlib import Path
 
 from gptjax.runs.run import Run
@@ -17,16 +21,17 @@ COLUMNS = ("name", "size", "seed", "budget", "parameters", "parameters_non_embed
 
 
 def run_dir(job: Job) -> str:
-    """Where the job's run lies within the sweep's folder."""
+    """The path of the job's run within the sweep's folder."""
     return f"runs/{job.name}"
 
 
 class Results:
-    """The evaluations of finished jobs; what is finished stays so and is read once."""
+    """The ends of jobs, evaluated or diverged; what has ended stays so and is read once."""
 
     def __init__(self, folder: Path):
         self._folder = folder
         self._found: dict[str, tuple[float, float]] = {}
+        self._diverged: dict[str, int] = {}
 
     def of(self, job: Job) -> tuple[float, float] | None:
         """(loss in nats a token, bits per byte) at the job's last step; None before that is saved and evaluated."""
@@ -34,11 +39,24 @@ class Results:
             run = self._folder / run_dir(job)
             if checkpoints_of(run).newest() != job.steps:
                 return None
-            line = MetricsFile(Run.at(run).metrics_path).evaluation(job.steps)
+            line = self._metrics(job).evaluation(job.steps)
             if line is None:
                 return None
             self._found[job.name] = line["eval_loss"], line["eval_bits_per_byte"]
         return self._found[job.name]
+
+    def diverged(self, job: Job) -> int:
+        """The step at which the job's loss or gradient was no longer a finite number; 0 where that has not happened."""
+        if job.name not in self._diverged:
+            last = [line for line in self._metrics(job).read() if "loss" in line][-1:]
+            numbers = [line.get(name) for line in last for name in ("loss", "grad_norm")]
+            if not any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+                return 0
+            self._diverged[job.name] = last[0]["step"]
+        return self._diverged[job.name]
+
+    def _metrics(self, job: Job) -> MetricsFile:
+        return MetricsFile(Run.at(self._folder / run_dir(job)).metrics_path)
 
 
 def write_table(folder: Path, results: Results) -> None:
@@ -47,7 +65,7 @@ def write_table(folder: Path, results: Results) -> None:
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(COLUMNS)
     for job in sorted(read_jobs(folder), key=lambda job: (job.budget, job.parameters, job.size, job.seed)):
-        if (found := results.of(job)) is not None:
+        if found := results.of(job) or (results.diverged(job) and (math.inf, math.inf)):
             values = vars(job) | {"budget": budget_text(job.budget), "run_dir": run_dir(job)}
             values |= {"loss": found[0], "bits_per_byte": found[1]}
             rows.writerow([values[name] for name in COLUMNS])

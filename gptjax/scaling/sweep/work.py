@@ -35,19 +35,20 @@ from gptjax.training.metrics import duration
 Say = Callable[[str], None]
 
 RESTART_ON = (75, 134, 137)  # as launch/supervise.py: interrupted with all saved, aborted, killed
+DIVERGED = 3  # how pretrain ends a run that failed for good
 IN_VAIN, PAUSE = 3, 5.0  # ends in a row without a newer checkpoint, and seconds before the next start, which double
 POLL = 0.2
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 ENDED_BY_US = tuple(128 + number for number in SIGNALS)  # before it could save, while it was still starting
-GPTJAX = (sys.executable, "-m", "gptjax.cli")
+GPTJAX = (sys.executable, "-m", "gptjax")
 
 
 def sweep(cfg: SweepConfig, recipe: Recipe, say: Say, gptjax: Sequence[str] = GPTJAX) -> int:
     """Adds the grid's points to the table of the sweep in cfg.out and runs all of its jobs that are not finished.
 
     Returns 0 when all are, 75 when a signal ended it, with what ran saved; where a job failed for good or was given up,
-    that job's code (for 75: 3). Raises InputError for what is wrong with the grid, the recipe or the data, and for
-    several workers on an accelerator. `gptjax` is how it is called.
+    that job's code (for 75: 3). A job that diverged is given up, and the others go on. Raises InputError for what is
+    wrong with the grid, the recipe or the data, and for several workers on an accelerator. `gptjax` is its command.
     """
     if cfg.workers > usable_cores():
         raise InputError(f"workers={cfg.workers}: wanted at most the {usable_cores()} cores that are usable here")
@@ -125,6 +126,8 @@ class _Workers:
         self._slots: list[_Running | None] = [None] * workers
         self._in_vain: dict[str, int] = {}
         self._given_up: dict[str, int] = {}  # the code of each
+        for job in jobs:
+            self._give_up_diverged(job)
         self._not_before: dict[str, float] = {}
         self._done_flops = self._done_seconds = 0.0
         self._shortest = math.inf
@@ -174,13 +177,22 @@ class _Workers:
             self._say(f"waiting: other processes run what is left, {len(left)} jobs, or what those start from")
 
     def _hopeless(self, job: Job) -> bool:
-        """Whether the job, or what it must wait for, was given up."""
+        """True where the job, or what it must wait for, was given up."""
         if job.name in self._given_up:
             return True
         return bool(self._given_up and job.start) and not self._ready(job) and self._hopeless(self._jobs[job.parent])
 
+    def _give_up_diverged(self, job: Job) -> bool:
+        """Gives up a job whose loss has ended as no finite number: from where it was saved it would do so again."""
+        if diverged := self._results.of(job) is None and bool(self._results.diverged(job)):
+            self._given_up[job.name] = DIVERGED
+        return diverged
+
     def _tell_of_given_up(self) -> None:
         left = [name for name, job in self._jobs.items() if self._results.of(job) is None]
+        for name in left:
+            if step := self._results.diverged(self._jobs[name]):
+                self._say(f"diverged at step {step}, loss inf in table.csv: {name} (to train it again, delete its run)")
         if codes := [code for name, code in self._given_up.items() if name in left]:
             self._code = 3 if codes[0] == 75 else codes[0]  # 75 would have the sweep started again
             if waiting := [name for name in left if name not in self._given_up]:
@@ -200,7 +212,7 @@ class _Workers:
             except BlockingIOError:
                 claim.close()
                 continue
-            if self._results.of(job) is not None:  # another process finished it in the meantime
+            if self._results.of(job) is not None or self._give_up_diverged(job):  # in another process, meanwhile
                 claim.close()
                 continue
             return self._start(slot, job, claim)
@@ -250,6 +262,9 @@ class _Workers:
             self._say(f"{self._progress()}  {job.name}: loss {found[0]:.4f} in {duration(seconds)}{self._time_left()}")
             return
         log = self._folder / "logs" / f"{job.name}.log"
+        if code == DIVERGED and self._give_up_diverged(job):
+            self._say(f"job {job.name} diverged at step {self._results.diverged(job)}; see {log}")
+            return
         ended = self._stopping and code in ENDED_BY_US
         if code not in RESTART_ON and not ended:
             self._say(f"job {job.name} ended with {code}, without its result; see {log}")
