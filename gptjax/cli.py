@@ -128,6 +128,7 @@ def plan(args: list[str]) -> int:
         given[flag], args = take(args, flag)
     place, out, size = given["topology"], given["out"], given["size"]
     written = recipe.config("pretrain", size)
+    recipe_words = [name, *(["--size", size] if size else [])]
     cfg = parse(written, args, f"gptjax plan {name} {PLAN}", recipe.doc)
     from gptjax.diagnostics.plan import report
     from gptjax.storage import check_file, write_json
@@ -139,11 +140,10 @@ def plan(args: list[str]) -> int:
         settings = {} if best is None else report.changes(written, best)
         if out:
             report.write_recipe(out, str(recipe.path), size, settings, place, best is not None)
-        own = [] if out else [*(["--size", size] if size else []), *report.to_flags(settings)]
-        _next("pretrain", out or name, *own)
+        _next("pretrain", *([out] if out else [*recipe_words, *report.to_flags(settings)]))
     else:
         found = report.compare(cfg, print)
-        _next("plan", name, "--topology", "v5e:4x4")
+        _next("plan", *recipe_words, "--topology", "v5e:4x4")
     if given["json"]:
         write_json(given["json"], found)
     return 0
