@@ -66,6 +66,7 @@ def test_a_right_step_passes_in_both_types(folder, right, dtype):
     assert judged(found, right, dtype) == []
 
 
+@pytest.mark.slow
 def test_the_plain_baseline_does_the_same_work(folder, right):
     assert judged(rows(folder, contenders.recipe(TINY), kind="plain"), right) == []
 
@@ -73,8 +74,8 @@ def test_the_plain_baseline_does_the_same_work(folder, right):
 @pytest.mark.parametrize(
     "fault",
     [
-        "dropped_layer",
         "future_seen",
+        pytest.param("dropped_layer", marks=pytest.mark.slow),
         *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("half_the_rows", "no_mlp_gradient")),
     ],
 )
@@ -83,6 +84,7 @@ def test_a_fast_but_wrong_step_fails_even_by_the_looser_tolerance(folder, right,
     assert judged(found, right, "bfloat16")
 
 
+@pytest.mark.slow
 def test_a_step_that_looks_across_documents_fails_where_they_are_isolated(folder, right):
     isolated = {"isolated": rows(folder, contenders.recipe(TINY), "isolated")}
     crossing = {"ours-isolated": {"rows": right["crossing"]}}
