@@ -1,6 +1,6 @@
 """Golden losses: ten steps of three tiny shapes in float32 give the losses of tests/fixtures/golden.json on any CPU.
 
-    python tests/test_golden.py     writes the file again
+python tests/test_golden.py     writes the file again
 """
 
 import json

@@ -18,7 +18,6 @@ from gptjax.config import ModelConfig
 from gptjax.interop.huggingface import import_huggingface
 from gptjax.model.block import heads, project
 from gptjax.model.decoder import Decoder
-from gptjax.model.rope import rope
 from gptjax.ops.reference import causal
 from gptjax.training.losses import logits
 
@@ -48,13 +47,6 @@ SCALED = {
     },
     "yarn": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10_000.0, "original_max_position_embeddings": 16},
 }  # fmt: skip
-
-
-def rope_config(scaling: str, size: int, theta: float, factor: float, original: int) -> ModelConfig:
-    return ModelConfig(
-        width=2 * size, num_heads=2, positions="rope", rope_theta=theta, rope_scaling=scaling, rope_factor=factor,
-        rope_original_length=original,
-    )  # fmt: skip
 
 
 def their_rope(scaling: str, size: int, theta: float, factor: float, original: int) -> tuple[list[float], float]:
@@ -170,31 +162,6 @@ def close(got: np.ndarray, want: np.ndarray) -> None:
 
 
 # Frequencies and attention
-
-
-@pytest.mark.parametrize("settings", ROPES, ids=str)
-def test_frequencies_are_theirs(settings):
-    frequency, temperature = rope(rope_config(*settings))
-    their_frequency, their_temperature = their_rope(*settings)
-    np.testing.assert_allclose(frequency, their_frequency, rtol=1e-6)
-    assert temperature == pytest.approx(their_temperature, rel=1e-7)
-
-
-@pytest.mark.parametrize(("window", "softcap"), ATTENTIONS)
-@pytest.mark.parametrize("attention", ["plain", "blockwise"])
-def test_attention_with_a_window_and_a_soft_cap_is_that_of_gemma2(window, softcap, attention):
-    from gptjax.ops.blockwise import attend_blockwise
-    from gptjax.ops.reference import attend
-
-    q_BLHK, k_BLGK, v_BLGK = attention_inputs()
-    sight = causal(jnp.ones((1, 10), jnp.int32))
-    more = {"scale": 6**-0.5, "window": window or None, "softcap": softcap}
-    with jax.default_matmul_precision("highest"):
-        if attention == "plain":
-            got = attend(q_BLHK, k_BLGK, v_BLGK, sight, **more)
-        else:
-            got = attend_blockwise(q_BLHK, k_BLGK, v_BLGK, sight, block=4, **more)
-    close(np.asarray(got), their_attention(window, softcap))
 
 
 def test_a_layer_of_attention_with_rotary_positions_and_a_soft_cap_is_that_of_gemma2():
