@@ -339,7 +339,7 @@ def test_an_upload_that_was_killed_takes_nothing_away_and_gives_no_half_of_a_fol
 
 @pytest.fixture
 def hasty(monkeypatch):
-    for name, value in {"BEAT": 0.05, "LEASE": 0.6, "LOOK": 0.05}.items():
+    for name, value in {"BEAT": 0.05, "LEASE": 0.6, "POLL": 0.05}.items():
         monkeypatch.setattr(lease, name, value)
 
 

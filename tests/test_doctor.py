@@ -15,7 +15,6 @@ from gptjax.config import MeshConfig
 from gptjax.diagnostics.doctor import ceilings, collectives, examine, machine, versions
 from gptjax.diagnostics.doctor.finding import worst
 from gptjax.parallel.sharding import AXES, make_mesh
-from gptjax.runtime import xla_flags
 
 
 @pytest.fixture
@@ -76,7 +75,7 @@ def test_versions_that_do_not_go_together_are_problems(packages, installed, need
 def test_a_known_bug_is_told_only_where_it_bites(packages, monkeypatch):
     packages({"jaxlib": "0.11.2"})
     for platform, told in (("tpu", True), ("gpu", False)):
-        monkeypatch.setattr(versions, "platform", lambda name=platform: name)
+        monkeypatch.setattr(versions, "expected_platform", lambda name=platform: name)
         assert any("xla#49143" in f.text for f in versions.look()) == told
     packages({"tokamax": "0.0.12"}, {"tokamax": ["typeguard==2.13.3"]})
     said = [f.text for f in versions.look() if f.level == "warning"]
@@ -161,7 +160,7 @@ def test_a_device_that_miscounts_is_found(monkeypatch):
 
 
 def test_a_device_that_jax_does_not_use_is_found(monkeypatch):
-    monkeypatch.setattr(xla_flags, "platform", lambda: "gpu")
+    monkeypatch.setattr(machine, "expected_platform", lambda: "gpu")
     assert machine.devices().level == "PROBLEM" and "this machine has a gpu" in machine.devices().text
 
 

@@ -23,7 +23,7 @@ from gptjax.data.batches import RowSampler, validation_batches
 from gptjax.data.packing import MemorySplit
 from gptjax.parallel import processes as distributed
 from gptjax.parallel.cluster import Cluster, RetryableError, find_cluster
-from gptjax.parallel.preflight import _Desk, preflight
+from gptjax.parallel.preflight import RendezvousServer, preflight
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.stages.pretrain import together
 from gptjax.training.loop import Diverged, Interrupted
@@ -107,8 +107,8 @@ def test_incomplete_variables_are_refused_in_one_line(monkeypatch, environment, 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr("gptjax.parallel.preflight.LINGER_SECONDS", 0.5)
-    monkeypatch.setattr("gptjax.parallel.preflight.LOOK_SECONDS", 1.0)
+    monkeypatch.setattr("gptjax.parallel.preflight.LATE_SECONDS", 0.5)
+    monkeypatch.setattr("gptjax.parallel.preflight.PROBE_SECONDS", 1.0)
 
 
 OPEN = dict(versions={"jax": "1"}, settings={"seed": 0}, folder=None, seconds=20.0, clock_seconds=60.0)
@@ -144,12 +144,12 @@ def test_processes_that_agree_are_let_through(tmp_path):
     [
         ([{}, {"settings": {"seed": 1}}], None, "InputError: process 1 on .* has seed 1, process 0 on .* has 0"),
         ([{}, {"versions": {"jax": "2"}}], None, "InputError: process 1 on .* has jax '2', process 0 .* '1'"),
-        ([{}, {"count": 3}], None, "InputError: process 1 on .* was told that there are 3 processes, process 0 2"),
+        ([{}, {"count": 3}], None, "InputError: process 1 on .* is set to 3 processes, process 0 to 2"),
         ([{}, {}, {"process": 1}], 4, "InputError: process 1 on .* and process 1 on .* have the same number"),
         (
             [{"seconds": 1.0}, {}],
             5,
-            r"RetryableError: 2 of 5 processes came to .* within 1 s; missing: 2, 3, 4 \(th",
+            r"RetryableError: 2 of 5 processes connected to .* within 1 s; missing: 2, 3, 4 \(th",
         ),
     ],
 )
@@ -162,18 +162,18 @@ def test_what_is_wrong_is_named_in_every_process(cards, processes, message):
 
 
 def test_who_speaks_in_the_same_moment_as_what_is_wrong_is_told_too(monkeypatch):
-    one_by_one, first = _Desk._messages, []
+    one_by_one, first = RendezvousServer._messages, []
 
-    def at_once(desk):
-        found = one_by_one(desk)
+    def at_once(server):
+        found = one_by_one(server)
         if first:
             return found
         while len(found) < 3:
-            found += one_by_one(desk)
+            found += one_by_one(server)
         first.append(found)
         return sorted(found, key=lambda one: -one[1]["process"])  # process 0 behind the two that clash
 
-    monkeypatch.setattr(_Desk, "_messages", at_once)
+    monkeypatch.setattr(RendezvousServer, "_messages", at_once)
     for said in met([{"seconds": 3.0}, {}, {"process": 1}], 4):
         assert "have the same number" in said
 
@@ -218,7 +218,7 @@ def test_a_coordinator_that_can_t_be_reached_is_named():
         server.settimeout(5)
         closing = threading.Thread(target=answer_nonsense, args=(server,), daemon=True)
         closing.start()
-        assert "something answers there that is no process 0" in alone(f"127.0.0.1:{port}")
+        assert "what answers there is no process 0" in alone(f"127.0.0.1:{port}")
 
 
 def answer_nonsense(server: socket.socket) -> None:
@@ -291,24 +291,24 @@ def test_processes_wait_for_each_other_at_the_end_only_where_all_come_to_it(tmp_
     assert done == (alone if error is OSError else all_come)
 
 
-def test_all_end_with_the_code_of_the_first_to_leave(monkeypatch):
-    told, ended = [], []
+class Store:
+    """jax's key-value store: a key is set once."""
 
-    class Client:
-        def key_value_set(self, key, value):
-            if told:
-                raise RuntimeError("ALREADY_EXISTS")
-            told.append(value)
+    def __init__(self):
+        self.values = {}
 
-        def key_value_try_get(self, key):
-            return told[0]
+    def key_value_set(self, key, value):
+        if key in self.values:
+            raise RuntimeError("ALREADY_EXISTS")
+        self.values[key] = value
 
-    monkeypatch.setattr(distributed, "_watch", threading.Event())
-    monkeypatch.setattr(distributed, "_client", Client)
-    monkeypatch.setattr(distributed, "_end", ended.append)
-    distributed.exit_all(75)
-    distributed.exit_all(3)
-    assert ended == [75, 75]
+    def key_value_try_get(self, key):
+        return self.values[key]
+
+
+def test_all_exit_with_the_code_of_the_first():
+    store = Store()
+    assert [distributed.first_exit_code(store, code) for code in (75, 3)] == [75, 75]
 
 
 def test_a_reader_that_goes_away_ends_all_processes(monkeypatch):

@@ -45,7 +45,7 @@ def test_a_run_knows_its_settings_and_where_each_came_from(tmp_path):
 
 
 def test_what_a_killed_start_left_in_the_folder_is_removed_by_the_next(tmp_path):
-    for name in (".preflight-ab", ".probe-12", "notes"):
+    for name in (".probe-ab", ".probe-12", "notes"):
         (tmp_path / name).write_text("")
     open_run(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {".lock", "config.json", "environment.json", "notes"}

@@ -1,12 +1,38 @@
-"""What a process sets for itself before jax starts."""
+"""Process setup before jax starts: the platform without jax, and malloc tuning."""
 
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from gptjax.runtime import process as startup
+
+
+@pytest.mark.parametrize(
+    ("environment", "devices", "wanted"),
+    [
+        ({"JAX_PLATFORMS": "cpu"}, ["nvidia0"], "cpu"),
+        ({"JAX_PLATFORMS": "cuda,cpu"}, [], "gpu"),
+        ({}, ["nvidia0"], "gpu"),
+        ({}, ["nvidiactl"], "cpu"),
+        ({}, ["accel0"], "tpu"),
+        ({"TPU_WORKER_ID": "0"}, [], "tpu"),
+        ({}, [], "cpu"),
+    ],
+)
+def test_the_platform_is_known_without_jax(tmp_path, environment, devices, wanted):
+    for name in devices:
+        (tmp_path / name).touch()
+    assert startup.expected_platform(environment, tmp_path) == wanted
+
+
+def test_neither_process_setup_nor_the_command_line_imports_jax():
+    program = "import sys, gptjax.cli, gptjax.runtime.process; assert 'jax' not in sys.modules"
+    root = str(Path(startup.__file__).parents[2])
+    assert subprocess.run([sys.executable, "-c", program], cwd=root).returncode == 0
+
 
 PROGRAM = """
 import resource

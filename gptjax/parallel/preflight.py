@@ -1,7 +1,7 @@
-"""What can be wrong before many processes start together, each told in one line and in time instead of a hang.
+"""Checks before a multi-process start: each failure is one line within the time-out, never a hang.
 
-Process 0 listens where jax's coordinator will, every process (0 too) tells it who it is, and it answers all of them
-with one verdict. jax itself would wait, and then end each process with a stack trace that names no one.
+Process 0 listens at the address of jax's coordinator, every process (0 included) sends it a hello, and it sends all of
+them one result. jax itself would wait, and then end each process with a stack trace that names no process.
 """
 
 import contextlib
@@ -11,22 +11,23 @@ import selectors
 import socket
 import threading
 import time
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptjax.config.section import InputError
 from gptjax.parallel.cluster import Cluster, RetryableError
-from gptjax.storage import MARK
+from gptjax.storage import probe_in
 
 MAGIC = "gptjax preflight 1"
-TRY_SECONDS, RETRY_SECONDS, LOOK_SECONDS, LINGER_SECONDS = 3.0, 0.3, 10.0, 5.0
+CONNECT_SECONDS, RETRY_SECONDS = 3.0, 0.3
+PROBE_SECONDS = 10.0  # to see a file of another host: the time that a network file system may cache a listing
+LATE_SECONDS = 5.0  # that process 0 stays to answer those who come after a failure
 LOOPBACK = ("127.", "localhost", "::1", "[::1]")
 
 
 class CheckResult(NamedTuple):
-    """What process 0 tells all: a line that says what is wrong ("" where nothing is), and whether to try again."""
+    """The result that process 0 sends to all: the problem in one line, "" for none, and whether to try again."""
 
     problem: str
     again: bool
@@ -36,11 +37,11 @@ def preflight(
     cluster: Cluster, versions: Mapping[str, str], settings: Mapping[str, Any], folder: Path | None,
     seconds: float, clock_seconds: float,
 ) -> None:  # fmt: skip
-    """Returns when all processes have come, and agree; all of them return or none.
+    """Returns once all processes are connected and agree; all of them return or none.
 
-    Compared are the number of processes, their ids, `versions` and `settings` (what JSON can hold), the clocks (which
-    may differ by clock_seconds), and whether all see the same `folder`, which process 0 makes. Raises InputError, or
-    RetryableError where the same command may work later, at the latest after about twice `seconds`.
+    Compares the number of processes, their ids, `versions` and `settings` (values that JSON can hold), the clocks
+    (which may differ by clock_seconds), and whether all see the same `folder`, which process 0 makes. Raises
+    InputError, or RetryableError where the same command may work later, after at most about twice `seconds`.
     """
     host, _, port = cluster.coordinator.rpartition(":")
     if cluster.hosts > 1 and host.startswith(LOOPBACK):
@@ -48,79 +49,81 @@ def preflight(
             f"the coordinator {cluster.coordinator} is a loopback address, which each of the {cluster.hosts} hosts "
             "takes for itself; give the name of process 0's host in GPTJAX_COORDINATOR"
         )
-    mark = None
+    probe = None
     with contextlib.ExitStack() as stack:
         if cluster.process == 0:
             if folder is not None:
-                mark = _leave_mark(folder)
-                stack.callback(Path(mark["path"]).unlink, missing_ok=True)
-            desk = stack.enter_context(_Desk(cluster, int(port), mark, seconds, clock_seconds))
-            thread = threading.Thread(target=desk.serve, name="preflight", daemon=True)
+                probe = _write_probe(folder)
+                stack.callback(probe.unlink, missing_ok=True)
+            server = stack.enter_context(RendezvousServer(cluster, int(port), probe, seconds, clock_seconds))
+            thread = threading.Thread(target=server.serve, name="preflight", daemon=True)
             thread.start()
-            stack.callback(thread.join, LINGER_SECONDS + TRY_SECONDS)  # the others are told before this process ends
-        card = {
+            stack.callback(
+                thread.join, LATE_SECONDS + CONNECT_SECONDS
+            )  # this process ends after it answered the others
+        hello = {
             "magic": MAGIC, "process": cluster.process, "processes": cluster.processes, "host": socket.gethostname(),
             "pid": os.getpid(), "versions": dict(versions), "settings": dict(settings),
         }  # fmt: skip
-        verdict = _ask(cluster, card, folder, seconds)
-    if verdict.problem:
-        raise RetryableError(verdict.problem) if verdict.again else InputError(verdict.problem)
+        result = _connect(cluster, hello, folder, seconds)
+    if result.problem:
+        raise RetryableError(result.problem) if result.again else InputError(result.problem)
 
 
-def _leave_mark(folder: Path) -> dict[str, str]:
-    """Makes the folder and a file in it that the others must find."""
-    name = f"{MARK}{uuid.uuid4().hex}"
+def _write_probe(folder: Path) -> Path:
+    """Makes the folder and a probe file in it, which the other processes must see."""
+    probe = probe_in(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(name, encoding="utf-8")
+        probe.touch()
     except OSError as e:
         raise InputError(f"{folder}: a run can't be written there ({e.strerror}); give another --run-dir") from e
-    return {"name": name, "path": str(folder / name)}
+    return probe
 
 
-class _Desk:
-    """Process 0's side: collects everyone's card, and answers them all."""
+class RendezvousServer:
+    """Process 0's side: collects a hello from every process, and sends all of them one result."""
 
-    def __init__(self, cluster: Cluster, port: int, mark: dict[str, str] | None, seconds: float, clock_seconds: float):
-        self._cluster, self._mark, self._clock_seconds = cluster, mark, clock_seconds
+    def __init__(self, cluster: Cluster, port: int, probe: Path | None, seconds: float, clock_seconds: float):
+        self._cluster, self._probe, self._clock_seconds = cluster, probe, clock_seconds
         self._until = time.monotonic() + seconds
         self._seconds = seconds
         self._socket = _listen(port, cluster.given, min(seconds, 30.0))
-        self._cards: dict[socket.socket, dict] = {}
+        self._hellos: dict[socket.socket, dict] = {}
         self._buffers: dict[socket.socket, bytes] = {}
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._socket, selectors.EVENT_READ)
 
-    def __enter__(self) -> "_Desk":
+    def __enter__(self) -> "RendezvousServer":
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._socket.close()
 
     def serve(self) -> None:
-        """Answers everyone, and returns; the connections stay open until then."""
+        """Sends the result to every process and closes the connections."""
         try:
-            verdict = self._judge()
-            self._tell({"verdict": verdict})
-            if verdict.problem:
-                self._tell_late(verdict)
-        except Exception as e:  # a thread's error is nobody's otherwise
-            self._tell({"verdict": CheckResult(f"process 0 failed in the preflight: {e!r}", True)})
+            result = self._collect()
+            self._send({"result": result})
+            if result.problem:
+                self._answer_late(result)
+        except Exception as e:  # nobody would see a thread's error
+            self._send({"result": CheckResult(f"process 0 failed in the preflight: {e!r}", True)})
         finally:
             for connection in list(self._buffers):
                 connection.close()
 
-    def _tell_late(self, verdict: CheckResult) -> None:
-        """Tells the same to those who come a little later, so that they need not find out that nobody is there."""
-        until = time.monotonic() + LINGER_SECONDS
-        come = {card["process"] for card in self._cards.values()}
-        while len(come) < self._cluster.processes and time.monotonic() < until:
-            self._cards = dict(self._messages())
-            self._tell({"verdict": verdict})
-            come |= {card.get("process") for card in self._cards.values()}
+    def _answer_late(self, result: CheckResult) -> None:
+        """Sends the result to processes that connect a little later, which would otherwise wait for a time-out."""
+        until = time.monotonic() + LATE_SECONDS
+        seen = {hello["process"] for hello in self._hellos.values()}
+        while len(seen) < self._cluster.processes and time.monotonic() < until:
+            self._hellos = dict(self._messages())
+            self._send({"result": result})
+            seen |= {hello.get("process") for hello in self._hellos.values()}
 
-    def _judge(self) -> CheckResult:
-        while len(self._cards) < self._cluster.processes:
+    def _collect(self) -> CheckResult:
+        while len(self._hellos) < self._cluster.processes:
             if time.monotonic() > self._until:
                 return self._missing()
             problem = None
@@ -129,117 +132,117 @@ class _Desk:
                     self._drop(connection)
                     continue
                 message["skew"] = message.get("time", 0.0) - time.time()
-                problem = problem or self._wrong(message)
-                self._cards[connection] = message  # also behind a problem: whoever has spoken must be told
+                problem = problem or self._compare(message)
+                self._hellos[connection] = message  # also after a problem: every sender must get the result
             if problem:
                 return problem
-        return self._looked() if self._mark else CheckResult("", False)
+        return self._check_folder(self._probe) if self._probe else CheckResult("", False)
 
     def _missing(self) -> CheckResult:
-        come = {card["process"] for card in self._cards.values()}
-        missing = [i for i in range(self._cluster.processes) if i not in come]
+        seen = {hello["process"] for hello in self._hellos.values()}
+        missing = [i for i in range(self._cluster.processes) if i not in seen]
         shown = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
         line = (
-            f"{len(come)} of {self._cluster.processes} processes came to {self._cluster.coordinator} within "
+            f"{len(seen)} of {self._cluster.processes} processes connected to {self._cluster.coordinator} within "
             f"{self._seconds:g} s; missing: {shown}"
         )
         if self._cluster.coordinator.startswith(LOOPBACK):
-            line += " (that is a loopback address: only processes on process 0's host can come to it)"
+            line += " (that is a loopback address: only processes on process 0's host reach it)"
         return CheckResult(f"{line}; look at their logs, or give more time with GPTJAX_WAIT_SECONDS", True)
 
-    def _wrong(self, card: dict) -> CheckResult | None:
-        """What is wrong with one more card."""
-        there = _who(card)
-        if card["processes"] != self._cluster.processes:
+    def _compare(self, hello: dict) -> CheckResult | None:
+        """The problem of one more hello beside those before it; None where there is none."""
+        sender = _process_name(hello)
+        if hello["processes"] != self._cluster.processes:
             return CheckResult(
-                f"{there} was told that there are {card['processes']} processes, process 0 {self._cluster.processes}; "
+                f"{sender} is set to {hello['processes']} processes, process 0 to {self._cluster.processes}; "
                 "give all the same number",
                 False,
             )
-        for other in self._cards.values():
-            if other["process"] == card["process"]:
+        for other in self._hellos.values():
+            if other["process"] == hello["process"]:
                 return CheckResult(
-                    f"{_who(other)} and {there} (pid {card['pid']}) have the same number; give each its own",
+                    f"{_process_name(other)} and {sender} (pid {hello['pid']}) have the same number; give each its own",
                     False,
                 )
-        if abs(card["skew"]) > self._clock_seconds:
-            way = "ahead of" if card["skew"] > 0 else "behind"
+        if abs(hello["skew"]) > self._clock_seconds:
+            side = "ahead of" if hello["skew"] > 0 else "behind"
             return CheckResult(
-                f"the clock of {there} is {abs(card['skew']):.0f} s {way} process 0's; set the clocks (NTP), or allow "
-                "it with GPTJAX_CLOCK_SECONDS",
+                f"the clock of {sender} is {abs(hello['skew']):.0f} s {side} process 0's; set the clocks (NTP), or "
+                "allow it with GPTJAX_CLOCK_SECONDS",
                 False,
             )
-        cards = [*self._cards.values(), card]
-        here = next((c for c in cards if c["process"] == 0), cards[0])  # whom the others are compared with
-        if here is card:
-            card, there = cards[0], _who(cards[0])
-        for what in ("versions", "settings"):
-            for name in sorted(here[what].keys() | card[what].keys()):
-                mine, its = here[what].get(name), card[what].get(name)
-                if mine != its:
-                    what = "installed" if what == "versions" else "set"
+        hellos = [*self._hellos.values(), hello]
+        reference = next((h for h in hellos if h["process"] == 0), hellos[0])
+        if reference is hello:
+            hello, sender = hellos[0], _process_name(hellos[0])
+        for kind, verb in (("versions", "installed"), ("settings", "set")):
+            for name in sorted(reference[kind].keys() | hello[kind].keys()):
+                wanted, got = reference[kind].get(name), hello[kind].get(name)
+                if wanted != got:
                     return CheckResult(
-                        f"{there} has {name} {its!r}, {_who(here)} has {mine!r}; all must have the same {what}", False
+                        f"{sender} has {name} {got!r}, {_process_name(reference)} has {wanted!r}; "
+                        f"all must have the same {verb}",
+                        False,
                     )
         return None
 
-    def _looked(self) -> CheckResult:
-        """Has everyone look for the mark in the run's folder."""
-        assert self._mark is not None
-        self._tell({"look": self._mark["name"]})
+    def _check_folder(self, probe: Path) -> CheckResult:
+        """Asks every process whether it sees the probe file in the run's folder."""
+        self._send({"probe": probe.name})
         answers: dict[int, bool] = {}
-        until = time.monotonic() + LOOK_SECONDS + TRY_SECONDS
-        while len(answers) < len(self._cards) and time.monotonic() < until:
+        until = time.monotonic() + PROBE_SECONDS + CONNECT_SECONDS
+        while len(answers) < len(self._hellos) and time.monotonic() < until:
             for connection, message in self._messages():
-                if connection in self._cards:
-                    answers[self._cards[connection]["process"]] = bool(message.get("sees"))
-        for card in self._cards.values():
-            if not answers.get(card["process"], False):
+                if connection in self._hellos:
+                    answers[self._hellos[connection]["process"]] = bool(message.get("sees"))
+        for hello in self._hellos.values():
+            if not answers.get(hello["process"], False):
                 return CheckResult(
-                    f"{_who(card)} does not see the run folder of process 0 on {socket.gethostname()}, "
-                    f"{Path(self._mark['path']).parent}; put --run-dir on a file system that all hosts share",
+                    f"{_process_name(hello)} does not see the run folder of process 0 on {socket.gethostname()}, "
+                    f"{probe.parent}; put --run-dir on a file system that all hosts share",
                     False,
                 )
         return CheckResult("", False)
 
     def _messages(self) -> list[tuple[socket.socket, dict]]:
-        """What came within a moment: whole lines, as JSON; who went away loses its card."""
-        found = []
+        """The whole lines that arrive within a moment, as JSON; a closed connection loses its hello."""
+        messages = []
         for key, _ in self._selector.select(0.2):
             if key.fileobj is self._socket:
                 with contextlib.suppress(OSError):
                     connection, _ = self._socket.accept()
-                    connection.settimeout(TRY_SECONDS)
+                    connection.settimeout(CONNECT_SECONDS)
                     self._buffers[connection] = b""
                     self._selector.register(connection, selectors.EVENT_READ)
                 continue
             connection: Any = key.fileobj
             try:
-                some = connection.recv(1 << 16)
+                received = connection.recv(1 << 16)
             except OSError:
-                some = b""
-            self._buffers[connection] += some
-            if not some or len(self._buffers[connection]) > 1 << 22:
+                received = b""
+            self._buffers[connection] += received
+            if not received or len(self._buffers[connection]) > 1 << 22:
                 self._drop(connection)
             elif self._buffers[connection].endswith(b"\n"):
                 text, self._buffers[connection] = self._buffers[connection], b""
-                found.append((connection, _json(text)))
-        return found
+                messages.append((connection, _json(text)))
+        return messages
 
     def _drop(self, connection: socket.socket) -> None:
         self._selector.unregister(connection)
         self._buffers.pop(connection)
-        self._cards.pop(connection, None)
+        self._hellos.pop(connection, None)
         connection.close()
 
-    def _tell(self, message: dict) -> None:
-        for connection in self._cards:
+    def _send(self, message: dict) -> None:
+        for connection in self._hellos:
             with contextlib.suppress(OSError):
                 connection.sendall(json.dumps(message).encode() + b"\n")
 
 
 def _listen(port: int, given: bool, seconds: float) -> socket.socket:
-    """Listens on all addresses; a process that is about to end may hold the port for a moment."""
+    """Listens on all addresses, and retries while a process that is about to end may still hold the port."""
     until = time.monotonic() + (0 if given else seconds)
     while True:
         try:
@@ -256,18 +259,18 @@ def _listen(port: int, given: bool, seconds: float) -> socket.socket:
             raise RetryableError(f"{line}; wait for what holds it, or set JAX_COORDINATOR_PORT to another") from e
 
 
-def _ask(cluster: Cluster, card: dict, folder: Path | None, seconds: float) -> CheckResult:
-    """A process's side: comes to process 0 with its card and returns the verdict."""
+def _connect(cluster: Cluster, hello: dict, folder: Path | None, seconds: float) -> CheckResult:
+    """Every process's side: connects to process 0, sends its hello, and returns the result."""
     host, _, port = cluster.coordinator.rpartition(":")
-    until, reason = time.monotonic() + seconds, "nothing was tried"
+    until, reason = time.monotonic() + seconds, "no attempt was made"
     while True:
         try:
-            with socket.create_connection((host.strip("[]"), int(port)), TRY_SECONDS) as connection:
-                reason = "something answers there that is no process 0 of gptjax"
-                # Process 0 may have begun to wait later than this one, and then looks at the folder.
-                verdict = _converse(connection, card, folder, seconds + LOOK_SECONDS + 2 * TRY_SECONDS)
-                if verdict is not None:
-                    return verdict
+            with socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS) as connection:
+                reason = "what answers there is no process 0 of gptjax"
+                # Process 0 may have begun to wait later than this one, and then checks the folder.
+                result = _converse(connection, hello, folder, seconds + PROBE_SECONDS + 2 * CONNECT_SECONDS)
+                if result is not None:
+                    return result
         except socket.gaierror as e:
             reason = f"its name does not resolve ({e.strerror})"
         except TimeoutError:
@@ -285,25 +288,25 @@ def _ask(cluster: Cluster, card: dict, folder: Path | None, seconds: float) -> C
         time.sleep(RETRY_SECONDS)
 
 
-def _converse(connection: socket.socket, card: dict, folder: Path | None, seconds: float) -> CheckResult | None:
-    """Gives the card, looks at the folder when asked, and returns the verdict; None where the other end went away."""
+def _converse(connection: socket.socket, hello: dict, folder: Path | None, seconds: float) -> CheckResult | None:
+    """Sends the hello, answers for the probe file, and returns the result; None where the connection was closed."""
     connection.settimeout(seconds)
     with connection.makefile("rwb") as line:
-        _write(line, {**card, "time": time.time()})
+        _write(line, {**hello, "time": time.time()})
         while answer := _json(line.readline(1 << 22)):
-            if "verdict" in answer:
-                return CheckResult(*answer["verdict"])
-            if "look" in answer:
-                _write(line, {"sees": folder is not None and _sees(folder / answer["look"])})
+            if "result" in answer:
+                return CheckResult(*answer["result"])
+            if "probe" in answer:
+                _write(line, {"sees": folder is not None and _sees(folder / answer["probe"])})
     return None
 
 
 def _sees(path: Path) -> bool:
-    """Whether the file is there, given the time that a network file system's cache takes."""
-    until = time.monotonic() + LOOK_SECONDS
+    """True once the file exists, within PROBE_SECONDS."""
+    until = time.monotonic() + PROBE_SECONDS
     while time.monotonic() < until:
         with contextlib.suppress(OSError):
-            os.listdir(path.parent)  # has some network file systems look anew
+            os.listdir(path.parent)  # makes some network file systems refresh their cache
         if path.exists():
             return True
         time.sleep(RETRY_SECONDS)
@@ -323,5 +326,5 @@ def _json(text: bytes) -> dict:
         return {}
 
 
-def _who(card: dict) -> str:
-    return f"process {card['process']} on {card['host']}"
+def _process_name(hello: dict) -> str:
+    return f"process {hello['process']} on {hello['host']}"

@@ -1,8 +1,8 @@
-"""Several processes as one job: their start, what they agree on, and how they end together.
+"""The processes of a job: joining, agreement on values, and a common exit.
 
-jax.distributed does the work. Here is what it leaves open: the processes are found (cluster.py) and checked before
-(preflight.py), one that fails names itself and takes the others along instead of leaving them waiting, and what must
-be the same in all of them is told by process 0. With one process nothing here does anything.
+jax.distributed does the work; added here are detection (cluster.py), checks before the start (preflight.py), values
+that process 0 decides for all, and exits: a process that fails names itself and ends the others instead of leaving them
+waiting. With one process every function does nothing.
 """
 
 import atexit
@@ -19,33 +19,33 @@ from typing import Any, TypeVar
 
 from gptjax.config.section import InputError
 from gptjax.parallel.cluster import Cluster, find_cluster
+from gptjax.runtime.process import expected_platform
 from gptjax.runtime.versions import versions
-from gptjax.runtime.xla_flags import platform
 
 T = TypeVar("T")
 
 WAIT_SECONDS, HEARTBEAT_SECONDS, CLOCK_SECONDS = 300.0, 60.0, 60.0
-BARRIER_SECONDS = 7 * 24 * 3600.0  # as long as anything may take; a process that is lost ends the wait sooner
-POLL_SECONDS, LEAVE_SECONDS, REPORT_SECONDS = 1.0, 10.0, 60.0
+BARRIER_SECONDS = 7 * 24 * 3600.0  # longer than any stage; a lost process ends the wait sooner
+POLL_SECONDS, EXIT_SECONDS, REPORT_SECONDS = 1.0, 10.0, 60.0
 
-_FAILED = "gptjax/failed"
+_EXIT_CODE = "gptjax/exit_code"
 
 _cluster: Cluster | None = None
-_watch: threading.Event | None = None
+_stop_watch: threading.Event | None = None  # set once this process exits by itself; None where it is alone
 
 
 def join_processes(settings: Mapping[str, Any], folder: str | Path | None = None) -> None:
-    """Joins the processes of this job, where there are several. Call it before anything asks jax for its devices.
+    """Joins the processes of this job, if there are several. Call it before anything asks jax for its devices.
 
-    All must have the same `settings` and see the same `folder` (of the run), which is made. How long the others are
-    waited for is GPTJAX_WAIT_SECONDS (300), after how long without a sign a process counts as lost
-    GPTJAX_HEARTBEAT_SECONDS (60), how far clocks may differ GPTJAX_CLOCK_SECONDS (60). Raises InputError for what is
-    wrong, also where a process that is alone has no devices, and RetryableError where the same command may work later.
-    Does nothing in a process that has joined already.
+    All must have the same `settings` and see the same `folder` (the run's), which is made. Environment variables, in
+    seconds: GPTJAX_WAIT_SECONDS (300) is the wait for the others, GPTJAX_HEARTBEAT_SECONDS (60) the silence after
+    which a process counts as lost, GPTJAX_CLOCK_SECONDS (60) the largest difference of clocks. Raises InputError where
+    processes do not agree or a single process has no devices, and RetryableError where the same command may work
+    later. Does nothing in a process that has joined already.
     """
     import jax
 
-    global _cluster, _watch
+    global _cluster, _stop_watch
     if jax.distributed.is_initialized():
         if not is_multi_process() and (count := _jax_state().num_processes) > 1:
             raise InputError(
@@ -59,7 +59,7 @@ def join_processes(settings: Mapping[str, Any], folder: str | Path | None = None
     if cluster is None:
         try:
             jax.devices()
-        except (RuntimeError, AssertionError) as e:  # what JAX_PLATFORMS names is not here, or its driver is not
+        except (RuntimeError, AssertionError) as e:  # its platform is missing, or the driver is
             raise InputError(_no_devices(str(e))) from e
         return
     _cluster = cluster
@@ -79,18 +79,18 @@ def join_processes(settings: Mapping[str, Any], folder: str | Path | None = None
         initialization_timeout=int(wait),
         heartbeat_timeout_seconds=int(heartbeat),
     )
-    _watch = threading.Event()
+    _stop_watch = threading.Event()
     sys.excepthook = functools.partial(_fail, heartbeat)
-    atexit.register(_watch.set)  # before jax's own, which ends what it asks
-    threading.Thread(target=_leave_with_others, args=(_watch,), name="watch", daemon=True).start()
+    atexit.register(_stop_watch.set)  # before jax's own handler, which shuts the client down
+    threading.Thread(target=_exit_with_others, args=(_stop_watch,), name="exit-watch", daemon=True).start()
     if cluster.process == 0:
         print(f"{cluster.processes} processes, found by {cluster.kind}", file=sys.stderr, flush=True)
 
 
 def _no_devices(reason: str) -> str:
-    """Returns the line for a jax without devices, with the extra that brings the plugin of those that were wanted."""
+    """The error message for a jax without devices, with the extra that installs the plugin of the wanted platform."""
     asked = os.environ.get("JAX_PLATFORMS", "")
-    extra = "" if asked == "rocm" else {"gpu": "cuda", "tpu": "tpu"}.get(platform(), "")
+    extra = "" if asked == "rocm" else {"gpu": "cuda", "tpu": "tpu"}.get(expected_platform(), "")
     install = f"install its plugin (pip install 'gptjax[{extra}]') and its driver, or " if extra else ""
     if not reason or "list of known backends" in reason:
         reason = f"it has no plugin for JAX_PLATFORMS={asked}"
@@ -98,81 +98,81 @@ def _no_devices(reason: str) -> str:
 
 
 def is_multi_process() -> bool:
-    """Whether this process has joined others."""
-    return _watch is not None
+    """True once this process has joined others."""
+    return _stop_watch is not None
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that speaks: process 0, or one that is alone."""
+    """True in process 0, which prints and decides, and in a process that is alone."""
     return _cluster is None or _cluster.process == 0
 
 
 def process_label() -> str:
-    """What this process calls itself in its errors: "process 1 of 4 on host"; "" where it is alone."""
+    """The name of this process in errors: "process 1 of 4 on host"; "" where it is alone."""
     if _cluster is None:
         return ""
     return f"process {_cluster.process} of {_cluster.processes} on {os.uname().nodename}"
 
 
 def barrier(name: str, seconds: float = BARRIER_SECONDS) -> None:
-    """Returns when every process has come here; a lost one ends the wait. No device has part in it."""
+    """Waits until every process is here, on the host alone; a lost process ends the wait."""
     if is_multi_process():
         key = f"gptjax/{name}/{_count(name)}"
-        _waited(lambda: _client().wait_at_barrier(key, int(seconds * 1000)))
+        _in_thread(lambda: _client().wait_at_barrier(key, int(seconds * 1000)))
 
 
 def wait_for_reports() -> None:
-    """Waits until every process has said all it has to say, at most REPORT_SECONDS: one may hang in what it examines.
+    """Waits until every process has printed its report, at most REPORT_SECONDS, since one may hang in a check.
 
-    Without it the first to leave with a problem ends the others in the middle of their reports.
+    Without it the first process to exit with a problem ends the others in the middle of their reports.
     """
     with contextlib.suppress(Exception):
         barrier("reported", REPORT_SECONDS)
 
 
 def broadcast_from_main(name: str, value: T) -> T:
-    """Process 0's `value`, which JSON can hold, in every process; where files are seen later by some, it decides."""
+    """Returns process 0's `value`, which JSON can hold, in every process; others may see its files only later."""
     if not is_multi_process():
         return value
     assert _cluster is not None
-    key = f"gptjax/told/{name}/{_count(name)}"
+    key = f"gptjax/broadcast/{name}/{_count(name)}"
     if _cluster.process == 0:
         _client().key_value_set(key, json.dumps(value))
         return value
-    return json.loads(_waited(lambda: _client().blocking_key_value_get(key, int(BARRIER_SECONDS * 1000))))
+    return json.loads(_in_thread(lambda: _client().blocking_key_value_get(key, int(BARRIER_SECONDS * 1000))))
 
 
-def _waited(call: Callable[[], T]) -> T:
-    """call(), in a thread: a signal reaches the main thread only while that waits in Python."""
+def _in_thread(call: Callable[[], T]) -> T:
+    """Returns call(), run in a thread: a signal reaches the main thread only while that waits in Python."""
     from concurrent.futures import Future
 
-    made: Future[T] = Future()
+    result: Future[T] = Future()
 
     def run() -> None:
         try:
-            made.set_result(call())
+            result.set_result(call())
         except BaseException as e:
-            made.set_exception(e)
+            result.set_exception(e)
 
     threading.Thread(target=run, name="wait", daemon=True).start()
-    return made.result(BARRIER_SECONDS)
+    return result.result(BARRIER_SECONDS)
 
 
 def all_agree(ok: bool) -> bool:
-    """Whether `ok` holds in every process."""
+    """True where `ok` is true in every process."""
     if not is_multi_process():
         return ok
     assert _cluster is not None
-    name = f"gptjax/objects/{_count('objects')}"
+    name = f"gptjax/disagree/{_count('disagree')}"
     if not ok:
         _client().key_value_set(f"{name}/{_cluster.process}", "")
-    barrier("objects")
+    barrier("disagree")
     return not _client().key_value_dir_get(f"{name}/")
 
 
 @contextlib.contextmanager
 def main_process_first(name: str) -> Iterator[None]:
-    """The block runs in process 0 first, and then in the others, which find what it made."""
+    """Runs the block in process 0 first, and then in the others, which find its files."""
     if not is_main_process():
         barrier(name)
         yield
@@ -182,10 +182,10 @@ def main_process_first(name: str) -> Iterator[None]:
 
 
 def all_reduce_max_lagged(local: Callable[[], int]) -> Callable[[], int]:
-    """A function that gives every process the largest number that `local` gave any of them, one call later.
+    """Returns a function whose value is the largest that `local` gave in any process at the call before.
 
-    Each call is a small reduction over all devices, which runs behind what was dispatched before; its result is read at
-    the next call. So all processes must call it equally often.
+    Each call dispatches a small reduction over all devices and reads the result of the previous one, so the loop never
+    waits for it. All processes must call it equally often.
     """
     if not is_multi_process():
         return local
@@ -194,40 +194,43 @@ def all_reduce_max_lagged(local: Callable[[], int]) -> Callable[[], int]:
     from jax.sharding import Mesh, NamedSharding
 
     mesh = Mesh(np.array(jax.devices()), ("all",))
-    where = NamedSharding(mesh, jax.P("all"))
+    sharded = NamedSharding(mesh, jax.P("all"))
     largest = jax.jit(lambda x: x.max(), out_shardings=NamedSharding(mesh, jax.P()))
-    before: list[Any] = []
+    pending: list[Any] = []
 
-    def of_all() -> int:
+    def largest_of_all() -> int:
         mine = np.array([local()], np.int32)
-        numbers = jax.make_array_from_callback((jax.device_count(),), where, lambda index: mine)
-        before.append(largest(numbers))
-        return int(jax.device_get(before.pop(0))) if len(before) > 1 else 0
+        numbers = jax.make_array_from_callback((jax.device_count(),), sharded, lambda index: mine)
+        pending.append(largest(numbers))
+        return int(jax.device_get(pending.pop(0))) if len(pending) > 1 else 0
 
-    return of_all
+    return largest_of_all
 
 
 def exit_all(code: int) -> None:
-    """Ends this process and the others with this code, or with that of another that was first to leave.
+    """Exits all processes with one code; the first caller's wins.
 
-    Those that wait for this one would not find out alone.
-
-    Returns where this process is alone. What is not on the disk by now is lost.
+    Returns at once where this process is alone. Whatever is not on the disk yet is lost.
     """
     if not is_multi_process():
         return
-    assert _watch is not None
-    _watch.set()
+    assert _stop_watch is not None
+    _stop_watch.set()
+    _exit(first_exit_code(_client(), code))
+
+
+def first_exit_code(client: Any, code: int) -> int:
+    """The code of the first process that asked this key-value store for its exit; this one's where it is the first."""
     with contextlib.suppress(Exception):  # another process was first
-        _client().key_value_set(_FAILED, json.dumps(code))
-    with contextlib.suppress(Exception):  # the first one's code counts
-        code = json.loads(_client().key_value_try_get(_FAILED))
-    _end(code)
+        client.key_value_set(_EXIT_CODE, json.dumps(code))
+    with contextlib.suppress(Exception):
+        return json.loads(client.key_value_try_get(_EXIT_CODE))
+    return code
 
 
 def _fail(heartbeat: float, kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Ends all processes for an error that nobody caught, and says in which one it was."""
-    if kind.__name__ == "JaxRuntimeError":  # a collective may have failed for a lost peer: then jax ends us, with 134
+    """Exits all processes after an uncaught error, and names the process that raised it."""
+    if kind.__name__ == "JaxRuntimeError":  # perhaps of a lost peer: then jax ends this process, with 134
         print(f"gptjax: {process_label()}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
         time.sleep(heartbeat + POLL_SECONDS)
     sys.__excepthook__(kind, error, trace)
@@ -235,25 +238,25 @@ def _fail(heartbeat: float, kind: type[BaseException], error: BaseException, tra
     exit_all(1)
 
 
-def _end(code: int) -> None:
-    """Ends the process when all are ready for it: the coordinator's end would end the others with 134."""
+def _exit(code: int) -> None:
+    """Exits once all processes are ready to: if the coordinator exits first, the others end with 134."""
     with contextlib.suppress(Exception):
-        _client().wait_at_barrier("gptjax/leaving", int(LEAVE_SECONDS * 1000))
+        _client().wait_at_barrier("gptjax/exit", int(EXIT_SECONDS * 1000))
     if _cluster is not None and _cluster.process == 0:
-        time.sleep(0.5)  # the others get the barrier's answer from here
+        time.sleep(0.5)  # the barrier's answer to the others comes from this process
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
     os._exit(code)
 
 
-def _leave_with_others(stop: threading.Event) -> None:
-    """Ends this process with the code of one that has left."""
+def _exit_with_others(stop: threading.Event) -> None:
+    """Exits with the code of the first process that exits."""
     while not stop.wait(POLL_SECONDS):
-        with contextlib.suppress(Exception):  # none has, or jax is about to end this process
-            code = json.loads(_client().key_value_try_get(_FAILED))
+        with contextlib.suppress(Exception):  # none does, or jax is about to end this process
+            code = json.loads(_client().key_value_try_get(_EXIT_CODE))
             if not stop.is_set():
-                _end(code)
+                _exit(code)
 
 
 def _client() -> Any:
@@ -272,13 +275,13 @@ _counts: dict[str, int] = {}
 
 
 def _count(name: str) -> int:
-    """How often this name was used before: all processes use each name equally often."""
+    """The number of earlier uses of a name, which is the same in all processes: each key is used once."""
     _counts[name] = _counts.get(name, -1) + 1
     return _counts[name]
 
 
 def _keep_stdout() -> None:
-    """Leaves stdout to Python: Gloo writes to it that it is connected, and `generate` owes it the text alone."""
+    """Points file descriptor 1 elsewhere: Gloo prints to it, and `generate` must print its text alone."""
     sys.stdout.flush()
     try:
         kept = os.dup(sys.stdout.fileno())

@@ -17,7 +17,7 @@ from typing import Any
 from gptjax.config import EXTENDABLE, SCHEMA, TrainConfig, frozen_changes
 from gptjax.runs.digest import MANIFEST, committed_steps
 from gptjax.runtime.versions import versions
-from gptjax.storage import MARK, PROBE, resolve_path, filesystem, write_json
+from gptjax.storage import PROBE, resolve_path, filesystem, write_json
 from gptjax.config.section import InputError, build, leaves
 
 HEADER = ("schema", "stage", "recipe", "settings")
@@ -91,7 +91,7 @@ class Run:
             files.make_writable(run.folder, "a run")
             files.lock(run.folder)
             for name in files.names(run.folder):
-                if name.startswith((MARK, PROBE)):  # left by a process that was killed
+                if name.startswith(PROBE):  # left by a process that was killed
                     files.remove(run.folder / name)
             if not files.is_file(run.config_path):
                 files.clear(run.folder)

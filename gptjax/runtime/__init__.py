@@ -1,1 +1,1 @@
-"""The process before and beside JAX: XLA flags, malloc, versions, hardware, the compile cache."""
+"""The process before and beside JAX: malloc, versions, hardware, the compile cache."""

@@ -1,6 +1,6 @@
-"""The chips that we know: speed, memory, network and price of each in one table, and slices or nodes of them by name.
+"""Known accelerators: speed, memory, network and price of each in one table, and topologies of them by name.
 
-Speeds and sizes are the makers' data sheets. PRICES are list prices on demand; they are dated, and yours will differ.
+Speeds and sizes are from the makers' data sheets. Prices are list prices on demand as of PRICE_DATE; check yours.
 """
 
 import difflib
@@ -15,22 +15,22 @@ PRICE_SOURCES = "Google's Cloud TPU price list (US regions); AWS's EC2 price lis
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
-    """What one device of jax is; bytes, bytes a second, FLOP/s of dense products. 0: not known, or there is none."""
+    """One device of jax: bytes, bytes a second, FLOP/s of dense products. 0: unknown, or it has none."""
 
     bfloat16: float
     float32: float
-    """As jax multiplies float32 by default: TF32 on NVIDIA from Ampere on, one bfloat16 pass on a TPU."""
+    """At jax's default precision: TF32 on NVIDIA from Ampere on, one bfloat16 pass on a TPU."""
     memory: float = 0
     bandwidth: float = 0
     """Of the chip's own memory."""
     link: float = 0
-    """Sent each second in a collective within a host (NVLink, PCIe) or along one axis of a torus, both ways."""
+    """Bytes a second of a collective within a host (NVLink, PCIe) or along one axis of a torus, both directions."""
     network: float = 0
-    """Of a chip's share of the network between hosts."""
+    """Bytes a second: a chip's share of the network between hosts."""
     host: int = 8
     """Chips that share a host, or NVLink."""
     torus: int = 0
-    """Dimensions of a TPU slice's torus; it has no hosts in the way."""
+    """Dimensions of a TPU slice's torus; 0 for GPUs."""
     price: float = 0
     """Dollars an hour."""
     tpu: str = ""
@@ -43,7 +43,7 @@ class Chip:
 _T, _G = 1e12, 1e9
 
 # The first entry whose words all occur in a jax device kind is that device. T4 and V100 have float16 tensor cores only.
-# A device of jax is half a chip on TPU v2 and v3. Memory is what a program can have, less than is printed on the box.
+# A device of jax is half a chip on TPU v2 and v3. Memory is what a program can use, less than the data sheet's.
 CHIPS = {
     "h200 nvl": Chip(bfloat16=835.5 * _T, float32=417.5 * _T, memory=140 * _G, bandwidth=4800 * _G, link=450 * _G,
                      host=4),
@@ -73,27 +73,27 @@ CHIPS = {
     "tpu v3": Chip(bfloat16=61.5 * _T, float32=61.5 * _T),
     "tpu v2": Chip(bfloat16=22.5 * _T, float32=22.5 * _T),
 }  # fmt: skip
-# Other names of devices, and those that a topology goes by.
+# Other names of devices, and the names in topologies.
 ALIASES = {"tpu v5e": "tpu v5 lite", "tpu v5p": "tpu v5", "v4": "tpu v4", "v5e": "tpu v5 lite", "v5p": "tpu v5",
            "v6e": "tpu v6", "a100-40gb": "a100 40gb", "a100-80gb": "a100", "rtx4090": "rtx 4090"}  # fmt: skip
 
-# What `gptjax plan --topology` takes.
+# The kinds that `gptjax plan --topology` accepts.
 SLICES = ("v4", "v5e", "v5p", "v6e")
 NODES = ("h200", "h100", "a100", "a100-40gb", "l4", "rtx4090", "cpu")
-# Slices of a torus of two dimensions, all of them; of three, those smaller than a cube of 4x4x4 (Google's pages of v5e,
-# v6e, v4 and v5p). Larger ones are made of cubes; in which order their sides may be named is left to Google.
+# By dimensions of the torus: all slices of two; of three, those smaller than a cube of 4x4x4, since larger slices are
+# made of such cubes (Google's pages of v5e, v6e, v4 and v5p).
 SHAPES = {2: ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"), 3: ("2x2x1", "2x2x2", "2x2x4", "2x4x4")}
 EXAMPLES = "v5e:4x4, v5p:2x2x4, h100:8, cpu:8"
 
 
 def sheet_flops(kind: str, dtype: str) -> float | None:
-    """The data sheet's FLOP/s for a jax device kind; None for one unknown, a slice (MIG), or a laptop's version."""
+    """The data sheet's FLOP/s for a jax device kind; None where `chip_of` knows no chip."""
     chip = chip_of(kind)
     return chip.flops(dtype) if chip else None
 
 
 def chip_of(kind: str) -> Chip | None:
-    """The chip of a jax device kind; None for one unknown, a slice (MIG), or a laptop's version."""
+    """The chip of a jax device kind; None for unknown kinds, MIG slices and laptop versions."""
     words = set(kind.lower().replace("-", " ").split())
     if {"mig", "laptop"} & words:
         return None
@@ -107,10 +107,10 @@ def chip_of(kind: str) -> Chip | None:
 
 @dataclass(frozen=True)
 class Topology:
-    """So many chips of a kind: a slice of TPUs by its shape, GPUs in hosts, or fake CPU devices."""
+    """A number of chips of one kind: a TPU slice by its shape, GPUs in hosts, or fake CPU devices."""
 
     name: str
-    chip: Chip | None  # None: CPU devices, which are there to count memory
+    chip: Chip | None  # None: CPU devices, used to count memory
     shape: tuple[int, ...]
 
     @property
@@ -127,14 +127,14 @@ class Topology:
 
     @property
     def libtpu(self) -> str:
-        """libtpu's name of it; empty where it is no slice of TPUs."""
+        """libtpu's name of a TPU slice; empty for other topologies."""
         return f"{self.chip.tpu}:{self.name.partition(':')[2]}" if self.chip and self.chip.tpu else ""
 
     def bandwidth(self, devices: int, inner: int = 1) -> float:
-        """Bytes a second that each device sends in a collective of so many, `inner` devices lying between neighbours.
+        """Bytes a second that each device sends in a collective over `devices`, `inner` devices lying between neighbours.
 
-        In a torus a group larger than its longest dimensions uses the links of several. On hosts of GPUs a group that
-        crosses hosts has the network's share, one within has NVLink.
+        In a torus, a group larger than one dimension uses the links of several. On GPU hosts, a group within a host
+        has NVLink, and one across hosts the chip's share of the network.
         """
         assert self.chip is not None, "CPU devices have no network"
         if not self.chip.torus:
@@ -149,16 +149,16 @@ class Topology:
 
 
 def topology(name: str) -> Topology:
-    """The topology of a name such as v5e:4x4, h100:8 or cpu:8; raises InputError naming what is known."""
+    """The topology named v5e:4x4, h100:8 or cpu:8; raises InputError that lists the known names."""
     kind, colon, size = name.lower().partition(":")
     known = [*SLICES, *NODES]
-    what = f"wanted one of {', '.join(known)} with a size, e.g. {EXAMPLES}"
+    wanted = f"wanted one of {', '.join(known)} with a size, e.g. {EXAMPLES}"
     if kind not in known:
         close = difflib.get_close_matches(kind, known, n=1)
-        raise InputError(f"--topology {name}: {kind or 'nothing'} is not known{_meant(close)}; {what}")
+        raise InputError(f"--topology {name}: {kind or 'nothing'} is not known{_meant(close)}; {wanted}")
     numbers = size.split("x")
     if not colon or not all(n.isdecimal() and int(n) > 0 for n in numbers):
-        raise InputError(f"--topology {name}: no size; {what}")
+        raise InputError(f"--topology {name}: no size; {wanted}")
     shape = tuple(map(int, numbers))
     if kind == "cpu":
         return Topology(f"{kind}:{size}", None, (math.prod(shape),))

@@ -1,11 +1,10 @@
-"""What a process that computes sets for itself before jax starts: XLA's flags, and what becomes of freed memory."""
+"""Process setup before JAX starts: the platform that it will choose, and malloc tuning on a CPU."""
 
 import ctypes
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
-
-from gptjax.runtime.xla_flags import platform, set_xla_flags
 
 STARTED = time.monotonic()  # about when the process began: the command line imports this first
 
@@ -16,26 +15,32 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def tune_process() -> None:
-    """Sets XLA's flags for the platform and, where the CPU computes, keeps freed memory for the next step.
-
-    It belongs to the first lines of a program: flags are read when jax starts, arenas made with the first threads.
-    """
-    set_xla_flags()
-    if platform() == "cpu" and keep_freed_memory():
+    """Tunes malloc where the CPU computes. Call it in the first lines of a program: threads make the arenas."""
+    if expected_platform() == "cpu" and keep_freed_memory():
         use_huge_pages()
 
 
+def expected_platform(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> str:
+    """cpu, gpu or tpu, as jax will choose it: by JAX_PLATFORMS, else by the devices of this machine; without jax."""
+    asked = environment.get("JAX_PLATFORMS", "").split(",")[0]
+    if asked:
+        return {"cuda": "gpu", "rocm": "gpu", "gpu": "gpu", "tpu": "tpu"}.get(asked, "cpu")
+    tpu_names = ("TPU_NAME", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_ID")
+    if any(environment.get(name) for name in tpu_names) or any(devices.glob("accel[0-9]*")):
+        return "tpu"
+    return "gpu" if any(devices.glob("nvidia[0-9]*")) or (devices / "kfd").exists() else "cpu"
+
+
 def usable_cores() -> int:
-    """Cores that this process may run on."""
+    """Returns the number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def keep_freed_memory() -> bool:
-    """Has malloc keep large buffers that are freed; False where this C library can't.
+    """Makes malloc keep freed buffers instead of returning them to the system; False where this C library can't.
 
-    XLA on a CPU allocates a step's temporaries anew each time. glibc would give them back to the system, which then
-    zeroes each page again when it is touched: about a quarter of the time of a training step. One arena, since each
-    would keep buffers of its own.
+    XLA on a CPU allocates the temporaries of each step anew. glibc would return them to the system, which zeroes every
+    page again at its next use: about a quarter of a training step's time. One arena, since each keeps its own buffers.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -45,10 +50,10 @@ def keep_freed_memory() -> bool:
 
 
 def use_huge_pages() -> bool:
-    """Has Linux back the heap, up to half of the machine's memory, by huge pages; False where it has none on request.
+    """Backs the heap, up to half of the machine's memory, by huge pages; False where Linux has none on request.
 
-    Weights and caches are read whole in each step, and with pages of 4 KiB looking these up takes a part of the time.
-    Addresses are reserved and given back to malloc, which keeps them (keep_freed_memory): memory is taken when touched.
+    Every step reads all weights, and with pages of 4 KiB the address lookups take a measurable part of it. Addresses
+    are reserved and freed to malloc, which keeps them (see keep_freed_memory); memory is taken at first use.
     """
     try:
         if "[madvise]" not in HUGE_PAGES.read_text():

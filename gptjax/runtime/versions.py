@@ -1,4 +1,4 @@
-"""What is installed here, and where files are kept for this user from one run to the next."""
+"""Installed versions, and the user's cache folder."""
 
 import importlib.metadata
 import os
@@ -6,11 +6,11 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
-PACKAGES = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")  # what a run's numbers depend on
+PACKAGES = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")  # those that a run's numbers depend on
 
 
 def version(package: str) -> str:
-    """The version of a package; empty where it is not installed. A mere checkout of gptjax has one, too."""
+    """The version of a package; empty where it is not installed. A checkout of gptjax counts as installed."""
     if package == "gptjax":
         return __version__
     try:
@@ -20,10 +20,10 @@ def version(package: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """The versions of what a run's numbers depend on."""
+    """The versions of PACKAGES."""
     return {name: version(name) for name in PACKAGES}
 
 
 def cache_folder() -> Path:
-    """This user's folder of what can be had again: compiled programs, flags that XLA knows, mirrors of buckets."""
+    """The user's folder of files that can be made again: compiled programs, mirrors of buckets."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptjax"

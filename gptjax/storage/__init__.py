@@ -1,14 +1,14 @@
-"""What a run folder is: a folder of a file system, or a prefix in a bucket (gs://, s3://).
+"""Run folders: a folder of a file system, or a prefix in a bucket (gs://, s3://).
 
-`resolve_path` makes a path of what the user wrote, `filesystem` gives what can be done there. Both have the same
-methods: `Disk` works by rename, append and POSIX locks, `Bucket` by what object stores have instead.
+`resolve_path` makes a path of a text, `filesystem` returns the operations on it. Both kinds have the same methods:
+`Disk` uses renames, appends and POSIX locks, `Bucket` whole objects and a lease.
 """
 
 from gptjax.storage.bucket import Bucket, BucketError
-from gptjax.storage.disk import MARK, PROBE, TRASH, Disk
+from gptjax.storage.disk import PROBE, TRASH, Disk, probe_in
 from gptjax.storage.resolve import check_file, file_sha256, filesystem, resolve_path, write_file, write_json
 
 __all__ = [
-    "MARK", "PROBE", "TRASH", "Bucket", "BucketError", "Disk", "check_file", "file_sha256", "filesystem",
+    "PROBE", "TRASH", "Bucket", "BucketError", "Disk", "check_file", "file_sha256", "filesystem", "probe_in",
     "resolve_path", "write_file", "write_json",
 ]  # fmt: skip

@@ -1,9 +1,8 @@
-"""Objects of a bucket, by fsspec, on which etils.epath and so Orbax stand.
+"""Objects of a bucket, through fsspec, which etils.epath and so Orbax use too.
 
-An object store writes an object whole or not at all and lists what was written, but can neither append to an object
-nor rename one, and knows no locks. So a folder goes away with its seal first, a step that is moved is copied, a run is
-held by a lease (gptjax.paths.lease), and what a run appends to or maps into memory is kept in a mirror on this machine
-(gptjax.paths.mirror), which is written to the bucket object by object.
+An object store writes an object whole or not at all, but can neither append to an object nor rename one, and has no
+locks. So a folder is deleted seal first, a step is moved by copying, a run is held by a lease (lease.py), and files
+that a run appends to or maps into memory are kept in a mirror on this machine (mirror.py) and uploaded whole.
 """
 
 import contextlib
@@ -22,13 +21,13 @@ from gptjax.storage.disk import probe_in
 from gptjax.storage.lease import Lease
 from gptjax.storage.mirror import Mirror, mirror_of
 
-READ_BYTES = 32 << 20  # asked for at once when a large object is read from its beginning to its end
+READ_BYTES = 32 << 20  # of one request when a large object is read sequentially
 
 
 class Scheme(NamedTuple):
-    """What fsspec calls a store, the package that it needs, the extra that brings it, and whether Orbax writes there.
+    """A store: its fsspec protocol, its package, the extra that installs that, and whether Orbax writes there itself.
 
-    Orbax 0.12.8 writes to gs:// by itself, each process its own shards; of s3:// it makes s3:/ and fails.
+    Orbax 0.12.8 writes to gs:// directly, each process its own shards; of s3:// it makes s3:/ and fails.
     """
 
     protocol: str
@@ -44,11 +43,11 @@ SCHEMES = {
 
 
 class BucketError(OSError, InputError):
-    """A store that does not answer, or not as wanted. The message is one line."""
+    """A failed request to a store. The message is one line."""
 
     @property
     def may_pass(self) -> bool:
-        """Whether the same may work later: an outage, and not that this user has no right to it."""
+        """True where a retry may succeed: an outage, not a lack of permission."""
         return self.errno != errno.EACCES
 
     def __str__(self) -> str:
@@ -56,7 +55,7 @@ class BucketError(OSError, InputError):
 
 
 def is_transient(error: BaseException | None) -> bool:
-    """Whether an outage of a store is what the error comes from."""
+    """True where an outage of a store caused the error, directly or through a chain of causes."""
     while error is not None:
         if isinstance(error, BucketError):
             return error.may_pass
@@ -74,7 +73,7 @@ def open_bucket(scheme: str) -> "Bucket":
 
 
 class Bucket:
-    """The objects of a store; the methods are those of Disk, which says what each is for."""
+    """The objects of a store, with the methods of Disk, whose docstrings apply."""
 
     def __init__(self, scheme: str):
         self._scheme = SCHEMES[scheme]
@@ -84,17 +83,17 @@ class Bucket:
 
     @functools.cached_property
     def fs(self) -> Any:
-        """The file system of fsspec. It keeps no listings, since others (tensorstore, another host) write too."""
+        """The file system of fsspec, without a cache of listings, since tensorstore and other hosts write too."""
         import fsspec
         from fsspec.config import conf
 
         protocol = self._scheme.protocol
-        settings = conf.setdefault(protocol, {})  # Orbax's path layer makes its own file system of them
+        settings = conf.setdefault(protocol, {})  # epath makes its own file system from these
         settings["use_listings_cache"] = False
         emulator = os.environ.get("STORAGE_EMULATOR_HOST", "default")  # "default" is Google itself
         if protocol == "gcs" and emulator != "default":
             settings["token"] = "anon"
-            # gcsfs knows the variable; tensorstore, by which Orbax writes arrays, has another name for it.
+            # gcsfs reads STORAGE_EMULATOR_HOST; tensorstore, which writes Orbax's arrays, another variable.
             url = emulator if "://" in emulator else f"http://{emulator}"
             os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", url)
         return fsspec.filesystem(protocol)
@@ -119,7 +118,7 @@ class Bucket:
         return self._kind(path) == "directory"
 
     def names(self, folder: Path) -> list[str]:
-        """Of everything in the folder, empty where there is nothing. An error is raised, and not taken for nothing."""
+        """Names of everything in the folder; empty where there is nothing. Raises BucketError where listing fails."""
         try:
             with _plain_errors(folder):
                 keys = [key.rstrip("/") for key in self.fs.ls(str(folder), detail=False)]
@@ -131,12 +130,12 @@ class Bucket:
         return {name: info["size"] for name, info in self.infos(folder).items()}
 
     def infos(self, folder: Path) -> dict[str, Any]:
-        """What the store says about every object below the folder, by the path inside; about one object, by ""."""
+        """The store's metadata of every object below the folder, by relative path; of a single object, by ""."""
         with _plain_errors(folder):
-            found = self.fs.find(str(folder), detail=True)
+            infos = self.fs.find(str(folder), detail=True)
         start = len(self._key(folder)) + 1
         # A name that ends with / only marks a folder.
-        return {key[start:]: info for key, info in found.items() if not key.endswith("/")}
+        return {key[start:]: info for key, info in infos.items() if not key.endswith("/")}
 
     def seconds(self, path: Path) -> float:
         with _plain_errors(path):
@@ -163,7 +162,7 @@ class Bucket:
             yield copy
 
     def download(self, path: Path, to: Path) -> None:
-        """Copies an object to a file, which is there whole or not at all."""
+        """Copies an object to a file, whole or not at all."""
         to.parent.mkdir(parents=True, exist_ok=True)
         temporary = to.with_name(f".{to.name}.{os.getpid()}")
         with _plain_errors(path):
@@ -173,14 +172,14 @@ class Bucket:
     # Writing.
 
     def make_folder(self, folder: Path) -> None:
-        """Nothing: a folder is there with its first object."""
+        """Does nothing: a folder exists with its first object."""
 
     def write(self, path: Path, data: bytes, temporary: Path | None = None) -> None:
         with _plain_errors(path):
             self.fs.pipe_file(str(path), data)
 
     def create(self, path: Path, data: bytes) -> None:
-        """Writes an object that must not be there; of several that try, one succeeds. Raises FileExistsError."""
+        """Writes a new object; of several writers one succeeds. Raises FileExistsError where it exists."""
         with _plain_errors(path):
             self.fs.pipe_file(str(path), data, mode="create")
 
@@ -189,12 +188,12 @@ class Bucket:
             self.fs.rm(str(path), recursive=True)
 
     def discard(self, folder: Path, seal: str) -> None:
-        """Deletes the seal first: from then on the folder counts as unfinished, however much of it is left."""
+        """Deletes the seal first: from then on the folder counts as unfinished, whatever is left of it."""
         self._delete(folder / seal)
         self.remove(folder)
 
     def move(self, folder: Path, to: Path, seal: str) -> None:
-        """Copies every object inside the store, and then discards the folder."""
+        """Copies every object within the store, then discards the folder."""
         for name in self.sizes(folder):
             with _plain_errors(folder / name):
                 self.fs.cp_file(str(folder / name), str(to / name))
@@ -233,7 +232,7 @@ class Bucket:
         if lease := self._leases.pop(str(folder), None):
             lease.release()
 
-    # What only files can hold.
+    # Parts that must be files.
 
     def local(self, folder: Path) -> Path:
         return mirror_of(folder)
@@ -257,7 +256,7 @@ class Bucket:
         return self.fs._strip_protocol(str(path))
 
     def _kind(self, path: Path) -> str:
-        # fsspec's isfile and isdir take every error for a no.
+        # Not fsspec's isfile and isdir, which return False for every error.
         try:
             with _plain_errors(path):
                 return self.fs.info(str(path))["type"]
@@ -271,7 +270,7 @@ class Bucket:
 
 @contextlib.contextmanager
 def _plain_errors(path: Path) -> Iterator[None]:
-    """Whatever a store's client raises, as an OSError of one line with errno, strerror and the path."""
+    """Turns any error of a store's client into an OSError of one line with errno, strerror and the path."""
     try:
         yield
     except InputError:

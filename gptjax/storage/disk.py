@@ -14,20 +14,18 @@ from typing import Any, TextIO
 from gptjax.config.section import InputError
 
 TRASH, PROBE = ".trash-", ".probe-"
-MARK = ".preflight-"  # a file by which processes see that they have the same folder
 
-# Locks this process holds, by the run's folder; kept until it ends, since closing any handle of the file would
-# give a POSIX lock up.
+# This process's locks by run folder. The files stay open: closing any handle of one would release its POSIX lock.
 _LOCKS: dict[Path, TextIO] = {}
 
 
 def probe_in(folder: Path) -> Path:
-    """A file that no other process makes, containers with the same name and process numbers included."""
+    """A path that no other process uses, not even a container with the same host name and process ids."""
     return folder / f"{PROBE}{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
 
 class Disk:
-    """Files and folders of a file system. What is written is on the disk, not only in the system's memory."""
+    """Files and folders of a file system; every write is synced to the disk."""
 
     direct = True
 
@@ -35,7 +33,7 @@ class Disk:
         return path.absolute()
 
     def make_writable(self, folder: Path, what: str, then: str = "give another --run-dir") -> None:
-        """Makes the folder and tries a file in it; raises InputError now instead of after hours of training."""
+        """Makes the folder and writes a file in it; raises InputError now instead of after hours of training."""
         probe = probe_in(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -53,23 +51,23 @@ class Disk:
         return path.is_dir()
 
     def names(self, folder: Path) -> list[str]:
-        """Of everything in the folder; empty where it can't be read."""
+        """Names of everything in the folder; empty where it can't be read."""
         try:
             return os.listdir(folder)
         except OSError:
             return []
 
     def sizes(self, folder: Path) -> dict[str, int]:
-        """Size of every file below the folder, by the path inside."""
-        there = {}
+        """Size of every file below the folder, by its relative path."""
+        sizes = {}
         for parent, _, names in os.walk(folder):
             for path in (Path(parent) / name for name in names):
-                with contextlib.suppress(FileNotFoundError):  # deleted in this moment by the run that owns it
-                    there[path.relative_to(folder).as_posix()] = path.lstat().st_size
-        return there
+                with contextlib.suppress(FileNotFoundError):  # just deleted by the run that owns it
+                    sizes[path.relative_to(folder).as_posix()] = path.lstat().st_size
+        return sizes
 
     def seconds(self, path: Path) -> float:
-        """When the file was written, since the epoch."""
+        """Time of the last write, in seconds since the epoch."""
         return path.stat().st_mtime
 
     def read(self, path: Path) -> bytes:
@@ -80,7 +78,7 @@ class Disk:
 
     @contextlib.contextmanager
     def readable(self, folder: Path) -> Iterator[Path]:
-        """Where Orbax can read what is in the folder."""
+        """A path at which Orbax can read the folder."""
         yield folder
 
     # Writing.
@@ -89,7 +87,7 @@ class Disk:
         folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, path: Path, data: bytes, temporary: Path | None = None) -> None:
-        """Writes a file whole or not at all: to a temporary one, to the disk, and then by a rename."""
+        """Writes a file whole or not at all: a temporary file, synced, then renamed."""
         temporary = temporary or path.with_name(f".{path.name}.new")
         try:
             with temporary.open("wb") as file:
@@ -106,7 +104,7 @@ class Disk:
             os.close(descriptor)
 
     def remove(self, path: Path) -> None:
-        """Deletes a file or a folder, if it is there."""
+        """Deletes a file or a folder, if it exists."""
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -114,26 +112,26 @@ class Disk:
 
     def discard(self, folder: Path, seal: str) -> None:
         """Deletes a folder so that a kill at any moment leaves it whole, or without the file `seal`."""
-        # The rename takes it away whole: a kill in mid-delete can't leave half of one.
+        # By a rename first: a kill during the delete can't leave half a folder under its name.
         trash = folder.with_name(f"{TRASH}{folder.name}-{uuid.uuid4().hex[:8]}")
         os.replace(folder, trash)
         self.remove(trash)
 
     def move(self, folder: Path, to: Path, seal: str) -> None:
-        """Gives a folder another name; the same promise."""
+        """Renames a folder, with the same promise."""
         os.replace(folder, to)
 
     def stage(self, folder: Path) -> Path:
-        """Where Orbax writes a folder, which `publish` then brings to its place."""
+        """The path at which Orbax writes a folder before `publish` moves it to its place."""
         return folder
 
     def publish(self, staged: Path, folder: Path) -> None:
-        """Nothing: it is there."""
+        """Does nothing: it is in its place."""
 
     # Owning.
 
     def lock(self, folder: Path) -> None:
-        """Holds the run for this process until it ends; a dead process holds nothing, so its run can be taken over."""
+        """Locks the run until this process ends, however it ends; raises InputError where another holds it."""
         folder = folder.resolve()
         if folder in _LOCKS:
             return
@@ -143,7 +141,7 @@ class Disk:
         except OSError as e:
             raise InputError(f"{path}: can't be opened ({e.strerror}); remove it, or give another --run-dir") from e
         try:
-            # Unlike flock's, these locks are not passed on to forked workers, which may outlive a killed trainer.
+            # Unlike flock's, these locks are not inherited by forked workers, which may outlive a killed trainer.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             file.seek(0)
@@ -158,25 +156,25 @@ class Disk:
         _LOCKS[folder] = file
 
     def check(self, folder: Path, now: bool = False) -> None:
-        """Raises InputError where the run was lost (with `now`, as it is in this moment); these locks never are."""
+        """Raises InputError where another process took the run over; a POSIX lock can't be."""
 
     def release(self, folder: Path) -> None:
-        """Nothing: the lock is the process's until it ends."""
+        """Does nothing: the lock is held until the process ends."""
 
-    # What only files can hold: here, the run's own.
+    # Parts that must be files: here, the run's own.
 
     def local(self, folder: Path) -> Path:
-        """Where this machine keeps the parts of a run that are appended to or mapped into memory."""
+        """The folder on this machine for the parts of a run that are appended to or mapped into memory."""
         return folder
 
     def clear(self, folder: Path) -> None:
-        """Nothing: a run begins with what its folder holds."""
+        """Does nothing: there is no mirror."""
 
     def pull(self, folder: Path, *names: str) -> None:
-        """Nothing: the parts of that name are here."""
+        """Does nothing: there is no mirror."""
 
     def push(self, folder: Path, *names: str) -> None:
-        """Nothing: the parts of that name are here."""
+        """Does nothing: there is no mirror."""
 
     def keep_pushing(self, folder: Path, *names: str) -> None:
-        """Nothing: the parts of that name are here."""
+        """Does nothing: there is no mirror."""

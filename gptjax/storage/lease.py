@@ -1,14 +1,13 @@
-"""A run in a bucket is held by a lease, made of nothing but "write this object if it is not there".
+"""The lease of a run in a bucket, built on one operation: create an object if it does not exist.
 
-.lease/00000003 is the third term. Who creates the object holds the run; of several that try, the store lets one. The
-holder rewrites 00000003.beat every BEAT seconds. Another process that sees no new beat for LEASE seconds of its own
-clock (the clocks of two machines are never compared), or that shares this machine and sees that the holder is dead,
-takes the next term. A holder that finds a higher term than its own has lost the run and stops; it looks before every
-commit, delete and upload.
+.lease/00000003 is the third term. The process that creates the object holds the run; the store lets one succeed. The
+holder rewrites 00000003.beat every BEAT seconds. Another process takes the next term once it sees no new beat for LEASE
+seconds of its own clock (clocks of two machines are never compared), or sees on the same machine that the holder is
+dead. A holder that sees a higher term than its own has lost the run and stops; it checks before every commit, delete
+and upload.
 
-The limit: a process that was stopped for more than LEASE seconds between its look and the write that follows can
-still do that one write after another took over. What it can spoil is the step it was committing, whose digests are
-checked when it is restored.
+The limit: a process that is suspended for more than LEASE seconds between a check and the write after it still does
+that write after another took over. It can damage only the step it was committing, whose digests a restore checks.
 """
 
 import atexit
@@ -24,11 +23,11 @@ from typing import Any, Protocol
 
 from gptjax.config.section import InputError
 
-BEAT, LEASE, LOOK = 10.0, 60.0, 1.0  # seconds
+BEAT, LEASE, POLL = 10.0, 60.0, 1.0  # seconds
 
 
 class Objects(Protocol):
-    """What a lease needs of a store."""
+    """The operations of a store that a lease needs."""
 
     def names(self, folder: Path) -> list[str]: ...
     def read(self, path: Path) -> bytes: ...
@@ -38,21 +37,21 @@ class Objects(Protocol):
 
 
 class Lease:
-    """Holds `folder` for this process from now on; raises InputError where another process trains there."""
+    """Holds `folder` for this process from now on; raises InputError where another process holds it."""
 
     def __init__(self, store: Objects, folder: Path):
         self._store, self._run, self._folder = store, folder, folder / ".lease"
         self._me = {"holder": f"process {os.getpid()} on {platform.node()}, started {_now()}", **_identity()}
         self._beats, self._lost, self._ended = 0, "", threading.Event()
-        held = self._newest()
-        if held and not self._is_free(held):
-            self._wait_for_end(held)
-        self.term = held + 1
+        newest = self._newest()
+        if newest and not self._is_free(newest):
+            self._wait_for_end(newest)
+        self.term = newest + 1
         try:
             store.create(self._folder / f"{self.term:08d}", self._record())
         except FileExistsError:
             raise InputError(self._taken("another process, which came first")) from None
-        self.check(now=True)  # one that was slow may have created a term that was over and deleted long ago
+        self.check(now=True)  # a slow process may have created a term that was over and deleted long ago
         self._beat()
         for name in store.names(self._folder):
             if (number := name.split(".")[0]).isdecimal() and int(number) < self.term:
@@ -61,7 +60,7 @@ class Lease:
         atexit.register(self.release)
 
     def check(self, now: bool = False) -> None:
-        """Raises InputError where the run was taken over, as far as was seen at the last beat, or as it is now."""
+        """Raises InputError where the run was taken over, as of the last beat, or with `now` as of this moment."""
         if now and not self._lost and (newest := self._newest()) > self.term:
             self._lost = self._read(newest).get("holder", "another process")
         if self._lost:
@@ -71,16 +70,16 @@ class Lease:
             )
 
     def release(self) -> None:
-        """Gives the run up, so that the next process need not wait."""
+        """Releases the run, so that the next process need not wait."""
         if not self._ended.is_set():
             self._ended.set()
-            with contextlib.suppress(Exception):  # a lease that can't be given up ends by itself
+            with contextlib.suppress(Exception):  # a lease that can't be released expires
                 self._store.write(self._folder / f"{self.term:08d}.beat", self._record(released=True))
         atexit.unregister(self.release)
 
     def _keep(self) -> None:
         while not self._ended.wait(BEAT):
-            # A store that does not answer: nothing can be committed there either, and others may take over in time.
+            # A store that does not answer takes no commits either, and the lease may expire.
             with contextlib.suppress(Exception):
                 self.check(now=True)
                 self._beat()
@@ -97,7 +96,7 @@ class Lease:
         return max((int(n) for n in self._store.names(self._folder) if n.isdecimal()), default=0)
 
     def _read(self, term: int) -> dict[str, Any]:
-        """The last sign of life of a term's holder."""
+        """The last beat of a term's holder."""
         for name in (f"{term:08d}.beat", f"{term:08d}"):
             with contextlib.suppress(FileNotFoundError, ValueError):
                 return dict(json.loads(self._store.read(self._folder / name)))
@@ -108,13 +107,13 @@ class Lease:
         return bool(record.get("released")) or _died_here(record)
 
     def _wait_for_end(self, term: int) -> None:
-        """Returns when the holder of a term gave no sign of life for LEASE seconds."""
+        """Waits until the holder of a term gave no beat for LEASE seconds; raises InputError at a new beat."""
         seen, until = self._read(term), time.monotonic() + LEASE
         holder = seen.get("holder", "another process")
         line = f"{self._run} is held by {holder}; waiting {LEASE:.0f} s for a sign of life"
         print(line, file=sys.stderr, flush=True)
         while time.monotonic() < until:
-            time.sleep(LOOK)
+            time.sleep(POLL)
             now = self._read(term)
             if now.get("released"):
                 return
@@ -130,7 +129,7 @@ def _now() -> str:
 
 
 def _identity() -> dict[str, Any]:
-    """What tells this process from all others, where the system says it (Linux); elsewhere a dead one is waited for."""
+    """The identity of this process across machines, on Linux; empty elsewhere, where a dead holder is waited for."""
     try:
         return {
             "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
@@ -143,13 +142,13 @@ def _identity() -> dict[str, Any]:
 
 
 def _status(pid: int) -> tuple[str, str]:
-    """A process's state letter, and when it was started, in ticks since the boot; see proc_pid_stat(5)."""
+    """A process's state letter and start time in ticks since the boot; see proc_pid_stat(5)."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return fields[0], fields[19]
 
 
 def _died_here(record: dict[str, Any]) -> bool:
-    """Whether the holder ran on this machine and is dead. False where that can't be told."""
+    """True where the holder ran on this machine and is dead; False where that is unknown."""
     mine = _identity()
     if not mine or any(record.get(k) != mine[k] for k in ("boot", "namespace")) or "ticks" not in record:
         return False

@@ -1,6 +1,6 @@
-"""The files that this machine keeps of a run in a bucket: what is appended to, mapped into memory, or read as files.
+"""The mirror of a run in a bucket: files on this machine that are appended to, mapped into memory, or read as files.
 
-The bucket has the truth. `pull` makes the files equal to it, `push` writes whole objects of files that changed.
+The bucket is authoritative. `pull` makes the files equal to it, `push` uploads files that changed as whole objects.
 """
 
 import hashlib
@@ -17,20 +17,20 @@ from typing import Any, Protocol
 from gptjax.runtime.versions import cache_folder
 
 INTERVAL = 60.0  # seconds from one upload to the next
-SHARE = 20  # an upload that takes long is repeated after this many times as long
+SHARE = 20  # the pause after an upload is at least this many times its duration
 INDEX = ".mirror.json"
-# The file without which a folder is not finished and which is written after the others: of a tokenizer, of a corpus.
+# The file of a folder (tokenizer, corpus) that is written last, and without which the folder is unfinished.
 SEALS = {"tokenizer": "tokenizer_meta.json", "data/shared-tokenizer": "tokenizer_meta.json"}
 SEAL = "manifest.json"
 
 
 def mirror_of(folder: Path) -> Path:
-    """The folder on this machine that stands for one in a bucket."""
+    """The folder on this machine that mirrors one in a bucket."""
     return cache_folder() / "runs" / f"{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}"
 
 
 class Objects(Protocol):
-    """What a mirror needs of a store."""
+    """The operations of a store that a mirror needs."""
 
     def infos(self, folder: Path) -> dict[str, Any]: ...
     def write(self, path: Path, data: bytes) -> None: ...
@@ -39,42 +39,42 @@ class Objects(Protocol):
 
 
 class Mirror:
-    """Files in mirror_of(folder) for the objects in `folder`; names are of files or folders directly below these.
+    """Files in mirror_of(folder) for the objects in `folder`; a name is a file or folder directly below it.
 
-    The index holds, for each file that is known to be equal to its object, its size and time and the object's version.
+    The index holds the size, time and object version of each file that is known to be equal to its object.
     """
 
     def __init__(self, store: Objects, folder: Path):
         self._store, self._folder, self.local = store, folder, mirror_of(folder)
-        self._lock = threading.Lock()  # an older upload must not come after a newer one
+        self._lock = threading.Lock()  # an older upload must not overwrite a newer one
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
 
     def clear(self) -> None:
-        """Forgets what an earlier run of the same name left here."""
+        """Deletes the files of an earlier run of the same name."""
         shutil.rmtree(self.local, ignore_errors=True)
 
     def pull(self, *names: str) -> None:
         """Makes the files of each name equal to the objects.
 
-        What the bucket does not have whole, a file or a folder with its seal, is left as it is here.
+        Files whose objects are incomplete (a missing file, a folder without its seal) are left as they are.
         """
         with self._lock:
             index = self._read_index()
             for name in names:
-                found = self._objects(name)
-                there = {path: version for path, version in found.items() if _whole(path, found)}
-                for path, version in there.items():
+                objects = self._objects(name)
+                complete = {path: version for path, version in objects.items() if _is_complete(path, objects)}
+                for path, version in complete.items():
                     if index.get(path) != [*self._state(path), version]:
                         self._store.download(self._folder / path, self.local / path)
                         index[path] = [*self._state(path), version]
                 for path in self._files(name):
-                    if path not in there and _whole(path, found):
+                    if path not in complete and _is_complete(path, objects):
                         (self.local / path).unlink(missing_ok=True)  # the processes of a host share the mirror
                 self._write_index(index)
 
     def push(self, *names: str) -> None:
-        """Writes every file of each name that changed; what was only deleted here stays in the bucket."""
+        """Uploads every changed file of each name; objects whose files were deleted stay."""
         with self._lock:
             self._store.check(self._folder, now=True)
             index = self._read_index()
@@ -88,12 +88,12 @@ class Mirror:
                         self._store.write(self._folder / path, data)
                         sent.append((path, size, changed))
                 if sent:
-                    there = self._objects(name)
-                    index |= {path: [size, changed, there[path]] for path, size, changed in sent}
+                    objects = self._objects(name)
+                    index |= {path: [size, changed, objects[path]] for path, size, changed in sent}
                     self._write_index(index)
 
     def keep_pushing(self, *names: str) -> None:
-        """Pushes again and again in the background, until `stop`."""
+        """Pushes periodically in the background, until `stop`."""
 
         def push() -> None:
             pause = INTERVAL
@@ -101,7 +101,7 @@ class Mirror:
                 start = time.monotonic()
                 try:
                     self.push(*names)
-                except Exception as e:  # a checkpoint, whose push must succeed, will tell
+                except Exception as e:  # the push of the next checkpoint must succeed, and raises
                     print(f"warning: {self._folder} was not brought up to date: {e}", file=sys.stderr, flush=True)
                 pause = max(INTERVAL, SHARE * (time.monotonic() - start))
 
@@ -115,14 +115,14 @@ class Mirror:
 
     def _objects(self, name: str) -> dict[str, str]:
         """The version of each object of a name, by its path below the run's folder."""
-        found = self._store.infos(self._folder / name)
-        return {f"{name}/{path}" if path else name: _version(info) for path, info in found.items()}
+        infos = self._store.infos(self._folder / name)
+        return {f"{name}/{path}" if path else name: _version(info) for path, info in infos.items()}
 
     def _files(self, name: str) -> list[str]:
         top = self.local / name
-        found = [top] if top.is_file() else [p for p in top.rglob("*") if p.is_file()]
-        # What begins with a dot is a lock, or on its way to another name.
-        return [path.relative_to(self.local).as_posix() for path in found if not path.name.startswith(".")]
+        files = [top] if top.is_file() else [p for p in top.rglob("*") if p.is_file()]
+        # A leading dot marks a lock or a temporary file.
+        return [path.relative_to(self.local).as_posix() for path in files if not path.name.startswith(".")]
 
     def _state(self, path: str) -> list[int]:
         try:
@@ -145,17 +145,17 @@ class Mirror:
 
 
 def _seal(path: str) -> str:
-    """The seal of the folder that a path is in."""
+    """The seal of the folder of a path."""
     folder = path.rpartition("/")[0]
     return f"{folder}/{SEALS.get(folder, SEAL)}"
 
 
-def _whole(path: str, objects: Container[str]) -> bool:
-    """Whether the bucket has all that belongs to a path: the file that a name is, or a sealed folder."""
+def _is_complete(path: str, objects: Container[str]) -> bool:
+    """True where the bucket has the whole of a path: the file itself, or a sealed folder."""
     return path in objects if "/" not in path else _seal(path) in objects
 
 
 def _version(info: dict[str, Any]) -> str:
-    """What changes whenever an object is written: a generation, a hash, or a time."""
+    """A value that changes whenever an object is written: its generation, hash, or time."""
     keys = ("generation", "ETag", "etag", "mtime", "created")
     return next((str(info[k]) for k in keys if info.get(k)), "")

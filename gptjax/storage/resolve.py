@@ -1,4 +1,4 @@
-"""From what the user wrote to a path, and from a path to its store."""
+"""Texts to paths, and paths to the file system or bucket that holds them."""
 
 import hashlib
 import json
@@ -15,13 +15,13 @@ DISK = Disk()
 
 
 def resolve_path(text: str | os.PathLike[str]) -> Path:
-    """A path of a file system, or one with the same methods in a bucket; not yet absolute.
+    """The path of a text, in a file system or, with the same methods, in a bucket; not made absolute.
 
     Raises InputError for another scheme, for a bucket without a folder, and where a package is missing.
     """
     written = os.fspath(text)
-    scheme, found, rest = written.partition("://")
-    if not found or not re.fullmatch("[A-Za-z][A-Za-z0-9+.-]*", scheme):
+    scheme, separator, rest = written.partition("://")
+    if not separator or not re.fullmatch("[A-Za-z][A-Za-z0-9+.-]*", scheme):
         return Path(text)
     wanted = "wanted a folder, or " + " or ".join(f"{name}://BUCKET/FOLDER" for name in SCHEMES)
     if scheme not in SCHEMES:
@@ -37,9 +37,9 @@ def resolve_path(text: str | os.PathLike[str]) -> Path:
 
 
 def filesystem(path: os.PathLike[str]) -> Disk | Bucket:
-    """What can be done where a path made by `resolve_path` lies."""
-    scheme, found, _ = os.fspath(path).partition("://")
-    return open_bucket(scheme) if found and scheme in SCHEMES else DISK
+    """The operations on a path made by `resolve_path`."""
+    scheme, separator, _ = os.fspath(path).partition("://")
+    return open_bucket(scheme) if separator and scheme in SCHEMES else DISK
 
 
 def file_sha256(path: Path) -> str:
@@ -59,7 +59,7 @@ def write_file(text: str | os.PathLike[str], data: bytes) -> None:
 
 
 def check_file(text: str | os.PathLike[str]) -> None:
-    """Raises InputError now where `write_file` could not write later; a file that is there is left as it is."""
+    """Raises InputError where `write_file` could not write later; an existing file is left as it is."""
     path = resolve_path(text)
     if filesystem(path).is_folder(path):
         raise InputError(f"{path}: there is a folder of that name; wanted a file")
@@ -67,5 +67,5 @@ def check_file(text: str | os.PathLike[str]) -> None:
 
 
 def write_json(text: str | os.PathLike[str], document: Any) -> None:
-    """Writes a document as `write_file` does; NaN and infinity as Python writes them, which strict JSON has not."""
+    """Writes a document as `write_file` does; NaN and infinity in Python's spelling, which is not strict JSON."""
     write_file(text, (json.dumps(document, indent=1) + "\n").encode())

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.diagnostics.doctor.finding import Finding, Level
-from gptjax.runtime import xla_flags
-from gptjax.runtime.process import usable_cores
+from gptjax.runtime.process import expected_platform, usable_cores
 from gptjax.training.loop import compile_cache_folder, others_can_write
 
 GIB = 2**30
@@ -38,12 +37,12 @@ def devices() -> Finding:
     text = (
         f"{len(all_devices)} x {', '.join(kinds)}{held}, {jax.process_count()} process(es), jax on {data['platform']}"
     )
-    there = xla_flags.platform()
+    expected = expected_platform()
     used = {"cuda": "gpu", "rocm": "gpu"}.get(local[0].platform, local[0].platform)
-    if there != used:
-        extra = "tpu" if there == "tpu" else "cuda12"
+    if expected != used:
+        extra = "tpu" if expected == "tpu" else "cuda12"
         advice = f"pip install 'jax[{extra}]=={jax.__version__}', and look at the lines 'versions'"
-        return Finding("devices", "PROBLEM", f"{text}, but this machine has a {there}", advice, data)
+        return Finding("devices", "PROBLEM", f"{text}, but this machine has a {expected}", advice, data)
     if len(kinds) > 1:
         return Finding("devices", "warning", text, "a mesh of different devices runs at the pace of the slowest", data)
     return Finding("devices", "ok", text, data=data)

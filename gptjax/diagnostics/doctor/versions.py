@@ -14,8 +14,8 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.version import Version
 
 from gptjax.diagnostics.doctor.finding import Finding, Level
+from gptjax.runtime.process import expected_platform
 from gptjax.runtime.versions import version
-from gptjax.runtime.xla_flags import platform
 
 # Whose needs are looked at: what gptjax stands on, what makes jax use a device, and what is known to pin others.
 CORE = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "array-record", "tyro",
@@ -65,7 +65,7 @@ def look() -> list[Finding]:
     python = ".".join(map(str, sys.version_info[:3]))
     shown = ", ".join(f"{name} {found}" for name, found in {"python": python, **installed}.items())
     summary = Finding("versions", "ok", shown, data={"python": python, **installed})
-    return [summary, *_unmet(), *_plugins(), *_known(platform()), *_untested()]
+    return [summary, *_unmet(), *_plugins(), *_known(expected_platform()), *_untested()]
 
 
 def _requirements(package: str) -> list[str]:

@@ -23,8 +23,7 @@ from gptjax.config import SweepConfig
 from gptjax.config.command_line import Recipe
 from gptjax.config.section import InputError
 from gptjax.data.prepared import open_corpora
-from gptjax.runtime import xla_flags
-from gptjax.runtime.process import usable_cores
+from gptjax.runtime.process import expected_platform, usable_cores
 from gptjax.scaling.sweep.fork import checkpoints_of, fork
 from gptjax.scaling.sweep.jobs import Job, check_recipe, extend, read_jobs, write_jobs
 from gptjax.scaling.sweep.points import Point, make_points, to_flags
@@ -52,9 +51,9 @@ def sweep(cfg: SweepConfig, recipe: Recipe, say: Say, gptjax: Sequence[str] = GP
     """
     if cfg.workers > usable_cores():
         raise InputError(f"workers={cfg.workers}: wanted at most the {usable_cores()} cores that are usable here")
-    if cfg.workers > 1 and (found := xla_flags.platform()) != "cpu":
+    if cfg.workers > 1 and (kind := expected_platform()) != "cpu":
         raise InputError(
-            f"workers={cfg.workers}: wanted 1 where a {found} computes, for each job takes all that it sees; with "
+            f"workers={cfg.workers}: wanted 1 where a {kind} computes, for each job takes all that it sees; with "
             "several GPUs start this command once for each, with CUDA_VISIBLE_DEVICES, or set JAX_PLATFORMS=cpu"
         )
     points, folder = make_points(cfg, recipe), Path(cfg.out).absolute()
