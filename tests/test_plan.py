@@ -162,7 +162,7 @@ def planner():
 
 def test_the_search_names_the_fastest_that_fits(planner):
     found, limit = planner.search(None), topology("v5e:4x8").chip.memory
-    fitting = [c for c in planner._candidates() if c.memory.total <= SAFE * limit]
+    fitting = [c for c in planner.candidates() if c.memory.total <= SAFE * limit]
     assert 0 < len(fitting) == found.fitting < found.counted
     assert found.best.speed.tokens_per_second == pytest.approx(
         max(c.speed.tokens_per_second for c in fitting), rel=1e-3
@@ -193,8 +193,8 @@ def test_the_search_compiles_six_times_at_most_and_believes_the_compiler(planner
     assert planner.search(compiler(1.0), seconds=0).best is None and not asked
 
 
-def test_the_search_gives_an_axis_whole_dimensions_of_a_slice_but_other_meshes_are_counted(planner):
-    meshes = [tuple(s.values()) for s in planner._meshes()]
+def test_the_search_keeps_a_torus_whole_and_other_meshes_are_counted(planner):
+    meshes = {tuple(c.sizes.values()) for c in planner.candidates()}
     assert (1, 32, 1, 1) in meshes and (4, 8, 1, 1) in meshes and (2, 16, 1, 1) not in meshes
     cut = Planner(recipe("llama_8b", "--mesh.data", "2", "--mesh.fsdp", "16"), topology("v5e:4x8")).as_written()
     assert cut.memory.total > planner.as_written().memory.total > 0

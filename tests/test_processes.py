@@ -89,8 +89,8 @@ def test_a_scheduler_s_variables_tell_which_process_this_is(monkeypatch, environ
         ({"GPTJAX_COORDINATOR": "a", "GPTJAX_PROCESSES": "2", "GPTJAX_PROCESS": "0"}, "wanted host:port"),
         ({"GPTJAX_COORDINATOR": "a:5", "GPTJAX_PROCESSES": "2", "GPTJAX_PROCESS": "2"}, "from 0 to 1"),
         ({"GPTJAX_COORDINATOR": "a:5", "GPTJAX_PROCESSES": "two", "GPTJAX_PROCESS": "2"}, "GPTJAX_PROCESSES='two'"),
-        ({"GPTJAX_PROCESSES": "2", "GPTJAX_PROCESS": "1"}, "address of process 0 is not told"),
-        ({k: v for k, v in MPICH.items() if k != "GPTJAX_COORDINATOR"}, "address of process 0 is not told"),
+        ({"GPTJAX_PROCESSES": "2", "GPTJAX_PROCESS": "1"}, "address of process 0 is unknown"),
+        ({k: v for k, v in MPICH.items() if k != "GPTJAX_COORDINATOR"}, "address of process 0 is unknown"),
         ({k: v for k, v in JOBSET.items() if k != "PROCESSES_IN_JOB"}, "PROCESSES_IN_JOB"),
     ],
 )

@@ -1,7 +1,7 @@
-"""Every setting of a run, as frozen dataclasses that are checked when they are made. Nothing here imports jax.
+"""Settings of a run, as frozen dataclasses that are checked when they are made. Imports no jax.
 
-Each fact has one owner: the vocabulary belongs to `tokenizer.vocab_size`, the context to `data.length`, and the
-model takes both from there. What can be derived is a property, never a field.
+Each fact has one owner: the vocabulary is `tokenizer.vocab_size`, the context `data.length`, and the model takes both
+from there. Derived values are properties, never fields.
 """
 
 from gptjax.config.checks import DoctorConfig, VerifyConfig

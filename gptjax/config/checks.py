@@ -1,4 +1,4 @@
-"""What the checks of a machine may be told."""
+"""Settings of `gptjax verify` and `gptjax doctor`."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from gptjax.config.section import Section
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig(Section):
-    """Prove on the devices at hand that every mesh and setting gives the same numbers."""
+    """Prove on this machine's devices that every mesh and setting gives the same numbers."""
 
     json: str = ""
     """File for the results."""
@@ -15,9 +15,9 @@ class VerifyConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorConfig(Section):
-    """What this machine and its cluster can do, and what is wrong with them."""
+    """Check this machine and its cluster, and report problems with advice."""
 
     json: str = ""
     """File for the findings."""
     run_dir: str = "runs"
-    """Where runs will be written: its speed and its space are measured."""
+    """Folder of runs, whose write speed and free space are measured."""

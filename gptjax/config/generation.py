@@ -1,4 +1,4 @@
-"""How text is generated."""
+"""Settings of text generation."""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from gptjax.config.section import Section
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(Section):
-    """How to continue a prompt."""
+    """Continue a prompt."""
 
     section: ClassVar[str] = "generate"
 
@@ -26,11 +26,11 @@ class GenerateConfig(Section):
     min_p: float = 0.0
     """Sample only from tokens at least this share as likely as the likeliest."""
     repetition_penalty: float = 1.0
-    """Above 1 makes every token that already occurred less likely (CTRL's penalty)."""
+    """Above 1 makes tokens that already occurred less likely (CTRL's penalty)."""
     stop: tuple[str, ...] = ()
     """Texts at which to stop; they are not printed."""
     seed: int = 0
-    """Same seed, same text, whatever else is in the batch."""
+    """Seed of sampling; the same seed gives the same text, whatever else is in the batch."""
 
     def __post_init__(self):
         self.require(bool(self.prompt), "prompt", "at least one prompt")

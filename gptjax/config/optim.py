@@ -1,4 +1,4 @@
-"""The optimizer and its schedule."""
+"""Settings of the optimizer and its schedule."""
 
 import math
 from dataclasses import dataclass

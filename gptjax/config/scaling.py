@@ -1,4 +1,4 @@
-"""How a scaling law is fitted to a table of runs, and what is predicted with it."""
+"""Settings of `gptjax fit` and `gptjax predict`."""
 
 import math
 from dataclasses import dataclass
@@ -19,19 +19,19 @@ class FitConfig(Section):
     data_constrained, chinchilla's where tokens repeat (Muennighoff et al. 2023), by a column of unique_tokens,
     runs of one epoch and runs of several."""
     approach: Literal["all", "envelope", "isoflop", "parametric"] = "all"
-    """Which of the three ways of Hoffmann et al. 2022 to N-opt and D-opt: all that the table allows, or this one."""
+    """Approach of Hoffmann et al. 2022 to the optimal N and D: all that the table allows, or this one."""
     columns: tuple[str, ...] = ()
     """Columns with other names, as FIELD=COLUMN: loss=loss__c4 parameters=size."""
     where: tuple[str, ...] = ()
-    """Points to use, by conditions that all must hold: dataset=rpj,c4 tokens>=1e9 (=, !=, <, <=, >, >=)."""
+    """Points to use, by conditions that must all hold: dataset=rpj,c4 tokens>=1e9 (=, !=, <, <=, >, >=)."""
     max_flops: float = 0.0
-    """Leave out points whose budget (or FLOPs) is above this, so that they can be predicted; 0: use all."""
+    """Leave out points whose budget (or FLOPs) is above this, in order to predict them; 0: use all."""
     count: Literal["total", "non-embedding"] = "total"
-    """Which parameters N counts; Kaplan et al. count non-embedding."""
+    """Parameters that N counts; Kaplan et al. count non-embedding ones."""
     flops_per: float = 6.0
-    """FLOPs a parameter and token, for tables without a column of FLOPs or of tokens: C = 6 N D."""
+    """FLOPs for each parameter and token, for tables without a column of FLOPs or of tokens: C = 6 N D."""
     delta: float = 1e-3
-    """Where the Huber loss on log loss turns from squares to absolute values; overtraining has none."""
+    """Width at which the Huber loss on log loss turns from squares to absolute values; unused by overtraining."""
     bootstraps: int = 1000
     """Resampled tables behind each interval; 0: no intervals."""
     level: float = 0.95
@@ -51,26 +51,26 @@ class FitConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig(Section):
-    """Predict with a fit: the best run for a budget, the loss of a run, or the losses of a whole table."""
+    """Predict with a fit: the optimal run for a budget, the loss of a run, or the losses of a table."""
 
     flops: float = 0.0
-    """A budget: the parameters and tokens that are best for it, and their loss."""
+    """A budget, to find its optimal parameters and tokens and their loss."""
     parameters: float = 0.0
-    """Parameters of a run whose loss is wanted; with --tokens."""
+    """Parameters of a run whose loss to predict; with --tokens."""
     tokens: float = 0.0
     """Training tokens of that run."""
     unique_tokens: float = 0.0
-    """Different tokens that there are, by a fit of data_constrained; 0: as many as are trained on."""
+    """Unique tokens in the data, for a fit of data_constrained; 0: all trained tokens are unique."""
     against: str = ""
-    """A table of runs: each is predicted, and compared where the table has losses; without, they are yet to be run."""
+    """A table of runs to predict, and to compare where it has losses; without losses, runs that are planned."""
     columns: tuple[str, ...] = ()
-    """Columns of that table with other names, as FIELD=COLUMN; those of the fit are not taken over."""
+    """Columns of that table with other names, as FIELD=COLUMN; those of the fit do not apply."""
     where: tuple[str, ...] = ()
     """Rows of that table to compare: flops>1e18."""
     recipe: Literal["steplaw", "deepseek", "kaplan"] = "steplaw"
-    """Whose rule recommends a batch size and a learning rate."""
+    """Published rule that recommends a batch size and a learning rate."""
     extrapolate: bool = False
-    """Go further than a decade beyond the fitted points."""
+    """Allow predictions more than a decade beyond the fitted points."""
     json: str = ""
     """File for the predictions."""
 

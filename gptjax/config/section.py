@@ -1,4 +1,4 @@
-"""What every group of settings shares: checks with full names, a flat view by dotted name, a strict way back."""
+"""Base of all groups of settings: checks with full names, a flat view by dotted name, and a strict way back."""
 
 import dataclasses
 import difflib
@@ -11,7 +11,12 @@ T = TypeVar("T")
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong. The message is one line: what, got, wanted, what to do."""
+    """Wrong input of the user. The message is one line: what, got, wanted, what to do."""
+
+
+def one_line(error: BaseException | str, most: int = 300) -> str:
+    """The message of an error as one line of at most `most` characters; its type where it has no message."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:most]
 
 
 class Section:
@@ -23,13 +28,13 @@ class Section:
         return f"{self.section}.{name}" if self.section else name
 
     def require(self, ok: bool, name: str, wanted: str, then: str = "") -> None:
-        """Raises InputError naming the field, its value, what is wanted, and (optionally) what to do."""
+        """Raises InputError with the field, its value, the wanted value and, if given, what to do, unless `ok`."""
         if not ok:
             advice = f"; {then}" if then else ""
             raise InputError(f"{self.dotted(name)}={getattr(self, name)!r}: wanted {wanted}{advice}")
 
     def require_numbers(self, low: float, high: float, *names: str) -> None:
-        """Each named field is a finite number with low <= value <= high."""
+        """Raises InputError unless each named field is a finite number with low <= value <= high."""
         for name in names:
             value = getattr(self, name)
             bounds = f"at least {low:g}" if math.isinf(high) else f"a number from {low:g} to {high:,.10g}"
@@ -52,10 +57,10 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def unknown_name(name: str, known: list[str]) -> str:
-    """One line that names an unknown setting and the nearest known one."""
-    # The last part weighs most: --model.widht is nearest to model.width, and so is --widht.
+    """The error message for an unknown setting, with the nearest known one."""
+    # The last part counts most: --model.widht is nearest to model.width, and so is --widht.
     last = {k: k.lstrip("-").rsplit(".", 1)[-1] for k in known}
-    # Two names that are as long and alike but in one part score high; a short one that is alike by chance does not.
+    # Long names that differ in one part score high; a short one that is alike by chance does not.
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
     if not close and (near := difflib.get_close_matches(name.lstrip("-").rsplit(".", 1)[-1], last.values(), n=1)):
         close = [k for k in known if last[k] == near[0]]  # --widht is meant for --model.width
@@ -63,26 +68,26 @@ def unknown_name(name: str, known: list[str]) -> str:
 
 
 def build(cls: type[T], values: dict[str, Any], prefix: str = "") -> T:
-    """Makes a config from {dotted name: value}; refuses an unknown or missing name, or a value of another type."""
+    """Makes a config from {dotted name: value}; raises InputError for unknown or missing names and wrong types."""
     hints = typing.get_type_hints(cls)
     kinds = {f.name: hints[f.name] for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
     for name in values:
         if name.split(".", 1)[0] not in kinds:
             raise InputError(unknown_name(prefix + name, [prefix + k for k in kinds]))
-    made = {}
+    fields = {}
     for name, kind in kinds.items():
         if dataclasses.is_dataclass(kind):
             inner = {k.removeprefix(f"{name}."): v for k, v in values.items() if k.startswith(f"{name}.")}
-            made[name] = build(typing.cast(type, kind), inner, f"{prefix}{name}.")
+            fields[name] = build(typing.cast(type, kind), inner, f"{prefix}{name}.")
         elif name not in values:
             raise InputError(f"setting {prefix + name!r} is missing; wanted every setting of {cls.__name__}")
         else:
-            made[name] = _checked(prefix + name, values[name], kind)
-    return cls(**made)
+            fields[name] = _checked(prefix + name, values[name], kind)
+    return cls(**fields)
 
 
 def _checked(name: str, value: Any, kind: Any) -> Any:
-    """The value, if JSON gave one of the field's type; JSON's lists are our tuples, its 1 may be our 1.0."""
+    """The value, converted from JSON to the field's type (a list to a tuple, 1 to 1.0); InputError for others."""
     if typing.get_origin(kind) is Literal:
         ok, wanted = value in typing.get_args(kind), f"one of {typing.get_args(kind)}"
     elif typing.get_origin(kind) is tuple:

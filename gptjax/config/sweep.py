@@ -1,11 +1,11 @@
-"""What a sweep over budgets and sizes may be told."""
+"""Settings of `gptjax sweep`."""
 
 import math
 from dataclasses import dataclass
 
 from gptjax.config.section import InputError, Section
 
-# What a sweep tells each of its runs itself.
+# Settings of its runs that the sweep sets itself.
 OWN = ("run_dir", "steps", "seed", "checkpoint.at", "checkpoint.keep_newest", "checkpoint.keep_every", "evaluate.every",
        "tensorboard", "sample")  # fmt: skip
 
@@ -15,17 +15,17 @@ class SweepConfig(Section):
     """Train a recipe at many sizes for many budgets of compute; a long run serves all shorter horizons of its size."""
 
     out: str = "runs/sweep"
-    """Folder of the sweep: jobs.jsonl, runs/, logs/ and table.csv. The same command on it, given in the same folder,
-    goes on; until all is trained it should stay where it is, for its jobs name their text by its path."""
+    """Folder of the sweep: jobs.jsonl, runs/, logs/ and table.csv. The same command, run from the same folder,
+    resumes it. Don't move it before all is trained: its jobs name their text by path."""
     grid: tuple[str, ...] = ()
-    """Points, as BUDGET:SIZE,SIZE,... with the training FLOPs of each (1e15:4,6,8), and @SEED,SEED,... behind it for
-    other seeds than the recipe's. A larger grid adds points to a sweep; none is ever taken away."""
+    """Points, as BUDGET:SIZE,SIZE,... with BUDGET in training FLOPs (1e15:4,6,8), and @SEED,SEED,... after it for
+    other seeds than the recipe's. A larger grid adds points to a sweep; points are never removed."""
     set: tuple[str, ...] = ()
     """Settings of the recipe to change at every size, as NAME=VALUE (data.source=corpus optim.beta2=0.98); several
-    values are separated by spaces, and quoted as in a shell. A job keeps what it was added to the table with."""
+    values are separated by spaces, and quoted as in a shell. A job keeps the settings that it was added with."""
     workers: int = 1
-    """Jobs that run here at a time, each on its share of the cores; 1 on a GPU or TPU, which every job takes whole. The
-    last bits of a loss may depend on it."""
+    """Jobs that run at a time, each on its share of the cores; 1 on a GPU or TPU, which every job takes whole. The last
+    bits of a loss may depend on it."""
 
     def __post_init__(self):
         self.require(bool(self.out) and "://" not in self.out, "out", "a folder of a file system, for its locks")
@@ -39,12 +39,12 @@ class SweepConfig(Section):
 
     @property
     def points(self) -> tuple[tuple[float, str, int | None], ...]:
-        """(budget, size, seed) of each point; a seed of None is the recipe's."""
+        """(budget, size, seed) of each point; None is the recipe's seed."""
         return tuple(point for entry in self.grid for point in _points(entry))
 
 
 def _points(entry: str) -> list[tuple[float, str, int | None]]:
-    """The points of one entry of the grid; raises InputError where it is not of the form."""
+    """The points of one entry of the grid; raises InputError for another form."""
     front, at, seeds = entry.partition("@")
     budget, colon, sizes = front.partition(":")
     try:

@@ -1,7 +1,7 @@
-"""Reads GPT-2, Llama, Mistral and Qwen3 in Hugging Face's safetensors layout into this project's parameters.
+"""Import of GPT-2, Llama, Mistral and Qwen3 weights in Hugging Face's safetensors layout.
 
-Whatever would change the logits and can't be expressed as a ModelConfig is refused by name; so is a tensor that is
-missing, left over, or of another shape. Nothing but numbers is read: no pickle, no code that comes with a model.
+Settings that change the logits and have no counterpart in ModelConfig are refused by name, as are tensors that are
+missing, left over, or of another shape. Only numbers are read: no pickle, no code that comes with a model.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ from gptjax.parallel.sharding import suffix
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
-# Where our leaves come from: outside the layers by name; in layer n by the stem of the name ("q" of q_NDHK and of
-# q_bias_NHK), to which .weight or .bias is added. The prefix is left out by files of the bare model without a head.
+# The source of each leaf: outside the layers by name; in layer n by the stem of the name ("q" of q_NDHK and of
+# q_bias_NHK), with .weight or .bias added. Files of a bare model without a head have no prefix.
 LLAMA_LAYER = {
     "q": "layers.{n}.self_attn.q_proj", "k": "layers.{n}.self_attn.k_proj", "v": "layers.{n}.self_attn.v_proj",
     "o": "layers.{n}.self_attn.o_proj", "w_in": "layers.{n}.mlp.up_proj", "w_gate": "layers.{n}.mlp.gate_proj",
@@ -63,17 +63,17 @@ def import_huggingface(source: Path) -> tuple[ModelConfig, int, int, dict[str, A
         raise InputError(f"{source} holds no {CONFIG}; wanted a Hugging Face folder with {CONFIG} and {WEIGHTS}")
     settings = ForeignConfig(source / CONFIG, _read_json(source / CONFIG))
     kind = settings.values.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        raise settings.error("model_type", kind, " or ".join(map(repr, FAMILIES)))
+    if not isinstance(kind, str) or kind not in READERS:
+        raise settings.error("model_type", kind, " or ".join(map(repr, READERS)))
     for name in ("quantization_config", "auto_map"):
         settings.only(name, None)
-    cfg, vocab_size, context = FAMILIES[kind](settings)
+    cfg, vocab_size, context = READERS[kind](settings)
     with contextlib.ExitStack() as stack:
         return cfg, vocab_size, context, _params(Tensors(source, stack), kind, Decoder(cfg, vocab_size, context))
 
 
 class ForeignConfig:
-    """A config.json whose values are checked as they are read; a missing one is its default."""
+    """A config.json whose values are checked as they are read; a missing value is its default."""
 
     def __init__(self, path: Path, values: dict[str, Any], prefix: str = ""):
         self.path, self.values, self.prefix = path, values, prefix
@@ -137,7 +137,7 @@ def _llama(s: ForeignConfig) -> tuple[ModelConfig, int, int]:
 
 
 def _mistral(s: ForeignConfig) -> tuple[ModelConfig, int, int]:
-    """Llama with a sliding window in every layer; a key that is missing is not null in transformers, but 4096."""
+    """Llama with a sliding window in every layer; a missing key is not null in transformers, but 4096."""
     s.only("layer_types", None)
     window = 0 if s.stated("sliding_window") is None else s.size("sliding_window")
     return _llama_like(s, s.size("num_key_value_heads"), biases=False, window=window)
@@ -179,9 +179,9 @@ def _llama_like(s: ForeignConfig, kv_heads: int, **more: Any) -> tuple[ModelConf
     return cfg, s.size("vocab_size"), s.size("max_position_embeddings")
 
 
-FAMILIES = {"gpt2": _gpt2, "llama": _llama, "mistral": _mistral, "qwen3": _qwen3}
+READERS = {"gpt2": _gpt2, "llama": _llama, "mistral": _mistral, "qwen3": _qwen3}
 
-# The kinds of rotary positions: the keys that must be there, and those that may only have one value (or be missing).
+# The kinds of rotary positions: their required keys, and the keys that may only have one value (or be missing).
 ORIGINAL = "original_max_position_embeddings"
 ROPE_NEEDED = {
     "default": (),
@@ -199,7 +199,7 @@ ROPE_FIXED = {
 
 
 def _rope(s: ForeignConfig) -> dict[str, Any]:
-    """Our settings of rotary positions: the base, which newer files hold in rope_parameters, and how it is scaled."""
+    """Settings of rotary positions: the base, which newer files hold in rope_parameters, and its scaling."""
     theta = s.number("rope_theta", 10_000.0)
     s.only("partial_rotary_factor", 1.0, 1, None)
     s.only(ORIGINAL, None)
@@ -221,16 +221,16 @@ def _rope(s: ForeignConfig) -> dict[str, Any]:
         if value is not None and not same and key not in ("rope_theta", "factor", ORIGINAL):
             raise s.error(f"{name}.{key}", value, f"{fixed[key]!r}" if key in fixed else f"no such key for {kind!r}")
     inner = ForeignConfig(s.path, rope, f"{name}.")
-    made: dict[str, Any] = {"rope_theta": inner.number("rope_theta", theta)}
+    settings: dict[str, Any] = {"rope_theta": inner.number("rope_theta", theta)}
     if kind != "default":
-        made |= {"rope_scaling": kind, "rope_factor": inner.number("factor", 1.0)}
-        if made["rope_factor"] < 1:
+        settings |= {"rope_scaling": kind, "rope_factor": inner.number("factor", 1.0)}
+        if settings["rope_factor"] < 1:
             raise inner.error("factor", rope["factor"], "at least 1")
     if ORIGINAL in ROPE_NEEDED[kind]:
-        made["rope_original_length"] = inner.size(ORIGINAL)
+        settings["rope_original_length"] = inner.size(ORIGINAL)
     elif rope.get(ORIGINAL) is not None:
         raise inner.error(ORIGINAL, rope[ORIGINAL], f"no such key for {kind!r}")
-    return made
+    return settings
 
 
 def _dtype(s: ForeignConfig) -> Any:
@@ -240,7 +240,7 @@ def _dtype(s: ForeignConfig) -> Any:
 
 
 def _params(tensors: "Tensors", kind: str, decoder: Decoder) -> dict[str, Any]:
-    """Every parameter that the decoder declares, filled from the file; refuses what is left over."""
+    """Every parameter that the decoder declares, read from the files; raises InputError for tensors left over."""
     ids_BL = jnp.zeros((1, 1), jnp.int32)
     shapes = jax.eval_shape(decoder.init, jax.random.key(0), ids_BL, ids_BL, ids_BL)["params"]
     prefix = PREFIX[kind] if any(name.startswith(PREFIX[kind]) for name in tensors.files) else ""
@@ -250,9 +250,9 @@ def _params(tensors: "Tensors", kind: str, decoder: Decoder) -> dict[str, Any]:
             params[name] = {inner: _layers(tensors, kind, prefix, inner, x.shape, decoder) for inner, x in leaf.items()}
             continue
         rows = decoder.vocab_size if suffix(name).startswith("V") else leaf.shape[0]
-        there = HEAD if name == "head_VD" else prefix + TOP[kind][name]
+        source = HEAD if name == "head_VD" else prefix + TOP[kind][name]
         params[name] = np.zeros(leaf.shape, np.float32)
-        params[name][:rows] = tensors.take(there, (rows, *leaf.shape[1:]))
+        params[name][:rows] = tensors.take(source, (rows, *leaf.shape[1:]))
     if decoder.cfg.tied and HEAD in tensors.files:
         embed_VD = params["embed_VD"][: decoder.vocab_size]
         if not np.array_equal(tensors.take(HEAD, embed_VD.shape), embed_VD):
@@ -274,18 +274,18 @@ def _layers(
     stem = name.removesuffix(f"_N{letters}")
     part = "bias" if stem.endswith("_bias") else "weight"
     stem = stem.removesuffix("_bias")
-    there = f"{prefix}{LAYER[kind][stem]}.{part}"
+    source = f"{prefix}{LAYER[kind][stem]}.{part}"
     if part == "bias" or stem.startswith("norm_"):
         flat = (math.prod(shape[1:]),)
     else:
-        # Matrices into the stream end with its D, all others begin with it.
+        # Matrices into the stream end in its D, all others begin with it.
         split = len(shape) - 1 if letters.endswith("D") else 2
         flat = (math.prod(shape[1:split]), math.prod(shape[split:]))
-    fused = there.endswith(f"c_attn.{part}")
+    fused = source.endswith(f"c_attn.{part}")
     stored = (*flat[:-1], 3 * flat[-1]) if fused else flat if kind == "gpt2" else flat[::-1]
     stacked = np.empty(shape, np.float32)
     for n in range(decoder.cfg.num_layers):
-        x = tensors.take(there.format(n=n), stored)
+        x = tensors.take(source.format(n=n), stored)
         if fused:
             x = np.split(x, 3, axis=-1)["qkv".index(stem)]
         stacked[n] = (x if kind == "gpt2" else x.T).reshape(shape[1:])
@@ -293,7 +293,7 @@ def _layers(
 
 
 class Tensors:
-    """The tensors of a folder, read one by one, so that no second copy of the model is ever held."""
+    """The tensors of a folder, read one by one, so that memory never holds a second copy of the model."""
 
     def __init__(self, folder: Path, stack: contextlib.ExitStack):
         try:

@@ -1,1 +1,1 @@
-"""The device mesh, how arrays lie on it, and the processes of a job."""
+"""The device mesh, the sharding of arrays over it, and the processes of a job."""

@@ -1,11 +1,11 @@
-"""Which of a job's processes this one is: from Slurm, TPU pods, Kubernetes JobSets, MPI or variables of the user's own.
+"""Cluster detection: the rank of this process from Slurm, TPU pods, Kubernetes JobSets, MPI or GPTJAX_* variables.
 
-Where jax finds that by itself (Slurm, TPU pods, Open MPI 4, indexed Jobs where the kubernetes package is installed) it
-is asked. What it can't find is read here: JobSets without rights to Kubernetes' API, other MPIs, and
+jax detects Slurm, TPU pods, Open MPI 4, and indexed Jobs where the kubernetes package is installed. Added here are
+JobSets without rights to Kubernetes' API, other MPIs, and
 
     GPTJAX_COORDINATOR  host:port of process 0    GPTJAX_PROCESSES  how many there are    GPTJAX_PROCESS  0, 1, ...
 
-each of which goes before what a scheduler says. GPTJAX_PROCESSES=1 says that this process is alone.
+each of which overrides a scheduler's value. With GPTJAX_PROCESSES=1 this process is alone.
 """
 
 import importlib.util
@@ -21,27 +21,27 @@ JOBSET_PORT = 8476
 
 
 class RetryableError(Exception):
-    """The processes could not come together this time; the same command may do it later."""
+    """The processes could not connect this time; the same command may succeed later."""
 
 
 class Cluster(NamedTuple):
-    """A job of several processes, and which of them this one is."""
+    """A job of several processes, and the number of this one."""
 
-    kind: str  # what told it: "Slurm", "JobSet", "MPI", "TPU pod", ... or "GPTJAX_COORDINATOR"
+    kind: str  # the source: "Slurm", "JobSet", "MPI", "TPU pod", ... or "GPTJAX_COORDINATOR"
     coordinator: str  # host:port of process 0
     processes: int
     process: int
-    local_devices: tuple[int, ...] | None = None  # of this host's, by number, that are this process's; None: all
-    hosts: int = 0  # how many there are, where that is told; else 0
+    local_devices: tuple[int, ...] | None = None  # the numbers of this host's devices that this process uses; None: all
+    hosts: int = 0  # 0: unknown
 
     @property
     def given(self) -> bool:
-        """Whether the address is the user's own, which waiting does not change."""
+        """True where the user set the address, which waiting does not change."""
         return self.kind == "GPTJAX_COORDINATOR"
 
 
-class _Part(NamedTuple):
-    """What a scheduler tells; the address is made only when it is needed, since that may ask the network."""
+class _Detected(NamedTuple):
+    """A scheduler's values; the address is a function, since finding it may use the network."""
 
     kind: str
     processes: int
@@ -61,46 +61,48 @@ def find_cluster(environment: Mapping[str, str] = os.environ, timeout: float = 3
     if processes == 1:
         return None
     if processes is None or process is None:
-        part = _of_jobset(environment) or _of_mpi(environment) or _by_jax(environment, timeout)
-        if part is None and (address or processes is not None or process is not None):
+        detected = _of_jobset(environment) or _of_mpi(environment) or _by_jax(environment, timeout)
+        if detected is None and (address or processes is not None or process is not None):
             raise InputError(
                 f"GPTJAX_COORDINATOR={address!r}, GPTJAX_PROCESSES={processes}, GPTJAX_PROCESS={process}: no scheduler "
-                "was found to tell the rest; set all three, or none"
+                "was found that gives the rest; set all three, or none"
             )
-        if part is None:
+        if detected is None:
             _note_missing_srun(environment)
             return None
-        processes, process = (p if p is not None else q for p, q in zip((processes, process), part[1:3]))
+        processes, process = (p if p is not None else q for p, q in zip((processes, process), detected[1:3]))
     else:
-        part = _Part("GPTJAX_COORDINATOR", processes, process)
+        detected = _Detected("GPTJAX_COORDINATOR", processes, process)
     if processes == 1:
         return None
     if not 0 <= process < processes:
-        raise InputError(f"process {process} of {processes} ({part.kind}): wanted a number from 0 to {processes - 1}")
-    kind, given = part.kind, address or environment.get("JAX_COORDINATOR_ADDRESS", "")
+        raise InputError(
+            f"process {process} of {processes} ({detected.kind}): wanted a number from 0 to {processes - 1}"
+        )
+    kind, given = detected.kind, address or environment.get("JAX_COORDINATOR_ADDRESS", "")
     if given:
         kind = "GPTJAX_COORDINATOR"
-    elif part.coordinator is None:
+    elif detected.coordinator is None:
         raise InputError(
-            f"{processes} processes ({part.kind}), but the address of process 0 is not told; set GPTJAX_COORDINATOR to "
-            "its host and a free port, e.g. GPTJAX_COORDINATOR=node1:12345, for all of them"
+            f"{processes} processes ({detected.kind}), but the address of process 0 is unknown; set GPTJAX_COORDINATOR "
+            "to its host and a free port, e.g. GPTJAX_COORDINATOR=node1:12345, for all of them"
         )
-    host, _, port = (given or part.coordinator()).rpartition(":")
+    host, _, port = (given or detected.coordinator()).rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise InputError(f"GPTJAX_COORDINATOR={given!r}: wanted host:port of process 0, e.g. node1:12345")
-    return Cluster(kind, f"{host}:{port}", processes, process, part.local_devices, part.hosts)
+    return Cluster(kind, f"{host}:{port}", processes, process, detected.local_devices, detected.hosts)
 
 
-def _of_jobset(environment: Mapping[str, str]) -> _Part | None:
-    """From variables that a JobSet's template fills with the downward API; see launch/gke_jobset.yaml.
+def _of_jobset(environment: Mapping[str, str]) -> _Detected | None:
+    """Reads the variables that a JobSet's template fills with the downward API; see launch/gke_jobset.yaml.
 
     JOBSET_NAME, REPLICATED_JOB_NAME, PROCESSES_IN_JOB, JOB_COMPLETION_INDEX (Kubernetes sets it), and for several
-    replicas of the job REPLICATED_JOB_REPLICAS and JOB_INDEX. The pod of process 0 has a name in the headless service
-    that a JobSet brings.
+    replicas of the job REPLICATED_JOB_REPLICAS and JOB_INDEX. The pod of process 0 has a name in the JobSet's headless
+    service.
     """
     names = ("JOBSET_NAME", "REPLICATED_JOB_NAME", "JOB_COMPLETION_INDEX")
     if not all(environment.get(name) for name in names) or _on_tpu():
-        return None  # on a TPU Google's own variables say it, and jax knows them
+        return None  # on a TPU jax reads Google's own variables
     jobset, job = environment["JOBSET_NAME"], environment["REPLICATED_JOB_NAME"]
     in_job = _number(environment, "PROCESSES_IN_JOB")
     if in_job is None:
@@ -108,16 +110,16 @@ def _of_jobset(environment: Mapping[str, str]) -> _Part | None:
     index, replicas = (_number(environment, n) or 0 for n in ("JOB_INDEX", "REPLICATED_JOB_REPLICAS"))
     number = _number(environment, "JOB_COMPLETION_INDEX") or 0
     port = environment.get("JAX_COORDINATOR_PORT") or JOBSET_PORT
-    return _Part(
+    return _Detected(
         "JobSet", in_job * max(1, replicas), index * in_job + number,
         coordinator=lambda: f"{jobset}-{job}-0-0.{jobset}:{port}",
     )  # fmt: skip
 
 
-def _of_mpi(environment: Mapping[str, str]) -> _Part | None:
-    """From the variables of MPIs that jax does not know: Open MPI 5 without mpi4py, MPICH, Intel's, Cray's.
+def _of_mpi(environment: Mapping[str, str]) -> _Detected | None:
+    """Reads the variables of MPIs that jax does not know: Open MPI 5 without mpi4py, MPICH, Intel's, Cray's.
 
-    They tell no address; where all processes are on one host it is loopback, with a port of the launcher's number.
+    They give no address; where all processes are on one host it is loopback, with a port of the launcher's id.
     """
     if "OMPI_MCA_orte_hnp_uri" in environment or "SLURM_STEP_NODELIST" in environment:
         return None
@@ -130,7 +132,7 @@ def _of_mpi(environment: Mapping[str, str]) -> _Part | None:
         if processes is None or process is None or (size == "PMI_SIZE" and here is None and local_size[0] == "M"):
             continue
         port = environment.get("JAX_COORDINATOR_PORT") or 61440 + os.getppid() % 4096
-        return _Part(
+        return _Detected(
             "MPI", processes, process,
             coordinator=(lambda at=f"127.0.0.1:{port}": at) if here == processes else _mpi4py_address(),
             local_devices=_own_device(environment, local, here or 0),
@@ -139,7 +141,7 @@ def _of_mpi(environment: Mapping[str, str]) -> _Part | None:
 
 
 def _mpi4py_address() -> Any:
-    """How mpi4py, where it is installed, tells the address of process 0."""
+    """A function that asks mpi4py for the address of process 0; None where mpi4py is not installed."""
     if importlib.util.find_spec("mpi4py") is None:
         return None
     from jax._src.clusters.mpi4py_cluster import Mpi4pyCluster
@@ -151,39 +153,39 @@ def _mpi4py_address() -> Any:
 _KINDS = {"slurm": "Slurm", "ompi": "MPI", "gcetpu": "TPU pod", "gketpu": "TPU pod", "": "Kubernetes"}
 
 
-def _by_jax(environment: Mapping[str, str], timeout: float) -> _Part | None:
-    """What jax's own detection finds."""
+def _by_jax(environment: Mapping[str, str], timeout: float) -> _Detected | None:
+    """Asks jax's own detection."""
     from jax._src import clusters
 
     for cls in clusters.ClusterEnv._cluster_types:
-        # Kubernetes is asked only in indexed jobs: a notebook in a pod is alone, and may not ask.
+        # Kubernetes only in indexed jobs: a notebook in a pod is alone, and has no right to its API.
         in_kubernetes = cls is clusters.K8sCluster
         if cls.opt_in_only_method or (in_kubernetes and "JOB_COMPLETION_INDEX" not in environment):
             continue
         kind = _KINDS.get(cls.name, cls.name)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that a package is missing is told below, in one line
+                warnings.simplefilter("ignore")  # a missing package is reported below, in one line
                 if not cls.is_env_present():
                     if in_kubernetes and "KUBERNETES_SERVICE_HOST" in environment:
                         raise InputError(
-                            "JOB_COMPLETION_INDEX is set, but neither JOBSET_NAME nor the package that asks Kubernetes "
-                            "is here; set GPTJAX_COORDINATOR, GPTJAX_PROCESSES and GPTJAX_PROCESS, or install jax[k8s]"
+                            "JOB_COMPLETION_INDEX is set, but JOBSET_NAME is not, and the package kubernetes is "
+                            "missing; set GPTJAX_COORDINATOR, GPTJAX_PROCESSES and GPTJAX_PROCESS, or install jax[k8s]"
                         )
                     continue
             processes, process = cls.get_process_count(), cls.get_process_id()
             local = cls.get_local_process_id()
         except InputError:
             raise
-        except Exception as e:  # of whatever a cloud's client raises
+        except Exception as e:  # whatever a cloud's client raises
             raise InputError(
-                f"{kind}: jax can't tell which process this is ({' '.join(str(e).split())[:200]}); set "
+                f"{kind}: jax can't find the number of this process ({' '.join(str(e).split())[:200]}); set "
                 "GPTJAX_COORDINATOR, GPTJAX_PROCESSES and GPTJAX_PROCESS, or GPTJAX_PROCESSES=1 for one process"
             ) from e
         port, seconds = environment.get("JAX_COORDINATOR_PORT"), int(timeout)
         hosts = _number(environment, "SLURM_STEP_NUM_NODES") or 0 if kind == "Slurm" else 0
         here = processes // hosts if hosts else 0
-        return _Part(
+        return _Detected(
             kind, processes, process,
             coordinator=lambda c=cls, p=port, s=seconds: c.get_coordinator_address(
                 timeout_secs=s, override_coordinator_port=p
@@ -195,7 +197,7 @@ def _by_jax(environment: Mapping[str, str], timeout: float) -> _Part | None:
 
 
 def _own_device(environment: Mapping[str, str], local: int | None, here: int) -> tuple[int, ...] | None:
-    """The GPU of the local-th process of `here` (0: unknown) on this host; None where all that it sees are its own."""
+    """The GPU of process `local` of `here` (0: unknown) on this host; None where all visible GPUs are its own."""
     visible = environment.get("CUDA_VISIBLE_DEVICES", environment.get("ROCR_VISIBLE_DEVICES", ""))
     alone = here == 1 or len(visible.split(",")) == 1 and visible != ""
     return None if local is None or alone else (local,)

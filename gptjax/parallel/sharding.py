@@ -12,6 +12,7 @@ optimizer state, batches, activations and caches.
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ P = jax.P
 
 AXES = ("data", "fsdp", "tensor", "context")
 
-# Letter -> mesh axes. Letters are read left to right and an axis is spent once per array: in x_BLD the batch takes
+# Letter -> mesh axes. Letters are read left to right, and each axis is used once per array: in x_BLD the batch takes
 # fsdp, so D stays whole; in w_in_DF it is D that takes fsdp. Letters without an entry are never sharded.
 RULES: dict[str, tuple[str, ...]] = {
     "B": ("data", "fsdp"), "L": ("context",), "D": ("fsdp",),
@@ -45,9 +46,9 @@ def suffix(name: str) -> str:
 
 
 def matrix(name: str) -> tuple[str, str] | None:
-    """The two sides of a parameter that is a matrix, or a stack of them: ('D', 'HK') for 'q_NDHK'; None for others.
+    """The two sides of a matrix, or a stack of them: ('D', 'HK') for 'q_NDHK'; None for other parameters.
 
-    N and E in front are stacks, and K belongs to the heads before it. A matrix of the layers is named inputs first.
+    Leading N and E are stacks, and K belongs to the heads before it. Matrices of the layers are named inputs first.
     """
     sides = re.findall("[HG]K|.", suffix(name).lstrip("NE"))
     return (sides[0], sides[1]) if len(sides) == 2 else None
@@ -56,36 +57,35 @@ def matrix(name: str) -> tuple[str, str] | None:
 def spec(letters: str) -> jax.sharding.PartitionSpec:
     """The partition of an array with these dimensions on a mesh of AXES.
 
-    An array with one letter (N aside) stays whole, rows excepted: norm scales and biases are too small to be worth
-    gathering.
+    An array with one letter besides N stays whole unless it is B: norm scales and biases are not worth gathering.
     """
     if len(letters.replace("N", "")) == 1 and "B" not in letters:
         return P(*(None for _ in letters))
-    spent: set[str] = set()
+    used: set[str] = set()
     entries = []
     for letter in letters:
-        axes = tuple(a for a in RULES.get(letter, ()) if a not in spent)
-        spent.update(axes)
+        axes = tuple(a for a in RULES.get(letter, ()) if a not in used)
+        used.update(axes)
         entries.append(axes[0] if len(axes) == 1 else axes or None)
     return P(*entries)
 
 
 def axis_sizes(cfg: MeshConfig) -> dict[str, int]:
-    """The size of each axis as it is set, by name."""
+    """The configured size of each axis, by name."""
     return {axis: getattr(cfg, axis) for axis in AXES}
 
 
 def filled(cfg: MeshConfig, count: int) -> dict[str, int]:
-    """The size of each axis with -1 filled in for so many devices, which they may still not cover."""
+    """The size of each axis with -1 filled in for `count` devices; the sizes may still not cover them."""
     sizes = axis_sizes(cfg)
     left = max(1, count // math.prod(n for n in sizes.values() if n != -1))
     return {axis: left if n == -1 else n for axis, n in sizes.items()}
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of all devices (or of those given), with -1 filled in, laid out for the network between them.
+    """The mesh of all devices, or of those given, with -1 filled in, laid out for the network.
 
-    Raises InputError where the sizes do not cover the devices, or these do not form cfg.slices slices.
+    Raises InputError where the sizes do not cover the devices, or the devices do not form cfg.slices slices.
     """
     devices = jax.devices() if devices is None else devices
     count = len(devices)
@@ -97,40 +97,38 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"make the product of the sizes {count}, or set one of them to -1"
         )
     # Auto: XLA propagates shardings from our constraints.
-    return Mesh(_arranged(sizes, cfg.slices, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(_device_grid(sizes, cfg.slices, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def num_slices(devices: Sequence[Any]) -> int:
-    """Slices that devices form: of TPUs several may be joined by a slower network."""
+    """Number of slices that devices form; several TPU slices are joined by a slower network."""
     return len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
 
 
-def _arranged(sizes: list[int], slices: int, devices: Sequence[Any]) -> np.ndarray:
-    """The devices in the shape of the mesh: neighbours along an axis are near in the network.
+def _device_grid(sizes: list[int], slices: int, devices: Sequence[Any]) -> np.ndarray:
+    """The devices in the shape of the mesh, so that neighbours along an axis are near in the network.
 
-    Of several slices each holds one stretch of the data axis and, whole, every other axis. Where an axis of the mesh
-    takes no whole dimensions of a TPU's torus (data=2 and fsdp=8 on 4x4), a dimension is cut for two axes.
+    Each of several slices holds one part of the data axis and all of every other axis. Where an axis of the mesh does
+    not take whole dimensions of a TPU's torus (data=2 and fsdp=8 on 4x4), a dimension is split for two axes.
     """
-    found = {unit: len({getattr(d, unit, None) for d in devices}) for unit in ("slice_index", "process_index")}
+    counts = {unit: len({getattr(d, unit, None) for d in devices}) for unit in ("slice_index", "process_index")}
     if slices == 1:
-        if (there := num_slices(devices)) > 1:
+        if (actual := num_slices(devices)) > 1:
             raise InputError(
-                f"mesh.slices=1, but the devices form {there} slices, between which the network is slow; "
-                f"set --mesh.slices {there}, and the data axis is cut over them"
+                f"mesh.slices=1, but the devices form {actual} slices, between which the network is slow; "
+                f"set --mesh.slices {actual}, and the data axis is cut over them"
             )
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    if slices not in found.values():
+    if slices not in counts.values():
         raise InputError(
-            f"mesh.slices={slices}, but the {len(devices)} device(s) form {found['slice_index']} slice(s) and belong "
-            f"to {found['process_index']} process(es); set --mesh.slices to one of these numbers"
+            f"mesh.slices={slices}, but the {len(devices)} device(s) form {counts['slice_index']} slice(s) and belong "
+            f"to {counts['process_index']} process(es); set --mesh.slices to one of these numbers"
         )
-    unit = "slice_index" if found["slice_index"] == slices else "process_index"
-    counts = {getattr(d, unit): 0 for d in devices}
-    for d in devices:
-        counts[getattr(d, unit)] += 1
-    if sizes[0] % slices or len(set(counts.values())) > 1:
+    unit = "slice_index" if counts["slice_index"] == slices else "process_index"
+    by_slice = Counter(getattr(d, unit) for d in devices)
+    if sizes[0] % slices or len(set(by_slice.values())) > 1:
         raise InputError(
-            f"mesh.slices={slices} slices of {', '.join(map(str, sorted(counts.values())))} devices do not each hold "
+            f"mesh.slices={slices} slices of {', '.join(map(str, sorted(by_slice.values())))} devices do not each hold "
             f"an equal part of mesh.data={sizes[0]} and all of the other axes; make mesh.data a multiple of "
             f"{slices}, and the product of the others a divisor of the devices of a slice"
         )
@@ -142,7 +140,7 @@ def _arranged(sizes: list[int], slices: int, devices: Sequence[Any]) -> np.ndarr
 
 
 def _divides(size: int, entry: Any, mesh: Any) -> bool:
-    """Whether a dimension of this size can lie over a mesh axis, or several."""
+    """True where the mesh axes of an entry divide a dimension of this size."""
     return size % _parts(entry, mesh) == 0
 
 
@@ -152,9 +150,9 @@ def _parts(entry: Any, mesh: Any) -> int:
 
 
 def constrain(x: jax.Array, letters: str) -> jax.Array:
-    """Tells XLA how an activation with these dimensions is sharded; does nothing where no mesh is set.
+    """Constrains the sharding of an activation with these dimensions; does nothing where no mesh is set.
 
-    A dimension that its axes do not divide (one row in a chat) stays whole.
+    A dimension that its axes do not divide (the single row of a chat) stays whole.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -164,7 +162,7 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
 
 
 def sharding_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """The sharding of the array with this name and shape; raises where it has no letters or does not divide."""
+    """The sharding of the array with this name and shape; raises InputError where a dimension does not divide."""
     letters = suffix(name)
     if not letters and shape == ():
         return NamedSharding(mesh, P())
@@ -182,9 +180,9 @@ def sharding_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """The sharding of every leaf of a tree of arrays (or their shapes), by the last name on its path.
+    """Sharding of every leaf of a tree of arrays (or their shapes), by the last name on its path.
 
-    Optimizer state repeats the parameters' names, so its leaves fall where their parameters do.
+    Optimizer state repeats the parameters' names, so its leaves are sharded as their parameters are.
     """
 
     def one(path, leaf):
@@ -195,35 +193,35 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def abstract(shapes: Any, mesh: Mesh) -> Any:
-    """Shapes, types and shardings of a tree of shapes, with nothing allocated: what a checkpoint is restored into."""
+    """Shapes, types and shardings of a tree of shapes, with nothing allocated; the target of a restore."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings(shapes, mesh)
     )
 
 
 class LocalRows(NamedTuple):
-    """The rows of a batch of `total` that the devices of this process hold: their numbers, rising."""
+    """The rows of a batch of `total` that the devices of this process hold, by ascending number."""
 
     numbers: np.ndarray
     total: int
 
 
 def local_rows(total: int, mesh: Mesh) -> LocalRows:
-    """Which rows of a batch this process must give; several processes hold the same ones where they share rows."""
-    held = sharding_of("rows_B", (total,), mesh).addressable_devices_indices_map((total,))
-    return LocalRows(np.unique(np.concatenate([np.arange(total)[index] for index in held.values()])), total)
+    """The rows of a batch that this process provides; processes that share rows provide the same ones."""
+    indices = sharding_of("rows_B", (total,), mesh).addressable_devices_indices_map((total,))
+    return LocalRows(np.unique(np.concatenate([np.arange(total)[index] for index in indices.values()])), total)
 
 
 def to_global(tree: Any, mesh: Mesh, rows: LocalRows | None = None) -> Any:
-    """Places a tree of host arrays on the mesh, each process giving what its devices hold.
+    """Places a tree of host arrays on the mesh; each process provides the shards of its devices.
 
-    The arrays are whole, or with `rows` hold only those along their first dimension.
+    The arrays are whole, or with `rows` hold only those rows along their first dimension.
     """
 
     def shape(x: Any) -> tuple[int, ...]:
         return x.shape if rows is None else (rows.total, *x.shape[1:])
 
-    def place(x: Any, where: NamedSharding) -> jax.Array:
+    def place(x: Any, sharding: NamedSharding) -> jax.Array:
         def part(index: Any) -> Any:
             if rows is None:
                 return x[index]
@@ -231,7 +229,7 @@ def to_global(tree: Any, mesh: Mesh, rows: LocalRows | None = None) -> Any:
             at = int(np.searchsorted(rows.numbers, first))
             return x[slice(at, at + stop - first), *index[1:]]
 
-        return jax.make_array_from_callback(shape(x), where, part)
+        return jax.make_array_from_callback(shape(x), sharding, part)
 
     whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape(x), x.dtype), tree)
     return jax.tree.map(place, tree, shardings(whole, mesh))
@@ -240,15 +238,15 @@ def to_global(tree: Any, mesh: Mesh, rows: LocalRows | None = None) -> Any:
 def require_mesh(tree: Any) -> None:
     """Raises InputError where arrays lie on several devices and no mesh is set.
 
-    Without a mesh `constrain` does nothing, and XLA would replicate every activation without a word.
+    Without a mesh `constrain` does nothing, and XLA would silently replicate every activation.
     """
-    spread = any(len(x.devices()) > 1 for x in jax.tree.leaves(tree) if isinstance(x, jax.Array))
-    if spread and jax.sharding.get_abstract_mesh().empty:
+    distributed = any(len(x.devices()) > 1 for x in jax.tree.leaves(tree) if isinstance(x, jax.Array))
+    if distributed and jax.sharding.get_abstract_mesh().empty:
         raise InputError("arrays lie on several devices but no mesh is set; call this under `with jax.set_mesh(mesh):`")
 
 
 def axes_of(sizes: dict[str, int]) -> dict[str, tuple[str, ...]]:
-    """The mesh axes over which the dimension of each letter lies; none where they do not divide its size.
+    """The mesh axes that shard the dimension of each letter; letters whose size they do not divide are left out.
 
     Empty without a mesh, and inside a shard_map, whose arrays are one device's already.
     """
@@ -260,15 +258,15 @@ def axes_of(sizes: dict[str, int]) -> dict[str, tuple[str, ...]]:
 
 
 def on_each_device(function: Callable, axes: dict[str, tuple[str, ...]], inputs: tuple, outputs: Any) -> Callable:
-    """`function` on what each device holds of arrays whose letters `inputs` and `outputs` give, split over `axes`.
+    """Wraps a function of one device's shards with shard_map; `axes` are the mesh axes of each letter (see axes_of).
 
-    Both are trees of words such as "BLHK", shaped as the arguments and the result.
+    `inputs` and `outputs` are trees of letters such as "BLHK", shaped as the arguments and the result.
     """
     if not axes:
         return function
 
-    def specs(words: Any) -> Any:
-        return jax.tree.map(lambda word: P(*(axes.get(x) for x in word)), words)
+    def specs(tree: Any) -> Any:
+        return jax.tree.map(lambda letters: P(*(axes.get(x) for x in letters)), tree)
 
-    # Unchecked: jax can't see which results are equal on which devices through loops as long as their data say.
+    # Unchecked: through loops of data-dependent length jax can't see which results are replicated.
     return jax.shard_map(function, in_specs=specs(inputs), out_specs=specs(outputs), check_vma=False)

@@ -131,7 +131,7 @@ class Topology:
         return f"{self.chip.tpu}:{self.name.partition(':')[2]}" if self.chip and self.chip.tpu else ""
 
     def bandwidth(self, devices: int, inner: int = 1) -> float:
-        """Bytes a second that each device sends in a collective over `devices`, `inner` devices lying between neighbours.
+        """Bytes a second that each device sends in a collective over `devices`, `inner` devices between neighbours.
 
         In a torus, a group larger than one dimension uses the links of several. On GPU hosts, a group within a host
         has NVLink, and one across hosts the chip's share of the network.

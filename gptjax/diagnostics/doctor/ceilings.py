@@ -1,4 +1,4 @@
-"""What bounds a training from outside of the model: how fast its input is made."""
+"""Limits of training speed outside of the model: the rate of its input."""
 
 import tempfile
 from pathlib import Path
@@ -10,8 +10,8 @@ from gptjax.data.prepare import prepare
 from gptjax.data.rate import rows_rate
 from gptjax.diagnostics.doctor.finding import Finding
 
-# What one accelerator may ask of the input: a 124M model at length 2,048 takes 549,000 tokens/s on an H100 (nanochat's
-# figure, not measured here). A CPU asks for a tenth of that at the most.
+# The rate that one accelerator may need: a 124M model at length 2,048 takes 549,000 tokens/s on an H100 (nanochat's
+# figure, not measured here). A CPU needs at most a tenth of that.
 MOST_TOKENS_A_SECOND, CPU_TOKENS_A_SECOND = 5.5e5, 5e4
 SECONDS = 1.0
 
@@ -24,9 +24,9 @@ def input_ceiling() -> Finding:
         prepare(PrepareConfig(source=data.source, out=folder, tokenizer=tokenizer, workers=1))
         rate = rows_rate(Path(folder), data, SECONDS)
     local = jax.local_devices()
-    asked = CPU_TOKENS_A_SECOND if local[0].platform == "cpu" else MOST_TOKENS_A_SECOND * len(local)
+    needed = CPU_TOKENS_A_SECOND if local[0].platform == "cpu" else MOST_TOKENS_A_SECOND * len(local)
     text, numbers = f"{rate:,.0f} tokens/s of prepared text, with no model behind it", {"tokens_per_second": rate}
-    if rate < asked:
+    if rate < needed:
         advice = "set --data.workers, or small models on these devices will wait for their batches"
-        return Finding("input", "warning", f"{text}, less than {asked:,.0f}", advice, numbers)
+        return Finding("input", "warning", f"{text}, less than {needed:,.0f}", advice, numbers)
     return Finding("input", "ok", text, data=numbers)

@@ -1,7 +1,7 @@
-"""Whether devices exchange numbers rightly: known integers through every collective, over every axis of a mesh.
+"""Test of the collectives: known integers through every one, over every axis of a mesh, compared exactly.
 
-Numbers are integers below 2^24 as float32, the type of gradients, so that every sum is exact whatever its order, and
-results are compared exactly. Each process compares what its own devices hold.
+Numbers are integers below 2^24 as float32, the type of gradients, so that sums are exact in any order. Each process
+compares the shards of its own devices.
 """
 
 import functools
@@ -24,7 +24,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "perm
 
 
 def sizes_over_axes(count: int) -> list[int]:
-    """Sizes of the axes whose product is count: its prime factors dealt out, so that many axes are used."""
+    """Sizes of the axes whose product is count: its prime factors, dealt out so that many axes are used."""
     factors, n = [], count
     for p in itertools.chain([2], range(3, count + 1, 2)):
         while n % p == 0:
@@ -33,12 +33,12 @@ def sizes_over_axes(count: int) -> list[int]:
     return [math.prod(factors[i :: len(AXES)]) for i in range(len(AXES))]
 
 
-def look() -> list[Finding]:
-    """One finding for each size and group of axes that is wrong, or one that all are right."""
+def check_collectives() -> list[Finding]:
+    """One finding for each size and group of axes with wrong results, or one that all are right."""
     count = jax.device_count()
     if count == 1:
         return [Finding("collectives", "ok", "one device: nothing to exchange")]
-    # Not make_mesh, which wants axes that suit the network: here every group of devices is to exchange.
+    # Not make_mesh, which wants axes that suit the network: here every group of devices must exchange.
     mesh = Mesh(np.array(jax.devices()).reshape(sizes_over_axes(count)), AXES)
     groups = [(axis,) for axis in AXES if mesh.shape[axis] > 1]
     groups += [AXES] if len(groups) > 1 else []
@@ -46,13 +46,13 @@ def look() -> list[Finding]:
     for size, axes in itertools.product(SIZES, groups):
         name = "+".join(axis for axis in axes if mesh.shape[axis] > 1)
         shown = f"{size // 1024} KiB over {name}={math.prod(mesh.shape[a] for a in axes)}"
-        bad, seconds[shown] = check(mesh, axes, size)
-        if bad:
-            text = f"{', '.join(bad)} of {shown} gave wrong numbers"
+        failed, seconds[shown] = check(mesh, axes, size)
+        if failed:
+            text = f"{', '.join(failed)} of {shown} gave wrong numbers"
             advice = (
                 "do not train on these devices: check cables, drivers and NCCL_* or XLA flags, then each host alone"
             )
-            wrong.append(Finding("collectives", "PROBLEM", text, advice, {"size": size, "axes": axes, "wrong": bad}))
+            wrong.append(Finding("collectives", "PROBLEM", text, advice, {"size": size, "axes": axes, "wrong": failed}))
     if wrong:
         return wrong
     over = ", ".join(f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1)
@@ -63,10 +63,10 @@ def look() -> list[Finding]:
 
 
 def check(mesh: Mesh, axes: tuple[str, ...], size: int) -> tuple[list[str], float]:
-    """(the collectives that are wrong over these axes of the mesh, seconds that all five took)."""
+    """Returns (the collectives with wrong results over these axes of the mesh, seconds of all five)."""
     parts = math.prod(mesh.shape[axis] for axis in axes)
     length = size // 4 // parts * parts
-    given = known(mesh.size, length)
+    given = known_integers(mesh.size, length)
     rows = NamedSharding(mesh, P(AXES))
     sent = jax.make_array_from_callback(given.shape, rows, lambda index: given[index])
     exchange = jax.jit(jax.shard_map(
@@ -87,8 +87,8 @@ def check(mesh: Mesh, axes: tuple[str, ...], size: int) -> tuple[list[str], floa
     return [name for name in COLLECTIVES if not right(name)], seconds
 
 
-def known(rows: int, length: int) -> np.ndarray:
-    """The integers that each device starts with: all below 1,021, so that 16,000 devices' sum stays below 2^24."""
+def known_integers(rows: int, length: int) -> np.ndarray:
+    """The integers on each device, [rows, length]: below 1,021, so that the sum over 16,000 devices is below 2^24."""
     places = np.arange(length, dtype=np.int64)[None, :]
     return ((places * 7 + np.arange(rows)[:, None] * 379) % 1021).astype(np.float32)
 
@@ -107,7 +107,7 @@ def _exchange(axes: tuple[str, ...], parts: int, x_1L: jax.Array) -> dict[str, j
 
 
 def members(mesh: Mesh, axes: tuple[str, ...], row: int) -> list[int]:
-    """The rows (devices in the mesh's order) that exchange with this one, in the order of the axes."""
+    """The rows (devices in the order of the mesh) that exchange with this row, in the order of the axes."""
     shape = tuple(mesh.shape[axis] for axis in AXES)
     at = np.unravel_index(row, shape)
     ranges = [range(n) if axis in axes else [int(i)] for axis, n, i in zip(AXES, shape, at, strict=True)]
@@ -115,7 +115,7 @@ def members(mesh: Mesh, axes: tuple[str, ...], row: int) -> list[int]:
 
 
 def expected(name: str, given: np.ndarray, group: list[int], row: int) -> np.ndarray:
-    """What device `row` must hold after the collective, by NumPy."""
+    """The result of a collective on device `row`, computed by NumPy."""
     parts, me = len(group), group.index(row)
     piece = given.shape[1] // parts
     if name == "all-gather":

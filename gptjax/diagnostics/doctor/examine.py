@@ -1,6 +1,6 @@
-"""The whole examination: one line of each thing looked at, and a JSON of all.
+"""All probes of `gptjax doctor`: one line for each finding, and a JSON file of all.
 
-Nothing that needs jax is imported before the versions were looked at: a pair that does not fit may forbid it.
+Nothing that needs jax is imported before the versions are checked, since versions that do not fit may prevent it.
 """
 
 import dataclasses
@@ -16,36 +16,36 @@ from gptjax.runs.run import environment
 from gptjax.storage import write_json
 
 Probe = Callable[[], Iterable[Finding]]
-SAID = {"PROBLEM": "there are problems", "warning": "nothing stands in the way", "ok": "all is well"}
+SUMMARY = {"PROBLEM": "there are problems", "warning": "nothing stands in the way", "ok": "all is well"}
 
 
 def examine(cfg: DoctorConfig, say: Callable[[str], None], start: Callable[[], None]) -> bool:
-    """Looks at everything, saying a line of each as it is done, and returns True where there is no problem.
+    """Runs every probe, reporting each finding in a line, and returns True where there is no problem.
 
-    start() is called before jax computes anything: it sets flags for XLA, and joins the processes of a cluster. With
+    start() is called before jax computes anything: it tunes the process, and joins the processes of a cluster. With
     cfg.json all findings are written to that file too.
     """
-    began, findings = time.perf_counter(), versions.look()
+    began, findings = time.perf_counter(), versions.check_versions()
     report, parts = {}, iter(())
     try:
         start()
         report = environment()
         parts = probes(cfg)
-    except Exception as e:  # one of the things that the doctor is asked about
-        findings.append(_broken("start", e, "nothing that needs jax was looked at"))
+    except Exception as e:  # a finding like any other
+        findings.append(_failed("start", e, "nothing that needs jax was checked"))
     first = is_main_process()
     if cfg.json and first:
-        write_json(cfg.json, {"ok": False, "findings": []})  # a place that can't be written is told now
+        write_json(cfg.json, {"ok": False, "findings": []})  # fails now where it can't be written
     for finding in findings:
         if first:
             say(str(finding))
-    for name, look in parts:
+    for name, probe in parts:
         try:
-            new = list(look())
+            new = list(probe())
         except Exception as e:
-            new = [_broken(name, e, "nothing is known of it; the rest was looked at")]
+            new = [_failed(name, e, "nothing is known of it; the rest was checked")]
         for finding in new:
-            # The first process speaks for all; a problem of another is its own to tell.
+            # Process 0 reports for all; the others report their problems alone.
             if first or finding.level == "PROBLEM":
                 say(str(finding))
         findings += new
@@ -55,24 +55,24 @@ def examine(cfg: DoctorConfig, say: Callable[[str], None], start: Callable[[], N
         write_json(cfg.json, report | {"ok": not problems, "findings": entries})
     if first or problems:
         seconds = time.perf_counter() - began
-        say(f"doctor: {SAID[worst(findings)]}: {problems} problem(s), {warnings} warning(s), {seconds:.0f} s")
+        say(f"doctor: {SUMMARY[worst(findings)]}: {problems} problem(s), {warnings} warning(s), {seconds:.0f} s")
     wait_for_reports()
     return not problems
 
 
 def probes(cfg: DoctorConfig) -> Iterator[tuple[str, Probe]]:
-    """The name of each part of the examination, and how to make it."""
+    """The name and function of each probe, in order."""
     from gptjax.diagnostics.doctor import ceilings, collectives, machine
 
     yield "devices", lambda: [machine.devices()]
     yield "arithmetic", lambda: [machine.arithmetic()]
-    yield "collectives", collectives.look
+    yield "collectives", collectives.check_collectives
     yield "host", machine.host
     yield "cache", lambda: [machine.compile_cache()]
     yield "input", lambda: [ceilings.input_ceiling()]
     yield "run folder", lambda: machine.run_folder(cfg.run_dir)
 
 
-def _broken(name: str, error: Exception, then: str) -> Finding:
+def _failed(name: str, error: Exception, then: str) -> Finding:
     data: dict[str, Any] = {"error": type(error).__name__}
     return Finding(name, "PROBLEM", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}", then, data)

@@ -1,4 +1,4 @@
-"""What the doctor found: one line of the screen, one entry of the JSON."""
+"""Findings of the doctor: each one line on the screen, and one entry in the JSON file."""
 
 import dataclasses
 import textwrap
@@ -10,7 +10,7 @@ WIDTH = 120
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing looked at. `advice` says what to do, where it is not ok; `data` are its numbers."""
+    """The result of a probe. `advice` says what to do where the level is not ok; `data` holds its numbers."""
 
     subject: str
     level: Level
@@ -24,7 +24,7 @@ class Finding:
         return textwrap.fill(line, WIDTH, subsequent_indent=" " * len(start), break_long_words=False)
 
 
-def worst(found: list[Finding]) -> Level:
-    """The gravest level among the findings."""
-    levels = {finding.level for finding in found}
+def worst(findings: list[Finding]) -> Level:
+    """The most severe level among the findings."""
+    levels = {finding.level for finding in findings}
     return "PROBLEM" if "PROBLEM" in levels else "warning" if "warning" in levels else "ok"

@@ -1,4 +1,4 @@
-"""The machine under the training: its devices, memory, cores, folders and clock."""
+"""Probes of the machine: its devices, memory, cores, folders and clock."""
 
 import contextlib
 import os
@@ -27,15 +27,15 @@ SKEW = 2.0  # seconds between two clocks
 
 
 def devices() -> Finding:
-    """What jax computes on; a problem where the machine has a better device that jax does not use."""
+    """The devices of jax; a problem where the machine has a faster kind that jax does not use."""
     all_devices, local = jax.devices(), jax.local_devices()
     kinds = sorted({device.device_kind for device in all_devices})
     sizes = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in local]
-    held = f", {min(sizes) / GIB:.1f} GiB each" if min(sizes) else ""
+    memory = f", {min(sizes) / GIB:.1f} GiB each" if min(sizes) else ""
     data = {"platform": local[0].platform, "kinds": kinds, "count": len(all_devices), "local": len(local),
             "processes": jax.process_count(), "bytes": min(sizes)}  # fmt: skip
     text = (
-        f"{len(all_devices)} x {', '.join(kinds)}{held}, {jax.process_count()} process(es), jax on {data['platform']}"
+        f"{len(all_devices)} x {', '.join(kinds)}{memory}, {jax.process_count()} process(es), jax on {data['platform']}"
     )
     expected = expected_platform()
     used = {"cuda": "gpu", "rocm": "gpu"}.get(local[0].platform, local[0].platform)
@@ -49,7 +49,7 @@ def devices() -> Finding:
 
 
 def arithmetic() -> Finding:
-    """Operations one by one and a compiled product of small integers, on each device of this process, exactly."""
+    """Compares single operations and a compiled product of small integers with NumPy, on each local device."""
     a, b = (np.random.default_rng(i).integers(-8, 9, (256, 256)).astype(np.float32) for i in range(2))
     product, wrong = jax.jit(lambda a, b: jnp.matmul(a, b, precision="highest")), []
     for device in jax.local_devices():
@@ -65,7 +65,7 @@ def arithmetic() -> Finding:
 
 
 def host() -> Iterator[Finding]:
-    """Cores and memory, as far as this process may use them."""
+    """Cores and memory that this process may use."""
     cores, (total, free) = _cores(), _memory()
     data = {"cores": cores, "bytes": total, "free_bytes": free}
     text = f"{cores:g} cores, {total / GIB:.1f} GiB of memory, {free / GIB:.1f} GiB free"
@@ -79,14 +79,14 @@ def host() -> Iterator[Finding]:
 
 
 def _cores() -> float:
-    """Cores that the scheduler and the container leave to this process."""
+    """Cores that the scheduler and the container allow."""
     allowed = float(usable_cores())
     quota, _, period = _first_line("/sys/fs/cgroup/cpu.max").partition(" ")
     return min(allowed, int(quota) / int(period)) if quota.isdecimal() and period.isdecimal() else allowed
 
 
 def _memory() -> tuple[int, int]:
-    """Bytes of memory, and of those that are free, here or in the container."""
+    """(total, free) bytes of memory, of the machine or the container."""
     try:
         lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
         sizes = {words[0]: int(words[1]) * 1024 for words in lines}
@@ -108,12 +108,12 @@ def _first_line(path: str) -> str:
 
 
 def compile_cache() -> Finding:
-    """The folder of compiled programs: where, how large, and whether others could put programs into it."""
+    """The folder of compiled programs: its path and size; a problem where other users could write into it."""
     folder = compile_cache_folder()
     if not folder.exists():
         place = _existing(folder)
         ok = place.is_dir() and os.access(place, os.W_OK)
-        text = f"{folder} is not there yet"
+        text = f"{folder} does not exist yet"
         return Finding("cache", "ok", text) if ok else Finding(
             "cache", "PROBLEM", f"{text}, and {place} can't be written", "set XDG_CACHE_HOME, or --no-compile-cache"
         )  # fmt: skip
@@ -126,12 +126,12 @@ def compile_cache() -> Finding:
         advice = "set XDG_CACHE_HOME to a folder of yours, or give --no-compile-cache"
         return Finding("cache", "PROBLEM", f"{text}: it can't be written", advice, data)
     if sum(files) > 20 * GIB:
-        return Finding("cache", "warning", text, "remove it when no run is starting: it is made again", data)
+        return Finding("cache", "warning", text, "remove it when no run is starting; it is filled again", data)
     return Finding("cache", "ok", text, data=data)
 
 
 def run_folder(folder: str) -> Iterator[Finding]:
-    """How fast files are on the disk where runs go, with fsync; its space, and its clock against this one."""
+    """Write speed with fsync in the folder of runs; its free space, and its clock against this machine's."""
     if "://" in folder:
         yield Finding("run folder", "warning", f"{folder} is an object store, whose speed is not measured here")
         return
@@ -165,13 +165,13 @@ def run_folder(folder: str) -> Iterator[Finding]:
 
 
 def _write(probe: Path) -> tuple[float, float, float]:
-    """Bytes a second of a large file with fsync, seconds of a small one, and how far its date is ahead of the clock."""
+    """(bytes a second of a large file with fsync, seconds of a small one, seconds of its date ahead of the clock)."""
     chunk, written, start = os.urandom(CHUNK), 0, time.perf_counter()
     with probe.open("wb") as file:
         while written < WRITE_BYTES and time.perf_counter() - start < WRITE_SECONDS:
             file.write(chunk)
             file.flush()
-            os.fsync(file.fileno())  # each time, so that a slow disk is given up in time
+            os.fsync(file.fileno())  # after every chunk, so that a slow disk is noticed in time
             written += len(chunk)
     rate = written / (time.perf_counter() - start)
     small = []
@@ -186,5 +186,5 @@ def _write(probe: Path) -> tuple[float, float, float]:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
+    """The folder, or its nearest existing parent."""
     return next(place for place in (folder, *folder.parents) if place.exists())

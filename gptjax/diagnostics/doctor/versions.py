@@ -1,6 +1,6 @@
-"""Versions that do not go together, and versions with a known bug. Nothing here imports jax: a bad pair may forbid it.
+"""Checks of installed versions: misfits, and known bugs. Imports no jax, since a misfit may prevent that.
 
-What packages say of each other (their metadata) is read, not repeated here; the table holds only what they can't say.
+Requirements come from the packages' own metadata; the table holds bugs alone.
 """
 
 import importlib.metadata
@@ -17,7 +17,7 @@ from gptjax.diagnostics.doctor.finding import Finding, Level
 from gptjax.runtime.process import expected_platform
 from gptjax.runtime.versions import version
 
-# Whose needs are looked at: what gptjax stands on, what makes jax use a device, and what is known to pin others.
+# Packages whose requirements are checked: those of gptjax, and others known to pin versions.
 CORE = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "array-record", "tyro",
         "tensorboardX")  # fmt: skip
 OTHERS = ("grain", "tokamax", "transformers", "datasets", "chex", "distrax")
@@ -58,18 +58,18 @@ KNOWN = (
 )  # fmt: skip
 
 
-def look() -> list[Finding]:
-    """The versions, and every misfit among them."""
+def check_versions() -> list[Finding]:
+    """One finding with all versions, and one for each misfit or known bug."""
     names = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tyro", *PLUGINS)
     installed = {name: found for name in names if (found := version(name))}
     python = ".".join(map(str, sys.version_info[:3]))
-    shown = ", ".join(f"{name} {found}" for name, found in {"python": python, **installed}.items())
+    shown = ", ".join(f"{name} {number}" for name, number in {"python": python, **installed}.items())
     summary = Finding("versions", "ok", shown, data={"python": python, **installed})
     return [summary, *_unmet(), *_plugins(), *_known(expected_platform()), *_untested()]
 
 
 def _requirements(package: str) -> list[str]:
-    """What a package says it needs; of gptjax run from its checkout, what pyproject.toml says."""
+    """The requirements of a package by its metadata; for gptjax in a checkout, by pyproject.toml."""
     try:
         return importlib.metadata.requires(package) or []
     except importlib.metadata.PackageNotFoundError:
@@ -84,7 +84,7 @@ def _parsed(package: str) -> Iterator[Requirement]:
         try:
             yield Requirement(line)
         except InvalidRequirement:
-            continue  # what pip itself can't read binds nobody
+            continue  # pip can't read it either
 
 
 def _unmet() -> Iterator[Finding]:
@@ -106,7 +106,7 @@ def _unmet() -> Iterator[Finding]:
 
 
 def _plugins() -> Iterator[Finding]:
-    """jax leaves out a plugin that does not fit, and then trains on the CPU."""
+    """Plugins that do not fit, which jax ignores, computing on the CPU instead."""
     jax = version("jax")
     wanted = {need.name: need.specifier for need in _parsed("jax") if need.name in PLUGINS}
     for plugin in PLUGINS:

@@ -1,8 +1,8 @@
-"""The real training step compiled for devices that are not there, in a process of its own, and its memory a device.
+"""Compiles the real training step for absent devices in a subprocess, and reads its memory on each device.
 
 TPUs: libtpu compiles for any slice on a CPU. It lays out the memory within seconds and then writes machine code for a
-minute; with `code` left out, the process is stopped as soon as its memory is known from the files that XLA writes on
-the way. Anything else is compiled for that many fake CPU devices.
+minute; without `code` the process stops once the files that XLA dumps on the way give its memory. Anything else is
+compiled for that many fake CPU devices.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.config import TrainConfig
-from gptjax.config.section import InputError, build, leaves
+from gptjax.config.section import InputError, build, leaves, one_line
 
-# libtpu looks for the machine that it is on unless it is told; the type named here is not that which is compiled for.
+# libtpu probes the local machine unless these are set; the accelerator type here is a dummy.
 TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -33,7 +33,7 @@ _MODULE = "jit_train_step"
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What to compile for: a TPU topology by libtpu's name, such as v5e:4x4, or so many fake CPU devices."""
+    """The target of a compilation: a TPU topology by libtpu's name (v5e:4x4), or a number of fake CPU devices."""
 
     devices: int
     tpu: str = ""
@@ -43,7 +43,7 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """What the compiler said of a step: bytes on each device, or by how much it does not fit."""
+    """The result of compiling a step: bytes on each device, or the error where it does not fit."""
 
     fits: bool
     seconds: float
@@ -53,25 +53,25 @@ class Compiled:
     temporaries: int = 0
     error: str = ""
     findings: tuple[str, ...] = ()
-    """What the sharding lint says of the compiled program."""
+    """The sharding lint's findings in the compiled program."""
     code: bool = False
-    """The machine code was made too, not only the layout of the memory."""
+    """True where machine code was made, not only the layout of the memory."""
 
     @property
     def total(self) -> int:
-        """Arguments, outputs that are not the arguments' own memory, and temporaries."""
+        """Bytes of arguments, outputs that do not alias them, and temporaries."""
         return self.arguments + self.outputs - self.aliases + self.temporaries
 
 
 def has_libtpu() -> bool:
-    """Whether steps can be compiled for TPUs here."""
+    """True where libtpu is installed, which compiles steps for TPUs."""
     return importlib.util.find_spec("libtpu") is not None
 
 
 def compile_for(config: TrainConfig, target: Target, *, seconds: float = 600, code: bool = False) -> Compiled:
-    """Compiles the step of these settings, all mesh sizes given, and reads its memory; takes at most so many seconds.
+    """Compiles the step of these settings, with all mesh sizes given, within `seconds`, and reads its memory.
 
-    Raises InputError where the settings can't be compiled for another reason than too little memory, or not in time.
+    Raises InputError where compiling takes longer, or fails for another reason than too little memory.
     """
     with tempfile.TemporaryDirectory(prefix="gptjax-plan-") as folder:
         flags = f"--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re={_MODULE}"
@@ -82,12 +82,12 @@ def compile_for(config: TrainConfig, target: Target, *, seconds: float = 600, co
             env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={target.devices}"
         root = str(Path(__file__).parents[3])
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [os.getcwd(), root, os.environ.get("PYTHONPATH", "")]))
-        asked = {"config": dict(leaves(config)), "target": dataclasses.asdict(target), "code": code, "folder": folder}
+        request = {"config": dict(leaves(config)), "target": dataclasses.asdict(target), "code": code, "folder": folder}
         command = [sys.executable, "-m", "gptjax.diagnostics.plan.compiled"]
         start = time.perf_counter()
         try:
             done = subprocess.run(
-                command, env=env, input=json.dumps(asked), capture_output=True, text=True, timeout=seconds
+                command, env=env, input=json.dumps(request), capture_output=True, text=True, timeout=seconds
             )
         except subprocess.TimeoutExpired:
             raise InputError(
@@ -96,24 +96,24 @@ def compile_for(config: TrainConfig, target: Target, *, seconds: float = 600, co
         taken = time.perf_counter() - start
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if not lines:
-        last = (done.stderr.strip().splitlines() or ["no word of why"])[-1]
+        last = (done.stderr.strip().splitlines() or ["without a message"])[-1]
         raise InputError(f"the step can't be compiled: {last}")
-    found = json.loads(lines[-1])
-    if "input_error" in found:
-        raise InputError(found["input_error"])
-    return Compiled(**found | {"findings": tuple(found.get("findings", ())), "seconds": round(taken, 2)})
+    result = json.loads(lines[-1])
+    if "input_error" in result:
+        raise InputError(result["input_error"])
+    return Compiled(**result | {"findings": tuple(result.get("findings", ())), "seconds": round(taken, 2)})
 
 
 def main() -> None:
-    """The process of its own: reads what to compile from stdin and prints one JSON object."""
-    asked = json.load(sys.stdin)
-    config, target = build(TrainConfig, asked["config"]), Target(**asked["target"])
+    """The subprocess: reads a request from stdin and prints one JSON object."""
+    request = json.load(sys.stdin)
+    config, target = build(TrainConfig, request["config"]), Target(**request["target"])
     try:
-        found = _compile(config, target, Path(asked["folder"]), asked["code"])
+        result = _compile(config, target, Path(request["folder"]), request["code"])
     except InputError as e:
-        found = {"input_error": str(e)}
-    print(json.dumps(found), flush=True)
-    os._exit(0)  # the compiler may still be at work in a thread that nothing ends
+        result = {"input_error": str(e)}
+    print(json.dumps(result), flush=True)
+    os._exit(0)  # the compiler may still run in a thread that can't be stopped
 
 
 def _compile(config: TrainConfig, target: Target, folder: Path, code: bool) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def _compile(config: TrainConfig, target: Target, folder: Path, code: bool) -> d
     from gptjax.training.loop import compile_step, run_in_background
 
     devices = _devices(target)
-    mesh = make_mesh(dataclasses.replace(config.mesh, slices=1), devices)  # these devices form one slice
+    mesh = make_mesh(dataclasses.replace(config.mesh, slices=1), devices)  # the devices of a topology form one slice
     check_divisible(config, mesh.shape)
     parts = build_components(config)
     with jax.set_mesh(mesh):
@@ -149,7 +149,7 @@ def _compile(config: TrainConfig, target: Target, folder: Path, code: bool) -> d
         message = str(e)
         if "RESOURCE_EXHAUSTED" not in message:
             raise
-        return {"fits": False, "error": _too_much(message)}
+        return {"fits": False, "error": _memory_error(message)}
     stats = compiled.memory_analysis()
     return {
         "fits": True, "code": True, "arguments": stats.argument_size_in_bytes, "outputs": stats.output_size_in_bytes,
@@ -170,32 +170,32 @@ def _devices(target: Target) -> Any:
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=target.tpu, **more).devices
     except Exception as e:
-        raise InputError(f"libtpu knows no topology {target.tpu}: {str(e).splitlines()[0]}") from e
+        raise InputError(f"libtpu knows no topology {target.tpu}: {one_line(e)}") from e
     # This process computes nothing, and compiles for these devices alone: what the program asks about is them.
     jax.default_backend = lambda: "tpu"
     return devices
 
 
-def _too_much(message: str) -> str:
-    found = re.search(r"\(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)", message)
-    return f"temporaries of {found[1]}iB, memory of {found[2]}iB" if found else message.splitlines()[0][:200]
+def _memory_error(message: str) -> str:
+    match = re.search(r"\(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)", message)
+    return f"temporaries of {match[1]}iB, memory of {match[2]}iB" if match else one_line(message, 200)
 
 
 def _files(folder: Path) -> tuple[str, str] | None:
-    """The buffer assignment and the program that XLA writes once memory is laid out; None: not there yet."""
+    """The buffer assignment and the program that XLA dumps once memory is laid out; None before that."""
     names = ("after_optimizations-buffer-assignment", "after_optimizations_after_buffer_assignment")  # in this order
-    found = [next(folder.glob(f"*{_MODULE}*{name}.txt"), None) for name in names]
-    if found[0] is None or found[1] is None:
+    paths = [next(folder.glob(f"*{_MODULE}*{name}.txt"), None) for name in names]
+    if paths[0] is None or paths[1] is None:
         return None
-    assignment, program = (path.read_text(encoding="utf-8", errors="replace") for path in found if path)
-    # The last file may still be written: a whole one ends its last computation.
+    assignment, program = (path.read_text(encoding="utf-8", errors="replace") for path in paths if path)
+    # The last file may be incomplete: a whole one closes its last computation.
     return (assignment, program) if program.rstrip().endswith("}") else None
 
 
 def memory_of(assignment: str) -> dict[str, int]:
     """Bytes of arguments, outputs, aliases and temporaries in a device's main memory, from a buffer assignment.
 
-    Outputs that the donated state's memory holds are aliases. Other memories (color above 0) are on the chip.
+    Outputs in the donated state's memory are aliases. Memories with a color above 0 are on the chip.
     """
     arguments = outputs = aliases = temporaries = 0
     for line in re.findall(r"^allocation \d+: (.*)$", assignment, re.MULTILINE):

@@ -1,9 +1,8 @@
-"""Memory of a training step on each device, from its settings alone: nothing is compiled.
+"""Memory of a training step on each device, computed from its settings without compiling.
 
-Where bytes are an array's, the formula is that array's, cut as sharding.py cuts it and, on a TPU, filled up to whole
-tiles. What no formula knows is how many temporaries of a layer the compiler keeps at the same time: the few numbers of
-`Temporaries` say so. They were chosen by what libtpu reports; benchmarks/plan.py measures how far off this model is,
-also on settings that were not used to choose them.
+Arrays are counted by their shapes, sharded as sharding.py does and, on a TPU, padded to whole tiles. The number of
+temporaries that the compiler keeps at the same time follows from no shape: `Temporaries` holds it, fitted to libtpu's
+reports. benchmarks/plan.py measures the error of this model, also on settings that were not used for the fit.
 """
 
 import dataclasses
@@ -23,50 +22,50 @@ from gptjax.training.losses import count_chunks
 
 @dataclass(frozen=True, kw_only=True)
 class Temporaries:
-    """How many arrays of each kind the compiler keeps at once in the backward pass of a layer, and in the loss."""
+    """Numbers of arrays of each kind that the compiler keeps at once in a layer's backward pass, and in the loss."""
 
     scores: float = 9.0
     """Bytes a score (rows x heads x length x keys) in plain attention's gradient: of one float32 array and others."""
     scores_fused: float = 4.0
-    """The same of one row, or where the forward pass kept what it made of them: then no float32 array is made."""
+    """The same for one row, or where the forward pass kept its products of them: then no float32 array is made."""
     stream: float = 3.0
     """Arrays of rows x length x width, in attention's gradient and in the MLP's."""
     waiting: float = 1.0
-    """Arrays of rows x length x MLP width that still wait for the product of their weight's gradient in attention's;
-    with products in pieces twice as many."""
+    """Arrays of rows x length x MLP width that still wait for their weight gradient's product during attention's
+    gradient; twice as many with products in pieces."""
     hidden: float = 3.0
     """Arrays of rows x length x MLP width in the MLP's gradient."""
     hidden_pieces: float = 5.0
-    """The same where its products are done in pieces, with which nothing fuses: see IN_PIECES."""
+    """The same where its products are done in pieces, with which nothing fuses (see IN_PIECES)."""
     gated: float = 6.0
-    """The same for an MLP with a gate, either way. What the forward pass kept of any of them is none of them."""
+    """The same for a gated MLP, in pieces or not. Arrays that the forward pass saved are not among them."""
     block: float = 4.0
     """Bytes a score of one block of queries and keys in blockwise attention's gradient: one float32 array."""
     gathered: float = 1.0
-    """Weights of one layer as other devices sent them, in the type of products, with fsdp."""
+    """Gathered copies of one layer's weights, in the type of products, with fsdp."""
     head: float = 2.0
-    """Copies of a head that devices share, whole but for its tensor shard, in the type of products while the loss is
-    computed: one is multiplied, one on its way."""
+    """Gathered copies of a sharded head (whole but for its tensor shard, in the type of products) during the loss: one
+    is multiplied, one in transit."""
     outside: float = 0.0
-    """More of them for each loop that one is made before, and lives through: that over the chunks of the loss where the
-    head is a matrix of its own that devices share, and that over several micro-batches."""
+    """More of them for each loop that a copy is made before and lives through: over the chunks of the loss where the
+    head is a sharded matrix of its own, and over several micro-batches."""
     head_pieces: float = 12.0
-    """Pieces of it, as one device holds them, where it is sent in pieces: under way in both directions, as they came
-    and turned, for the product that reads them, that which makes the stream's gradient and that which makes its own."""
+    """Pieces of the head, each one device's shard, where it is sent in pieces: in transit in both directions, as
+    received and transposed, for the forward product, the stream's gradient and the head's own gradient."""
     muon: float = 10.0
     """float32 arrays of the size of the largest stack of matrices in Muon's update, beside the gradient and update."""
     muon_shared: float = 5.0
     """More of them where devices share the matrices."""
 
 
-# libtpu multiplies with pieces of a matrix while others are on their way where the fsdp axis alone cuts the batch, for
-# so many devices; of the head, where a device's piece of bfloat16 is at most so many bytes.
+# libtpu multiplies with pieces of a matrix while others are in transit where the fsdp axis alone shards the batch, for
+# this range of devices; of the head, where a device's bfloat16 piece has at most PIECE_BYTES.
 IN_PIECES, PIECE_BYTES = (4, 32), 32 * 2**20
-# Temporaries that libtpu puts into the chip's own fast memory: about half of the 128 MiB of VMEM (CMEM on v4).
+# Bytes of temporaries that libtpu puts into the chip's fast memory: about half of the 128 MiB of VMEM (CMEM on v4).
 FAST = 64 * 2**20
-BLOCK = 512  # places in a block of blockwise attention
-# libtpu makes what a loop does not change before it on v5e, and in it on the others. On v4 no whole matrix is on its
-# way while the chip computes.
+BLOCK = 512  # positions in a block of blockwise attention
+# libtpu moves loop invariants before the loop on v5e, and keeps them in it on the others. On v4 no whole matrix is in
+# transit while the chip computes.
 BY_CHIP = {"v5e": Temporaries(outside=1.0), "v4": Temporaries(head=1.0)}
 
 
@@ -81,9 +80,9 @@ class Memory:
     weights: int
     """Copies of the weights in the type of products, of this device and gathered from others."""
     activations: int
-    """What the forward pass keeps for the backward, and the temporaries of one layer."""
+    """Arrays that the forward pass saves for the backward pass, and the temporaries of one layer."""
     logits: int
-    """A chunk of logits and its gradient; 0 where a layer's backward pass, at another time, needs more."""
+    """A chunk of logits and its gradient; 0 where the peak is in a layer's backward pass instead."""
     batch: int
 
     @property
@@ -92,7 +91,7 @@ class Memory:
 
     @property
     def temporaries(self) -> int:
-        """What is neither state nor batch."""
+        """Bytes of everything but state and batch."""
         return self.gradients + self.weights + self.activations + self.logits
 
 
@@ -101,18 +100,18 @@ class StateBytes(NamedTuple):
 
     parameters: int
     layers: int
-    """Those of the parameters that are the stacked layers."""
+    """Bytes of the parameters in the stacked layers."""
     optimizer: int
     layer: int
-    """float32 bytes of one layer's weights whole but for its tensor shard."""
+    """Bytes of one layer's float32 weights, whole but for the tensor shard."""
     largest: int
-    """Of the largest stack of the layers."""
+    """Bytes of the largest stack of the layers."""
 
 
 def state_bytes(config: TrainConfig, shapes: Any, sizes: Mapping[str, int], *, tiles: bool) -> StateBytes:
     """Bytes of the state on a mesh of these sizes; `shapes` is jax.eval_shape of its init.
 
-    With `tiles` arrays are filled up as a TPU lays them out. Raises InputError where a parameter does not divide.
+    With `tiles` arrays are padded as a TPU lays them out. Raises InputError where a parameter does not divide.
     """
     mesh = jax.sharding.AbstractMesh(tuple(sizes[a] for a in AXES), AXES)
     whole = jax.sharding.AbstractMesh(tuple(sizes["tensor"] if a == "tensor" else 1 for a in AXES), AXES)
@@ -143,15 +142,15 @@ def step_memory(
     saved = cfg.num_layers * saved_by_layer(config, size, item, tiles)
     several, shared = config.optim.accumulate > 1, sizes["fsdp"] > 1
 
-    # What lives through the whole backward pass: copies of this device's weights, the float32 gradient of the head
-    # (by then also the embedding's), and the sums of all gradients where there are several micro-batches.
+    # Alive through the whole backward pass: copies of this device's weights, the float32 gradient of the head
+    # (by then also the embedding's), and the sums of all gradients over several micro-batches.
     head_gradient = 4 * V * D // sizes["fsdp"]
     summed = state.parameters if several else 0
     copies = layers // 2
     if several:
-        # Made once for all micro-batches: the turned head, and the table that is looked up, in float32 as it is.
+        # Made once for all micro-batches: the transposed head, and the embedding table in float32.
         copies += (4 if item == 2 else 2) * V * D // sizes["fsdp"]
-        # A scan that keeps all of a layer for its gradient keeps these copies a second time.
+        # A scan that saves all of a layer for its gradient saves these copies a second time.
         copies += layers // 2 if cfg.remat == "none" else 0
     gathered = kept.gathered * state.layer // 4 * item if shared else 0
     inner = max(0, _layer_gradient(config, size, sizes, tiles, kept) - fast)
@@ -164,15 +163,15 @@ def step_memory(
     # A float32 matrix is gathered as it is and multiplied as bfloat16, as a TPU does by default.
     heads = max(0, pieces * (item / 2 + 1 if shared else 2) * V * D - fast)
     loss = logits + heads + 2 * stream
-    lives = summed + head_gradient
+    alive = summed + head_gradient
     muon = kept.muon + (kept.muon_shared if sizes["fsdp"] > 1 else 0)
     update = layers + muon * state.largest - saved - copies if config.optim.kind == "muon" else 0
     if update > max(loss, backward):
-        gradients, weights, temporary, logits = lives + layers + update, 0, -saved, 0
+        gradients, weights, temporary, logits = alive + layers + update, 0, -saved, 0
     elif loss > backward:
-        gradients, weights, temporary = lives, copies + heads, 2 * stream
+        gradients, weights, temporary = alive, copies + heads, 2 * stream
     else:
-        gradients, weights, temporary, logits = lives + layers, copies + gathered, inner, 0
+        gradients, weights, temporary, logits = alive + layers, copies + gathered, inner, 0
     return Memory(
         parameters=state.parameters, optimizer=state.optimizer, gradients=round(gradients), weights=round(weights),
         activations=round(saved + temporary), logits=round(logits),
@@ -181,7 +180,7 @@ def step_memory(
 
 
 def local_sizes(config: TrainConfig, sizes: Mapping[str, int]) -> dict[str, int]:
-    """The sizes of one device's part of a micro-batch, by letter; heads that do not divide stay whole."""
+    """Sizes of one device's shard of a micro-batch, by letter; heads that do not divide stay whole."""
     cfg, tensor = config.model, sizes["tensor"]
     rows = config.data.batch_size // (sizes["data"] * sizes["fsdp"] * config.optim.accumulate)
     heads, groups = (n // tensor if n % tensor == 0 else n for n in (cfg.num_heads, cfg.num_kv_heads))
@@ -192,7 +191,7 @@ def local_sizes(config: TrainConfig, sizes: Mapping[str, int]) -> dict[str, int]
 
 
 def saved_by_layer(config: TrainConfig, size: Mapping[str, int], item: int, tiles: bool) -> int:
-    """Bytes that the forward pass of one layer keeps for its gradient, by model.remat: arrays of the block, counted."""
+    """Bytes that the forward pass of one layer saves for its gradient, by model.remat."""
     cfg = config.model
     tokens, head = size["B"] * size["L"], _head(config, size, tiles)
     stream, gated = tokens * cfg.width, cfg.activation == "swiglu"
@@ -207,8 +206,8 @@ def saved_by_layer(config: TrainConfig, size: Mapping[str, int], item: int, tile
         return item * (stream + sum(named[n] for n in cfg.remat_names)) - (item - 2) * query * outputs
     if cfg.remat == "dots":
         return item * (2 * stream + query + 2 * key + products)
-    # Each norm keeps two float32 arrays; GELU, which is computed in float32, four, and what the next product reads.
-    # Where the products are float32 too, the stream is among these. A TPU reads bfloat16 in either case.
+    # Each norm saves two float32 arrays; GELU, computed in float32, four and the input of the next product. With
+    # products in float32 the stream is among these. The products of a TPU read bfloat16 in either case.
     norms, also = 4 * stream * 2 * (1 if cfg.parallel else 2), 0 if item == 4 else 1
     read = 2 if tiles else item
     inside = (
@@ -224,10 +223,9 @@ def saved_by_layer(config: TrainConfig, size: Mapping[str, int], item: int, tile
 def _layer_gradient(
     config: TrainConfig, size: Mapping[str, int], sizes: Mapping[str, int], tiles: bool, kept: Temporaries
 ) -> float:
-    """Bytes of the temporaries of a layer's gradient: those of the MLP's, which comes first, or of attention's.
+    """Bytes of the temporaries of a layer's gradient: the larger of the MLP's, which comes first, and attention's.
 
-    What attention's gradient will read is there during the MLP's too, made again by the forward pass, unless it is read
-    where the forward pass stored it.
+    The inputs of attention's gradient, recomputed by the forward pass unless it saved them, are alive during both.
     """
     cfg, item, rows = config.model, item_size(config.model), size["B"]
     tokens, width, none = rows * size["L"], _head(config, size, tiles), cfg.remat == "none"
@@ -238,19 +236,19 @@ def _layer_gradient(
 
     scores = score_count(config, size)
     query, key = item * tokens * size["H"] * width, item * tokens * size["G"] * width
-    # Each of splash's sums of exponentials fills up a row of 128.
+    # Each of splash's sums of exponentials is padded to a row of 128.
     sums = 512 * tokens * size["H"] if cfg.attention == "splash" and tiles else 0
-    # Queries, keys, values, outputs and plain attention's weights. Splash's sums are cut at once, but for pieces' sake.
+    # Queries, keys, values, outputs and plain attention's weights; splash's sums only with products in pieces.
     weights = 0 if none else 2 * scores
     read = 0 if none else 2 * query + 2 * key + weights + (sums if in_pieces else 0)
-    # Numbers in the gradients of queries, keys and values; a device's part of a row has those of all of its keys.
-    made = (tokens * size["H"] + 2 * rows * size["M"] * size["G"]) * width
+    # Elements of the gradients of queries, keys and values; a shard of a row has those of all of its keys.
+    gradients = (tokens * size["H"] + 2 * rows * size["M"] * size["G"]) * width
     if scores:
         own = (kept.scores_fused if rows == 1 or none else kept.scores) * scores - weights
     elif cfg.attention == "blockwise":
-        own = query + 4 * made + kept.block * rows * size["H"] * min(BLOCK, size["L"]) * min(BLOCK, size["M"])
+        own = query + 4 * gradients + kept.block * rows * size["H"] * min(BLOCK, size["L"]) * min(BLOCK, size["M"])
     else:
-        own = query + max(item * made, sums)
+        own = query + max(item * gradients, sums)
     if sizes["context"] > 1:
         own += 2 * item * rows * size["M"] * size["G"] * width  # keys and values of the whole row
     if cfg.attention == "cudnn" and config.data.several_documents:
@@ -263,33 +261,33 @@ def _layer_gradient(
 
 
 def _in_pieces(sizes: Mapping[str, int], tiles: bool) -> bool:
-    """Whether products with weights that devices share are done in pieces."""
+    """True where products with sharded weights are done in pieces."""
     low, high = IN_PIECES
     return tiles and sizes["data"] == sizes["context"] == 1 and low <= sizes["fsdp"] <= high
 
 
 def _head_in_pieces(head: int, item: int, sizes: Mapping[str, int], tiles: bool) -> bool:
-    """Whether those with a head of so many bytes are. Its float32 gradient is never cut."""
+    """True where products with a head of `head` bytes are done in pieces; its float32 gradient never is."""
     return item == 2 and _in_pieces(sizes, tiles) and head <= PIECE_BYTES * sizes["fsdp"]
 
 
 def _head(config: TrainConfig, size: Mapping[str, int], tiles: bool) -> int:
-    """Numbers that one head of one token takes: splash's arrays end in heads, which a TPU fills up to 128."""
+    """Elements of one head of one token: splash's arrays end in heads, which a TPU pads to 128."""
     return -(-size["K"] // 128) * 128 if config.model.attention == "splash" and tiles else size["K"]
 
 
 def score_count(config: TrainConfig, size: Mapping[str, int]) -> int:
-    """Scores of one layer that plain attention holds on a device; the others hold none."""
+    """Scores of one layer on a device with plain attention; 0 with other kernels."""
     return size["B"] * size["H"] * size["L"] * size["M"] if config.model.attention == "plain" else 0
 
 
 def item_size(cfg: ModelConfig) -> int:
-    """Bytes of a number in the type of products."""
+    """Bytes of an element in the type of products."""
     return 2 if cfg.dtype == "bfloat16" else 4
 
 
 def _bytes(tree: Any, mesh: Any, tiles: bool) -> int:
-    """Bytes on each device of a tree of shapes, cut as their names say."""
+    """Bytes on each device of a tree of shapes, sharded by their names."""
     total = 0
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
         name = str(getattr(path[-1], "key", getattr(path[-1], "name", "")))
@@ -300,9 +298,9 @@ def _bytes(tree: Any, mesh: Any, tiles: bool) -> int:
 
 @functools.cache
 def padded(shape: tuple[int, ...], item: int, tiles: bool) -> int:
-    """Bytes of an array; on a TPU its two fastest dimensions are filled up to tiles of 8 x 128.
+    """Bytes of an array; on a TPU its two minor dimensions are padded to tiles of 8 x 128.
 
-    XLA chooses which two dimensions these are, as we do here: those that waste least.
+    XLA chooses the two dimensions, as is done here, so that the padding is smallest.
     """
     if not tiles:
         return math.prod(shape) * item

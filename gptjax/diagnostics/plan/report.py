@@ -1,4 +1,4 @@
-"""`gptjax plan`: one screen and one JSON object on what a recipe needs on a topology, how fast it may be, its price."""
+"""`gptjax plan`: memory, estimated speed and price of a recipe on a topology, as one screen and one JSON object."""
 
 import dataclasses
 import os
@@ -15,17 +15,17 @@ from gptjax.diagnostics.plan.search import (
     MOST_SECONDS,
     SAFE,
     Candidate,
-    Found,
     Planner,
-    on,
+    SearchResult,
     with_attention,
+    with_mesh,
 )
 from gptjax.model.counts import parameters
 from gptjax.runtime.hardware import PRICE_DATE, PRICE_SOURCES, Topology, topology
 from gptjax.storage import write_file
 
 GIB = 2**30
-# What is compared where no topology is asked for.
+# The topologies that are compared where none is given.
 OFFERS = ("v5e:4x4", "v5e:16x16", "v6e:4x4", "v6e:16x16", "v5p:2x2x4", "v5p:4x4x4", "v5p:8x8x8", "h100:8", "h100:64",
           "h100:512", "h200:8", "a100:8")  # fmt: skip
 NO_LIBTPU = "libtpu is not installed, so memory is counted and not compiled; pip install 'gptjax[tpu-plan]'"
@@ -34,53 +34,53 @@ NO_LIBTPU = "libtpu is not installed, so memory is counted and not compiled; pip
 def plan(
     config: TrainConfig, name: str, compiles: int, say: Callable[[str], None]
 ) -> tuple[dict[str, Any], TrainConfig | None]:
-    """What the settings need on the topology of this name, as a JSON object, and the best settings that were found.
+    """A JSON object on the settings' needs on a topology, and the best settings for it; None where nothing fits.
 
     Each line of one screen goes to `say`.
     """
-    where = topology(name)
-    planner = Planner(config, where)
-    report: dict[str, Any] = {"topology": where.name, "devices": where.devices, "hosts": where.hosts}
-    say(_headline(config, where))
-    if where.chip is None:
+    target = topology(name)
+    planner = Planner(config, target)
+    report: dict[str, Any] = {"topology": target.name, "devices": target.devices, "hosts": target.hosts}
+    say(_headline(config, target))
+    if target.chip is None:
         return report | _on_cpu(planner, compiles, say), None
-    limit = where.chip.memory
+    limit = target.chip.memory
     report["memory_a_device"] = limit
-    compiler = _compiler(where) if compiles > 0 and where.libtpu and has_libtpu() else None
-    if where.libtpu and not has_libtpu():
+    compiler = _compiler(target) if compiles > 0 and target.libtpu and has_libtpu() else None
+    if target.libtpu and not has_libtpu():
         say(NO_LIBTPU)
-    _hint(config, where, say)
+    _hint(config, target, say)
     written = _as_written(planner, compiler, say)
     report["as_written"] = written and describe(written)
     used = int(written is not None and written.compiled is not None)
-    found = planner.search(compiler, compiles - used, MOST_SECONDS)
-    best = found.best
-    report |= {"candidates": found.counted, "compiles": [describe(c) for c in found.tried]}
+    result = planner.search(compiler, compiles - used, MOST_SECONDS)
+    best = result.best
+    report |= {"candidates": result.counted, "compiles": [describe(c) for c in result.tried]}
     report["found"] = best and describe(best)
     if best is None:
-        say(_nothing(found, limit))
+        say(_nothing(result, limit))
         return report, None
     flags = changes(config, best.config)
     report["flags"] = shlex.join(to_flags(flags))
-    kind = f"{len(found.tried)} compiled" if compiler else f"{1 - SAFE:.0%} of the memory kept free"
-    say(f"fastest that fits, by estimate, of {found.counted:,} counted ({kind}): {report['flags'] or 'as written'}")
-    for c in found.tried[:-1] if best.compiled else found.tried:
+    kind = f"{len(result.tried)} compiled" if compiler else f"{1 - SAFE:.0%} of the memory kept free"
+    say(f"fastest that fits, by estimate, of {result.counted:,} counted ({kind}): {report['flags'] or 'as written'}")
+    for c in result.tried[:-1] if best.compiled else result.tried:
         say(f"  did not: {shlex.join(to_flags(changes(config, c.config)))}: {_why(c)}")
-    for line in _memory_lines(best, limit, where):
+    for line in _memory_lines(best, limit, target):
         say(line)
-    if not where.libtpu and compiles > 0:
-        report["cpu_check"] = _check_on_cpu(best, where, say)
-    report["estimate"] = _estimate(config, best, where, say)
+    if not target.libtpu and compiles > 0:
+        report["cpu_check"] = _check_on_cpu(best, target, say)
+    report["estimate"] = _estimate(config, best, target, say)
     if best.compiled:
         say(f"sharding lint: {'; '.join(best.compiled.findings) or 'nothing'}")
-    elif where.libtpu:
+    elif target.libtpu:
         say("sharding lint: not run, for nothing was compiled")
-    attention = config.model.attention  # what the devices choose is theirs to choose again
+    attention = config.model.attention  # auto stays auto
     return report, dataclasses.replace(best.config, model=dataclasses.replace(best.config.model, attention=attention))
 
 
 def compare(config: TrainConfig, say: Callable[[str], None]) -> dict[str, Any]:
-    """A line for each topology of OFFERS: the fastest settings that fit by the count, their time and price."""
+    """Compares OFFERS, a line each: the fastest settings that fit by the count, their time and price."""
     rows = []
     say("where         GiB of  tokens/s  MFU   days       dollars  settings (counted and estimated; nothing compiled)")
     for name in OFFERS:
@@ -95,12 +95,12 @@ def compare(config: TrainConfig, say: Callable[[str], None]) -> dict[str, Any]:
             say(f"{name:10} nothing fits")
             rows.append({"topology": name, "found": None})
             continue
-        made = _costs(config, best, where)
-        rows.append({"topology": name, "found": describe(best)} | made)
+        costs = _costs(config, best, where)
+        rows.append({"topology": name, "found": describe(best)} | costs)
         say(
             f"{name:10} {best.memory.total / GIB:5.1f} {where.chip.memory / GIB:5.0f} "
-            f"{made['tokens_per_second']:9,.0f} {best.speed.mfu:4.0%} {made['days']:6,.1f} "
-            f"{_dollars(made['dollars']):>13}  {shlex.join(to_flags(changes(config, best.config)))}"
+            f"{costs['tokens_per_second']:9,.0f} {best.speed.mfu:4.0%} {costs['days']:6,.1f} "
+            f"{_dollars(costs['dollars']):>13}  {shlex.join(to_flags(changes(config, best.config)))}"
         )
     say(_prices())
     return {"offers": rows}
@@ -119,21 +119,21 @@ def describe(c: Candidate) -> dict[str, Any]:
 
 
 def changes(before: TrainConfig, after: TrainConfig) -> dict[str, Any]:
-    """The settings that differ, by dotted name; what the devices choose anyway (attention) is left out."""
+    """The settings that differ, by dotted name; an attention kernel that auto selected is left out."""
     old = dict(leaves(before))
     auto = {"model.attention"} if before.model.attention == "auto" else set()
     return {name: value for name, value in leaves(after) if value != old[name] and name not in auto}
 
 
 def to_flags(settings: dict[str, Any]) -> list[str]:
-    """The settings as a command line has them."""
+    """The settings as words of a command line."""
     return [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def recipe_text(source: str, size: str, settings: dict[str, Any], topology_name: str) -> str:
-    """A recipe that takes the settings of another and changes these."""
+    """The source of a recipe that takes another's settings and changes these."""
     given = f', "{size}"' if size else ""
-    return f'''"""The settings of {source} for {topology_name}, as gptjax plan found them; they were not run."""
+    return f'''"""The settings of {source} for {topology_name}, chosen by gptjax plan, not run."""
 
 from gptjax.config import TrainConfig
 from gptjax.config.command_line import load_recipe
@@ -149,7 +149,7 @@ def pretrain() -> TrainConfig:
 
 
 def write_recipe(path: str, source: str, size: str, settings: dict[str, Any], place: str, found: bool) -> None:
-    """Writes the recipe of what was found; raises InputError where nothing was."""
+    """Writes the recipe of the best settings; raises InputError where none were found."""
     if not found:
         raise InputError(f"{path} is not written, for no settings were found for {place}; try more or larger chips")
     write_file(path, recipe_text(source, size, settings, place).encode())
@@ -166,9 +166,9 @@ def _headline(config: TrainConfig, where: Topology) -> str:
 
 
 def _hint(config: TrainConfig, where: Topology, say: Callable[[str], None]) -> None:
-    """What the devices would choose where plain attention, which keeps all scores, was asked for."""
+    """Names the kernel of auto where the settings ask for plain attention, which keeps all scores."""
     auto = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
-    chosen = with_attention(on(where, auto), where).model.attention
+    chosen = with_attention(with_mesh(auto, where), where).model.attention
     if config.model.attention == "plain" and chosen != "plain":
         say(f"model.attention=plain holds every score; --model.attention auto would take {chosen} here")
 
@@ -224,20 +224,20 @@ def _memory_lines(c: Candidate, limit: float, where: Topology) -> list[str]:
 
 
 def _check_on_cpu(c: Candidate, where: Topology, say: Callable[[str], None]) -> dict[str, Any]:
-    """The count's check where there is no compiler for the device: the same step for as many fake CPU devices."""
+    """Checks the count on as many fake CPU devices, where no compiler for the device is installed."""
     try:
         name = "plain" if c.config.model.attention == "plain" else "blockwise"
         config = dataclasses.replace(c.config, model=dataclasses.replace(c.config.model, attention=name))
         counted = Planner(config, topology(f"cpu:{where.devices}")).candidate(config).memory.total
-        found = compile_for(config, Target(devices=where.devices), seconds=MOST_SECONDS)
+        compiled = compile_for(config, Target(devices=where.devices), seconds=MOST_SECONDS)
     except InputError as e:
         say(f"  check on fake CPU devices: {e}")
         return {"failure": str(e)}
     say(
-        f"  check: compiled for {where.devices} fake CPU devices, attention {name}: {found.total / GIB:.2f} "
-        f"GiB, counted {counted / GIB:.2f}; sharding lint: {'; '.join(found.findings) or 'nothing'}"
+        f"  check: compiled for {where.devices} fake CPU devices, attention {name}: {compiled.total / GIB:.2f} "
+        f"GiB, counted {counted / GIB:.2f}; sharding lint: {'; '.join(compiled.findings) or 'nothing'}"
     )
-    return {"mesh": c.sizes, "compiled": found.total, "counted": counted, "findings": found.findings}
+    return {"mesh": c.sizes, "compiled": compiled.total, "counted": counted, "findings": compiled.findings}
 
 
 def _costs(config: TrainConfig, c: Candidate, where: Topology) -> dict[str, float]:
@@ -250,15 +250,15 @@ def _costs(config: TrainConfig, c: Candidate, where: Topology) -> dict[str, floa
 
 
 def _estimate(config: TrainConfig, c: Candidate, where: Topology, say: Callable[[str], None]) -> dict[str, Any]:
-    made, fast = _costs(config, c, where), c.speed
+    costs, fast = _costs(config, c, where), c.speed
     assert fast is not None
     say(
-        f"estimate, by a roofline, not measured: {made['tokens_per_second']:,.0f} tokens/s, MFU {fast.mfu:.0%}, "
+        f"estimate, by a roofline, not measured: {costs['tokens_per_second']:,.0f} tokens/s, MFU {fast.mfu:.0%}, "
         f"{fast.seconds:.3g} s a step (compute {fast.compute:.3g}, memory {fast.memory:.3g}, network "
         f"{fast.network:.3g}, tensor {fast.tensor:.3g})"
     )
-    say(f"{config.steps:,} steps: {made['days']:,.1f} days, {_dollars(made['dollars'])}. {_prices()}")
-    return made | {"price_date": PRICE_DATE, "price_sources": PRICE_SOURCES}
+    say(f"{config.steps:,} steps: {costs['days']:,.1f} days, {_dollars(costs['dollars'])}. {_prices()}")
+    return costs | {"price_date": PRICE_DATE, "price_sources": PRICE_SOURCES}
 
 
 def _dollars(amount: float) -> str:
@@ -269,8 +269,8 @@ def _prices() -> str:
     return f"List prices on demand as known in {PRICE_DATE}; check yours"
 
 
-def _nothing(found: Found, limit: float) -> str:
-    small = found.smallest
+def _nothing(result: SearchResult, limit: float) -> str:
+    small = result.smallest
     if small is None:
         return "nothing fits: no mesh of these devices divides the model's dimensions and the batch"
     missing = (small.memory.total / SAFE - limit) / GIB
@@ -280,23 +280,23 @@ def _nothing(found: Found, limit: float) -> str:
 
 
 def _on_cpu(planner: Planner, compiles: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Memory alone: fake CPU devices have no speed and no price."""
+    """Reports memory alone: fake CPU devices have no speed and no price."""
     written = planner.as_written()
     kinds = ", ".join(f"{name} {value / GIB:.3f}" for name, value in dataclasses.asdict(written.memory).items())
     say(f"  GiB a device, counted: {kinds}; in all {written.memory.total / GIB:.3f}")
     if compiles > 0:
-        found = written.compiled = compile_for(written.config, Target(devices=planner.topology.devices))
-        here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / planner.topology.devices
+        compiled = written.compiled = compile_for(written.config, Target(devices=planner.topology.devices))
+        local = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / planner.topology.devices
         say(
-            f"  compiled for {planner.topology.devices} fake CPU devices in {found.seconds:.0f} s: "
-            f"{found.total / GIB:.3f} GiB; this machine has {here / GIB:.1f} for each"
+            f"  compiled for {planner.topology.devices} fake CPU devices in {compiled.seconds:.0f} s: "
+            f"{compiled.total / GIB:.3f} GiB; this machine has {local / GIB:.1f} for each"
         )
-        say(f"sharding lint: {'; '.join(found.findings) or 'nothing'}")
+        say(f"sharding lint: {'; '.join(compiled.findings) or 'nothing'}")
     return {"as_written": describe(written)}
 
 
 def check_compiles(text: str) -> int:
-    """How many settings may be compiled, from the command line."""
+    """The number of compiles that --compiles allows; raises InputError for another text."""
     if not text:
         return MOST_COMPILES
     if not text.isdecimal() or int(text) > MOST_COMPILES:

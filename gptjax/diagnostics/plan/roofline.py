@@ -1,7 +1,7 @@
-"""How long a training step takes at best: the longest of computing, memory traffic and network, from data sheets.
+"""Roofline estimate of a training step: the longest of compute, memory traffic and network, from data sheets.
 
-An estimate to compare settings by, never a measurement. Products reach EFFICIENCY of the data sheet's FLOP/s; memory
-and network are taken at their full speed; what overlaps is counted once, and tensor parallelism's sums do not overlap.
+It compares settings and is never a measurement. Products reach EFFICIENCY of the data sheet's FLOP/s, memory and
+network their full speed; overlapping parts count once, and the sums of tensor parallelism do not overlap.
 """
 
 import math
@@ -19,18 +19,18 @@ EFFICIENCY = 0.6
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """A step's time at best, seconds, and what it is made of."""
+    """Lower bound of a step's time and its parts, in seconds."""
 
     compute: float
     memory: float
     network: float
     """Gathering weights and summing gradients, which overlaps with computing."""
     tensor: float
-    """Sums over the tensor axis and keys and values over the context axis, which do not."""
+    """Sums over the tensor axis, and keys and values over the context axis, which do not overlap."""
     tokens: int
-    """In a step."""
+    """Tokens in a step."""
     mfu: float
-    """FLOPs that the model needs (`causal` of scaling.counts) a second, as a share of the data sheet's."""
+    """The model's FLOPs (`causal` of model.counts) a second, as a share of the data sheet's."""
 
     @property
     def seconds(self) -> float:
@@ -42,36 +42,36 @@ class Speed:
 
     @property
     def bound(self) -> str:
-        """What takes longest."""
+        """The part that takes longest."""
         times = {"compute": self.compute, "memory": self.memory, "network": self.network, "tensor": self.tensor}
         return max(times, key=lambda name: times[name])
 
 
 def speed(config: TrainConfig, sizes: Mapping[str, int], topology: Topology, memory: Memory) -> Speed:
-    """The time of a step of these settings on a mesh of these sizes; the chip's speeds must be known."""
+    """The time of a step of these settings on a mesh of these sizes, on a chip of known speed."""
     chip = topology.chip
-    assert chip is not None and chip.bandwidth, "a chip without speeds is told before"
+    assert chip is not None and chip.bandwidth, "callers check for a chip of known speed"
     devices, tokens = topology.devices, config.data.batch_size * config.data.length
     peak = chip.flops(config.model.dtype)
     needed = token_flops(config) * tokens
     compute = executed_flops(config, sizes) / (peak * EFFICIENCY)
     shared, alone = network_seconds(config, sizes, topology)
-    made = Speed(
+    estimate = Speed(
         compute=compute, memory=memory_traffic(config, sizes, memory) / chip.bandwidth, network=shared, tensor=alone,
         tokens=tokens, mfu=0.0,
     )  # fmt: skip
-    mfu = needed / (made.seconds * devices * peak)
-    return Speed(**{**vars(made), "mfu": mfu})
+    mfu = needed / (estimate.seconds * devices * peak)
+    return Speed(**{**vars(estimate), "mfu": mfu})
 
 
 def executed_flops(config: TrainConfig, sizes: Mapping[str, int]) -> float:
-    """FLOPs that one device runs in a step: what the backward pass computes again, and scores that no query sees."""
+    """FLOPs that one device runs in a step, with recomputation and masked scores."""
     cfg, length = config.model, config.data.length
     count = parameters(cfg, config.tokenizer.vocab_size, length)
     head = 2.0 * cfg.width * config.tokenizer.vocab_size
     layers = 2.0 * count["matrices"] - head
     seen = 1.0 if score_count(config, {"B": 1, "H": 1, "L": 1, "M": 1}) else 0.5
-    heads = local_sizes(config, sizes)["H"] * sizes["tensor"]  # those that do not divide are computed by all
+    heads = local_sizes(config, sizes)["H"] * sizes["tensor"]  # every device computes those that do not divide
     attention = 4.0 * heads * cfg.head_size * sum(min(w or length, length) for w in cfg.layer_windows) * seen
     again = {
         "none": 0.0, "full": layers + attention, "dots": attention, "offload": layers,
@@ -82,7 +82,7 @@ def executed_flops(config: TrainConfig, sizes: Mapping[str, int]) -> float:
 
 
 def memory_traffic(config: TrainConfig, sizes: Mapping[str, int], memory: Memory) -> float:
-    """Bytes that a step moves to and from a device's memory, roughly: each array as often as it is read and written."""
+    """Approximate bytes that a step moves to and from a device's memory, by reads and writes of each array."""
     cfg, size, item = config.model, local_sizes(config, sizes), item_size(config.model)
     tokens, N = size["B"] * size["L"], cfg.num_layers
     layer = parameters(cfg, config.tokenizer.vocab_size, 0)["matrices"] * item / sizes["tensor"]
@@ -96,11 +96,11 @@ def memory_traffic(config: TrainConfig, sizes: Mapping[str, int], memory: Memory
 
 
 def network_seconds(config: TrainConfig, sizes: Mapping[str, int], topology: Topology) -> tuple[float, float]:
-    """Seconds of the collectives that overlap with computing, and of those that do not, in one step.
+    """Seconds of the collectives of one step that overlap with compute, and of those that do not.
 
-    fsdp gathers the weights for the forward and for the backward pass and scatters their float32 gradients' sum; data
-    sums gradients; tensor sums the stream twice a layer in each pass; context gathers keys and values and scatters
-    their gradients. A ring sends (n - 1) / n of the bytes, twice for a sum that all get.
+    fsdp all-gathers the weights for the forward and the backward pass and reduce-scatters their float32 gradients; data
+    all-reduces gradients; tensor all-reduces the stream twice a layer in each pass; context all-gathers keys and values
+    and reduce-scatters their gradients. A ring sends (n - 1) / n of the bytes, twice in an all-reduce.
     """
     cfg, size, item = config.model, local_sizes(config, sizes), item_size(config.model)
     data, fsdp, tensor, context = (sizes[a] for a in ("data", "fsdp", "tensor", "context"))

@@ -1,6 +1,6 @@
-"""The fastest settings that fit: meshes, remat and micro-batches, counted first, and the best of them compiled.
+"""Search for the fastest settings that fit: meshes, remat and micro-batches; counted first, the best compiled.
 
-The batch and everything else that changes what is learned stay as they are.
+The batch and all else that changes the losses stay as they are.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from gptjax.parallel.sharding import AXES, axis_sizes, filled
 from gptjax.runtime.hardware import Topology
 from gptjax.training.build import build_components, check_divisible
 
-# Memory that the count may use up where no compiler has the last word: its own error, and what a run needs besides.
+# The share of memory that a count may reach without a compiler's check: the rest covers its error and other needs.
 SAFE = 0.9
 MOST_COMPILES, MOST_SECONDS = 6, 600.0
 REMATS = ("none", "names", "dots", "full")
@@ -31,14 +31,14 @@ REMATS = ("none", "names", "dots", "full")
 
 @dataclass(kw_only=True)
 class Candidate:
-    """Settings, on a mesh without -1, with what is known of them."""
+    """Settings, on a mesh without -1, with their counted and compiled memory and their estimated speed."""
 
     config: TrainConfig
     memory: Memory
     speed: Speed | None = None
     compiled: Compiled | None = None
     failure: str = ""
-    """Why the compiler refused it, where that was not its memory."""
+    """The compiler's error where the cause was not memory."""
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -46,12 +46,12 @@ class Candidate:
 
 
 @dataclass(kw_only=True)
-class Found:
-    """What a search found: the best candidate that fits, or none, and all that were compiled on the way."""
+class SearchResult:
+    """The result of a search: the best candidate that fits, or None, and all that were compiled."""
 
     best: Candidate | None
     smallest: Candidate | None
-    """The candidate of least memory."""
+    """The candidate with the least memory."""
     fitting: int
     """Candidates that fit by the count."""
     counted: int
@@ -63,7 +63,7 @@ class Planner:
 
     def __init__(self, config: TrainConfig, topology: Topology):
         self.topology = topology
-        self.config = with_attention(on(topology, config), topology)
+        self.config = with_attention(with_mesh(config, topology), topology)
         self._shapes = jax.eval_shape(build_components(self.config).init, 0)
         self._state = functools.cache(self._state_bytes)
 
@@ -75,7 +75,7 @@ class Planner:
         return state_bytes(self.config, self._shapes, dict(zip(AXES, sizes)), tiles=self.tiles)
 
     def candidate(self, config: TrainConfig) -> Candidate:
-        """These settings with their memory and speed; raises InputError where they can't be."""
+        """These settings with their memory and speed; raises InputError where a dimension does not divide."""
         sizes = axis_sizes(config.mesh)
         check_divisible(config, sizes)
         kept = BY_CHIP.get(self.topology.kind, Temporaries())
@@ -99,43 +99,45 @@ class Planner:
         compile_it: Callable[[TrainConfig, float], Compiled] | None,
         compiles: int = MOST_COMPILES,
         seconds: float = MOST_SECONDS,
-    ) -> Found:
+    ) -> SearchResult:
         """The fastest candidate that fits.
 
-        Without a compiler the count decides, with room to spare. With one, those that may fit are compiled from the
-        fastest on; one that needs more than one that did not fit is left out, and the last compile goes to a safe one.
+        Without a compiler the count decides, with a margin (SAFE). With one, candidates that may fit are compiled in
+        order of speed, those that need more memory than one that did not fit are skipped, and the last compile is of
+        one within the margin.
         """
         chip = self.topology.chip
         assert chip is not None, "fake CPU devices have no speed to search by"
-        every = list(self._candidates())
+        every = list(self.candidates())
         fitting = [c for c in every if c.memory.total <= SAFE * chip.memory]
-        found = Found(best=None, smallest=min(every, key=lambda c: c.memory.total, default=None),
+        result = SearchResult(best=None, smallest=min(every, key=lambda c: c.memory.total, default=None),
                       fitting=len(fitting), counted=len(every))  # fmt: skip
         if compile_it is None:
-            found.best = max(fitting, key=_worth, default=None)
-            return found
+            result.best = max(fitting, key=_rank, default=None)
+            return result
         possible = [c for c in every if c.memory.total <= (2 - SAFE) * chip.memory]
         ceiling, start = math.inf, time.perf_counter()
-        for c in sorted(possible, key=_worth, reverse=True):
+        for c in sorted(possible, key=_rank, reverse=True):
             left = seconds - (time.perf_counter() - start)
-            if len(found.tried) >= compiles or left <= 0:
+            if len(result.tried) >= compiles or left <= 0:
                 break
-            last = len(found.tried) == compiles - 1
+            last = len(result.tried) == compiles - 1
             if c.memory.total > (SAFE * chip.memory if last else ceiling):
                 continue
-            found.tried.append(c)
+            result.tried.append(c)
             try:
                 c.compiled = compile_it(c.config, left)
             except InputError as e:
                 c.failure = str(e)
                 continue
             if c.compiled.fits and c.compiled.total <= chip.memory:
-                found.best = c
+                result.best = c
                 break
             ceiling = 0.97 * c.memory.total
-        return found
+        return result
 
-    def _candidates(self) -> Iterator[Candidate]:
+    def candidates(self) -> Iterator[Candidate]:
+        """Every mesh, remat and number of micro-batches that divides, on all devices of the topology."""
         config = self.config
         for sizes in self._meshes():
             rows, rest = divmod(config.data.batch_size, sizes["data"] * sizes["fsdp"])
@@ -154,9 +156,9 @@ class Planner:
                         continue
 
     def _meshes(self) -> Iterator[dict[str, int]]:
-        """Meshes of all devices that the model's dimensions divide over; the context axis stays as it is set.
+        """Meshes of all devices over which the model's dimensions divide, with the context axis as it is set.
 
-        Those that cut a dimension of a torus for two axes are left out: their speed is not what `roofline` says.
+        Meshes that split a dimension of a torus for two axes are left out: `roofline` does not hold for them.
         """
         cfg, devices = self.config.model, self.topology.devices
         context = self.config.mesh.context
@@ -170,22 +172,22 @@ class Planner:
             for fsdp in _divisors(devices // context // tensor):
                 sizes = {"data": devices // context // tensor // fsdp, "fsdp": fsdp, "tensor": tensor,
                          "context": context}  # fmt: skip
-                if cfg.width % fsdp == 0 and self._uncut(list(sizes.values())):
+                if cfg.width % fsdp == 0 and self._fits_torus(list(sizes.values())):
                     yield sizes
 
-    def _uncut(self, sizes: list[int]) -> bool:
-        """Whether each axis can take whole dimensions of the torus."""
+    def _fits_torus(self, sizes: list[int]) -> bool:
+        """True where each axis can take whole dimensions of the torus."""
         shape = list(self.topology.shape) if self.tiles else []
         return not shape or _assigned([n for n in sizes if n > 1], [n for n in shape if n > 1])
 
 
-def on(topology: Topology, config: TrainConfig) -> TrainConfig:
+def with_mesh(config: TrainConfig, topology: Topology) -> TrainConfig:
     """The settings with a mesh size of -1 filled in; the mesh may still not cover the topology."""
     return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **filled(config.mesh, topology.devices)))
 
 
 def with_attention(config: TrainConfig, topology: Topology) -> TrainConfig:
-    """The settings with model.attention as the topology's devices select it; raises what `select_kernel` raises."""
+    """The settings with the kernel that the topology's devices select; raises InputError where none fits."""
     platform = _platform(topology)
     device = Device(platform, 9.0 if platform == "gpu" else 0.0, config.mesh.context > 1)
     name = select_kernel(config.model, config.data.length, device)
@@ -196,8 +198,8 @@ def _platform(topology: Topology) -> str:
     return "cpu" if topology.chip is None else "tpu" if topology.libtpu else "gpu"
 
 
-def _worth(c: Candidate) -> tuple[float, int]:
-    """The faster the better; of equally fast ones the smaller."""
+def _rank(c: Candidate) -> tuple[float, int]:
+    """Sorts by speed, then by less memory."""
     return (round(c.speed.tokens_per_second, -1) if c.speed else 0.0), -c.memory.total
 
 
@@ -206,7 +208,7 @@ def _divisors(n: int) -> list[int]:
 
 
 def _assigned(axes: list[int], dimensions: list[int]) -> bool:
-    """Whether each axis is the product of some of the dimensions, none used twice."""
+    """True where each axis is the product of some of the dimensions, each used once."""
     if not axes:
         return not dimensions
     first, rest = axes[0], axes[1:]

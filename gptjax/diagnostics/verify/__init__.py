@@ -1,1 +1,1 @@
-"""Promise 1, proved on the devices at hand: every mesh and setting gives the numbers of one device."""
+"""Checks on this machine's devices that every mesh and setting gives the numbers of one device."""

@@ -1,7 +1,7 @@
-"""Every check that `gptjax verify` makes, and what it says of them.
+"""The checks of `gptjax verify`, and its report.
 
-That settings agree says nothing of a fault that all of them share, so it is also shown that no output sees the future
-or another document, and that decoding with a cache, which has no future to see, equals the full forward pass.
+Settings may agree and share a fault. So it also checks that no output depends on the future or on another document, and
+that cached decoding, which can't see the future, equals the full forward pass.
 """
 
 import dataclasses
@@ -16,15 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config import MeshConfig, VerifyConfig
+from gptjax.config.section import one_line
 from gptjax.diagnostics.verify import numbers
 from gptjax.diagnostics.verify.settings import (
-    OF_ONE_PLATFORM,
+    PLATFORM_KERNELS,
     Setting,
-    kernel_obstacle,
     mesh_name,
     meshes,
     settings,
     sizes,
+    unsupported_kernel,
 )
 from gptjax.model.cache import empty_cache
 from gptjax.parallel.processes import wait_for_reports
@@ -33,12 +34,12 @@ from gptjax.runs.run import environment
 from gptjax.runtime.process import usable_cores
 from gptjax.storage import write_json
 
-LOGITS_BOUND, START_BOUND = 1e-5, 1e-6  # of the largest logit, for the cache; of the largest initial weight
+LOGITS_BOUND, START_BOUND = 1e-5, 1e-6  # relative to the largest logit (cache), and to the largest initial weight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a check found: how far numbers are from where they belong, and the problem where they are too far."""
+    """The result of a check: distances from the reference, and the problem where they exceed the bounds."""
 
     name: str
     loss: float = 0.0
@@ -60,48 +61,49 @@ HEADER = (
 
 
 def verify(cfg: VerifyConfig, say: Callable[[str], None]) -> bool:
-    """Makes every check on the devices at hand, saying a line of each as it is done; True where all are fine.
+    """Runs every check on this machine's devices, with a line for each, and returns True where all pass.
 
-    With cfg.json the results are written to that file too. Of several processes the first speaks, and any that found a
+    With cfg.json the results are written to that file too. Of several processes the first reports, and any with a
     problem.
     """
     start, results, first = time.perf_counter(), [], jax.process_index() == 0
     if cfg.json and first:
-        write_json(cfg.json, {"ok": False, "results": []})  # a place that can't be written is told now
-    for name in OF_ONE_PLATFORM:
-        if first and (reason := kernel_obstacle(name)):
+        write_json(cfg.json, {"ok": False, "results": []})  # fails now where it can't be written
+    for name in PLATFORM_KERNELS:
+        if first and (reason := unsupported_kernel(name)):
             say(f"attention {name} is not tried: {reason}")
     if first:
         say(HEADER)
-    # Compiling is most of the work, and XLA does it without Python's lock. Several processes must keep one order.
+    # Most of the time is compilation, which XLA does without Python's lock. Several processes must keep one order.
     threads = 1 if jax.process_count() > 1 else max(1, min(4, usable_cores()))
     with ThreadPoolExecutor(threads, "compile") as pool:
         for name, check in checks(pool):
             began = time.perf_counter()
             try:
                 result = check(name)
-            except Exception as e:  # what does not run has not the same numbers; the others are still to be checked
-                result = Result(name=name, problem=f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}")
+            except Exception as e:  # a failure like any other; the rest is still checked
+                result = Result(name=name, problem=f"{type(e).__name__}: {one_line(e)}")
             results.append(dataclasses.replace(result, seconds=time.perf_counter() - began))
             if first or result.problem:
                 say(str(results[-1]))
-    bad, seconds, devices = [r for r in results if r.problem], time.perf_counter() - start, jax.devices()
+    failed, seconds, devices = [r for r in results if r.problem], time.perf_counter() - start, jax.devices()
     if cfg.json and first:
-        found = [dataclasses.asdict(r) | {"ok": not r.problem} for r in results]
-        report = environment() | {"ok": not bad, "seconds": seconds, "results": found}
+        entries = [dataclasses.asdict(r) | {"ok": not r.problem} for r in results]
+        report = environment() | {"ok": not failed, "seconds": seconds, "results": entries}
         write_json(cfg.json, report)
-    there = f"{len(devices)} {devices[0].device_kind} device(s), {seconds:.0f} s"
-    if bad:
-        say(f"verify: FAILED {len(bad)} of {len(results)} checks on {there}; do not train with what failed: update jax "
+    shown = f"{len(devices)} {devices[0].device_kind} device(s), {seconds:.0f} s"
+    if failed:
+        say(f"verify: FAILED {len(failed)} of {len(results)} checks on {shown}; do not train with what failed: "
+            "update jax "
             "and drivers, or leave that setting out")  # fmt: skip
     elif first:
-        say(f"verify: the same numbers in all {len(results)} checks on {there}")
+        say(f"verify: the same numbers in all {len(results)} checks on {shown}")
     wait_for_reports()
-    return not bad
+    return not failed
 
 
 def checks(pool: ThreadPoolExecutor) -> Iterator[tuple[str, Callable[[str], Result]]]:
-    """The name of each check and how to make it; programs are compiled ahead."""
+    """The name and function of each check; programs are compiled ahead in the pool."""
     over = meshes(jax.device_count(), num_slices(jax.devices()))
     tried, most = settings(over), max(over, key=lambda mesh: sum(n > 1 for n in sizes(mesh)))
     references = list(dict.fromkeys(setting.reference for setting in tried))
@@ -122,27 +124,27 @@ def checks(pool: ThreadPoolExecutor) -> Iterator[tuple[str, Callable[[str], Resu
 
 
 def same(setting: Setting, program: Future, reference: numbers.Numbers, name: str) -> Result:
-    """A setting trains as its reference does, within the bounds of its type."""
-    found = numbers.difference(numbers.run(setting, program.result()), reference)
+    """Checks that a setting trains as its reference does, within the bounds of its type."""
+    far = numbers.difference(numbers.run(setting, program.result()), reference)
     loss_bound, bound = numbers.bounds(setting)
     problems = []
-    if found.loss > loss_bound:
-        problems.append(f"the losses differ by {found.loss:.1e} of their size, wanted at most {loss_bound:g}")
-    if found.gradient > bound:
-        problems.append(f"the gradient of {found.leaf} differs by {found.gradient:.1e}, wanted at most {bound:g}")
-    return Result(name=name, problem=" and ".join(problems), **found._asdict())
+    if far.loss > loss_bound:
+        problems.append(f"the losses differ by {far.loss:.1e} of their size, wanted at most {loss_bound:g}")
+    if far.gradient > bound:
+        problems.append(f"the gradient of {far.leaf} differs by {far.gradient:.1e}, wanted at most {bound:g}")
+    return Result(name=name, problem=" and ".join(problems), **far._asdict())
 
 
 def same_start(family: str, mesh: MeshConfig, name: str) -> Result:
-    """The initial weights made on a mesh are those made on one device, but for rounding."""
-    one, there = numbers.first_state(family).params, numbers.first_state(family, mesh).params
-    far = numbers.difference(numbers.Numbers([1.0], there), numbers.Numbers([1.0], one))
+    """Checks that the initial weights made on a mesh are those made on one device, but for rounding."""
+    one, over = numbers.first_state(family).params, numbers.first_state(family, mesh).params
+    far = numbers.difference(numbers.Numbers([1.0], over), numbers.Numbers([1.0], one))
     problem = f"{far.leaf} differs by {far.gradient:.1e} of its size" if far.gradient > START_BOUND else ""
     return Result(name=name, gradient=far.gradient, leaf=far.leaf, problem=problem)
 
 
 def cache_is_exact(family: str, mesh: MeshConfig | None, name: str) -> Result:
-    """Decoding a prompt at once and then token by token gives the logits of the full forward pass."""
+    """Checks that prefill and decoding token by token give the logits of the full forward pass."""
     decoder, over, start = numbers.decoder_of(Setting(family=family)), numbers.device_mesh(mesh), 5
     ids_BL = np.random.default_rng(0).integers(0, numbers.VOCAB, (8, numbers.LENGTH), dtype=np.int32)
     place_BL = np.broadcast_to(np.arange(numbers.LENGTH, dtype=np.int32), ids_BL.shape)
@@ -176,7 +178,7 @@ def cache_is_exact(family: str, mesh: MeshConfig | None, name: str) -> Result:
 
 
 def nothing_leaks(setting: Setting, name: str) -> Result:
-    """A token that changes is seen at its own place, and changes no number before it or in another document."""
+    """Checks that a changed token changes the output at its position, and none before it or in another document."""
     decoder, over = numbers.decoder_of(setting), numbers.device_mesh(setting.mesh)
     before = numbers.batch(0, "packed", numbers.num_rows())
     segments_BL = before["segments_BL"]
@@ -201,4 +203,4 @@ def nothing_leaks(setting: Setting, name: str) -> Result:
         where = "the past" if column < place_B[row] else "another document"
         return Result(name=name, problem=f"row {row}: the token at {place_B[row]} changes {where}, at {column}")
     unseen = not changed_BL[rows_B, place_B].all()
-    return Result(name=name, problem="a token that changed was not seen at its own place" if unseen else "")
+    return Result(name=name, problem="a changed token does not change the output at its position" if unseen else "")

@@ -1,4 +1,4 @@
-"""The numbers of a setting: a tiny model trained for ten steps, and how far two trainings are apart.
+"""Numbers of a setting: a tiny model trained for ten steps, and the distance between two trainings.
 
 Two agree where their ten losses do within LOSS_BOUND of their size, and each leaf of the first gradient g within
 GRADIENT_BOUND max(max|g of the leaf|, SMALL max|g|): in float32, at the highest matmul precision, without dropout.
@@ -27,19 +27,19 @@ from gptjax.training.loop import compile_step, init_state, make_init, make_train
 
 VOCAB, LENGTH, STEPS = 60, 32, 10
 LOSS_BOUND, GRADIENT_BOUND, SMALL = 1e-5, 1e-4, 1e-3
-# A kernel for bfloat16 alone is held against the plain product in bfloat16: both round, each in its own order.
+# A kernel for bfloat16 alone is compared with plain attention in bfloat16: both round, each in its own order.
 LOW_LOSS_BOUND, LOW_GRADIENT_BOUND = 1e-3, 5e-2
 
 
 class Numbers(NamedTuple):
-    """What training gave: ten losses, and the first step's gradients by the names of the parameters."""
+    """The numbers of a training: ten losses, and the first step's gradients by parameter name."""
 
     losses: list[float]
     gradients: Any
 
 
 class Difference(NamedTuple):
-    """How far numbers are from a reference: the worst relative loss, and the worst gradient leaf in its own scale."""
+    """The distance from a reference: the largest relative loss, and the largest of a gradient leaf in its scale."""
 
     loss: float
     gradient: float
@@ -47,7 +47,7 @@ class Difference(NamedTuple):
 
 
 def device_mesh(mesh: MeshConfig | None) -> Mesh:
-    """The mesh of all devices, or of the first one of this process for None."""
+    """The mesh of all devices, or for None of the first device of this process."""
     return make_mesh(MeshConfig(), jax.local_devices()[:1]) if mesh is None else make_mesh(mesh)
 
 
@@ -64,7 +64,7 @@ def batch(step: int, packing: str, rows: int = 32) -> Batch:
 
 
 def num_rows() -> int:
-    """Rows of a packed batch: at least 32, and such that they divide over any mesh and four micro-batches."""
+    """Rows of a packed batch: at least 32, and divisible over any mesh and four micro-batches."""
     parts = 4 * jax.device_count()
     return parts * math.ceil(32 / parts)
 
@@ -80,7 +80,7 @@ def decoder_of(setting: Setting) -> Decoder:
 
 @functools.cache
 def first_state(family: str, mesh: MeshConfig | None = None) -> Any:
-    """The initial state, as host arrays; made on a mesh it is the same (and most of the time a run takes here)."""
+    """The initial state as host arrays, made on a mesh or on one device."""
     over = device_mesh(mesh)
     with jax.set_mesh(over):
         init = make_init(init_params(decoder_of(Setting(family=family))), optimizer())
@@ -88,7 +88,7 @@ def first_state(family: str, mesh: MeshConfig | None = None) -> Any:
 
 
 def compiled(setting: Setting) -> Callable:
-    """The training step of a setting, compiled; safe to call in a thread."""
+    """Compiles the training step of a setting; safe to call in a thread."""
     mesh, state, rows = device_mesh(setting.mesh), first_state(setting.family), num_rows()
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         step = make_train_step(
@@ -101,7 +101,7 @@ def compiled(setting: Setting) -> Callable:
 
 
 def run(setting: Setting, step: Callable | None = None) -> Numbers:
-    """Trains ten steps; `step` is what `compiled` gave for the setting, if it was called before."""
+    """Trains ten steps; `step` is the result of `compiled` for the setting, if it was called before."""
     step = step or compiled(setting)
     mesh, rows = device_mesh(setting.mesh), num_rows()
     losses, gradients = [], None
@@ -115,7 +115,7 @@ def run(setting: Setting, step: Callable | None = None) -> Numbers:
 
 
 def on_host(tree: Any) -> Any:
-    """The whole of each array, on every process."""
+    """Copies whole arrays to the host, on every process."""
     if all(x.is_fully_addressable for x in jax.tree.leaves(tree)):
         return jax.device_get(tree)
     from jax.experimental.multihost_utils import process_allgather
@@ -124,7 +124,7 @@ def on_host(tree: Any) -> Any:
 
 
 def difference(numbers: Numbers, reference: Numbers) -> Difference:
-    """How far the numbers are from the reference's; not-a-numbers are infinitely far."""
+    """The distance of numbers from a reference; NaN counts as infinite."""
     far = [abs(a - b) / abs(b) for a, b in zip(numbers.losses, reference.losses, strict=True)]
     wanted = jax.tree.leaves(reference.gradients)
     largest = max(float(np.abs(g).max()) for g in wanted)
@@ -138,11 +138,11 @@ def difference(numbers: Numbers, reference: Numbers) -> Difference:
 
 
 def bounds(setting: Setting) -> tuple[float, float]:
-    """How far a setting's losses and gradients may be from its reference's."""
+    """The largest allowed distance of a setting's losses and of its gradients from its reference."""
     low = setting.model.dtype == "bfloat16"
     return (LOW_LOSS_BOUND, LOW_GRADIENT_BOUND) if low else (LOSS_BOUND, GRADIENT_BOUND)
 
 
 def finite(x: float) -> float:
-    """The number; infinity for one that is none."""
+    """The number, or infinity for NaN."""
     return x if math.isfinite(x) else math.inf

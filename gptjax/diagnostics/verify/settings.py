@@ -1,4 +1,4 @@
-"""What is tried: tiny models, the meshes of so many devices, and options such that every two of their values meet."""
+"""The settings that `gptjax verify` trains: tiny models, meshes, and options whose values meet in pairs."""
 
 import dataclasses
 import itertools
@@ -10,7 +10,7 @@ from gptjax.ops.attention import current_device, unsupported_reason
 from gptjax.parallel.sharding import AXES, axis_sizes
 
 GPT2 = ModelConfig(num_layers=2, width=32, num_heads=4, attention_block=5, dtype="float32")
-FAMILIES = {
+MODELS = {
     "gpt2": GPT2,
     "llama": dataclasses.replace(
         GPT2, positions="rope", norm="rmsnorm", activation="swiglu", biases=False, tied=False, queries_per_kv=2
@@ -19,7 +19,7 @@ FAMILIES = {
         GPT2, positions="rope", norm="rmsnorm", activation="relu2", biases=False, tied=False, qk_norm=True, window=5,
         global_every=2, attention_softcap=20.0, logit_softcap=15.0,
     ),
-    # Heads as large as the kernels of accelerators ask for.
+    # Heads of a size that the kernels of accelerators support.
     "kernels": dataclasses.replace(GPT2, head_dim=128, num_heads=2),
     "kernels16": dataclasses.replace(GPT2, head_dim=128, num_heads=2, dtype="bfloat16"),
 }  # fmt: skip
@@ -49,7 +49,7 @@ class Setting:
     @property
     def model(self) -> ModelConfig:
         changes: dict[str, Any] = {"remat": self.remat, "unroll": self.unroll, "attention": self.attention}
-        return dataclasses.replace(FAMILIES[self.family], **changes)
+        return dataclasses.replace(MODELS[self.family], **changes)
 
 
 def mesh_name(mesh: MeshConfig | None) -> str:
@@ -63,27 +63,27 @@ def sizes(mesh: MeshConfig) -> tuple[int, ...]:
 
 
 def meshes(count: int, slices: int = 1) -> list[MeshConfig]:
-    """The meshes of so many devices: all of them, up to 15, else one for each set of axes that share the devices.
+    """The meshes of `count` devices: all up to 15 of them, else one for each set of axes in use.
 
-    What the tiny models divide over: powers of two up to 8 along fsdp, tensor and context; data takes the rest, and is
-    cut over the slices.
+    Sizes are those that divide the tiny models: powers of two up to 8 for fsdp, tensor and context; data takes the
+    rest, and is divided over the slices.
     """
-    found = []
-    cut = {"slices": slices} if slices > 1 else {}
+    all_meshes = []
+    extra = {"slices": slices} if slices > 1 else {}
     for fsdp, tensor, context in itertools.product((1, 2, 4, 8), repeat=3):
         data, rest = divmod(count, fsdp * tensor * context)
         if rest == 0 and data % slices == 0:
-            found.append(MeshConfig(data=data, fsdp=fsdp, tensor=tensor, context=context, **cut))
-    if len(found) <= 15:
-        return found
+            all_meshes.append(MeshConfig(data=data, fsdp=fsdp, tensor=tensor, context=context, **extra))
+    if len(all_meshes) <= 15:
+        return all_meshes
     even: dict[tuple, MeshConfig] = {}  # by the axes in use: the one whose largest size is smallest
-    for mesh in sorted(found, key=lambda mesh: max(sizes(mesh))):
+    for mesh in sorted(all_meshes, key=lambda mesh: max(sizes(mesh))):
         even.setdefault(tuple(n > 1 for n in sizes(mesh)), mesh)
     return list(even.values())
 
 
-# How the options are laid over the settings: half h of block r has each two-valued option at h, but the one whose turn
-# it is at 1 - h. So every two values of two options, and every value with every remat, meet within eight settings.
+# The design: half h of block r has each two-valued option at value h, except option r, which has 1 - h. So every pair
+# of values of two options, and every value with every remat, occur within eight settings.
 REMATS = ("none", "full", "dots", "names")
 OPTIONS: dict[str, tuple] = {
     "attention": ("plain", "blockwise"), "packing": ("packed", "padded"), "unroll": (1, 0), "accumulate": (1, 4),
@@ -91,7 +91,7 @@ OPTIONS: dict[str, tuple] = {
 
 
 def settings(over: list[MeshConfig]) -> list[Setting]:
-    """What is tried over these meshes: every one, with options such that every two of their values meet."""
+    """Settings over these meshes: each mesh at least once, and every pair of values of two options."""
     tried = []
     for i in range(max(len(over), 2 * len(REMATS))):
         turn, half = divmod(i % (2 * len(REMATS)), 2)
@@ -100,18 +100,18 @@ def settings(over: list[MeshConfig]) -> list[Setting]:
         family = ("gpt2", "llama")[half ^ (i // (2 * len(REMATS)) % 2)]
         tried.append(Setting(family=family, mesh=over[i % len(over)], remat=REMATS[turn], **options))
     tried.append(Setting(family="gpt2", mesh=over[-1], remat="offload"))
-    whole = next(mesh for mesh in reversed(over) if mesh.context == 1)  # a kernel wants whole rows
-    usable = [name for name in OF_ONE_PLATFORM if not kernel_obstacle(name)]
-    return tried + [Setting(family=kernel_family(n), attention=n, mesh=mesh) for n in usable for mesh in (None, whole)]
+    whole = next(mesh for mesh in reversed(over) if mesh.context == 1)  # kernels of accelerators need whole rows
+    usable = [name for name in PLATFORM_KERNELS if not unsupported_kernel(name)]
+    return tried + [Setting(family=kernel_model(n), attention=n, mesh=mesh) for n in usable for mesh in (None, whole)]
 
 
-OF_ONE_PLATFORM = tuple(name for name, backend in KERNELS.items() if backend.platform)
+PLATFORM_KERNELS = tuple(name for name, backend in KERNELS.items() if backend.platform)
 
 
-def kernel_family(name: str) -> str:
+def kernel_model(name: str) -> str:
     return "kernels" if "float32" in KERNELS[name].dtypes else "kernels16"
 
 
-def kernel_obstacle(name: str) -> str:
-    """What keeps a kernel for attention from these devices; empty: nothing."""
-    return unsupported_reason(name, FAMILIES[kernel_family(name)], current_device())
+def unsupported_kernel(name: str) -> str:
+    """The reason why a kernel for attention does not run on these devices; empty where it does."""
+    return unsupported_reason(name, MODELS[kernel_model(name)], current_device())
