@@ -8,7 +8,7 @@
 #   RUN_DIR                the folder of the run; wanted
 #   PYTHON                 interpreter of the environment that holds gptjax[cuda]; python3
 #   CUDA_VISIBLE_DEVICES   the GPUs to use; all
-#   XLA_FLAGS              flags for XLA, as they are; see README.md here for those worth a trial
+#   XLA_FLAGS              flags for XLA, as they are; see docs/clusters.md for those worth a trial
 #   XLA_PYTHON_CLIENT_MEM_FRACTION   share of each GPU's memory that jax takes; 0.92, since nobody else needs it here
 # Ctrl-C saves and ends; the same command goes on. Exit codes: those of gptjax; 2 where something is missing.
 set -euo pipefail

@@ -311,7 +311,6 @@ def test_the_image_holds_all_that_its_build_and_the_jobset_need(tmp_path):
     assert set(extras.split(",")) <= set(project["project"]["optional-dependencies"])
 
 
-def test_every_file_here_is_in_the_readme():
-    readme = (LAUNCH / "README.md").read_text()
-    files = [path.name for path in LAUNCH.iterdir() if path.is_file() and path.name != "README.md"]
-    assert [name for name in files if f"`{name}`" not in readme] == []
+def test_every_file_here_is_in_the_docs():
+    docs = "".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
+    assert [path.name for path in LAUNCH.iterdir() if path.is_file() and path.name not in docs] == []

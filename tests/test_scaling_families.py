@@ -154,7 +154,7 @@ def test_scarce_tokens_are_planned_for_by_the_law_that_knows_of_them(name, folde
     args = ["--flops", "5e19", "--unique-tokens", "1e9"]
     if name == "kaplan":
         assert main(["predict", str(folder / "fit"), *args]) == 2
-        assert "every token is new; leave it out, or fit --law data_constrained" in capsys.readouterr().err
+        assert "every token is unique; leave it out, or fit --law data_constrained" in capsys.readouterr().err
         return
     made = predicted(folder, *args)
     N, D = MUENNIGHOFF.optimal(5e19, U=1e9)

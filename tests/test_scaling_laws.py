@@ -7,10 +7,7 @@ import pytest
 
 from gptjax.config.section import InputError
 from gptjax.scaling.laws import (
-    BESIROGLU,
     HOFFMANN,
-    KAPLAN_D,
-    KAPLAN_N,
     KAPLAN_ND,
     MUENNIGHOFF,
     Chinchilla,
@@ -45,7 +42,7 @@ def test_unique_tokens_that_a_run_does_not_come_to_change_nothing():
     assert MUENNIGHOFF.optimal(1e21, U=1e12) == MUENNIGHOFF.optimal(1e21) == Chinchilla.optimal(MUENNIGHOFF, 1e21)
 
 
-@pytest.mark.parametrize("law", [HOFFMANN, BESIROGLU, OVERTRAINING, KAPLAN_ND, MUENNIGHOFF])
+@pytest.mark.parametrize("law", [HOFFMANN, OVERTRAINING, KAPLAN_ND, MUENNIGHOFF])
 def test_no_other_size_of_a_budget_has_less_loss_than_the_optimum(law):
     N, D = law.optimal(1e21)
     assert 6 * N * D == pytest.approx(1e21)
@@ -79,16 +76,15 @@ def test_one_law_with_arrays_of_coefficients_is_many_laws():
 def test_the_over_training_law_says_the_same_in_compute_and_multiplier():
     law = OVERTRAINING
     N, M = 1.4e9, 640.0
-    C, paper = 6 * N * N * M, law.published
-    published = paper["E"] + (paper["a"] * M ** paper["eta"] + paper["b"] * M ** -paper["eta"]) * C ** -paper["eta"]
-    assert law.loss_of_compute(C, M) == pytest.approx(law.loss(N, M * N)) == pytest.approx(published)
+    C, eta = 6 * N * N * M, -law.e / 2  # equation 4
+    published = law.E + (law.a * 6**eta * M**eta + law.b * M**-eta) * C**-eta
+    assert law.loss(N, M * N) == pytest.approx(published)
 
 
 def test_kaplans_joint_law_becomes_its_power_law_of_parameters_with_endless_data():
     law = KAPLAN_ND
     assert law.loss(1e9, 1e30) == pytest.approx((law.N_c / 1e9) ** law.alpha_N, rel=1e-6)
     assert law.loss(1e9, 1e10) > law.loss(1e9, 1e11) > law.loss(1e10, 1e11)
-    assert KAPLAN_N.loss(8.8e13) == pytest.approx(1) and KAPLAN_D.loss(5.4e13) == pytest.approx(1)
 
 
 def test_recipes_give_what_their_papers_do():

@@ -298,7 +298,7 @@ def test_an_approach_that_was_asked_for_and_can_not_be_done_is_refused(table, tm
 
 
 @pytest.mark.parametrize("args, words", [
-    ([], ["nothing is asked for", "--flops 1e21"]),
+    ([], ["nothing to predict", "--flops 1e21"]),
     (["--flops", "1e18", "--parameters", "1e9", "--tokens", "1e9"], ["wanted one of"]),
     (["--parameters", "1e8"], ["tokens=0.0", "beside --parameters"]),
     (["--tokens", "1e8"], ["parameters=0.0", "beside --tokens"]),

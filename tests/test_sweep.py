@@ -21,7 +21,7 @@ from gptjax.config.command_line import load_recipe
 from gptjax.config.section import InputError
 from gptjax.config.sweep import OWN
 from gptjax.scaling.sweep import work
-from gptjax.scaling.sweep.jobs import extend, read_jobs, write_jobs
+from gptjax.scaling.sweep.jobs import add_points, read_jobs, write_jobs
 from gptjax.scaling.sweep.points import decay_start, make_points
 
 STANDIN = Path(__file__).parent / "fake_pretrain.py"
@@ -58,7 +58,7 @@ def recipe(tmp_path) -> Path:
 
 def jobs_of(recipe: Path, grid, before=(), **settings):
     cfg = SweepConfig(grid=tuple(grid), **settings)
-    return extend(before, make_points(cfg, load_recipe(str(recipe))), ["--x"])
+    return add_points(before, make_points(cfg, load_recipe(str(recipe))), ["--x"])
 
 
 def start(recipe: Path, out: Path, grid=GRID, workers: int = 1, **env: str) -> subprocess.Popen:

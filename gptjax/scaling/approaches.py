@@ -1,12 +1,12 @@
-"""The three approaches of Hoffmann et al. 2022 to the best N and D of a budget, and how well each predicts a budget.
+"""The three approaches of Hoffmann et al. 2022 to the optimal N and D of a budget, and leave-one-budget-out errors.
 
     envelope(curves)                      approach 1: the lower envelope of whole training curves
     isoflop(budget, N, D, loss)           approach 2: a parabola through the losses of each budget
     parametric(fit_law(CHINCHILLA, ...))  approach 3: the optimum of a fitted L(N, D), in closed form
     leave_one_budget_out(fit, budget, N, D, loss)
 
-Approach 2 is biased even without noise, for a budget's losses are no parabola: vertices lie off the optimum by a factor
-that a regression carries to every budget, more of it the wider the points and the more alpha differs from beta. With
+Approach 2 is biased even without noise, since a budget's losses are no parabola: vertices are off by a factor that the
+regression carries to every budget, and that grows with the range of sizes and the difference of alpha and beta. With
 the law of Hoffmann et al. and 16 points from D_opt / 8 to 8 D_opt, D_opt comes out 2.88 % low and N_opt 2.97 % high.
 """
 
@@ -23,12 +23,12 @@ from gptjax.scaling.fits import Fitted, check, ends, fit_law
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Allocation:
-    """N_opt = k_N C^a and D_opt = k_D C^b, as one approach has it.
+    """N_opt = k_N C^a and D_opt = k_D C^b, by one approach.
 
-    samples: the same four of each bootstrap, [bootstraps]; empty where there are none. loss_law: a fits.Fitted whose
+    samples: the same four of each bootstrap, [bootstraps]; empty without bootstraps. loss_law: a fits.Fitted whose
     predict(C) (a PowerLaw), or predict(N, D) at the optimum (approach 3), is the least loss; None with fewer than 3
-    budgets. points: what the two lines go through, budget, N and D, each [budgets] (empty for approach 3).
-    notes: plain sentences about what not to take for granted; show all of them.
+    budgets. points: the points that the two lines are fitted to, budget, N and D, each [budgets] (empty for
+    approach 3). notes: caveats, one sentence each; show all of them.
     """
 
     approach: str
@@ -47,24 +47,24 @@ class Allocation:
         return self._edges(self.samples[name]) if self.samples else (float("nan"), float("nan"))
 
     def optimal(self, flops: float) -> dict[str, tuple[float, float, float]]:
-        """{"N": (best, low, high), "D": ..., "loss": ...} for a budget in FLOPs; NaN for what is not known.
+        """{"N": (best, low, high), "D": ..., "loss": ...} for a budget in FLOPs; NaN for unknown values.
 
-        The loss is of the law alone: it is the least loss that the budget buys, without the scatter of one run.
+        The loss is the law's least for the budget; its interval excludes the scatter of single runs.
         """
-        found: dict[str, tuple[float, float, float]] = {}
+        optimum: dict[str, tuple[float, float, float]] = {}
         unknown = (float("nan"), float("nan"))
         for name, k, exponent in (("N", "k_N", "a"), ("D", "k_D", "b")):
             best = getattr(self, k) * flops ** getattr(self, exponent)
             edges = unknown
             if self.samples:
                 edges = self._edges(np.exp(np.log(self.samples[k]) + self.samples[exponent] * np.log(flops)))
-            found[name] = (float(best), edges[0], edges[1])
+            optimum[name] = (float(best), edges[0], edges[1])
         if self.loss_law is None:
-            return found | {"loss": (float("nan"), *unknown)}
+            return optimum | {"loss": (float("nan"), *unknown)}
         if self.approach == "parametric":
-            per = flops / (found["N"][0] * found["D"][0])
-            return found | {"loss": self.loss_law.of(lambda law: law.loss(*law.optimal(flops, per)))}
-        return found | {"loss": self.loss_law.of(lambda law: law.loss(flops))}
+            per = flops / (optimum["N"][0] * optimum["D"][0])
+            return optimum | {"loss": self.loss_law.of(lambda law: law.loss(*law.optimal(flops, per)))}
+        return optimum | {"loss": self.loss_law.of(lambda law: law.loss(flops))}
 
     def _edges(self, values: np.ndarray) -> tuple[float, float]:
         low, high = np.nanpercentile(values, ends(self.level))
@@ -74,7 +74,7 @@ class Allocation:
 def parametric(fitted: Fitted, flops_per: float = 6.0) -> Allocation:
     """Approach 3: the optimum of a fitted law under C = flops_per * N * D, intervals from its bootstraps.
 
-    The law must have `exponents`, for its optimum is two powers of C.
+    The law must have `exponents`, so that its optimum is two powers of C.
     """
 
     def lines(law: Any) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def parametric(fitted: Fitted, flops_per: float = 6.0) -> Allocation:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Parabola:
-    """loss = c_2 x^2 + c_1 x + c_0 in x = log10 D (or N): [3] highest power first, and where it is least."""
+    """loss = c_2 x^2 + c_1 x + c_0 in x = log10 D (or N): coefficients [3], highest power first, and its vertex."""
 
     budget: float
     coefficients: np.ndarray
@@ -175,11 +175,11 @@ def _vertices(groups: list[np.ndarray], N: np.ndarray, D: np.ndarray, loss: np.n
 
 
 def _isoflop_samples(groups, flops, N, D, loss, bootstraps, rng) -> tuple[dict[str, np.ndarray], np.ndarray, int]:
-    """Of parabolas with new noise: lines through the vertices, their losses, how many had a budget with no minimum."""
+    """Lines through the vertices of parabolas with redrawn noise, their losses, and the number without a minimum."""
     fitted, scatter = loss.copy(), []
     for rows in groups:
-        found = parabola(0, D[rows], loss[rows])
-        fitted[rows] = np.polyval(found.coefficients, np.log10(D[rows]))
+        fit = parabola(0, D[rows], loss[rows])
+        fitted[rows] = np.polyval(fit.coefficients, np.log10(D[rows]))
         scatter += list(loss[rows] - fitted[rows])
     freedom = sum(len(rows) - 3 for rows in groups)
     wide = np.array(scatter) * np.sqrt(len(scatter) / freedom)
@@ -217,15 +217,15 @@ def envelope(
     curves: Sequence[tuple[float, np.ndarray, np.ndarray]], *, flops_per: float = 6.0, budgets: int = 1500,
     bootstraps: int = 0, seed: int = 0, level: float = 0.95,
 ) -> Allocation:  # fmt: skip
-    """Approach 1: which size has the least loss at each budget along its training curve.
+    """Approach 1: the size with the least loss at each budget, along whole training curves.
 
     curves: (N, tokens [steps], loss [steps]) of each run; a size may have several. Losses are compared at `budgets`
-    budgets, even in log C. The line goes through the takeovers: where the best size changes from one to a larger, N is
-    their geometric mean. (Hoffmann et al. fit all 1,500 budgets; with few sizes that flattens the line, for below its
-    first takeover the smallest size is best only because no smaller one was run.) Smooth noisy curves first, and let
-    each have ended its schedule: a curve still at its peak learning rate lies high.
+    budgets, evenly spaced in log C. The line is fitted to the takeovers: where the best size changes to a larger one, N
+    is their geometric mean. (Hoffmann et al. fit all 1,500 budgets; with few sizes that flattens the line, since below
+    its first takeover the smallest size is best only because no smaller one was run.) Smooth noisy curves first, and
+    use curves of finished schedules: one at its peak learning rate lies too high.
 
-    Intervals: sizes drawn again, as whole curves. Raises InputError for a curve that is not finite and above 0, or
+    Intervals: sizes resampled, as whole curves. Raises InputError for a curve that is not finite and above 0, or
     fewer than 2 takeovers (which take 3 sizes).
     """
     for N, tokens, loss in curves:
@@ -241,9 +241,9 @@ def envelope(
     rng, sizes, kept = np.random.default_rng(seed), np.unique([N for N, _, _ in curves]), []
     for _ in range(bootstraps):
         drawn = set(rng.choice(sizes, len(sizes)))
-        found = _takeovers([curve for curve in curves if curve[0] in drawn], flops_per, budgets)
-        if len(found["N"]) > 1:
-            kept.append(_lines(found["budget"], found["N"], found["D"]))
+        sample = _takeovers([curve for curve in curves if curve[0] in drawn], flops_per, budgets)
+        if len(sample["N"]) > 1:
+            kept.append(_lines(sample["budget"], sample["N"], sample["D"]))
     if len(kept) < bootstraps:
         notes.append(
             f"{bootstraps - len(kept)} of {bootstraps} resamples had fewer than 2 takeovers; they are left out."
@@ -257,14 +257,14 @@ def envelope(
 
 
 def _takeovers(curves, flops_per: float, budgets: int) -> dict[str, np.ndarray]:
-    """Where a larger size becomes the best one: budget, N (geometric mean of both), D and loss, each [takeovers]."""
+    """The points where a larger size becomes best: budget, N (geometric mean of both), D and loss, each [takeovers]."""
     reach = [flops_per * N * np.ravel(tokens) for N, tokens, _ in curves]
     flops = np.geomspace(min(C.min() for C in reach), max(C.max() for C in reach), budgets)
     loss = np.full((len(curves), budgets), np.inf)
     for row, (C, (_, _, values)) in enumerate(zip(reach, curves)):
         order, inside = np.argsort(C), (flops >= C.min()) & (flops <= C.max())
         loss[row, inside] = np.interp(np.log(flops[inside]), np.log(C[order]), np.ravel(values)[order])
-    # A takeover counts where both sizes have a loss: a curve that ends hands nothing over.
+    # A takeover counts only where both sizes have a loss, not where a curve ends.
     best = np.argmin(loss, axis=0)
     at = [
         i for i in range(budgets - 1)
@@ -276,14 +276,13 @@ def _takeovers(curves, flops_per: float, budgets: int) -> dict[str, np.ndarray]:
 
 
 def leave_one_budget_out(fit: Callable[..., Fitted], budget, N, D, *more) -> list[dict[str, Any]]:
-    """What a fit without a budget's runs says of them: one dict a budget, in ascending order.
+    """Errors of a law fitted without a budget's runs on these runs: one dict a budget, in ascending order.
 
-    fit: of N, D, the law's other inputs and, last, the losses, each [points].
+    fit: a function of N, D, the law's other inputs and, last, the losses, each [points].
 
-    budget; points; error: mean over its runs of prediction / loss - 1; worst: the largest of their sizes; beyond:
-    True where no other run took as much compute (N D), the extrapolation that a law is judged by; why: empty, or what
-    is missing where the rest can't be fitted and the errors are NaN. Runs whose budget is NaN belong to none, and to
-    every fit.
+    budget; points; error: mean over its runs of prediction / loss - 1; worst: the largest absolute error; beyond: True
+    where no other run took as much compute (N D), so that the error is one of extrapolation; why: the reason where the
+    rest can't be fitted and the errors are NaN, else empty. Runs whose budget is NaN are in every fit.
     """
     budget, N, D, *more = (np.asarray(x, float) for x in (budget, N, D, *more))
     *inputs, loss = N, D, *more

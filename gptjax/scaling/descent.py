@@ -1,12 +1,12 @@
-"""L-BFGS on many small fits at once: every start and every resample is a lane of one batch, in JAX and float64.
+"""Batched L-BFGS for many small fits: every start and every resample is a lane of one batch, in JAX and float64.
 
-A model here is made of terms whose logarithms are linear in its P parameters: term k of point n is
-exp(design_KNP[k, n] . theta_P). Each term has an intercept of its own (parameter k); the rest of the parameters are
-slopes, or no part of the terms. A prediction is the sum over the K terms, or what else `combine` makes of them.
-Chinchilla's law is such a sum, with (A, B, E) as intercepts.
+A model consists of terms whose logarithms are linear in its P parameters: term k of point n is
+exp(design_KNP[k, n] . theta_P). Each term has its own intercept (parameter k); the other parameters are slopes, or not
+in the terms. A prediction is the sum over the K terms, or another function `combine` of them. Chinchilla's law is such
+a sum, with (A, B, E) as intercepts.
 
-Lanes take turns without waiting for each other: a turn evaluates every lane once, at its own step along its own
-direction; a lane whose step is good enough moves on, another shortens its step.
+Lanes don't wait for each other: a turn evaluates every lane once, at its own step along its own direction; a lane whose
+step is accepted moves on, any other shortens its step.
 Letters: B lanes, K terms, N points, P parameters, M pairs remembered.
 """
 
@@ -20,26 +20,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-LANES = 128  # lanes of a call: its arrays stay in the cache, and it ends when its own lanes have
-POINTS = 16  # points are filled up to a multiple, with weight 0: tables of nearly one length share a compilation
+LANES = 128  # of one call, so that its arrays stay in the cache, and it ends with its own lanes
+POINTS = 16  # points are padded to a multiple, with weight 0, so that tables of similar length share a compilation
 MEMORY = 8
 TOLERANCE = 1e-8  # of the gradient's largest entry: see Minimum
-GIVEN_UP = 1e-11  # a step this short says that the objective can't be told apart any more
+SHORTEST_STEP = 1e-11  # below this length the objective no longer changes
 
 
 def log_sum(log_terms: Sequence[jax.Array], theta_BP: jax.Array, inputs: Sequence[jax.Array]) -> jax.Array:
-    """Log of the sum of terms that are given by their logarithms, each [B, N]; a `combine` of Problem."""
+    """Log of the sum of terms given by their logarithms, each [B, N]; a `combine` of Problem."""
     top_BN = jax.lax.stop_gradient(jax.tree.reduce(jnp.maximum, log_terms))
     return top_BN + jnp.log(sum(jnp.exp(u_BN - top_BN) for u_BN in log_terms))
 
 
 class Problem(NamedTuple):
-    """Points and how far from them a prediction may be.
+    """Points, and the objective of a prediction of them.
 
     `huber`: Huber's function of width delta on log prediction - log loss. `squares`: half the squared difference of
-    prediction and loss. combine(log_terms, theta_BP, inputs) is the log prediction [B, N] in JAX, a function of a
-    module, so that its compilation is found again; what it reads beside the terms are `inputs`, each [N] and above 0.
-    Where it is NaN, no descent goes.
+    prediction and loss. combine(log_terms, theta_BP, inputs) is the log prediction [B, N] in JAX; it must be a module's
+    function, so that jit caches it. `inputs`, each [N] and above 0, are its other arguments. No step is accepted where
+    it is NaN.
     """
 
     design_KNP: np.ndarray
@@ -50,7 +50,7 @@ class Problem(NamedTuple):
     inputs: tuple[np.ndarray, ...] = ()
 
     def predict(self, theta_BP: np.ndarray) -> np.ndarray:
-        """The losses that each row of parameters says, [B, N]."""
+        """The predicted losses for each row of parameters, [B, N]."""
         with jax.enable_x64(True):
             return np.exp(np.asarray(_log_predictions(theta_BP, self.design_KNP, self.inputs, self.combine)))
 
@@ -61,10 +61,10 @@ def _log_predictions(theta_BP, design_KNP, inputs, combine):
 
 
 class Minimum(NamedTuple):
-    """Where each lane ended: parameters, the objective as a sum over points, the gradient that is left, turns taken.
+    """The end of each lane: parameters, the objective as a sum over points, the remaining gradient, turns taken.
 
-    The gradient is of the mean over points, divided by delta for `huber` (so its largest possible entry is about 1),
-    in coordinates where slopes are in units of one standard deviation of what they multiply.
+    The gradient is that of the mean over points, divided by delta for `huber` (so its largest possible entry is about
+    1), in coordinates where slopes are in units of one standard deviation of their factor.
     """
 
     theta_BP: np.ndarray
@@ -77,9 +77,9 @@ def minimize(
     problem: Problem, start_BP: np.ndarray, loss_BN: np.ndarray | None = None, weight_BN: np.ndarray | None = None,
     turns: int = 600,
 ) -> Minimum:  # fmt: skip
-    """Descends from every row of start_BP, for at most `turns` turns.
+    """Minimizes from every row of start_BP, for at most `turns` turns.
 
-    loss_BN: losses of each row in place of the problem's. weight_BN: weights of each row's points in place of 1.
+    loss_BN: losses of each row instead of the problem's. weight_BN: weights of each row's points instead of 1.
     """
     basis_PP = _coordinates(problem.design_KNP)
     scale = len(problem.loss_N) * (problem.delta if problem.residual == "huber" else 1.0)
@@ -95,7 +95,7 @@ def minimize(
 
     def part(begin: int) -> tuple[np.ndarray, ...]:
         rows = pad[begin : begin + LANES]
-        with jax.enable_x64(True):  # thread-local: nobody else's arrays change type
+        with jax.enable_x64(True):  # thread-local, so that no other arrays change type
             out = _descend(
                 start_BP[rows],
                 np.pad(np.asarray(weight_BN[rows], float), ((0, 0), more)),
@@ -118,9 +118,9 @@ def minimize(
 
 
 def _coordinates(design_KNP: np.ndarray) -> np.ndarray:
-    """The basis in which slopes are scaled and intercepts are a term's mean height: without it, they trade off.
+    """A basis with scaled slopes and with a term's mean height as intercept: theta = basis_PP @ phi.
 
-    theta = basis_PP @ phi; A and alpha of a law nearly cancel along a line, which a few turns can't follow.
+    Otherwise A and alpha of a law nearly cancel along a line, which takes many turns to follow.
     """
     terms, _, size = design_KNP.shape
     basis_PP = np.eye(size)
@@ -153,13 +153,13 @@ def _descend(phi_BP, weight_BN, design_KNP, loss_BN, basis_PP, inputs, delta, sc
         step_BP = old["length"][:, None] * old["direction"]
         value_B, gradient_BP = value_and_gradient(old["phi"] + step_BP)
         slope_B = _dot(step_BP, old["gradient"])
-        # Near the end the objective's own rounding is larger than the fall: that much of a rise is let pass.
+        # Near the end the objective's rounding exceeds its decrease, so a rise of that size is accepted.
         good_B = (value_B <= old["value"] + 1e-4 * slope_B + 1e-15 * jnp.abs(old["value"])) & ~old["done"]
         moved = _moved(old, step_BP, value_B, gradient_BP)
-        # The least point of the parabola through both values and the slope, within a tenth and a half.
+        # The minimum of the parabola through both values and the slope, clipped to [0.1, 0.5].
         shorter_B = jnp.clip(-slope_B / (2 * (value_B - old["value"] - slope_B)), 0.1, 0.5)
         shorter_B = jnp.where(jnp.isfinite(shorter_B), shorter_B, 0.1) * old["length"]
-        stuck_B = ~good_B & (_largest(old["direction"]) * shorter_B < GIVEN_UP)
+        stuck_B = ~good_B & (_largest(old["direction"]) * shorter_B < SHORTEST_STEP)
         kept = old | {"length": shorter_B, "done": stuck_B}
         new = {k: jnp.where(_like(good_B, moved[k], k), moved[k], kept[k]) for k in moved}
         new = {k: jnp.where(_like(old["done"], new[k], k), old[k], new[k]) for k in new}
@@ -174,14 +174,14 @@ def _descend(phi_BP, weight_BN, design_KNP, loss_BN, basis_PP, inputs, delta, sc
 
 
 def _objective(log_prediction, phi_BP, *, weight_BN, loss_BN, delta, scale, kind):
-    """Value and gradient of each lane; lanes don't know of each other, so one pull back serves them all."""
+    """Value and gradient of each lane; lanes are independent, so one backward pass serves them all."""
     log_prediction_BN, pull_back = jax.vjp(log_prediction, phi_BP)
     if kind == "huber":
         error_BN = log_prediction_BN - jnp.log(loss_BN)
         pull_BN = jnp.clip(error_BN, -delta, delta)
         value_BN, chain_BN = pull_BN * (error_BN - pull_BN / 2), 1.0
     else:
-        chain_BN = jnp.exp(jnp.minimum(log_prediction_BN, 300.0))  # squared, it is still a number
+        chain_BN = jnp.exp(jnp.minimum(log_prediction_BN, 300.0))  # its square must be finite
         pull_BN = chain_BN - loss_BN
         value_BN = pull_BN**2 / 2
     value_B = jnp.sum(weight_BN * value_BN, axis=1) / scale
@@ -190,7 +190,7 @@ def _objective(log_prediction, phi_BP, *, weight_BN, loss_BN, delta, scale, kind
 
 
 def _moved(old: dict[str, Any], step_BP, value_B, gradient_BP) -> dict[str, Any]:
-    """The state after a step: its pair remembered where the objective curved upward along it, a new direction."""
+    """The state after an accepted step: its pair is kept where the objective curved upward, and a new direction."""
     change_BP = gradient_BP - old["gradient"]
     curved_B = _dot(step_BP, change_BP) > 1e-12 * jnp.sqrt(_dot(step_BP, step_BP) * _dot(change_BP, change_BP))
     pairs = {}
@@ -200,16 +200,16 @@ def _moved(old: dict[str, Any], step_BP, value_B, gradient_BP) -> dict[str, Any]
     direction_BP = -_two_loops(gradient_BP, pairs["steps"], pairs["changes"])
     uphill_B = _dot(direction_BP, gradient_BP) > -1e-14 * _dot(gradient_BP, gradient_BP)
     direction_BP = jnp.where(uphill_B[:, None], -gradient_BP, direction_BP)
-    remembers_B = jnp.any(pairs["steps"][0] != 0, axis=1) & ~uphill_B
+    has_pairs_B = jnp.any(pairs["steps"][0] != 0, axis=1) & ~uphill_B
     return {
         "phi": old["phi"] + step_BP, "value": value_B, "gradient": gradient_BP, "direction": direction_BP,
-        "length": jnp.where(remembers_B, 1.0, 1 / jnp.maximum(1.0, _largest(gradient_BP))),
+        "length": jnp.where(has_pairs_B, 1.0, 1 / jnp.maximum(1.0, _largest(gradient_BP))),
         "done": _largest(gradient_BP) < TOLERANCE, "turns": old["turns"],
     } | pairs  # fmt: skip
 
 
 def _two_loops(gradient_BP, steps_MBP, changes_MBP):
-    """The inverse Hessian of the remembered pairs, newest first, times the gradient (Nocedal 1980)."""
+    """The inverse Hessian of the kept pairs, newest first, times the gradient (Nocedal 1980)."""
     curve_MB = jnp.sum(steps_MBP * changes_MBP, axis=-1)
     inverse_MB = jnp.where(curve_MB > 0, 1 / jnp.where(curve_MB > 0, curve_MB, 1.0), 0.0)
     q_BP, weights = gradient_BP, []

@@ -1,6 +1,6 @@
-"""The laws that can be fitted, one object each: what a fit, a prediction and a report have to know of them.
+"""The laws that can be fitted, one Family each, for fits, predictions and reports.
 
-A law of one's own is one more Family, in FAMILIES and in FitConfig.law; its class is in laws.py and in fits.KINDS.
+A new law is a Family in FAMILIES and in FitConfig.law, with its class in laws.py and in fits.KINDS.
 """
 
 import itertools
@@ -16,18 +16,18 @@ from gptjax.config.section import InputError
 from gptjax.scaling.descent import Problem, log_sum
 from gptjax.scaling.laws import Chinchilla, DataConstrained, Kaplan, OverTraining, PowerLaw
 
-DIFFERENT = 3  # values of an input that tell its exponent
+DIFFERENT = 3  # values of an input that determine its exponent
 
 
 @dataclass(frozen=True)
 class Family:
-    """A law with coefficients yet to be found.
+    """A law whose coefficients are to be fitted.
 
-    inputs: what its loss is a function of, N, D, U (unique tokens) or C. law: makes it of the P fitted numbers, floats
-    or arrays. terms: of the inputs, K rows of P slopes, as descent.py has them: arrays [points], or one number for all.
-    axes: of the grid of starts, one for each fitted number. check: raises InputError for inputs that can't tell the
-    coefficients, whatever the losses. residual, combine: see descent.Problem. no_powers: why the best N and D are not
-    fitted powers of C; empty where the law has `exponents`.
+    inputs: the arguments of its loss, N, D, U (unique tokens) or C. law: constructor from the P fitted numbers, floats
+    or arrays. terms: function of the inputs to K rows of P slopes (see descent.py): arrays [points], or one number for
+    all. axes: the grid of starts, one axis for each fitted number. check: raises InputError for inputs that can't
+    determine the coefficients. residual, combine: see descent.Problem. no_powers: the reason why the optimal N and D
+    are not fitted powers of C; empty where the law has `exponents`.
     """
 
     formula: str
@@ -42,43 +42,44 @@ class Family:
 
     @property
     def size(self) -> int:
-        """How many numbers are fitted."""
+        """The number of fitted coefficients."""
         return len(self.axes)
 
     @property
     def starts(self) -> np.ndarray:
-        """All of the grid, [starts, P]."""
+        """All points of the grid, [starts, P]."""
         return np.array(list(itertools.product(*self.axes)), float)
 
     def problem(self, *columns: np.ndarray, delta: float) -> Problem:
-        """What a fit minimizes, of the inputs and then the losses, each [points]."""
+        """The problem that a fit minimizes, from the inputs and then the losses, each [points]."""
         *inputs, loss = columns
         slopes = [[np.broadcast_to(x, loss.shape) for x in row] for row in self.terms(*inputs)]
         return Problem(np.moveaxis(np.array(slopes, float), 1, 2), loss, self.residual, delta, self.combine, (*inputs,))
 
 
 def different(**inputs: np.ndarray) -> None:
+    """Raises InputError where an input has too few different values."""
     for name, values in inputs.items():
-        if (there := len(np.unique(values))) < DIFFERENT:
-            raise InputError(f"{name} has {there} different values: wanted at least {DIFFERENT} to fit an exponent")
+        if (count := len(np.unique(values))) < DIFFERENT:
+            raise InputError(f"{name} has {count} different values: wanted at least {DIFFERENT} to fit an exponent")
 
 
 def spread(N: np.ndarray, D: np.ndarray) -> None:
-    """Several budgets, sizes and token counts."""
+    """Raises InputError unless there are several budgets, sizes and token counts."""
     if (N * D).max() < 1.1 * (N * D).min():
         raise InputError(f"all {len(N)} points have one budget (N D = {N[0] * D[0]:.3g}): wanted several to fit a law")
     different(N=N, D=D)
 
 
 def spread_and_repeated(N: np.ndarray, D: np.ndarray, U: np.ndarray) -> None:
-    """Runs of new tokens that tell Chinchilla's law by themselves, and runs of repeated ones."""
+    """Raises InputError unless runs of one epoch determine Chinchilla's law, and other runs repeat their tokens."""
     new = D <= U
     if new.all():
         raise InputError(f"none of {len(N)} runs repeats its tokens (D > U): wanted runs of several epochs too")
     if new.sum() < CHINCHILLA.size:
         raise InputError(
-            f"{new.sum()} runs of one epoch or less (D <= U): wanted at least {CHINCHILLA.size}, which tell the law "
-            "that repeated tokens fall short of"
+            f"{new.sum()} runs of one epoch or less (D <= U): wanted at least {CHINCHILLA.size}, which determine the "
+            "law of new tokens"
         )
     try:
         spread(N[new], D[new])
@@ -117,8 +118,8 @@ POWER = Family(
 
 
 def soft_maximum(log_terms, theta_BP, inputs):
-    """Kaplan's law: a soft maximum of alpha_N log(N_c / N) and alpha_D log(D_c / D), as soft as alpha_D."""
-    alpha_B1 = jnp.where(theta_BP[:, 3:] > 0, theta_BP[:, 3:], jnp.nan)  # below 0 it would be a minimum
+    """Kaplan's law: a soft maximum of alpha_N log(N_c / N) and alpha_D log(D_c / D), with temperature alpha_D."""
+    alpha_B1 = jnp.where(theta_BP[:, 3:] > 0, theta_BP[:, 3:], jnp.nan)  # below 0 it is a soft minimum
     return alpha_B1 * log_sum([term_BN / alpha_B1 for term_BN in log_terms], theta_BP, inputs)
 
 
@@ -134,7 +135,7 @@ KAPLAN = Family(
 
 
 def of_effective(log_terms, theta_BP, inputs):
-    """Chinchilla's law of effective parameters and tokens: see laws.DataConstrained. All in logarithms."""
+    """Chinchilla's law of effective parameters and tokens (laws.DataConstrained), in logarithms."""
     a, b, _, alpha, beta, half_D, half_N = (x_B[:, None] for x_B in theta_BP.T)
     N, D = jnp.log(inputs[0]), jnp.log(inputs[1])
     U = jnp.minimum(jnp.log(inputs[2]), D)
@@ -146,12 +147,12 @@ def of_effective(log_terms, theta_BP, inputs):
 
 def _lost(trained, unique, half):
     """log trained - log effective, of all three as logarithms."""
-    repeats = jnp.expm1(jnp.minimum(trained - unique, 100.0))  # a start may have any U_N: it is still a number
+    repeats = jnp.expm1(jnp.minimum(trained - unique, 100.0))  # clipped to stay finite: a start may have any U_N
     return trained - unique - jnp.log1p(-jnp.exp(half) * jnp.expm1(-repeats * jnp.exp(-half)))
 
 
 # Muennighoff et al. fit Chinchilla's five to runs of one epoch, fix them, and fit R_D and R_N to the others. Here all
-# seven are fitted to all runs at once: one objective, and intervals of R_D and R_N that know how sure the five are.
+# seven are fitted to all runs at once, so that the intervals of R_D and R_N include the uncertainty of the five.
 DATA_CONSTRAINED = Family(
     formula="L(N, D, U) = E + A / N'^alpha + B / D'^beta, D' = U (1 + R_D (1 - exp((1 - D/U) / R_D))), N' likewise of "
     "the best N for U",

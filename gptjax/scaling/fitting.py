@@ -1,4 +1,4 @@
-"""What `gptjax fit` does: a table, a law with intervals, the three approaches, and a folder that tells of them."""
+"""`gptjax fit`: fits a law with intervals and the three approaches to a table, and writes a report."""
 
 import dataclasses
 import functools
@@ -20,9 +20,9 @@ from gptjax.scaling.saved import FORMAT, Fit, interval, strict
 from gptjax.scaling.table import INPUTS, Table, read_table
 from gptjax.storage import filesystem, resolve_path
 
-BAND = 24  # budgets at which the interval of N-opt and D-opt is written down
+BAND = 24  # budgets at which the interval of N-opt and D-opt is recorded
 MOST_NOTES = 12
-LEAST = 3  # different sizes, and token counts, that tell a law's terms apart
+LEAST = 3  # different sizes, and token counts, that separate a law's terms
 
 
 def fit(
@@ -33,15 +33,15 @@ def fit(
 ) -> list[str]:
     """Fits a law to the runs of a table and writes cfg.out; returns the words of the next command.
 
-    One screen goes to `show`, what was written where to `say`. Raises InputError for a table that is wrong or small.
+    One screen goes to `show`, the written paths to `say`. Raises InputError for a table that is wrong or too small.
     """
     table, left_out = points(tables, cfg)
     check_enough(table, cfg.law)
     if filesystem(resolve_path(cfg.out)).is_file(resolve_path(cfg.out)):
         raise InputError(f"out={cfg.out!r}: there is a file of that name; wanted a folder")
-    made = Fit(strict(describe(table, cfg, left_out)), source=f"{cfg.out}/fit.json")
-    written = report.write_report(made, resolve_path(cfg.out))
-    for line in report.screen(made):
+    result = Fit(strict(describe(table, cfg, left_out)), source=f"{cfg.out}/fit.json")
+    written = report.write_report(result, resolve_path(cfg.out))
+    for line in report.screen(result):
         show(line)
     if without := report.without_plots():
         show(without)
@@ -50,11 +50,11 @@ def fit(
         filters = ["--where", *cfg.where] if cfg.where else []
         columns = ["--columns", *cfg.columns] if cfg.columns else []
         return ["predict", cfg.out, "--against", tables[0], *filters, *columns]
-    return ["predict", cfg.out, "--flops", f"{3 * made.document['range']['flops'][1]:.2g}"]
+    return ["predict", cfg.out, "--flops", f"{3 * result.document['range']['flops'][1]:.2g}"]
 
 
 def describe(table: Table, cfg: FitConfig, left_out: int) -> dict[str, Any]:
-    """Fits the law and the approaches; all that fit.json holds (saved.KEYS)."""
+    """Fits the law and the approaches; returns the document of fit.json (saved.KEYS)."""
     family = FAMILIES[cfg.law]
     inputs, loss = table.inputs(family.inputs), table.loss
     per = float(np.median(table.flops / (table.parameters * table.tokens)))
@@ -67,7 +67,7 @@ def describe(table: Table, cfg: FitConfig, left_out: int) -> dict[str, Any]:
         except InputError as e:
             raise InputError(f"{table.source}: --law {cfg.law}: {e}") from e
 
-    ways = approaches(table, fit_all, per, cfg)  # before the law, which takes longer: what was asked for may be refused
+    ways = approaches(table, fit_all, per, cfg)  # before the law, which takes longer: may raise
     fitted = fit_all()
     predicted = fitted.law.loss(*inputs)
     off = loss / predicted - 1
@@ -75,8 +75,8 @@ def describe(table: Table, cfg: FitConfig, left_out: int) -> dict[str, Any]:
     notes = [*table.notes, *fitted.notes]
     if repeated := int(np.sum(~table.new)):
         notes.append(
-            f"best N and D and the plots' curves are of new tokens, without the {repeated} runs that repeat theirs; "
-            "gptjax predict --unique-tokens U knows the best use of scarce ones"
+            f"optimal N and D and the plots' curves are for unique tokens, without the {repeated} runs that repeat "
+            "theirs; gptjax predict --unique-tokens U accounts for repetition"
         )
     if left_out:
         notes.append(f"--max-flops {cfg.max_flops:g} left out {left_out} points")
@@ -106,19 +106,19 @@ def describe(table: Table, cfg: FitConfig, left_out: int) -> dict[str, Any]:
 
 
 def approaches(table: Table, fit_all: Callable[[], Fitted], flops_per: float, cfg: FitConfig) -> dict[str, Any]:
-    """Each approach as JSON: done or why not, exponents and coefficients of N-opt and D-opt, their intervals.
+    """Each approach as JSON: done or the reason why not, exponents and coefficients of N-opt and D-opt, intervals.
 
-    `fit_all` gives the fitted law, for the parametric approach. Raises InputError where the one that cfg.approach
-    names can't be done.
+    `fit_all` returns the fitted law, for the parametric approach. Raises InputError where the approach that
+    cfg.approach names can't be done.
     """
     again = {"bootstraps": cfg.bootstraps, "seed": cfg.seed, "level": cfg.level}
     of = np.isfinite(table.budget) & table.new
     columns = (table.budget[of], table.parameters[of], table.tokens[of], table.loss[of])
 
     def by_envelope() -> Allocation:
-        curves, how = curves_of(table.keep(table.new))
-        made = envelope(curves, flops_per=flops_per, **again)
-        return dataclasses.replace(made, notes=(f"curves: {how}", *made.notes))
+        curves, source = curves_of(table.keep(table.new))
+        allocation = envelope(curves, flops_per=flops_per, **again)
+        return dataclasses.replace(allocation, notes=(f"curves: {source}", *allocation.notes))
 
     def by_isoflop() -> Allocation:
         if not of.any():
@@ -130,27 +130,27 @@ def approaches(table: Table, fit_all: Callable[[], Fitted], flops_per: float, cf
             raise InputError(why)
         return parametric(fit_all(), flops_per)
 
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name, make in (("envelope", by_envelope), ("isoflop", by_isoflop), ("parametric", by_law)):
         if cfg.approach not in ("all", name):
-            found[name] = {"done": False, "why": f"--approach {cfg.approach} was asked for"}
+            results[name] = {"done": False, "why": f"not asked for (--approach {cfg.approach})"}
             continue
         try:
-            found[name] = _allocation(make(), table.flops)
+            results[name] = _allocation(make(), table.flops)
         except InputError as e:
             if cfg.approach == name:
                 raise InputError(f"{table.source}: --approach {name}: {e}") from e
-            found[name] = {"done": False, "why": str(e)}
-    if found["isoflop"]["done"]:
-        found["isoflop"]["parabolas"] = _parabolas(*columns, found["isoflop"]["budgets"])
-    return found
+            results[name] = {"done": False, "why": str(e)}
+    if results["isoflop"]["done"]:
+        results["isoflop"]["parabolas"] = _parabolas(*columns, results["isoflop"]["budgets"])
+    return results
 
 
 def curves_of(table: Table) -> tuple[list[tuple[float, np.ndarray, np.ndarray]], str]:
-    """(N, tokens [T], loss [T]) of curves for the envelope, and what they are; raises InputError where there are none.
+    """(N, tokens [T], loss [T]) of curves for the envelope, and their description; raises InputError for none.
 
-    Evaluations along the runs are best. Training losses come last: a curve at its peak learning rate lies above what
-    it would reach, so the finished runs of one size at several token counts, each with its cooldown, come before.
+    In order of preference: evaluations along the runs; finished runs of one size at several token counts, each with its
+    cooldown; training losses, which at the peak learning rate lie above those after a cooldown.
     """
     runs = [(float(n), c.tokens_T, c.loss_T) for n, c in zip(table.parameters, table.curves) if c is not None]
     if runs and table.evaluated:
@@ -172,36 +172,38 @@ def curves_of(table: Table) -> tuple[list[tuple[float, np.ndarray, np.ndarray]],
     )
 
 
-def _allocation(made: Allocation, flops: np.ndarray) -> dict[str, Any]:
+def _allocation(allocation: Allocation, flops: np.ndarray) -> dict[str, Any]:
     over = np.geomspace(flops.min(), 10 * flops.max(), BAND)
-    best = [made.optimal(float(c)) for c in over]
+    best = [allocation.optimal(float(c)) for c in over]
     band = {k: [[b[k][i] for b in best] for i in (1, 2)] for k in "ND"}
     return {
         "done": True,
         "why": "",
-        "coefficients": {"N": made.k_N, "D": made.k_D},
-        "exponents": {"N": made.a, "D": made.b},
-        "intervals": {"N": interval(made.interval("a")), "D": interval(made.interval("b"))},
-        "band": {"flops": over} | band if made.samples else None,
-        "least_loss": made.loss_law.coefficients if made.approach != "parametric" and made.loss_law else None,
-        "budgets": np.unique(made.points["budget"]) if made.approach == "isoflop" else [],
-        "notes": _short(made.notes),
+        "coefficients": {"N": allocation.k_N, "D": allocation.k_D},
+        "exponents": {"N": allocation.a, "D": allocation.b},
+        "intervals": {"N": interval(allocation.interval("a")), "D": interval(allocation.interval("b"))},
+        "band": {"flops": over} | band if allocation.samples else None,
+        "least_loss": allocation.loss_law.coefficients
+        if allocation.approach != "parametric" and allocation.loss_law
+        else None,
+        "budgets": np.unique(allocation.points["budget"]) if allocation.approach == "isoflop" else [],
+        "notes": _short(allocation.notes),
     }
 
 
 def _parabolas(budget_P, N_P, D_P, loss_P, budgets) -> list[dict[str, Any]]:
     """The parabolas in log10 N and log10 D of the budgets that approach 2 used; coefficients, highest power first."""
-    found = []
+    parabolas = []
     for value in budgets:
         of = budget_P == value
         by_N, by_D = parabola(value, N_P[of], loss_P[of]), parabola(value, D_P[of], loss_P[of])
-        found.append({"budget": value, "parameters": by_N.best, "tokens": by_D.best, "loss": by_N.loss,
+        parabolas.append({"budget": value, "parameters": by_N.best, "tokens": by_D.best, "loss": by_N.loss,
                       "of_parameters": by_N.coefficients, "of_tokens": by_D.coefficients})  # fmt: skip
-    return found
+    return parabolas
 
 
 def leave_out(table: Table, fit: Callable[..., Fitted], inputs: Sequence[np.ndarray]) -> dict[str, Any]:
-    """What a law fitted without each budget says of its runs; or why that can't be done."""
+    """Errors of a law fitted without each budget on its runs, or the reason why there are none."""
     if len(table.budgets) < 2:
         return {"done": False, "why": f"{len(table.budgets)} budget(s) in the table, wanted at least 2"}
     rows = leave_one_budget_out(fit, table.budget, *inputs, table.loss)
@@ -232,7 +234,7 @@ def _short(notes: Sequence[str]) -> list[str]:
 
 
 def points(tables: Sequence[str], cfg: FitConfig) -> tuple[Table, int]:
-    """The points of a table that the settings let into the fit, and how many --max-flops left out."""
+    """The points of a table that the settings select, and the number that --max-flops left out."""
     table = read_table(
         tables,
         columns=cfg.columns,
@@ -267,9 +269,9 @@ def check_enough(table: Table, law: str) -> None:
             "wanted at least 2 budgets, better 5 over a decade or more: add runs"
         )
     for what, values in (("sizes", table.parameters), ("token counts", table.tokens)):
-        there = len(np.unique(np.round(np.log(values), 3)))
-        if there < LEAST:
+        count = len(np.unique(np.round(np.log(values), 3)))
+        if count < LEAST:
             raise InputError(
-                f"{table.source}: {there} different {what}; {law} wanted at least {LEAST} to tell its exponents apart: "
+                f"{table.source}: {count} different {what}; {law} wanted at least {LEAST} to separate its exponents: "
                 "add runs"
             )

@@ -1,15 +1,13 @@
 """Scaling laws as published: loss from parameters, tokens and compute, each with its source. NumPy in, NumPy out.
 
 N is the number of parameters, D of trained tokens, C of training FLOPs; losses are in nats a token. Coefficients may be
-arrays too (say of shape [bootstraps, 1]), so one law can stand for a sample of laws; results then have both shapes.
+arrays too (say of shape [bootstraps, 1]), so that one object is a sample of laws; results broadcast both shapes.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-
-PETAFLOP_DAY = 1e15 * 24 * 3600  # FLOPs
 
 
 @dataclass(frozen=True)
@@ -45,15 +43,14 @@ class Chinchilla:
 
 
 HOFFMANN = Chinchilla(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)  # equation 10, rounded there
-BESIROGLU = Chinchilla(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)  # 2024, section 3: the same data again
 
 
 @dataclass(frozen=True)
 class OverTraining:
     """L = E + a N^e + b 6^(e/2) (M N)^e, with M = D / N tokens a parameter (Gadre et al. 2024).
 
-    These are the coefficients of the paper's released code. Its equation 4 says the same in compute C = 6 N D:
-    L = E + (a' M^eta + b M^-eta) C^-eta, with eta = -e / 2 and a' = a 6^eta; `published` converts.
+    These are the coefficients of the paper's released code. Its equation 4 is the same law in compute C = 6 N D:
+    L = E + (a' M^eta + b M^-eta) C^-eta, with eta = -e / 2 and a' = a 6^eta.
     """
 
     E: Any
@@ -64,16 +61,6 @@ class OverTraining:
     def loss(self, N, D):
         N, D = np.asarray(N, float), np.asarray(D, float)
         return self.E + self.a * N**self.e + self.b * 6 ** (self.e / 2) * D**self.e
-
-    def loss_of_compute(self, C, M):
-        """Loss after C = 6 N D FLOPs at M tokens a parameter."""
-        N = np.sqrt(np.asarray(C, float) / (6 * np.asarray(M, float)))
-        return self.loss(N, M * N)
-
-    @property
-    def published(self) -> dict[str, Any]:
-        """E, a, b and eta of the paper's equation 4."""
-        return {"E": self.E, "a": self.a * 6 ** (-self.e / 2), "b": self.b, "eta": -self.e / 2}
 
     def optimal(self, flops, flops_per: float = 6.0):
         """(N, D) of the least loss at C = flops_per * N * D: the law is Chinchilla's with alpha = beta = -e."""
@@ -87,7 +74,7 @@ class DataConstrained(Chinchilla):
 
     D' = U + U R_D (1 - exp(-(D/U - 1) / R_D)), and N' likewise of U_N, the parameters that U tokens would be optimal
     for, with R_N (equations 5 and 6): after R_D repetitions another epoch is worth 1/e of new tokens. A run of fewer
-    than U tokens has as many unique ones as it trains on; U is endless where it is not given.
+    than U tokens has as many unique ones as it trains on; the default of U is infinite.
     """
 
     R_D: Any
@@ -100,24 +87,24 @@ class DataConstrained(Chinchilla):
         return super().loss(saturate(U_N, N / U_N - 1, self.R_N), saturate(U, D / U - 1, self.R_D))
 
     def optimal(self, flops, flops_per: float = 6.0, U: float = np.inf):
-        """(N, D) of the least loss at C = flops_per * N * D with U unique tokens: Chinchilla's where U is enough.
+        """(N, D) of the least loss at C = flops_per * N * D with U unique tokens: Chinchilla's where U suffices.
 
-        Else found on grids of D around it, each as wide as the step of the one before, the last to 1 part in 10,000:
-        there is no closed form.
+        Otherwise there is no closed form: four grids of D around it, each as wide as a step of the grid before, find D
+        to 1 part in 10,000.
         """
         N, D = np.broadcast_arrays(*super().optimal(flops, flops_per), self.R_D, self.R_N)[:2]
-        enough, product = D <= U, N * D
+        sufficient, product = D <= U, N * D
         factors, width = np.ones_like(D), np.log(100.0)
         for _ in range(4):
-            tried = factors * np.exp(np.linspace(-width, width, 41)).reshape(-1, *[1] * np.ndim(D))
-            best = np.argmin(self.loss(product / (D * tried), D * tried, U), axis=0)
-            factors, width = np.take_along_axis(tried, best[None], axis=0)[0], width / 20
-        D = np.where(enough, D, D * factors)
+            grid = factors * np.exp(np.linspace(-width, width, 41)).reshape(-1, *[1] * np.ndim(D))
+            best = np.argmin(self.loss(product / (D * grid), D * grid, U), axis=0)
+            factors, width = np.take_along_axis(grid, best[None], axis=0)[0], width / 20
+        D = np.where(sufficient, D, D * factors)
         return product / D, D
 
 
 def saturate(unique, repeats, half):
-    """What `unique` units are worth when seen `repeats` more times: unique (1 + R (1 - exp(-repeats / R)))."""
+    """Effective units of `unique` ones seen `repeats` more times: unique (1 + R (1 - exp(-repeats / R)))."""
     return unique * (1 - half * np.expm1(-repeats / half))
 
 
@@ -132,8 +119,7 @@ MUENNIGHOFF = DataConstrained(
 class Kaplan:
     """L(N, D) = ((N_c / N)^(alpha_N / alpha_D) + D_c / D)^alpha_D (Kaplan et al. 2020, equation 1.5).
 
-    Theirs is of N without embeddings. The tokens and their vocabulary set the scale of N_c and D_c, which mean nothing
-    by themselves.
+    The paper's N excludes embeddings. N_c and D_c depend on tokenizer and vocabulary, and have no meaning of their own.
     """
 
     alpha_N: Any
@@ -153,7 +139,7 @@ class Kaplan:
     def optimal(self, flops, flops_per: float = 6.0):
         """(N, D) of the least loss at C = flops_per * N * D FLOPs, where the gradient of equation 1.5 is 0.
 
-        Not the paper's N ~ C^0.73, which is of training at the batch that takes the least compute.
+        Not the paper's N ~ C^0.73, which holds for training at the batch of least compute.
         """
         a, _ = self.exponents
         ratio, product = self.alpha_N / self.alpha_D, np.asarray(flops, float) / flops_per
@@ -163,7 +149,7 @@ class Kaplan:
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """L(C) = E + K / C^gamma: the least loss at a budget, as compute-optimal runs trace it."""
+    """L(C) = E + K / C^gamma: the loss of compute-optimal runs."""
 
     E: Any
     K: Any
@@ -174,15 +160,11 @@ class PowerLaw:
 
 
 KAPLAN_ND = Kaplan(alpha_N=0.076, alpha_D=0.103, N_c=6.4e13, D_c=1.8e13)  # table 2, on WebText2
-# Of one resource where the others are enough, (X_c / X)^alpha: E = 0 and K = X_c^alpha.
-KAPLAN_N = PowerLaw(0.0, 8.8e13**0.076, 0.076)  # equation 1.1: parameters, trained to convergence
-KAPLAN_D = PowerLaw(0.0, 5.4e13**0.095, 0.095)  # equation 1.2: tokens, a large model stopped early
-KAPLAN_C = PowerLaw(0.0, (3.1e8 * PETAFLOP_DAY) ** 0.050, 0.050)  # 1.3: FLOPs, at the best size and batch
 
 
 @dataclass(frozen=True)
 class TwoPoint:
-    """log loss = intercept + slope log C through two points: a line drawn by hand, and what a fit must beat."""
+    """log loss = intercept + slope log C through two points: the baseline of a fit."""
 
     flops: tuple[float, float]
     losses: tuple[float, float]

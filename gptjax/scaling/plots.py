@@ -49,7 +49,7 @@ def _png(figure: Any) -> bytes:
 
 
 def _losses(fit: Fit) -> Any:
-    """Loss over FLOPs: the points by size, the law at each size, and the least loss with its interval."""
+    """Loss over FLOPs: points by size, the law at each size, and the least loss with its interval."""
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
 
@@ -87,13 +87,13 @@ def _losses(fit: Fit) -> Any:
 
 def _isoflop(fit: Fit) -> Any:
     """Loss over N for each budget, the parabola in log N and its minimum."""
-    found = fit.approaches["isoflop"]
-    if not found["done"]:
+    isoflop = fit.approaches["isoflop"]
+    if not isoflop["done"]:
         return None
     from matplotlib import colormaps
 
     figure, (ax,) = _figure()
-    budgets, tokens = found["parabolas"], fit.points["tokens"]
+    budgets, tokens = isoflop["parabolas"], fit.points["tokens"]
     new = fit.points.get("unique_tokens", tokens) >= tokens
     colours = colormaps["viridis"](np.linspace(0, 0.88, len(budgets)))
     for parabola, colour in zip(budgets, colours):
@@ -134,7 +134,7 @@ def _optimum(fit: Fit) -> Any:
 
 
 def _residuals(fit: Fit) -> Any:
-    """How far each loss is from the law, in percent, over FLOPs and over tokens a parameter."""
+    """Relative residuals in percent, over FLOPs and over tokens a parameter."""
     figure, axes = _figure(2)
     n, d, c, loss = (fit.points[k] for k in ("parameters", "tokens", "flops", "loss"))
     off = 100 * (loss / fit.points["predicted"] - 1)

@@ -1,4 +1,4 @@
-"""What `gptjax predict` does: the best run for a budget, the loss of a run, or a whole table held against the fit."""
+"""`gptjax predict`: the optimal run for a budget, the loss of a run, or a whole table compared with the fit."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,59 +12,59 @@ from gptjax.scaling.saved import Fit, interval, open_fit, strict
 from gptjax.scaling.table import Table, best_run, read_table
 from gptjax.storage import write_json
 
-MOST_ROWS = 24  # of a table that the screen has; the JSON has all
+MOST_ROWS = 24  # of a table on the screen; the JSON has all
 
 
 def predict(folder: str, cfg: PredictConfig, show: Callable[[str], None]) -> list[str]:
-    """Predicts what cfg asks for, passes the lines to `show`, writes cfg.json; returns the words of the next command.
+    """Predicts by cfg, passes lines to `show`, writes cfg.json, and returns the words of the next command.
 
-    Raises InputError for more than a decade beyond the fitted points, unless cfg.extrapolate says that it is known.
+    Raises InputError for a prediction more than a decade beyond the fitted points, unless cfg.extrapolate is set.
     """
     fit = open_fit(folder)
     if cfg.unique_tokens and "U" not in fit.fitted.inputs:
         raise InputError(
-            f"unique_tokens={cfg.unique_tokens:g}: to the law of {fit.source}, {fit.document['law']}, every token is "
-            "new; leave it out, or fit --law data_constrained"
+            f"unique_tokens={cfg.unique_tokens:g}: in the law of {fit.source}, {fit.document['law']}, every token is "
+            "unique; leave it out, or fit --law data_constrained"
         )
     again = ["--unique-tokens", f"{cfg.unique_tokens:.3g}"] if cfg.unique_tokens else []
     if cfg.flops:
-        made, lines = _budget(fit, cfg)
-        twice = ["--parameters", f"{made['parameters'] / 2:.3g}", "--tokens", f"{made['tokens'] * 2:.3g}"]
+        result, lines = _budget(fit, cfg)
+        twice = ["--parameters", f"{result['parameters'] / 2:.3g}", "--tokens", f"{result['tokens'] * 2:.3g}"]
         following = [*twice, *again, *(["--extrapolate"] if cfg.extrapolate else [])]
     elif cfg.parameters:
-        made, lines = _run(fit, cfg)
-        following = ["--flops", f"{made['flops']:.3g}", *again]
+        result, lines = _run(fit, cfg)
+        following = ["--flops", f"{result['flops']:.3g}", *again]
     elif cfg.against:
-        made, lines = _against(fit, cfg)
+        result, lines = _against(fit, cfg)
         following = ["--flops", f"{fit.document['range']['flops'][1]:.3g}"]
     else:
         raise InputError(
-            "nothing is asked for; wanted --flops 1e21, --parameters N with --tokens D, or --against TABLE "
+            "nothing to predict; wanted --flops 1e21, --parameters N with --tokens D, or --against TABLE "
             f"(this fit: {fit.document['range']['flops'][0]:.3g} to {fit.document['range']['flops'][1]:.3g} FLOPs)"
         )
     if cfg.json:
         about = {"path": fit.source, "sha256": fit.sha256, "law": fit.document["law"], "level": fit.level}
-        write_json(cfg.json, strict({"fit": about | {"table": fit.document["table"]}} | made))
+        write_json(cfg.json, strict({"fit": about | {"table": fit.document["table"]}} | result))
     for line in lines:
         show(line)
     return ["predict", folder, *following]
 
 
 def optimum(fit: Fit, flops: float, *unique_tokens: float) -> dict[str, Any]:
-    """The best N and D for a budget and their loss, each with its interval, by the law and by each approach.
+    """The optimal N and D for a budget and their loss, each with its interval, by the law and by each approach.
 
-    The approaches know of new tokens only; the law has the best use of `unique_tokens` where they are given.
+    The approaches assume that all tokens are unique; the law accounts for `unique_tokens` where they are given.
     """
     fitted, per = fit.fitted, fit.flops_per
     (n,), (d,) = (np.atleast_1d(x) for x in fit.optimal(flops, *unique_tokens))
     loss, loss_interval = fit.loss_of_run(float(n), float(d), *unique_tokens)
     by = {
         name: {
-            "parameters": made["coefficients"]["N"] * flops ** made["exponents"]["N"],
-            "tokens": made["coefficients"]["D"] * flops ** made["exponents"]["D"],
+            "parameters": result["coefficients"]["N"] * flops ** result["exponents"]["N"],
+            "tokens": result["coefficients"]["D"] * flops ** result["exponents"]["D"],
         }
-        for name, made in fit.approaches.items()
-        if made["done"]
+        for name, result in fit.approaches.items()
+        if result["done"]
     }
     return {
         "flops": flops,
@@ -81,23 +81,23 @@ def optimum(fit: Fit, flops: float, *unique_tokens: float) -> dict[str, Any]:
 def _budget(fit: Fit, cfg: PredictConfig) -> tuple[dict[str, Any], list[str]]:
     outside = fit.check(cfg.extrapolate, flops=cfg.flops)
     unique = _unique(cfg)
-    made = optimum(fit, cfg.flops, *unique.values())
-    outside += fit.check(cfg.extrapolate, parameters=made["parameters"], tokens=made["tokens"], **unique)
-    advice = batch_rule(cfg.recipe, made["parameters"], made["tokens"])
+    result = optimum(fit, cfg.flops, *unique.values())
+    outside += fit.check(cfg.extrapolate, parameters=result["parameters"], tokens=result["tokens"], **unique)
+    advice = batch_rule(cfg.recipe, result["parameters"], result["tokens"])
     lines = [
         f"best for {cfg.flops:.4g} FLOPs by {fit.document['law']}, {fit.level:.0%} intervals ({fit.source})",
-        f"  parameters {_value(made['parameters'], made['parameters_interval'])}",
-        f"  tokens     {_value(made['tokens'], made['tokens_interval'])}, "
-        f"{made['tokens'] / made['parameters']:.3g} a parameter{_epochs(cfg, made['tokens'])}",
-        f"  loss       {_value(made['loss'], made['loss_interval'], '.4f')} nats a token, of one run",
+        f"  parameters {_value(result['parameters'], result['parameters_interval'])}",
+        f"  tokens     {_value(result['tokens'], result['tokens_interval'])}, "
+        f"{result['tokens'] / result['parameters']:.3g} a parameter{_epochs(cfg, result['tokens'])}",
+        f"  loss       {_value(result['loss'], result['loss_interval'], '.4f')} nats a token, of one run",
     ]
     lines += [
         f"  by {name}{' of new tokens' if unique else ''}: parameters {by['parameters']:.3g}, tokens {by['tokens']:.3g}"
-        for name, by in made["approaches"].items()
+        for name, by in result["approaches"].items()
         if name != "parametric"
     ]
-    lines += _advised(fit, advice) + _told(outside)
-    return made | unique | {"outside": outside, "recipe": advice}, lines
+    lines += _advised(fit, advice) + _extrapolated(outside)
+    return result | unique | {"outside": outside, "recipe": advice}, lines
 
 
 def _run(fit: Fit, cfg: PredictConfig) -> tuple[dict[str, Any], list[str]]:
@@ -113,14 +113,14 @@ def _run(fit: Fit, cfg: PredictConfig) -> tuple[dict[str, Any], list[str]]:
         f"  loss {_value(loss, loss_interval, '.4f')} nats a token, of one run, {fit.level:.0%} interval",
         f"  the best use of these FLOPs would reach {best:.4f}, {100 * (1 - best / loss):.2f} % less",
     ]
-    lines += _advised(fit, advice) + _told(outside)
-    made = {"parameters": cfg.parameters, "tokens": cfg.tokens, "flops": flops, "loss": loss,
+    lines += _advised(fit, advice) + _extrapolated(outside)
+    result = {"parameters": cfg.parameters, "tokens": cfg.tokens, "flops": flops, "loss": loss,
             "loss_interval": loss_interval, "best_loss": best, "outside": outside, "recipe": advice}  # fmt: skip
-    return made | unique, lines
+    return result | unique, lines
 
 
 def _unique(cfg: PredictConfig) -> dict[str, float]:
-    """The unique tokens that were given, if any were: none is as many as anyone may want."""
+    """The law's argument of unique tokens; empty without --unique-tokens."""
     return {"unique_tokens": cfg.unique_tokens} if cfg.unique_tokens else {}
 
 
@@ -156,18 +156,18 @@ def _against(fit: Fit, cfg: PredictConfig) -> tuple[dict[str, Any], list[str]]:
     rows = compare(fit, table)
     outside = list(dict.fromkeys(outside))
     if np.isnan(table.loss).all():
-        made = {"planned": {"source": table.source, "sha256": table.sha256}, "rows": rows, "outside": outside}
-        return made, [*_planned(fit, table, rows), *_told(tuple(outside))]
+        result = {"planned": {"source": table.source, "sha256": table.sha256}, "rows": rows, "outside": outside}
+        return result, [*_planned(fit, table, rows), *_extrapolated(tuple(outside))]
     unseen = [row for row in rows if not row["fitted"]]
-    made = {"against": {"source": table.source, "sha256": table.sha256}, "rows": rows, "outside": outside,
+    result = {"against": {"source": table.source, "sha256": table.sha256}, "rows": rows, "outside": outside,
             "unseen": summary(unseen), "fitted": summary([row for row in rows if row["fitted"]])}  # fmt: skip
-    return made, _compared(fit, table, rows, made) + _told(tuple(outside))
+    return result, _compared(fit, table, rows, result) + _extrapolated(tuple(outside))
 
 
 def compare(fit: Fit, table: Table) -> list[dict[str, Any]]:
-    """Each row of a table beside its prediction; errors are relative to the observed loss, where there is one.
+    """Each row of a table with its prediction, and its error relative to the observed loss, if there is one.
 
-    `fitted` says whether a row of this size, tokens and loss was among the fitted points.
+    `fitted` is True where a row of this size, tokens and loss was among the fitted points.
     """
     predicted, low, high = fit.loss(*table.inputs(fit.fitted.inputs))
     line = fit.baseline
@@ -191,33 +191,33 @@ def compare(fit: Fit, table: Table) -> list[dict[str, Any]]:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The mean and largest absolute error of the law over the rows, and how many of them lie in their intervals.
+    """The mean and largest absolute error of the law over the rows, and the number of rows in their intervals.
 
-    The two-point line is one of best runs, so it is compared where it can be right: `best` has the mean errors of both
-    over the best run of each budget, its loss the mean over its seeds (rows without a budget count for themselves).
+    The two-point line is one of best runs, so it is compared on these: `best` has the mean errors of both over the best
+    run of each budget, with the mean loss of its seeds (a row without a budget is a budget of its own).
     """
     if not rows:
         return {"rows": 0}
     errors = [abs(row["error"]) for row in rows]
-    made: dict[str, Any] = {"rows": len(rows), "mean_error": np.mean(errors), "largest_error": np.max(errors)}
+    result: dict[str, Any] = {"rows": len(rows), "mean_error": np.mean(errors), "largest_error": np.max(errors)}
     within = [row["within"] for row in rows if "within" in row]
     if within:
-        made["within"] = sum(within)
+        result["within"] = sum(within)
     if "two_point" not in rows[0]:
-        return made
+        return result
     keys = ("budget", "loss", "parameters", "tokens", "predicted")  # one prediction: as many unique tokens, too
     budget, loss, *inputs = (np.array([row[key] for row in rows]) for key in keys)
     budget = np.where(np.isfinite(budget), budget, -np.arange(1.0, len(rows) + 1))
     best = [best_run(budget == c, loss, *inputs) for c in np.unique(budget)]
 
-    def mean_error(of_what: str) -> float:
-        said = np.array([row[of_what] for row in rows])
-        return float(np.mean([abs(said[of].mean() / loss[of].mean() - 1) for of in best]))
+    def mean_error(key: str) -> float:
+        predicted = np.array([row[key] for row in rows])
+        return float(np.mean([abs(predicted[of].mean() / loss[of].mean() - 1) for of in best]))
 
-    made["best"] = {
+    result["best"] = {
         "rows": len(best), "mean_error": mean_error("predicted"), "mean_two_point_error": mean_error("two_point")
     }  # fmt: skip
-    return made
+    return result
 
 
 def _planned(fit: Fit, table: Table, rows: list[dict[str, Any]]) -> list[str]:
@@ -235,7 +235,7 @@ def _more(rows: list[dict[str, Any]]) -> list[str]:
     return [f"... and {len(rows) - MOST_ROWS} more rows; --json FILE has all"] if len(rows) > MOST_ROWS else []
 
 
-def _compared(fit: Fit, table: Table, rows: list[dict[str, Any]], made: dict[str, Any]) -> list[str]:
+def _compared(fit: Fit, table: Table, rows: list[dict[str, Any]], result: dict[str, Any]) -> list[str]:
     lines = [f"{len(rows)} rows of {table.source} against {fit.source}; errors are (predicted - observed) / observed",
              f"{'':28} {'N':>9} {'D':>9} {'FLOPs':>9} {'loss':>8} {'predicted':>9} {'error':>8} "
              f"{'interval':>17}  {'two-point':>9}"]  # fmt: skip
@@ -251,7 +251,7 @@ def _compared(fit: Fit, table: Table, rows: list[dict[str, Any]], made: dict[str
         )
     lines += _more(rows)
     for name in ("unseen", "fitted"):
-        s = made[name]
+        s = result[name]
         if not s["rows"]:
             lines.append("no row is unseen: each was fitted" if name == "unseen" else "* fitted: none")
             continue
@@ -273,5 +273,5 @@ def _value(value: float, edges: list[float] | None, form: str = ".3g") -> str:
     return f"{value:{form}}" + (f" [{edges[0]:{form}}, {edges[1]:{form}}]" if edges else " (no interval)")
 
 
-def _told(outside: tuple[str, ...]) -> list[str]:
+def _extrapolated(outside: tuple[str, ...]) -> list[str]:
     return [f"extrapolated: {words}" for words in outside] or ["within the fitted points"]

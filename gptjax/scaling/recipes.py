@@ -1,8 +1,8 @@
-"""Batch size and learning rate by published rules: each a formula, its source, and what it was measured on.
+"""Batch size and learning rate by published rules: each a formula, its source, and the range of its measurements.
 
-They disagree, by a factor of several in places: a rule carries over where the model, tokenizer and optimizer are like
-the paper's (AdamW, decoders), and a short sweep at a small size is worth more than any of them.
-Tokens, parameters without embeddings, FLOPs; a learning rate is the peak of its schedule.
+The rules disagree by factors of up to several: one transfers where the model, tokenizer and optimizer are like the
+paper's (AdamW, decoders), and a short sweep at a small size is more reliable than any of them.
+Units: tokens, parameters without embeddings, FLOPs; a learning rate is the peak of its schedule.
 """
 
 from collections.abc import Callable

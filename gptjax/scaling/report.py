@@ -1,4 +1,4 @@
-"""A fit for people: one screen of text, and one HTML page that needs nothing else, in light and dark."""
+"""Reports of a fit: one screen of text, and one self-contained HTML page, in light and dark."""
 
 import base64
 import html
@@ -12,8 +12,8 @@ from gptjax.scaling.saved import Fit
 from gptjax.scaling.table import INPUTS
 from gptjax.storage import write_file, write_json
 
-AHEAD = (1, 3, 10)  # budgets that the report plans for, as multiples of the largest fitted
-SHOWN = 2  # notes of an approach that the screen has; the report has all
+AHEAD = (1, 3, 10)  # planned budgets, as multiples of the largest fitted one
+SHOWN = 2  # notes of an approach on the screen; the page has all
 NO_PLOTS = "no plots, for matplotlib is not installed: pip install 'gptjax[plots]'"
 
 STYLE = """
@@ -46,7 +46,7 @@ def write_report(fit: Fit, folder: Path) -> list[str]:
 
 
 def screen(fit: Fit) -> list[str]:
-    """One screen of text."""
+    """The lines of one screen."""
     doc, table = fit.document, fit.document["table"]
     low, high = doc["range"]["flops"]
     lines = [
@@ -60,12 +60,12 @@ def screen(fit: Fit) -> list[str]:
     r = doc["residuals"]
     lines.append(f"residuals: root mean square {100 * r['rms']:.3g} %, largest {100 * r['largest']:.3g} %")
     lines.append(f"best N and D for a budget C (C = {fit.flops_per:.4g} N D), {fit.level:.0%} intervals:")
-    for name, made in fit.approaches.items():
-        if made["done"]:
-            a, b = (f"C^{made['exponents'][k]:.4f} {_pair(made['intervals'][k], '.4f')}" for k in "ND")
+    for name, approach in fit.approaches.items():
+        if approach["done"]:
+            a, b = (f"C^{approach['exponents'][k]:.4f} {_pair(approach['intervals'][k], '.4f')}" for k in "ND")
             lines.append(f"  {name:10} N ~ {a}  D ~ {b}")
         else:
-            lines.append(f"  {name:10} not done: {made['why']}")
+            lines.append(f"  {name:10} not done: {approach['why']}")
     for row in plans(fit)[1:]:
         loss = row["loss_interval"]
         spread = f" [{loss[0]:.4f}, {loss[1]:.4f}]" if loss else ""
@@ -73,8 +73,8 @@ def screen(fit: Fit) -> list[str]:
                      f"loss {row['loss']:.4f}{spread}")  # fmt: skip
     lines.append(_left_out(doc["leave_one_out"]))
     lines += [f"note: {note}" for note in doc["notes"]]
-    for name, made in fit.approaches.items():
-        notes = made.get("notes", [])
+    for name, approach in fit.approaches.items():
+        notes = approach.get("notes", [])
         lines += [f"note: {name}: {note}" for note in notes[:SHOWN]]
         if len(notes) > SHOWN:
             lines.append(f"note: {name}: {len(notes) - SHOWN} more in report.html")
@@ -82,12 +82,12 @@ def screen(fit: Fit) -> list[str]:
 
 
 def plans(fit: Fit) -> list[dict[str, Any]]:
-    """The best run at the largest fitted budget, at 3 and at 10 times it."""
+    """The optimal runs at the largest fitted budget, and at 3 and 10 times it."""
     return [optimum(fit, fit.document["range"]["flops"][1] * times) for times in AHEAD]
 
 
 def page(fit: Fit, plots: dict[str, bytes]) -> str:
-    """The report as one HTML page: no script, no font, image or style from elsewhere."""
+    """The report as one HTML page without scripts or external fonts, images and styles."""
     doc, table = fit.document, fit.document["table"]
     parts = [
         f"<h1>{_text(doc['law'])} law of {_text(Path(table['source']).name)}</h1>",
@@ -104,10 +104,10 @@ def page(fit: Fit, plots: dict[str, bytes]) -> str:
         *_image(plots, "optimum", "best parameters and tokens over FLOPs"),
         *_image(plots, "isoflop", "loss over parameters at each budget"),
         *_plans(fit),
-        "<h2>Held to it</h2>", *_held(doc),
+        "<h2>Validation</h2>", *_validation(doc),
         *_image(plots, "residuals", "relative residuals"),
         "<h2>Points</h2>", _points(fit),
-        "<h2>Where this comes from</h2>", *_provenance(doc),
+        "<h2>Provenance</h2>", *_provenance(doc),
     ]  # fmt: skip
     if not plots:
         parts.insert(2, f"<p class=bad>{_text(NO_PLOTS)}</p>")
@@ -121,14 +121,14 @@ def page(fit: Fit, plots: dict[str, bytes]) -> str:
 
 def _approaches(fit: Fit) -> list[str]:
     rows = []
-    for name, made in fit.approaches.items():
-        if made["done"]:
-            a, b, k = made["exponents"], made["intervals"], made["coefficients"]
+    for name, approach in fit.approaches.items():
+        if approach["done"]:
+            a, b, k = approach["exponents"], approach["intervals"], approach["coefficients"]
             rows.append((name, f"{k['N']:.4g} C^{a['N']:.4f}", _pair(b["N"], ".4f"), f"{k['D']:.4g} C^{a['D']:.4f}",
                          _pair(b["D"], ".4f")))  # fmt: skip
         else:
-            rows.append((name, f"not done: {made['why']}", "", "", ""))
-    notes = [f"{name}: {note}" for name, made in fit.approaches.items() for note in made.get("notes", ())]
+            rows.append((name, f"not done: {approach['why']}", "", "", ""))
+    notes = [f"{name}: {note}" for name, approach in fit.approaches.items() for note in approach.get("notes", ())]
     return [
         f"<p class=soft>C = {fit.flops_per:.4g} N D. The three approaches of Hoffmann et al. 2022: envelope of "
         "training curves, IsoFLOP parabolas, parametric fit.</p>",
@@ -147,21 +147,21 @@ def _plans(fit: Fit) -> list[str]:
     return ["<p>By the law, at the largest fitted budget and beyond:</p>", _table(head, rows)]
 
 
-def _held(doc: dict[str, Any]) -> list[str]:
-    found, line = doc["leave_one_out"], doc["baseline"]
+def _validation(doc: dict[str, Any]) -> list[str]:
+    left_out, line = doc["leave_one_out"], doc["baseline"]
     parts = []
-    if found["done"]:
+    if left_out["done"]:
         rows = [(f"{r['budget']:.3g}" + (" (extrapolated)" if r["beyond"] else ""), str(r["points"]),
                  *("too little left" if r[k] is None else f"{100 * r[k]:{form}} %"
                    for k, form in (("error", "+.2f"), ("worst", ".2f"))))
-                for r in found["budgets"]]  # fmt: skip
+                for r in left_out["budgets"]]  # fmt: skip
         parts += ["<p>Each budget predicted by a law fitted to the others; errors are prediction / loss - 1:</p>",
                   _table(("budget left out", "runs", "mean error", "largest, of a run"), rows)]  # fmt: skip
     else:
-        parts.append(f"<p>Leave one budget out: not done, {_text(found['why'])}.</p>")
+        parts.append(f"<p>Leave one budget out: not done, {_text(left_out['why'])}.</p>")
     if line["done"]:
         parts.append(
-            f"<p class=soft>To be beaten: the two-point line, loss {line['losses'][1]:.4f} (C / {line['flops'][1]:.3g})"
+            f"<p class=soft>Baseline: the two-point line, loss {line['losses'][1]:.4f} (C / {line['flops'][1]:.3g})"
             f"<sup>{line['slope']:.4f}</sup>, through the best runs of the two largest budgets.</p>"
         )
     else:
@@ -190,10 +190,10 @@ def _provenance(doc: dict[str, Any]) -> list[str]:
     return [*_list(doc["notes"]), _table(("", ""), rows, words=True)]
 
 
-def _left_out(found: dict[str, Any]) -> str:
-    if not found["done"]:
-        return f"leave one budget out: not done, {found['why']}"
-    rows = [row for row in found["budgets"] if row["error"] is not None]
+def _left_out(result: dict[str, Any]) -> str:
+    if not result["done"]:
+        return f"leave one budget out: not done, {result['why']}"
+    rows = [row for row in result["budgets"] if row["error"] is not None]
     worst = max(rows, key=lambda row: abs(row["error"]))
     errors = ", ".join(f"{100 * row['error']:+.2f}" for row in rows)
     words = f"leave one budget out: mean errors {errors} %"
@@ -236,5 +236,5 @@ def _image(plots: dict[str, bytes], name: str, alt: str) -> list[str]:
 
 
 def without_plots() -> str:
-    """What to say where no plots can be drawn; empty where they can."""
+    """The message where matplotlib is missing; empty where it is installed."""
     return "" if have_matplotlib() else NO_PLOTS

@@ -1,4 +1,4 @@
-"""The rows of a table as text, with the place of each: from CSV, JSONL, the folder of a sweep, or folders of runs."""
+"""Rows of a table as text, with their locations: from CSV, JSONL, the folder of a sweep, or folders of runs."""
 
 import csv
 import hashlib
@@ -17,13 +17,13 @@ from gptjax.runs.run import load_config
 from gptjax.storage import filesystem, resolve_path
 
 SWEEP_TABLE = "table.csv"
-WINDOWS = 48  # points of a curve that is made of training losses
-ENOUGH = 5  # evaluations that make a curve
+WINDOWS = 48  # points of a curve of training losses
+ENOUGH = 5  # evaluations of a curve
 WANTED = "wanted a .csv or .jsonl file, the folder of a sweep, or the folders of runs"
 
 
 class RunRow(NamedTuple):
-    """One row: its cells as text by column, where it stands, and the (tokens, losses) along the run."""
+    """One row: its cells as text by column, its file and line, and the (tokens, losses) along the run."""
 
     cells: dict[str, str]
     place: str
@@ -31,7 +31,7 @@ class RunRow(NamedTuple):
 
 
 class RunRows(NamedTuple):
-    """All rows of a table, and the sha256 of what was read."""
+    """All rows of a table, and the sha256 of its source."""
 
     source: str
     sha256: str
@@ -39,11 +39,11 @@ class RunRows(NamedTuple):
     rows: list[RunRow]
     notes: tuple[str, ...]
     evaluated: bool = False
-    """Whether the curves are of evaluations, not of training losses."""
+    """True where the curves are of evaluations, not of training losses."""
 
 
 def read_rows(paths: Sequence[str | Path]) -> RunRows:
-    """Reads a file, the table of a sweep's folder, or the folders of runs; raises InputError where it can't."""
+    """Reads a file, the table in a sweep's folder, or the folders of runs; raises InputError for anything else."""
     if not paths:
         raise InputError(f"no table is given; {WANTED}")
     if len(paths) == 1 and not _is_run(resolve_path(paths[0])):
@@ -57,14 +57,16 @@ def read_rows(paths: Sequence[str | Path]) -> RunRows:
     for path in map(resolve_path, paths):
         if not _is_run(path):
             raise InputError(f"{path}: not the folder of a run, and several tables can't be read at once; {WANTED}")
-    made, early = [], []
+    runs, unfinished = [], []
     for path in map(resolve_path, paths):
         row, curves, steps = _of_run(path)
-        made.append((row, curves))
+        runs.append((row, curves))
         if curves.step < steps:
-            early.append(f"{path.name} at step {curves.step} of {steps}")
-    rows, note, evaluated = _same_curves(made)
-    notes = (note, f"{len(early)} runs have not ended, so their losses lie high: {', '.join(early)}")[: 1 + bool(early)]
+            unfinished.append(f"{path.name} at step {curves.step} of {steps}")
+    rows, note, evaluated = _same_curves(runs)
+    notes = (note, f"{len(unfinished)} runs have not ended, so their losses lie high: {', '.join(unfinished)}")[
+        : 1 + bool(unfinished)
+    ]
     text = json.dumps([row.cells for row in rows], sort_keys=True)
     source = str(paths[0]) if len(paths) == 1 else f"{len(paths)} runs ({paths[0]}, ...)"
     return RunRows(source, hashlib.sha256(text.encode()).hexdigest(), tuple(rows[0].cells), rows, notes, evaluated)
@@ -114,7 +116,7 @@ def _csv(text: str, source: str) -> tuple[tuple[str, ...], list[RunRow]]:
 
 
 def _once(names: Sequence[str], where: str) -> None:
-    """Raises InputError for a column that is there twice or has no name."""
+    """Raises InputError for a column name that occurs twice."""
     name, times = Counter(names).most_common(1)[0]
     if times > 1:
         what = f"the column {name!r} is" if name else "columns without a name are"
@@ -148,16 +150,16 @@ def _objects(text: str, source: str, torn: bool = False) -> Iterator[tuple[str, 
         if not line.strip():
             continue
         try:
-            found = json.loads(line, object_pairs_hook=once)
+            value = json.loads(line, object_pairs_hook=once)
         except InputError:
             raise
         except (ValueError, RecursionError) as e:
             if torn and number == len(lines):
                 return
             raise InputError(f"{where}: not JSON ({e}); wanted one object a line, repair or remove it") from e
-        if not isinstance(found, dict):
-            raise InputError(f"{where}: {type(found).__name__}, not an object; wanted {{name: value, ...}} a line")
-        yield where, found
+        if not isinstance(value, dict):
+            raise InputError(f"{where}: {type(value).__name__}, not an object; wanted {{name: value, ...}} a line")
+        yield where, value
 
 
 def _bytes(path: Path) -> bytes:
@@ -168,9 +170,9 @@ def _bytes(path: Path) -> bytes:
 
 
 class _Curves(NamedTuple):
-    """Losses along a run: of the evaluations, and of training averaged over windows of tokens.
+    """Losses along a run: of evaluations, and of training averaged over windows of tokens.
 
-    step: of the last evaluation, 0 for none; diverged: its loss is not finite.
+    step: the step of the last evaluation, 0 for none; diverged: its loss is not finite.
     """
 
     evaluation: tuple[np.ndarray, np.ndarray]
@@ -180,14 +182,14 @@ class _Curves(NamedTuple):
 
 
 def _of_run(folder: Path) -> tuple[RunRow, _Curves, int]:
-    """The row of a run's folder: the loss of its last evaluation, the tokens until then; and the run's steps."""
+    """The row of a run's folder (loss of its last evaluation, tokens until then), its curves, and its steps."""
     config = load_config(folder)
     count = parameters(config.model, config.tokenizer.vocab_size, config.data.length)
     curves = _curves(folder)
     tokens, losses = curves.evaluation
     if curves.diverged:
         raise InputError(
-            f"{folder}/metrics.jsonl: the last evaluation, at step {curves.step}, is no finite number above 0; "
+            f"{folder}/metrics.jsonl: the last evaluation, at step {curves.step}, is not a finite number above 0; "
             "wanted a run that did not diverge: leave it out"
         )
     if not len(losses):
@@ -204,13 +206,13 @@ def _of_run(folder: Path) -> tuple[RunRow, _Curves, int]:
 
 
 def _curves(folder: Path) -> _Curves:
-    """Losses along a run, from its metrics."""
+    """Reads the losses along a run from its metrics."""
     path = folder / "metrics.jsonl"
     if not filesystem(path).is_file(path):
         raise InputError(f"{path}: no such file; wanted a run that was trained")
     tokens_at: dict[int, float] = {}
     evaluated: dict[int, float] = {}
-    trained: dict[int, tuple[float, float]] = {}  # by step: a run that was resumed has some of them twice
+    trained: dict[int, tuple[float, float]] = {}  # by step, since a resumed run has some steps twice
     for where, line in _objects(_bytes(path).decode("utf-8", "replace"), str(path), torn=True):
         if type(line.get("step")) is not int:
             raise InputError(f"{where}: no step; wanted a metrics.jsonl that gptjax wrote")
@@ -232,7 +234,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _windows(points_T2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means of the training loss over windows that grow with the tokens, so that noise falls as the curve flattens."""
+    """Means of the training loss over windows that grow with tokens, so that noise falls as the curve flattens."""
     if len(points_T2) < 2 * ENOUGH:
         return np.array([]), np.array([])
     edges = np.unique(np.geomspace(1, len(points_T2), WINDOWS + 1).astype(int))
@@ -241,44 +243,44 @@ def _windows(points_T2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.array([tokens[p].mean() for p in parts]), np.array([loss[p].mean() for p in parts])
 
 
-def _same_curves(made: Sequence[tuple[RunRow, _Curves]]) -> tuple[list[RunRow], str, bool]:
-    """The rows with their curves, all of evaluations or all of training losses, and which, in words and as a flag."""
-    if all(len(curves.evaluation[0]) >= ENOUGH for _, curves in made):
-        return [row._replace(curve=curves.evaluation) for row, curves in made], "curves: losses of evaluations", True
-    rows = [row._replace(curve=curves.training if len(curves.training[0]) else None) for row, curves in made]
+def _same_curves(runs: Sequence[tuple[RunRow, _Curves]]) -> tuple[list[RunRow], str, bool]:
+    """The rows with curves, all of evaluations or all of training losses; a note of the kind; True for the former."""
+    if all(len(curves.evaluation[0]) >= ENOUGH for _, curves in runs):
+        return [row._replace(curve=curves.evaluation) for row, curves in runs], "curves: losses of evaluations", True
+    rows = [row._replace(curve=curves.training if len(curves.training[0]) else None) for row, curves in runs]
     why = f"some runs have fewer than {ENOUGH} evaluations"
     return rows, f"curves: training losses averaged over {WINDOWS} windows of each run, for {why}", False
 
 
 def _without_diverged(rows: RunRows) -> RunRows:
-    """Leaves out the runs of a sweep that diverged, whose loss is inf; a note names them."""
+    """Leaves out the diverged runs of a sweep, whose loss is inf; a note names them."""
     diverged = [row for row in rows.rows if row.cells.get("loss") == "inf"]
     if not diverged:
         return rows
     kept = [row for row in rows.rows if row not in diverged]
     if not kept:
-        raise InputError(f"{rows.source}: every run diverged; wanted one at least that did not")
+        raise InputError(f"{rows.source}: every run diverged; wanted at least one that did not")
     names = ", ".join(row.cells["run_dir"] for row in diverged)
     return rows._replace(rows=kept, notes=(*rows.notes, f"left out, for they diverged: {names}"))
 
 
 def _with_curves(rows: RunRows, folder: Path) -> RunRows:
-    """The rows of a sweep with the curves of the runs that are still there; a note says how many are."""
-    made, without = [], []
+    """The rows of a sweep with the curves of the runs that still exist; a note gives their number."""
+    runs, without = [], []
     for row in rows.rows:
         name = row.cells["run_dir"]
-        places = [
+        folders = [
             path
             for path in (folder / name, resolve_path(name))
             if name and filesystem(path).is_file(path / "metrics.jsonl")
         ]
-        if places:
-            made.append((row, _curves(places[0])))
+        if folders:
+            runs.append((row, _curves(folders[0])))
         else:
             without.append(row)
-    if not made:
+    if not runs:
         return rows._replace(notes=(*rows.notes, "curves: none, for no run_dir of the table is there"))
-    with_curves, note, evaluated = _same_curves(made)
+    with_curves, note, evaluated = _same_curves(runs)
     by_place = {row.place: row for row in [*with_curves, *without]}
     missing = [f"curves: {len(without)} of {len(rows.rows)} run_dirs are not there"] if without else []
     ordered = [by_place[row.place] for row in rows.rows]

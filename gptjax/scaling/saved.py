@@ -1,4 +1,4 @@
-"""fit.json: all that a prediction needs of a fit, and how it is read again."""
+"""fit.json: the file of a fit, with all that a prediction needs."""
 
 import hashlib
 import json
@@ -18,12 +18,12 @@ from gptjax.storage import filesystem, resolve_path
 FORMAT = 1
 KEYS = ("format", "law", "formula", "coefficients", "flops_per", "level", "range", "approaches", "leave_one_out",
         "baseline", "residuals", "points", "table", "settings", "versions", "notes", "fitted")  # fmt: skip
-MOST = 1.0  # decades beyond the fitted points that a prediction may go without being asked to extrapolate
+MOST = 1.0  # decades beyond the fitted points that a prediction may go without --extrapolate
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A fit as fit.json holds it."""
+    """The contents of fit.json."""
 
     document: dict[str, Any]
     source: str = "fit.json"
@@ -52,7 +52,7 @@ class Fit:
 
     @cached_property
     def points(self) -> dict[str, np.ndarray]:
-        """The fitted points: what the law reads of them, flops, loss, budget (NaN for none), predicted; each [P]."""
+        """The fitted points: the law's inputs, flops, loss, budget (NaN for none), predicted; each [P]."""
         numbers = {k: v for k, v in self.document["points"].items() if k not in ("name", "seed")}
         return {name: np.array([np.nan if x is None else x for x in values]) for name, values in numbers.items()}
 
@@ -68,8 +68,8 @@ class Fit:
     def loss(self, *inputs: Any) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
         """(loss, low, high) of runs, arrays [runs]; low and high are None where the fit has no intervals.
 
-        The inputs are the law's: N, D, and U where it has one, without which all tokens are new.
-        Each run is predicted by itself, so that its interval does not depend on which others are asked for.
+        The inputs are the law's: N, D, and U where it has one; without U all tokens are unique. Each run is predicted
+        alone, so that its interval does not depend on the others.
         """
         runs = zip(*np.broadcast_arrays(*np.atleast_1d(*inputs)), strict=True)
         loss, low, high = np.concatenate([self.fitted.predict(*run) for run in runs], axis=1)
@@ -80,9 +80,9 @@ class Fit:
         loss, low, high = self.loss(*inputs)
         return float(loss[0]), None if low is None or high is None else interval((low[0], high[0]))
 
-    def decades_beyond(self, what: str, value: float) -> float:
-        """Decades that a value of a key of `range` lies above the fitted points; negative: below; 0: within."""
-        low, high = self.document["range"][what]
+    def decades_beyond(self, key: str, value: float) -> float:
+        """Decades from the fitted range of `key` to a value above it; negative below it; 0 within."""
+        low, high = self.document["range"][key]
         return math.log10(value / high) if value > high else math.log10(value / low) if value < low else 0.0
 
     def check(self, extrapolate: bool, **values: float) -> tuple[str, ...]:
@@ -90,26 +90,26 @@ class Fit:
 
         Raises InputError where one lies more than a decade outside, unless extrapolation was asked for.
         """
-        words = []
-        for what, value in values.items():
-            decades = self.decades_beyond(what, value)
+        sentences = []
+        for key, value in values.items():
+            decades = self.decades_beyond(key, value)
             if abs(decades) < 0.005:
                 continue
             side, edge = ("above", "largest") if decades > 0 else ("below", "smallest")
-            limit = self.document["range"][what][decades > 0]
-            units = what.replace("flops", "FLOPs").replace("_", " ")
+            limit = self.document["range"][key][decades > 0]
+            units = key.replace("flops", "FLOPs").replace("_", " ")
             line = f"{value:.3g} {units} are {abs(decades):.2f} decades {side} the {edge} fitted, {limit:.3g}"
             if abs(decades) > MOST + 1e-9 and not extrapolate:
                 raise InputError(
-                    f"{line}; wanted at most {MOST:g}, for no point of the fit speaks of what lies there: "
+                    f"{line}; wanted at most {MOST:g}, since no fitted point is near: "
                     "fit larger runs, or give --extrapolate"
                 )
-            words.append(line)
-        return tuple(words)
+            sentences.append(line)
+        return tuple(sentences)
 
 
 def open_fit(path: str | Path) -> Fit:
-    """Reads fit.json, or the folder it lies in; raises InputError where it is not one that this version wrote."""
+    """Reads fit.json, or a folder that holds it; raises InputError for a file of another version."""
     file = resolve_path(path)
     if filesystem(file).is_folder(file):
         file = file / "fit.json"
@@ -129,7 +129,7 @@ def open_fit(path: str | Path) -> Fit:
 
 
 def strict(value: Any) -> Any:
-    """The value with plain numbers, and None for what strict JSON can't hold: NaN and infinity."""
+    """Converts a value to strict JSON: plain numbers, and None for NaN and infinity."""
     if isinstance(value, dict):
         return {str(k): strict(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -146,5 +146,5 @@ def strict(value: Any) -> Any:
 
 
 def interval(edges: tuple[float, float]) -> list[float] | None:
-    """An interval for JSON: None where it is not known, or has no end."""
+    """An interval for JSON; None where an edge is not finite."""
     return [float(edge) for edge in edges] if np.isfinite(edges).all() else None

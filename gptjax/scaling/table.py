@@ -1,7 +1,7 @@
 """Tables of finished runs: size, tokens, FLOPs and loss of each, from CSV, JSONL, a sweep's folder or run folders.
 
-Columns go by name, in any of the usual spellings (FIELDS), or by the name that the user gives. What is missing and can
-be worked out is, and a note says so; everything else that is wrong with a table is one line that names the place.
+Columns are recognized by name, in the usual spellings (FIELDS), or named by the user. Missing columns are derived where
+possible, with a note; any other error of a table is one line with file and line number.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import numpy as np
 from gptjax.config.section import InputError
 from gptjax.scaling.rows import RunRow, RunRows, read_rows
 
-# How each field may be called; the first is our own name. Case, spaces and dashes do not matter.
+# The names of each field, our own first. Case, spaces and dashes do not matter.
 FIELDS = {
     "parameters": ("parameters", "params", "n", "n_params", "num_params", "n_parameters", "num_parameters",
                    "parameters_total", "total_parameters", "total_params", "model_size"),
@@ -31,9 +31,9 @@ FIELDS = {
     "name": ("name", "run", "run_name", "run_id", "id"),
     "run_dir": ("run_dir",),
 }  # fmt: skip
-MOST = 1e100  # a number of a table: products of several are still finite, and not 0
+MOST = 1e100  # largest number of a table, so that products of several are finite and not 0
 NUMBERS = ("parameters", "parameters_non_embedding", "tokens", "unique_tokens", "flops", "loss", "budget")
-INPUTS = {"N": "parameters", "D": "tokens", "U": "unique_tokens"}  # of a law, and where a table has them
+INPUTS = {"N": "parameters", "D": "tokens", "U": "unique_tokens"}  # a law's input: its field in a table
 SAME_BUDGET = 0.02  # FLOPs that differ by less are one budget, where the table has no column of budgets
 USUAL = (1.0, 100.0)  # FLOPs a parameter and token, in any convention of counting
 CONDITION = re.compile(r"\s*([^<>=!]+?)\s*(<=|>=|!=|==|=|<|>)\s*(.*?)\s*")
@@ -50,7 +50,7 @@ class Curve(NamedTuple):
 class Table:
     """Finished runs, one an entry of each array [P]; `budget` is NaN where there is none.
 
-    `unique_tokens` are those of the trained ones that are new: at most `tokens`, and as many where nobody asked.
+    `unique_tokens` is at most `tokens`, and equal to it where the law has no input U.
     """
 
     source: str
@@ -65,7 +65,7 @@ class Table:
     budget: np.ndarray
     curves: tuple[Curve | None, ...]
     evaluated: bool
-    """Whether the curves are of evaluations, not of training losses."""
+    """True where the curves are of evaluations, not of training losses."""
     notes: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -73,7 +73,7 @@ class Table:
 
     @property
     def budgets(self) -> np.ndarray:
-        """The different budgets in FLOPs, in rising order; empty where the table has none."""
+        """The different budgets in FLOPs, in ascending order; empty where the table has none."""
         return np.unique(self.budget[np.isfinite(self.budget)])
 
     def best(self, budget: float) -> np.ndarray:
@@ -82,11 +82,11 @@ class Table:
 
     @property
     def new(self) -> np.ndarray:
-        """Which points see no token twice, [P]."""
+        """True for the points that see no token twice, [P]."""
         return self.unique_tokens >= self.tokens
 
     def inputs(self, names: Iterable[str]) -> list[np.ndarray]:
-        """The columns that a law reads, each [P], by their letters in it."""
+        """The columns of a law's inputs, each [P], by their letters."""
         return [getattr(self, INPUTS[name]) for name in names]
 
     def keep(self, mask_P: np.ndarray) -> "Table":
@@ -102,9 +102,9 @@ class Table:
         return dataclasses.replace(self, **changed)
 
     def up_to(self, max_flops: float) -> "Table":
-        """The points whose budget (FLOPs where they have none) is at most this, so that the rest can be predicted."""
+        """The points whose budget (FLOPs where they have none) is at most max_flops."""
         nominal = np.where(np.isfinite(self.budget), self.budget, self.flops)
-        return self.keep(nominal <= max_flops * (1 + 1e-5))  # budgets are kept to six digits
+        return self.keep(nominal <= max_flops * (1 + 1e-5))  # budgets have six digits
 
 
 def best_run(among_P: np.ndarray, loss_P: np.ndarray, *inputs: np.ndarray) -> np.ndarray:
@@ -130,10 +130,10 @@ def read_table(
     """Reads a table of runs: a CSV, a JSONL, the folder of a sweep, or the folders of runs.
 
     `columns` are FIELD=COLUMN, `where` are conditions such as dataset=rpj or tokens>=1e9, all of which a point meets.
-    `inputs` are the law's: unique tokens are read, and must be there, where it asks for U.
+    `inputs` are the law's: with U, a column of unique tokens is required.
     `count` is the parameter count to use, "total" or "non-embedding"; `planned` runs need no column of losses, which
     are then NaN. Where FLOPs are missing they are `flops_per` N D, where tokens are, FLOPs / (flops_per N).
-    Raises InputError for anything that is wrong with the table, with the file and the line.
+    Raises InputError for any error of the table, with its file and line.
     """
     rows = read_rows(paths)
     mapping = _mapping(rows, columns)
@@ -145,14 +145,14 @@ def read_table(
             raise _missing(name, rows)
     if "tokens" not in mapping and "flops" not in mapping:
         raise _missing("tokens", rows, " or flops")
-    later = []
+    deferred = []  # conditions on derived fields
     kept = rows.rows
     for text in where:
         condition = _condition(text, mapping, rows)
         if condition.column:
             kept = [row for row in kept if condition.holds(row.cells.get(condition.column, ""), row.place)]
         else:
-            later.append(condition)
+            deferred.append(condition)
     if not kept:
         raise InputError(f"{rows.source}: none of {len(rows.rows)} rows meets --where {' '.join(where)}; change it")
     got = {
@@ -180,7 +180,7 @@ def read_table(
             f"U: column {mapping['unique_tokens']}; {np.sum(unique < got['tokens'])} of {len(kept)} runs repeat their "
             f"tokens, for {np.max(got['tokens'] / unique):.3g} epochs at most"
         )
-    if "budget" in got:  # what was computed twice may differ in its last digits
+    if "budget" in got:  # computed values may differ in their last digits
         got["budget"] = np.array([float(f"{budget:.6g}") for budget in got["budget"]])
     if "budget" not in got:
         got["budget"] = _same_flops(got["flops"])
@@ -201,7 +201,7 @@ def read_table(
         evaluated=rows.evaluated,
         notes=(),
     )
-    for condition in later:
+    for condition in deferred:
         values = getattr(table, condition.field)
         table = table.keep(np.array([condition.holds(repr(float(v)), rows.source) for v in values], bool))
     if not len(table):
@@ -219,7 +219,7 @@ def _spelled(name: str) -> str:
 
 
 def _mapping(rows: RunRows, columns: Iterable[str]) -> dict[str, str]:
-    """The table's column of each field that it has."""
+    """The column of each field that the table has."""
     mapping: dict[str, str] = {}
     for text in columns:
         field, equals, column = text.partition("=")
@@ -231,29 +231,29 @@ def _mapping(rows: RunRows, columns: Iterable[str]) -> dict[str, str]:
             raise InputError(f"--columns {text}: {rows.source} has no column {column!r}; it has {_listed(rows.header)}")
         mapping[field] = column
     for field, spellings in FIELDS.items():
-        found = [column for column in rows.header if _spelled(column) in spellings and field not in mapping]
-        found.sort(key=lambda column: spellings.index(_spelled(column)))
-        if len(found) > 1 and field in NUMBERS:
+        matches = [column for column in rows.header if _spelled(column) in spellings and field not in mapping]
+        matches.sort(key=lambda column: spellings.index(_spelled(column)))
+        if len(matches) > 1 and field in NUMBERS:
             raise InputError(
-                f"{rows.source}: the columns {' and '.join(found)} may each be the {field}; "
-                f"say which: --columns {field}={found[0]}"
+                f"{rows.source}: the columns {' and '.join(matches)} may each be the {field}; "
+                f"choose one: --columns {field}={matches[0]}"
             )
-        if found:
-            mapping[field] = found[0]
+        if matches:
+            mapping[field] = matches[0]
     return mapping
 
 
 def _size(mapping: Mapping[str, str], count: str, source: str, notes: list[str]) -> str:
-    """The field of the parameter count that was asked for."""
+    """The field of the requested parameter count; raises InputError where the table has only the other."""
     other = {"total": "parameters_non_embedding", "non-embedding": "parameters"}[count]
     wanted = {"total": "parameters", "non-embedding": "parameters_non_embedding"}[count]
     if wanted in mapping:
         notes.append(f"N: {count} parameters, column {mapping[wanted]}")
     elif other in mapping:
-        there = {"total": "non-embedding", "non-embedding": "total"}[count]
+        available = {"total": "non-embedding", "non-embedding": "total"}[count]
         raise InputError(
-            f"{source}: --count {count}, but the table has no column of {wanted}; it has {there} parameters: "
-            f"give --count {there}, or name the column: --columns {wanted}=COLUMN"
+            f"{source}: --count {count}, but the table has no column of {wanted}; it has {available} parameters: "
+            f"give --count {available}, or name the column: --columns {wanted}=COLUMN"
         )
     return wanted
 
@@ -271,7 +271,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _number(row: RunRow, column: str, field: str, required: bool) -> float:
-    """The number in a cell: above 0, and neither too large nor too small; NaN for an empty cell that may be."""
+    """The number in a cell, from 1 / MOST to MOST; NaN for an empty cell that is not required."""
     text = row.cells.get(column, "")
     if not text.strip() and not required:
         return np.nan
@@ -296,8 +296,8 @@ def _texts(rows: Sequence[RunRow], column: str | None, other: Callable[[int], st
 def _same_flops(flops_P: np.ndarray) -> np.ndarray:
     """The mean FLOPs of each group of three or more points whose FLOPs agree; NaN for the others.
 
-    A group ends where the next FLOPs are SAME_BUDGET more. One that is wider than twice that is no budget, but a table
-    with runs everywhere.
+    A group ends where the next FLOPs are SAME_BUDGET more. A group wider than twice that is no budget: such a table has
+    runs at all FLOPs.
     """
     budget_P = np.full(len(flops_P), np.nan)
     order = np.argsort(flops_P)
@@ -309,7 +309,7 @@ def _same_flops(flops_P: np.ndarray) -> np.ndarray:
 
 
 class _Condition(NamedTuple):
-    """One --where: `column` as the table has it, or "" where the field is worked out."""
+    """One --where: `column` is the table's, or "" where the field is derived."""
 
     text: str
     field: str
@@ -323,7 +323,9 @@ class _Condition(NamedTuple):
             return same != (self.sign == "!=")
         a, b = _maybe(cell), _maybe(self.value)
         if a is None or b is None:
-            raise InputError(f"{place}: --where {self.text} compares {cell.strip()!r}, which is no number; use = or !=")
+            raise InputError(
+                f"{place}: --where {self.text} compares {cell.strip()!r}, which is not a number; use = or !="
+            )
         return {"<": a < b, "<=": a <= b, ">": a > b, ">=": a >= b}[self.sign]
 
 
@@ -345,7 +347,7 @@ def _condition(text: str, mapping: Mapping[str, str], rows: RunRows) -> _Conditi
         raise InputError(f"--where {text}: wanted COLUMN=VALUE (or VALUE,VALUE), or !=, <, <=, > or >= in its place")
     name, sign, value = match.groups()
     if sign in ("<", "<=", ">", ">=") and _maybe(value) is None:
-        raise InputError(f"--where {text}: {value!r} is no number; wanted one after {sign}")
+        raise InputError(f"--where {text}: {value!r} is not a number; wanted one after {sign}")
     column = name if name in rows.header else mapping.get(name, "")
     if not column and name not in ("tokens", "flops", "budget"):
         raise InputError(f"--where {text}: {rows.source} has no column {name!r}; it has {_listed(rows.header)}")

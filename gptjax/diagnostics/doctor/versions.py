@@ -61,7 +61,7 @@ KNOWN = (
 def check_versions() -> list[Finding]:
     """One finding with all versions, and one for each misfit or known bug."""
     names = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tyro", *PLUGINS)
-    installed = {name: found for name in names if (found := version(name))}
+    installed = {name: number for name in names if (number := version(name))}
     python = ".".join(map(str, sys.version_info[:3]))
     shown = ", ".join(f"{name} {number}" for name, number in {"python": python, **installed}.items())
     summary = Finding("versions", "ok", shown, data={"python": python, **installed})

@@ -1,4 +1,4 @@
-"""A run that begins where another was: its checkpoint of a step, and its metrics up to there."""
+"""Forks of runs: a new run from another's checkpoint of a step, with its metrics up to there."""
 
 import os
 import shutil
@@ -15,16 +15,15 @@ PARTIAL = ".fork-"
 
 
 def checkpoints_of(folder: Path) -> Checkpoints:
-    """The checkpoints of a run, to read."""
+    """Opens the checkpoints of a run, read-only."""
     return Checkpoints(Run.at(folder).checkpoints, CheckpointConfig(), readonly=True)
 
 
 def fork(parent: Path, step: int, folder: Path, steps: int) -> list[str]:
     """Makes the run `folder`, of `steps` steps, from the checkpoint of `step` of the run `parent`.
 
-    The parent may be training. The folder appears whole, by a rename; what a kill left of another try is removed. The
-    caller must be alone in making it. Returns what is wrong with that checkpoint, one line each, and then makes
-    nothing.
+    The parent may be training. The folder appears whole, by a rename; the rest of a killed attempt is removed. Only one
+    process may make it. Returns the problems of that checkpoint, one line each, in which case it makes nothing.
     """
     source, partial = checkpoints_of(parent), folder.with_name(f"{PARTIAL}{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -47,7 +46,7 @@ def fork(parent: Path, step: int, folder: Path, steps: int) -> list[str]:
     except OSError as e:
         raise InputError(f"{folder}: can't be made from {parent} ({e}); free the disk, or give another --out") from e
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # where it has not become the run
+        shutil.rmtree(partial, ignore_errors=True)  # where it was not renamed to the run
     return []
 
 

@@ -1,8 +1,8 @@
-"""The table of jobs: which run starts from which step of which other, decided once from the grid alone.
+"""The table of jobs: each run, and the run and step that it starts from, decided once from the grid alone.
 
 All horizons of one size and seed share their steps before the decay. The longest new one is the trunk: it saves the
-step at which the decay of each other begins, and these start from there. It saves that of its own decay too, from which
-a longer one that is asked for later goes on.
+steps at which the decays of the others begin, and these start from there. It also saves the start of its own decay,
+from which a longer horizon that is added later continues.
 """
 
 import json
@@ -20,10 +20,10 @@ FILE = "jobs.jsonl"
 
 @dataclass(frozen=True)
 class Job:
-    """One run of `steps` steps that starts after step `start` of the run `parent`, or from nothing.
+    """One run of `steps` steps that starts after step `start` of the run `parent`, or from scratch.
 
-    `saves` are the steps that it keeps for others. `settings` is the digest of Point.settings, `flags` what pretrain is
-    told besides the recipe and the run's folder. Tokens are those trained, FLOPs theirs by the "causal" count.
+    `saves` are the steps that it keeps for others. `settings` is the digest of Point.settings, `flags` are the flags of
+    pretrain besides the run's folder. `tokens` are trained tokens, `flops` their FLOPs by the "causal" count.
     """
 
     name: str
@@ -45,15 +45,12 @@ class Job:
 
     @property
     def own_flops(self) -> float:
-        """What is left to train once the parent's part is there."""
+        """FLOPs of the steps after `start`."""
         return self.flops * (self.steps - self.start) / self.steps
 
 
-def extend(jobs: Sequence[Job], points: Iterable[Point], flags: Sequence[str]) -> list[Job]:
-    """The table with a job for each point that has none.
-
-    Raises InputError where a size is in the table with other settings.
-    """
+def add_points(jobs: Sequence[Job], points: Iterable[Point], flags: Sequence[str]) -> list[Job]:
+    """The table with a job for each point; raises InputError where a size is in it with other settings."""
     table = {job.name: job for job in jobs}
     new: dict[tuple[str, int], list[Point]] = {}
     for point in points:
@@ -76,14 +73,14 @@ def extend(jobs: Sequence[Job], points: Iterable[Point], flags: Sequence[str]) -
 
 
 def check_recipe(jobs: Iterable[Job], points: Sequence[Point], recipe: Recipe) -> None:
-    """Raises InputError where the recipe makes another run than the table has, of a size that no point is of.
+    """Raises InputError where the recipe gives other settings than the table has, for sizes that are in no point.
 
-    A size of the points is `extend`'s to check.
+    `add_points` checks the sizes of the points.
     """
     sizes = {point.size for point in points}
     for job in {job.size: job for job in jobs if job.size not in sizes}.values():
         given = parse(recipe.config("pretrain", job.size), list(job.flags[2:]), f"gptjax sweep {recipe.path}")
-        # Its flags name the prepared text, its settings the text that this was made from: one for all sizes.
+        # Its flags name the prepared text, but its settings the source of that, which all sizes share.
         text = {name: getattr(points[0].config.data, name) for name in ("source", "mixture")}
         config = replace(given, data=replace(given.data, **text))
         _check_settings(job, Point(job.size, job.seed, job.budget, job.steps, config))
@@ -113,7 +110,7 @@ def _job(point: Point, parent: str, start: int, saves: tuple[int, ...], flags: S
 
 
 def read_jobs(folder: Path) -> list[Job]:
-    """The table of a sweep; empty where there is none yet. Raises InputError where it is not sound."""
+    """Reads the table of a sweep, empty where there is none yet; raises InputError for a damaged one."""
     path, jobs = folder / FILE, []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -125,7 +122,7 @@ def read_jobs(folder: Path) -> list[Job]:
         try:
             values = json.loads(line)
             if not isinstance(values, dict):
-                raise ValueError("no table of names")
+                raise ValueError("not a JSON object")
             jobs.append(build(Job, values))
         except (ValueError, RecursionError) as e:
             raise InputError(f"{path}:{number}: no line of a job ({e}); restore the file, or give another --out") from e
@@ -140,6 +137,6 @@ def read_jobs(folder: Path) -> list[Job]:
 
 
 def write_jobs(folder: Path, jobs: Iterable[Job]) -> None:
-    """Writes the table whole or not at all."""
+    """Writes the table, whole or not at all."""
     text = "".join(json.dumps(asdict(job)) + "\n" for job in jobs)
     filesystem(folder).write(folder / FILE, text.encode())

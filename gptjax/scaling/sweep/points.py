@@ -1,4 +1,4 @@
-"""From a grid of budgets and sizes to training runs: how long each trains, and where its decay begins."""
+"""Points of a grid of budgets and sizes: the steps of each run, and the start of its decay."""
 
 import dataclasses
 import hashlib
@@ -18,9 +18,9 @@ from gptjax.model.counts import parameters, token_flops
 
 @dataclass(frozen=True)
 class Point:
-    """One run that is wanted: a size trained for a budget. Batch and learning rate are the recipe's at that size.
+    """One run of the grid: a size trained for a budget. Batch and learning rate are the recipe's at that size.
 
-    They must not depend on the budget, or its horizons could not share their steps before the decay.
+    They must not depend on the budget, so that horizons can share their steps before the decay.
     """
 
     size: str
@@ -35,7 +35,7 @@ class Point:
 
     @property
     def decay_start(self) -> int:
-        """The last step up to which a run of `steps` is one of any greater length, bit for bit."""
+        """The last step up to which this run equals any longer one, bit for bit."""
         return decay_start(self.config, self.steps)
 
     @property
@@ -48,7 +48,7 @@ class Point:
 
     @property
     def flops(self) -> float:
-        """Of the whole training, as near to the budget as whole steps come."""
+        """FLOPs of the training, which whole steps bring near the budget."""
         return self.tokens * token_flops(self.config)
 
     @property
@@ -57,14 +57,14 @@ class Point:
 
     @property
     def settings(self) -> str:
-        """A digest of what makes the run another one, but for its seed and length."""
+        """A digest of the settings that define the run, without its seed and length."""
         same = {name: value for name, value in frozen_settings(self.config).items() if name != "seed"}
-        same["evaluate.max_rows"] = self.config.evaluate.max_rows  # no other run, but another loss of it
+        same["evaluate.max_rows"] = self.config.evaluate.max_rows  # the same run, but another loss
         return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def decay_start(config: TrainConfig, steps: int) -> int:
-    """Steps of a run of that length before its learning rate first falls below that of a longer one.
+    """Steps of a run of `steps` before its learning rate falls below that of a longer one.
 
     Step i makes update u = i - 1, and optim.make_schedule has every update u <= steps - decay_steps at the peak.
     """
@@ -72,14 +72,14 @@ def decay_start(config: TrainConfig, steps: int) -> int:
 
 
 def budget_text(budget: float) -> str:
-    """The shortest text that reads back as this number, in the form 3.16e13."""
+    """The shortest text of this number, in the form 3.16e13."""
     return np.format_float_scientific(budget, trim="-", exp_digits=1).replace("+", "")
 
 
 def to_flags(settings: Sequence[str]) -> list[str]:
-    """NAME=VALUE entries as a command line has them; several values are separated by spaces, quoted as in a shell.
+    """NAME=VALUE entries as words of a command line; values are separated by spaces, quoted as in a shell.
 
-    Raises InputError where a quote is not closed.
+    Raises InputError for a quote that is not closed.
     """
     flags = []
     for entry in settings:
@@ -97,10 +97,10 @@ def to_flags(settings: Sequence[str]) -> list[str]:
 
 
 def make_points(cfg: SweepConfig, recipe: Recipe) -> list[Point]:
-    """The points of the grid, each once.
+    """The points of the grid, without duplicates.
 
-    Raises InputError for a recipe whose schedule shares no steps between horizons, for a budget that ends within a
-    size's warm-up, for a seed that can't be one, and for sizes that read other data.
+    Raises InputError for a recipe whose schedule shares no steps between horizons, a budget that ends within a size's
+    warm-up, an invalid seed, and sizes that read different data.
     """
     if not cfg.grid:
         raise InputError("grid is missing; wanted e.g. --grid 1e14:4,6 3e14:4,6,8")

@@ -1,4 +1,4 @@
-"""The table of a sweep: one line a run that ended, from the runs' own files alone, the same in whatever order they ran.
+"""The table of a sweep: one line for each run that ended, from the runs' own files, independent of their order.
 
 A run that diverged has a loss of inf.
 """
@@ -26,27 +26,27 @@ def run_dir(job: Job) -> str:
 
 
 class Results:
-    """The ends of jobs, evaluated or diverged; what has ended stays so and is read once."""
+    """The ends of jobs, evaluated or diverged, each read once."""
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._found: dict[str, tuple[float, float]] = {}
+        self._evaluations: dict[str, tuple[float, float]] = {}
         self._diverged: dict[str, int] = {}
 
     def of(self, job: Job) -> tuple[float, float] | None:
         """(loss in nats a token, bits per byte) at the job's last step; None before that is saved and evaluated."""
-        if job.name not in self._found:
+        if job.name not in self._evaluations:
             run = self._folder / run_dir(job)
             if checkpoints_of(run).newest() != job.steps:
                 return None
             line = self._metrics(job).evaluation(job.steps)
             if line is None:
                 return None
-            self._found[job.name] = line["eval_loss"], line["eval_bits_per_byte"]
-        return self._found[job.name]
+            self._evaluations[job.name] = line["eval_loss"], line["eval_bits_per_byte"]
+        return self._evaluations[job.name]
 
     def diverged(self, job: Job) -> int:
-        """The step at which the job's loss or gradient was no longer a finite number; 0 where that has not happened."""
+        """The step at which the job's loss or gradient stopped being finite; 0 where it did not."""
         if job.name not in self._diverged:
             last = [line for line in self._metrics(job).read() if "loss" in line][-1:]
             numbers = [line.get(name) for line in last for name in ("loss", "grad_norm")]
@@ -65,8 +65,8 @@ def write_table(folder: Path, results: Results) -> None:
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(COLUMNS)
     for job in sorted(read_jobs(folder), key=lambda job: (job.budget, job.parameters, job.size, job.seed)):
-        if found := results.of(job) or (results.diverged(job) and (math.inf, math.inf)):
+        if evaluation := results.of(job) or (results.diverged(job) and (math.inf, math.inf)):
             values = vars(job) | {"budget": budget_text(job.budget), "run_dir": run_dir(job)}
-            values |= {"loss": found[0], "bits_per_byte": found[1]}
+            values |= {"loss": evaluation[0], "bits_per_byte": evaluation[1]}
             rows.writerow([values[name] for name in COLUMNS])
     filesystem(folder).write(folder / FILE, text.getvalue().encode())
