@@ -142,7 +142,7 @@ def plan(args: list[str]) -> int:
             report.write_recipe(out, str(recipe.path), size, settings, place, best is not None)
         _next("pretrain", *([out] if out else [*recipe_words, *report.to_flags(settings)]))
     else:
-        found = report.compare(cfg, print)
+        found = report.compare_topologies(cfg, print)
         _next("plan", *recipe_words, "--topology", "v5e:4x4")
     if given["json"]:
         write_json(given["json"], found)
@@ -232,9 +232,9 @@ def fit(args: list[str]) -> int:
     """fit TABLE [--out DIR]    fit a scaling law to finished runs (a CSV, a sweep, runs): intervals, plots, a report"""
     tables, args = positionals(args, "TABLE", "gptjax fit TABLE --out DIR")
     cfg = parse(FitConfig(), args, "gptjax fit TABLE")
-    from gptjax.scaling.fitting import fit
+    from gptjax.scaling.fitting import fit_table
 
-    _next(*fit(tables, cfg, _print, _say))
+    _next(*fit_table(tables, cfg, _print, _say))
     return 0
 
 

@@ -129,7 +129,7 @@ def mesh():
 
 def test_collectives_over_each_axis_and_over_all_are_those_of_numpy():
     for axes in (("data",), ("tensor",), AXES):
-        assert collectives.check(mesh(), axes, 4096)[0] == []
+        assert collectives.check_axes(mesh(), axes, 4096)[0] == []
     assert collectives.sizes_over_axes(8) == [2, 2, 2, 1] and collectives.sizes_over_axes(6) == [2, 3, 1, 1]
 
 
@@ -144,7 +144,7 @@ def test_a_collective_that_gives_one_wrong_integer_is_found(monkeypatch):
         return {name: x if first[name] == 0 else x.at[0, first[name]].add(off) for name, x in out.items()}
 
     monkeypatch.setattr(collectives, "_exchange", wrong)
-    assert collectives.check(mesh(), ("tensor",), 4096)[0] == list(collectives.COLLECTIVES[1:])
+    assert collectives.check_axes(mesh(), ("tensor",), 4096)[0] == list(collectives.COLLECTIVES[1:])
     monkeypatch.setattr(collectives, "SIZES", (4096,))
     monkeypatch.setattr(collectives, "sizes_over_axes", lambda count: [1, 1, 1, count])
     told = problems(collectives.check_collectives())

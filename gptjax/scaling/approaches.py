@@ -18,7 +18,7 @@ import numpy as np
 
 from gptjax.config.section import InputError
 from gptjax.scaling.families import POWER
-from gptjax.scaling.fits import Fitted, check, ends, fit_law
+from gptjax.scaling.fits import Fitted, check_columns, ends, fit_law
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -118,7 +118,7 @@ def isoflop(budget, N, D, loss, *, bootstraps: int = 0, seed: int = 0, level: fl
     their parabolas, drawn again and widened for the 3 coefficients of each, and repeats the fit. (Drawing runs again
     would leave many a budget of 3 or 4 runs with too few.) They know nothing of the bias of the method.
     """
-    check({"budget": budget, "N": N, "D": D, "loss": loss})
+    check_columns({"budget": budget, "N": N, "D": D, "loss": loss})
     budget, N, D, loss = (np.asarray(x, float) for x in (budget, N, D, loss))
 
     notes, groups = [], []

@@ -138,7 +138,7 @@ def fit_law(
     which no loss depends.
     """
     named = dict(zip((*family.inputs, "loss"), (np.asarray(x, float) for x in columns), strict=True))
-    check(named, family.size)
+    check_columns(named, family.size)
     *inputs, loss = named.values()
     family.check(*inputs)
     problem, starts = family.problem(*inputs, loss, delta=delta), family.starts
@@ -198,7 +198,7 @@ def fit_law(
     )  # fmt: skip
 
 
-def check(columns: dict[str, np.ndarray], coefficients: int = 0) -> None:
+def check_columns(columns: dict[str, np.ndarray], coefficients: int = 0) -> None:
     """Raises InputError unless each column has a finite number above 0 for each loss, and there are enough."""
     for name, values in columns.items():
         if values.ndim != 1 or len(values) != len(columns["loss"]):

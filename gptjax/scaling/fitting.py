@@ -25,7 +25,7 @@ MOST_NOTES = 12
 LEAST = 3  # different sizes, and token counts, that separate a law's terms
 
 
-def fit(
+def fit_table(
     tables: Sequence[str],
     cfg: FitConfig,
     show: Callable[[str], None],
@@ -39,7 +39,7 @@ def fit(
     check_enough(table, cfg.law)
     if filesystem(resolve_path(cfg.out)).is_file(resolve_path(cfg.out)):
         raise InputError(f"out={cfg.out!r}: there is a file of that name; wanted a folder")
-    result = Fit(strict(describe(table, cfg, left_out)), source=f"{cfg.out}/fit.json")
+    result = Fit(strict(fit_document(table, cfg, left_out)), source=f"{cfg.out}/fit.json")
     written = report.write_report(result, resolve_path(cfg.out))
     for line in report.screen(result):
         show(line)
@@ -53,7 +53,7 @@ def fit(
     return ["predict", cfg.out, "--flops", f"{3 * result.document['range']['flops'][1]:.2g}"]
 
 
-def describe(table: Table, cfg: FitConfig, left_out: int) -> dict[str, Any]:
+def fit_document(table: Table, cfg: FitConfig, left_out: int) -> dict[str, Any]:
     """Fits the law and the approaches; returns the document of fit.json (saved.KEYS)."""
     family = FAMILIES[cfg.law]
     inputs, loss = table.inputs(family.inputs), table.loss

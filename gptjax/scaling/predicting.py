@@ -153,7 +153,7 @@ def _against(fit: Fit, cfg: PredictConfig) -> tuple[dict[str, Any], list[str]]:
         values = getattr(table, what)
         for edge in (values.min(), values.max()):
             outside += fit.check(cfg.extrapolate, **{what: float(edge)})
-    rows = compare(fit, table)
+    rows = compare_with_table(fit, table)
     outside = list(dict.fromkeys(outside))
     if np.isnan(table.loss).all():
         result = {"planned": {"source": table.source, "sha256": table.sha256}, "rows": rows, "outside": outside}
@@ -164,7 +164,7 @@ def _against(fit: Fit, cfg: PredictConfig) -> tuple[dict[str, Any], list[str]]:
     return result, _compared(fit, table, rows, result) + _extrapolated(tuple(outside))
 
 
-def compare(fit: Fit, table: Table) -> list[dict[str, Any]]:
+def compare_with_table(fit: Fit, table: Table) -> list[dict[str, Any]]:
     """Each row of a table with its prediction, and its error relative to the observed loss, if there is one.
 
     `fitted` is True where a row of this size, tokens and loss was among the fitted points.

@@ -1,1 +1,1 @@
-"""What a machine, and the cluster it belongs to, can do for training, and what is wrong with it."""
+"""Checks of this machine, and the cluster it belongs to, for training."""

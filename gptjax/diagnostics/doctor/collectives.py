@@ -46,7 +46,7 @@ def check_collectives() -> list[Finding]:
     for size, axes in itertools.product(SIZES, groups):
         name = "+".join(axis for axis in axes if mesh.shape[axis] > 1)
         shown = f"{size // 1024} KiB over {name}={math.prod(mesh.shape[a] for a in axes)}"
-        failed, seconds[shown] = check(mesh, axes, size)
+        failed, seconds[shown] = check_axes(mesh, axes, size)
         if failed:
             text = f"{', '.join(failed)} of {shown} gave wrong numbers"
             advice = (
@@ -62,7 +62,7 @@ def check_collectives() -> list[Finding]:
     return [Finding("collectives", "ok", text, data={"seconds": seconds})]
 
 
-def check(mesh: Mesh, axes: tuple[str, ...], size: int) -> tuple[list[str], float]:
+def check_axes(mesh: Mesh, axes: tuple[str, ...], size: int) -> tuple[list[str], float]:
     """Returns (the collectives with wrong results over these axes of the mesh, seconds of all five)."""
     parts = math.prod(mesh.shape[axis] for axis in axes)
     length = size // 4 // parts * parts

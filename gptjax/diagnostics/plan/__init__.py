@@ -1,1 +1,1 @@
-"""What a run needs and costs on devices that are not there: memory, speed, price, and the settings that fit."""
+"""Needs and costs of a run on absent devices: memory, speed, price, and the settings that fit."""

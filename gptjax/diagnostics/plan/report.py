@@ -51,12 +51,12 @@ def plan(
         say(NO_LIBTPU)
     _hint(config, target, say)
     written = _as_written(planner, compiler, say)
-    report["as_written"] = written and describe(written)
+    report["as_written"] = written and as_json(written)
     used = int(written is not None and written.compiled is not None)
     result = planner.search(compiler, compiles - used, MOST_SECONDS)
     best = result.best
-    report |= {"candidates": result.counted, "compiles": [describe(c) for c in result.tried]}
-    report["found"] = best and describe(best)
+    report |= {"candidates": result.counted, "compiles": [as_json(c) for c in result.tried]}
+    report["found"] = best and as_json(best)
     if best is None:
         say(_nothing(result, limit))
         return report, None
@@ -79,7 +79,7 @@ def plan(
     return report, dataclasses.replace(best.config, model=dataclasses.replace(best.config.model, attention=attention))
 
 
-def compare(config: TrainConfig, say: Callable[[str], None]) -> dict[str, Any]:
+def compare_topologies(config: TrainConfig, say: Callable[[str], None]) -> dict[str, Any]:
     """Compares OFFERS, a line each: the fastest settings that fit by the count, their time and price."""
     rows = []
     say("where         GiB of  tokens/s  MFU   days       dollars  settings (counted and estimated; nothing compiled)")
@@ -96,7 +96,7 @@ def compare(config: TrainConfig, say: Callable[[str], None]) -> dict[str, Any]:
             rows.append({"topology": name, "found": None})
             continue
         costs = _costs(config, best, where)
-        rows.append({"topology": name, "found": describe(best)} | costs)
+        rows.append({"topology": name, "found": as_json(best)} | costs)
         say(
             f"{name:10} {best.memory.total / GIB:5.1f} {where.chip.memory / GIB:5.0f} "
             f"{costs['tokens_per_second']:9,.0f} {best.speed.mfu:4.0%} {costs['days']:6,.1f} "
@@ -106,7 +106,7 @@ def compare(config: TrainConfig, say: Callable[[str], None]) -> dict[str, Any]:
     return {"offers": rows}
 
 
-def describe(c: Candidate) -> dict[str, Any]:
+def as_json(c: Candidate) -> dict[str, Any]:
     """A candidate as JSON."""
     compiled = c.compiled and dataclasses.asdict(c.compiled) | {"total": c.compiled.total}
     fast = c.speed and dataclasses.asdict(c.speed) | {"seconds": c.speed.seconds, "bound": c.speed.bound}
@@ -292,7 +292,7 @@ def _on_cpu(planner: Planner, compiles: int, say: Callable[[str], None]) -> dict
             f"{compiled.total / GIB:.3f} GiB; this machine has {local / GIB:.1f} for each"
         )
         say(f"sharding lint: {'; '.join(compiled.findings) or 'nothing'}")
-    return {"as_written": describe(written)}
+    return {"as_written": as_json(written)}
 
 
 def check_compiles(text: str) -> int:

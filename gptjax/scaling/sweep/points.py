@@ -76,7 +76,7 @@ def budget_text(budget: float) -> str:
     return np.format_float_scientific(budget, trim="-", exp_digits=1).replace("+", "")
 
 
-def to_flags(settings: Sequence[str]) -> list[str]:
+def split_entries(settings: Sequence[str]) -> list[str]:
     """NAME=VALUE entries as words of a command line; values are separated by spaces, quoted as in a shell.
 
     Raises InputError for a quote that is not closed.
@@ -108,7 +108,7 @@ def make_points(cfg: SweepConfig, recipe: Recipe) -> list[Point]:
     configs: dict[str, TrainConfig] = {}
     for budget, size, seed in cfg.points:
         if size not in configs:
-            given = parse(recipe.config("pretrain", size), to_flags(cfg.set), f"gptjax sweep {recipe.path}")
+            given = parse(recipe.config("pretrain", size), split_entries(cfg.set), f"gptjax sweep {recipe.path}")
             configs[size] = _checked(given, size, next(iter(configs.values()), given))
         config = configs[size]
         steps = round(budget / token_flops(config) / (config.data.batch_size * config.data.length))

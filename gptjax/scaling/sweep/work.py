@@ -26,7 +26,7 @@ from gptjax.data.prepared import open_corpora
 from gptjax.runtime.process import expected_platform, usable_cores
 from gptjax.scaling.sweep.fork import checkpoints_of, fork
 from gptjax.scaling.sweep.jobs import Job, add_points, check_recipe, read_jobs, write_jobs
-from gptjax.scaling.sweep.points import Point, make_points, to_flags
+from gptjax.scaling.sweep.points import Point, make_points, split_entries
 from gptjax.scaling.sweep.table import Results, run_dir, write_table
 from gptjax.storage import BucketError
 from gptjax.training.metrics import duration
@@ -79,7 +79,7 @@ def _table(cfg: SweepConfig, recipe: Recipe, points: list[Point], folder: Path, 
     check_recipe(before, points, recipe)
     corpus = _corpus(points, folder, say)
     given = [entry for entry in cfg.set if f"--{entry.partition('=')[0]}" not in corpus]
-    jobs = add_points(before, points, [*to_flags(given), *corpus])
+    jobs = add_points(before, points, [*split_entries(given), *corpus])
     if jobs != before:
         write_jobs(folder, jobs)
     return jobs
