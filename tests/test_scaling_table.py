@@ -160,7 +160,7 @@ def test_a_bad_table_gets_one_clear_line(rows, words, tmp_path, capsys):
 @pytest.mark.parametrize("args, words", [
     (["--where", "dataset=rpj"], ["has no column 'dataset'", "params, tokens"]),
     (["--where", "params"], ["wanted COLUMN=VALUE (or VALUE,VALUE)"]),
-    (["--where", "params>many"], ["'many' is no number"]),
+    (["--where", "params>many"], ["'many' is not a number"]),
     (["--where", "tokens<1"], ["none of 12 rows", "change it"]),
     (["--columns", "loss"], ["wanted FIELD=COLUMN"]),
     (["--columns", "loss=bpb"], ["has no column 'bpb'"]),
