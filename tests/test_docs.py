@@ -171,13 +171,13 @@ def check_verb(args: list[str]) -> None:
     if verb == "fit":
         rest = rest[next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest)) :]
     if verb in ("pretrain", "plan", "sweep"):
-        recipe = load_recipe(names[0]) if not names[0].startswith(("runs/", "gs://", "s3://")) else None
+        recipe = load_recipe(names[0])
         size = ""
         for flag in ("size", "topology", "json", "out", "compiles") if verb == "plan" else ("size",):
             value, rest = take(rest, flag)
             size = value if flag == "size" else size
         if verb != "sweep":
-            parse(recipe.config("pretrain", size) if recipe else TrainConfig(), rest, "")
+            parse(recipe.config("pretrain", size), rest, "")
             return
     if verb in configs:
         parse(configs[verb](), rest, "")
@@ -302,3 +302,8 @@ def test_a_metric_that_the_training_page_explains_is_one_that_a_run_writes():
     source = " ".join(p.read_text() for p in (ROOT / "gptjax").rglob("*.py"))
     for name in re.findall(r"^\| `(\w+)` \|", text.split("## metrics.jsonl")[1].split("\n## ")[0], re.M):
         assert name in source, f"docs/training.md explains {name}"
+
+
+def test_a_plot_that_the_pages_show_is_that_of_the_report():
+    shown, plots = ROOT / "docs" / "assets", ROOT / "benchmarks" / "results" / "scaling_ladder" / "fit" / "plots"
+    assert (shown / "isoflop.png").read_bytes() == (plots / "isoflop.png").read_bytes()
