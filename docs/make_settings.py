@@ -81,7 +81,7 @@ def field_docs(cls: Any) -> dict[str, str]:
         for field, text in zip(tree.body, tree.body[1:]):
             match field, text:
                 case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(said))):
-                    docs[name] = " ".join(said.split())
+                    docs[name] = " ".join(said.split()).replace("[", "\\[")  # no link
     return docs
 
 
