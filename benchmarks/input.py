@@ -1,4 +1,4 @@
-"""How fast rows are made for training, and how long the quickstart's steps wait for them.
+"""The speed at which rows are made for training, and the share of its time that the quickstart waits for them.
 
     python benchmarks/input.py --out benchmarks/results --text FOLDER --tokenizer MODEL
 

@@ -1,4 +1,4 @@
-"""How fast `gptjax prepare` tokenises a folder of JSONL.gz, what memory it takes, and that a kill loses nothing.
+"""Speed and memory of `gptjax prepare` on a folder of JSONL.gz, and proof that a kill loses nothing.
 
     python benchmarks/prepare.py --text FOLDER --tokenizer MODEL --out benchmarks/results
 

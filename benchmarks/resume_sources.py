@@ -1,9 +1,9 @@
-"""Whether a run that is killed goes on exactly, on every kind of source: its loss curve against an uninterrupted one.
+"""Exact resume of a killed run on every kind of source: its loss curve against that of an uninterrupted one.
 
     python benchmarks/resume_sources.py --text FOLDER --out benchmarks/results
 
 FOLDER holds .jsonl.gz files with a "text" in each line. A tiny model is trained on (prepared) a folder that
-`gptjax prepare` made in TFDS's format, (tfds) a TFDS dataset with tfds.testing.mock_data, streamed by 2 workers,
+`gptjax prepare` made in TFDS's format, (tfds) a TFDS dataset, streamed by 2 workers,
 (stream) JSONL.gz streamed by 2 workers, (parquet) a Parquet file and (mixture) three JSONL.gz files with one tokenizer
 trained on them. Each is trained once uninterrupted, and once killed at random moments, with SIGKILL to its process
 group, and run again by the same command, the last time with another number of workers. The two metrics.jsonl must
@@ -28,22 +28,13 @@ from typing import Any
 
 from report import ROOT, facts, write_report
 
+from gptjax.data.corpus import example_type
+
 MODEL = """
 --model.num-layers 1 --model.width 32 --model.num-heads 2 --model.dtype float32 --model.dropout 0.1 --data.length 64
 --data.batch-size 8 --optim.warmup-steps 10 --evaluate.max-rows 16 --checkpoint.keep-best 1 --no-tensorboard --no-sample
 """
 BYTES = "--tokenizer.kind bytes --tokenizer.vocab-size 258"
-MOCK = """
-import sys
-import tensorflow_datasets as tfds
-
-mock = tfds.testing.mock_data(num_examples=3000)
-mock.__enter__()  # not below the `if`, so that the workers have it too
-if __name__ == "__main__":
-    from gptjax.cli import main
-
-    sys.exit(main(sys.argv[1:]))
-"""
 COMPARED = ("step", "updates", "loss", "grad_norm", "learning_rate", "eval_loss", "eval_bits_per_byte")
 TEXT_BYTES = 1 << 20  # of each file of text
 
@@ -55,23 +46,22 @@ class Case:
     name: str
     settings: str
     workers: tuple[int, ...] = (0, 2)
-    program: tuple[str, ...] = ("-m", "gptjax")
     change: Path | None = None  # file of the source to be changed at the end
 
 
 def cases(texts: list[Path], folder: Path) -> list[Case]:
     """The five sources, made in `folder` from at least three .jsonl.gz files."""
     sources = [shortened(path, folder / f"source{i}") for i, path in enumerate(texts[:3])]
-    prepared, parquet, mock = folder / "prepared", folder / "text.parquet", folder / "mock.py"
+    prepared, parquet, tfds = folder / "prepared", folder / "text.parquet", folder / "tfds"
     command = ["prepare", "--source", str(sources[0]), "--out", str(prepared), *BYTES.split()]
     subprocess.run([sys.executable, "-m", "gptjax", *command], check=True, env=environment(folder))
     write_parquet(sources[1], parquet)
-    mock.write_text(MOCK)
+    write_tfds(tfds, texts_of(sources[2]))
     stream = f"{BYTES} --data.loading stream"
     mixed = " ".join(f"{name}={source}" for name, source in zip(("first", "second", "third"), sources))
     return [
         Case("prepared", f"{BYTES} --data.source {prepared}"),
-        Case("tfds", f"{stream} --data.source tfds:lm1b", (2, 1), (str(mock),)),
+        Case("tfds", f"{stream} --data.source tfds:{tfds}", (2, 1)),
         stream_case(sources[0]),
         Case("parquet", f"{BYTES} --data.source {parquet}", change=parquet),
         mixture_case(mixed, "--tokenizer.kind sentencepiece --tokenizer.vocab-size 512", sources[1] / "text.jsonl.gz"),
@@ -125,7 +115,7 @@ def measure(case: Case, folder: Path, steps: int, kills: int, rng: random.Random
 
 
 def refusal(case: Case, run: Path, steps: int, folder: Path) -> str:
-    """What is said where the run shall go on after a file of its source was changed."""
+    """The line on stderr where the run shall go on after a file of its source was changed."""
     assert case.change is not None
     with case.change.open("ab") as file:
         file.write(gzip.compress(b'{"text": "one more line"}\n'))
@@ -136,7 +126,8 @@ def refusal(case: Case, run: Path, steps: int, folder: Path) -> str:
 
 
 def start(case: Case, run: Path, steps: int, workers: int, folder: Path) -> subprocess.Popen:
-    command = [sys.executable, *case.program, "pretrain", "shakespeare_char", "--run-dir", str(run), *MODEL.split()]
+    command = [sys.executable, "-m", "gptjax", "pretrain", "shakespeare_char", "--run-dir", str(run)]
+    command += MODEL.split()
     command += f"--steps {steps} --checkpoint.every {saved_every(steps)} --evaluate.every {steps // 2}".split()
     command += [*case.settings.split(), "--data.workers", str(workers)]
     return subprocess.Popen(
@@ -196,13 +187,47 @@ def shortened(path: Path, folder: Path) -> Path:
     return folder
 
 
+def texts_of(source: Path) -> list[str]:
+    with gzip.open(source / "text.jsonl.gz", "rb") as file:
+        return [json.loads(line)["text"] for line in file]
+
+
 def write_parquet(source: Path, path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    with gzip.open(source / "text.jsonl.gz", "rb") as file:
-        texts = [json.loads(line)["text"] for line in file]
-    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=100)
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts_of(source)}), path, row_group_size=100)
+
+
+def write_tfds(folder: Path, texts: list[str], field: str = "text") -> Path:
+    """A prepared TFDS dataset of two shards, as download_and_prepare writes it."""
+    import tensorflow_datasets as tfds
+    from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
+
+    folder.mkdir(parents=True)
+    half = len(texts) // 2
+    for shard, part in enumerate((texts[:half], texts[half:])):
+        path = folder / f"own-train.array_record-{shard:05d}-of-00002"
+        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+        for text in part:
+            example = example_type()()
+            example.features.feature[field].bytes_list.value.append(text.encode())
+            writer.write(example.SerializeToString())
+        writer.close()
+    data_dir: Any = folder
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=data_dir, dataset_name="own", split="train", filetype_suffix="array_record"
+    )
+    lengths = [half, len(texts) - half]
+    split = tfds.core.SplitInfo(name="train", shard_lengths=lengths, num_bytes=0, filename_template=template)
+    tfds.folder_dataset.write_metadata(
+        data_dir=str(folder),
+        features=tfds.features.FeaturesDict({field: tfds.features.Text()}),
+        split_infos=[split],
+        filename_template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+        check_data=False,
+    )
+    return folder
 
 
 def main() -> None:
@@ -224,7 +249,7 @@ def main() -> None:
                 found[case.name] = measure(case, Path(name), args.steps, args.kills, rng)
                 print(case.name, json.dumps(found[case.name]), flush=True)
     device = f"{platform.machine()} CPU, {os.cpu_count()} cores"
-    report = facts(device, "jax", "jaxlib", "grain", "tensorflow-datasets") | {
+    report = facts(device, "jax", "jaxlib", "tensorflow-datasets") | {
         "command": "python benchmarks/resume_sources.py --text FOLDER --out benchmarks/results "
         f"--steps {args.steps} --kills {args.kills} --seed {args.seed}",
         "texts": [path.name for path in texts[-3:]],

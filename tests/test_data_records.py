@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from holdout_reference import holdout
+from resume_sources import write_tfds
 
 from gptjax.config import DataConfig, PrepareConfig, TokenizerConfig, TrainConfig
 from gptjax.config.section import InputError
 from gptjax.data.chunks import StreamSpec
-from gptjax.data.corpus import example_type
 from gptjax.data.packing import batch_hash
 from gptjax.data.pipeline import open_pipeline
 from gptjax.data.prepare import prepare
@@ -47,38 +47,6 @@ def texts_of(source: str, text_field: str = "text", max_corrupt: int = 0) -> lis
     return [
         document.text for document in StreamSpec(source, text_field, 1.0, max_corrupt, TokenizerConfig()).documents()
     ]
-
-
-def write_tfds(folder: Path, texts: list[str], field: str = "text") -> Path:
-    """A prepared TFDS dataset of two shards, as download_and_prepare writes it."""
-    import tensorflow_datasets as tfds
-    from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
-
-    folder.mkdir(parents=True)
-    half = len(texts) // 2
-    for shard, part in enumerate((texts[:half], texts[half:])):
-        path = folder / f"own-train.array_record-{shard:05d}-of-00002"
-        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
-        for text in part:
-            example = example_type()()
-            example.features.feature[field].bytes_list.value.append(text.encode())
-            writer.write(example.SerializeToString())
-        writer.close()
-    template = tfds.core.ShardedFileTemplate(
-        data_dir=folder, dataset_name="own", split="train", filetype_suffix="array_record"
-    )
-    tfds.folder_dataset.write_metadata(
-        data_dir=str(folder),
-        features=tfds.features.FeaturesDict({field: tfds.features.Text()}),
-        split_infos=[
-            tfds.core.SplitInfo(
-                name="train", shard_lengths=[half, len(texts) - half], num_bytes=0, filename_template=template
-            )
-        ],
-        filename_template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-        check_data=False,
-    )
-    return folder
 
 
 def write_hf(folder: Path, texts: list, field: str = "text", splits: bool = False) -> Path:

@@ -1,4 +1,4 @@
-"""How text becomes token ids."""
+"""Settings of tokenizers."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ LEAST_PIECES = 300  # byte fallback needs all 256 bytes and 3 special tokens in 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig(Section):
-    """How text becomes token ids."""
+    """The tokenizer that turns text into token ids."""
 
     section: ClassVar[str] = "tokenizer"
 

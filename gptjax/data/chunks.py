@@ -145,10 +145,10 @@ def _documents(
     """
     for i in range(file, len(source.files)):
         try:
-            for number, found in enumerate(source.files[i].read()):
+            for number, text in enumerate(source.files[i].read()):
                 if i > file or number >= document:
                     if corrupt.allowed:
-                        found.check()
-                    yield i, number, found
+                        text.check()
+                    yield i, number, text
         except CorruptData as error:
             corrupt.add(error)

@@ -206,14 +206,14 @@ def example_type() -> Any:
     file = descriptor_pb2.FileDescriptorProto(name="gptjax/example.proto", package="gptjax", syntax="proto3")
 
     def message(parent: Any, name: str, *fields: tuple[str, int, str]) -> Any:
-        made = parent.add(name=name)
+        added = parent.add(name=name)
         for number, (field, label, kind) in enumerate(fields, 1):
             scalar = {"bytes": kinds.TYPE_BYTES, "string": kinds.TYPE_STRING}.get(kind)
             if scalar is None:
-                made.field.add(name=field, number=number, label=label, type=kinds.TYPE_MESSAGE, type_name=kind)
+                added.field.add(name=field, number=number, label=label, type=kinds.TYPE_MESSAGE, type_name=kind)
             else:
-                made.field.add(name=field, number=number, label=label, type=scalar)
-        return made
+                added.field.add(name=field, number=number, label=label, type=scalar)
+        return added
 
     one, many = kinds.LABEL_OPTIONAL, kinds.LABEL_REPEATED
     message(file.message_type, "BytesList", ("value", many, "bytes"))

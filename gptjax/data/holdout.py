@@ -68,16 +68,16 @@ class HoldoutBuilder:
     _any_kept: bool = False
 
     def add(self, document: Document, digest: bytes, fraction: float) -> None:
-        unit = unit_hash(digest)
+        value = unit_hash(digest)
         self.only = None if self.count else document
         self.count += 1
         self.size += document.num_bytes
-        self._lowest = min(self._lowest, unit)
-        self._any_kept = self._any_kept or unit > fraction
-        if unit > self._highest:
-            self._below, self._highest = self._highest, unit
-        elif unit != self._highest:
-            self._below = max(self._below, unit)
+        self._lowest = min(self._lowest, value)
+        self._any_kept = self._any_kept or value > fraction
+        if value > self._highest:
+            self._below, self._highest = self._highest, value
+        elif value != self._highest:
+            self._below = max(self._below, value)
 
     def copy(self) -> "HoldoutBuilder":
         return replace(self)

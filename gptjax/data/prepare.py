@@ -1,6 +1,6 @@
 """Turns text into a prepared corpus: tokenised ArrayRecord shards in TFDS's own folder format, and a manifest.
 
-A record is a page of a split's token stream; `starts` in it are the places on the page at which documents begin.
+A record is a page of a split's token stream; `starts` in it are the offsets on the page at which documents begin.
 `tfds.builder_from_directory(folder).as_data_source("train")` reads the folder, with no TensorFlow.
 
 Until it is finished, a folder has a folder WORK in it: the scan of the source, the tokenizer and the parts tokenised

@@ -30,7 +30,7 @@ class SplitWriter:
         self.shard_pages: list[int] = []
 
     def add(self, tokens: np.ndarray, starts: np.ndarray, num_bytes: int) -> None:
-        """Appends tokens, of num_bytes of text; documents begin at the given places in them, in rising order."""
+        """Appends tokens, of num_bytes of text; documents begin at the given offsets in them, in rising order."""
         self.starts_file.write((starts + self.tokens).astype("<i8").tobytes())
         self.documents += len(starts)
         self.bytes += num_bytes

@@ -94,8 +94,8 @@ def documents(source: str | Source, text_field: str = "text") -> Iterator[Docume
 
     Raises InputError, naming file and line, row or byte, for a record without the text, and for a corrupt file.
     """
-    for unit in open_source(source, text_field).files:
-        yield from unit.read()
+    for file in open_source(source, text_field).files:
+        yield from file.read()
 
 
 def source_sha256(source: str | Source, text_field: str = "text") -> str:

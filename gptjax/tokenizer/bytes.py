@@ -37,5 +37,5 @@ class BytesTokenizer:
         return bytes(i for i in checked_ids(ids, self.vocab_size) if i < 256)
 
     def save(self, folder: Path) -> None:
-        """Writes what `load` needs into the folder."""
+        """Writes the description that `load_tokenizer` reads into the folder."""
         write_meta(self, folder, {})

@@ -63,7 +63,7 @@ def load_model(path: Path) -> SentencePieceTokenizer:
 def open_tokenizer(path: str | Path, kind: str = "", pattern: str = "") -> Tokenizer:
     """The tokenizer in a file or folder, one that `save` wrote or one made elsewhere.
 
-    `kind` is one of tokenizer.kind; where empty, it is found out, and of several in a folder a SentencePiece model is
+    `kind` is one of tokenizer.kind; where empty, it is detected, and of several in a folder a SentencePiece model is
     taken first, then ranks. `pattern` is tokenizer.pattern. Raises InputError where there is no tokenizer, one of
     another kind, or one that would lose text.
     """
@@ -77,21 +77,21 @@ def open_tokenizer(path: str | Path, kind: str = "", pattern: str = "") -> Token
                 f"tokenizer.pattern={pattern!r}, but {path} was saved with {tokenizer.pattern!r}; leave it out"
             )
         return tokenizer
-    found = _found(path)
-    if not found:
+    files = _tokenizers_in(path)
+    if not files:
         names = f"{MODEL_FILE}, *.tiktoken, {JSON_FILE} or {' and '.join(PAIRS[0])}"
         raise InputError(f"tokenizer.path={str(path)!r} holds no tokenizer; wanted {names} in it")
-    kind = kind or next(iter(found))
-    if kind not in found:
-        raise _other_kind(path, " or a ".join(found), kind)
+    kind = kind or next(iter(files))
+    if kind not in files:
+        raise _other_kind(path, " or a ".join(files), kind)
     if kind == "huggingface":
         try:
-            return read_huggingface(found[kind])
+            return read_huggingface(files[kind])
         except OSError as error:
             raise _unreadable(Path(error.filename), error) from None
     if kind == "tiktoken":
-        return TiktokenTokenizer(_read(found[kind]), pattern, str(found[kind]))
-    return load_model(found[kind])
+        return TiktokenTokenizer(_read(files[kind]), pattern, str(files[kind]))
+    return load_model(files[kind])
 
 
 def make_tokenizer(cfg: TokenizerConfig, texts: Iterator[str]) -> Tokenizer:
@@ -117,17 +117,17 @@ def make_tokenizer(cfg: TokenizerConfig, texts: Iterator[str]) -> Tokenizer:
     return tokenizer
 
 
-def _found(path: Path) -> dict[str, Path]:
+def _tokenizers_in(path: Path) -> dict[str, Path]:
     """The tokenizers at a path: kind -> file or folder, judged by what the files hold and not by their names."""
     if not path.is_dir():
         return {_kind_of(path): path}
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for file in (path / MODEL_FILE, *sorted(path.glob("*.tiktoken"))):
         if file.is_file():
-            found.setdefault(_kind_of(file), file)
+            files.setdefault(_kind_of(file), file)
     if (path / JSON_FILE).is_file() or any(all((path / name).is_file() for name in pair) for pair in PAIRS):
-        found["huggingface"] = path
-    return found
+        files["huggingface"] = path
+    return files
 
 
 def _kind_of(file: Path) -> str:

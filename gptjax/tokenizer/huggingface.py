@@ -107,13 +107,13 @@ def read_huggingface(path: Path) -> HuggingFaceTokenizer:
         file = path / JSON_FILE if path.is_dir() else path
         content, name = {JSON_FILE: file.read_bytes()}, str(file)
     else:
-        found = [pair for pair in PAIRS if all((folder / part).is_file() for part in pair)]
-        if not found:
+        pair = next((pair for pair in PAIRS if all((folder / part).is_file() for part in pair)), None)
+        if pair is None:
             raise InputError(f"{path} has no {JSON_FILE}, nor {' and '.join(PAIRS[0])}, nor {' and '.join(PAIRS[1])}")
         if (folder / "added_tokens.json").is_file():
-            raise InputError(f"{folder}/added_tokens.json adds tokens to {found[0][0]}; wanted all in a {JSON_FILE}")
-        content = dict(zip(PAIRS[0], ((folder / part).read_bytes() for part in found[0])))
-        name = str(folder / found[0][0])
+            raise InputError(f"{folder}/added_tokens.json adds tokens to {pair[0]}; wanted all in a {JSON_FILE}")
+        content = dict(zip(PAIRS[0], ((folder / part).read_bytes() for part in pair)))
+        name = str(folder / pair[0])
     named: dict[str, str] = {}
     for beside in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / beside).is_file():
@@ -127,7 +127,7 @@ def read_huggingface(path: Path) -> HuggingFaceTokenizer:
 
 
 class _Spec:
-    """What a tokenizer.json says, checked to be of a kind that loses nothing."""
+    """The content of a tokenizer.json, checked to be of a kind that loses nothing."""
 
     def __init__(self, values: dict[str, Any], name: str):
         self.name, self.model = name, values["model"]
@@ -243,7 +243,7 @@ class _Spec:
         return table
 
     def safe_cut(self, table: list[bytes]) -> re.Pattern[str]:
-        """Where a text may be cut; nowhere, for a way of splitting that is not known."""
+        """The cuts of a text that change no ids; none, for a way of splitting that is not known."""
         steps = [step for step in self.splits if step["type"] not in ("Digits", "Punctuation")]
         if not self.byte_level:
             return cuts_between_pieces(table) if all(step["type"] == "Metaspace" for step in steps) else NOWHERE
@@ -257,7 +257,10 @@ class _Spec:
         return WORD_ENDS if known else NOWHERE
 
     def without_specials(self) -> dict[str, Any]:
-        """The same tokenizer in which no special token can be found, nor made by merges, and nothing is added."""
+        """The same tokenizer without special tokens: neither looked for in text, nor made by merges, nor added.
+
+        (`encode_special_tokens` of the library still lets merges, and words that are looked up whole, make them.)
+        """
         gone = set(self.specials)
         # Merges that spell a byte's name would make text of the form <0x41> that byte.
         named = set() if self.byte_level else {f"<0x{byte:02X}>" for byte in range(256)}
@@ -284,7 +287,7 @@ class _Spec:
 
 
 def _read(content: dict[str, bytes], name: str) -> dict[str, Any]:
-    """The tokenizer.json as it is, or the two files in its form; what no merge makes is then special."""
+    """The tokenizer.json as it is, or the two files in its form; a token that no merge makes is then special."""
     if JSON_FILE in content:
         values = _parse(content[JSON_FILE], name)
         if not isinstance(values.get("model"), dict):
@@ -292,7 +295,7 @@ def _read(content: dict[str, bytes], name: str) -> dict[str, Any]:
         return values
     vocab = _parse(content[VOCAB_FILE], name)
     merges = []
-    made = set(BYTE_CHARACTERS)
+    ordinary = set(BYTE_CHARACTERS)
     for number, line in enumerate(_text(content[MERGES_FILE], name).split("\n"), 1):
         line = line.rstrip("\r")
         if line and not (number == 1 and line.startswith("#version")):
@@ -300,9 +303,9 @@ def _read(content: dict[str, bytes], name: str) -> dict[str, Any]:
             if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
                 raise InputError(f"the merges of {name}: line {number} is {line[:40]!r}; wanted two tokens of {name}")
             merges.append(pair)
-            made.add("".join(pair))
+            ordinary.add("".join(pair))
     return {
-        "added_tokens": [{"content": t, "id": i, "special": True} for t, i in vocab.items() if t not in made],
+        "added_tokens": [{"content": t, "id": i, "special": True} for t, i in vocab.items() if t not in ordinary],
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
         "model": {"type": "BPE", "vocab": vocab, "merges": merges},
     }

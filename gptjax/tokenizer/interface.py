@@ -1,4 +1,4 @@
-"""What every tokenizer gives, and what those with a table of pieces share."""
+"""The interface of every tokenizer, and the base of those with a table of pieces."""
 
 import json
 import re
@@ -25,7 +25,7 @@ _WINDOW = 1 << 10  # characters first searched for the last safe cut
 
 
 class Tokenizer(Protocol):
-    """What every tokenizer gives: ids below vocab_size, of which bos_id, eos_id and specials never come from text.
+    """Interface of a tokenizer: ids below vocab_size, of which bos_id, eos_id and specials never come from text.
 
     `specials` are the control tokens by name, for prompts that are built from ids. `files` are the names that `save`
     writes. `safe_cut` matches, without width, where a text may be cut: encoding both parts (the second one with
@@ -57,13 +57,13 @@ class Tokenizer(Protocol):
 
 
 def last_safe_cut(tokenizer: Tokenizer, text: str) -> int:
-    """The last place inside the text at which `tokenizer.safe_cut` lets it be cut; 0 where there is none."""
+    """The last offset inside the text at which `tokenizer.safe_cut` lets it be cut; 0 where there is none."""
     window = _WINDOW
     while True:
         low = max(1, len(text) - window)
-        found = [m.start() for m in tokenizer.safe_cut.finditer(text, low) if m.start() < len(text)]
-        if found or low == 1:
-            return found[-1] if found else 0
+        cuts = [m.start() for m in tokenizer.safe_cut.finditer(text, low) if m.start() < len(text)]
+        if cuts or low == 1:
+            return cuts[-1] if cuts else 0
         window *= 8
 
 
@@ -71,7 +71,7 @@ class PieceTokenizer:
     """A tokenizer whose ids stand for pieces of text; a subclass encodes text without special tokens.
 
     `_bytes` are the bytes of each id, empty for special ones; `_atoms` are strings that a model can't be given and the
-    ids they stand for; `_adds_space` says whether documents get a space in front that is no part of their text.
+    ids they stand for; `_adds_space` is True where documents get a space in front that is no part of their text.
     """
 
     kind: ClassVar[str]
@@ -82,7 +82,7 @@ class PieceTokenizer:
     specials: dict[str, int]
     safe_cut: re.Pattern[str]
     _bytes: list[bytes]
-    _content: dict[str, bytes]  # what `save` writes, by file name
+    _content: dict[str, bytes]  # of the files that `save` writes, by name
     _adds_space: bool = False
     _atoms: Mapping[str, list[int]] = {}
 
@@ -90,7 +90,7 @@ class PieceTokenizer:
         raise NotImplementedError
 
     def _described(self) -> dict[str, Any]:
-        """What `load` needs beside the files, as JSON."""
+        """Settings that `load_tokenizer` needs beside the files, as JSON."""
         return {}
 
     @property
@@ -133,7 +133,7 @@ class PieceTokenizer:
         return b"".join([self._bytes[i] for i in checked_ids(ids, self.vocab_size)])
 
     def save(self, folder: Path) -> None:
-        """Writes the files that the tokenizer was read from, and beside them what `load` checks them against."""
+        """Writes the files that the tokenizer was read from, and a description that they are checked against."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self._content.items():
             (folder / name).write_bytes(content)
@@ -141,7 +141,7 @@ class PieceTokenizer:
 
 
 def is_text(piece: str) -> bool:
-    """Whether an added or user-defined token is text, not a control token: white space, or one printable character.
+    """True for an added or user-defined token that is text, no control token: white space, or one printable character.
 
     Runs of spaces and single digits are added to some vocabularies, and their models expect them. Anything longer
     ("<|im_start|>", "[INST]") may stand for a role and so never comes from text.
@@ -170,7 +170,7 @@ def checked_ids(ids: Iterable[int], vocab_size: int) -> list[int]:
 
 
 def write_meta(tokenizer: Any, folder: Path, more: Mapping[str, Any]) -> None:
-    """Writes what `load` needs to know of a tokenizer."""
+    """Writes the description of a tokenizer that `load_tokenizer` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     meta = {"schema": SCHEMA, "kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256}
     (folder / META_FILE).write_text(json.dumps(meta | dict(more), indent=1) + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import Any
 from gptjax.config.section import InputError
 from gptjax.tokenizer.interface import MODEL_FILE, NOWHERE, SPACE_SYMBOL, PieceTokenizer, is_text, utf8
 
-# What the trainer refuses in a sentence or gives another meaning; each is a byte piece of its own, or three.
+# Characters that the trainer refuses in a sentence or gives another meaning; each is a byte piece of its own, or three.
 _NOT_IN_PIECES = re.compile("[\0\t\n\r\u2581\u2585]+")
 _MAX_SENTENCE = 4096  # characters; only training cuts sentences, so no text is lost
 
@@ -47,13 +47,13 @@ class SentencePieceTokenizer(PieceTokenizer):
 
 
 def cuts_between_pieces(pieces: list[bytes]) -> re.Pattern[str]:
-    """Where merges of these pieces never reach across: before a space, after a newline, as far as they allow it."""
-    places = []
+    """Cuts that no merge of these pieces reaches across: before a space, after a newline, as far as they allow it."""
+    cuts = []
     if not any(re.search(rb"[^ ] ", piece) for piece in pieces):
-        places.append("(?<=[^ ])(?= )")
+        cuts.append("(?<=[^ ])(?= )")
     if not any(re.search(rb"\n.", piece, re.DOTALL) for piece in pieces):
-        places.append(r"(?<=\n)")
-    return re.compile("|".join(places)) if places else NOWHERE
+        cuts.append(r"(?<=\n)")
+    return re.compile("|".join(cuts)) if cuts else NOWHERE
 
 
 def train_sentencepiece(
@@ -143,8 +143,8 @@ def _read_model(model: bytes, name: str) -> Any:
         "does not mark spaces": not normalizer.escape_whitespaces,
         "marks spaces behind words": proto.trainer_spec.treat_whitespace_as_suffix,
     }
-    for loss, found in losses.items():
-        if found:
+    for loss, present in losses.items():
+        if present:
             raise InputError(f"{name} {loss}, so text would not come back as it was; use a model that loses nothing")
     return proto
 

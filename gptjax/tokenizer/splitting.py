@@ -1,4 +1,4 @@
-"""How byte-level tokenizers split text into words, and where a text may be cut without changing the words."""
+"""The patterns by which byte-level tokenizers split text into words, and cuts that change no word."""
 
 import re
 

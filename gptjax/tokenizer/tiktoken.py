@@ -18,7 +18,7 @@ _LONGEST_SPACE = 1 << 18  # characters of white space in a row that the library'
 
 @dataclass(frozen=True)
 class _Published:
-    """A file of ranks that is known by its content, and what its makers publish apart from it."""
+    """A file of ranks that is known by its content, and the settings that its makers publish apart from it."""
 
     name: str
     pattern: str
@@ -111,7 +111,7 @@ class TiktokenTokenizer(PieceTokenizer):
 
 
 def looks_like_ranks(start: bytes) -> bool:
-    """Whether a file that begins so is a file of ranks."""
+    """True where a file that begins so is a file of ranks."""
     return _LINE.fullmatch(start.split(b"\n", 1)[0].rstrip(b"\r")) is not None
 
 
