@@ -30,7 +30,7 @@ from report import facts, spread, write_report
 from gptjax.config import ModelConfig
 from gptjax.config.attention import KERNELS
 from gptjax.model.decoder import Decoder, init_params
-from gptjax.ops.attention import attention, current_device, select_kernel, unsupported_reason
+from gptjax.ops.attention import attention, select_kernel, unsupported_reason
 from gptjax.ops.reference import attend, causal
 from gptjax.training.build import language_model_loss
 
@@ -47,16 +47,16 @@ def main() -> None:
     report: dict[str, Any] = facts(f"{platform.machine()} {device.device_kind}", "jax", "jaxlib", "flax")
     report |= {"dtype": args.dtype, "heads": args.heads, "kv_heads": args.kv_heads, "head_size": args.head_size,
                "tokens": args.tokens, "document": args.document}  # fmt: skip
-    report["left_out"] = {n: found for n in KERNELS if (found := unsupported_reason(n, cfg, current_device()))}
+    report["left_out"] = {n: found for n in KERNELS if (found := unsupported_reason(n, cfg, device()))}
     for name, reason in report["left_out"].items():
         print(f"{name} is left out: {reason}")
     report["auto"] = {
-        str(n): select_kernel(dataclasses.replace(cfg, attention="auto"), n, current_device()) for n in args.lengths
+        str(n): select_kernel(dataclasses.replace(cfg, attention="auto"), n, device()) for n in args.lengths
     }
     # Elsewhere than on a CPU "plain" is the reference itself.
     names = [
         "reference",
-        *(n for n in KERNELS if n not in report["left_out"] and (n != "plain" or current_device().platform == "cpu")),
+        *(n for n in KERNELS if n not in report["left_out"] and (n != "plain" or device().platform == "cpu")),
     ]
     print(f"{device.device_kind}, {args.dtype}, {args.heads} heads of {args.head_size}; auto takes {report['auto']}")
     print(f"{'length':>7} {'rows':8} {'attention':14} {'forward':>9} {'both ms':>9} {'5 %':>8} {'95 %':>8} "
@@ -118,12 +118,12 @@ def program(cfg: ModelConfig, name: str, packed: bool, backward: bool) -> Callab
     cfg = cfg if name == "reference" else dataclasses.replace(cfg, attention=name)
 
     def run(q_BLHK, k_BLGK, v_BLGK, g_BLHK, segments_BL):
-        sight, scale = causal(segments_BL, packed), cfg.head_size**-0.5
+        mask, scale = causal(segments_BL, packed), cfg.head_size**-0.5
 
         def out(q_BLHK, k_BLGK, v_BLGK):
             if name == "reference":
-                return attend(q_BLHK, k_BLGK, v_BLGK, sight, scale=scale)
-            return attention(cfg, q_BLHK, k_BLGK, v_BLGK, sight, scale=scale)
+                return attend(q_BLHK, k_BLGK, v_BLGK, mask, scale=scale)
+            return attention(cfg, q_BLHK, k_BLGK, v_BLGK, mask, scale=scale)
 
         if not backward:
             return (out(q_BLHK, k_BLGK, v_BLGK),)

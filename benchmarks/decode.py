@@ -42,7 +42,6 @@ from gptjax.config import ModelConfig
 from gptjax.generation.engine import decode, decode_params, prefill
 from gptjax.model.cache import round_up_length
 from gptjax.model.decoder import Decoder, Params, init_params
-from gptjax.ops.cpu_matvec import several
 from gptjax.runtime.process import tune_process
 
 NEVER = np.array([-1], np.int32)  # stop ids that no row meets
@@ -95,7 +94,7 @@ def main() -> None:
         for rows in args.batch:
             prompt_BL = np.random.default_rng(1).integers(0, decoder.vocab_size, (rows, args.prompt)).astype(np.int32)
             np.save(folder / f"prompts_{rows}.npy", prompt_BL)
-            weights = jax.block_until_ready(decode_params(params, cfg.dtype, several(rows, cfg.dtype)))
+            weights = jax.block_until_ready(decode_params(params, cfg.dtype))
             row = report["batches"][str(rows)] = measure(decoder, params, weights, peer, prompt_BL, args)
             del weights
             show(rows, row)

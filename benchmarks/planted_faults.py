@@ -29,8 +29,8 @@ def dropped_layer(decoder: Decoder) -> LossFn:
 def future_seen(decoder: Decoder) -> LossFn:
     """Each position also sees the next one."""
 
-    def peeking(cfg, p, x_BLD, positions_BL, sight, *rest):
-        return block(cfg, p, x_BLD, positions_BL, dataclasses.replace(sight, query_BL=sight.query_BL + 1), *rest)
+    def peeking(cfg, p, x_BLD, positions_BL, mask, *rest):
+        return block(cfg, p, x_BLD, positions_BL, dataclasses.replace(mask, query_BL=mask.query_BL + 1), *rest)
 
     return language_model_loss(decoder.clone(block=peeking))
 

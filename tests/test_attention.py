@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
+import gptjax.ops.attention
 from gptjax.config import DataConfig, GenerateConfig, MeshConfig, ModelConfig, TrainConfig
 from gptjax.config.section import InputError
 from gptjax.generation.engine import generate_ids
 from gptjax.model.decoder import Decoder, init_params, make_decoder
-from gptjax.ops import attention as backends
-from gptjax.ops.attention import Device, attend_cudnn, attend_splash, attention, describe, select_kernel
+from gptjax.ops.attention import attention, describe, select_kernel
 from gptjax.ops.cpu_attention import attend_causal_chunked
+from gptjax.ops.device import Device
+from gptjax.ops.kernels import attend_cudnn, attend_splash
 from gptjax.ops.reference import attend, causal
 from gptjax.parallel.sharding import make_mesh, to_global
 
@@ -44,10 +46,10 @@ def value_and_grads(function, given: dict[str, Any], packed: bool = True, **opti
     """Output and gradients by q, k and v."""
 
     def run(q_BLHK, k_BLGK, v_BLGK, g_BLHK, segments_BL, traced):
-        sight = causal(segments_BL, packed)
+        mask = causal(segments_BL, packed)
         known = {name: x for name, x in options.items() if name not in traced}
         out_BLHK, back = jax.vjp(
-            lambda *qkv: function(*qkv, sight, scale=0.4, **known, **traced), q_BLHK, k_BLGK, v_BLGK
+            lambda *qkv: function(*qkv, mask, scale=0.4, **known, **traced), q_BLHK, k_BLGK, v_BLGK
         )
         return out_BLHK, *back(g_BLHK)
 
@@ -153,15 +155,15 @@ def test_a_mesh_does_not_change_what_the_kernels_compute(mesh, monkeypatch):
 
 def lowered(cfg: ModelConfig, device: Device, platform: str, monkeypatch, packed: bool = True) -> str:
     """The text of attention and its gradients, lowered for a platform that need not be here."""
-    monkeypatch.setattr(backends, "current_device", lambda: device)
+    monkeypatch.setattr(gptjax.ops.attention, "device", lambda: device)
     # What jax asks the device at hand, which is not the one that is lowered for.
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91800)
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda least: device.capability >= float(least))
     monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda other: False)
 
     def loss(q_BLHK, k_BLGK, v_BLGK, segments_BL):
-        sight = causal(segments_BL, packed)
-        return attention(cfg, q_BLHK, k_BLGK, v_BLGK, sight, scale=0.4, window=cfg.window or None).sum()
+        mask = causal(segments_BL, packed)
+        return attention(cfg, q_BLHK, k_BLGK, v_BLGK, mask, scale=0.4, window=cfg.window or None).sum()
 
     q_BLHK, k_BLGK = (jax.ShapeDtypeStruct((2, 128, heads, 64), jnp.bfloat16) for heads in (4, 2))
     segments_BL = jax.ShapeDtypeStruct((2, 128), jnp.int32)
@@ -256,13 +258,13 @@ def test_a_cache_is_attended_whatever_the_rows_are_trained_with(monkeypatch):
     """One query, and a prompt behind others, by what runs everywhere."""
     from gptjax.ops.reference import cached
 
-    monkeypatch.setattr(backends, "current_device", lambda: H100)
+    monkeypatch.setattr(gptjax.ops.attention, "device", lambda: H100)
     given = arrays(16)
     for queries in (1, 4):
         qkv = given["q_BLHK"][:, :queries], given["k_BLGK"], given["v_BLGK"]
-        sight = cached(jnp.array([[5], [9]]) + jnp.arange(queries))
-        got = attention(dataclasses.replace(MODEL, attention="cudnn"), *qkv, sight, scale=0.4)
-        np.testing.assert_allclose(got, attend(*qkv, sight, scale=0.4), atol=1e-6)
+        mask = cached(jnp.array([[5], [9]]) + jnp.arange(queries))
+        got = attention(dataclasses.replace(MODEL, attention="cudnn"), *qkv, mask, scale=0.4)
+        np.testing.assert_allclose(got, attend(*qkv, mask, scale=0.4), atol=1e-6)
 
 
 def test_only_rows_that_are_known_to_hold_one_document_go_without_segments():
@@ -308,8 +310,8 @@ def test_the_benchmark_measures_what_is_right(monkeypatch, tmp_path, capsys):
 def test_the_benchmark_fails_where_documents_cross(monkeypatch, capsys):
     import attention as command
 
-    def crossing(cfg, q_BLHK, k_BLGK, v_BLGK, sight, *, scale):
-        return attend(q_BLHK, k_BLGK, v_BLGK, causal(sight.query_BL, packed=False), scale=scale)
+    def crossing(cfg, q_BLHK, k_BLGK, v_BLGK, mask, *, scale):
+        return attend(q_BLHK, k_BLGK, v_BLGK, causal(mask.query_BL, packed=False), scale=scale)
 
     monkeypatch.setattr(command, "attention", crossing)
     assert benchmark(monkeypatch) == 1

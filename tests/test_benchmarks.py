@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib
 import json
 import os
 import subprocess
@@ -21,13 +20,13 @@ import train_jax
 
 from gptjax.config import TrainConfig
 from gptjax.data.packing import example_batch
+from gptjax.generation import engine
 from gptjax.model.decoder import Decoder, init_params, unstacked
 from gptjax.parallel.sharding import make_mesh
 from gptjax.training.build import build_components
 from gptjax.training.loop import compile_step
 
 ROOT = Path(__file__).parent.parent
-generate = importlib.import_module("gptjax.generation.engine")  # the package's attribute of that name is a function
 
 
 TINY = contenders.Contest("tiny", "gpt2", "float32")
@@ -212,11 +211,11 @@ def test_decoding_of_the_gpu_suite_lowers_for_cuda(monkeypatch):
     weights = jax.eval_shape(functools.partial(unstacked, dtype="bfloat16"), shapes)
     prompt_BL, last_B = np.zeros((32, 128), np.int32), np.full(32, 191)
     prompts = (decoder, weights, prompt_BL, last_B, 192, False)
-    state = generate.prefill.eval_shape(*prompts)
+    state = engine.prefill.eval_shape(*prompts)
     rows = {"copy_B": np.zeros(32, np.int32), "last_B": last_B}
     rest = (rows, {}, np.uint32(0), decode.NEVER, np.zeros(32, bool), np.int32(64))
     lowered = [
         program.trace(*given).lower(lowering_platforms=("cuda",)).as_text()
-        for program, given in ((generate.prefill, prompts), (generate.decode, (decoder, weights, state, *rest)))
+        for program, given in ((engine.prefill, prompts), (engine.decode, (decoder, weights, state, *rest)))
     ]
     assert all("dot_general" in text for text in lowered) and "stablehlo.while" in lowered[1]

@@ -34,7 +34,7 @@ class Case:
     documents: str = "packed"
 
     @property
-    def sight(self) -> AttentionMask:
+    def mask(self) -> AttentionMask:
         if self.documents == "cached":  # the second row is far ahead of the first
             start_B1 = jnp.array([[3], [self.keys - self.queries]])
             return cached(start_B1 + jnp.arange(self.queries))
@@ -73,7 +73,7 @@ def value_and_grads(attention, case: Case, arrays: list[jax.Array], **more) -> l
 
     def run(traced, *qkv):
         options = case.options | traced | more
-        out_BLHK, back = jax.vjp(lambda *qkv: attention(*qkv, case.sight, scale=0.4, **options), *qkv)
+        out_BLHK, back = jax.vjp(lambda *qkv: attention(*qkv, case.mask, scale=0.4, **options), *qkv)
         return out_BLHK, *back(g_BLHK)
 
     return [np.asarray(x, np.float32) for x in jax.jit(run)(traced, *qkv)]
@@ -105,12 +105,12 @@ def test_in_bfloat16_blockwise_is_no_further_from_float32_than_plain():
         assert np.linalg.norm(blockwise - wanted) <= np.linalg.norm(plain - wanted)
 
 
-def blockwise_and_grads(arrays: list[jax.Array], sight: AttentionMask, **options) -> list[np.ndarray]:
+def blockwise_and_grads(arrays: list[jax.Array], mask: AttentionMask, **options) -> list[np.ndarray]:
     """Output and gradients by q, k and v, in blocks of 8."""
     *qkv, g_BLHK = arrays
 
     def run(*qkv):
-        out_BLHK, back = jax.vjp(lambda *qkv: attend_blockwise(*qkv, sight, scale=0.4, block=8, **options), *qkv)
+        out_BLHK, back = jax.vjp(lambda *qkv: attend_blockwise(*qkv, mask, scale=0.4, block=8, **options), *qkv)
         return out_BLHK, *back(g_BLHK)
 
     return [np.asarray(x) for x in jax.jit(run)(*qkv)]
@@ -119,25 +119,25 @@ def blockwise_and_grads(arrays: list[jax.Array], sight: AttentionMask, **options
 def test_keys_that_no_query_sees_are_not_visited():
     """A visited value that is no number would leave its mark: 0 times nan is nan."""
     q_BLHK, k_BMGK, v_BMGK, g_BLHK = Case(queries=8, keys=32, documents="one").arrays()
-    sight = cached(jnp.array([[12], [13]]) + jnp.arange(8))  # with a window of 4 the rows see 9..19 and 10..20
+    mask = cached(jnp.array([[12], [13]]) + jnp.arange(8))  # with a window of 4 the rows see 9..19 and 10..20
     unseen_M = np.isin(np.arange(32) // 8, [0, 3])[:, None, None]
     marked_BMGK = jnp.where(unseen_M, jnp.nan, v_BMGK)
-    wanted = blockwise_and_grads([q_BLHK, k_BMGK, v_BMGK, g_BLHK], sight, window=4)
-    for got, want in zip(blockwise_and_grads([q_BLHK, k_BMGK, marked_BMGK, g_BLHK], sight, window=4), wanted):
+    wanted = blockwise_and_grads([q_BLHK, k_BMGK, v_BMGK, g_BLHK], mask, window=4)
+    for got, want in zip(blockwise_and_grads([q_BLHK, k_BMGK, marked_BMGK, g_BLHK], mask, window=4), wanted):
         np.testing.assert_array_equal(got, want)
 
 
 def test_other_documents_are_not_visited():
     q_BLHK, k_BMGK, v_BMGK, g_BLHK = Case(queries=32, keys=32).arrays()
-    sight = causal(jnp.repeat(jnp.array([[1, 2, 3, 0]]), 8, axis=1).repeat(2, axis=0))
-    out_BLHK, dq_BLHK, *_ = blockwise_and_grads([q_BLHK, k_BMGK, v_BMGK.at[:, :8].set(jnp.nan), g_BLHK], sight)
+    mask = causal(jnp.repeat(jnp.array([[1, 2, 3, 0]]), 8, axis=1).repeat(2, axis=0))
+    out_BLHK, dq_BLHK, *_ = blockwise_and_grads([q_BLHK, k_BMGK, v_BMGK.at[:, :8].set(jnp.nan), g_BLHK], mask)
     for x in (out_BLHK, dq_BLHK):
         assert np.isnan(x[:, :8]).all() and np.isfinite(x[:, 8:]).all()
 
 
 def test_a_query_that_sees_nothing_gives_zero_and_finite_gradients():
-    sight = AttentionMask(jnp.full((2, 4), 7), jnp.array([[1, 9, 1, 9]] * 2), jnp.ones((2, 8), jnp.int32))
-    out_BLHK, dq_BLHK, *others = blockwise_and_grads(Case(queries=4, keys=8).arrays(), sight)
+    mask = AttentionMask(jnp.full((2, 4), 7), jnp.array([[1, 9, 1, 9]] * 2), jnp.ones((2, 8), jnp.int32))
+    out_BLHK, dq_BLHK, *others = blockwise_and_grads(Case(queries=4, keys=8).arrays(), mask)
     assert not out_BLHK[:, 1::2].any() and out_BLHK[:, ::2].all()
     assert not dq_BLHK[:, 1::2].any()
     assert all(np.isfinite(x).all() for x in (dq_BLHK, *others))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib
 import re
 
 import jax
@@ -12,23 +11,14 @@ import pytest
 
 from gptjax.config import GenerateConfig, MeshConfig, ModelConfig
 from gptjax.config.section import InputError
-from gptjax.generation.engine import (
-    TextStream,
-    decode,
-    decode_params,
-    filter_logits,
-    generate,
-    generate_ids,
-    greedy,
-    prefill,
-    sample,
-    stream,
-    stream_ids,
-)
+from gptjax.generation import engine
+from gptjax.generation.engine import decode, decode_params, generate, generate_ids, prefill, stream, stream_ids
+from gptjax.generation.sampling import filter_logits, greedy, sample
+from gptjax.generation.text_stream import TextStream
 from gptjax.model.block import block
-from gptjax.model.cache import KEY_ARRAYS, empty_cache, grow
+from gptjax.model.cache import empty_cache, grow
 from gptjax.model.decoder import Decoder, extend, init_params, layer_params, unstacked
-from gptjax.ops import cpu_matvec as fewrows
+from gptjax.ops.cpu_matvec import MANY_ROWS
 from gptjax.parallel.sharding import make_mesh, to_global
 from gptjax.tokenizer import BytesTokenizer
 
@@ -36,7 +26,6 @@ GPT2 = ModelConfig(num_layers=2, width=32, num_heads=4, dtype="float32")
 LLAMA = dataclasses.replace(
     GPT2, queries_per_kv=2, positions="rope", norm="rmsnorm", activation="swiglu", biases=False, tied=False
 )
-MODULE = importlib.import_module("gptjax.generation.engine")  # the package's attribute of that name is a function
 TOKENIZER = BytesTokenizer()
 CONTEXT = 18
 # With 11 new tokens the longest prompt fills the context, and each alone needs as many slots of the cache as all
@@ -157,8 +146,8 @@ def test_the_compiled_loop_copies_neither_the_cache_nor_a_weight(rows: int):
 def test_a_cache_grows_when_it_is_full_and_changes_no_text(gpt2: Model, monkeypatch):
     want = generate_ids(*gpt2, PROMPTS, sampled(), stop_ids=NEVER)
     sizes = []
-    monkeypatch.setattr(MODULE, "headroom", lambda rows: 4)
-    monkeypatch.setattr(MODULE, "grow", lambda state, slots: (sizes.append(slots), grow(state, slots))[1])
+    monkeypatch.setattr(engine, "headroom", lambda rows: 4)
+    monkeypatch.setattr(engine, "grow", lambda state, slots: (sizes.append(slots), grow(state, slots))[1])
     assert generate_ids(*gpt2, PROMPTS, sampled(), stop_ids=NEVER) == want
     assert sizes == [CONTEXT]
     news = list(stream_ids(*gpt2, PROMPTS, sampled(), stop_ids=NEVER, chunk=5))
@@ -171,7 +160,7 @@ def test_a_cache_begins_with_few_free_slots_where_many_rows_read_them(gpt2: Mode
     def no_prefill(decoder, params, prompt_BL, length_B, slots, keep_seen):
         raise Asked(slots)
 
-    monkeypatch.setattr(MODULE, "prefill", no_prefill)
+    monkeypatch.setattr(engine, "prefill", no_prefill)
     long = gpt2[0].clone(context=1000)
     with pytest.raises(Asked, match=str(slots)):
         next(stream_ids(long, gpt2[1], [[1]] * rows, GenerateConfig(max_new_tokens=900)))
@@ -189,7 +178,7 @@ def test_a_sharded_model_writes_the_same_text(gpt2: Model, monkeypatch):
     sharded = to_global(jax.tree.map(np.asarray, params), mesh)
     with jax.set_mesh(mesh):
         assert generate_ids(decoder, sharded, PROMPTS, sampled(), stop_ids=NEVER) == want
-        monkeypatch.setattr(MODULE, "headroom", lambda rows: 4)
+        monkeypatch.setattr(engine, "headroom", lambda rows: 4)
         assert generate_ids(decoder, sharded, PROMPTS, sampled(), stop_ids=NEVER) == want
     with pytest.raises(InputError, match="no mesh is set"):
         generate_ids(decoder, sharded, PROMPTS, sampled(), stop_ids=NEVER)
@@ -212,21 +201,11 @@ def test_the_likeliest_token_is_the_first_of_equals():
     assert 0 <= int(greedy(np.full((1, 40), np.nan, np.float32))[0]) < 40
 
 
-@pytest.mark.parametrize("rows", [fewrows.SEVERAL, 2 * KEY_ARRAYS + 1], ids=["one array of keys", "several"])
-@pytest.mark.parametrize("family", [GPT2, LLAMA], ids=["gpt2", "llama"])
-def test_weights_outputs_first_and_several_arrays_of_keys_write_the_same_text(family, rows):
-    decoder, params = model(family)
-    layer = decode_params(params, "float32", True)["layers"][0]
-    assert {"qkv_XD", "o_DHK", "w_in_FD", "w_out_DF", "norm_attn_D"} <= layer.keys()
-    assert len(empty_cache(family, rows, 16, "float32")[0]) == 1 + (KEY_ARRAYS if rows > KEY_ARRAYS else 1)
-    one_by_one = generate_ids(decoder, params, PROMPTS, GREEDY)
-    together = generate_ids(decoder, params, [PROMPTS[i % len(PROMPTS)] for i in range(rows)], GREEDY)
+@pytest.mark.parametrize("rows", [MANY_ROWS, 21])
+def test_many_rows_write_the_text_of_each(lm: Model, rows):
+    one_by_one = [generate_ids(*lm, [prompt], GREEDY)[0] for prompt in PROMPTS]
+    together = generate_ids(*lm, [PROMPTS[i % len(PROMPTS)] for i in range(rows)], GREEDY)
     assert together == [one_by_one[i % len(PROMPTS)] for i in range(rows)]
-
-
-def test_devices_of_a_mesh_share_the_rows_of_one_array_of_keys():
-    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=-1))):
-        assert len(empty_cache(GPT2, 8 * KEY_ARRAYS, 16, "float32")[0]) == 2
 
 
 def test_a_block_with_a_matrix_of_its_own_meets_it_under_its_own_name_in_any_batch():
@@ -241,7 +220,7 @@ def test_a_block_with_a_matrix_of_its_own_meets_it_under_its_own_name_in_any_bat
 
     decoder = model(GPT2)[0].clone(block=Mixed())
     params = init_params(decoder)(jax.random.key(0))
-    many = [PROMPTS[i % 4] for i in range(fewrows.SEVERAL)]
+    many = [PROMPTS[i % 4] for i in range(MANY_ROWS)]
     assert generate_ids(decoder, params, many, GREEDY)[:4] == generate_ids(decoder, params, PROMPTS, GREEDY)
 
 

@@ -8,9 +8,14 @@ import numpy as np
 import pytest
 
 from gptjax.config import MeshConfig
+from gptjax.config.command_line import load_recipe
+from gptjax.model.counts import padded_vocab
 from gptjax.model.head import MASKED, logits
+from gptjax.ops import linear
+from gptjax.ops.device import Device
+from gptjax.ops.linear import count_chunks, loss_chunks
 from gptjax.parallel.sharding import make_mesh, to_global
-from gptjax.training import losses
+from gptjax.runtime.hardware import CHIPS
 from gptjax.training.losses import cross_entropy, token_log_probs
 
 B, L, D, V, VOCAB = 3, 8, 16, 64, 50
@@ -33,13 +38,18 @@ def plain(x_BLD, head_VD, targets_BL, weights_BL, z_loss=0.0, softcap=0.0):
     return (weights_BL * (log_z_BL - picked_BL + z_loss * log_z_BL**2)).sum()
 
 
+def hold(monkeypatch, size: int) -> None:
+    """Lets a chunk hold so many bytes of logits."""
+    monkeypatch.setattr(linear, "CPU_LOGITS", size)
+    monkeypatch.setattr(linear, "CPU_HEAD_SHARE", 0)
+
+
 @pytest.mark.parametrize(("z_loss", "softcap"), [(0.0, 0.0), (0.1, 0.0), (0.0, 3.0), (0.1, 3.0)])
 @pytest.mark.parametrize("rows_a_chunk", [1, 2, 8])
 def test_chunks_change_neither_the_loss_nor_its_gradients(monkeypatch, rows_a_chunk, z_loss, softcap):
-    monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", 4 * B * rows_a_chunk * V)
-    monkeypatch.setitem(losses.HEAD_SHARE, "cpu", 0)
+    hold(monkeypatch, 4 * B * rows_a_chunk * V)
     x, head, targets, weights = arrays()
-    assert losses._chunks(targets.shape, head.shape)[0] == L // rows_a_chunk
+    assert loss_chunks(targets.shape, head.shape)[0] == L // rows_a_chunk
     more = {"z_loss": z_loss, "softcap": softcap}
     chunked = lambda x, h: 3 * cross_entropy(x, h, targets, weights, VOCAB, **more)  # noqa: E731
     direct = lambda x, h: 3 * plain(x, h, targets, weights, **more)  # noqa: E731
@@ -52,8 +62,7 @@ def test_chunks_change_neither_the_loss_nor_its_gradients(monkeypatch, rows_a_ch
 
 
 def test_no_array_of_all_logits_is_made(monkeypatch):
-    monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", 4 * B * V)
-    monkeypatch.setitem(losses.HEAD_SHARE, "cpu", 0)
+    hold(monkeypatch, 4 * B * V)
     x, head, targets, weights = arrays()
     step = jax.jit(jax.grad(lambda x, h: cross_entropy(x, h, targets, weights, VOCAB), argnums=(0, 1)))
     text = step.lower(x, head).as_text()
@@ -62,8 +71,7 @@ def test_no_array_of_all_logits_is_made(monkeypatch):
 
 def test_chunks_of_rows_that_devices_share_stay_where_they_lie(monkeypatch):
     """Each chunk has a part of every device's places; else each would have to be sent to all devices."""
-    monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", 4 * B * V)
-    monkeypatch.setitem(losses.HEAD_SHARE, "cpu", 0)
+    hold(monkeypatch, 4 * B * V)
     x, head, targets, weights = (np.asarray(a) for a in arrays())
     mesh = make_mesh(MeshConfig(data=1, context=4), jax.devices()[:4])
     batch = {"x_BLD": x, "head_VD": head, "targets_BL": targets, "weights_BL": weights}
@@ -72,7 +80,7 @@ def test_chunks_of_rows_that_devices_share_stay_where_they_lie(monkeypatch):
     )
     want, want_grads = step(x, head, batch)
     with jax.set_mesh(mesh):
-        assert losses._chunks(targets.shape, head.shape) == (2, 4)
+        assert loss_chunks(targets.shape, head.shape) == (2, 4)
         batch = to_global(batch, mesh)
         compiled = jax.jit(step).lower(batch["x_BLD"], batch["head_VD"], batch).compile()
         got, got_grads = compiled(batch["x_BLD"], batch["head_VD"], batch)
@@ -110,3 +118,24 @@ def test_a_soft_cap_bounds_the_logits_and_leaves_the_masked_ids_masked():
     assert (capped[..., VOCAB:] == jnp.float32(MASKED)).all()
     small = logits(0.001 * x, head, VOCAB, 30.0)
     np.testing.assert_allclose(small, logits(0.001 * x, head, VOCAB), rtol=1e-5)  # c tanh(z / c) is z for small z
+
+
+@pytest.mark.parametrize("name", ["gpt2_124m", "llama_1b", "llama_8b", "gpt3_175b"])
+@pytest.mark.parametrize("chip", ["h100", "tpu v5", "tpu v5 lite"])
+def test_an_accelerators_chunks_are_few_and_take_a_small_share_of_its_memory(name, chip):
+    config, memory = load_recipe(name).config("pretrain"), CHIPS[chip].memory
+    sharded, vocab = abs(config.mesh.fsdp), padded_vocab(config.tokenizer.vocab_size) / config.mesh.tensor
+    rows, length = config.data.batch_size // (sharded * config.optim.accumulate), config.data.length
+    on, each = Device("tpu" if "tpu" in chip else "gpu", memory=memory), 4 * rows * vocab
+    chunks = count_chunks(on, length, each, 4 * vocab * config.model.width / sharded)
+    assert each * length / chunks <= memory / 16
+    # Not smaller than need be: each chunk sends the head, and the head's gradient.
+    assert chunks == 1 or each * length / (chunks / 2) > memory / 16
+    assert rows * length / chunks >= min(rows * length, 1024)
+
+
+def test_a_cpus_chunks_stay_in_its_caches_or_below_the_heads_gradient():
+    for width in (64, 8192):
+        chunks = count_chunks(Device("cpu"), 256, 4 * 16 * 8192, 4 * 8192 * width)
+        assert 4 * 16 * 8192 * 256 / chunks <= max(2**24, 4 * 8192 * width / 2)
+        assert chunks == (8 if width == 64 else 1)

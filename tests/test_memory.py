@@ -77,8 +77,8 @@ def attention_bytes(attention, length: int, **options) -> int:
     segments_BL = jax.ShapeDtypeStruct((2, length), jnp.int32)
 
     def loss(q_BLHK, k_BMGK, v_BMGK, segments_BL, window):
-        sight = causal(segments_BL)
-        return attention(q_BLHK, k_BMGK, v_BMGK, sight, scale=0.4, window=window, softcap=9.0, **options).sum()
+        mask = causal(segments_BL)
+        return attention(q_BLHK, k_BMGK, v_BMGK, mask, scale=0.4, window=window, softcap=9.0, **options).sum()
 
     traced = jax.ShapeDtypeStruct((), jnp.int32)
     grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))

@@ -14,7 +14,7 @@ from gptjax.config import MeshConfig
 from gptjax.diagnostics.verify import numbers
 from gptjax.diagnostics.verify.settings import Setting
 from gptjax.model import block
-from gptjax.ops import attention as backends
+from gptjax.ops.device import device
 from gptjax.ops.reference import AttentionMask, attend
 
 MESHES = {
@@ -76,10 +76,10 @@ def test_a_mesh_does_not_change_the_initial_weights(mesh):
 def test_attention_that_sees_a_token_of_the_future_under_one_mesh_is_found(monkeypatch):
     right = block.attention
 
-    def wrong(cfg, q_BLHK, k_BMGK, v_BMGK, sight, *, scale, **more):
-        if not backends.current_device().shares_rows:
-            return right(cfg, q_BLHK, k_BMGK, v_BMGK, sight, scale=scale, **more)
-        ahead = AttentionMask(sight.query_BL + 1, sight.query_segments_BL, sight.key_segments_BM)
+    def wrong(cfg, q_BLHK, k_BMGK, v_BMGK, mask, *, scale, **more):
+        if not device().shares_rows:
+            return right(cfg, q_BLHK, k_BMGK, v_BMGK, mask, scale=scale, **more)
+        ahead = AttentionMask(mask.query_BL + 1, mask.query_segments_BL, mask.key_segments_BM)
         return attend(q_BLHK, k_BMGK, v_BMGK, ahead, scale=scale)
 
     monkeypatch.setattr(block, "attention", wrong)

@@ -173,7 +173,7 @@ def test_windows_are_one_number_where_the_layers_agree_and_a_stack_where_they_do
     mixed_N = windows(dataclasses.replace(GPT2, num_layers=5, window=4, global_every=2))
     assert mixed_N.dtype == jnp.int32 and (np.asarray(mixed_N) == [4, 2**31 - 1, 4, 2**31 - 1, 4]).all()
     cfg = dataclasses.replace(GPT2, num_layers=6, window=4, global_every=3)
-    assert cfg.layer_windows == (4, 4, 0, 4, 4, 0)
+    assert cfg.layer_windows == (4, 4, None, 4, 4, None)
 
 
 def test_queries_and_keys_are_normalised_head_by_head_before_the_rotation():

@@ -16,11 +16,13 @@ from gptjax.diagnostics.plan import report, search
 from gptjax.diagnostics.plan.compiled import Compiled, Target, compile_for, has_libtpu, memory_of
 from gptjax.diagnostics.plan.memory import padded, state_bytes, step_memory
 from gptjax.diagnostics.plan.search import SAFE, Planner
+from gptjax.ops.device import Device
+from gptjax.ops.linear import count_chunks
 from gptjax.parallel.sharding import AXES
 from gptjax.runtime.hardware import CHIPS, NODES, SLICES, chip_of, topology
 from gptjax.training.build import build_components
-from gptjax.training.losses import count_chunks
 
+TPU = Device("tpu", memory=CHIPS["tpu v5 lite"].memory)
 needs_libtpu = pytest.mark.skipif(not has_libtpu(), reason="libtpu compiles for TPUs: pip install 'gptjax[tpu-plan]'")
 
 
@@ -105,7 +107,7 @@ def test_memory_falls_with_remat_micro_batches_and_devices():
         new = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat),
                                   optim=dataclasses.replace(config.optim, accumulate=accumulate))  # fmt: skip
         where = sizes | mesh
-        return step_memory(new, state_bytes(new, shapes, where, tiles=True), where, platform="tpu").total
+        return step_memory(new, state_bytes(new, shapes, where, tiles=True), where, device=TPU).total
 
     by_remat = [total(remat) for remat in ("none", "dots", "names", "full")]
     assert by_remat == sorted(by_remat, reverse=True) and len(set(by_remat)) == 4
@@ -120,9 +122,11 @@ def test_the_logits_of_a_chunk_are_those_that_the_platform_cuts():
     config = recipe("gpt2 --size 124m", "--model.num-layers", "1", "--data.batch-size", "1", "--optim.accumulate", "1")
     sizes = dict.fromkeys(AXES, 1)
     state = state_bytes(config, jax.eval_shape(build_components(config).init, 0), sizes, tiles=False)
-    by_platform = {p: step_memory(config, state, sizes, platform=p).logits for p in ("cpu", "gpu")}
+    by_platform = {
+        on.platform: step_memory(config, state, sizes, device=on).logits for on in (Device("cpu"), Device("gpu"))
+    }
     each = 4 * 50304 * 1024
-    assert by_platform == {"cpu": each // count_chunks("cpu", 1024, each / 1024, 4 * 50304 * 768), "gpu": each}
+    assert by_platform == {"cpu": each // count_chunks(Device("cpu"), 1024, each / 1024, 4 * 50304 * 768), "gpu": each}
     assert by_platform["cpu"] < each / 2
 
 
@@ -132,7 +136,7 @@ def test_a_head_that_is_multiplied_in_pieces_is_never_whole():
 
     def weights(**mesh) -> int:
         sizes = dict.fromkeys(AXES, 1) | mesh
-        return step_memory(config, state_bytes(config, shapes, sizes, tiles=True), sizes, platform="tpu").weights
+        return step_memory(config, state_bytes(config, shapes, sizes, tiles=True), sizes, device=TPU).weights
 
     whole = 2 * 128256 * 4096  # bfloat16
     assert weights(fsdp=32) < whole < weights(fsdp=64) and whole < weights(data=2, fsdp=32)

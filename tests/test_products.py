@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.ops import linear as products
-from gptjax.ops.linear import add_bias, lookup, one_hot_gradient, transpose
+import gptjax.ops.linear
+from gptjax.ops.linear import add_bias, embed, linear, one_hot_gradient, products, transpose
 
 CASES = {
     "one weight": ("BLD,DF->BLF",),
@@ -35,7 +35,7 @@ def test_products_and_their_gradients_are_those_of_einsum(case, dtype):
     def plain(x, weights):
         return tuple(jnp.einsum(e, x, w) for e, w in zip(equations, weights, strict=True))
 
-    ours, ours_vjp = jax.vjp(lambda x, w: products.products(equations, x, w), x, weights)
+    ours, ours_vjp = jax.vjp(lambda x, w: products(equations, x, w), x, weights)
     # The reference is float32 throughout: bfloat16 then may differ by its own rounding.
     as32 = jax.tree.map(lambda a: a.astype(jnp.float32), (x, weights, gs))
     want, want_vjp = jax.vjp(plain, *as32[:2])
@@ -58,7 +58,7 @@ def test_no_transpose_is_folded_into_a_product_in_bfloat16(case):
 
     def gradients(x, weights, gs):
         def cast(x, weights):
-            return products.products(CASES[case], x, tuple(w.astype(x.dtype) for w in weights))
+            return products(CASES[case], x, tuple(w.astype(x.dtype) for w in weights))
 
         return jax.vjp(cast, x, tuple(w.astype(jnp.float32) for w in weights))[1](gs)
 
@@ -79,7 +79,7 @@ def test_a_biass_gradient_is_added_up_in_float32():
 
 def test_a_tables_gradient_counts_every_use_of_a_row():
     table, ids = jnp.zeros((5, 2)), jnp.array([[1] * 1000 + [3]])
-    dtable = jax.grad(lambda t: lookup(t, ids, jnp.bfloat16).astype(jnp.float32).sum())(table)
+    dtable = jax.grad(lambda t: embed(t, ids, jnp.bfloat16).astype(jnp.float32).sum())(table)
     np.testing.assert_array_equal(dtable, [[0, 0], [1000, 1000], [0, 0], [1, 1], [0, 0]])
 
 
@@ -87,8 +87,18 @@ def test_the_one_hot_gradient_is_the_scattered_one(monkeypatch):
     ids, g = jax.random.randint(jax.random.key(0), (3, 5), 0, 7), jax.random.normal(jax.random.key(1), (3, 5, 4))
     want = jnp.zeros((7, 4)).at[ids].add(g)
     for rows in (4, 15, 1024):  # with a last part that is filled up, exactly one part, and less than one
-        monkeypatch.setattr(products, "ONE_HOT_ROWS", rows)
+        monkeypatch.setattr(gptjax.ops.linear, "ONE_HOT_ROWS", rows)
         np.testing.assert_allclose(one_hot_gradient(7, ids, g), want, rtol=1e-6, atol=1e-6)
-    monkeypatch.setattr(products, "slow_scatter", lambda: True)
-    ours = jax.vjp(lambda t: lookup(t, ids, jnp.float32), jnp.zeros((7, 4)))[1](g)[0]
+    monkeypatch.setattr(gptjax.ops.linear, "slow_scatter", lambda: True)
+    ours = jax.vjp(lambda t: embed(t, ids, jnp.float32), jnp.zeros((7, 4)))[1](g)[0]
     np.testing.assert_allclose(ours, want, rtol=1e-6, atol=1e-6)
+
+
+def test_linear_takes_weights_and_biases_by_their_names():
+    p = {"q_DHK": jnp.ones((32, 4, 8)), "k_DGK": 2 * jnp.ones((32, 2, 8)), "k_bias_GK": jnp.full((2, 8), 5.0)}
+    x_BLD = jnp.full((2, 3, 32), 0.5, jnp.bfloat16)
+    q_BLHK, k_BLGK = linear(x_BLD, p, q="BLD,DHK->BLHK", k="BLD,DGK->BLGK")
+    assert q_BLHK.dtype == k_BLGK.dtype == jnp.bfloat16  # the type is that of x
+    np.testing.assert_array_equal(q_BLHK, np.full((2, 3, 4, 8), 16.0))
+    np.testing.assert_array_equal(k_BLGK, np.full((2, 3, 2, 8), 37.0))
+    np.testing.assert_array_equal(linear(x_BLD, p, q="BLD,DHK->BLHK"), q_BLHK)  # one alone is no tuple

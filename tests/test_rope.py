@@ -34,10 +34,10 @@ def test_attention_with_a_window_and_a_soft_cap_is_that_of_transformers(stored):
     draw = lambda seed, *shape: np.random.RandomState(seed).normal(size=shape).astype(np.float32)  # noqa: E731
     q_BLHK, k_BLGK, v_BLGK = 2 * draw(1, 1, 10, 4, 6), 2 * draw(2, 1, 10, 2, 6), draw(3, 1, 10, 2, 6)
     more = {"scale": 6**-0.5, "window": stored["window"] or None, "softcap": stored["softcap"]}
-    sight = causal(jnp.ones((1, 10), jnp.int32))
+    mask = causal(jnp.ones((1, 10), jnp.int32))
     for got in (
-        attend(q_BLHK, k_BLGK, v_BLGK, sight, **more),
-        attend_blockwise(q_BLHK, k_BLGK, v_BLGK, sight, block=4, **more),
+        attend(q_BLHK, k_BLGK, v_BLGK, mask, **more),
+        attend_blockwise(q_BLHK, k_BLGK, v_BLGK, mask, block=4, **more),
     ):
         np.testing.assert_allclose(got, stored["out_BLHK"], atol=1e-5)
 

@@ -16,10 +16,11 @@ import pytest
 
 from gptjax.config import ModelConfig
 from gptjax.interop.huggingface import import_huggingface
-from gptjax.model.block import heads, project
+from gptjax.model.block import heads
 from gptjax.model.decoder import Decoder
+from gptjax.model.head import logits
+from gptjax.ops.linear import linear
 from gptjax.ops.reference import causal
-from gptjax.training.losses import logits
 
 pytestmark = pytest.mark.peers
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -191,7 +192,7 @@ def test_a_layer_of_attention_with_rotary_positions_and_a_soft_cap_is_that_of_ge
     place_BL = jnp.broadcast_to(jnp.arange(10), (2, 10))
     with jax.default_matmul_precision("highest"):
         a_BLHK, _ = heads(cfg, p, jnp.asarray(x_BLD), place_BL, causal(jnp.ones((2, 10), int)), None, None, None)
-        close(np.asarray(project(a_BLHK, p, "o", "BLHK,HKD->BLD")), want)
+        close(np.asarray(linear(a_BLHK, p, o="BLHK,HKD->BLD")), want)
 
 
 def test_capped_logits_are_those_of_gemma2(tmp_path):

@@ -42,15 +42,15 @@ def test_few_devices_are_tried_in_every_shape_and_many_with_every_set_of_axes():
         assert len({tuple(n > 1 for n in s) for s in found}) == len(found) == sets
 
 
-def look_ahead(cfg, q_BLHK, k_BMGK, v_BMGK, sight, *, scale, **more):
+def look_ahead(cfg, q_BLHK, k_BMGK, v_BMGK, mask, *, scale, **more):
     """Attention whose mask is off by one."""
-    ahead = AttentionMask(sight.query_BL + 1, sight.query_segments_BL, sight.key_segments_BM)
+    ahead = AttentionMask(mask.query_BL + 1, mask.query_segments_BL, mask.key_segments_BM)
     return attend(q_BLHK, k_BMGK, v_BMGK, ahead, scale=scale)
 
 
-def look_across(cfg, q_BLHK, k_BMGK, v_BMGK, sight, *, scale, **more):
+def look_across(cfg, q_BLHK, k_BMGK, v_BMGK, mask, *, scale, **more):
     """Attention that forgot the segments."""
-    forgot = dataclasses.replace(sight, query_segments_BL=None, key_segments_BM=None)
+    forgot = dataclasses.replace(mask, query_segments_BL=None, key_segments_BM=None)
     return attend(q_BLHK, k_BMGK, v_BMGK, forgot, scale=scale)
 
 
@@ -81,12 +81,12 @@ def test_a_mask_that_is_broken_in_every_setting_alike_is_found(monkeypatch, zero
 
 def test_a_cache_that_forgets_is_found(monkeypatch, zero_start):
     assert not checks.cache_is_exact("llama", None, "cache").problem
-    right = block.attend_one
+    right = block.keys_and_values
 
-    def forgets(q_BLHK, cache, sight, **more):
-        return right(q_BLHK, cache | {"k0_BGMK": cache["k0_BGMK"].at[:, :, 0].set(0)}, sight, **more)
+    def forgets(cache, dtype):
+        return tuple(x_BMGK.at[:, 0].set(0) for x_BMGK in right(cache, dtype))
 
-    monkeypatch.setattr(block, "attend_one", forgets)
+    monkeypatch.setattr(block, "keys_and_values", forgets)
     assert "logits differ" in checks.cache_is_exact("llama", None, "cache").problem
 
 

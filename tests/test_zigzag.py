@@ -17,10 +17,11 @@ from gptjax.config import DataConfig, MeshConfig, ModelConfig, TokenizerConfig, 
 from gptjax.config.section import InputError
 from gptjax.data.packing import example_batch
 from gptjax.model.decoder import Decoder, init_params
-from gptjax.ops.attention import attend_shared, attention
+from gptjax.ops.attention import attention
 from gptjax.ops.blockwise import _Span, visits
+from gptjax.ops.kernels import attend_shared
 from gptjax.ops.reference import AttentionMask, attend, cached, causal
-from gptjax.parallel import context as zigzag
+from gptjax.parallel import context
 from gptjax.parallel.sharding import abstract, make_mesh, to_global
 from gptjax.training.build import build_components, check_divisible
 from gptjax.training.loop import compile_step
@@ -37,7 +38,7 @@ def highest_precision():
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_each_shard_holds_an_early_chunk_and_its_late_counterpart(n):
-    place_SC = np.asarray(zigzag.places(24, n)).reshape(n, 2, -1)
+    place_SC = np.asarray(context.places(24, n)).reshape(n, 2, -1)
     if n == 1:
         assert place_SC.reshape(-1).tolist() == list(range(24))
         return
@@ -50,19 +51,19 @@ def test_each_shard_holds_an_early_chunk_and_its_late_counterpart(n):
 def test_rows_go_into_the_order_and_come_back_and_so_do_their_gradients(n):
     mesh = make_mesh(MeshConfig(context=n))
     x_BLD = np.random.default_rng(0).normal(size=(8, 16, 3)).astype(np.float32)
-    order_L = np.asarray(zigzag.places(16, n))
+    order_L = np.asarray(context.places(16, n))
     with jax.set_mesh(mesh):
         x = to_global({"x_BLD": x_BLD}, mesh)["x_BLD"]
-        assert zigzag.num_shards(16) == n and zigzag.num_shards(15) == zigzag.num_shards(n) == 1
-        there, turn = jax.jit(lambda x: jax.vjp(lambda x: zigzag.to_zigzag(x, n), x))(x)
+        assert context.num_shards(16) == n and context.num_shards(15) == context.num_shards(n) == 1
+        there, turn = jax.jit(lambda x: jax.vjp(lambda x: context.to_zigzag(x, n), x))(x)
         np.testing.assert_array_equal(there, x_BLD[:, order_L])
-        back, turn_back = jax.jit(lambda x: jax.vjp(lambda x: zigzag.from_zigzag(x, n), x))(there)
+        back, turn_back = jax.jit(lambda x: jax.vjp(lambda x: context.from_zigzag(x, n), x))(there)
         np.testing.assert_array_equal(back, x_BLD)
         np.testing.assert_array_equal(jax.jit(turn_back)(x)[0], x_BLD[:, order_L])
         np.testing.assert_array_equal(jax.jit(turn)(there)[0], x_BLD)
-        text = jax.jit(lambda x: zigzag.to_zigzag(x, n)).lower(x).compile().as_text()
+        text = jax.jit(lambda x: context.to_zigzag(x, n)).lower(x).compile().as_text()
     assert "collective-permute" in text and "all-gather" not in text
-    assert zigzag.num_shards(16) == 1  # no mesh, one device has all of a row
+    assert context.num_shards(16) == 1  # no mesh, one device has all of a row
 
 
 @pytest.mark.parametrize("block", [4, 5, 16])
@@ -71,7 +72,7 @@ def test_each_device_visits_as_many_blocks_as_any_other(block, window):
     """Without a window as few as half of all, to a block or two at the ends of its chunks."""
     n = 4
     counts = []
-    for place_L in np.asarray(zigzag.places(LENGTH, n)).reshape(n, 1, -1):
+    for place_L in np.asarray(context.places(LENGTH, n)).reshape(n, 1, -1):
         first_L = np.zeros_like(place_L) if window is None else np.maximum(place_L - window + 1, 0)
         span = _Span(jnp.array(first_L), jnp.array(place_L), None)
         *_, from_Q, until_Q = visits(span, n, LENGTH, min(block, LENGTH // n // 2), block)
@@ -124,13 +125,13 @@ def value_and_grads(case: Case, name: str, given: dict[str, Any]) -> list[np.nda
     given = {n: x if n == "segments_BL" else x.astype(cfg.dtype) for n, x in given.items()}
 
     def run(given, window):
-        n = zigzag.num_shards(LENGTH)
-        sight = causal(zigzag.to_zigzag(given["segments_BL"], n), case.packed, n)
+        n = context.num_shards(LENGTH)
+        mask = causal(context.to_zigzag(given["segments_BL"], n), case.packed, n)
 
         def attended(*qkv):
-            out = attention(cfg, *(zigzag.to_zigzag(x, n) for x in qkv), sight, scale=0.4,
+            out = attention(cfg, *(context.to_zigzag(x, n) for x in qkv), mask, scale=0.4,
                             window=case.window if isinstance(case.window, int) else window)  # fmt: skip
-            return zigzag.from_zigzag(out, n)
+            return context.from_zigzag(out, n)
 
         out_BLHK, back = jax.vjp(attended, given["q_BLHK"], given["k_BLGK"], given["v_BLGK"])
         return out_BLHK, *back(given["g_BLHK"])
@@ -172,11 +173,11 @@ def test_devices_that_share_rows_add_up_bfloat16(case, name):
 
 def test_a_mask_of_rows_in_zigzag_order_is_that_of_the_written_rows_in_that_order():
     """For a layer of the user's own, which asks for a mask of its rows as they stand."""
-    from gptjax.ops.reference import mask
+    from gptjax.ops.reference import dense_mask
 
-    order_L = np.asarray(zigzag.places(LENGTH, 4))
-    wanted = np.asarray(mask(causal(jnp.array(segments())), LENGTH, 9))
-    got = mask(causal(jnp.array(segments()[:, order_L]), shards=4), LENGTH, 9)
+    order_L = np.asarray(context.places(LENGTH, 4))
+    wanted = np.asarray(dense_mask(causal(jnp.array(segments())), LENGTH, 9))
+    got = dense_mask(causal(jnp.array(segments()[:, order_L]), shards=4), LENGTH, 9)
     np.testing.assert_array_equal(got, wanted[:, order_L][:, :, order_L])
 
 
@@ -188,9 +189,9 @@ def test_devices_that_share_a_row_drop_elements_of_their_own():
 
         @jax.jit
         def run(x_BLHK, key):
-            x_BLHK = zigzag.to_zigzag(x_BLHK, n)
-            sight = AttentionMask(jnp.full((1, 32), 31), shards=n)  # each query sees all keys
-            return attend_shared(0 * x_BLHK, x_BLHK, x_BLHK, sight, scale=1.0, dropout_rate=0.5, key=key)
+            x_BLHK = context.to_zigzag(x_BLHK, n)
+            mask = AttentionMask(jnp.full((1, 32), 31), shards=n)  # each query sees all keys
+            return attend_shared(0 * x_BLHK, x_BLHK, x_BLHK, mask, scale=1.0, dropout_rate=0.5, key=key)
 
         dropped_LM = np.asarray(run(eye_BLHK, jax.random.key(0)))[0, :, 0] == 0
     assert 0.4 < dropped_LM.mean() < 0.6
@@ -224,12 +225,12 @@ def test_a_cache_is_attended_over_the_context_axis_too():
     """Queries of a prompt are shared, the cache is whole: nothing stands in zigzag order."""
     rng = np.random.default_rng(0)
     q_BLHK, k_BMGK, v_BMGK = (rng.normal(size=(1, n, 2, 8)).astype(np.float32) for n in (16, 32, 32))
-    sight = cached(jnp.arange(5, 21)[None])
-    wanted = attend(q_BLHK, k_BMGK, v_BMGK, sight, scale=0.4)
+    mask = cached(jnp.arange(5, 21)[None])
+    wanted = attend(q_BLHK, k_BMGK, v_BMGK, mask, scale=0.4)
     for name in ("blockwise", "plain"):
         cfg = dataclasses.replace(MODEL, attention=name)
         with jax.set_mesh(make_mesh(MeshConfig(data=2, context=4))):
-            got = jax.jit(lambda *qkv, cfg=cfg: attention(cfg, *qkv, sight, scale=0.4))(q_BLHK, k_BMGK, v_BMGK)
+            got = jax.jit(lambda *qkv, cfg=cfg: attention(cfg, *qkv, mask, scale=0.4))(q_BLHK, k_BMGK, v_BMGK)
         np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 

@@ -143,10 +143,11 @@ class ModelConfig(Section):
         return self.num_heads // self.queries_per_kv
 
     @property
-    def layer_windows(self) -> tuple[int, ...]:
-        """The window of each layer, 0 where it attends to everything."""
-        everything = [self.global_every > 0 and (n + 1) % self.global_every == 0 for n in range(self.num_layers)]
-        return tuple(0 if e else self.window for e in everything)
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """The window of each layer; None where it attends to everything."""
+        local = [self.window > 0 and not (self.global_every and n % self.global_every == 0)
+                 for n in range(1, self.num_layers + 1)]  # fmt: skip
+        return tuple(self.window if one else None for one in local)
 
     def attention_refusal(self, name: str, capability: float | None = None) -> Unsupported | None:
         """The first setting that attention by this name can't honour, on a device of this capability or on any."""

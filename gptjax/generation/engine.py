@@ -1,4 +1,4 @@
-"""Continues prompts: one compiled prefill, one compiled decode loop with the key-value cache in it, samplers.
+"""Continues prompts: one compiled prefill, and one compiled decode loop with the key-value cache in it.
 
 The cache's slots are positions. Prompts of different lengths are padded on the right; a row's own tokens overwrite
 the padding before it is ever seen. The loop runs at most n tokens a call, n an argument: a stream calls the very
@@ -12,7 +12,6 @@ depend on the batch's shape), and a prompt that is given several times gets diff
 prompts share random numbers; a caller that needs them independent numbers the rows itself (`copies`).
 """
 
-import codecs
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
@@ -25,19 +24,17 @@ from jax.experimental import multihost_utils
 
 from gptjax.config import GenerateConfig
 from gptjax.config.section import InputError
-from gptjax.model.block import block
+from gptjax.generation.sampling import SamplingParams, active, sample
+from gptjax.generation.text_stream import TextStream
 from gptjax.model.cache import empty_cache, grow, headroom, round_up_length
-from gptjax.model.decoder import Decoder, Params, extend, next_logits, unstacked
-from gptjax.model.head import MASKED
-from gptjax.ops import cpu_matvec as fewrows
+from gptjax.model.decoder import Decoder, Params, extend, unstacked
+from gptjax.model.head import cap_and_mask
+from gptjax.ops.decoding import decode_dtype
+from gptjax.ops.linear import linear
 from gptjax.parallel.sharding import constrain, require_mesh, suffix
 from gptjax.tokenizer import Tokenizer
 
 DecodeState = dict[str, Any]
-SamplingParams = dict[str, float]
-
-# Values at which a setting changes nothing. Such a setting is left out, and its filter is not even compiled.
-DISABLED = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 CHUNK = 16  # tokens a call of the loop while text is streamed or searched for a stop text
 
@@ -74,45 +71,6 @@ def stream(
                 yield row, piece
             if ended or texts[row].stopped:
                 finished.add(row)
-
-
-class TextStream:
-    """Turns one row's token ids into pieces of text that never have to be taken back.
-
-    Held back are the bytes of an unfinished character, and an ending that may grow into a stop text. Of several stop
-    texts the one that is completed first counts, so where the text was cut into pushes makes no difference.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, starts_document: bool = False):
-        self.stopped = False
-        self._tokenizer = tokenizer
-        self._stop = stop
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._held = ""
-        # Some tokenizers (Llama's) begin each document with a space that is no part of its text.
-        self._drop_space = starts_document and tokenizer.decode_bytes(tokenizer.encode("x")).startswith(b" ")
-
-    def push(self, ids: Sequence[int], final: bool = False) -> str:
-        """The text that the ids make certain; `final` lets go of all that is held. Nothing follows a stop text."""
-        if self.stopped:
-            return ""
-        new = self._tokenizer.decode_bytes(ids)
-        if new and self._drop_space:
-            new, self._drop_space = new.removeprefix(b" "), False
-        self._held += self._utf8.decode(new, final)
-        found = [(at + len(s), at) for s in self._stop if (at := self._held.find(s)) >= 0]
-        if found:
-            self.stopped = True
-            return self._held[: min(found)[1]]
-        keep = 0 if final else _unfinished_stop(self._held, self._stop)
-        piece, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return piece
-
-
-def _unfinished_stop(text: str, stop: Sequence[str]) -> int:
-    """Length of the longest ending of the text that is the beginning of a stop text."""
-    sizes = [n for s in stop for n in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:n])]
-    return max(sizes, default=0)
 
 
 def generate_ids(
@@ -158,10 +116,9 @@ def stream_ids(
         return
     _check(decoder, prompts, cfg)
     require_mesh(params)
-    if jax.default_backend() == "cpu":
-        # There a product of one row reads bfloat16 at a tenth of float32's speed; the numbers only get more exact.
-        decoder = decoder.clone(cfg=dataclasses.replace(decoder.cfg.anywhere(), dtype="float32"))
-    params = decode_params(params, decoder.cfg.dtype, _outputs_first(decoder, len(prompts)))
+    if (dtype := decode_dtype(decoder.cfg.dtype)) != decoder.cfg.dtype:
+        decoder = decoder.clone(cfg=dataclasses.replace(decoder.cfg.anywhere(), dtype=dtype))
+    params = decode_params(params, dtype)
     length_B = np.array([len(ids) for ids in prompts], np.int32)
     prompt_BL = np.zeros((len(prompts), round_up_length(length_B.max(), decoder.context)), np.int32)
     for row, ids in enumerate(prompts):
@@ -184,11 +141,6 @@ def stream_ids(
         tokens_BM, new_B, done_B = (_read(state[name]) for name in ("tokens_BM", "position_B", "done_B"))
         yield [row[a + 1 : b + 1].tolist() for row, a, b in zip(tokens_BM, position_B, new_B, strict=True)]
         position_B, running_B = new_B, ~(done_B | np.isin(np.arange(len(prompts)), list(finished)))
-
-
-def _outputs_first(decoder: Decoder, rows: int) -> bool:
-    """Whether the weights of these rows are read outputs first; a block of the user's own knows only its own names."""
-    return decoder.block is block and fewrows.several(rows, decoder.cfg.dtype)
 
 
 def _check(decoder: Decoder, prompts: Sequence[Sequence[int]], cfg: GenerateConfig) -> None:
@@ -226,7 +178,7 @@ def _placed(tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, x: constrain(x, suffix(path[-1].key)), tree)
 
 
-decode_params = jax.jit(unstacked, static_argnames=("dtype", "outputs_first"))
+decode_params = jax.jit(unstacked, static_argnames="dtype")
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "slots", "keep_seen"))
@@ -284,7 +236,8 @@ def decode(
         position_B, done_B = state["position_B"], state["done_B"]
         token_B = state["tokens_BM"][row_B, position_B]
         x_BLD, cache = extend(decoder, params, token_B[:, None], position_B[:, None], state["cache"])
-        logits_BV = next_logits(decoder, params, x_BLD)
+        logits_BLV = linear(x_BLD, params, head="BLD,DV->BLV")
+        logits_BV = cap_and_mask(logits_BLV, decoder.vocab_size, decoder.cfg.logit_softcap)[:, 0]
         keys = jax.vmap(jax.random.fold_in)(key_B, position_B + 1)
         next_B = sample(logits_BV, keys, settings, state.get("seen_BV"))
         next_B = jnp.where(done_B, token_B, next_B)
@@ -298,90 +251,3 @@ def decode(
 
     state = {**state, "done_B": state["done_B"] | finished_B}
     return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]
-
-
-def active(cfg: GenerateConfig) -> SamplingParams:
-    """The settings that change a token's chance; with temperature 0, which takes the likeliest, only the penalty."""
-    names = DISABLED if cfg.temperature else ("repetition_penalty",)
-    return {name: getattr(cfg, name) for name in names if getattr(cfg, name) != DISABLED[name]}
-
-
-def sample(
-    logits_BV: jax.Array, key_B: jax.Array, settings: dict[str, Any], seen_BV: jax.Array | None = None
-) -> jax.Array:
-    """One token id a row: drawn from the filtered logits with the row's key, or the likeliest without a temperature."""
-    logits_BV = filter_logits(logits_BV, settings, seen_BV)
-    if "temperature" not in settings:
-        return greedy(logits_BV)
-    return jax.vmap(jax.random.categorical)(key_B, logits_BV).astype(jnp.int32)
-
-
-def greedy(logits_BV: jax.Array) -> jax.Array:
-    """argmax over V, the first of equals. XLA on a CPU computes its own on one core, these two reductions on all."""
-    ids_V = jnp.arange(logits_BV.shape[1], dtype=jnp.int32)
-    best_B = logits_BV.max(axis=-1, keepdims=True)
-    # NaN is less than nothing: such a row takes the first id.
-    return jnp.where(logits_BV < best_B, ids_V[-1], ids_V).min(axis=-1)
-
-
-def filter_logits(logits_BV: jax.Array, settings: dict[str, Any], seen_BV: jax.Array | None = None) -> jax.Array:
-    """The logits to draw from: penalty, temperature, top-k, top-p, min-p, in this order (that of transformers).
-
-    Each filter sees what the ones before it left. Tokens as likely as the last one kept are kept, too.
-    """
-    if "repetition_penalty" in settings:
-        assert seen_BV is not None, "the penalty needs the ids that occurred"
-        logits_BV = apply_repetition_penalty(logits_BV, seen_BV, settings["repetition_penalty"])
-    if "temperature" in settings:
-        # The highest logit is 0 first, so that no temperature, however small, makes the others' ratio infinite.
-        logits_BV = logits_BV - logits_BV.max(axis=-1, keepdims=True)
-        logits_BV = logits_BV / jnp.maximum(settings["temperature"], jnp.finfo(jnp.float32).tiny)
-    if "top_k" in settings:
-        logits_BV = top_k(logits_BV, settings["top_k"])
-    if "top_p" in settings:
-        logits_BV = top_p(logits_BV, settings["top_p"])
-    if "min_p" in settings:
-        logits_BV = min_p(logits_BV, settings["min_p"])
-    return logits_BV
-
-
-def apply_repetition_penalty(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array | float) -> jax.Array:
-    """Divides positive logits of the tokens that occurred by the penalty and multiplies negative ones by it.
-
-    CTRL, Keskar et al. 2019, section 4.1, in the form for logits of either sign.
-    """
-    lower_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
-    return jnp.where(seen_BV, lower_BV, logits_BV)
-
-
-def top_k(logits_BV: jax.Array, k: jax.Array | int) -> jax.Array:
-    """Masks all but the k likeliest tokens (Fan et al. 2018)."""
-    return jnp.where(_head_of(logits_BV, jnp.ones_like(logits_BV), k), logits_BV, MASKED)
-
-
-def top_p(logits_BV: jax.Array, p: jax.Array | float) -> jax.Array:
-    """Masks all but the likeliest tokens that together reach probability p (nucleus, Holtzman et al. 2020)."""
-    return jnp.where(_head_of(logits_BV, jax.nn.softmax(logits_BV), p), logits_BV, MASKED)
-
-
-def min_p(logits_BV: jax.Array, p: jax.Array | float) -> jax.Array:
-    """Masks tokens with less than p times the probability of the likeliest (Nguyen et al. 2024)."""
-    return jnp.where(logits_BV >= logits_BV.max(axis=-1, keepdims=True) + jnp.log(p), logits_BV, MASKED)
-
-
-def _head_of(logits_BV: jax.Array, weight_BV: jax.Array, wanted: jax.Array | float) -> jax.Array:
-    """True at the likeliest tokens whose weights together reach `wanted`; everywhere where all do not reach it.
-
-    The cut is found bit by bit, from the top bit of the logits' order as unsigned integers: 32 sums over V, where a
-    sort of 50,000 logits takes thirty times as long on a CPU.
-    """
-    bits_BV = jax.lax.bitcast_convert_type(logits_BV, jnp.uint32)
-    order_BV = jnp.where(bits_BV >> 31 == 1, ~bits_BV, bits_BV | jnp.uint32(1 << 31))
-
-    def lower(i, cut_B):
-        try_B = cut_B | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
-        enough_B = jnp.where(order_BV >= try_B[:, None], weight_BV, 0).sum(axis=-1) >= wanted
-        return jnp.where(enough_B, try_B, cut_B)
-
-    cut_B = jax.lax.fori_loop(0, 32, lower, jnp.zeros(logits_BV.shape[:1], jnp.uint32))
-    return order_BV >= cut_B[:, None]

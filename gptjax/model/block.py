@@ -10,12 +10,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import ModelConfig
-from gptjax.model.cache import Cache, attend_one, keys_and_values, write
+from gptjax.model.cache import Cache, keys_and_values, write
 from gptjax.model.mup import attention_scale
 from gptjax.model.rope import rope, rotate
 from gptjax.ops.attention import attention
-from gptjax.ops.cpu_matvec import outputs_first
-from gptjax.ops.linear import add_bias, products
+from gptjax.ops.linear import linear
 from gptjax.ops.reference import AttentionMask, dropout
 
 Params = dict[str, Any]
@@ -37,28 +36,12 @@ def norm_heads(x_BLHK: jax.Array, scale_K: jax.Array, epsilon: float) -> jax.Arr
     return x.astype(x_BLHK.dtype)
 
 
-def project(x: jax.Array, p: Params, stems: dict[str, str]) -> tuple[jax.Array, ...]:
-    """x times each weight `stem_...`, plus its bias where it has one; an equation's letters name the weight.
-
-    A weight may also lie outputs first, as decoding keeps some: then its letters come in that order.
-    """
-    equations = [e if _weight(stem, e) in p else outputs_first(e) for stem, e in stems.items()]
-    weights = tuple(p[_weight(stem, e)].astype(x.dtype) for stem, e in zip(stems, equations, strict=True))
-    ys: tuple[jax.Array, ...] = products(tuple(equations), x, weights)
-    biases = [f"{stem}_bias_{equation.split('->')[1].removeprefix('BL')}" for stem, equation in stems.items()]
-    return tuple(add_bias(y, p[name]) if name in p else y for y, name in zip(ys, biases, strict=True))
-
-
-def _weight(stem: str, equation: str) -> str:
-    return f"{stem}_{equation.split(',')[1].split('->')[0]}"
-
-
 def block(
     cfg: ModelConfig,
     p: Params,
     x_BLD: jax.Array,
     positions_BL: jax.Array,
-    sight: AttentionMask,
+    mask: AttentionMask,
     cache: Cache | None = None,
     key: jax.Array | None = None,
     window: jax.typing.ArrayLike | None = None,
@@ -71,12 +54,12 @@ def block(
     """
     keys = (None, None, None) if key is None else jax.random.split(key, 3)
     h_BLD = norm(x_BLD, p["norm_attn_D"], p.get("norm_attn_bias_D"), cfg)
-    a_BLHK, cache = heads(cfg, p, h_BLD, positions_BL, sight, cache, keys[0], window)
-    x_BLD = x_BLD + dropout(project(a_BLHK, p, {"o": "BLHK,HKD->BLD"})[0], cfg.dropout, keys[1])
+    a_BLHK, cache = heads(cfg, p, h_BLD, positions_BL, mask, cache, keys[0], window)
+    x_BLD = x_BLD + dropout(linear(a_BLHK, p, o="BLHK,HKD->BLD"), cfg.dropout, keys[1])
     if not cfg.parallel:
         h_BLD = norm(x_BLD, p["norm_mlp_D"], p.get("norm_mlp_bias_D"), cfg)
     h_BLF = hidden(cfg, p, h_BLD)
-    return x_BLD + dropout(project(h_BLF, p, {"w_out": "BLF,FD->BLD"})[0], cfg.dropout, keys[2]), cache
+    return x_BLD + dropout(linear(h_BLF, p, w_out="BLF,FD->BLD"), cfg.dropout, keys[2]), cache
 
 
 def heads(
@@ -84,44 +67,35 @@ def heads(
     p: Params,
     h_BLD: jax.Array,
     positions_BL: jax.Array,
-    sight: AttentionMask,
+    mask: AttentionMask,
     cache: Cache | None,
     key: jax.Array | None,
     window: jax.typing.ArrayLike | None,
 ) -> tuple[jax.Array, Cache | None]:
     """What each head gathers, a_BLHK, before it is projected back into the stream; and the cache with the new rows."""
+    qkv = linear(h_BLD, p, q="BLD,DHK->BLHK", k="BLD,DGK->BLGK", v="BLD,DGK->BLGK")
     # The names are for remat: a product that is kept is never computed twice, what follows it is cheap.
-    if "qkv_XD" in p:
-        (made_BLX,) = project(h_BLD, p, {"qkv": "BLD,DX->BLX"})
-        sizes = (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)
-        parts = jnp.split(made_BLX, [cfg.head_size * sizes[0], cfg.head_size * (sizes[0] + sizes[1])], axis=-1)
-        made = tuple(y.reshape(*y.shape[:2], n, cfg.head_size) for y, n in zip(parts, sizes, strict=True))
-    else:
-        made = project(h_BLD, p, {"q": "BLD,DHK->BLHK", "k": "BLD,DGK->BLGK", "v": "BLD,DGK->BLGK"})
-    q_BLHK, k_BLGK, v_BLGK = (checkpoint_name(y, n) for y, n in zip(made, ("query", "key", "value"), strict=True))
+    q_BLHK, k_BLGK, v_BLGK = map(checkpoint_name, qkv, ("query", "key", "value"))
     if cfg.qk_norm:
         q_BLHK = norm_heads(q_BLHK, p["norm_q_K"], cfg.norm_epsilon)
         k_BLGK = norm_heads(k_BLGK, p["norm_k_K"], cfg.norm_epsilon)
     if cfg.positions == "rope":
         frequency, temperature = rope(cfg)
         q_BLHK, k_BLGK = (rotate(t, positions_BL, frequency, temperature) for t in (q_BLHK, k_BLGK))
-    scale = attention_scale(cfg)
     if cache is not None:
         cache = write(cache, k_BLGK, v_BLGK, positions_BL[:, 0])
-        if q_BLHK.shape[1] == 1:
-            capped = {"window": window, "softcap": cfg.attention_softcap}
-            return attend_one(q_BLHK, cache, sight, scale=scale, **capped), cache
         k_BLGK, v_BLGK = keys_and_values(cache, h_BLD.dtype)
-    return attention(cfg, q_BLHK, k_BLGK, v_BLGK, sight, scale=scale, window=window, key=key), cache
+    scale = attention_scale(cfg)
+    return attention(cfg, q_BLHK, k_BLGK, v_BLGK, mask, scale=scale, window=window, key=key), cache
 
 
 def hidden(cfg: ModelConfig, p: Params, h_BLD: jax.Array) -> jax.Array:
     """The MLP's hidden layer h_BLF: GELU, a SiLU gate (Shazeer 2020), or ReLU squared (So et al. 2021, Primer)."""
-    stems = ("w_in", "w_gate") if cfg.activation == "swiglu" else ("w_in",)
-    made = project(h_BLD, p, dict.fromkeys(stems, "BLD,DF->BLF"))
-    h_BLF, *gate_BLF = (checkpoint_name(y, "mlp") for y in made)
     if cfg.activation == "swiglu":
-        return jax.nn.silu(gate_BLF[0]) * h_BLF
+        both = linear(h_BLD, p, w_in="BLD,DF->BLF", w_gate="BLD,DF->BLF")
+        h_BLF, gate_BLF = (checkpoint_name(y, "mlp") for y in both)
+        return jax.nn.silu(gate_BLF) * h_BLF
+    h_BLF = checkpoint_name(linear(h_BLD, p, w_in="BLD,DF->BLF"), "mlp")
     if cfg.activation == "relu2":
         return jnp.square(jax.nn.relu(h_BLF))
     # In float32 inside: on a CPU the bfloat16 form takes three times as long, elsewhere it is fused and free.

@@ -58,16 +58,18 @@ def forward_flops(cfg: ModelConfig, vocab_size: int, keys: float) -> float:
     2 FLOPs a weight, and 2 K a key for each of the two products of each query head; a layer with a window attends to
     the keys within it.
     """
-    return _products(cfg, vocab_size, sum(min(window or keys, keys) for window in cfg.layer_windows))
+    return _products(
+        cfg, vocab_size, sum(keys if window is None else min(window, keys) for window in cfg.layer_windows)
+    )
 
 
 def _products(cfg: ModelConfig, vocab_size: int, keys_of_all_layers: float) -> float:
     return 2.0 * parameters(cfg, vocab_size, 0)["matrices"] + 4 * cfg.num_heads * cfg.head_size * keys_of_all_layers
 
 
-def _mean_keys(window: int, length: int) -> float:
+def _mean_keys(window: int | None, length: int) -> float:
     """Mean over the tokens i = 1 .. length of a row of min(i, window), the keys that token i attends to."""
-    seen = min(window or length, length)
+    seen = length if window is None else min(window, length)
     return seen - seen * (seen - 1) / (2 * length)
 
 

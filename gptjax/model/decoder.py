@@ -15,15 +15,15 @@ import jax.numpy as jnp
 
 from gptjax.config import ModelConfig, TrainConfig
 from gptjax.config.section import InputError
-from gptjax.model.block import Params, block, norm, project
+from gptjax.model.block import Params, block, norm
 from gptjax.model.cache import Cache
 from gptjax.model.counts import padded_vocab
-from gptjax.model.head import capped, logits
+from gptjax.model.head import logits
 from gptjax.model.mup import init_factor, logits_factor
-from gptjax.ops.linear import lookup
+from gptjax.ops.linear import embed
 from gptjax.ops.reference import cached, causal, dropout
-from gptjax.parallel import context as zigzag
-from gptjax.parallel.sharding import constrain, matrix, suffix
+from gptjax.parallel.context import from_zigzag, num_shards, to_zigzag
+from gptjax.parallel.sharding import constrain, suffix
 
 # A layer that attends to everything, in the list of windows: more places than any text has.
 NO_WINDOW = 2**31 - 1
@@ -55,22 +55,18 @@ def layer_params(cfg: ModelConfig) -> dict[str, str]:
 
 
 def windows(cfg: ModelConfig) -> jax.Array | int | None:
-    """window_N where the layers differ, the window that they share, or None where every layer attends to everything."""
+    """window_N where the layers differ, else the window that they share, None where they attend to everything."""
     if len(set(cfg.layer_windows)) == 1:
-        return cfg.layer_windows[0] or None
-    return jnp.array([w or NO_WINDOW for w in cfg.layer_windows], jnp.int32)
+        return cfg.layer_windows[0]
+    return jnp.array([NO_WINDOW if w is None else w for w in cfg.layer_windows], jnp.int32)
 
 
-def unstacked(params: Params, dtype: str, outputs_first: bool = False) -> Params:
+def unstacked(params: Params, dtype: str) -> Params:
     """The parameters as decoding reads them: each layer's in arrays of their own, in the type they are used in.
 
-    With `outputs_first` each matrix lies that way, and its name says so: o_DHK, head_VD; queries, keys and values are
-    one, qkv_XD, since a product of few outputs reads its weight slower. Only our own block knows those names.
-
-    Without, the head is head_DV, its inputs first as in every other matrix: XLA on a CPU reads it several times faster
-    so. It costs a second copy of the layers' weights, of a tied head that is turned, and of whatever changes its type,
-    made once, never in the loop. Norms are computed in float32 and keep it. Parameters that are unstacked already come
-    back as they are.
+    The head is head_DV, its inputs first as in every other matrix: so a row of the stream meets it where it lies. That
+    costs a second copy of the layers' weights, of the head, and of whatever changes its type, made once, never in the
+    loop. Norms are computed in float32 and keep it. Parameters that are unstacked already come back as they are.
     """
     if isinstance(params["layers"], list):
         return params
@@ -79,33 +75,10 @@ def unstacked(params: Params, dtype: str, outputs_first: bool = False) -> Params
         return x if path[-1].key.startswith("norm_") else x.astype(dtype)
 
     params = jax.tree_util.tree_map_with_path(cast, params)
-    layers = _unstacked(params["layers"])
+    layers = one_layer(params["layers"])
+    top = {name: x for name, x in params.items() if name not in ("layers", "head_VD")} | {"head_DV": head(params).T}
     count = len(next(iter(layers.values())))
-    top = {name: x for name, x in params.items() if name not in ("layers", "head_VD")}
-    top |= {"head_VD": head(params)} if outputs_first else {"head_DV": head(params).T}
-
-    def layer(n: int) -> Params:
-        if not outputs_first:
-            return {name: x[n] for name, x in layers.items()}
-        made = dict(turned(name, x[n]) for name, x in layers.items())
-        qkv = [made.pop(name) for name in ("q_HKD", "k_GKD", "v_GKD")]
-        made["qkv_XD"] = jnp.concatenate([w.reshape(-1, w.shape[-1]) for w in qkv])
-        if "q_bias_HK" in made:
-            biases = [made.pop(name) for name in ("q_bias_HK", "k_bias_GK", "v_bias_GK")]
-            made["qkv_bias_X"] = jnp.concatenate([b.reshape(-1) for b in biases])
-        return made
-
-    return top | {"layers": [layer(n) for n in range(count)]}
-
-
-def turned(name: str, w: jax.Array) -> tuple[str, jax.Array]:
-    """A layer's parameter with its outputs first, and its name; one that is no matrix as it is."""
-    sides = None if "_bias_" in name or name.startswith("norm_") else matrix(name)
-    if sides is None:
-        return name, w
-    inputs, outputs = sides
-    stem = name.removesuffix(inputs + outputs)
-    return stem + outputs + inputs, jnp.moveaxis(w, range(len(inputs)), range(-len(inputs), 0))
+    return top | {"layers": [{name: x[n] for name, x in layers.items()} for n in range(count)]}
 
 
 def extend(
@@ -116,29 +89,23 @@ def extend(
     `params` are `unstacked`. The slots of the cache are positions: each row's tokens are written at positions_BL[:, 0]
     onward.
     """
-    cfg, sight = decoder.cfg, cached(positions_BL)
-    x_BLD = embed(cfg, params, tokens_BL, positions_BL)
+    cfg, mask = decoder.cfg, cached(positions_BL)
+    x_BLD = embed_tokens(cfg, params, tokens_BL, positions_BL)
     new: list[Cache] = []
     for p, old, window in zip(params["layers"], cache, cfg.layer_windows, strict=True):
-        x_BLD, written = decoder.block(cfg, p, x_BLD, positions_BL, sight, old, None, window or None)
+        x_BLD, written = decoder.block(cfg, p, x_BLD, positions_BL, mask, old, None, window)
         assert written is not None, "a block that is given a cache returns one"
         x_BLD = constrain(x_BLD, "BLD")
         new.append(written)
     return final_norm(cfg, params, x_BLD), new
 
 
-def next_logits(decoder: "Decoder", params: Params, x_BLD: jax.Array) -> jax.Array:
-    """float32 logits_BV of the token behind each row's last one; `params` are `unstacked`."""
-    (logits_BLV,) = project(x_BLD[:, -1:], params, {"head": "BLD,DV->BLV"})
-    return capped(logits_BLV, decoder.vocab_size, decoder.cfg.logit_softcap)[:, 0]
-
-
-def embed(cfg: ModelConfig, top: Params, tokens_BL: jax.Array, positions_BL: jax.Array) -> jax.Array:
+def embed_tokens(cfg: ModelConfig, top: Params, tokens_BL: jax.Array, positions_BL: jax.Array) -> jax.Array:
     """The stream x_BLD that the first layer reads; `top` holds the parameters outside the layers."""
-    x_BLD: jax.Array = lookup(top["embed_VD"], tokens_BL, cfg.dtype)
+    x_BLD: jax.Array = embed(top["embed_VD"], tokens_BL, cfg.dtype)
     if cfg.positions == "rope":
         return x_BLD
-    learned_BLD: jax.Array = lookup(top["position_TD"], positions_BL, cfg.dtype)
+    learned_BLD: jax.Array = embed(top["position_TD"], positions_BL, cfg.dtype)
     return x_BLD + learned_BLD
 
 
@@ -147,7 +114,7 @@ def final_norm(cfg: ModelConfig, top: Params, x_BLD: jax.Array) -> jax.Array:
     return logits_factor(cfg) * norm(x_BLD, top["norm_final_D"], top.get("norm_final_bias_D"), cfg)
 
 
-def _unstacked(tree: Params) -> Params:
+def one_layer(tree: Params) -> Params:
     """The names of stacked leaves as one layer calls them: q_NDHK is q_DHK inside the scan."""
     return {name.replace("_N", "_", 1) if suffix(name).startswith("N") else name: x for name, x in tree.items()}
 
@@ -240,12 +207,10 @@ class Decoder(nn.Module):
 
     def _run(self, tokens_BL, positions_BL, segments_BL, key, norms=False):
         # A block of the user's own may look at its neighbours, so only ours is given rows in another order.
-        cfg, shards = self.cfg, zigzag.num_shards(tokens_BL.shape[1]) if self.block is block else 1
-        tokens_BL, positions_BL, segments_BL = (
-            zigzag.to_zigzag(x, shards) for x in (tokens_BL, positions_BL, segments_BL)
-        )
-        sight = causal(segments_BL, self.packed, shards)
-        x_BLD = embed(cfg, self.top, tokens_BL, positions_BL)
+        cfg, shards = self.cfg, num_shards(tokens_BL.shape[1]) if self.block is block else 1
+        tokens_BL, positions_BL, segments_BL = (to_zigzag(x, shards) for x in (tokens_BL, positions_BL, segments_BL))
+        mask = causal(segments_BL, self.packed, shards)
+        x_BLD = embed_tokens(cfg, self.top, tokens_BL, positions_BL)
         layer_keys = None
         if key is not None and cfg.dropout:
             key_embed, key_layers = jax.random.split(key)
@@ -258,15 +223,15 @@ class Decoder(nn.Module):
         def body(x_BLD, layer):
             p, layer_key, layer_window = layer
             window = shared if layer_window is None else layer_window
-            x_BLD, _ = self.block(cfg, p, x_BLD, positions_BL, sight, None, layer_key, window)
+            x_BLD, _ = self.block(cfg, p, x_BLD, positions_BL, mask, None, layer_key, window)
             # Without this line FSDP's sharded weights make XLA replicate every activation on every device.
             x_BLD = constrain(x_BLD, "BLD")
             rms = jnp.sqrt(jnp.square(x_BLD.astype(jnp.float32)).mean()) if norms else None
             return x_BLD, rms
 
-        layers = (_unstacked(self.layers), layer_keys, window_N)
+        layers = (one_layer(self.layers), layer_keys, window_N)
         x_BLD, rms_N = jax.lax.scan(remat(cfg, body), x_BLD, layers, unroll=cfg.unroll or cfg.num_layers)
-        return final_norm(cfg, self.top, zigzag.from_zigzag(x_BLD, shards)), rms_N
+        return final_norm(cfg, self.top, from_zigzag(x_BLD, shards)), rms_N
 
     def logits(self, x_BLD: jax.Array) -> jax.Array:
         """float32 logits_BLV of hidden states; the ids that pad the vocabulary are masked out."""

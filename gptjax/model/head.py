@@ -10,11 +10,11 @@ MASKED = -1e30
 
 
 def logits(x_BLD: jax.Array, head_VD: jax.Array, vocab_size: int, softcap: float = 0.0) -> jax.Array:
-    """float32 logits_BLV of hidden states and a head: see `capped`."""
-    return capped(jnp.einsum("BLD,VD->BLV", x_BLD, head_VD.astype(x_BLD.dtype)), vocab_size, softcap)
+    """float32 logits_BLV of hidden states: see `cap_and_mask`."""
+    return cap_and_mask(jnp.einsum("BLD,VD->BLV", x_BLD, head_VD.astype(x_BLD.dtype)), vocab_size, softcap)
 
 
-def capped(logits_BLV: jax.Array, vocab_size: int, softcap: float = 0.0) -> jax.Array:
+def cap_and_mask(logits_BLV: jax.Array, vocab_size: int, softcap: float = 0.0) -> jax.Array:
     """float32 logits_BLV of a head's product; the ids that only pad the vocabulary are masked out.
 
     With a soft-cap c above 0 each logit z becomes c tanh(z / c) (Gemma 2, 2024).

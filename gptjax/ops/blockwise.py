@@ -20,7 +20,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.ops.reference import AttentionMask
-from gptjax.parallel import context as zigzag
+from gptjax.parallel import context
 from gptjax.parallel.sharding import axes_of, on_each_device
 
 
@@ -48,7 +48,7 @@ def attend_blockwise(
     q_BLHK: jax.Array,
     k_BMGK: jax.Array,
     v_BMGK: jax.Array,
-    sight: AttentionMask,
+    mask: AttentionMask,
     *,
     scale: float,
     window: jax.typing.ArrayLike | None = None,
@@ -63,12 +63,12 @@ def attend_blockwise(
     settings are checked, and this function has none.
     """
     M = k_BMGK.shape[1]
-    last_BL = jnp.minimum(sight.query_BL, M - 1)
-    first_BL = jnp.zeros_like(last_BL) if window is None else jnp.maximum(sight.query_BL - window + 1, 0)
-    query_BL, key_BM = sight.query_segments_BL, sight.key_segments_BM
+    last_BL = jnp.minimum(mask.query_BL, M - 1)
+    first_BL = jnp.zeros_like(last_BL) if window is None else jnp.maximum(mask.query_BL - window + 1, 0)
+    query_BL, key_BM = mask.query_segments_BL, mask.key_segments_BM
     span = _Span(first_BL, last_BL, None if query_BL is None or key_BM is None else (query_BL, key_BM))
     k_BMGK, v_BMGK = divisible(q_BLHK, k_BMGK, v_BMGK)
-    options = _Options(scale, softcap, block, sight.of_rows, sight.shards)
+    options = _Options(scale, softcap, block, mask.of_rows, mask.shards)
     return _attend(options, q_BLHK, k_BMGK, v_BMGK, span)
 
 
@@ -108,7 +108,7 @@ def _attend_backward(options, kept, g_BLHK):
         dq_BLHK, *dkv = _backward(options, q_BLHK, k_BMGK, v_BMGK, span, *more)
         if "L" in axes:  # devices that share a row's queries each have a part of the gradient of all of its keys
             shared = options.of_rows
-            dkv = [zigzag.part_of_sum(x, axes["L"], options.shards) if shared else jax.lax.psum(x, axes["L"])
+            dkv = [context.part_of_sum(x, axes["L"], options.shards) if shared else jax.lax.psum(x, axes["L"])
                    for x in dkv]  # fmt: skip
         return dq_BLHK, *dkv
 
@@ -134,10 +134,10 @@ def _whole(options, axes, k_BMGK, v_BMGK, span):
     if not options.of_rows or "L" not in axes:
         assert options.shards == 1, "rows in zigzag order lie over the context axis"
         return k_BMGK, v_BMGK, span
-    k_BMGK, v_BMGK = (zigzag.gather_length(x, axes["L"], options.shards) for x in (k_BMGK, v_BMGK))
+    k_BMGK, v_BMGK = (context.gather_length(x, axes["L"], options.shards) for x in (k_BMGK, v_BMGK))
     if span.segments is not None:
         query_BL, key_BM = span.segments
-        span = dataclasses.replace(span, segments=(query_BL, zigzag.gather_length(key_BM, axes["L"], options.shards)))
+        span = dataclasses.replace(span, segments=(query_BL, context.gather_length(key_BM, axes["L"], options.shards)))
     return k_BMGK, v_BMGK, span
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from gptjax.ops.reference import AttentionMask, mask
+from gptjax.ops.reference import AttentionMask, dense_mask
 
 # Smaller chunks skip more, but their products become too small for the processor, and the program longer.
 CHUNK, MOST_CHUNKS = 64, 8
@@ -29,19 +29,19 @@ def attend_causal_chunked(
     q_BLHK: jax.Array,
     k_BLGK: jax.Array,
     v_BLGK: jax.Array,
-    sight: AttentionMask,
+    mask: AttentionMask,
     *,
     scale: float,
     window: jax.typing.ArrayLike | None = None,
     softcap: float = 0.0,
 ) -> jax.Array:
-    """out_BLHK of attention.attend for an aligned sight, forward and backward; it holds about half of the L x L scores.
+    """out_BLHK of attention.attend for an aligned mask, forward and backward; it holds about half of the L x L scores.
 
     It has no dropout. Its output bears the name "attention" for remat.
     """
-    assert sight.aligned, "chunks of queries meet the keys up to their own end only where query l is at place l"
+    assert mask.aligned, "chunks of queries meet the keys up to their own end only where query l is at place l"
     options = _Options(scale, softcap, window if isinstance(window, int) else None)
-    return _attend(options, q_BLHK, k_BLGK, v_BLGK, jnp.swapaxes(mask(sight, k_BLGK.shape[1], window), 1, 2))
+    return _attend(options, q_BLHK, k_BLGK, v_BLGK, jnp.swapaxes(dense_mask(mask, k_BLGK.shape[1], window), 1, 2))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

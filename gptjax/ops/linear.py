@@ -1,15 +1,37 @@
-"""Products with parameters, whose gradients are fast on every platform and version of JAX: weights, biases, tables.
+"""Products with parameters (weights, biases, tables), whose gradients are fast on every platform and version of JAX.
 
 The gradient of y = x w is dx = g w^T and dw = x^T g. XLA on a CPU folds each transpose into the product that reads it
 and so leaves its fast path: in bfloat16, on cores with matrix units, such a product takes 3 to 7 times as long.
 """
 
 import functools
+import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from gptjax.ops import cpu_matvec as fewrows
+from gptjax.ops.cpu_matvec import product
+from gptjax.ops.device import Device, device
+from gptjax.parallel.sharding import RULES, axes_of
+
+
+def linear(x: jax.Array, p: Mapping[str, jax.Array], **equations: str) -> Any:
+    """x times the weight of each name, as linear(x_BLD, p, q="BLD,DHK->BLHK") with p["q_DHK"], plus its bias if any.
+
+    The letters of an equation end the weight's name in p, and the output's letters but B and L that of its bias
+    (`q_bias_HK`). One name gives an array, several a tuple in their order, whose gradients share what they need of x.
+    """
+    weights = tuple(p[_weight(name, e)].astype(x.dtype) for name, e in equations.items())
+    biases = [f"{name}_bias_{e.partition('->')[2].removeprefix('BL')}" for name, e in equations.items()]
+    ys: tuple[jax.Array, ...] = products(tuple(equations.values()), x, weights)
+    ys = tuple(add_bias(y, p[bias]) if bias in p else y for y, bias in zip(ys, biases, strict=True))
+    return ys if len(ys) > 1 else ys[0]
+
+
+def _weight(name: str, equation: str) -> str:
+    return f"{name}_{equation.split(',')[1].partition('->')[0]}"
 
 
 def transpose(x: jax.Array, order: tuple[int, ...]) -> jax.Array:
@@ -17,7 +39,7 @@ def transpose(x: jax.Array, order: tuple[int, ...]) -> jax.Array:
 
     The compiler looks through a transposed matrix, also behind an optimization barrier, but not through a reshaped one.
     """
-    if x.ndim > 2 or x.shape[0] % 2 or x.dtype != jnp.bfloat16 or jax.default_backend() != "cpu":
+    if x.ndim > 2 or x.shape[0] % 2 or x.dtype != jnp.bfloat16 or device().platform != "cpu":
         return jnp.transpose(x, order)
     rows, columns = x.shape
     return jnp.transpose(x.reshape(2, rows // 2, columns), (2, 0, 1)).reshape(columns, rows)
@@ -29,7 +51,7 @@ def products(equations: tuple[str, ...], x: jax.Array, weights: tuple[jax.Array,
 
     Each equation is "batch input, input output -> batch output", as in BLD,DHK->BLHK.
     """
-    return tuple(fewrows.product(e, x, w) for e, w in zip(equations, weights, strict=True))
+    return tuple(product(e, x, w) for e, w in zip(equations, weights, strict=True))
 
 
 def _forward(equations, x, weights):
@@ -83,17 +105,17 @@ ONE_HOT_ROWS = 1024
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def lookup(table_VD: jax.Array, ids_BL: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+def embed(table_VD: jax.Array, ids_BL: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Rows of a table, as `dtype`. The table's gradient is added up in float32, however often a row occurs."""
     return table_VD.astype(dtype)[ids_BL]
 
 
-def _lookup_forward(table_VD, ids_BL, dtype):
+def _embed_forward(table_VD, ids_BL, dtype):
     # An array of no elements carries the table's size and type to the backward pass.
-    return lookup(table_VD, ids_BL, dtype), (ids_BL, jnp.zeros((table_VD.shape[0], 0), table_VD.dtype))
+    return embed(table_VD, ids_BL, dtype), (ids_BL, jnp.zeros((table_VD.shape[0], 0), table_VD.dtype))
 
 
-def _lookup_backward(dtype, kept, g_BLD):
+def _embed_backward(dtype, kept, g_BLD):
     ids_BL, like_VD = kept
     if slow_scatter():
         dtable_VD = one_hot_gradient(like_VD.shape[0], ids_BL, g_BLD)
@@ -103,12 +125,12 @@ def _lookup_backward(dtype, kept, g_BLD):
     return dtable_VD.astype(like_VD.dtype), None
 
 
-lookup.defvjp(_lookup_forward, _lookup_backward)
+embed.defvjp(_embed_forward, _embed_backward)
 
 
 def slow_scatter() -> bool:
     """True where adding to scattered rows in float32 can take 2,000 times as long: GPUs before jaxlib 0.11.1."""
-    return jax.default_backend() == "gpu" and jax.__version_info__ < (0, 11, 1)
+    return device().platform == "gpu" and jax.__version_info__ < (0, 11, 1)
 
 
 def one_hot_gradient(rows: int, ids_BL: jax.Array, g_BLD: jax.Array) -> jax.Array:
@@ -126,3 +148,31 @@ def one_hot_gradient(rows: int, ids_BL: jax.Array, g_BLD: jax.Array) -> jax.Arra
 
     parts = ids.reshape(-1, size), g.reshape(-1, size, g.shape[-1])
     return jax.lax.scan(add, jnp.zeros((rows, g.shape[-1]), jnp.float32), parts)[0]
+
+
+# Share of a GPU's or TPU's memory that one chunk's float32 logits may take. A chunk reads and writes the gradient of
+# the whole head and, where devices share the head, sends it: so few chunks, of thousands of tokens.
+LOGITS_SHARE = 1 / 16
+# On a CPU the fastest of 4 to 128 MiB, or half of the head's gradient where that is more.
+CPU_LOGITS, CPU_HEAD_SHARE = 1 << 24, 0.5
+
+
+def loss_chunks(shape: tuple[int, ...], head: tuple[int, ...]) -> tuple[int, int]:
+    """(chunks of the logits of targets_BL, devices that share a row): each chunk has a part of every device's places.
+
+    `shape` is that of the targets, B L, and `head` that of the output matrix, V D, both of all devices.
+    """
+    (B, L), (V, D) = shape, head
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = math.prod(mesh.shape[a] for a in axes_of({"L": L}).get("L", ()))
+    parts = shards * (1 if mesh.empty else math.prod(mesh.shape[a] for a in RULES["B"] + RULES["V"]))
+    return count_chunks(device(), L // shards, 4 * B * V * shards / parts, 4 * V * D / parts), shards
+
+
+def count_chunks(on: Device, places: int, each: float, head: float) -> int:
+    """The fewest chunks, dividing a device's places of each row, whose float32 logits keep within what may be held.
+
+    `each` is the bytes of a device's logits at one place of its rows, `head` the head's float32 bytes a device.
+    """
+    limit = max(CPU_LOGITS, CPU_HEAD_SHARE * head) if on.platform == "cpu" else LOGITS_SHARE * on.memory
+    return next((n for n in range(1, places + 1) if places % n == 0 and each * (places // n) <= limit), places)

@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from gptjax.parallel import context as zigzag
+from gptjax.parallel import context
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["query_BL", "query_segments_BL", "key_segments_BM"],
@@ -17,7 +17,7 @@ class AttentionMask:
 
     query_BL is the place of each query among the keys. Segments are None where all keys belong to one document. Known
     before anything runs is, of rows with as many keys as queries, whether query l is at place l (aligned), or else how
-    many context shards' zigzag order both stand in (shards, see zigzag.py).
+    many context shards' zigzag order both stand in (shards, see parallel/context.py).
     """
 
     query_BL: jax.Array
@@ -37,9 +37,9 @@ def causal(segments_BL: jax.Array, packed: bool = True, shards: int = 1) -> Atte
 
     Padding is segment 0. It sees only itself and other padding, so that no softmax is empty. Where a row is known to
     hold one document and, behind it, padding (not `packed`), the segments are left out: only padding sees more by it.
-    With `num_shards` above 1 segments_BL, and what will be attended, stand in the zigzag order of so many.
+    With `shards` above 1 segments_BL, and what will be attended, stand in the zigzag order of so many.
     """
-    places_BL = jnp.broadcast_to(zigzag.places(segments_BL.shape[1], shards), segments_BL.shape)
+    places_BL = jnp.broadcast_to(context.places(segments_BL.shape[1], shards), segments_BL.shape)
     segments = segments_BL if packed else None
     return AttentionMask(places_BL, segments, segments, aligned=shards == 1, shards=shards)
 
@@ -49,14 +49,14 @@ def cached(positions_BL: jax.Array) -> AttentionMask:
     return AttentionMask(positions_BL)
 
 
-def mask(sight: AttentionMask, keys: int, window: jax.typing.ArrayLike | None = None) -> jax.Array:
-    """mask_BLM over all the keys: what `sight` allows and, with a window, only the last `window` places of it."""
-    behind_BLM = sight.query_BL[:, :, None] - zigzag.places(keys, sight.shards)[None, None, :]
+def dense_mask(mask: AttentionMask, keys: int, window: jax.typing.ArrayLike | None = None) -> jax.Array:
+    """mask_BLM over all the keys: what `mask` allows and, with a window, only the last `window` places of it."""
+    behind_BLM = mask.query_BL[:, :, None] - context.places(keys, mask.shards)[None, None, :]
     mask_BLM = behind_BLM >= 0
     if window is not None:
         mask_BLM &= behind_BLM < window
-    if sight.query_segments_BL is not None and sight.key_segments_BM is not None:
-        mask_BLM &= sight.query_segments_BL[:, :, None] == sight.key_segments_BM[:, None, :]
+    if mask.query_segments_BL is not None and mask.key_segments_BM is not None:
+        mask_BLM &= mask.query_segments_BL[:, :, None] == mask.key_segments_BM[:, None, :]
     return mask_BLM
 
 
@@ -68,13 +68,13 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 def probabilities(
-    s_BGJLM: jax.Array, sight: AttentionMask, window: jax.typing.ArrayLike | None, softcap: float
+    s_BGJLM: jax.Array, mask: AttentionMask, window: jax.typing.ArrayLike | None, softcap: float
 ) -> jax.Array:
-    """p_BGJLM, the float32 softmax of the scores in sight."""
+    """p_BGJLM, the float32 softmax of the scores that the mask allows."""
     s_BGJLM = s_BGJLM.astype(jnp.float32)
     if softcap:
         s_BGJLM = softcap * jnp.tanh(s_BGJLM / softcap)
-    seen_BLM = mask(sight, s_BGJLM.shape[-1], window)
+    seen_BLM = dense_mask(mask, s_BGJLM.shape[-1], window)
     return jax.nn.softmax(jnp.where(seen_BLM[:, None, None], s_BGJLM, jnp.finfo(jnp.float32).min), axis=-1)
 
 
@@ -82,7 +82,7 @@ def attend(
     q_BLHK: jax.Array,
     k_BMGK: jax.Array,
     v_BMGK: jax.Array,
-    sight: AttentionMask,
+    mask: AttentionMask,
     *,
     scale: float,
     window: jax.typing.ArrayLike | None = None,
@@ -90,7 +90,7 @@ def attend(
     dropout_rate: float = 0.0,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """out_BLHK = softmax(scale q k^T) v over the keys in sight; the softmax is float32.
+    """out_BLHK = softmax(scale q k^T) v over the keys that the mask allows; the softmax is float32.
 
     Vaswani et al. 2017, with grouped queries (Ainslie et al. 2023): query head h uses key-value head h // J. With a
     soft-cap c the scores s become c tanh(s / c) (Gemma 2, 2024). The plain reference: it holds all L x M scores.
@@ -101,6 +101,6 @@ def attend(
     q_BGJLK = jnp.moveaxis(q_BLHK.reshape(B, L, G, H // G, K) * scale, 1, 3)
     k_BGMK, v_BGMK = jnp.moveaxis(k_BMGK, 1, 2), jnp.moveaxis(v_BMGK, 1, 2)
     s_BGJLM = jnp.einsum("BGJLK,BGMK->BGJLM", q_BGJLK, k_BGMK)
-    p_BGJLM = dropout(probabilities(s_BGJLM, sight, window, softcap), dropout_rate, key)
+    p_BGJLM = dropout(probabilities(s_BGJLM, mask, window, softcap), dropout_rate, key)
     out_BGJLK = jnp.einsum("BGJLM,BGMK->BGJLK", p_BGJLM.astype(v_BGMK.dtype), v_BGMK)
     return jnp.moveaxis(out_BGJLK, 3, 1).reshape(B, L, H, K)

@@ -1,20 +1,12 @@
 """Losses on hidden states and a head: cross-entropy in chunks, so that the logits of a whole batch never exist."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 
-from gptjax.model.head import capped, logits
-from gptjax.ops.linear import transpose
-from gptjax.parallel.sharding import RULES, axes_of
-
-# float32 logits of one chunk on one device: on a CPU the fastest of 4 to 128 MiB, elsewhere little beside activations
-# and large enough for efficient products.
-CHUNK_BYTES = {"cpu": 1 << 24, "gpu": 1 << 28, "tpu": 1 << 28}
-# Each chunk reads and writes the head's gradient: on a CPU its logits may be so large a share of that, if it is more.
-HEAD_SHARE = {"cpu": 0.5}
+from gptjax.model.head import cap_and_mask, logits
+from gptjax.ops.linear import loss_chunks, transpose
 
 
 def token_log_probs(
@@ -40,27 +32,8 @@ def cross_entropy(
     The length is cut into chunks whose gradient is computed while their logits exist: nothing is computed twice and
     only one chunk of logits is ever held. z-loss: PaLM (Chowdhery et al. 2022), section 5; `softcap` as in `logits`.
     """
-    chunks = _chunks(targets_BL.shape, head_VD.shape)
+    chunks = loss_chunks(targets_BL.shape, head_VD.shape)
     return _cross_entropy(x_BLD, head_VD, targets_BL, weights_BL, vocab_size, (z_loss, softcap), chunks)
-
-
-def _chunks(shape: tuple[int, ...], head: tuple[int, ...]) -> tuple[int, int]:
-    """(number of chunks, devices that share a row): each chunk has a part of every device's places."""
-    (B, L), (V, D) = shape, head
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = math.prod(mesh.shape[a] for a in axes_of({"L": L}).get("L", ()))
-    parts = shards * (1 if mesh.empty else math.prod(mesh.shape[a] for a in RULES["B"] + RULES["V"]))
-    return count_chunks(jax.default_backend(), L // shards, 4 * B * V * shards / parts, 4 * V * D / parts), shards
-
-
-def count_chunks(backend: str, places: int, each: float, head: float) -> int:
-    """The fewest chunks, dividing a device's places of each row, whose float32 logits keep within the larger of
-    CHUNK_BYTES and HEAD_SHARE.
-
-    `each` is the bytes of a device's logits at one place of its rows, `head` the head's float32 bytes a device.
-    """
-    limit = max(CHUNK_BYTES.get(backend, 1 << 28), HEAD_SHARE.get(backend, 0) * head)
-    return next((n for n in range(1, places + 1) if places % n == 0 and each * (places // n) <= limit), places)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -91,7 +64,7 @@ def _joined(chunks: tuple[int, int], x: jax.Array) -> jax.Array:
 def _chunk_loss(x_BCD, targets_BC, weights_BC, head_DV, vocab_size, extras):
     """The loss of one chunk, its logits, their softmax's numerator and normaliser, and log Z."""
     z_loss, softcap = extras
-    logits_BCV = capped(jnp.einsum("BLD,DV->BLV", x_BCD, head_DV), vocab_size, softcap)
+    logits_BCV = cap_and_mask(jnp.einsum("BLD,DV->BLV", x_BCD, head_DV), vocab_size, softcap)
     highest_BC = logits_BCV.max(axis=-1)
     exp_BCV = jnp.exp(logits_BCV - highest_BC[..., None])
     sum_BC = exp_BCV.sum(axis=-1)

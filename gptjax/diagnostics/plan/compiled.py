@@ -159,7 +159,7 @@ def _compile(config: TrainConfig, target: Target, folder: Path, code: bool) -> d
 
 
 def _devices(target: Target) -> Any:
-    """The devices to compile for; jax then takes the CPU's place by theirs wherever we ask which platform it is."""
+    """The devices to compile for."""
     import jax
 
     if not target.tpu:
@@ -168,12 +168,9 @@ def _devices(target: Target) -> Any:
 
     more = {"chip_config_name": "megacore"} if target.megacore else {}
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=target.tpu, **more).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=target.tpu, **more).devices
     except Exception as e:
         raise InputError(f"libtpu knows no topology {target.tpu}: {one_line(e)}") from e
-    # This process computes nothing, and compiles for these devices alone: what the program asks about is them.
-    jax.default_backend = lambda: "tpu"
-    return devices
 
 
 def _memory_error(message: str) -> str:

@@ -16,8 +16,9 @@ import jax
 
 from gptjax.config import ModelConfig, TrainConfig
 from gptjax.model.counts import padded_vocab
+from gptjax.ops.device import Device
+from gptjax.ops.linear import count_chunks
 from gptjax.parallel.sharding import AXES, sharding_of
-from gptjax.training.losses import count_chunks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,14 +129,14 @@ def step_memory(
     state: StateBytes,
     sizes: Mapping[str, int],
     *,
-    platform: str,
+    device: Device,
     kept: Temporaries = Temporaries(),
 ) -> Memory:
     """Memory of a step of these settings, model.attention chosen (not auto), on a mesh of these sizes.
 
-    `platform` is jax's name of it: cpu, gpu or tpu.
+    `device` is the kind of device that the step is for.
     """
-    cfg, size, tiles = config.model, local_sizes(config, sizes), platform == "tpu"
+    cfg, size, tiles = config.model, local_sizes(config, sizes), device.platform == "tpu"
     item, fast = item_size(cfg), FAST if tiles else 0
     rows, V, D, layers = size["B"], size["V"], cfg.width, state.layers
     stream = item * rows * size["L"] * D
@@ -155,7 +156,7 @@ def step_memory(
     gathered = kept.gathered * state.layer // 4 * item if shared else 0
     inner = max(0, _layer_gradient(config, size, sizes, tiles, kept) - fast)
     backward = inner + gathered + layers
-    chunks = count_chunks(platform, size["L"], 4 * rows * V, 4 * V * D / (math.prod(sizes.values()) / sizes["tensor"]))
+    chunks = count_chunks(device, size["L"], 4 * rows * V, 4 * V * D / (math.prod(sizes.values()) / sizes["tensor"]))
     # The gradient of the logits is an array of its own where the head's product waits for other devices.
     logits = (1.5 if shared else 1) * 4 * rows * V * size["L"] // chunks
     whole = kept.head + kept.outside * ((not cfg.tied) + several) if shared else 0 if several else 2

@@ -72,7 +72,9 @@ def executed_flops(config: TrainConfig, sizes: Mapping[str, int]) -> float:
     layers = 2.0 * count["matrices"] - head
     seen = 1.0 if score_count(config, {"B": 1, "H": 1, "L": 1, "M": 1}) else 0.5
     heads = local_sizes(config, sizes)["H"] * sizes["tensor"]  # every device computes those that do not divide
-    attention = 4.0 * heads * cfg.head_size * sum(min(w or length, length) for w in cfg.layer_windows) * seen
+    attention = (
+        4.0 * heads * cfg.head_size * sum(length if w is None else min(w, length) for w in cfg.layer_windows) * seen
+    )
     again = {
         "none": 0.0, "full": layers + attention, "dots": attention, "offload": layers,
         "names": layers + (0.0 if "attention" in cfg.remat_names else attention),

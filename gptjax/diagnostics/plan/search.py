@@ -18,7 +18,8 @@ from gptjax.diagnostics.plan.compiled import Compiled
 from gptjax.diagnostics.plan.memory import BY_CHIP, Memory, StateBytes, Temporaries, state_bytes, step_memory
 from gptjax.diagnostics.plan.roofline import Speed, speed
 from gptjax.model.counts import padded_vocab
-from gptjax.ops.attention import Device, select_kernel
+from gptjax.ops.attention import select_kernel
+from gptjax.ops.device import Device
 from gptjax.parallel.sharding import AXES, axis_sizes, filled
 from gptjax.runtime.hardware import Topology
 from gptjax.training.build import build_components, check_divisible
@@ -80,7 +81,7 @@ class Planner:
         check_divisible(config, sizes)
         kept = BY_CHIP.get(self.topology.kind, Temporaries())
         memory = step_memory(
-            config, self._state(tuple(sizes.values())), sizes, platform=_platform(self.topology), kept=kept
+            config, self._state(tuple(sizes.values())), sizes, device=device_of(self.topology), kept=kept
         )
         chip = self.topology.chip
         fast = speed(config, sizes, self.topology, memory) if chip and chip.bandwidth else None
@@ -188,14 +189,18 @@ def with_mesh(config: TrainConfig, topology: Topology) -> TrainConfig:
 
 def with_attention(config: TrainConfig, topology: Topology) -> TrainConfig:
     """The settings with the kernel that the topology's devices select; raises InputError where none fits."""
-    platform = _platform(topology)
-    device = Device(platform, 9.0 if platform == "gpu" else 0.0, config.mesh.context > 1)
+    device = device_of(topology)._replace(shares_rows=config.mesh.context > 1)
     name = select_kernel(config.model, config.data.length, device)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, attention=name))
 
 
-def _platform(topology: Topology) -> str:
-    return "cpu" if topology.chip is None else "tpu" if topology.libtpu else "gpu"
+def device_of(topology: Topology) -> Device:
+    """The device that a topology consists of."""
+    if topology.chip is None:
+        return Device("cpu")
+    if topology.libtpu:
+        return Device("tpu", memory=topology.chip.memory)
+    return Device("gpu", capability=9.0, memory=topology.chip.memory)
 
 
 def _rank(c: Candidate) -> tuple[float, int]:

@@ -6,7 +6,8 @@ from typing import Any
 
 from gptjax.config import MeshConfig, ModelConfig
 from gptjax.config.attention import KERNELS
-from gptjax.ops.attention import current_device, unsupported_reason
+from gptjax.ops.attention import unsupported_reason
+from gptjax.ops.device import device
 from gptjax.parallel.sharding import AXES, axis_sizes
 
 GPT2 = ModelConfig(num_layers=2, width=32, num_heads=4, attention_block=5, dtype="float32")
@@ -114,4 +115,4 @@ def kernel_model(name: str) -> str:
 
 def unsupported_kernel(name: str) -> str:
     """The reason why a kernel for attention does not run on these devices; empty where it does."""
-    return unsupported_reason(name, MODELS[kernel_model(name)], current_device())
+    return unsupported_reason(name, MODELS[kernel_model(name)], device())
