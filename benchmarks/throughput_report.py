@@ -9,7 +9,8 @@ from report import spread
 
 from gptjax.config import TrainConfig
 from gptjax.model.counts import flops_per_token, parameters
-from gptjax.training.metrics import CONVENTIONS, sheet_flops
+from gptjax.runtime.hardware import sheet_flops
+from gptjax.training.metrics import CONVENTIONS
 
 # How far any loss, and the norm of the first gradient, may be from the reference's, relative to it. Rounding moves them
 # by 2e-7 and 2e-7 in float32, in jax and in torch (TF32, a GPU's default, by some 1e-4), by 7e-4 and 8e-4 in bfloat16.

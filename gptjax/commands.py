@@ -1,4 +1,7 @@
-"""What the verbs on a run do: evaluate it, continue prompts, show its data, make one of foreign weights."""
+"""Verbs on a run: evaluate it, continue prompts, show its data, make one of foreign weights.
+
+Each imports its own room: continuing a prompt needs none of data, interop or evals.
+"""
 
 import dataclasses
 import itertools
@@ -10,15 +13,8 @@ import jax
 
 from gptjax.config import ContinueConfig, DataConfig, EvalConfig, TokenizerConfig, TrainConfig
 from gptjax.config.section import InputError, leaves
-from gptjax.data.packing import example_batch
-from gptjax.data.pipeline import open_pipeline
-from gptjax.data.show import show
-from gptjax.evals.loss import evaluate, make_eval_step
-from gptjax.generation.engine import stream
-from gptjax.interop.huggingface import import_huggingface
 from gptjax.parallel.processes import join_processes
 from gptjax.parallel.sharding import abstract
-from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.load import LoadedModel, load_model, open_checkpoints
 from gptjax.runs.run import Run, load_config
 from gptjax.storage import filesystem, resolve_path
@@ -33,7 +29,11 @@ def evaluate_run(run_dir: str | Path, cfg: EvalConfig) -> dict[str, Any]:
 
 
 def evaluate_trained(model: LoadedModel, max_rows: int = 0) -> dict[str, Any]:
-    """The same numbers for a model that is open already."""
+    """Evaluates a loaded model on its validation sets: the numbers of `evaluate_run` but the step."""
+    from gptjax.data.packing import example_batch
+    from gptjax.data.pipeline import open_pipeline
+    from gptjax.evals.loss import evaluate, make_eval_step
+
     # How much of a set in memory is tokenised depends on it.
     limits = dataclasses.replace(model.config.evaluate, max_rows=max_rows)
     model.run.pull(model.run.data)
@@ -47,6 +47,8 @@ def evaluate_trained(model: LoadedModel, max_rows: int = 0) -> dict[str, Any]:
 
 def generate_run(run_dir: str | Path, cfg: ContinueConfig, write: Callable[[str], None]) -> None:
     """Continues cfg.prompt with a run, writing text as it comes; several prompts are written one after the other."""
+    from gptjax.generation.engine import stream
+
     join_processes({"run": str(run_dir), **dict(leaves(cfg))})
     model = load_model(run_dir, None, cfg.step)
     with jax.set_mesh(model.mesh):
@@ -70,6 +72,9 @@ def show_step(run_dir: str | Path, step: int, rows: int) -> str:
 
     Raises InputError where the data is not what the run's newest checkpoint was trained on.
     """
+    from gptjax.data.pipeline import open_pipeline
+    from gptjax.data.show import show
+
     config, run = load_config(run_dir), Run.existing(run_dir)
     run.pull(run.data)
     feed = open_pipeline(config, run.data)
@@ -85,6 +90,9 @@ def import_run(source: str | Path, run_dir: str | Path) -> str:
 
     Raises InputError where the folder is not one, holds what the decoder can't represent, or run_dir is a run already.
     """
+    from gptjax.interop.huggingface import import_huggingface
+    from gptjax.runs.checkpoint import Checkpoints
+
     if filesystem(resolve_path(run_dir)).is_file(Run.at(run_dir).config_path):
         raise InputError(f"{run_dir} is a run already; give another folder")
     model, vocab_size, context, params = import_huggingface(Path(source))

@@ -111,3 +111,34 @@ def test_the_loop_and_the_step_know_no_model():
 def test_a_file_can_be_read_in_one_sitting(path):
     assert len(path.read_text().splitlines()) <= 400
     assert path.stem not in {"utils", "util", "common", "helpers", "misc", "base"}
+
+
+ASKING = {"default_backend", "device_kind", "cpu_count", "sched_getaffinity", "process_cpu_count", "usable_cores"}
+
+
+def asks_for_a_device(source: str) -> list[str]:
+    """Names in a file by which it asks for devices: their platform or kind, and how many cores there are."""
+    asked = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            # sys.platform and platform.platform() are the operating system's.
+            system = isinstance(node.value, ast.Name) and node.value.id in {"sys", "platform"}
+            if node.attr in ASKING or (node.attr == "platform" and not system):
+                asked.append(ast.unparse(node))
+        elif isinstance(node, ast.alias | ast.Name):
+            name = node.name if isinstance(node, ast.alias) else node.id
+            asked += [name] if name.split(".")[-1] in ASKING else []
+    return asked
+
+
+def test_only_ops_runtime_parallel_and_diagnostics_ask_for_a_device():
+    assert asks_for_a_device("import jax\nif jax.default_backend() == 'cpu': pass")
+    assert asks_for_a_device("a = jax.devices()[0].platform") and asks_for_a_device("from os import cpu_count")
+    assert not asks_for_a_device("sys.platform == 'darwin'")
+    allowed = {"ops", "runtime", "parallel", "diagnostics"}
+    found = {
+        str(path.relative_to(PACKAGE)): asked
+        for path in modules()
+        if path.relative_to(PACKAGE).parts[0] not in allowed and (asked := asks_for_a_device(path.read_text()))
+    }
+    assert not found

@@ -15,8 +15,9 @@ import pytest
 from gptjax.config import DataConfig, ModelConfig, TrainConfig
 from gptjax.config.section import InputError
 from gptjax.model.counts import flops_per_token
+from gptjax.runtime.hardware import peak_flops, sheet_flops
 from gptjax.training import metrics
-from gptjax.training.metrics import Metrics, MetricsFile, ProgressBar, Throughput, duration, peak_flops, sheet_flops
+from gptjax.training.metrics import Metrics, MetricsFile, ProgressBar, Throughput, duration
 
 CFG = TrainConfig(
     steps=40,

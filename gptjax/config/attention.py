@@ -10,7 +10,7 @@ AttentionName = Literal["auto", "plain", "blockwise", "cudnn", "splash"]
 class AttentionKernel:
     """A kernel for attention. All support packed documents, grouped queries and a sliding window."""
 
-    platform: str = ""
+    only_on: str = ""
     """The platform that it runs on; empty: every one."""
     capability: float = 0.0
     """Lowest compute capability of an NVIDIA device."""
@@ -32,9 +32,9 @@ KERNELS = {
     "plain": AttentionKernel(dropout=True, split_rows=True, linear=False),
     "blockwise": AttentionKernel(split_rows=True),
     # The kernel has no segments: an additive mask of 2 L x M bytes a row isolates packed documents.
-    "cudnn": AttentionKernel(platform="gpu", capability=8.0, dtypes=("bfloat16",), softcap=False, head_multiple=8,
+    "cudnn": AttentionKernel(only_on="gpu", capability=8.0, dtypes=("bfloat16",), softcap=False, head_multiple=8,
                      head_most=((8.0, 128), (9.0, 256)), linear=False),
-    "splash": AttentionKernel(platform="tpu", mixed_windows=False),
+    "splash": AttentionKernel(only_on="tpu", mixed_windows=False),
 }  # fmt: skip
 
 # The kernel of each platform where model.attention is auto and the kernel supports the settings.

@@ -73,9 +73,9 @@ class ModelConfig(Section):
     """
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of activations and products; weights and optimizer stay float32."""
-    attention: AttentionName = "plain"
-    """The plain product of queries and keys; blocks of them with an online softmax (blockwise): memory linear in
-    length; cuDNN's fused kernel on a GPU; the splash kernel on a TPU; or auto: by device and length."""
+    attention: AttentionName = "auto"
+    """By device and length (auto); the plain product of queries and keys; blocks of them with an online softmax
+    (blockwise): memory linear in length; cuDNN's fused kernel on a GPU; the splash kernel on a TPU."""
     attention_block: int = 512
     """Keys, and queries, in one block of blockwise attention."""
     remat: Literal["none", "full", "dots", "names", "offload"] = "none"
@@ -158,7 +158,7 @@ class ModelConfig(Section):
 
     def anywhere(self) -> "ModelConfig":
         """The same model on any device: attention that one platform alone has becomes auto."""
-        bound = self.attention != "auto" and KERNELS[self.attention].platform
+        bound = self.attention != "auto" and KERNELS[self.attention].only_on
         return dataclasses.replace(self, attention="auto") if bound else self
 
     @property

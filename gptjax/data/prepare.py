@@ -27,6 +27,7 @@ from gptjax.data.manifest import DATASET, Manifest, SplitEntry, file_entry, writ
 from gptjax.data.records import Source
 from gptjax.data.scan import Filters, ScanResult, changed, load_scan, scan
 from gptjax.data.sources import LOCK_FILE, open_source, source_sha256
+from gptjax.runtime.process import default_workers
 from gptjax.runtime.versions import __version__
 from gptjax.storage import Disk
 from gptjax.tokenizer import (
@@ -173,7 +174,7 @@ def _write(cfg: PrepareConfig, source: Source, inputs: dict[str, Any], progress:
     progress("tokenizer", 0, scan_result.kept_bytes)
     tokenizer = _tokenizer(cfg.tokenizer, source, scan_result, work)
     identity, content = inputs["source_sha256"], None if source.paths else ContentHash()
-    count = _write_parts(source, scan_result, tokenizer, content, work, cfg.workers or os.cpu_count() or 1, progress)
+    count = _write_parts(source, scan_result, tokenizer, content, work, cfg.workers or default_workers(), progress)
     before, after = (scan_result.content_sha256, content.hexdigest) if content else (identity, source_sha256(source))
     if before != after:
         shutil.rmtree(work)

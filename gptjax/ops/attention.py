@@ -23,15 +23,15 @@ LONG = 1024
 
 def unsupported_reason(name: str, cfg: ModelConfig, on: Device) -> str:
     """What keeps attention by this name from the case, with what it needs; empty: nothing."""
-    backend = KERNELS[name]
-    if backend.platform not in ("", on.platform):
-        return f"it runs on a {backend.platform}, and this is a {on.platform}"
-    if on.capability < backend.capability:
-        return f"it needs compute capability {backend.capability:g}, and this device has {on.capability:g}"
-    found = cfg.attention_refusal(name, on.capability if backend.capability else None)
+    kernel = KERNELS[name]
+    if kernel.only_on not in ("", on.platform):
+        return f"it runs on a {kernel.only_on}, and this is a {on.platform}"
+    if on.capability < kernel.capability:
+        return f"it needs compute capability {kernel.capability:g}, and this device has {on.capability:g}"
+    found = cfg.attention_refusal(name, on.capability if kernel.capability else None)
     if found:
         return f"it needs model.{found.field} to be {found.wanted}"
-    if on.shares_rows and not backend.split_rows:
+    if on.shares_rows and not kernel.split_rows:
         return "it needs whole rows: set --mesh.context 1"
     return ""
 

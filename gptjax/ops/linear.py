@@ -27,7 +27,7 @@ def linear(x: jax.Array, p: Mapping[str, jax.Array], **equations: str) -> Any:
     biases = [f"{name}_bias_{e.partition('->')[2].removeprefix('BL')}" for name, e in equations.items()]
     ys: tuple[jax.Array, ...] = products(tuple(equations.values()), x, weights)
     ys = tuple(add_bias(y, p[bias]) if bias in p else y for y, bias in zip(ys, biases, strict=True))
-    return ys if len(ys) > 1 else ys[0]
+    return ys[0] if len(equations) == 1 else ys
 
 
 def _weight(name: str, equation: str) -> str:

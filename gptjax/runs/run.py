@@ -190,14 +190,15 @@ def environment() -> dict[str, Any]:
     """What a reader needs to compare or repeat a run: versions, devices, commit, command line, time."""
     import jax
 
-    devices = jax.devices()
+    from gptjax.runtime.hardware import describe_devices
+
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": versions(),
-        "devices": {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)},
+        "devices": describe_devices(),
         "processes": jax.process_count(),
         "commit": _commit(),
     }

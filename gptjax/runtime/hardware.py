@@ -5,7 +5,12 @@ Speeds and sizes are from the makers' data sheets. Prices are list prices on dem
 
 import difflib
 import math
+import time
 from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from gptjax.config.section import InputError
 
@@ -103,6 +108,32 @@ def chip_of(kind: str) -> Chip | None:
         if set(name.split()) <= words:
             return CHIPS[ALIASES.get(name, name)]
     return None
+
+
+def peak_flops(dtype: str) -> tuple[float, str]:
+    """FLOP/s of one device in this type, and where the number is from: "data sheet", or "measured" with a product."""
+    device = jax.local_devices()[0]
+    known = sheet_flops(device.device_kind, dtype)
+    if known is not None:
+        return known, "data sheet"
+    size = 1024 if device.platform == "cpu" else 4096
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda a, b: a @ b)
+    product(x, x).block_until_ready()
+    best, until = math.inf, time.perf_counter() + 0.15
+    while time.perf_counter() < until:
+        start = time.perf_counter()
+        product(x, x).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    # CPU devices, of which XLA makes as many as it is told to, share the cores.
+    shared = jax.local_device_count() if device.platform == "cpu" else 1
+    return 2 * size**3 / best / shared, "measured"
+
+
+def describe_devices() -> dict[str, Any]:
+    """`platform`, `kind` and `count` of the devices of all processes."""
+    devices = jax.devices()
+    return {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)}
 
 
 @dataclass(frozen=True)

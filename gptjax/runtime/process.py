@@ -1,10 +1,13 @@
 """Process setup before JAX starts: the platform that it will choose, and malloc tuning on a CPU."""
 
+import contextlib
 import ctypes
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from gptjax.config.section import InputError
 
 STARTED = time.monotonic()  # about when the process began: the command line imports this first
 
@@ -31,9 +34,39 @@ def expected_platform(environment: Mapping[str, str] = os.environ, devices: Path
     return "gpu" if any(devices.glob("nvidia[0-9]*")) or (devices / "kfd").exists() else "cpu"
 
 
+def default_workers() -> int:
+    """Workers, threads or processes, to start where no number is asked for: one a core."""
+    return usable_cores()
+
+
 def usable_cores() -> int:
     """Returns the number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def require_workers(count: int) -> None:
+    """Raises InputError for more training processes than usable cores, or several that would share an accelerator."""
+    if count > usable_cores():
+        raise InputError(f"workers={count}: wanted at most the {usable_cores()} cores that are usable here")
+    if count > 1 and (kind := expected_platform()) != "cpu":
+        raise InputError(
+            f"workers={count}: wanted 1 where a {kind} computes, for each job takes all that it sees; with "
+            "several GPUs start this command once for each, with CUDA_VISIBLE_DEVICES, or set JAX_PLATFORMS=cpu"
+        )
+
+
+@contextlib.contextmanager
+def pinned(slot: int, slots: int) -> Iterator[None]:
+    """Processes started meanwhile run on this slot's share of the cores, where the system can pin them."""
+    if slots == 1 or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    try:
+        os.sched_setaffinity(0, cores[slot * len(cores) // slots : (slot + 1) * len(cores) // slots])
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def keep_freed_memory() -> bool:

@@ -10,7 +10,6 @@ step is accepted moves on, any other shortens its step.
 Letters: B lanes, K terms, N points, P parameters, M pairs remembered.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -111,7 +110,7 @@ def minimize(
             )
             return tuple(np.asarray(x) for x in out)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor() as pool:
         parts = [np.concatenate(x)[: len(start_BP)] for x in zip(*pool.map(part, range(0, lanes, LANES)))]
     phi_BP, value_B, gradient_B, turns_B = parts
     return Minimum(phi_BP @ basis_PP.T, value_B * scale, gradient_B, turns_B)

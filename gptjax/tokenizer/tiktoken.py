@@ -3,11 +3,11 @@
 import base64
 import binascii
 import hashlib
-import os
 import re
 from dataclasses import dataclass
 
 from gptjax.config.section import InputError
+from gptjax.runtime.process import default_workers
 from gptjax.tokenizer.interface import RANKS_FILE, PieceTokenizer
 from gptjax.tokenizer.splitting import PATTERNS, WORD_ENDS
 
@@ -103,7 +103,7 @@ class TiktokenTokenizer(PieceTokenizer):
     def _encode_parts(self, parts: list[str]) -> list[list[int]]:
         pieces = [_cut_spaces(part) for part in parts]
         flat = [piece for row in pieces for piece in row]
-        encoded = iter(self._encoding.encode_ordinary_batch(flat, num_threads=os.cpu_count() or 1))
+        encoded = iter(self._encoding.encode_ordinary_batch(flat, num_threads=default_workers()))
         return [[i for _ in row for i in next(encoded)] for row in pieces]
 
     def _described(self) -> dict[str, str]:

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from gptjax.config import TrainConfig
 from gptjax.config.section import InputError
 from gptjax.model.counts import flops_per_token
-from gptjax.runtime.hardware import sheet_flops
+from gptjax.runtime.hardware import describe_devices, peak_flops
 
 FIRST_KEYS = ("step", "updates", "loss", "tokens", "tokens_per_second", "learning_rate", "grad_norm")
 CONVENTIONS = ("6n", "causal", "palm")
@@ -184,26 +183,6 @@ class Throughput:
         return steps * sum(self._laps) / len(self._laps) if self._laps else None
 
 
-def peak_flops(dtype: str) -> tuple[float, str]:
-    """FLOP/s of one device in this type, and where the number is from: "data sheet", or "measured" with a product."""
-    device = jax.local_devices()[0]
-    known = sheet_flops(device.device_kind, dtype)
-    if known is not None:
-        return known, "data sheet"
-    size = 1024 if device.platform == "cpu" else 4096
-    x = jnp.ones((size, size), dtype)
-    product = jax.jit(lambda a, b: a @ b)
-    product(x, x).block_until_ready()
-    best, until = math.inf, time.perf_counter() + 0.15
-    while time.perf_counter() < until:
-        start = time.perf_counter()
-        product(x, x).block_until_ready()
-        best = min(best, time.perf_counter() - start)
-    # CPU devices, of which XLA makes as many as it is told to, share the cores.
-    shared = jax.local_device_count() if device.platform == "cpu" else 1
-    return 2 * size**3 / best / shared, "measured"
-
-
 class ProgressBar:
     """A bar on a terminal, otherwise a line every `every` steps, both on stderr."""
 
@@ -261,16 +240,16 @@ class Metrics:
         lines = self.file.read()
         self._seconds_before = max((line.get("seconds", 0.0) for line in lines), default=0.0)
         self._start = time.perf_counter()
-        devices, kind = jax.device_count(), jax.devices()[0].device_kind
+        devices = describe_devices()
         peak, source = peak_flops(cfg.model.dtype)
         self._tokens_a_step = cfg.data.batch_size * cfg.data.length
         flops = flops_per_token(cfg.model, vocab_size, cfg.data.length)
-        self._throughput = Throughput(self._tokens_a_step, flops, devices * peak)
+        self._throughput = Throughput(self._tokens_a_step, flops, devices["count"] * peak)
         self._tensorboard = TensorBoard(tensorboard, resumed_step) if cfg.tensorboard else None
         self.progress = ProgressBar(cfg.steps, resumed_step, cfg.log_every)
         self.progress.note(
             f"mfu is by 6N/causal/PaLM, a share of {peak / 1e12:.4g} TFLOP/s ({cfg.model.dtype}, {source}) "
-            f"on each of {devices} x {kind}"
+            f"on each of {devices['count']} x {devices['kind']}"
         )
 
     def log_step(self, step: int, metrics: dict[str, Any]) -> None:

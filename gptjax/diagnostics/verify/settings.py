@@ -106,7 +106,7 @@ def settings(over: list[MeshConfig]) -> list[Setting]:
     return tried + [Setting(family=kernel_model(n), attention=n, mesh=mesh) for n in usable for mesh in (None, whole)]
 
 
-PLATFORM_KERNELS = tuple(name for name, backend in KERNELS.items() if backend.platform)
+PLATFORM_KERNELS = tuple(name for name, kernel in KERNELS.items() if kernel.only_on)
 
 
 def kernel_model(name: str) -> str:

@@ -23,7 +23,7 @@ from gptjax.config import SweepConfig
 from gptjax.config.command_line import Recipe
 from gptjax.config.section import InputError
 from gptjax.data.prepared import open_corpora
-from gptjax.runtime.process import expected_platform, usable_cores
+from gptjax.runtime.process import pinned, require_workers
 from gptjax.scaling.sweep.fork import checkpoints_of, fork
 from gptjax.scaling.sweep.jobs import Job, add_points, check_recipe, read_jobs, write_jobs
 from gptjax.scaling.sweep.points import Point, make_points, split_entries
@@ -49,13 +49,7 @@ def sweep(cfg: SweepConfig, recipe: Recipe, say: Say, gptjax: Sequence[str] = GP
     that job's code (for 75: 3). A job that diverged is given up, and the others go on. Raises InputError for what is
     wrong with the grid, the recipe or the data, and for several workers on an accelerator. `gptjax` is its command.
     """
-    if cfg.workers > usable_cores():
-        raise InputError(f"workers={cfg.workers}: wanted at most the {usable_cores()} cores that are usable here")
-    if cfg.workers > 1 and (kind := expected_platform()) != "cpu":
-        raise InputError(
-            f"workers={cfg.workers}: wanted 1 where a {kind} computes, for each job takes all that it sees; with "
-            "several GPUs start this command once for each, with CUDA_VISIBLE_DEVICES, or set JAX_PLATFORMS=cpu"
-        )
+    require_workers(cfg.workers)
     points, folder = make_points(cfg, recipe), Path(cfg.out).absolute()
     command = [*gptjax, "pretrain", str(recipe.path.absolute())]
     try:
@@ -235,7 +229,7 @@ class _Workers:
                 self._say(f"{job.name} starts from nothing: step {job.start} of {job.parent}: {problems[0]}")
         command = [*self._command, *job.flags, "--run-dir", str(run)]
         self._note(job, event="start")
-        with (self._folder / "logs" / f"{job.name}.log").open("ab") as log, _pinned(slot, len(self._slots)):
+        with (self._folder / "logs" / f"{job.name}.log").open("ab") as log, pinned(slot, len(self._slots)):
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[claim.fileno()]
             )
@@ -311,17 +305,3 @@ class _Workers:
             os.write(descriptor, (json.dumps(line | values) + "\n").encode())
         finally:
             os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _pinned(slot: int, slots: int) -> Iterator[None]:
-    """What is started meanwhile runs on the worker's share of the cores, where this system can say so."""
-    if slots == 1 or not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    cores = sorted(os.sched_getaffinity(0))
-    try:
-        os.sched_setaffinity(0, cores[slot * len(cores) // slots : (slot + 1) * len(cores) // slots])
-        yield
-    finally:
-        os.sched_setaffinity(0, cores)
