@@ -120,10 +120,11 @@ def test_a_soft_cap_bounds_the_logits_and_leaves_the_masked_ids_masked():
     np.testing.assert_allclose(small, logits(0.001 * x, head, VOCAB), rtol=1e-5)  # c tanh(z / c) is z for small z
 
 
-@pytest.mark.parametrize("name", ["gpt2_124m", "llama_1b", "llama_8b", "gpt3_175b"])
+@pytest.mark.parametrize("name", ["gpt2 124m", "llama_1b", "llama_8b", "gpt3 175b"])
 @pytest.mark.parametrize("chip", ["h100", "tpu v5", "tpu v5 lite"])
 def test_an_accelerators_chunks_are_few_and_take_a_small_share_of_its_memory(name, chip):
-    config, memory = load_recipe(name).config("pretrain"), CHIPS[chip].memory
+    (recipe, _, size), memory = name.partition(" "), CHIPS[chip].memory
+    config = load_recipe(recipe).config("pretrain", size)
     sharded, vocab = abs(config.mesh.fsdp), padded_vocab(config.tokenizer.vocab_size) / config.mesh.tensor
     rows, length = config.data.batch_size // (sharded * config.optim.accumulate), config.data.length
     on, each = Device("tpu" if "tpu" in chip else "gpu", memory=memory), 4 * rows * vocab
