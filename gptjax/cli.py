@@ -4,6 +4,7 @@ import os
 import shlex
 import signal
 import sys
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -83,7 +84,7 @@ def data_verify(args: list[str]) -> int:
 
 def pretrain(args: list[str]) -> int:
     """pretrain RECIPE          train a model, or go on with its run"""
-    name, args = positional(args, "RECIPE", "gptjax pretrain configs/quickstart.py")
+    name, args = positional(args, "RECIPE", "gptjax pretrain quickstart")
     from gptjax.config.command_line import load_recipe, origins, take
 
     if name == "RECIPE":
@@ -117,7 +118,7 @@ PLAN = "[--size SIZE] [--topology KIND:SIZE] [--json FILE] [--out FILE] [--compi
 
 def plan(args: list[str]) -> int:
     """plan RECIPE              memory, speed and price on --topology v5e:4x4, h100:8 ..., before any bill"""
-    name, args = positional(args, "RECIPE", "gptjax plan configs/llama_8b.py --topology v5p:4x4x4")
+    name, args = positional(args, "RECIPE", "gptjax plan llama_8b --topology v5p:4x4x4")
     os.environ["JAX_PLATFORMS"] = "cpu"  # a GPU or TPU that is here is not taken
     from gptjax.config.command_line import load_recipe, take
 
@@ -140,7 +141,10 @@ def plan(args: list[str]) -> int:
         settings = {} if best is None else report.changes(written, best)
         if out:
             report.write_recipe(out, str(recipe.path), size, settings, place, best is not None)
-        _next("pretrain", *([out] if out else [*recipe_words, *report.to_flags(settings)]))
+        if "found" in found and best is None:  # nothing fits: the comparison shows where it would
+            _next("plan", *recipe_words)
+        else:
+            _next("pretrain", *([out] if out else [*recipe_words, *report.to_flags(settings)]))
     else:
         found = report.compare_topologies(cfg, print)
         _next("plan", *recipe_words, "--topology", "v5e:4x4")
@@ -194,7 +198,7 @@ def generate(args: list[str]) -> int:
 
 
 def checkpoint_list(args: list[str]) -> int:
-    """checkpoint list RUN      what checkpoints a run has"""
+    """checkpoint list RUN      list the checkpoints of a run"""
     run, args = positional(args, "RUN", "gptjax checkpoint list RUN")
     nothing_left(args, "gptjax checkpoint list RUN")
     from gptjax.runs.load import open_checkpoints
@@ -274,7 +278,7 @@ def verify(args: list[str]) -> int:
 
 
 def doctor(args: list[str]) -> int:
-    """doctor                   what this machine and its cluster can do, and what is wrong with them"""
+    """doctor                   report what this machine and its cluster can do, and what is wrong with them"""
     cfg = parse(DoctorConfig(), args, "gptjax doctor")
     from gptjax.diagnostics.doctor.examine import examine
 
@@ -307,13 +311,14 @@ USAGE = f"""gptjax {__version__}: from a folder of text to a model that talks, i
 
 usage: gptjax VERB ... [--help]
 
-{chr(10).join("  " + str(verb.__doc__) for verb in VERBS.values())}
+{chr(10).join(textwrap.fill(f"  {verb.__doc__}", 80, subsequent_indent=" " * 27) for verb in VERBS.values())}
 
-RECIPE is a Python file of settings (configs/quickstart.py) or the name of a shipped one (quickstart); some have a dial:
-gptjax pretrain modern --size 4. RUN is the folder that a training verb wrote. TABLE is a CSV or JSONL of finished runs,
-or their folders; FIT is the folder that fit wrote. Every verb has --help, with every setting by its dotted name.
+RECIPE is the name of a shipped recipe (quickstart) or a Python file of
+settings; some have a size: gptjax pretrain modern --size 4. RUN is the folder
+that pretrain wrote. TABLE is a CSV or JSONL of finished runs, or their folders;
+FIT is the folder that fit wrote. Every verb has --help with all its settings.
 
-Start here: gptjax pretrain configs/quickstart.py
+Start here: gptjax pretrain quickstart
 """
 
 
@@ -354,7 +359,8 @@ def _find_verb(args: list[str]) -> tuple[Verb, list[str]]:
         return _print_line, ["\n".join(group)]
     import difflib
 
-    close = difflib.get_close_matches(" ".join(args[:2]), VERBS, n=1) or difflib.get_close_matches(args[0], VERBS, n=1)
+    words = (" ".join(args[:2]), args[0])
+    close = next(filter(None, (difflib.get_close_matches(word, VERBS, n=1, cutoff=0.7) for word in words)), [])
     raise InputError(
         f"there is no verb {args[0]!r}" + (f"; did you mean {close[0]!r}?" if close else "; see gptjax --help")
     )

@@ -138,6 +138,9 @@ def test_settings_that_are_wrong_are_refused(text, tmp_path, capsys):
         return refusal(capsys, *pretrain(text, tmp_path / "run", *more))
 
     assert "did you mean --model.width?" in said("--model.widht", "64")
+    assert "did you mean --optim.learning-rate?" in said("--lr", "1e-3")
+    assert "did you mean --steps?" in said("--max_iters", "9")
+    assert "the same command, run again, goes on" in said("--resume")
     assert "model.width=33: wanted a multiple of model.num_heads=2" in said("--model.width", "33")
     assert "mesh.tensor=3" in said("--mesh.tensor", "3") and "8 device(s)" in said("--mesh.tensor", "3")
     assert "data.batch_size=6 does not divide over mesh.data x mesh.fsdp = 8" in said("--data.batch-size", "6")
@@ -199,6 +202,10 @@ def test_sources_that_are_wrong_are_refused(tmp_path, capsys):
     assert "builtin:shakespeare" in said("builtin:milton")
 
 
+def test_a_run_in_place_of_a_recipe_is_refused_with_the_way_to_go_on(run, capsys):
+    assert "it goes on when the command that began it is run again" in refusal(capsys, "pretrain", run)
+
+
 def test_a_changed_vocabulary_is_refused_on_resume(run, text, capsys):
     line = refusal(
         capsys,
@@ -253,15 +260,19 @@ def test_a_run_that_was_not_saved_yet_has_nothing_to_list_or_to_verify(tmp_path,
 
 def test_what_is_no_verb_and_no_run_is_refused(tmp_path, capsys):
     assert "did you mean 'pretrain'?" in refusal(capsys, "pertrain", "quickstart")
+    assert refusal(capsys, "export", "x") == "gptjax: there is no verb 'export'; see gptjax --help"
     assert "RUN is missing" in refusal(capsys, "eval")
     assert "wanted the folder of a run" in refusal(capsys, "eval", tmp_path)
     assert "no such recipe" in refusal(capsys, "pretrain", "nowhere.py")
+    assert "the nearest is quickstart" in refusal(capsys, "pretrain", "quikstart")
     assert "unexpected 'more'" in refusal(capsys, "checkpoint", "list", tmp_path, "more")
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_is_in_the_help_and_has_its_own(verb, capsys, run):
-    assert main(["--help"]) == 0 and f"  {verb}" in capsys.readouterr().out
+    assert main(["--help"]) == 0
+    usage = capsys.readouterr().out
+    assert f"  {verb}" in usage and max(map(len, usage.splitlines())) <= 80
     with pytest.raises(SystemExit) as exit_code:
         main([*verb.split(), "--help"])
     assert exit_code.value.code == 0 and "usage: gptjax" in capsys.readouterr().out

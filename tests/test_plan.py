@@ -253,6 +253,11 @@ def test_what_can_not_fit_is_said_with_what_is_missing(capsys, monkeypatch):
     assert any(line.startswith("nothing fits") and "GiB a chip are missing" in line for line in lines)
 
 
+def test_where_nothing_fits_the_next_command_compares_topologies(capsys):
+    assert main("plan gpt3 --size 175b --topology v5e:4x4 --compiles 0".split()) == 0
+    assert capsys.readouterr().err.endswith("next: gptjax plan gpt3 --size 175b\n")
+
+
 def test_a_step_is_compiled_for_fake_devices_in_a_process_of_its_own():
     small = ["--model.num-layers", "2", "--model.width", "64", "--model.num-heads", "2", "--data.length", "64"]
     config = recipe("gpt2 --size 124m", *small, "--data.batch-size", "16", "--optim.accumulate", "1")

@@ -1,6 +1,7 @@
 """Command lines over configs: any setting by its dotted name, typed, with help from the field's docstring."""
 
 import contextlib
+import difflib
 import hashlib
 import importlib.util
 import inspect
@@ -34,6 +35,8 @@ def parse(default: T, args: list[str], prog: str, description: str = "") -> T:
         if arg.startswith("--") and arg != "--help":
             name = arg[2:].split("=", 1)[0].replace("_", "-")
             switched_off = re.sub(r"(^|\.)no-", r"\1", name)
+            if name == "resume":
+                raise InputError("there is no --resume: the same command, run again, goes on; leave it out")
             if name not in known and switched_off not in known:
                 raise InputError(unknown_name(f"--{name}", [f"--{k}" for k in known]))
     errors = io.StringIO()
@@ -161,7 +164,11 @@ def load_recipe(name: str) -> Recipe:
     path = next((p for p in places if p.is_file()), None)
     if path is None:
         names = sorted({p.stem for folder in shipped for p in folder.glob("*.py")})
-        raise InputError(f"{name}: no such recipe; wanted a Python file, or one of {', '.join(names)}")
+        if (Path(name) / "config.json").exists():
+            raise InputError(f"{name}: a run, not a recipe; it goes on when the command that began it is run again")
+        close = difflib.get_close_matches(name, names, n=1)
+        meant = f", the nearest is {close[0]}" if close else ""
+        raise InputError(f"{name}: no such recipe{meant}; wanted a Python file, or one of {', '.join(names)}")
     spec = importlib.util.spec_from_file_location(f"gptjax_recipe_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise InputError(f"{name}: not a Python file; wanted a recipe like configs/quickstart.py")

@@ -56,13 +56,24 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + f.name, value
 
 
+NAMES_ELSEWHERE = {  # of nanoGPT, nanochat and Hugging Face's Trainer
+    "lr": "learning-rate", "max-iters": "steps", "max-steps": "steps", "num-iterations": "steps",
+    "block-size": "length", "n-layer": "num-layers", "n-head": "num-heads", "n-embd": "width", "hidden-size": "width",
+    "out-dir": "run-dir", "output-dir": "run-dir", "gradient-accumulation-steps": "accumulate",
+    "per-device-train-batch-size": "batch-size",
+}  # fmt: skip
+
+
 def unknown_name(name: str, known: list[str]) -> str:
     """The error message for an unknown setting, with the nearest known one."""
+    last_part = name.lstrip("-").rsplit(".", 1)[-1]
+    elsewhere = NAMES_ELSEWHERE.get(last_part.replace("_", "-"))
     # The last part counts most: --model.widht is nearest to model.width, and so is --widht.
     last = {k: k.lstrip("-").rsplit(".", 1)[-1] for k in known}
+    close = [k for k in known if last[k].replace("_", "-") == elsewhere]
     # Long names that differ in one part score high; a short one that is alike by chance does not.
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-    if not close and (near := difflib.get_close_matches(name.lstrip("-").rsplit(".", 1)[-1], last.values(), n=1)):
+    close = close or difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    if not close and (near := difflib.get_close_matches(last_part, last.values(), n=1)):
         close = [k for k in known if last[k] == near[0]]  # --widht is meant for --model.width
     return f"there is no setting {name}" + (f"; did you mean {close[0]}?" if close else "; see --help for all")
 
