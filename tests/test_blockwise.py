@@ -181,19 +181,6 @@ def loss_and_grads(**settings) -> tuple[Any, Any]:
     return jax.jit(jax.value_and_grad(lambda p: loss(p, {}, batch, jax.random.key(1))[0])), params
 
 
-@pytest.mark.slow
-def test_a_decoder_trains_alike_with_either_attention():
-    """Through the scan over layers, each with a window of its own, and recomputation in the backward pass."""
-    plain, params = loss_and_grads()
-    blockwise, _ = loss_and_grads(attention="blockwise", attention_block=16, remat="full")
-    (want, want_grads), (got, grads) = plain(params), blockwise(params)
-    np.testing.assert_allclose(got, want, rtol=1e-5)
-    largest = max(np.abs(x).max() for x in jax.tree.leaves(want_grads))
-    assert largest > 1e-3
-    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
-        assert np.abs(a - b).max() <= 1e-4 * max(np.abs(b).max(), 1e-3 * largest)
-
-
 def test_remat_that_keeps_attention_does_not_compute_it_again():
     def exponentials(remat: str) -> int:
         f, params = loss_and_grads(attention="blockwise", attention_block=16, remat=remat)

@@ -3,10 +3,9 @@
 import pytest
 
 from gptjax.config import ModelConfig
-from gptjax.model.counts import flops_per_token, forward_flops, padded_vocab, parameters
+from gptjax.model.counts import flops_per_token, padded_vocab, parameters
 
 GPT2 = ModelConfig(num_layers=12, width=768, num_heads=12)
-GPT2_XL = ModelConfig(num_layers=48, width=1600, num_heads=25)
 LLAMA_1B = ModelConfig(
     num_layers=16,
     width=2048,
@@ -19,18 +18,6 @@ LLAMA_1B = ModelConfig(
     biases=False,
     tied=True,
 )
-
-
-@pytest.mark.parametrize(
-    ("cfg", "vocab_size", "context", "total"),
-    [
-        (GPT2, 50_257, 1024, 124_439_808),
-        (GPT2_XL, 50_257, 1024, 1_557_611_200),
-        (LLAMA_1B, 128_256, 8192, 1_235_814_400),
-    ],
-)
-def test_totals_are_the_published_ones(cfg, vocab_size, context, total):
-    assert parameters(cfg, vocab_size, context)["total"] == total
 
 
 @pytest.mark.parametrize("cfg", [GPT2, LLAMA_1B, ModelConfig(tied=False, biases=True, activation="swiglu")])
@@ -70,12 +57,3 @@ def test_mfu_of_a_known_run_comes_out_as_published():
     assert mfu["6n"] == pytest.approx(35.3, abs=0.3)
     assert mfu["causal"] == pytest.approx(38.0, abs=0.3)
     assert mfu["palm"] == pytest.approx(40.7, abs=0.3)
-
-
-def test_causal_flops_are_the_sum_over_the_tokens_of_a_row():
-    cfg, length = ModelConfig(num_layers=3, width=64, num_heads=4, queries_per_kv=2), 17
-    row = sum(forward_flops(cfg, 258, keys) for keys in range(1, length + 1))
-    flops = flops_per_token(cfg, 258, length)
-    assert flops["forward"] * length == pytest.approx(row)
-    assert flops["causal"] == pytest.approx(3 * flops["forward"])
-    assert flops["palm"] - flops["6n"] == 12 * 3 * 64 * length

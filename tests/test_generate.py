@@ -68,12 +68,6 @@ def forward(decoder, params, ids_BL):
     return decoder.apply({"params": params}, x_BLD, method="logits")
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def cached_step(decoder, params, cache, ids_BL, position_BL):
-    x_BLD, cache = extend(decoder, unstacked(params, "float32"), ids_BL, position_BL, cache)
-    return decoder.apply({"params": params}, x_BLD, method="logits")[:, 0], cache
-
-
 def full_logits(lm: Model, rows: list[list[int]]) -> np.ndarray:
     """logits_BLV of rows of ids, padded on the right, where padding can't be seen."""
     ids_BL = np.zeros((len(rows), CONTEXT), np.int32)
@@ -91,21 +85,6 @@ NEVER = (-1, -1)  # stop ids that no row meets
 
 
 # The cache
-
-
-def test_cached_decoding_equals_the_full_forward_pass(lm: Model):
-    decoder, params = lm
-    ids_BL = np.random.default_rng(1).integers(0, TOKENIZER.vocab_size, (4, 14), np.int32)
-    want_BLV = full_logits(lm, ids_BL.tolist())
-    # All rows but the first read padding, too, and then overwrite it.
-    length_B, row_B = np.array([9, 3, 1, 8], np.int32), np.arange(4)
-    prompt_BL = np.where(np.arange(16) < length_B[:, None], np.pad(ids_BL, ((0, 0), (0, 2))), 0)
-    cache = prefill(decoder, decode_params(params, "float32"), prompt_BL, length_B, CONTEXT, False)["cache"]
-    for i in range(5):
-        position_B = length_B + i
-        ids_B = ids_BL[row_B, position_B]
-        got_BV, cache = cached_step(decoder, params, cache, ids_B[:, None], position_B[:, None])
-        np.testing.assert_allclose(got_BV, want_BLV[row_B, position_B], rtol=1e-5, atol=1e-5)
 
 
 def test_greedy_text_is_the_argmax_of_the_full_forward_pass_to_the_end_of_the_context(lm: Model):

@@ -24,9 +24,10 @@ P = jax.P
 # Sizes that no two dimensions share: the lint goes by sizes.
 SMALL = """--model.num-layers 2 --model.width 48 --model.num-heads 4 --model.head-dim 20 --data.length 40
 --model.mlp-ratio 3.0 --tokenizer.vocab-size 300""".split()
-# One of each structure that the recipes have: mesh, remat, attention, family. The first three differ most.
-STRUCTURES = ("gpt3 --size 175b", "llama_8b", "gpt3 --size 2.7b")
-STRUCTURES += ("gpt2 --size 124m", "gpt2 --size 1.5b", "llama_1b", "modern")
+# One of each structure that the recipes have: mesh, remat, attention, family. The first three differ most; of a
+# constraint that the stream lost only GPT-2's program tells.
+STRUCTURES = ("gpt3 --size 175b", "llama_8b", "gpt2 --size 1.5b")
+STRUCTURES += ("gpt2 --size 124m", "gpt3 --size 2.7b", "llama_1b", "modern")
 LATER = [pytest.param(name, marks=pytest.mark.exhaustive) for name in STRUCTURES[3:]]
 
 

@@ -304,6 +304,7 @@ def test_flops_with_windows_are_the_sum_over_tokens_and_layers(length):
     keys = sum(2 * min(i, 8) + i for i in range(1, length + 1))
     products = 2 * parameters(cfg, 70, 0)["matrices"] * length + 4 * 4 * 6 * keys
     assert flops["causal"] * length == pytest.approx(3 * products)
+    assert flops["causal"] == pytest.approx(3 * flops["forward"])
     assert flops["palm"] - flops["6n"] == pytest.approx(12 * 4 * 6 * (2 * min(8, length) + length))
 
 
