@@ -10,6 +10,7 @@ from gptjax.cli import main
 from gptjax.config import SCHEMA, TrainConfig
 from gptjax.config.section import InputError, leaves
 from gptjax.model.counts import parameters
+from gptjax.scaling.rows import read_rows
 from gptjax.scaling.table import read_table
 
 
@@ -219,6 +220,17 @@ def test_a_run_is_a_row_with_its_curve(tmp_path):
     assert curve is not None and list(curve.tokens_T) == [1280 * i for i in range(1, 9)]
     assert list(curve.loss_T) == pytest.approx([5.5 - i / 4 for i in range(1, 9)])
     assert read_table([tmp_path / "a"]).names == ("a",)
+
+
+def test_the_runs_of_a_sweep_that_diverged_are_left_out_and_named(tmp_path):
+    rows = ["a,10,100,6000,3.0,runs/a", "b,20,100,12000,inf,runs/b"]
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(["name,parameters,tokens,flops,loss,run_dir", *rows]))
+    made = read_rows([table])
+    assert [row.cells["name"] for row in made.rows] == ["a"] and "left out, for they diverged: runs/b" in made.notes
+    table.write_text(table.read_text().replace("3.0", "inf"))
+    with pytest.raises(InputError, match="every run diverged"):
+        read_rows([table])
 
 
 def test_a_run_that_diverged_is_refused_and_one_that_has_not_ended_is_said(tmp_path):
