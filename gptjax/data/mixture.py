@@ -69,7 +69,8 @@ class Mixture:
     def rows(self, number: np.ndarray) -> Batch:
         """The rows with these numbers (int64, rising) as a batch."""
         source_B, index_B = self.schedule.assign(number)
-        parts = {i: self.samplers[i].rows(index_B[source_B == i]) for i in np.unique(source_B).tolist()}
+        counts = np.bincount(source_B).tolist()
+        parts = {i: self.samplers[i].rows(index_B[source_B == i]) for i, count in enumerate(counts) if count}
         return join_rows(source_B, parts)
 
     def num_targets(self, step: int) -> list[int]:
