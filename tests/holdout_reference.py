@@ -1,4 +1,4 @@
-"""Which text of a source is held out, read plainly: what `scan` and `prepare` find in their own ways is held to it."""
+"""Reference for the hold-out of a source, read plainly; `scan` and `prepare` are compared with it."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from gptjax.data.sources import documents, open_source
 
 
 def holdout(source: str | Path, fraction: float) -> Holdout:
-    """What is held out of a source; raises InputError where it can't be split in two."""
+    """The hold-out of a source; raises InputError where it can't be split in two."""
     found, tally = open_source(str(source)), HoldoutBuilder()
     for document in documents(found):
         tally.add(document, document.digest, fraction)
