@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gptjax.config import TrainConfig
-from gptjax.config.section import InputError, build, leaves, unknown_name
+from gptjax.config.section import InputError, build, leaves, one_line, unknown_name
 
 T = TypeVar("T")
 HELP = ("-h", "--help")
@@ -190,7 +190,7 @@ def _failure(path: Path, what: str, error: Exception) -> InputError:
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == os.path.abspath(path)]
     where = f"{path}:{lines[-1]}" if lines else str(path)
-    return InputError(f"{where}: {what} failed with {type(error).__name__}: {' '.join(str(error).split())}")
+    return InputError(f"{where}: {what} failed with {type(error).__name__}: {one_line(error)}")
 
 
 def origins(default: Any, recipe: Any, config: Any) -> dict[str, str]:

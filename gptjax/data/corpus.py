@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.config.section import InputError
+from gptjax.config.section import InputError, one_line
 from gptjax.data.manifest import MANIFEST_FILE, FileEntry, Manifest, SplitEntry, read_manifest
 from gptjax.storage import file_sha256
 from gptjax.tokenizer import Tokenizer, load_tokenizer
@@ -170,7 +170,7 @@ class CorpusSplit:
             feature = example_type().FromString(raw).features.feature["tokens"]
             tokens = np.frombuffer(feature.bytes_list.value[0], np.dtype(self._manifest.dtype).newbyteorder("<"))
         except Exception as error:  # array_record and protobuf raise many kinds for damaged bytes
-            reason = " ".join(str(error).split())[:120] or type(error).__name__
+            reason = one_line(error, 120)
             raise DamagedPage(f"{path} is damaged at page {record} ({reason}); {_AGAIN}", where) from None
         if len(tokens) != wanted:
             raise DamagedPage(

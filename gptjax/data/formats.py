@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptjax.config.section import InputError
+from gptjax.config.section import InputError, one_line
 
 TEXTS = (".txt", ".md")
 RECORDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -245,5 +245,5 @@ def _table(path: Path, field: str) -> Iterator[Document]:
                 yield from rows_of_table(batch, field, str(path), first)
                 first += batch.num_rows
         except (pyarrow.ArrowException, OSError) as error:
-            reason = " ".join(str(error).split())[:160]
+            reason = one_line(error, 160)
             raise CorruptData(f"{path}: row {first} cannot be read ({reason}); the file is damaged") from None

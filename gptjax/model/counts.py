@@ -14,7 +14,7 @@ def padded_vocab(vocab_size: int) -> int:
 
 
 def parameters(cfg: ModelConfig, vocab_size: int, context: int) -> dict[str, int]:
-    """How many parameters each part of the decoder has, for a vocabulary of `vocab_size` and rows of `context` tokens.
+    """Parameters of each part of the decoder, for a vocabulary of `vocab_size` and rows of `context` tokens.
 
     `embed`, `positions`, `attention`, `mlp`, `norms` and `head` add up to `total`. `embedding` is what is looked up
     (tokens and positions), `non_embedding` is the rest, and `matrices` are the weights that a token is multiplied by:

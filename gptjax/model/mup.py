@@ -30,18 +30,18 @@ def _ratio(cfg: ModelConfig) -> float:
 
 
 def _grows(name: str) -> tuple[bool, bool]:
-    """Whether the fan in and the fan out of a matrix grow with the width; False for both where it is none."""
+    """(fan-in grows with the width, fan-out does) for a matrix; (False, False) for other parameters."""
     inputs, outputs = matrix(name) or ("", "")
     return inputs in GROWING, outputs in GROWING
 
 
 def init_factor(cfg: ModelConfig, name: str) -> float:
-    """What the initial standard deviation of this parameter is multiplied by."""
+    """Factor of the initial standard deviation of a parameter."""
     return _ratio(cfg) ** -0.5 if _grows(name)[0] else 1.0
 
 
 def rate_factor(cfg: ModelConfig, name: str, spectral: bool = False) -> float:
-    """What the learning rate of this parameter is multiplied by; `spectral` where its update is Muon's."""
+    """Factor of the learning rate of a parameter; `spectral` where its update is Muon's."""
     inputs, outputs = _grows(name)
     if not inputs:
         return 1.0
@@ -49,7 +49,7 @@ def rate_factor(cfg: ModelConfig, name: str, spectral: bool = False) -> float:
 
 
 def logits_factor(cfg: ModelConfig) -> float:
-    """What the logits, or the hidden states that they are made of, are multiplied by."""
+    """Factor of the logits, or of the hidden states that they are computed from."""
     return 1 / _ratio(cfg)
 
 

@@ -130,7 +130,7 @@ def _keys(options: _Options) -> str:
 
 
 def _whole(options, axes, k_BMGK, v_BMGK, span):
-    """What a device needs to know of all keys, from its own part of them, in the order that they were written in."""
+    """Gathers the keys, values and segments of whole rows from the shards of the devices, in their own order."""
     if not options.of_rows or "L" not in axes:
         assert options.shards == 1, "rows in zigzag order lie over the context axis"
         return k_BMGK, v_BMGK, span

@@ -13,7 +13,7 @@ from gptjax.parallel import context
                    meta_fields=["aligned", "shards"])  # fmt: skip
 @dataclasses.dataclass(frozen=True)
 class AttentionMask:
-    """Which keys each query sees, without an L x M array: those at places m <= query_BL, in the same segment.
+    """Mask of attention without an L x M array: a query sees keys at places m <= query_BL in its segment.
 
     query_BL is the place of each query among the keys. Segments are None where all keys belong to one document. Known
     before anything runs is, of rows with as many keys as queries, whether query l is at place l (aligned), or else how

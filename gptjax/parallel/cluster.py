@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from gptjax.config.section import InputError
+from gptjax.config.section import InputError, one_line
 
 JOBSET_PORT = 8476
 
@@ -179,7 +179,7 @@ def _by_jax(environment: Mapping[str, str], timeout: float) -> _Detected | None:
             raise
         except Exception as e:  # whatever a cloud's client raises
             raise InputError(
-                f"{kind}: jax can't find the number of this process ({' '.join(str(e).split())[:200]}); set "
+                f"{kind}: jax can't find the number of this process ({one_line(e, 200)}); set "
                 "GPTJAX_COORDINATOR, GPTJAX_PROCESSES and GPTJAX_PROCESS, or GPTJAX_PROCESSES=1 for one process"
             ) from e
         port, seconds = environment.get("JAX_COORDINATOR_PORT"), int(timeout)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gptjax.config.section import InputError
+from gptjax.config.section import InputError, one_line
 from gptjax.parallel.cluster import Cluster, find_cluster
 from gptjax.runtime.process import expected_platform
 from gptjax.runtime.versions import versions
@@ -94,7 +94,7 @@ def _no_devices(reason: str) -> str:
     install = f"install its plugin (pip install 'gptjax[{extra}]') and its driver, or " if extra else ""
     if not reason or "list of known backends" in reason:
         reason = f"it has no plugin for JAX_PLATFORMS={asked}"
-    return f"jax can't start: {' '.join(reason.split())}; {install}set JAX_PLATFORMS=cpu; see gptjax doctor"
+    return f"jax can't start: {one_line(reason)}; {install}set JAX_PLATFORMS=cpu; see gptjax doctor"
 
 
 def is_multi_process() -> bool:
@@ -231,7 +231,7 @@ def first_exit_code(client: Any, code: int) -> int:
 def _fail(heartbeat: float, kind: type[BaseException], error: BaseException, trace: Any) -> None:
     """Exits all processes after an uncaught error, and names the process that raised it."""
     if kind.__name__ == "JaxRuntimeError":  # perhaps of a lost peer: then jax ends this process, with 134
-        print(f"gptjax: {process_label()}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        print(f"gptjax: {process_label()}: {one_line(error)}", file=sys.stderr, flush=True)
         time.sleep(heartbeat + POLL_SECONDS)
     sys.__excepthook__(kind, error, trace)
     print(f"gptjax: {process_label()} failed", file=sys.stderr, flush=True)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gptjax.config.section import InputError
+from gptjax.config.section import InputError, one_line
 from gptjax.storage.disk import probe_in
 from gptjax.storage.lease import Lease
 from gptjax.storage.mirror import Mirror, mirror_of
@@ -276,7 +276,7 @@ def _plain_errors(path: Path) -> Iterator[None]:
     except InputError:
         raise
     except Exception as e:
-        said = (" ".join(str(e).split()) or type(e).__name__)[:300]
+        said = one_line(e)
         for kind, number in ((FileNotFoundError, errno.ENOENT), (FileExistsError, errno.EEXIST)):
             if isinstance(e, kind):
                 raise kind(number, f"{os.strerror(number)}: {said}", str(path)) from e

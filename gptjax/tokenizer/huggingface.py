@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gptjax.config.section import InputError
+from gptjax.config.section import InputError, one_line
 from gptjax.tokenizer.interface import (
     JSON_FILE,
     MERGES_FILE,
@@ -80,9 +80,7 @@ class HuggingFaceTokenizer(PieceTokenizer):
         try:
             self._encoder = tokenizers.Tokenizer.from_str(json.dumps(spec.without_specials()))
         except Exception as error:  # the library raises no narrower type
-            raise InputError(
-                f"{name} can't be used by the library tokenizers: {' '.join(str(error).split())}"
-            ) from None
+            raise InputError(f"{name} can't be used by the library tokenizers: {one_line(error)}") from None
         never = set(self.specials.values())
         probes = [*_PROBES, *self.specials]
         for text, ids in zip(probes, self.encode_batch(probes)):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from gptjax.config import DoctorConfig
+from gptjax.config.section import one_line
 from gptjax.diagnostics.doctor import versions
 from gptjax.diagnostics.doctor.finding import Finding, worst
 from gptjax.parallel.processes import is_main_process, wait_for_reports
@@ -75,4 +76,4 @@ def probes(cfg: DoctorConfig) -> Iterator[tuple[str, Probe]]:
 
 def _failed(name: str, error: Exception, then: str) -> Finding:
     data: dict[str, Any] = {"error": type(error).__name__}
-    return Finding(name, "PROBLEM", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}", then, data)
+    return Finding(name, "PROBLEM", f"{type(error).__name__}: {one_line(error)}", then, data)

@@ -1,4 +1,4 @@
-"""Works through the jobs of a sweep, alone or beside other processes on the same folder.
+"""Runs the jobs of a sweep, in one process or several on the same folder.
 
 A job is claimed by a lock on claims/NAME, which its process inherits: it is free again as soon as both are gone,
 however they ended. What is done is read from the runs themselves, so nothing has to be kept in step with them.
@@ -80,7 +80,7 @@ def _table(cfg: SweepConfig, recipe: Recipe, points: list[Point], folder: Path, 
 
 
 def _corpus(points: list[Point], folder: Path, say: Say) -> list[str]:
-    """Prepares the text once, for all runs, and returns the flags that say where it is."""
+    """Prepares the text once, for all runs, and returns the flags that name its folder."""
     config = points[0].config
     if config.data.loading == "stream":
         return []
@@ -92,7 +92,7 @@ def _corpus(points: list[Point], folder: Path, say: Say) -> list[str]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Alone with the tables of the sweep; waits for others, and ends with this process."""
+    """Holds the lock of the sweep's tables; waits for other processes, and ends with this one."""
     with (folder / ".lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -100,7 +100,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 @dataclass
 class _Running:
-    """A job that runs, or its end: what it is claimed by, and how far it was when it began."""
+    """A running job: its process, its claim, and the time and checkpoint at its start."""
 
     job: Job
     process: subprocess.Popen[bytes]
@@ -110,7 +110,7 @@ class _Running:
 
 
 class _Workers:
-    """The workers of this process, each with its share of the cores, and the jobs that they take."""
+    """The workers of this process, each with its share of the cores, and their jobs."""
 
     def __init__(self, folder: Path, jobs: list[Job], command: list[str], workers: int, say: Say):
         self._folder, self._command, self._say = folder, command, say
@@ -212,7 +212,7 @@ class _Workers:
         return None
 
     def _ready(self, job: Job) -> bool:
-        """Whether what it starts from is there, or will not come: then it starts from nothing."""
+        """True once its starting checkpoint exists, or can no longer come, in which case it starts from scratch."""
         if not job.start or self._run(job).exists():
             return True
         parent = self._jobs[job.parent]
@@ -239,7 +239,7 @@ class _Workers:
         return checkpoints_of(self._run(job)).newest() or 0
 
     def _ended(self, running: _Running) -> None:
-        """Takes note of how a job ended: it is finished, is started again, or has failed for good."""
+        """Handles the end of a job: finished, to be restarted, or failed for good."""
         job, code = running.job, running.process.returncode
         code = code if code >= 0 else 128 - code
         seconds, found, newest = time.monotonic() - running.began, self._results.of(job), self._newest(job)
@@ -273,7 +273,7 @@ class _Workers:
             self._not_before[job.name] = time.monotonic() + (PAUSE * 2 ** (in_vain - 1) if in_vain else 0.0)
 
     def _end_children(self) -> None:
-        """Has every job save and end, and waits for all of them before what may fail."""
+        """Makes every job save and exit, and waits for all of them."""
         self._stopping = True
         left = [running for running in self._slots if running]
         self._slots = [None] * len(self._slots)
@@ -289,7 +289,7 @@ class _Workers:
         return f"{done}/{len(self._jobs)} jobs"
 
     def _time_left(self) -> str:
-        """By the speed of the jobs so far, none taken for shorter than the shortest of them; empty without any."""
+        """The estimated time left, by the speed of finished jobs, none shorter than the shortest; empty without any."""
         left = [job for job in self._jobs.values() if self._results.of(job) is None]
         if not left or not self._done_flops:
             return ""
