@@ -2,7 +2,7 @@
 
     python launch/supervise.py [options] -- gptjax pretrain configs/gpt2.py --run-dir runs/gpt2
 
-It needs the standard library alone, so that it starts anywhere and outlives what befalls the command. A command that
+It imports no jax, so that it starts anywhere and outlives what befalls the command. A command that
 ends with one of --restart-on is started again, after a pause that doubles; any other code is returned as it is. The
 newest checkpoint of the run (before there is one: the last step in metrics.jsonl) says whether it got on: after
 --crashes ends in a row without a newer one, it gives up and returns the last code. Of a run in a bucket the command's
@@ -26,7 +26,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-RESTART_ON = (75, 134, 137)  # interrupted with all saved; aborted, as by a lost peer; killed, as for its memory
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, where gptjax is not installed
+
+from gptjax.runtime.restart import MOST_IN_VAIN, RESTART_ON, exit_code, pause_before
+
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PASSED_ON = (*ENDING, signal.SIGUSR1, signal.SIGUSR2)
 USAGE = "python launch/supervise.py [options] -- COMMAND --run-dir RUN"
@@ -49,7 +52,7 @@ class Child:
         self._process = None
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)  # workers that outlived it would keep memory and devices
-        return code if code >= 0 else 128 - code
+        return exit_code(code)
 
     def receive(self, number: int, frame: object) -> None:
         """A handler of signals: what comes while nothing runs waits for the next start, or prevents it."""
@@ -84,7 +87,7 @@ def supervise(
         if in_vain >= crashes:
             say(f"ended with {code}; {in_vain} ends in a row without progress ({told(reached)}): giving up")
             return code
-        seconds = longest if now is None else min(pause * 2 ** max(in_vain - 1, 0), longest)
+        seconds = longest if now is None else pause_before(in_vain, pause, longest)
         say(f"ended with {code} ({told(reached)}); without progress: {in_vain} of {crashes}; next in {seconds:g} s")
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
@@ -147,7 +150,9 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(usage=USAGE, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--run-dir", help="the run's folder; found in the command where that says --run-dir")
     parser.add_argument("--restart-on", default=",".join(map(str, RESTART_ON)), help="codes; default %(default)s")
-    parser.add_argument("--crashes", type=int, default=3, help="ends in a row without progress; default %(default)s")
+    parser.add_argument(
+        "--crashes", type=int, default=MOST_IN_VAIN, help="ends in a row without progress; default %(default)s"
+    )
     parser.add_argument("--pause", type=float, default=5.0, help="seconds before a restart; default %(default)s")
     parser.add_argument("--longest-pause", type=float, default=300.0, help="in seconds; default %(default)s")
     args = parser.parse_args(options)

@@ -301,7 +301,7 @@ def test_only_what_changed_is_transferred_and_the_bucket_has_the_truth(fake):
     }  # fmt: skip
 
 
-def test_an_upload_that_was_killed_takes_nothing_away_and_gives_no_half_of_a_folder(fake):
+def test_a_killed_upload_leaves_no_half_of_a_folder(fake):
     folders = {
         "data": ("manifest.json", "page", "tokenizer_meta.json"),
         "data/one": ("manifest.json", "page", "tokenizer_meta.json"),
@@ -443,7 +443,7 @@ def test_a_lost_run_is_neither_committed_nor_deleted_from(fake, hasty, monkeypat
     assert checkpoints.steps() == [1, 2]
 
 
-def test_a_step_that_the_new_owner_committed_is_not_touched_by_the_old_one(fake, hasty, monkeypatch):
+def test_the_old_owner_leaves_a_step_of_the_new_one_untouched(fake, hasty, monkeypatch):
     monkeypatch.setattr(Lease, "_keep", lambda self: None)
     objects = filesystem(resolve_path(RUN))
     checkpoints = Checkpoints(resolve_path(RUN) / "checkpoints", CheckpointConfig())
@@ -575,7 +575,7 @@ def uninterrupted(tmp_path_factory, cache) -> tuple[Path, Path]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", GS_AND_S3, indirect=True)
-def test_a_run_in_a_bucket_that_was_killed_has_the_curve_of_one_on_a_disk_that_was_not(kind, uninterrupted, cache):
+def test_a_killed_run_in_a_bucket_has_the_curve_of_one_on_a_disk(kind, uninterrupted, cache):
     reference, text = uninterrupted
     folder = resolve_path(f"{kind}://bucket/killed")
     objects, run = filesystem(folder), Run.at(folder)

@@ -43,7 +43,7 @@ def test_the_versions_that_the_tests_run_on_go_together():
     assert problems(versions.check_versions()) == []
 
 
-def test_a_pair_that_does_not_fit_is_told_with_what_to_do_and_ends_with_3(packages, nothing_else, capsys):
+def test_versions_that_do_not_fit_are_reported_and_end_with_3(packages, nothing_else, capsys):
     assert main(["doctor"]) == 0
     packages({"flax": "0.12.12", "jax": "0.10.2"}, {"flax": ["jax>=0.11.1"]})
     capsys.readouterr()
@@ -90,11 +90,14 @@ def test_jax_that_does_not_start_is_a_problem_and_not_a_traceback(monkeypatch, t
     monkeypatch.setattr("gptjax.cli.tune_process", start)
     out = tmp_path / "found.json"
     assert main(["doctor", "--json", str(out)]) == 3
-    assert "RuntimeError: jaxlib version 0.9 is too old; nothing that needs jax was checked" in capsys.readouterr().out
+    assert (
+        "RuntimeError: jaxlib version 0.9 is too old more; nothing that needs jax was checked"
+        in capsys.readouterr().out
+    )
     assert json.loads(out.read_text())["ok"] is False
 
 
-def test_no_process_leaves_before_all_have_reported_and_only_the_first_writes(nothing_else, monkeypatch, tmp_path):
+def test_no_process_exits_before_all_have_reported(nothing_else, monkeypatch, tmp_path):
     out, seen = tmp_path / "a" / "new" / "folder" / "found.json", []
     monkeypatch.setattr(examine, "wait_for_reports", lambda: seen.append(out.exists() and json.loads(out.read_text())))
     assert main(["doctor", "--json", str(out)]) == 0
@@ -105,7 +108,7 @@ def test_no_process_leaves_before_all_have_reported_and_only_the_first_writes(no
     assert seen[1] is False and not out.exists()
 
 
-def test_the_doctor_looks_at_everything_and_is_content_here(monkeypatch, tmp_path, capsys):
+def test_the_doctor_runs_every_probe_and_finds_no_problem_here(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(collectives, "SIZES", (4096,))
     monkeypatch.setattr(ceilings, "SECONDS", 0.05)
@@ -200,7 +203,7 @@ def test_a_compile_cache_that_others_can_write_is_found(tmp_path, monkeypatch):
     assert machine.compile_cache().level == "PROBLEM" and "set XDG_CACHE_HOME" in machine.compile_cache().advice
 
 
-def test_a_look_that_fails_is_a_finding_and_the_rest_is_looked_at(monkeypatch, capsys):
+def test_a_probe_that_fails_is_a_finding_and_the_rest_run(monkeypatch, capsys):
     def broken():
         raise RuntimeError("NCCL: no route to host")
 

@@ -53,7 +53,7 @@ def test_a_topology_is_a_kind_and_a_size():
         ("", "kind"),
     ],
 )
-def test_a_topology_that_is_none_is_refused_in_one_line_that_names_those_known(name, message):
+def test_an_unknown_topology_is_refused_with_the_known_ones(name, message):
     with pytest.raises(InputError) as caught:
         topology(name)
     text = str(caught.value)

@@ -77,7 +77,7 @@ def test_micro_batches_share_copies_of_the_head_and_of_the_table(dtype, copies):
     assert two.weights - one.weights == copies * 2 * 50304 * config.model.width // 2
 
 
-def test_a_scan_over_micro_batches_without_remat_keeps_the_copies_of_the_weights_twice():
+def test_a_scan_without_remat_keeps_the_weight_copies_twice():
     def weights(remat: str) -> int:
         flags = f"--data.batch-size 128 --optim.accumulate 2 --model.attention splash --model.remat {remat}"
         return counted("gpt3 --size 760m", flags, data=4, fsdp=2)[0].weights
@@ -114,7 +114,7 @@ def test_a_v4_holds_one_whole_head_where_others_have_the_next_on_its_way():
     assert weights("v5p:2x2x4") - weights("v4:2x2x4") == 2 * 128256 * 2048
 
 
-def test_the_count_is_within_a_tenth_of_what_the_compiler_said_of_settings_held_out():
+def test_the_count_is_within_a_tenth_of_the_compiler_on_held_out_settings():
     """Those that benchmarks/plan.py compiled; every third."""
     report = json.loads(max(RESULTS.glob("*_plan.json")).read_text())
     rows = [r for r in report["held_out"] if "compiled" in r]

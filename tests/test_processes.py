@@ -161,7 +161,7 @@ def test_what_is_wrong_is_named_in_every_process(cards, processes, message):
         assert "\n" not in said
 
 
-def test_who_speaks_in_the_same_moment_as_what_is_wrong_is_told_too(monkeypatch):
+def test_a_hello_beside_a_problem_gets_the_result_too(monkeypatch):
     one_by_one, first = RendezvousServer._messages, []
 
     def at_once(server):
@@ -256,7 +256,7 @@ def split() -> MemorySplit:
 
 
 @pytest.mark.parametrize("packing, crossing", [("packed", False), ("packed", True), ("padded", False)])
-def test_parts_of_a_batch_are_the_batch_and_their_targets_are_counted_unread(packing, crossing):
+def test_shards_of_a_batch_are_the_batch_and_their_targets_are_counted(packing, crossing):
     cfg = DataConfig(batch_size=8, length=16, packing=packing, cross_documents=crossing)
     rows = RowSampler(split(), cfg, seed=3)
     parts = [np.array([0, 1, 5]), np.array([2, 3, 4, 6, 7])]
@@ -275,7 +275,7 @@ def test_parts_of_a_batch_are_the_batch_and_their_targets_are_counted_unread(pac
 
 
 @pytest.mark.parametrize("error", [None, Interrupted, Diverged, OSError])
-def test_processes_wait_for_each_other_at_the_end_only_where_all_come_to_it(tmp_path, monkeypatch, error):
+def test_processes_wait_at_the_end_only_where_all_reach_it(tmp_path, monkeypatch, error):
     checkpoints, done = Checkpoints(tmp_path, CheckpointConfig()), []
     monkeypatch.setattr("gptjax.runs.checkpoint.barrier", done.append)
     monkeypatch.setattr("gptjax.stages.pretrain.barrier", done.append)
@@ -452,7 +452,7 @@ def test_two_processes_train_as_one(tmp_path, text):
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_any_process_stops_all_and_other_numbers_of_processes_go_on(tmp_path, text, number):
+def test_a_signal_to_any_process_stops_all_and_another_count_resumes(tmp_path, text, number):
     run, alone = tmp_path / "run", tmp_path / "alone"
     stopped, meshes = 0, {2: ("--mesh.fsdp", "2", "--mesh.data", "1"), 1: ()}
     for count in (2, 1, 2):

@@ -150,7 +150,7 @@ def test_a_saved_fit_predicts_budgets_runs_and_tables(name, folder):
     assert all(row["fitted"] and abs(row["error"]) < 0.02 for row in table["rows"])
 
 
-def test_scarce_tokens_are_planned_for_by_the_law_that_knows_of_them(name, folder, capsys):
+def test_scarce_tokens_are_planned_for_by_the_data_constrained_law(name, folder, capsys):
     args = ["--flops", "5e19", "--unique-tokens", "1e9"]
     if name == "kaplan":
         assert main(["predict", str(folder / "fit"), *args]) == 2
@@ -190,7 +190,7 @@ def test_a_table_that_can_not_tell_the_law_gets_one_clear_line(column, keep, wor
     assert not (tmp_path / "out").exists()
 
 
-def test_a_column_of_unique_tokens_goes_by_any_name_and_is_read_where_it_is_wanted(tmp_path):
+def test_a_column_of_unique_tokens_goes_by_any_name(tmp_path):
     table = write(tmp_path / "t.csv", "data_constrained", "pool")
     read = read_table([table], columns=["unique_tokens=pool"], inputs=DATA_CONSTRAINED.inputs)
     np.testing.assert_allclose(read.unique_tokens, runs()[2])

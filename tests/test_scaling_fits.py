@@ -155,7 +155,7 @@ def test_redrawn_losses_do_not_lie_on_the_law_where_the_fit_goes_through_a_run(n
     assert np.mean(np.abs(moved_BN) < 1e-3) < 0.1  # normal noise of 1 %: 0.08
 
 
-def test_redrawn_losses_of_a_least_squares_line_err_by_its_residuals_over_one_less_their_leverage():
+def test_redrawn_least_squares_losses_err_by_leave_one_out_residuals():
     """And have the variance of the noise on the average: a share 2 / 7 is taken off, of as many coefficients."""
     x, slope = np.linspace(-1, 1, 7), 1e-3
     loss = 3 + np.random.default_rng(0).normal(size=7) * 1e-4

@@ -221,7 +221,7 @@ def test_runs_that_are_planned_are_predicted_before_they_have_losses(fitted, tab
         assert [row[key] for row in rows] == [row[key] for row in later]
 
 
-def test_the_two_point_line_goes_through_the_best_runs_of_the_two_largest_budgets(table):
+def test_the_two_point_line_goes_through_the_two_largest_budgets(table):
     points = read_table([table]).up_to(5e18)
     line = two_point(points)
     for budget in BUDGETS[1:3]:

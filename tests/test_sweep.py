@@ -84,7 +84,7 @@ def starts(out: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.2, 0.4, 1 / 3, 1.0])
-def test_up_to_where_its_decay_begins_a_run_learns_at_the_rates_of_any_longer_one(fraction):
+def test_before_its_decay_a_run_has_the_rates_of_any_longer_one(fraction):
     import numpy as np
 
     from gptjax.training.optim import make_schedule
@@ -161,7 +161,7 @@ def test_what_can_not_be_swept_is_one_line(recipe):
 FAILING = [sys.executable, "-c", "raise SystemExit(3)"]
 
 
-def test_a_recipe_that_was_edited_is_refused_for_sizes_outside_the_grid_too(recipe, tmp_path, monkeypatch):
+def test_an_edited_recipe_is_refused_for_sizes_outside_the_grid_too(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(work, "_corpus", lambda *_: ["--data.source", "prepared"])
     monkeypatch.setattr(work, "POLL", 0.01)
     begun = SweepConfig(grid=tuple(points(s16="10 40")), set=("data.source=text", "optim.beta2=0.9"))
@@ -234,7 +234,7 @@ def losses(out: Path) -> bytes:
     return json.dumps(sorted((line["name"], float(line["loss"])) for line in lines)).encode()
 
 
-def test_two_processes_run_every_job_once_and_end_with_the_losses_of_straight_runs(recipe, tmp_path, wanted):
+def test_two_processes_run_every_job_once_with_the_losses_of_straight_runs(recipe, tmp_path, wanted):
     out = tmp_path / "sweep"
     both = [start(recipe, out, workers=workers, STANDIN_DELAY="0.02") for workers in (1, 2)]
     for code, errors in map(finish, both):
@@ -288,7 +288,7 @@ STOPS = [
 
 
 @pytest.mark.parametrize("where", STOPS)
-def test_a_kill_within_a_fork_or_a_table_leaves_nothing_that_is_taken_for_one(recipe, tmp_path, where, wanted):
+def test_a_kill_within_a_fork_or_a_table_leaves_no_half_of_one(recipe, tmp_path, where, wanted):
     out = tmp_path / "sweep"
     code, errors = finish(start(recipe, out, STANDIN_KILLS=where))
     assert code == -signal.SIGKILL, errors
@@ -310,7 +310,7 @@ def test_sigterm_ends_a_sweep_with_75_and_all_saved(recipe, tmp_path, wanted):
     assert finish(start(recipe, out, workers=2))[0] == 0 and losses(out) == wanted
 
 
-def test_a_job_that_fails_for_good_ends_the_sweep_and_one_that_was_killed_runs_again(recipe, tmp_path, wanted):
+def test_a_failed_job_ends_the_sweep_and_a_killed_one_runs_again(recipe, tmp_path, wanted):
     out = tmp_path / "sweep"
     name = next(job.name for job in jobs_of(recipe, GRID) if job.steps == 30)
     code, errors = finish(start(recipe, out, STANDIN_FAILS=f"{name}=3"))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from gptjax.tokenizer import TiktokenTokenizer, load_model, open_tokenizer
+from gptjax.tokenizer import TiktokenTokenizer, load_sentencepiece, open_tokenizer
 from gptjax.tokenizer.huggingface import BYTE_CHARACTERS
 from gptjax.tokenizer.splitting import PATTERNS, WORD_ENDS
 from gptjax.tokenizer.tiktoken import PUBLISHED
@@ -107,7 +107,7 @@ def test_mistrals_ids_are_sentencepieces_and_nothing_is_lost(mixed):
     import sentencepiece
 
     path = DATA / "tokenizers" / "mistral_v1.model"
-    tokenizer, reference = load_model(path), sentencepiece.SentencePieceProcessor(model_file=str(path))
+    tokenizer, reference = load_sentencepiece(path), sentencepiece.SentencePieceProcessor(model_file=str(path))
     for text in mixed:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text

@@ -98,7 +98,7 @@ def test_numbers_that_are_none_are_infinitely_far():
 
 
 @pytest.mark.parametrize("fault", ["", "off by 1", "raises"])
-def test_a_check_that_fails_or_does_not_run_is_told_and_ends_with_3(monkeypatch, tmp_path, capsys, fault):
+def test_a_check_that_fails_or_raises_is_reported_and_ends_with_3(monkeypatch, tmp_path, capsys, fault):
     def second(name):
         if fault == "raises":
             raise RuntimeError("INTERNAL: no device\nand more")

@@ -5,7 +5,7 @@ the text is encoded as ordinary pieces. This is the only package that imports se
 """
 
 from gptjax.tokenizer.bytes import BytesTokenizer
-from gptjax.tokenizer.files import load_model, load_tokenizer, make_tokenizer, open_tokenizer
+from gptjax.tokenizer.files import load_sentencepiece, load_tokenizer, make_tokenizer, open_tokenizer
 from gptjax.tokenizer.huggingface import HuggingFaceTokenizer
 from gptjax.tokenizer.interface import FILES, META_FILE, MODEL_FILE, Tokenizer, last_safe_cut
 from gptjax.tokenizer.sentencepiece import SentencePieceTokenizer, train_sentencepiece
@@ -22,7 +22,7 @@ __all__ = [
     "Tokenizer",
     "last_safe_cut",
     "load_tokenizer",
-    "load_model",
+    "load_sentencepiece",
     "make_tokenizer",
     "open_tokenizer",
     "train_sentencepiece",

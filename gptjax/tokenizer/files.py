@@ -41,7 +41,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if kind == "bytes":
         file, tokenizer = path, BytesTokenizer()
     elif kind == "sentencepiece":
-        tokenizer = load_model(file)
+        tokenizer = load_sentencepiece(file)
     elif kind == "tiktoken":
         file = folder / RANKS_FILE
         tokenizer = TiktokenTokenizer(_read(file), str(meta.get("pattern", "")), str(file))
@@ -55,7 +55,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def load_model(path: Path) -> SentencePieceTokenizer:
+def load_sentencepiece(path: Path) -> SentencePieceTokenizer:
     """Reads a SentencePiece .model file; raises InputError where there is none or it would lose text."""
     return SentencePieceTokenizer(_read(Path(path)), name=str(path))
 
@@ -91,7 +91,7 @@ def open_tokenizer(path: str | Path, kind: str = "", pattern: str = "") -> Token
             raise _unreadable(Path(error.filename), error) from None
     if kind == "tiktoken":
         return TiktokenTokenizer(_read(files[kind]), pattern, str(files[kind]))
-    return load_model(files[kind])
+    return load_sentencepiece(files[kind])
 
 
 def make_tokenizer(cfg: TokenizerConfig, texts: Iterator[str]) -> Tokenizer:

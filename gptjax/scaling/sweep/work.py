@@ -24,6 +24,7 @@ from gptjax.config.command_line import Recipe
 from gptjax.config.section import InputError
 from gptjax.data.prepared import open_corpora
 from gptjax.runtime.process import pinned, require_workers
+from gptjax.runtime.restart import MOST_IN_VAIN, RESTART_ON, exit_code, pause_before
 from gptjax.scaling.sweep.fork import checkpoints_of, fork
 from gptjax.scaling.sweep.jobs import Job, add_points, check_recipe, read_jobs, write_jobs
 from gptjax.scaling.sweep.points import Point, make_points, split_entries
@@ -33,10 +34,8 @@ from gptjax.training.metrics import duration
 
 Say = Callable[[str], None]
 
-RESTART_ON = (75, 134, 137)  # as launch/supervise.py: interrupted with all saved, aborted, killed
 DIVERGED = 3  # how pretrain ends a run that failed for good
-IN_VAIN, PAUSE = 3, 5.0  # ends in a row without a newer checkpoint, and seconds before the next start, which double
-POLL = 0.2
+PAUSE, POLL = 5.0, 0.2  # seconds before a restart, and between two looks at the jobs
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 ENDED_BY_US = tuple(128 + number for number in SIGNALS)  # before it could save, while it was still starting
 GPTJAX = (sys.executable, "-m", "gptjax")
@@ -240,8 +239,7 @@ class _Workers:
 
     def _ended(self, running: _Running) -> None:
         """Handles the end of a job: finished, to be restarted, or failed for good."""
-        job, code = running.job, running.process.returncode
-        code = code if code >= 0 else 128 - code
+        job, code = running.job, exit_code(running.process.returncode)
         seconds, found, newest = time.monotonic() - running.began, self._results.of(job), self._newest(job)
         self._note(job, event="end", code=code, seconds=round(seconds, 3))
         running.claim.close()
@@ -265,12 +263,12 @@ class _Workers:
             return
         self._in_vain[job.name] = 0 if newest > running.reached else self._in_vain.get(job.name, 0) + 1
         in_vain = self._in_vain[job.name]
-        if in_vain >= IN_VAIN and not self._stopping:
+        if in_vain >= MOST_IN_VAIN and not self._stopping:
             self._say(f"job {job.name} ended with {code}, {in_vain} times in a row without progress; see {log}")
             self._given_up[job.name] = code
         elif not self._stopping:
             self._say(f"job {job.name} ended with {code} after step {newest}: it is started again")
-            self._not_before[job.name] = time.monotonic() + (PAUSE * 2 ** (in_vain - 1) if in_vain else 0.0)
+            self._not_before[job.name] = time.monotonic() + pause_before(in_vain, PAUSE)
 
     def _end_children(self) -> None:
         """Makes every job save and exit, and waits for all of them."""
