@@ -34,7 +34,7 @@ from gptjax.tokenizer import (
     FILES,
     MODEL_FILE,
     Tokenizer,
-    load_model,
+    load_sentencepiece,
     load_tokenizer,
     make_tokenizer,
     train_sentencepiece,
@@ -140,7 +140,7 @@ def train_tokenizer(cfg: TrainTokenizerConfig) -> Tokenizer:
         scan_result = scan(source, cfg.validation_fraction, filters, Path(folder), lambda what, done, total: None)
     tokenizer = train_sentencepiece(training_texts(source, scan_result), cfg.vocab_size, "vocab_size")
     path = Path(cfg.out) / MODEL_FILE
-    if path.exists() and load_model(path).sha256 != tokenizer.sha256:
+    if path.exists() and load_sentencepiece(path).sha256 != tokenizer.sha256:
         raise InputError(f"{path} is another tokenizer; choose another folder with --out, or delete it")
     with _writing(Path(cfg.out)):
         tokenizer.save(Path(cfg.out))
