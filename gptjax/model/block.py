@@ -72,7 +72,7 @@ def heads(
     key: jax.Array | None,
     window: jax.typing.ArrayLike | None,
 ) -> tuple[jax.Array, Cache | None]:
-    """What each head gathers, a_BLHK, before it is projected back into the stream; and the cache with the new rows."""
+    """Attention outputs of all heads, a_BLHK, before their projection, and the cache with the new rows."""
     qkv = linear(h_BLD, p, q="BLD,DHK->BLHK", k="BLD,DGK->BLGK", v="BLD,DGK->BLGK")
     # The names are for remat: a product that is kept is never computed twice, what follows it is cheap.
     q_BLHK, k_BLGK, v_BLGK = map(checkpoint_name, qkv, ("query", "key", "value"))

@@ -22,7 +22,7 @@ LONG = 1024
 
 
 def unsupported_reason(name: str, cfg: ModelConfig, on: Device) -> str:
-    """What keeps attention by this name from the case, with what it needs; empty: nothing."""
+    """The reason why a kernel does not support the case, with its requirement; empty where it does."""
     kernel = KERNELS[name]
     if kernel.only_on not in ("", on.platform):
         return f"it runs on a {kernel.only_on}, and this is a {on.platform}"
