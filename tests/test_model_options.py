@@ -151,7 +151,7 @@ def test_blockwise_attention_gives_the_logits_of_plain_attention():
         np.testing.assert_allclose(rows(cfg)[name], blockwise_LV, atol=5e-5)
 
 
-@pytest.mark.parametrize(("layers", "every", "attention"), [(2, 0, "blockwise"), (3, 2, "plain")])
+@pytest.mark.parametrize(("layers", "every", "attention"), [(2, 0, "blockwise"), (2, 0, "plain"), (3, 2, "plain")])
 def test_a_token_is_seen_from_as_far_as_the_windows_reach(layers, every, attention):
     """Through N layers of window W a change reaches N (W - 1) places; through a global layer, all that follow."""
     cfg = dataclasses.replace(
