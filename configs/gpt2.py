@@ -62,7 +62,6 @@ def pretrain(size: str = "124m") -> TrainConfig:
         steps=int(round(TOKENS / (row.batch_rows * LENGTH), -3)),
         model=ModelConfig(
             num_layers=row.layers, width=row.width, num_heads=row.heads, dtype="bfloat16", remat=row.remat,
-            attention="auto",
         ),
         tokenizer=TokenizerConfig(vocab_size=VOCAB),
         data=DataConfig(batch_size=row.batch_rows, length=LENGTH, validation_fraction=0.0005, cross_documents=True),

@@ -76,7 +76,7 @@ def pretrain(size: str = "125m") -> TrainConfig:
         steps=round(TOKENS / tokens),
         model=ModelConfig(
             num_layers=row.layers, width=row.width, num_heads=row.heads, head_dim=row.head_size, dtype="bfloat16",
-            remat=row.remat, attention="auto",
+            remat=row.remat,
         ),
         tokenizer=TokenizerConfig(vocab_size=VOCAB),
         data=DataConfig(batch_size=row.batch_rows, length=LENGTH, validation_fraction=0.0005, cross_documents=True),

@@ -30,7 +30,6 @@ def pretrain() -> TrainConfig:
         model=ModelConfig(
             num_layers=16, width=2048, num_heads=32, queries_per_kv=4, mlp_ratio=4.0, positions="rope", norm="rmsnorm",
             activation="swiglu", biases=False, rope_theta=500_000.0, dtype="bfloat16", remat="dots",
-            attention="auto",
         ),
         tokenizer=TokenizerConfig(vocab_size=128_256),
         data=DataConfig(batch_size=256, length=2048, validation_fraction=0.0005),

@@ -29,8 +29,7 @@ def pretrain() -> TrainConfig:
         steps=250_000,
         model=ModelConfig(
             num_layers=32, width=4096, num_heads=32, queries_per_kv=4, mlp_ratio=3.5, positions="rope", norm="rmsnorm",
-            activation="swiglu", biases=False, tied=False, rope_theta=500_000.0, dtype="bfloat16",
-            attention="auto", remat="full",
+            activation="swiglu", biases=False, tied=False, rope_theta=500_000.0, dtype="bfloat16", remat="full",
         ),
         tokenizer=TokenizerConfig(vocab_size=128_256),
         data=DataConfig(batch_size=512, length=8192, validation_fraction=0.0005),
