@@ -18,10 +18,18 @@ from typing import Any, NamedTuple
 import jax
 
 from gptjax.config import CheckpointConfig
-from gptjax.runs.digest import MANIFEST, check_manifest, digests, folder_files, leaf_names, committed_steps, write_manifest
-from gptjax.parallel.processes import barrier, broadcast_from_main, all_agree, process_label
-from gptjax.storage import PROBE, TRASH, BucketError, resolve_path, filesystem
 from gptjax.config.section import InputError
+from gptjax.parallel.processes import all_agree, barrier, broadcast_from_main, process_label
+from gptjax.runs.digest import (
+    MANIFEST,
+    check_manifest,
+    committed_steps,
+    digests,
+    folder_files,
+    leaf_names,
+    write_manifest,
+)
+from gptjax.storage import PROBE, TRASH, BucketError, filesystem, resolve_path
 
 UNSOUND = ".unsound"
 JSON_ITEMS = ("data", "config", "digests")

@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 
-from gptjax.runs.checkpoint import Checkpoints
 from gptjax.config import MeshConfig, TrainConfig
-from gptjax.model.decoder import Decoder, init_params, make_decoder
-from gptjax.runs.run import Run, load_config
 from gptjax.config.section import InputError
+from gptjax.model.decoder import Decoder, init_params, make_decoder
 from gptjax.parallel.sharding import abstract, make_mesh, num_slices
+from gptjax.runs.checkpoint import Checkpoints
+from gptjax.runs.run import Run, load_config
 from gptjax.tokenizer import Tokenizer, load_tokenizer
 
 

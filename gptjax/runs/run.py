@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.config import EXTENDABLE, SCHEMA, TrainConfig, frozen_changes
+from gptjax.config.section import InputError, build, leaves
 from gptjax.runs.digest import MANIFEST, committed_steps
 from gptjax.runtime.versions import versions
-from gptjax.storage import PROBE, resolve_path, filesystem, write_json
-from gptjax.config.section import InputError, build, leaves
+from gptjax.storage import PROBE, filesystem, resolve_path, write_json
 
 HEADER = ("schema", "stage", "recipe", "settings")
 LOGS = ("metrics.jsonl", "tensorboard")

@@ -12,12 +12,12 @@ from jax.sharding import Mesh
 
 from gptjax.config import TrainConfig
 from gptjax.config.plugins import optional
-from gptjax.runs.run import load_config
 from gptjax.config.section import InputError
 from gptjax.parallel.sharding import shardings
+from gptjax.runs.load import LoadedModel, load_model, open_checkpoints
+from gptjax.runs.run import load_config
 from gptjax.tokenizer import Tokenizer
 from gptjax.training.loop import TrainState
-from gptjax.runs.load import LoadedModel, open_checkpoints, load_model
 
 # Leaves that may have more rows than before, and what their rows are.
 GROWING = {"embed_VD": "tokenizer.vocab_size", "head_VD": "tokenizer.vocab_size", "position_TD": "data.length"}
