@@ -161,14 +161,19 @@ def test_what_can_not_be_swept_is_one_line(recipe):
 FAILING = [sys.executable, "-c", "raise SystemExit(3)"]
 
 
-def test_an_edited_recipe_is_refused_for_sizes_outside_the_grid_too(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(work, "_corpus", lambda *_: ["--data.source", "prepared"])
+@pytest.fixture
+def text(tmp_path) -> str:
+    path = tmp_path / "words.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    return f"data.source={path}"
+
+
+def test_an_edited_recipe_is_refused_for_sizes_outside_the_grid_too(recipe, text, tmp_path, monkeypatch):
     monkeypatch.setattr(work, "POLL", 0.01)
-    begun = SweepConfig(grid=tuple(points(s16="10 40")), set=("data.source=text", "optim.beta2=0.9"))
-    was = load_recipe(str(recipe))
-    work._table(begun, was, make_points(begun, was), tmp_path, print)
+    begun = SweepConfig(out=str(tmp_path), grid=tuple(points(s16="10 40")), set=(text, "optim.beta2=0.9"))
+    assert work.sweep(begun, load_recipe(str(recipe)), print, FAILING) == 3
     # A size keeps the --set that it was begun with; of the recipe, what is free may change.
-    further = SweepConfig(out=str(tmp_path), grid=tuple(points(s32="10")), set=("data.source=text",))
+    further = SweepConfig(out=str(tmp_path), grid=tuple(points(s32="10")), set=(text,))
     recipe.write_text(RECIPE.replace("optim=OptimConfig(", "optim=OptimConfig(ema=0.5, "))
     said = refused(work.sweep, further, load_recipe(str(recipe)), print, FAILING)
     assert "size 16 was begun with other settings (job 16_" in said and len(read_jobs(tmp_path)) == 2
@@ -176,22 +181,21 @@ def test_an_edited_recipe_is_refused_for_sizes_outside_the_grid_too(recipe, tmp_
     assert work.sweep(further, load_recipe(str(recipe)), print, FAILING) == 3 and len(read_jobs(tmp_path)) == 3
 
 
-def test_several_workers_do_not_share_an_accelerator(recipe, tmp_path, monkeypatch):
+def test_several_workers_do_not_share_an_accelerator(recipe, text, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
     cfg = SweepConfig(out=str(tmp_path / "sweep"), grid=tuple(GRID), workers=2)
     said = refused(work.sweep, cfg, load_recipe(str(recipe)), print, FAILING)
     assert said.startswith("workers=2: wanted 1 where a gpu computes") and not (tmp_path / "sweep").exists()
-    monkeypatch.setattr(work, "_corpus", lambda *_: [])
-    alone = dataclasses.replace(cfg, workers=1)
+    alone = dataclasses.replace(cfg, workers=1, set=(text,))
     assert work.sweep(alone, load_recipe(str(recipe)), print, FAILING) == 3
 
 
-def test_where_the_text_lies_stands_once_in_a_job(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(work, "_corpus", lambda *_: ["--data.source", "prepared"])
-    cfg = SweepConfig(grid=tuple(GRID), set=("data.source=text", "optim.beta2=0.9"))
-    made = load_recipe(str(recipe))
-    jobs = work._table(cfg, made, make_points(cfg, made), tmp_path, print)
-    assert {job.flags[2:7] for job in jobs} == {("--optim.beta2", "0.9", "--data.source", "prepared", "--seed")}
+def test_a_job_names_the_prepared_text_once(recipe, text, tmp_path):
+    cfg = SweepConfig(out=str(tmp_path / "sweep"), grid=tuple(GRID), set=(text, "optim.beta2=0.9"))
+    assert work.sweep(cfg, load_recipe(str(recipe)), print, FAILING) == 3
+    prepared = str(tmp_path / "sweep" / "corpus")
+    flags = {job.flags[2:7] for job in read_jobs(tmp_path / "sweep")}
+    assert flags == {("--optim.beta2", "0.9", "--data.source", prepared, "--seed")}
 
 
 def test_a_folder_that_can_not_be_written_to_is_one_line(recipe, tmp_path):
