@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 from pathlib import Path
 
 import pytest
@@ -142,3 +143,38 @@ def test_only_ops_runtime_parallel_and_diagnostics_ask_for_a_device():
         if path.relative_to(PACKAGE).parts[0] not in allowed and (asked := asks_for_a_device(path.read_text()))
     }
     assert not found
+
+
+QUESTIONS = {"What", "Which", "Whether", "Where", "How", "Who", "When", "Why"}
+
+
+def test_a_docstring_states_and_does_not_ask():
+    """The first sentence is a noun phrase or a verb in the third person."""
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    asking = [
+        f"{path.relative_to(PACKAGE)}: {text.splitlines()[0]}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, kinds) and (text := ast.get_docstring(node)) and re.split(r"\W", text)[0] in QUESTIONS
+    ]
+    assert not asking, "\n".join(asking)
+
+
+DOORS_OF_ROOMS = {"api", "cli", "commands"}  # a verb is named there once more
+# Names of two rooms, each the usual one there.
+SHARED_NAMES = {
+    "main": "the entry point of a process",
+    "linear": "the product of ops, and the frequencies of RoPE with linear scaling",
+    "write_manifest": "of a corpus, and of a checkpoint",
+}
+
+
+def test_a_public_name_has_one_meaning():
+    rooms: dict[str, set[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                rooms.setdefault(node.name, set()).add(room)
+    several = {name: sorted(of - DOORS_OF_ROOMS) for name, of in rooms.items() if len(of - DOORS_OF_ROOMS) > 1}
+    assert several.keys() == SHARED_NAMES.keys(), several

@@ -194,7 +194,7 @@ def _failure(path: Path, what: str, error: Exception) -> InputError:
 
 
 def origins(default: Any, recipe: Any, config: Any) -> dict[str, str]:
-    """Where each setting of `config` came from: the command line, the recipe or the default."""
+    """The source of each setting of `config` by its name: the command line, the recipe or the default."""
     base, written = dict(leaves(default)), dict(leaves(recipe))
     return {
         name: "command line" if value != written[name] else "recipe" if value != base[name] else "default"

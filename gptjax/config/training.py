@@ -25,7 +25,7 @@ EXTENDABLE = ("steps",)
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig(Section):
-    """How many devices lie along each axis of the mesh; one size may be -1: all that are left."""
+    """Devices along each axis of the mesh; one size may be -1: all that are left."""
 
     section: ClassVar[str] = "mesh"
 
@@ -52,7 +52,7 @@ class MeshConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig(Section):
-    """When to save, and what to keep."""
+    """Times of saves, and the checkpoints that are kept."""
 
     section: ClassVar[str] = "checkpoint"
 
@@ -75,7 +75,7 @@ class CheckpointConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Section):
-    """When and on how much of the validation split to evaluate."""
+    """Times and rows of the evaluations on the validation split."""
 
     section: ClassVar[str] = "evaluate"
 

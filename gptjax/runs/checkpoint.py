@@ -40,7 +40,7 @@ class CheckpointError(RuntimeError):
 
 
 class Saved(NamedTuple):
-    """What `describe` says about one committed step; `seconds` is the time of its commit since the epoch."""
+    """One committed step; `seconds` is the time of its commit since the epoch."""
 
     step: int
     bytes: int
@@ -91,7 +91,7 @@ class Checkpoints:
         return saved
 
     def verify(self, step: int) -> list[str]:
-        """What is wrong with the files of a step, one line each; empty where all are as they were written."""
+        """Returns the problems of a step's files, one line each; empty where all are as they were written."""
         return check_manifest(self.path(step), step)
 
     def data_state(self, step: int) -> dict:

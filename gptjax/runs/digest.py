@@ -1,4 +1,4 @@
-"""What shows that nothing changed: digests of arrays, the same on any mesh, and manifests of the files of a folder."""
+"""Integrity checks: array digests that are the same on any mesh, and a manifest of every file."""
 
 import functools
 import hashlib
@@ -87,7 +87,7 @@ def committed_steps(folder: Path) -> list[int]:
 
 
 def check_manifest(folder: Path, step: int) -> list[str]:
-    """How the folder of a step differs from its manifest, one line each; empty where it does not."""
+    """Returns the differences of a step's folder from its manifest, one line each; empty where there are none."""
     try:
         manifest = json.loads(filesystem(folder).read(folder / MANIFEST))
         files = manifest["files"]

@@ -34,7 +34,7 @@ class Run:
 
     @property
     def local(self) -> Path:
-        """Where this machine has the files of the run that must be files: the folder itself, or a bucket's mirror."""
+        """The folder on this machine of the parts that must be files: the run's own, or a bucket's mirror."""
         return filesystem(self.folder).local(self.folder)
 
     @property
@@ -187,7 +187,7 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """What a reader needs to compare or repeat a run: versions, devices, commit, command line, time."""
+    """The environment of a run, to compare or repeat it: versions, devices, commit, command line, time."""
     import jax
 
     from gptjax.runtime.hardware import describe_devices
@@ -205,7 +205,7 @@ def environment() -> dict[str, Any]:
 
 
 def _changes(run: Run, config: TrainConfig) -> tuple[str, ...]:
-    """What differs from the settings in config.json; raises where a checkpoint forbids it."""
+    """The settings that differ from those in config.json; raises InputError where a checkpoint forbids it."""
     files = filesystem(run.folder)
     if not any(files.is_file(run.checkpoints / name / MANIFEST) for name in files.names(run.checkpoints)):
         return ()  # no step was ever committed, so nothing is lost by starting afresh

@@ -188,7 +188,7 @@ def together(checkpoints: Checkpoints, ending: contextlib.ExitStack) -> Generato
 
 
 def trained_params(state: TrainState) -> Any:
-    """What a run evaluates and generates with: the averaged weights where it keeps them."""
+    """The weights that a run evaluates and generates with: the averaged ones where it keeps them."""
     return state.ema or state.params
 
 

@@ -1,1 +1,1 @@
-"""What every stage trains with: step, loop, losses, optimizers, metrics. Knows no model."""
+"""Step, loop, losses, optimizers and metrics of every stage; step and loop know no model."""

@@ -1,4 +1,4 @@
-"""What the settings of a run make: its decoder, loss, optimizer, initial state and training step; nothing runs yet."""
+"""A run's decoder, loss, optimizer, initial state and training step, built from its settings; nothing runs yet."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -40,7 +40,7 @@ def language_model_loss(decoder: Decoder, z_loss: float = 0.0, norms: bool = Fal
 
 
 class TrainComponents(NamedTuple):
-    """What the settings of a run make, before anything is allocated or compiled."""
+    """The parts of a run, before anything is allocated or compiled."""
 
     decoder: Decoder
     tx: optax.GradientTransformation

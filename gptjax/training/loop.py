@@ -304,7 +304,7 @@ class TimeLimit:
 
 
 def compile_cache_folder() -> Path:
-    """Where compiled programs are kept for this user."""
+    """The user's folder of compiled programs."""
     return cache_folder() / "compiled"
 
 

@@ -1,4 +1,4 @@
-"""What a run reports while it trains: metrics.jsonl, TensorBoard, a progress bar, tokens/s and MFU."""
+"""Reports of a run while it trains: metrics.jsonl, TensorBoard, a progress bar, tokens/s and MFU."""
 
 import collections
 import contextlib
@@ -80,7 +80,7 @@ class MetricsFile:
         return sorted((s for s in losses if math.isfinite(losses[s])), key=lambda s: (losses[s], s))[:count]
 
     def has_evaluation(self, step: int) -> bool:
-        """Whether this step was evaluated; a kill may come between a save and the evaluation due at the same step."""
+        """True where this step was evaluated; a kill may come between a save and the evaluation of its step."""
         return self.evaluation(step) is not None
 
     def evaluation(self, step: int) -> dict[str, Any] | None:
@@ -179,7 +179,7 @@ class Throughput:
         return {"tokens_per_second": rate, **mfu}
 
     def seconds(self, steps: int) -> float | None:
-        """How long so many steps take; None before there are two laps."""
+        """Seconds that so many steps take; None before there are two laps."""
         return steps * sum(self._laps) / len(self._laps) if self._laps else None
 
 
