@@ -12,6 +12,7 @@ from shipped import recipe
 from gptjax.config import TrainConfig
 from gptjax.diagnostics.plan.memory import Memory, state_bytes, step_memory
 from gptjax.diagnostics.plan.search import Planner
+from gptjax.ops.device import Device
 from gptjax.parallel.sharding import AXES
 from gptjax.runtime.hardware import topology
 from gptjax.training.build import build_components
@@ -29,7 +30,7 @@ def counted(words: str, flags: str, **mesh: int) -> tuple[Memory, TrainConfig]:
     config = recipe(words, *shlex.split(flags))
     sizes = dict.fromkeys(AXES, 1) | mesh
     state = state_bytes(config, shapes(words), sizes, tiles=True)
-    return step_memory(config, state, sizes, platform="tpu"), config
+    return step_memory(config, state, sizes, device=Device("tpu")), config
 
 
 def test_a_product_in_pieces_fuses_with_nothing_and_so_keeps_more_of_the_mlp():
