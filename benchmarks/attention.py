@@ -32,7 +32,7 @@ from gptjax.config.attention import KERNELS
 from gptjax.model.decoder import Decoder, init_params
 from gptjax.ops.attention import attention, select_kernel, unsupported_reason
 from gptjax.ops.reference import attend, causal
-from gptjax.training.build import language_model_loss
+from gptjax.training.losses import language_model_loss
 
 BLOCKS, DECODER_LENGTHS = (128, 256, 512, 1024), (4096, 8192, 16384)
 # Relative distance from the float32 reference that rounding explains; documents that crossed would be at about 1.

@@ -112,7 +112,7 @@ def compile_seconds(name: str, unrolled: bool) -> dict[str, float]:
     from gptjax.data.packing import example_batch
     from gptjax.parallel.sharding import abstract, make_mesh
     from gptjax.training.build import build_components
-    from gptjax.training.loop import compile_step
+    from gptjax.training.step import compile_step
 
     config = load_recipe(name).config("pretrain", "")
     config = dataclasses.replace(

@@ -32,8 +32,9 @@ from report import ROOT, facts, write_report
 from gptjax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, TokenizerConfig, TrainConfig
 from gptjax.ops.attention import describe
 from gptjax.parallel.sharding import make_mesh, to_global
-from gptjax.training.build import build_components, language_model_loss
-from gptjax.training.loop import compile_step, init_state
+from gptjax.training.build import build_components
+from gptjax.training.losses import language_model_loss
+from gptjax.training.step import compile_step, init_state
 
 TEXT = ROOT / "gptjax" / "data" / "corpora" / "shakespeare.txt"
 

@@ -10,8 +10,8 @@ import jax
 
 from gptjax.model.block import block
 from gptjax.model.decoder import Decoder
-from gptjax.training.build import language_model_loss
-from gptjax.training.loop import LossFn
+from gptjax.training.losses import language_model_loss
+from gptjax.training.step import LossFn
 
 
 def dropped_layer(decoder: Decoder) -> LossFn:

@@ -21,10 +21,12 @@ from gptjax.config import TrainConfig
 from gptjax.config.section import build
 from gptjax.interop.huggingface import HEAD, LAYER, PREFIX, TOP
 from gptjax.parallel.sharding import make_mesh, suffix
+from gptjax.runtime.compile_cache import enable_compile_cache
 from gptjax.runtime.process import tune_process
 from gptjax.training.build import build_components
-from gptjax.training.loop import compile_step, enable_compile_cache, fit, init_state
+from gptjax.training.loop import Hooks, fit
 from gptjax.training.metrics import peak_memory
+from gptjax.training.step import compile_step, init_state
 
 Rows = list[dict[str, float]]
 
@@ -96,13 +98,13 @@ class Ours(JaxCompetitor):
         """So many steps of the training loop; the loss and the norm of the gradient of each."""
         rows: Rows = []
 
-        def log(_: int, values: dict[str, Any]) -> None:
+        def log(_: int, values: dict[str, Any], data_state: dict) -> None:
             rows.append({name: float(values[name]) for name in ("loss", "grad_norm")})
 
         with jax.set_mesh(self.mesh):
             self.state = fit(
                 self.step, self.state, {}, self.next_batches(), self.done + steps,
-                mesh=self.mesh, log=log, save=lambda *_: None, save_every=2**31,
+                mesh=self.mesh, hooks=Hooks(log=log),
             )  # fmt: skip
             jax.block_until_ready(self.state)
         self.done += steps

@@ -19,6 +19,7 @@ from gptjax.config.plugins import optional, register
 from gptjax.config.section import InputError, build, leaves, unknown_name
 from gptjax.generation.engine import generate as generate_texts
 from gptjax.runs.load import LoadedModel, load_model
+from gptjax.runs.run import Provenance
 from gptjax.stages.pretrain import pretrain
 
 
@@ -50,14 +51,14 @@ def train(
     """Trains, or goes on with, the run in config.run_dir and returns the model of its last step.
 
     A user's own parts take the place of ours:
-    `loss(decoder)` returns loss_fn(params, frozen, batch, key) -> (loss, metrics), as `assemble.language_model_loss`;
-    `block(cfg, p, x_BLD, ...)` is one layer, as `block.block`, and may declare parameters of its own;
+    `loss(decoder)` returns loss_fn(params, frozen, batch, key) -> (loss, metrics), as `losses.language_model_loss`;
+    `block(cfg, p, x_BLD, ...)` is one layer, as `model.block.block`, and may declare parameters of its own;
     `source()` yields texts, or mappings with the text under data.text_field.
-    Raises InputError for bad input and train.Interrupted after Ctrl-C, with everything saved.
+    Raises InputError for bad input and training.stop.Interrupted after Ctrl-C, with everything saved.
     """
-    given = {"loss": loss, "model.block": block, "data.source": source}
-    config = override(config, {setting: register(part) for setting, part in given.items() if part is not None})
-    pretrain(config, {"path": "", "sha256": ""}, origins(TrainConfig(), config, config))
+    parts = {"loss": loss, "model.block": block, "data.source": source}
+    config = override(config, {setting: register(part) for setting, part in parts.items() if part is not None})
+    pretrain(config, Provenance(origins=origins(TrainConfig(), config, config)))
     return load(config.run_dir, block=optional(config.model.block, "model.block"))
 
 

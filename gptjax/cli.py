@@ -24,7 +24,7 @@ from gptjax.config import (
 from gptjax.config.command_line import HELP, nothing_left, parse, positional, positionals
 from gptjax.config.section import InputError
 from gptjax.parallel.cluster import RetryableError
-from gptjax.parallel.processes import exit_all, is_main_process, join_processes, process_label
+from gptjax.parallel.processes import exit_all, is_main_process, join_processes, process_label, say
 from gptjax.runtime.process import tune_process
 from gptjax.runtime.versions import __version__
 from gptjax.storage.bucket import is_transient
@@ -38,7 +38,7 @@ def tokenizer_train(args: list[str]) -> int:
     from gptjax.data.prepare import train_tokenizer
 
     trained = train_tokenizer(cfg)
-    _say(f"wrote {cfg.out}/tokenizer.model: {trained.vocab_size:,} ids")
+    say(f"wrote {cfg.out}/tokenizer.model: {trained.vocab_size:,} ids")
     _next("prepare", "--source", cfg.source, "--out", "FOLDER", "--tokenizer.vocab-size", trained.vocab_size,
           "--tokenizer.path", f"{cfg.out}/tokenizer.model")  # fmt: skip
     return 0
@@ -51,7 +51,7 @@ def prepare(args: list[str]) -> int:
 
     with progress_bar() as progress:
         corpus = prepare(cfg, progress)
-    _say(report(corpus))
+    say(report(corpus))
     _next(*train_on(cfg.out, corpus))
     return 0
 
@@ -76,8 +76,8 @@ def data_verify(args: list[str]) -> int:
 
     corpus = open_corpus(folder)
     corpus.verify()
-    _say(report(corpus))
-    _say("every file is as it was written")
+    say(report(corpus))
+    say("every file is as it was written")
     _next(*train_on(folder, corpus))
     return 0
 
@@ -95,19 +95,21 @@ def pretrain(args: list[str]) -> int:
     cfg = parse(written, args, f"gptjax pretrain {name} [--size SIZE]", recipe.doc)
     tune_process()
     from gptjax.runs.checkpoint import CheckpointError
+    from gptjax.runs.run import Provenance
     from gptjax.stages.pretrain import pretrain
-    from gptjax.training.loop import Diverged, Interrupted
+    from gptjax.training.loop import Diverged
+    from gptjax.training.stop import Interrupted
 
-    source = {"path": str(recipe.path), "sha256": recipe.sha256}
+    provenance = Provenance(str(recipe.path), recipe.sha256, origins(TrainConfig(), written, cfg))
     try:
-        folder = pretrain(cfg, source, origins(TrainConfig(), written, cfg))
+        folder = pretrain(cfg, provenance)
     except Interrupted:
-        _say(f"interrupted; run the same command again to go on with {cfg.run_dir}")
+        say(f"interrupted; run the same command again to go on with {cfg.run_dir}")
         return 75
     except (CheckpointError, Diverged) as e:
         _fail(e)
         return 75 if is_transient(e) else 3
-    _say(f"run folder: {folder}")
+    say(f"run folder: {folder}")
     prompt = cfg.generate.prompt[0].strip()
     _next("generate", cfg.run_dir, *(["--prompt", prompt] if prompt else []))
     return 0
@@ -161,7 +163,7 @@ def sweep(args: list[str]) -> int:
     cfg = parse(SweepConfig(), args, f"gptjax sweep {name}")
     from gptjax.scaling.sweep.work import sweep
 
-    code = sweep(cfg, load_recipe(name), _say)
+    code = sweep(cfg, load_recipe(name), say)
     if code == 0:
         _next("fit", cfg.out, "--out", f"{cfg.out}/fit")
     return code
@@ -174,8 +176,8 @@ def evaluate(args: list[str]) -> int:
     tune_process()
     from gptjax.commands import evaluate_run
 
-    found = evaluate_run(run, cfg)
-    for name, value in found.items() if is_main_process() else ():
+    results = evaluate_run(run, cfg)
+    for name, value in results.items() if is_main_process() else ():
         print(f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}")
     _next("generate", run)
     return 0
@@ -203,11 +205,11 @@ def checkpoint_list(args: list[str]) -> int:
     nothing_left(args, "gptjax checkpoint list RUN")
     from gptjax.runs.load import open_checkpoints
 
-    found = open_checkpoints(run).describe()
-    for saved in found:
+    checkpoints = open_checkpoints(run).describe()
+    for saved in checkpoints:
         print(f"step {saved.step}  {saved.bytes / 1e6:,.1f} MB in {saved.files} files")
-    if not found:
-        _say(f"{run} has no checkpoint yet")
+    if not checkpoints:
+        say(f"{run} has no checkpoint yet")
         return 0
     _next("checkpoint", "verify", run)
     return 0
@@ -238,7 +240,7 @@ def fit(args: list[str]) -> int:
     cfg = parse(FitConfig(), args, "gptjax fit TABLE")
     from gptjax.scaling.fitting import fit_table
 
-    _next(*fit_table(tables, cfg, _print, _say))
+    _next(*fit_table(tables, cfg, _print, say))
     return 0
 
 
@@ -259,7 +261,7 @@ def import_run(args: list[str]) -> int:
     nothing_left(args, "gptjax import SOURCE RUN")
     from gptjax.commands import import_run
 
-    _say(import_run(source, run))
+    say(import_run(source, run))
     _next("checkpoint", "verify", run)
     return 0
 
@@ -384,12 +386,6 @@ def _print(line: str) -> None:
         print(line, flush=True)
 
 
-def _say(line: str) -> None:
-    """Prints to stderr; of several processes only the first does."""
-    if is_main_process():
-        print(line, file=sys.stderr, flush=True)
-
-
 def _fail(error: Exception | str) -> None:
     where = f"{process_label()}: " if process_label() else ""
     print(f"gptjax: {where}{error}", file=sys.stderr, flush=True)
@@ -397,4 +393,4 @@ def _fail(error: Exception | str) -> None:
 
 def _next(*words: object) -> None:
     """Prints the command to run next, quoted for a shell."""
-    _say(f"next: {shlex.join(['gptjax', *map(str, words)])}")
+    say(f"next: {shlex.join(['gptjax', *map(str, words)])}")

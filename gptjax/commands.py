@@ -16,7 +16,7 @@ from gptjax.config.section import InputError, leaves
 from gptjax.parallel.processes import join_processes
 from gptjax.parallel.sharding import abstract
 from gptjax.runs.load import LoadedModel, load_model, open_checkpoints
-from gptjax.runs.run import Run, load_config
+from gptjax.runs.run import Provenance, Run, load_config
 from gptjax.storage import filesystem, resolve_path
 from gptjax.tokenizer import open_tokenizer
 
@@ -111,7 +111,7 @@ def import_run(source: str | Path, run_dir: str | Path) -> str:
         ),
         data=DataConfig(source=str(source), length=context),
     )
-    run = Run.open(run_dir, config, {"path": str(source), "sha256": ""}, {})
+    run = Run.open(run_dir, config, Provenance(str(source)))
     if tokenizer is not None:
         tokenizer.save(run.tokenizer)
         run.push(run.tokenizer)

@@ -10,9 +10,10 @@ import sys
 import jax
 from shipped import recipe
 
+from gptjax.config import check_divisible
 from gptjax.data.packing import example_batch
 from gptjax.parallel.sharding import make_mesh, shardings
-from gptjax.training.build import build_components, check_divisible
+from gptjax.training.build import build_components
 
 
 def size(tree, shape=lambda x: x.shape) -> int:

@@ -40,7 +40,7 @@ def kill_at(where: str) -> None:
 
     from gptjax.scaling.sweep import fork, work
     from gptjax.storage import disk
-    from gptjax.training.metrics import MetricsFile
+    from gptjax.training.metrics_file import MetricsFile
 
     real = os.replace
 

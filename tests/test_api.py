@@ -235,7 +235,7 @@ def test_a_run_does_not_start_from_weights_that_mean_something_else_in_it(tmp_pa
 
 
 def test_a_run_that_can_not_be_started_from_is_refused_before_its_text_is_prepared(tmp_path, text):
-    begun = Run.open(tmp_path / "begun", config(tmp_path / "begun", text), {"path": "", "sha256": ""}, {})
+    begun = Run.open(tmp_path / "begun", config(tmp_path / "begun", text))
     for init, said in ((tmp_path / "nowhere", "wanted the folder of a run"), (begun.folder, "has no checkpoint")):
         with pytest.raises(InputError, match=said):
             gptjax.train(config(tmp_path / "new", text, init=str(init)))

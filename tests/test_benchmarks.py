@@ -24,7 +24,7 @@ from gptjax.generation import engine
 from gptjax.model.decoder import Decoder, init_params, unstacked
 from gptjax.parallel.sharding import make_mesh
 from gptjax.training.build import build_components
-from gptjax.training.loop import compile_step
+from gptjax.training.step import compile_step
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,7 +13,7 @@ from gptjax.model.decoder import Decoder, init_params
 from gptjax.ops.blockwise import attend_blockwise
 from gptjax.ops.reference import AttentionMask, attend, cached, causal
 from gptjax.parallel.sharding import make_mesh, to_global
-from gptjax.training.build import language_model_loss
+from gptjax.training.losses import language_model_loss
 
 
 @pytest.fixture(autouse=True)

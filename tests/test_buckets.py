@@ -23,11 +23,11 @@ from gptjax.config import CheckpointConfig, ModelConfig, TrainConfig
 from gptjax.config.section import InputError
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.run import Run, load_config
+from gptjax.storage import StorageError, filesystem, lease, resolve_path
 from gptjax.storage import bucket as bucket_module
-from gptjax.storage import filesystem, lease, resolve_path
-from gptjax.storage.bucket import SCHEMES, BucketError, Scheme
+from gptjax.storage.bucket import SCHEMES, Scheme
 from gptjax.storage.lease import Lease
-from gptjax.training.metrics import MetricsFile
+from gptjax.training.metrics_file import MetricsFile
 
 CFG = CheckpointConfig(keep_newest=1)
 RUN = "s3://bucket/run"
@@ -212,7 +212,7 @@ def test_a_store_that_does_not_answer_is_not_taken_for_an_empty_one(fake):
     before = set(fake.store)
     fake.answers = False
     for ask in (checkpoints.steps, checkpoints.clean, lambda: load_config(RUN)):
-        with pytest.raises(BucketError, match="the store does not answer") as e:
+        with pytest.raises(StorageError, match="the store does not answer") as e:
             ask()
         assert isinstance(e.value, InputError) and isinstance(e.value, OSError)
         assert str(e.value).startswith("s3://bucket/run") and "\n" not in str(e.value)
@@ -251,7 +251,7 @@ def test_an_outage_ends_a_verb_so_that_it_is_started_again_and_a_refusal_for_goo
 def test_several_processes_are_refused_where_one_would_have_to_upload_all(fake, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(InputError, match="2 processes train this run, .*; wanted a gs:// or a shared --run-dir"):
-        Run.open(RUN, TrainConfig(), {"path": "", "sha256": ""}, {})
+        Run.open(RUN, TrainConfig())
     assert not fake.store, "it is told before anything is made"
 
 
@@ -263,7 +263,7 @@ def test_a_run_in_a_bucket_has_its_settings_and_starts_with_an_empty_mirror(fake
     stale = Run.at(RUN).local / "data" / "manifest.json"
     stale.parent.mkdir(parents=True)
     stale.write_text("of an earlier run of this name")
-    run = Run.open(RUN, cfg, {"path": "", "sha256": ""}, {})
+    run = Run.open(RUN, cfg)
     assert load_config(RUN) == cfg and not stale.exists()
     run.data.mkdir()
     (run.data / "manifest.json").write_text("{}")
@@ -271,7 +271,7 @@ def test_a_run_in_a_bucket_has_its_settings_and_starts_with_an_empty_mirror(fake
     run.push(run.data)
     run.close()
     filesystem(run.folder).clear(run.folder)
-    again = Run.open(RUN, cfg, {"path": "", "sha256": ""}, {})
+    again = Run.open(RUN, cfg)
     again.pull(again.data)
     assert sorted(p.name for p in again.data.iterdir()) == ["a", "manifest.json"]
     again.close()

@@ -1,5 +1,6 @@
 """Whatever happens to a checkpoint, it is restored bit for bit or not at all."""
 
+import errno
 import json
 import os
 import shutil
@@ -20,6 +21,8 @@ from gptjax.parallel.sharding import make_mesh, shardings, to_global
 from gptjax.runs import checkpoint
 from gptjax.runs.checkpoint import CheckpointError, Checkpoints
 from gptjax.runs.digest import MANIFEST, digests, leaf_names, write_manifest
+from gptjax.storage import StorageError
+from gptjax.storage.bucket import is_transient
 
 CFG = CheckpointConfig(every=1, keep_newest=2)
 DATA, CONFIG = {"row": 7, "seen": [1, 2]}, {"model.width": 16, "run_dir": "x", "tensorboard": True, "lr": 6e-4}
@@ -283,6 +286,7 @@ def test_retention_keeps_the_newest_the_multiples_and_the_best(template, tmp_pat
 def test_leftovers_of_a_kill_are_removed_and_committed_steps_are_not(folder):
     (folder / "00000030").mkdir()
     (folder / "00000030" / "half").write_text("x")
+    (folder / "00000030.orbax-pending").touch()
     for name in ("00000040.orbax-checkpoint-tmp", ".trash-00000005-ab", "notes"):
         (folder / name / "d").mkdir(parents=True)
     (folder / "00000020.orbax-manifest").write_text("{")
@@ -291,6 +295,29 @@ def test_leftovers_of_a_kill_are_removed_and_committed_steps_are_not(folder):
     assert (folder / "00000030").exists(), "a reader must not clean: the run may be training"
     Checkpoints(folder, CFG)
     assert sorted(p.name for p in folder.iterdir()) == ["00000010", "00000020", "notes"]
+
+
+def test_steps_that_lost_their_manifests_are_not_taken_for_leftovers_of_a_kill(folder):
+    (folder / "00000020" / MANIFEST).unlink()
+    with pytest.raises(InputError, match="00000020 without manifest.json, though no save was under way") as e:
+        Checkpoints(folder, CFG)
+    assert "\n" not in str(e.value) and (folder / "00000020" / "state").exists()
+    assert Checkpoints(folder, CFG, readonly=True).steps() == [10]
+
+
+def test_a_listing_that_fails_is_not_taken_for_a_folder_without_checkpoints(folder, monkeypatch):
+    def stale(path):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    checkpoints = Checkpoints(folder, CFG)
+    for name in ("listdir", "stat"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"gptjax.storage.disk.os.{name}", stale)
+            with pytest.raises(StorageError, match="can't be read") as e:
+                checkpoints.newest()
+        assert is_transient(e.value) and "\n" not in str(e.value)
+    assert checkpoints.newest() == 20
+    assert Checkpoints(folder / "nothing", CFG, readonly=True).newest() is None
 
 
 KILLED = """
@@ -304,9 +331,10 @@ c.save(1, {"w_D": jnp.arange(4.0)}, {"row": 1}, {})
 c.wait()
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[2] == "hashing":
-    digest._sha256 = die
+    digest.file_sha256 = die
 elif sys.argv[2] == "manifest":
-    os.replace = die
+    replace = os.replace
+    os.replace = lambda a, b: die() if os.path.basename(b) == "manifest.json" else replace(a, b)
 elif sys.argv[2] == "delete":
     def rmtree(path, **_):
         os.remove(os.path.join(path, "commit_success.txt"))

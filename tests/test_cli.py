@@ -252,7 +252,7 @@ def test_advice_on_a_vocabulary_names_the_flag_of_the_verb(text, tmp_path, capsy
 
 
 def test_a_run_that_was_not_saved_yet_has_nothing_to_list_or_to_verify(tmp_path, capsys):
-    Run.open(tmp_path / "run", TrainConfig(), {"path": "", "sha256": ""}, {})
+    Run.open(tmp_path / "run", TrainConfig())
     assert "run has no checkpoint yet" in refusal(capsys, "checkpoint", "verify", tmp_path / "run")
     assert main(["checkpoint", "list", str(tmp_path / "run")]) == 0
     assert capsys.readouterr().err == f"{tmp_path / 'run'} has no checkpoint yet\n"

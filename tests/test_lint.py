@@ -18,7 +18,7 @@ from gptjax.ops.attention import Device, select_kernel
 from gptjax.parallel.sharding import AXES, abstract, make_mesh
 from gptjax.parallel.sharding_lint import findings, replicated_parameters, unused_axes, whole_heads
 from gptjax.training.build import build_components
-from gptjax.training.loop import compile_step
+from gptjax.training.step import compile_step
 
 P = jax.P
 # Sizes that no two dimensions share: the lint goes by sizes.

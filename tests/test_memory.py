@@ -18,9 +18,9 @@ from gptjax.model.decoder import Decoder, init_params
 from gptjax.ops.blockwise import attend_blockwise
 from gptjax.ops.reference import attend, causal
 from gptjax.parallel.sharding import AXES
-from gptjax.training.build import language_model_loss
-from gptjax.training.loop import compile_step, make_init, make_train_step
+from gptjax.training.losses import language_model_loss
 from gptjax.training.optim import make_optimizer, make_schedule
+from gptjax.training.step import compile_step, make_init, make_train_step
 
 CFG = ModelConfig(num_layers=4, width=64, num_heads=4, dtype="float32")
 LENGTH, ROWS_A_DEVICE = 128, 4

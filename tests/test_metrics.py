@@ -17,7 +17,8 @@ from gptjax.config.section import InputError
 from gptjax.model.counts import flops_per_token
 from gptjax.runtime.hardware import peak_flops, sheet_flops
 from gptjax.training import metrics
-from gptjax.training.metrics import Metrics, MetricsFile, ProgressBar, Throughput, duration
+from gptjax.training.metrics import Metrics, ProgressBar, Throughput, duration
+from gptjax.training.metrics_file import MetricsFile
 
 CFG = TrainConfig(
     steps=40,
@@ -161,7 +162,7 @@ def test_the_best_steps_are_those_of_lowest_evaluation_loss(tmp_path):
     assert file.best_steps(2) == [20, 50]
     assert file.best_steps(9) == [20, 50, 30, 10]
     assert file.best_steps(1, among=[10, 30]) == [30], "the best of those that were saved"
-    assert file.has_evaluation(30) and not file.has_evaluation(31)
+    assert file.evaluation(30) is not None and file.evaluation(31) is None
 
 
 # Throughput.

@@ -25,8 +25,9 @@ from gptjax.parallel import processes as distributed
 from gptjax.parallel.cluster import Cluster, RetryableError, find_cluster
 from gptjax.parallel.preflight import RendezvousServer, preflight
 from gptjax.runs.checkpoint import Checkpoints
-from gptjax.stages.pretrain import together
-from gptjax.training.loop import Diverged, Interrupted
+from gptjax.stages.runner import barrier_at_exit
+from gptjax.training.loop import Diverged
+from gptjax.training.stop import Interrupted
 
 SETTINGS = """
 --model.num-layers 1 --model.width 32 --model.num-heads 2 --model.dtype float32 --model.dropout 0
@@ -278,13 +279,13 @@ def test_shards_of_a_batch_are_the_batch_and_their_targets_are_counted(packing, 
 def test_processes_wait_at_the_end_only_where_all_reach_it(tmp_path, monkeypatch, error):
     checkpoints, done = Checkpoints(tmp_path, CheckpointConfig()), []
     monkeypatch.setattr("gptjax.runs.checkpoint.barrier", done.append)
-    monkeypatch.setattr("gptjax.stages.pretrain.barrier", done.append)
+    monkeypatch.setattr("gptjax.stages.runner.barrier", done.append)
     checkpoints._thread = threading.Thread(target=lambda: done.append("saved"))
     checkpoints._thread.start()
-    with pytest.raises(error) if error else contextlib.nullcontext(), contextlib.ExitStack() as ending:
-        ending.callback(done.append, "run closed")
-        ending.callback(checkpoints.wait, together=False)
-        with together(checkpoints, ending):
+    with pytest.raises(error) if error else contextlib.nullcontext(), contextlib.ExitStack() as cleanup:
+        cleanup.callback(done.append, "run closed")
+        cleanup.callback(checkpoints.wait, all_processes=False)
+        with barrier_at_exit(checkpoints, cleanup):
             if error:
                 raise error
     alone, all_come = ["saved", "run closed"], ["saved", "checkpoint committed", "run closed", "closed"]
@@ -510,7 +511,7 @@ def test_the_time_limit_saves_and_ends_all_processes_before_it(tmp_path, text):
     ended = finish(start(2, run, text, "--steps", "100000", "--checkpoint.every", "100000", "--time-limit", "90"))
     assert codes(ended) == [75, 75], ended
     assert time.monotonic() - began < 92
-    assert "time_limit=90 is near" in ended[0][2]
+    assert "time limit of 90 s is near" in ended[0][2]
     stopped = lines(run)[-1]["step"]
     assert (run / "checkpoints" / f"{stopped:08d}" / "manifest.json").is_file()
 

@@ -12,7 +12,7 @@ import pytest
 from gptjax.config import CheckpointConfig, MeshConfig, ModelConfig, TrainConfig
 from gptjax.config.section import InputError, leaves
 from gptjax.runs import run as run_module
-from gptjax.runs.run import Run, environment, load_config, read_config
+from gptjax.runs.run import Provenance, Run, environment, load_config, read_config
 from gptjax.storage import write_json
 
 CFG = TrainConfig(steps=100, model=ModelConfig(num_layers=2, width=64, num_heads=4))
@@ -21,7 +21,7 @@ ORIGINS = {"steps": "command line", "model.width": "recipe"}
 
 
 def open_run(folder, config=CFG) -> Run:
-    return Run.open(folder, config, RECIPE, ORIGINS)
+    return Run.open(folder, config, Provenance(**RECIPE, origins=ORIGINS))
 
 
 def commit_step(run: Run, step: int = 10):
@@ -35,7 +35,7 @@ def test_a_run_knows_its_settings_and_where_each_came_from(tmp_path):
     assert load_config(run.folder) == CFG
     document = json.loads(run.config_path.read_text())
     assert list(document) == ["schema", "stage", "recipe", "settings"]
-    assert (document["schema"], document["stage"], document["recipe"]) == (4, "pretrain", RECIPE)
+    assert (document["schema"], document["stage"], document["recipe"]) == (1, "pretrain", RECIPE)
     settings = document["settings"]
     assert list(settings) == [name for name, _ in leaves(CFG)]
     assert settings["steps"] == {"value": 100, "from": "command line"}
@@ -49,17 +49,6 @@ def test_what_a_killed_start_left_in_the_folder_is_removed_by_the_next(tmp_path)
         (tmp_path / name).write_text("")
     open_run(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {".lock", "config.json", "environment.json", "notes"}
-
-
-def test_a_run_of_an_older_schema_is_read_as_it_was(tmp_path):
-    run = open_run(tmp_path)
-    document = json.loads(run.config_path.read_text())
-    document["schema"] = 1
-    for name in ("optim.kind", "data.mixture", "model.attention"):
-        del document["settings"][name]
-    wanted = load_config(run.folder)
-    run.config_path.write_text(json.dumps(document))
-    assert load_config(run.folder) == wanted
 
 
 def test_a_run_knows_its_machine(tmp_path):
@@ -174,8 +163,9 @@ def edited(change):
         (lambda d: "", r"config\.json:1: not valid JSON"),
         (lambda d: "[" * 100_000, "not valid JSON"),
         (lambda d: "[1]", "no schema number"),
-        (lambda d: d.update(schema=5), "schema 5; this gptjax reads schema 4"),
+        (lambda d: d.update(schema=2), "schema 2; this gptjax reads schema 1"),
         (lambda d: d.update(schema=True), "schema True"),
+        (lambda d: d.update(stage="distil"), "stage 'distil'; wanted one of pretrain"),
         (lambda d: d.update(extra=1), "'extra' is missing or unknown"),
         (lambda d: d.pop("stage") and None, "'stage' is missing or unknown"),
         (lambda d: d.update(settings=[]), "settings is no table"),
@@ -208,7 +198,7 @@ def test_a_config_that_is_no_text_is_refused(tmp_path):
 def test_reading_a_run_never_runs_its_recipe(tmp_path):
     recipe = tmp_path / "recipe.py"
     recipe.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    Run.open(tmp_path / "run", CFG, {"path": str(recipe), "sha256": ""}, {})
+    Run.open(tmp_path / "run", CFG, Provenance(str(recipe)))
     load_config(tmp_path / "run")
     assert not (tmp_path / "ran").exists()
 
@@ -234,7 +224,7 @@ import sys, time
 from gptjax.config import TrainConfig
 from gptjax.runs.run import Run
 for _ in range(2):  # a process does not lock itself out, nor lose the run by opening it twice
-    Run.open(sys.argv[1], TrainConfig(), {}, {})
+    Run.open(sys.argv[1], TrainConfig())
 print("holding", flush=True)
 time.sleep(60)
 """

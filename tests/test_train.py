@@ -1,4 +1,4 @@
-"""Laws of the step and the loop, on a model of one matrix: train.py knows no decoder."""
+"""Laws of the step and the loop, on a model of one matrix: training/ knows no decoder."""
 
 import itertools
 import time
@@ -13,16 +13,10 @@ from gptjax.config import CheckpointConfig, MeshConfig
 from gptjax.config.section import InputError
 from gptjax.parallel.sharding import abstract, make_mesh
 from gptjax.runs.checkpoint import Checkpoints
-from gptjax.training.loop import (
-    Diverged,
-    Interrupted,
-    compile_step,
-    enable_compile_cache,
-    fit,
-    init_state,
-    make_init,
-    make_train_step,
-)
+from gptjax.runtime.compile_cache import enable_compile_cache
+from gptjax.training.loop import Diverged, Hooks, fit
+from gptjax.training.step import compile_step, init_state, make_init, make_train_step
+from gptjax.training.stop import Interrupted
 
 
 def loss_fn(params, frozen, batch, key):
@@ -59,9 +53,10 @@ def endless(start: int = 0):
 
 def run(until: int, mesh, state, step, **more):
     logged, saved = {}, []
-    more = {"save_every": 1000, "save": lambda i, state, data: saved.append((i, int(state.step), data))} | more
+    more = {"save": lambda i, state, data: saved.append((i, int(state.step), data))} | more
+    hooks = Hooks(log=lambda i, metrics, data: logged.update({i: metrics}), **more)
     with jax.set_mesh(mesh):
-        state = fit(step, state, FROZEN, endless(int(state.step)), until, mesh=mesh, log=logged.__setitem__, **more)
+        state = fit(step, state, FROZEN, endless(int(state.step)), until, mesh=mesh, hooks=hooks)
     return state, logged, saved
 
 
@@ -91,35 +86,26 @@ def test_every_step_draws_other_random_numbers_and_a_rerun_the_same():
     assert [float(m["noise"]) for m in a.values()] == [float(m["noise"]) for m in b.values()]
 
 
-def test_a_step_is_logged_before_it_is_saved_and_saved_before_a_hook():
+def test_a_step_is_logged_before_it_is_saved_and_saved_before_it_is_evaluated():
     events = []
     mesh, state, step = make()
     with jax.set_mesh(mesh):
-        fit(
-            step, state, FROZEN, endless(), 4, mesh=mesh, log=lambda i, m: events.append(("log", i)),
-            save=lambda i, s, d: events.append(("save", i)), save_every=2,
-            hooks={lambda i, s: events.append(("evaluate", i)): 2},
+        hooks = Hooks(
+            log=lambda i, m, d: events.append(("log", i, d["step"])), save=lambda i, s, d: events.append(("save", i)),
+            save_every=2, evaluate=lambda i, s: events.append(("evaluate", i)), evaluate_every=2,
         )  # fmt: skip
-    wanted = [
-        ("log", 1),
-        ("log", 2),
-        ("save", 2),
-        ("evaluate", 2),
-        ("log", 3),
-        ("log", 4),
-        ("save", 4),
-        ("evaluate", 4),
-    ]
-    assert events == wanted
+        fit(step, state, FROZEN, endless(), 4, mesh=mesh, hooks=hooks)
+    assert events == [
+        ("log", 1, 1), ("log", 2, 2), ("save", 2), ("evaluate", 2),
+        ("log", 3, 3), ("log", 4, 4), ("save", 4), ("evaluate", 4),
+    ]  # fmt: skip
 
 
 def test_a_request_to_stop_saves_the_step_just_done_and_raises():
     saved, mesh, state, step = [], *make()
     with jax.set_mesh(mesh), pytest.raises(Interrupted):
-        fit(
-            step, state, FROZEN, endless(), 50, mesh=mesh, log=lambda i, m: None,
-            save=lambda i, s, d: saved.append((i, d)), save_every=1000, stop=lambda: True,
-        )  # fmt: skip
+        hooks = Hooks(save=lambda i, s, d: saved.append((i, d)), stop=lambda: True)
+        fit(step, state, FROZEN, endless(), 50, mesh=mesh, hooks=hooks)
     assert saved == [(1, {"step": 1})]
 
 
@@ -138,8 +124,27 @@ def test_the_next_batch_and_no_more_is_on_its_way_while_a_step_runs_and_what_is_
         seen.append((i, data["step"], asked[-1]))
 
     with jax.set_mesh(mesh):
-        fit(step, state, FROZEN, counted(), 4, mesh=mesh, log=lambda *_: None, save=save, save_every=1)
+        fit(step, state, FROZEN, counted(), 4, mesh=mesh, hooks=Hooks(save=save, save_every=1))
     assert seen == [(1, 1, 2), (2, 2, 3), (3, 3, 4), (4, 4, 4)]
+
+
+def test_batches_of_a_function_are_made_from_the_state_after_the_last_update():
+    seen, mesh, state, step = [], *make()
+
+    def on_policy(state):
+        seen.append((int(state.step), jax.device_get(state.params["w_D"])))
+        return batch(int(state.step)), {"step": int(state.step) + 1}
+
+    saved: dict[int, tuple] = {}
+    hooks = Hooks(save=lambda i, s, d: saved.update({i: (jax.device_get(s.params["w_D"]), d)}), save_every=1)
+    with jax.set_mesh(mesh):
+        fit(step, state, FROZEN, on_policy, 4, mesh=mesh, hooks=hooks)
+    assert [at for at, _ in seen] == [0, 1, 2, 3], "asked for once a step, and not ahead"
+    for i in range(1, 4):
+        np.testing.assert_array_equal(seen[i][1], saved[i][0])
+    assert [data["step"] for _, data in saved.values()] == [1, 2, 3, 4]
+    last = run(4, *make())[0]
+    np.testing.assert_array_equal(saved[4][0], jax.device_get(last.params["w_D"]))  # the same batches ahead of time
 
 
 def test_a_batch_that_can_not_be_made_ends_training_in_its_place():
@@ -150,10 +155,8 @@ def test_a_batch_that_can_not_be_made_ends_training_in_its_place():
         raise InputError("page 7 is damaged")
 
     with jax.set_mesh(mesh), pytest.raises(InputError, match="page 7"):
-        fit(
-            step, state, FROZEN, three(), 9, mesh=mesh, log=lambda *_: None,
-            save=lambda i, s, d: saved.append((i, d["step"])), save_every=1,
-        )  # fmt: skip
+        hooks = Hooks(save=lambda i, s, d: saved.append((i, d["step"])), save_every=1)
+        fit(step, state, FROZEN, three(), 9, mesh=mesh, hooks=hooks)
     assert saved == [(1, 1), (2, 2), (3, 3)]
 
 
@@ -167,17 +170,19 @@ def test_a_step_states_how_long_it_waited_for_its_batch():
 
     logged = {}
     with jax.set_mesh(mesh):
-        fit(step, state, FROZEN, slow_third(), 4, mesh=mesh, log=logged.__setitem__, save=lambda *_: None, save_every=9)
+        hooks = Hooks(log=lambda i, metrics, data: logged.update({i: metrics}))
+        fit(step, state, FROZEN, slow_third(), 4, mesh=mesh, hooks=hooks)
     assert logged[3]["input_seconds"] > 0.1 > logged[4]["input_seconds"]
 
 
 def test_a_loss_that_is_no_number_ends_training_before_it_is_saved():
     saved, logged, (mesh, state, step) = [], [], make(rate=1e30)
     with jax.set_mesh(mesh), pytest.raises(Diverged, match="(loss|grad_norm) is (nan|inf) at step"):
-        fit(
-            step, state, FROZEN, endless(), 50, mesh=mesh, log=lambda i, m: logged.append((m["loss"], m["grad_norm"])),
+        hooks = Hooks(
+            log=lambda i, m, d: logged.append((m["loss"], m["grad_norm"])),
             save=lambda i, s, d: saved.append(float(jnp.abs(s.params["w_D"]).max())), save_every=1,
         )  # fmt: skip
+        fit(step, state, FROZEN, endless(), 50, mesh=mesh, hooks=hooks)
     assert len(saved) < 10
     assert np.isfinite(logged[:-1]).all() and not np.isfinite(logged[-1]).all()
 
@@ -188,14 +193,9 @@ def test_a_run_that_starts_or_ends_within_the_steps_to_trace_traces_its_own(tmp_
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append("start"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
     with jax.set_mesh(mesh):
-        state = fit(
-            step, state, FROZEN, endless(), 2, mesh=mesh, log=lambda *_: None, save=lambda *_: None, save_every=9
-        )
+        state = fit(step, state, FROZEN, endless(), 2, mesh=mesh, hooks=Hooks())
         calls.clear()
-        fit(
-            step, state, FROZEN, endless(2), 4, mesh=mesh, log=lambda *_: None, save=lambda *_: None, save_every=9,
-            trace=(*steps, tmp_path),
-        )  # fmt: skip
+        fit(step, state, FROZEN, endless(2), 4, mesh=mesh, hooks=Hooks(trace=(*steps, tmp_path)))
     assert calls == ([] if steps == (9, 9) else ["start", "stop"])
 
 
@@ -204,17 +204,15 @@ def test_a_run_that_is_interrupted_within_the_steps_to_trace_keeps_what_was_trac
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append("start"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
     with jax.set_mesh(mesh), pytest.raises(Interrupted):
-        fit(
-            step, state, FROZEN, endless(), 9, mesh=mesh, log=lambda *_: None, save=lambda *_: None, save_every=9,
-            trace=(1, 5, tmp_path), stop=lambda: bool(calls),
-        )  # fmt: skip
+        hooks = Hooks(trace=(1, 5, tmp_path), stop=lambda: bool(calls))
+        fit(step, state, FROZEN, endless(), 9, mesh=mesh, hooks=hooks)
     assert calls == ["start", "stop"]
 
 
 def test_training_refuses_sharded_state_without_a_mesh():
     mesh, state, step = make()
     with pytest.raises(InputError, match="no mesh is set"):
-        fit(step, state, FROZEN, endless(), 1, mesh=mesh, log=print, save=print, save_every=1)
+        fit(step, state, FROZEN, endless(), 1, mesh=mesh, hooks=Hooks())
 
 
 def test_averages_begin_as_the_parameters_and_follow_them_by_their_decay():

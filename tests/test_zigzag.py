@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from unoptimised import UNOPTIMISED
 
-from gptjax.config import DataConfig, MeshConfig, ModelConfig, TokenizerConfig, TrainConfig
+from gptjax.config import DataConfig, MeshConfig, ModelConfig, TokenizerConfig, TrainConfig, check_divisible
 from gptjax.config.section import InputError
 from gptjax.data.packing import example_batch
 from gptjax.model.decoder import Decoder, init_params
@@ -23,8 +23,8 @@ from gptjax.ops.kernels import attend_shared
 from gptjax.ops.reference import AttentionMask, attend, cached, causal
 from gptjax.parallel import context
 from gptjax.parallel.sharding import abstract, make_mesh, to_global
-from gptjax.training.build import build_components, check_divisible
-from gptjax.training.loop import compile_step
+from gptjax.training.build import build_components
+from gptjax.training.step import compile_step
 
 LENGTH = 64
 ROOT = Path(__file__).parent.parent

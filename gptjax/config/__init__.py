@@ -15,18 +15,20 @@ from gptjax.config.tokenizer import TokenizerConfig, TrainTokenizerConfig
 from gptjax.config.training import (
     EXTENDABLE,
     SCHEMA,
+    STAGES,
     CheckpointConfig,
     EvalConfig,
     EvaluateConfig,
     MeshConfig,
     TrainConfig,
+    check_divisible,
     frozen_changes,
     frozen_settings,
 )
 
 __all__ = [
-    "EXTENDABLE", "SCHEMA", "CheckpointConfig", "ContinueConfig", "DataConfig", "DoctorConfig", "EvalConfig",
+    "EXTENDABLE", "SCHEMA", "STAGES", "CheckpointConfig", "ContinueConfig", "DataConfig", "DoctorConfig", "EvalConfig",
     "EvaluateConfig", "FitConfig", "GenerateConfig", "MeshConfig", "ModelConfig", "OptimConfig", "PredictConfig",
     "PrepareConfig", "ShowConfig", "SweepConfig", "TokenizerConfig", "TrainConfig", "TrainTokenizerConfig",
-    "VerifyConfig", "frozen_settings", "frozen_changes",
+    "VerifyConfig", "check_divisible", "frozen_settings", "frozen_changes",
 ]  # fmt: skip

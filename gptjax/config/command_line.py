@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gptjax.config import TrainConfig
+from gptjax.config import STAGES, TrainConfig
 from gptjax.config.section import InputError, build, leaves, one_line, unknown_name
 
 T = TypeVar("T")
@@ -94,22 +94,23 @@ class Recipe:
 
         A recipe with a dial is a function with an argument `size`, a whole number or a word, that has a default.
         """
-        make: Callable[..., Any] | None = getattr(self.module, stage, None)
-        if not callable(make):
+        function: Callable[..., Any] | None = getattr(self.module, stage, None)
+        if not callable(function):
             raise InputError(f"{self.path} has no function {stage}(); wanted one that returns the stage's config")
-        given = {"size": self._dial(make, stage, size)} if size else {}
+        dial = {"size": self._dial(function, stage, size)} if size else {}
         try:
-            made = make(**given)
+            config = function(**dial)
         except InputError:
             raise
         except Exception as e:
             raise _failure(self.path, f"{stage}()", e) from e
-        if not isinstance(made, TrainConfig):
-            raise InputError(f"{self.path}: {stage}() returned {made!r}; wanted a gptjax.config.TrainConfig")
-        return build(TrainConfig, dict(leaves(made)))  # whose values must be of the types that config.json gives back
+        kind = STAGES[stage]
+        if not isinstance(config, kind):
+            raise InputError(f"{self.path}: {stage}() returned {config!r}; wanted a gptjax.config.{kind.__name__}")
+        return build(kind, dict(leaves(config)))  # whose values must be of the types that config.json gives back
 
-    def _dial(self, make: Callable[..., Any], stage: str, size: str) -> int | str:
-        dial = inspect.signature(make).parameters.get("size")
+    def _dial(self, function: Callable[..., Any], stage: str, size: str) -> int | str:
+        dial = inspect.signature(function).parameters.get("size")
         if dial is None:
             raise InputError(f"--size {size}: {self.path} has no dial; wanted {stage}(size=...) there, or no --size")
         if not isinstance(dial.default, int):
@@ -132,7 +133,7 @@ def take(args: list[str], flag: str) -> tuple[str, list[str]]:
 
 
 def positional(args: list[str], name: str, example: str) -> tuple[str, list[str]]:
-    """Takes the first argument, which must be a word; where help is asked for instead, the name stands for it."""
+    """Takes the first argument, which must be a word; where help is asked for instead, gives back the name."""
     if args and args[0] in HELP:
         return name, args
     if not args or args[0].startswith("-"):
@@ -149,7 +150,7 @@ def positionals(args: list[str], name: str, example: str) -> tuple[list[str], li
 
 
 def nothing_left(args: list[str], usage: str) -> None:
-    """For verbs without settings: prints the usage where help is asked for, and refuses anything else."""
+    """Refuses any argument of a verb without settings, and prints the usage where help is asked for."""
     if args and args[0] in HELP:
         print(f"usage: {usage}")
         raise SystemExit(0)

@@ -1,8 +1,9 @@
-"""A run as a whole: its mesh, checkpoints and evaluations, and what may change when it is resumed."""
+"""Settings of a whole run: mesh, checkpoints, evaluations, and what may change when it is resumed."""
 
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from gptjax.config.optim import OptimConfig
 from gptjax.config.section import InputError, Section, leaves
 from gptjax.config.tokenizer import TokenizerConfig
 
-SCHEMA = 4  # version of config.json; raise it when a saved file needs translating
+SCHEMA = 1  # version of config.json; raise it when a saved file needs translating
 
 # What may change when a run is resumed. Everything else is frozen: changing it would make another run.
 FREE = ("run_dir", "log_every", "log_norms_every", "tensorboard", "sample", "profile", "compile_cache", "time_limit",
@@ -107,6 +108,8 @@ class EvalConfig(Section):
 class TrainConfig(Section):
     """Pretraining from start to end."""
 
+    stage: ClassVar[str] = "pretrain"
+
     run_dir: str = "runs/unnamed"
     """Folder of the run, also as gs://BUCKET/FOLDER or s3://BUCKET/FOLDER; the same command on it resumes."""
     steps: int = 1000
@@ -165,8 +168,8 @@ class TrainConfig(Section):
         """`time_limit` in seconds; 0 where it is empty or malformed."""
         unit = r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?"
         clock = r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)"  # as Slurm writes it
-        found = re.fullmatch(unit, self.time_limit) or re.fullmatch(clock, self.time_limit)
-        parts = [int(x or 0) for x in found.groups()] if found else []
+        match = re.fullmatch(unit, self.time_limit) or re.fullmatch(clock, self.time_limit)
+        parts = [int(x or 0) for x in match.groups()] if match else []
         return float(sum(x * seconds for x, seconds in zip(parts, (86400, 3600, 60, 1))))
 
     @property
@@ -176,6 +179,26 @@ class TrainConfig(Section):
         if first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last):
             return int(first), int(last)
         return ()
+
+
+STAGES: dict[str, type[TrainConfig]] = {cls.stage: cls for cls in (TrainConfig,)}
+"""The settings of each stage, by the name of its function in a recipe and of its stage in a run's config.json."""
+
+
+def check_divisible(config: TrainConfig, sizes: Mapping[str, int]) -> None:
+    """Raises InputError where the rows or their length do not divide over the axes of a mesh (mesh.shape)."""
+    shards, parts = sizes["data"] * sizes["fsdp"], config.optim.accumulate
+    if config.data.batch_size % (shards * parts):
+        raise InputError(
+            f"data.batch_size={config.data.batch_size} does not divide over mesh.data x mesh.fsdp = {shards} and "
+            f"optim.accumulate={parts}; e.g. --data.batch-size {shards * parts}"
+        )
+    shared, length = sizes["context"], config.data.length
+    if shared > 1 and length % (2 * shared):
+        raise InputError(
+            f"data.length={length} does not divide into two chunks for each of the mesh.context={shared} devices that "
+            f"share a row; e.g. --data.length {max(1, length // (2 * shared)) * 2 * shared}"
+        )
 
 
 def frozen_settings(config: Any) -> dict[str, Any]:

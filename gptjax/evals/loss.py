@@ -37,24 +37,24 @@ def evaluate(
     """
     nats = tokens = size = 0.0
     named: dict[str, float] = {}
-    for held in validation:
+    for dataset in validation:
         loss_sum = weight_sum = 0.0
-        rows = local_rows(held.config.data.batch_size, mesh)
-        for batch in held.batches(max_rows, rows.numbers):
+        rows = local_rows(dataset.config.data.batch_size, mesh)
+        for batch in dataset.batches(max_rows, rows.numbers):
             loss, weight = jax.device_get(eval_step(params, to_global(batch, mesh, rows)))
             loss_sum, weight_sum = loss_sum + float(loss), weight_sum + float(weight)
         if not weight_sum:
-            name = f" {held.name!r}" if held.name else ""
+            name = f" {dataset.name!r}" if dataset.name else ""
             raise InputError(
                 f"the validation set{name} holds no token; give more text or raise data.validation_fraction"
             )
-        if held.name:
+        if dataset.name:
             loss = loss_sum / weight_sum
-            named |= {f"eval_loss_{held.name}": loss}
-            named |= {f"eval_bits_per_byte_{held.name}": loss / math.log(2) / held.bytes_per_target}
-        if held.own:
+            named |= {f"eval_loss_{dataset.name}": loss}
+            named |= {f"eval_bits_per_byte_{dataset.name}": loss / math.log(2) / dataset.bytes_per_target}
+        if dataset.own:
             nats, tokens = nats + loss_sum, tokens + weight_sum
-            size += weight_sum * held.bytes_per_target
+            size += weight_sum * dataset.bytes_per_target
     loss = nats / tokens
     return {
         "eval_loss": loss,

@@ -107,6 +107,12 @@ def is_main_process() -> bool:
     return _cluster is None or _cluster.process == 0
 
 
+def say(line: str) -> None:
+    """Prints a line to stderr, in the main process alone."""
+    if is_main_process():
+        print(line, file=sys.stderr, flush=True)
+
+
 def process_label() -> str:
     """The name of this process in errors: "process 1 of 4 on host"; "" where it is alone."""
     if _cluster is None:

@@ -3,6 +3,8 @@
 A step is a folder named by its number. Orbax writes it in the background; when Orbax is done, a manifest of every
 file (size and sha256) is written last, atomically: a step without a manifest does not exist. Orbax itself does not
 notice a flipped bit in array data, so each leaf also carries a digest computed on the device, compared at restore.
+While a step is written or deleted, a file named after it and PENDING lies beside it: so leftovers of a kill differ from
+steps whose manifests were lost.
 """
 
 import contextlib
@@ -22,14 +24,16 @@ from gptjax.config.section import InputError
 from gptjax.parallel.processes import all_agree, barrier, broadcast_from_main, process_label
 from gptjax.runs.digest import (
     MANIFEST,
+    PENDING,
     check_manifest,
     committed_steps,
     digests,
     folder_files,
     leaf_names,
+    unsealed_steps,
     write_manifest,
 )
-from gptjax.storage import PROBE, TRASH, BucketError, filesystem, resolve_path
+from gptjax.storage import PROBE, TRASH, StorageError, filesystem, resolve_path
 
 UNSOUND = ".unsound"
 JSON_ITEMS = ("data", "config", "digests")
@@ -99,7 +103,7 @@ class Checkpoints:
         path = self.path(step) / "data" / "data.json"
         try:
             return json.loads(self.store.read(path))
-        except BucketError:
+        except StorageError:
             raise
         except (OSError, ValueError) as e:
             raise InputError(f"{path} can't be read ({_one_line(e)}); see gptjax checkpoint verify") from e
@@ -110,7 +114,7 @@ class Checkpoints:
         """Saves in the background; `state` may be donated as soon as this returns.
 
         `data` (the position in the data) and `config` hold what JSON can hold. A step that is already committed is
-        left as it is. `first` is called, by the first process, before the step is committed: what a committed step
+        left as it is. `first` is called by process 0 before the step is committed, to bring what a committed step
         promises to be there. Waits for the save before it, and raises CheckpointError where that one failed.
         """
         assert not self.readonly, "these checkpoints were opened for reading"
@@ -124,6 +128,7 @@ class Checkpoints:
         items = {"state": _nested(leaves), "data": data, "config": config, "digests": marks}
         try:
             staged = self.store.stage(self.path(step))
+            self._mark_pending(step)
             with _orbax():
                 response = ocp.save_checkpointables_async(str(staged), items)
         except Exception as e:
@@ -144,15 +149,15 @@ class Checkpoints:
             error, self._error = self._error, None
             raise error
 
-    def wait(self, together: bool = True) -> None:
+    def wait(self, all_processes: bool = True) -> None:
         """Returns when every save is durable; raises CheckpointError if one failed. Call it before the process ends.
 
-        All processes wait for each other, so all must call it; without `together` this one waits for its own part.
+        All processes wait for each other, so all must call it; without `all_processes` this one waits for its own part.
         """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-            if together:
+            if all_processes:
                 barrier("checkpoint committed")
         self.check()
 
@@ -165,27 +170,37 @@ class Checkpoints:
                 first()
                 self.store.check(self.folder, now=True)
                 write_manifest(self.path(step), step)
+                self.store.remove(self._pending(step))
             self.seconds = max(self.seconds, time.monotonic() - self._began)
         except Exception as e:
             self._error = _failed(step, e)
             self._remove_partial(step)
+
+    def _pending(self, step: int) -> Path:
+        return self.folder / f"{step:08d}{PENDING}"
+
+    def _mark_pending(self, step: int) -> None:
+        if jax.process_index() == 0:
+            self.store.write(self._pending(step), b"")
 
     def _remove_partial(self, step: int) -> None:
         """Removes what a failed save left, where this process still holds the run: else the step may be another's."""
         if jax.process_index() == 0:
             with contextlib.suppress(InputError):  # lost, or a store that does not answer: the next start cleans
                 self.store.check(self.folder, now=True)
-                for name in self.store.names(self.folder):
+                for name in sorted(self.store.names(self.folder)):  # the folder before its mark
                     if name == f"{step:08d}" or name.startswith(f"{step:08d}.orbax"):
                         self.store.remove(self.folder / name)
 
     def clean(self) -> None:
-        """Removes what a kill in the middle of a save or a delete left behind."""
+        """Removes what a kill in the middle of a save or a delete left behind.
+
+        Raises InputError for steps that have lost their manifests in another way: a copy of the run may lack them.
+        """
         if jax.process_index() == 0:
-            for name in self.store.names(self.folder):
-                step = re.match(r"[0-9]{8,}($|\.orbax)", name)
-                unsealed = step and not self.store.is_file(self.folder / name / MANIFEST)
-                if unsealed or name.startswith((TRASH, PROBE)):
+            leftovers = unsealed_steps(self.folder)
+            for name in sorted(self.store.names(self.folder)):  # a step before its mark
+                if name in leftovers or re.match(r"[0-9]{8,}\.orbax", name) or name.startswith((TRASH, PROBE)):
                     self.store.remove(self.folder / name)
         barrier("checkpoints cleaned")
 
@@ -201,7 +216,9 @@ class Checkpoints:
         if jax.process_index() == 0:
             for step in gone:
                 self.store.check(self.folder, now=True)
+                self._mark_pending(step)
                 self.store.discard(self.path(step), MANIFEST)
+                self.store.remove(self._pending(step))
         return gone
 
     # Reading.
@@ -230,7 +247,7 @@ class Checkpoints:
             shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
             tried.append(f"step {candidate}: {shown or 'not sound for another process, which says why'}")
             self.problems += [f"step {candidate}: {p}" for p in problems]
-            if problems:  # of several processes each tells its own
+            if problems:  # each process reports its own
                 where = f"{process_label()}: " if process_label() else ""
                 line = f"warning: {where}checkpoint {self.path(candidate)} is not sound: {shown}"
                 print(line, file=sys.stderr, flush=True)
@@ -242,7 +259,9 @@ class Checkpoints:
             for step in steps:
                 aside = self.folder / f"{step:08d}{UNSOUND}"
                 self.store.remove(aside)
+                self._mark_pending(step)
                 self.store.move(self.path(step), aside, MANIFEST)
+                self.store.remove(self._pending(step))
                 print(f"warning: it was set aside as {aside}", file=sys.stderr, flush=True)
         barrier("unsound checkpoints set aside")
 
@@ -260,7 +279,7 @@ class Checkpoints:
                 marks = ocp.load_checkpointables(path, {"digests": None})["digests"]
         except Exception as e:
             problems = [f"digests can't be read: {_one_line(e)}"]
-        if not all_agree(not problems):  # told before the load of the arrays, in which all have part
+        if not all_agree(not problems):  # before the load of the arrays, in which all take part
             return None, None, None, problems
         self._check_leaves(step, dict(zip(names, leaves, strict=True)), marks, partial)
         wanted = _nested({n: _placed(leaf) for n, leaf in zip(names, leaves, strict=True)})

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from gptjax.storage import BucketError, file_sha256, filesystem
+from gptjax.config.section import InputError
+from gptjax.storage import StorageError, file_sha256, filesystem
 
 P = jax.P
 
-MANIFEST = "manifest.json"
+MANIFEST, PENDING = "manifest.json", ".orbax-pending"
 
 
 def leaf_names(tree: Any) -> list[str]:
@@ -86,13 +87,29 @@ def committed_steps(folder: Path) -> list[int]:
     return sorted(int(n) for n in names if filesystem(folder).is_file(folder / n / MANIFEST))
 
 
+def unsealed_steps(folder: Path) -> list[str]:
+    """The names of the steps without a manifest that a killed save or delete left in a folder of checkpoints.
+
+    Raises InputError for those that lost it in another way, such as a copy of the run without these files.
+    """
+    files = filesystem(folder)
+    names = files.names(folder)
+    steps = [n for n in sorted(names) if re.fullmatch("[0-9]{8,}", n) and not files.is_file(folder / n / MANIFEST)]
+    if lost := [name for name in steps if name + PENDING not in names]:
+        raise InputError(
+            f"{folder}: {', '.join(lost)} without {MANIFEST}, though no save was under way; finish copying, bring these "
+            "files back, or move the folders away"
+        )
+    return steps
+
+
 def check_manifest(folder: Path, step: int) -> list[str]:
     """Returns the differences of a step's folder from its manifest, one line each; empty where there are none."""
     try:
         manifest = json.loads(filesystem(folder).read(folder / MANIFEST))
         files = manifest["files"]
         sealed = manifest["sha256"] == _seal(manifest["step"], files) and manifest["step"] == step
-    except BucketError:  # an outage, which says nothing of the step
+    except StorageError:  # an outage, which says nothing of the step
         raise
     except OSError as e:
         return [f"{MANIFEST} can't be read ({e.strerror})"]
@@ -100,17 +117,17 @@ def check_manifest(folder: Path, step: int) -> list[str]:
         return [f"{MANIFEST} is damaged"]
     if not sealed:
         return [f"{MANIFEST} is damaged, or is that of another step"]
-    there = folder_files(folder)
-    problems = [f"{name} is missing" for name in sorted(files.keys() - there.keys())]
-    problems += [f"{name} should not be there" for name in sorted(there.keys() - files.keys())]
-    for name in sorted(files.keys() & there.keys()):
+    sizes = folder_files(folder)
+    problems = [f"{name} is missing" for name in sorted(files.keys() - sizes.keys())]
+    problems += [f"{name} should not be there" for name in sorted(sizes.keys() - files.keys())]
+    for name in sorted(files.keys() & sizes.keys()):
         size, sha256 = files[name]
         try:
-            if there[name] != size:
-                problems.append(f"{name} has {there[name]} bytes, not {size}")
+            if sizes[name] != size:
+                problems.append(f"{name} has {sizes[name]} bytes, not {size}")
             elif file_sha256(folder / name) != sha256:
                 problems.append(f"{name} has other contents than were written")
-        except BucketError:
+        except StorageError:
             raise
         except OSError as e:
             problems.append(f"{name} can't be read ({e.strerror})")
@@ -119,9 +136,9 @@ def check_manifest(folder: Path, step: int) -> list[str]:
 
 def folder_files(folder: Path) -> dict[str, int]:
     """Size of every file below the folder but its manifest, by the path inside."""
-    there = filesystem(folder).sizes(folder)
-    there.pop(MANIFEST, None)
-    return there
+    sizes = filesystem(folder).sizes(folder)
+    sizes.pop(MANIFEST, None)
+    return sizes
 
 
 def _seal(step: int, files: dict) -> str:

@@ -59,8 +59,8 @@ def load_model(
     shapes = jax.eval_shape(init_params(decoder), jax.random.key(0))
     item = "ema" if config.optim.ema else "params"
     wanted = {item: abstract(shapes, mesh)}
-    found, state, data_state, _ = open_checkpoints(run_dir).restore(wanted, step or None, partial=True)
-    return LoadedModel(run, config, decoder, state[item], mesh, found, data_state)
+    restored, state, data_state, _ = open_checkpoints(run_dir).restore(wanted, step or None, partial=True)
+    return LoadedModel(run, config, decoder, state[item], mesh, restored, data_state)
 
 
 def open_checkpoints(run_dir: str | Path) -> Checkpoints:

@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gptjax.config import EXTENDABLE, SCHEMA, TrainConfig, frozen_changes
+from gptjax.config import EXTENDABLE, SCHEMA, STAGES, TrainConfig, frozen_changes
 from gptjax.config.section import InputError, build, leaves
-from gptjax.runs.digest import MANIFEST, committed_steps
+from gptjax.runs.digest import committed_steps, unsealed_steps
 from gptjax.runtime.versions import versions
 from gptjax.storage import PROBE, filesystem, resolve_path, write_json
 
@@ -25,16 +25,26 @@ LOGS = ("metrics.jsonl", "tensorboard")
 
 
 @dataclasses.dataclass(frozen=True)
+class Provenance:
+    """The source of a run's settings: a recipe's path and sha256, and the origin of each setting by its name."""
+
+    path: str = ""
+    sha256: str = ""
+    origins: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """"recipe" or "command line"; absent: "default"."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """The folder of a run and the places in it."""
 
     folder: Path
     changes: tuple[str, ...] = ()
-    """What differs from the settings it was last started with, one line each, to be shown to the user."""
+    """The settings that differ from the last start's, one line each, to be shown to the user."""
 
     @property
     def local(self) -> Path:
-        """The folder on this machine of the parts that must be files: the run's own, or a bucket's mirror."""
+        """The folder of the run's parts that must be files on this machine: its own folder, or a bucket's mirror."""
         return filesystem(self.folder).local(self.folder)
 
     @property
@@ -70,13 +80,11 @@ class Run:
         return self.local / "profile"
 
     @staticmethod
-    def open(folder: str | Path, config: TrainConfig, recipe: Mapping[str, str], origins: Mapping[str, str]) -> "Run":
+    def open(folder: str | Path, config: TrainConfig, provenance: Provenance = Provenance()) -> "Run":
         """Makes a run, or goes on with the one in `folder`, and writes config.json and environment.json.
 
-        `recipe` holds the path and sha256 of the recipe, `origins` the source of each setting by its dotted name
-        ("recipe" or "command line"; absent means "default"). Once a checkpoint exists, frozen settings may not
-        differ from those in config.json. Raises InputError for those, for a folder that can't be written to, and
-        while another process trains this run.
+        Once a checkpoint exists, frozen settings may not differ from those in config.json. Raises InputError for
+        those, for a folder that can't be written to, and while another process trains this run.
         """
         import jax
 
@@ -97,8 +105,9 @@ class Run:
                 files.clear(run.folder)
         changes = _changes(run, config)
         if jax.process_index() == 0:
+            origins, recipe = provenance.origins, {"path": provenance.path, "sha256": provenance.sha256}
             settings = {n: {"value": v, "from": origins.get(n, "default")} for n, v in leaves(config)}
-            document = {"schema": SCHEMA, "stage": "pretrain", "recipe": dict(recipe), "settings": settings}
+            document = {"schema": SCHEMA, "stage": config.stage, "recipe": recipe, "settings": settings}
             write_json(run.config_path, document)
             write_json(run.environment_path, environment())
             run.pull(run.metrics_path)
@@ -108,7 +117,7 @@ class Run:
 
     @staticmethod
     def at(folder: str | Path) -> "Run":
-        """The run in `folder`, whether there is one or not."""
+        """The run in `folder`, which need not exist."""
         path = resolve_path(folder)
         return Run(filesystem(path).absolute(path))
 
@@ -147,9 +156,9 @@ class Run:
 
 def load_config(run_dir: str | Path) -> TrainConfig:
     """The settings of a run, from its config.json alone; raises InputError where that is not a sound one."""
-    settings = read_config(run_dir)["settings"]
+    document = read_config(run_dir)
     try:
-        return build(TrainConfig, {name: setting["value"] for name, setting in settings.items()})
+        return build(STAGES[document["stage"]], {n: setting["value"] for n, setting in document["settings"].items()})
     except InputError as e:
         raise InputError(f"{Run.at(run_dir).config_path}: {e}") from e
 
@@ -168,26 +177,25 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
         raise InputError(f"{path}{line}: not valid JSON ({e}); restore the file, or train again") from e
     if not isinstance(document, dict) or "schema" not in document:
         raise InputError(f"{path}: no schema number; wanted a config.json that gptjax wrote")
-    if type(document["schema"]) is not int or not 1 <= document["schema"] <= SCHEMA:
+    if type(document["schema"]) is not int or document["schema"] != SCHEMA:
         raise InputError(
             f"{path}: schema {document['schema']!r}; this gptjax reads schema {SCHEMA}, use the version that wrote it"
         )
     if wrong := sorted(document.keys() ^ set(HEADER)):
         raise InputError(f"{path}: {wrong[0]!r} is missing or unknown; wanted exactly {', '.join(HEADER)}")
+    if document["stage"] not in STAGES:
+        raise InputError(f"{path}: stage {document['stage']!r}; wanted one of {', '.join(STAGES)}")
     settings = document["settings"]
     if not isinstance(settings, dict):
         raise InputError(f"{path}: settings is no table of names; restore the file, or train again")
     for name, setting in settings.items():
         if not isinstance(setting, dict) or setting.keys() != {"value", "from"}:
             raise InputError(f"{path}: setting {name!r} is not of the form {{'value': ..., 'from': ...}}")
-    if document["schema"] < SCHEMA:
-        # A newer schema only added settings, and the default of each is what was done before.
-        document["settings"] = {n: {"value": v, "from": "default"} for n, v in leaves(TrainConfig())} | settings
     return document
 
 
 def environment() -> dict[str, Any]:
-    """The environment of a run, to compare or repeat it: versions, devices, commit, command line, time."""
+    """The surroundings of a run, to compare or repeat it: versions, devices, commit, command line, time."""
     import jax
 
     from gptjax.runtime.hardware import describe_devices
@@ -206,12 +214,13 @@ def environment() -> dict[str, Any]:
 
 def _changes(run: Run, config: TrainConfig) -> tuple[str, ...]:
     """The settings that differ from those in config.json; raises InputError where a checkpoint forbids it."""
-    files = filesystem(run.folder)
-    if not any(files.is_file(run.checkpoints / name / MANIFEST) for name in files.names(run.checkpoints)):
-        return ()  # no step was ever committed, so nothing is lost by starting afresh
-    if not files.is_file(run.config_path):
+    unsealed_steps(run.checkpoints)  # whose manifests were lost could have been trained with other settings
+    steps = committed_steps(run.checkpoints)
+    if not steps:
+        return ()  # nothing is lost by starting afresh
+    if not filesystem(run.folder).is_file(run.config_path):
         raise InputError(
-            f"{run.folder} holds checkpoints but no config.json, so it can't be told what they are; "
+            f"{run.folder} holds checkpoints but no config.json, so their settings are unknown; "
             "restore that file, or give another --run-dir"
         )
     old = load_config(run.folder)
@@ -220,11 +229,10 @@ def _changes(run: Run, config: TrainConfig) -> tuple[str, ...]:
             f"{run.folder} was trained with other settings: {'; '.join(frozen)}; "
             "keep the old values, or give another --run-dir"
         )
-    newest = max(committed_steps(run.checkpoints), default=0)
-    if config.steps < newest:
+    if config.steps < steps[-1]:
         raise InputError(
-            f"steps={config.steps}: {run.folder} is at step {newest} already; wanted --steps {newest} or more, or "
-            "another --run-dir"
+            f"steps={config.steps}: {run.folder} is at step {steps[-1]} already; wanted --steps {steps[-1]} or more, "
+            "or another --run-dir"
         )
     before = dict(leaves(old))
     lines = []

@@ -17,13 +17,13 @@ from gptjax.parallel.sharding import shardings
 from gptjax.runs.load import LoadedModel, load_model, open_checkpoints
 from gptjax.runs.run import load_config
 from gptjax.tokenizer import Tokenizer
-from gptjax.training.loop import TrainState
+from gptjax.training.step import TrainState
 
 # Leaves that may have more rows than before, and what their rows are.
 GROWING = {"embed_VD": "tokenizer.vocab_size", "head_VD": "tokenizer.vocab_size", "position_TD": "data.length"}
 
-# What weights of the same shapes mean something else under: anywhere, and unless rows become longer, as they may with
-# another reach of attention or other rotary positions.
+# Settings under which weights of the same shapes mean something else: always, and unless rows become longer, as they
+# may with another reach of attention or other rotary positions.
 MEANING = ("positions", "norm", "activation", "biases", "qk_norm", "attention_softcap", "logit_softcap", "parallel",
            "tied", "mup_base_width")  # fmt: skip
 REACH = ("rope_theta", "rope_scaling", "rope_factor", "rope_original_length", "window", "global_every")
@@ -32,7 +32,7 @@ REACH = ("rope_theta", "rope_scaling", "rope_factor", "rope_original_length", "w
 def check_init(config: TrainConfig) -> None:
     """Raises InputError where config.init is no run with a checkpoint, or its weights would mean something else here.
 
-    It reads settings alone, so that this is told before a text is prepared and a model made.
+    It reads settings alone, so that a wrong one is refused before a text is prepared and a model made.
     """
     old = load_config(config.init)
     if open_checkpoints(config.init).newest() is None:
@@ -45,8 +45,8 @@ def warm_start(
 ) -> TrainState:
     """`state`, a new one, with the weights of the run in config.init, and an optimizer that has seen nothing yet.
 
-    What `check_init` raises was looked at before. Raises InputError where the run's tokens have other meanings here,
-    and where a weight does not fit.
+    Call `check_init` before. Raises InputError where the run's tokens have other meanings here, and where a weight
+    does not fit.
     """
     # The old run's block is not read from its folder: it is the one that this run was given.
     old = load_model(config.init, config.mesh, block=optional(config.model.block, "model.block"))
@@ -71,7 +71,7 @@ def warm_start(
 
 
 def _check_tokens(old: LoadedModel, tokenizer: Tokenizer) -> None:
-    """The old ids mean what they meant."""
+    """Raises InputError unless the old ids mean what they meant."""
     before = old.tokenizer
     if before.sha256 == tokenizer.sha256:
         return
@@ -86,15 +86,15 @@ def _check_tokens(old: LoadedModel, tokenizer: Tokenizer) -> None:
 
 
 def _check_settings(old: TrainConfig, config: TrainConfig) -> None:
-    """The old weights mean what they meant."""
+    """Raises InputError unless the old weights mean what they meant."""
     names = [*MEANING, *(() if config.data.length > old.data.length else REACH)]
     if config.model.positions != "rope":  # else they say nothing
         names = [name for name in names if not name.startswith("rope_")]
     pairs = {name: (getattr(old.model, name), getattr(config.model, name)) for name in names}
     if other := {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}:
-        told = "; ".join(f"model.{name} was {was!r}, got {got!r}" for name, (was, got) in other.items())
+        shown = "; ".join(f"model.{name} was {was!r}, got {got!r}" for name, (was, got) in other.items())
         advice = "; with a longer data.length it may differ" if other.keys() <= set(REACH) else ""
-        raise InputError(f"init={config.init!r}: its weights are of another model: {told}; wanted what was{advice}")
+        raise InputError(f"init={config.init!r}: its weights are of another model: {shown}; wanted what was{advice}")
 
 
 def _check_shapes(old: LoadedModel, params: Any, config: TrainConfig) -> None:

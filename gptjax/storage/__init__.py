@@ -4,11 +4,11 @@
 `Disk` uses renames, appends and POSIX locks, `Bucket` whole objects and a lease.
 """
 
-from gptjax.storage.bucket import Bucket, BucketError
-from gptjax.storage.disk import PROBE, TRASH, Disk, probe_in
+from gptjax.storage.bucket import Bucket
+from gptjax.storage.disk import PROBE, TRASH, Disk, StorageError, probe_in
 from gptjax.storage.resolve import check_file, file_sha256, filesystem, resolve_path, write_file, write_json
 
 __all__ = [
-    "PROBE", "TRASH", "Bucket", "BucketError", "Disk", "check_file", "file_sha256", "filesystem", "probe_in",
+    "PROBE", "TRASH", "Bucket", "Disk", "StorageError", "check_file", "file_sha256", "filesystem", "probe_in",
     "resolve_path", "write_file", "write_json",
 ]  # fmt: skip

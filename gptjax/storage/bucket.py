@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptjax.config.section import InputError, one_line
-from gptjax.storage.disk import probe_in
+from gptjax.storage.disk import StorageError, probe_in
 from gptjax.storage.lease import Lease
 from gptjax.storage.mirror import Mirror, mirror_of
 
@@ -42,22 +42,10 @@ SCHEMES = {
 }
 
 
-class BucketError(OSError, InputError):
-    """A failed request to a store. The message is one line."""
-
-    @property
-    def may_pass(self) -> bool:
-        """True where a retry may succeed: an outage, not a lack of permission."""
-        return self.errno != errno.EACCES
-
-    def __str__(self) -> str:
-        return f"{self.filename}: {self.strerror}"
-
-
 def is_transient(error: BaseException | None) -> bool:
     """True where an outage of a store caused the error, directly or through a chain of causes."""
     while error is not None:
-        if isinstance(error, BucketError):
+        if isinstance(error, StorageError):
             return error.may_pass
         error = error.__cause__
     return False
@@ -118,7 +106,7 @@ class Bucket:
         return self._kind(path) == "directory"
 
     def names(self, folder: Path) -> list[str]:
-        """Names of everything in the folder; empty where there is nothing. Raises BucketError where listing fails."""
+        """Names of everything in the folder; empty where there is nothing. Raises StorageError where listing fails."""
         try:
             with _plain_errors(folder):
                 keys = [key.rstrip("/") for key in self.fs.ls(str(folder), detail=False)]
@@ -281,4 +269,4 @@ def _plain_errors(path: Path) -> Iterator[None]:
             if isinstance(e, kind):
                 raise kind(number, f"{os.strerror(number)}: {said}", str(path)) from e
         refused = isinstance(e, PermissionError) or said.startswith("Forbidden")  # as gcsfs says it
-        raise BucketError(errno.EACCES if refused else errno.EIO, said, str(path)) from e
+        raise StorageError(errno.EACCES if refused else errno.EIO, said, str(path)) from e

@@ -1,17 +1,21 @@
 """Files and folders of a file system: whole files by rename, a folder away by rename, POSIX locks."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import platform
 import shutil
+import stat
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from gptjax.config.section import InputError
+
+T = TypeVar("T")
 
 TRASH, PROBE = ".trash-", ".probe-"
 
@@ -22,6 +26,32 @@ _LOCKS: dict[Path, TextIO] = {}
 def probe_in(folder: Path) -> Path:
     """A path that no other process uses, not even a container with the same host name and process ids."""
     return folder / f"{PROBE}{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+
+class StorageError(OSError, InputError):
+    """A failed request to a disk or a store. The message is one line."""
+
+    @property
+    def may_pass(self) -> bool:
+        """True where a retry may succeed: an outage, not a lack of permission."""
+        return self.errno != errno.EACCES
+
+    def __str__(self) -> str:
+        return f"{self.filename}: {self.strerror}"
+
+
+def _unless_absent(ask: Callable[[Path], T], path: Path, absent: T) -> T:
+    """ask(path), or `absent` where the path leads nowhere; raises StorageError where the disk does not answer."""
+    try:
+        return ask(path)
+    except OSError as e:
+        if e.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+            return absent
+        raise StorageError(e.errno, f"can't be read ({e.strerror})", str(path)) from e
+
+
+def _mode(path: Path) -> int:
+    return _unless_absent(lambda p: os.stat(p).st_mode, path, 0)
 
 
 class Disk:
@@ -45,17 +75,14 @@ class Disk:
     # Reading.
 
     def is_file(self, path: Path) -> bool:
-        return path.is_file()
+        return stat.S_ISREG(_mode(path))
 
     def is_folder(self, path: Path) -> bool:
-        return path.is_dir()
+        return stat.S_ISDIR(_mode(path))
 
     def names(self, folder: Path) -> list[str]:
-        """Names of everything in the folder; empty where it can't be read."""
-        try:
-            return os.listdir(folder)
-        except OSError:
-            return []
+        """Names of everything in the folder, empty where there is none; another error raises StorageError."""
+        return _unless_absent(os.listdir, folder, [])
 
     def sizes(self, folder: Path) -> dict[str, int]:
         """Size of every file below the folder, by its relative path."""

@@ -1,12 +1,38 @@
 """Losses on hidden states and a head: cross-entropy in chunks, so that the logits of a whole batch never exist."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from gptjax.model.decoder import Decoder, head
 from gptjax.model.head import cap_and_mask, logits
 from gptjax.ops.linear import loss_chunks, transpose
+from gptjax.training.step import LossFn
+
+
+def language_model_loss(decoder: Decoder, z_loss: float = 0.0, norms: bool = False) -> LossFn:
+    """Mean over weighted tokens of -log p(next token) + z_loss log(Z)^2, in nats.
+
+    With `norms` the metrics hold activation_rms_N, the root mean square of the stream after each layer.
+    """
+
+    def loss_fn(params: Any, frozen: Any, batch: dict[str, jax.Array], key: jax.Array):
+        del frozen  # pretraining trains everything
+        inputs = (batch["inputs_BL"], batch["positions_BL"], batch["segments_BL"])
+        more: dict[str, Any] = {}
+        if norms:
+            x_BLD, more["activation_rms_N"] = decoder.apply({"params": params}, *inputs, key=key, method="with_norms")
+        else:
+            x_BLD, _ = decoder.apply({"params": params}, *inputs, key=key)
+        targets = (batch["targets_BL"], batch["weights_BL"], decoder.vocab_size)
+        total = cross_entropy(x_BLD, head(params), *targets, z_loss=z_loss, softcap=decoder.cfg.logit_softcap)
+        weight = batch["weights_BL"].sum()
+        loss = total / jnp.maximum(weight, 1.0)
+        return loss, {"loss": loss, "weight": weight} | more
+
+    return loss_fn
 
 
 def token_log_probs(

@@ -1,4 +1,4 @@
-"""Schedules and optimizers. What an optimizer does to a parameter is decided by the letters of its name.
+"""Schedules and optimizers. The letters of a parameter's name decide how an optimizer treats it.
 
 Dimensions say nothing: the stacked norms `norm_attn_ND` have two and are vectors, `q_NDHK` has four and is a stack of
 matrices, D x HK. Every array of an optimizer's state is named by its true letters, from which it is sharded.
@@ -187,7 +187,7 @@ def _flat(tree: Any) -> dict[tuple[str, ...], jax.Array]:
 
 
 def _parts(name: str) -> tuple[tuple[str, tuple[int, ...]], tuple[str, tuple[int, ...]]]:
-    """The names of a matrix's two factors, each with the axes that it is a mean over: row, then column.
+    """The names of a matrix's two factors, row and column, and the axes each averages over.
 
     q_NDHK has q_ND, a mean over axes 2 and 3, and q_NHK, a mean over axis 1.
     """

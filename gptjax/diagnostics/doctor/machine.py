@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.diagnostics.doctor.finding import Finding, Level
+from gptjax.runtime.compile_cache import compile_cache_folder, others_can_write
 from gptjax.runtime.process import expected_platform, usable_cores
-from gptjax.training.loop import compile_cache_folder, others_can_write
 
 GIB = 2**30
 # A checkpoint of a 124M model is 1.5 GB: at 50 MB/s it takes half a minute. At 5 MB/s the run waits for its saves.

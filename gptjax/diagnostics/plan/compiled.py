@@ -119,11 +119,12 @@ def main() -> None:
 def _compile(config: TrainConfig, target: Target, folder: Path, code: bool) -> dict[str, Any]:
     import jax
 
+    from gptjax.config import check_divisible
     from gptjax.data.packing import example_batch
     from gptjax.parallel.sharding import abstract, make_mesh
     from gptjax.parallel.sharding_lint import findings
-    from gptjax.training.build import build_components, check_divisible
-    from gptjax.training.loop import compile_step, run_in_background
+    from gptjax.training.build import build_components
+    from gptjax.training.step import compile_step, run_in_background
 
     devices = _devices(target)
     mesh = make_mesh(dataclasses.replace(config.mesh, slices=1), devices)  # the devices of a topology form one slice

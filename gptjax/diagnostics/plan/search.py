@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import jax
 
-from gptjax.config import TrainConfig
+from gptjax.config import TrainConfig, check_divisible
 from gptjax.config.section import InputError
 from gptjax.diagnostics.plan.compiled import Compiled
 from gptjax.diagnostics.plan.memory import BY_CHIP, Memory, StateBytes, Temporaries, state_bytes, step_memory
@@ -22,7 +22,7 @@ from gptjax.ops.attention import select_kernel
 from gptjax.ops.device import Device
 from gptjax.parallel.sharding import AXES, axis_sizes, filled
 from gptjax.runtime.hardware import Topology
-from gptjax.training.build import build_components, check_divisible
+from gptjax.training.build import build_components
 
 # The share of memory that a count may reach without a compiler's check: the rest covers its error and other needs.
 SAFE = 0.9

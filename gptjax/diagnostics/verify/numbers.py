@@ -22,8 +22,8 @@ from gptjax.diagnostics.verify.settings import Setting
 from gptjax.model.decoder import Decoder, init_params
 from gptjax.parallel.sharding import make_mesh, to_global
 from gptjax.runs.digest import leaf_names
-from gptjax.training.build import language_model_loss
-from gptjax.training.loop import compile_step, init_state, make_init, make_train_step
+from gptjax.training.losses import language_model_loss
+from gptjax.training.step import compile_step, init_state, make_init, make_train_step
 
 VOCAB, LENGTH, STEPS = 60, 32, 10
 LOSS_BOUND, GRADIENT_BOUND, SMALL = 1e-5, 1e-4, 1e-3

@@ -9,7 +9,7 @@ from gptjax.config.section import InputError
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.run import Run, read_config
 from gptjax.storage import write_json
-from gptjax.training.metrics import MetricsFile
+from gptjax.training.metrics_file import MetricsFile
 
 PARTIAL = ".fork-"
 

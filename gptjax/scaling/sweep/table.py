@@ -13,7 +13,7 @@ from gptjax.scaling.sweep.fork import checkpoints_of
 from gptjax.scaling.sweep.jobs import Job, read_jobs
 from gptjax.scaling.sweep.points import budget_text
 from gptjax.storage import filesystem
-from gptjax.training.metrics import MetricsFile
+from gptjax.training.metrics_file import MetricsFile
 
 FILE = "table.csv"
 COLUMNS = ("name", "size", "seed", "budget", "parameters", "parameters_non_embedding", "tokens", "flops", "loss",

@@ -29,7 +29,7 @@ from gptjax.scaling.sweep.fork import checkpoints_of, fork
 from gptjax.scaling.sweep.jobs import Job, add_points, check_recipe, read_jobs, write_jobs
 from gptjax.scaling.sweep.points import Point, make_points, split_entries
 from gptjax.scaling.sweep.table import Results, run_dir, write_table
-from gptjax.storage import BucketError
+from gptjax.storage import StorageError
 from gptjax.training.metrics import duration
 
 Say = Callable[[str], None]
@@ -57,7 +57,7 @@ def sweep(cfg: SweepConfig, recipe: Recipe, say: Say, gptjax: Sequence[str] = GP
         with _locked(folder):
             jobs = _table(cfg, recipe, points, folder, say)
         return _Workers(folder, jobs, command, cfg.workers, say).work()
-    except (BucketError, BrokenPipeError):  # a store's outage, or the end of who reads our lines: not the folder's
+    except (StorageError, BrokenPipeError):  # a store's outage, or the end of who reads our lines: not the folder's
         raise
     except OSError as e:
         raise InputError(

@@ -1,0 +1,162 @@
+"""The frame of every stage: processes, mesh, run folder, checkpoints, metrics, signals and the time limit."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Generator, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from gptjax.config import MeshConfig, TrainConfig, check_divisible
+from gptjax.config.section import leaves
+from gptjax.parallel.processes import barrier, broadcast_from_main, is_main_process, join_processes, say
+from gptjax.parallel.sharding import local_rows, make_mesh
+from gptjax.runs.checkpoint import Checkpoints
+from gptjax.runs.load import load_model
+from gptjax.runs.run import Provenance, Run
+from gptjax.runtime.compile_cache import enable_compile_cache
+from gptjax.runtime.process import STARTED
+from gptjax.training.loop import Batches, Diverged, Hooks, fit
+from gptjax.training.metrics import Metrics
+from gptjax.training.step import TrainState
+from gptjax.training.stop import Interrupted, Signals, Stop, TimeLimit, stop_on_signals
+
+SAVE_BYTES_A_SECOND = 5e7  # of a process, to a slow disk: the first guess of how long the last save may take
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """The processes of a stage: their mesh, the signals they get, and what is closed at their end."""
+
+    mesh: Mesh
+    signals: Signals
+    cleanup: contextlib.ExitStack
+
+
+@contextlib.contextmanager
+def join(config: TrainConfig, provenance: Provenance) -> Generator[Job]:
+    """Joins the job's processes and sets the mesh. At the end everything on `cleanup` is closed, whatever fails."""
+    with stop_on_signals() as signals, contextlib.ExitStack() as cleanup:
+        join_processes(dict(leaves(config)) | {"recipe": provenance.sha256}, config.run_dir)
+        if config.compile_cache:
+            enable_compile_cache()
+        mesh = make_mesh(config.mesh)
+        check_divisible(config, mesh.shape)
+        with jax.set_mesh(mesh):
+            yield Job(mesh, signals, cleanup)
+
+
+class Runner:
+    """A run that is being trained: its folder, which it holds, its checkpoints and its reports.
+
+    Making one takes the folder's lock and prints the settings that changed since the last start; raises InputError
+    where these are frozen, and for a folder that is held, can't be written to, or is no whole run.
+    """
+
+    def __init__(self, job: Job, config: TrainConfig, provenance: Provenance):
+        self.job, self.config = job, config
+        self.run = Run.open(config.run_dir, config, provenance)
+        job.cleanup.callback(self.run.close)
+        for line in self.run.changes:
+            say(line)
+        self.checkpoints = Checkpoints(self.run.checkpoints, config.checkpoint)
+        self.rows = local_rows(config.data.batch_size, job.mesh)
+
+    def restore(self, shapes: TrainState) -> tuple[TrainState, dict] | None:
+        """The state and the data's state of the newest sound checkpoint; None where the run has none."""
+        if broadcast_from_main("newest", self.checkpoints.newest()) is None:
+            return None
+        step, state, data_state, _ = self.checkpoints.restore(shapes)
+        say(f"resumed {self.run.folder} after step {step}")
+        return state, data_state
+
+    def train(
+        self,
+        step: Callable,
+        state: TrainState,
+        frozen: Mapping[str, Any],
+        batches: Batches,
+        evaluate: Callable[[TrainState], dict],
+        vocab_size: int,
+    ) -> TrainState:
+        """Trains to config.steps with saves, evaluations, metrics and retention; returns the last state.
+
+        `step` is compiled and `frozen` lies on the mesh; `evaluate` returns the metrics of the stage's own evaluation,
+        `eval_loss` among them. Raises Interrupted after a signal or near the time limit, with everything saved,
+        Diverged, and CheckpointError where a save fails.
+        """
+        config, start = self.config, int(state.step)
+        metrics = Metrics(self.run.metrics_path, self.run.tensorboard, config, vocab_size, resumed_step=start)
+        self.job.cleanup.callback(metrics.close)
+        self.job.cleanup.callback(self.checkpoints.wait, all_processes=False)
+        evaluation = functools.partial(self._evaluate, metrics, evaluate)
+        due = start > 0 and (start % config.evaluate.every == 0 or start == config.steps)
+        missing = due and is_main_process() and metrics.file.evaluation(start) is None
+        if broadcast_from_main("evaluate", missing):
+            evaluation(start, state)  # the run ended between a save and its evaluation
+        size = sum(s.data.nbytes for x in jax.tree.leaves(state) for s in x.addressable_shards)
+        limit = TimeLimit(
+            config.time_limit_seconds, STARTED, lambda: self.checkpoints.seconds or size / SAVE_BYTES_A_SECOND
+        )
+        hooks = Hooks(
+            log=functools.partial(self._log, metrics),
+            save=functools.partial(self._save, metrics),
+            save_every=config.checkpoint.every,
+            save_at=config.checkpoint.at,
+            evaluate=evaluation,
+            evaluate_every=config.evaluate.every,
+            stop=Stop(self.job.signals, limit),
+            trace=(*config.profile_steps, self.run.profile) if config.profile_steps else None,
+        )
+        self.job.signals.defer()
+        with barrier_at_exit(self.checkpoints, self.job.cleanup):
+            return fit(
+                step, state, frozen, batches, config.steps, mesh=self.job.mesh, rows=self.rows, hooks=hooks
+            )  # fmt: skip
+
+    def _log(self, metrics: Metrics, i: int, values: dict, data_state: dict) -> None:
+        self.checkpoints.check()  # a save that failed in the background ends the run at the next step
+        by_source = {f"tokens_{name}": count for name, count in data_state.get("tokens", {}).items() if name}
+        metrics.log_step(i, values | by_source)
+
+    def _save(self, metrics: Metrics, i: int, state: TrainState, data_state: dict) -> None:
+        self._retain(metrics)
+        self.checkpoints.save(i, state, data_state, dict(leaves(self.config)), first=self.run.push_logs)
+
+    def _evaluate(self, metrics: Metrics, evaluate: Callable[[TrainState], dict], i: int, state: TrainState) -> None:
+        metrics.log_evaluation(i, evaluate(state))
+        self._retain(metrics)  # decided after the evaluation, which may make this step one of the best
+
+    def _retain(self, metrics: Metrics) -> None:
+        self.checkpoints.wait()  # the save that it may refer to is on the disk
+        if is_main_process():  # which has the metrics, and deletes
+            best = metrics.file.best_steps(self.config.checkpoint.keep_best, among=self.checkpoints.steps())
+            self.checkpoints.retain(best)
+
+
+def load_frozen(runs: Mapping[str, str], mesh: MeshConfig) -> dict[str, Any]:
+    """The weights of other runs by name (a reference policy, a reward model), for a step's `frozen` argument.
+
+    They are restored sharded over the mesh, are not donated, and are never saved with the run that is trained.
+    """
+    return {name: load_model(run_dir, mesh).params for name, run_dir in runs.items()}
+
+
+@contextlib.contextmanager
+def barrier_at_exit(checkpoints: Checkpoints, cleanup: contextlib.ExitStack) -> Generator[None]:
+    """Keeps every process until all have saved and closed, where all come to the block's end at the same step.
+
+    Any exception but Interrupted and Diverged may be one process's alone, and the others would never come.
+    """
+    common = None
+    try:
+        yield
+    except (Interrupted, Diverged) as e:
+        common = e
+    checkpoints.wait()
+    cleanup.close()
+    barrier("closed")
+    if common is not None:
+        raise common
