@@ -97,8 +97,8 @@ def unsealed_steps(folder: Path) -> list[str]:
     steps = [n for n in sorted(names) if re.fullmatch("[0-9]{8,}", n) and not files.is_file(folder / n / MANIFEST)]
     if lost := [name for name in steps if name + PENDING not in names]:
         raise InputError(
-            f"{folder}: {', '.join(lost)} without {MANIFEST}, though no save was under way; finish copying, bring these "
-            "files back, or move the folders away"
+            f"{folder}: {', '.join(lost)} without {MANIFEST}, though no save was under way; finish copying, bring "
+            "these files back, or move the folders away"
         )
     return steps
 

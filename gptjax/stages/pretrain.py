@@ -31,8 +31,8 @@ def pretrain(config: TrainConfig, provenance: Provenance) -> Path:
     Raises InputError for bad input, and Interrupted after a signal or near the time limit, with everything saved.
     """
     # -- Processes and devices. Everything below runs the same in each process, under the one mesh.
-    with join(config, provenance) as job:
-        mesh = job.mesh
+    with join(config, provenance) as group:
+        mesh = group.mesh
 
         # -- Model, optimizer and step. Functions and shapes alone: nothing is allocated while settings may be wrong.
         decoder, tx, init, step = build_components(config)
@@ -43,7 +43,7 @@ def pretrain(config: TrainConfig, provenance: Provenance) -> Path:
         # -- Run folder. The run to start from is checked before, so that a refused start leaves no folder.
         if config.init and not committed_steps(Run.at(config.run_dir).checkpoints):
             check_init(config)
-        runner = Runner(job, config, provenance)
+        runner = Runner(group, config, provenance)
         run = runner.run
 
         # -- Compilation, in a thread while text is tokenised. Traced here: tracing imports, and no other thread may
@@ -78,7 +78,7 @@ def pretrain(config: TrainConfig, provenance: Provenance) -> Path:
         train_step = compiled.result()
         barrier("compiled")
         eval_step = make_eval_step(decoder, mesh, state.params, example)
-        batches = job.cleanup.enter_context(contextlib.closing(data.batches(cursor, runner.rows.numbers)))
+        batches = group.cleanup.enter_context(contextlib.closing(data.batches(cursor, runner.rows.numbers)))
         state = runner.train(
             train_step, state, {}, batches, vocab_size=decoder.vocab_size,
             evaluate=lambda state: evaluate(

@@ -27,7 +27,7 @@ SAVE_BYTES_A_SECOND = 5e7  # of a process, to a slow disk: the first guess of ho
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class ProcessGroup:
     """The processes of a stage: their mesh, the signals they get, and what is closed at their end."""
 
     mesh: Mesh
@@ -36,7 +36,7 @@ class Job:
 
 
 @contextlib.contextmanager
-def join(config: TrainConfig, provenance: Provenance) -> Generator[Job]:
+def join(config: TrainConfig, provenance: Provenance) -> Generator[ProcessGroup]:
     """Joins the job's processes and sets the mesh. At the end everything on `cleanup` is closed, whatever fails."""
     with stop_on_signals() as signals, contextlib.ExitStack() as cleanup:
         join_processes(dict(leaves(config)) | {"recipe": provenance.sha256}, config.run_dir)
@@ -45,7 +45,7 @@ def join(config: TrainConfig, provenance: Provenance) -> Generator[Job]:
         mesh = make_mesh(config.mesh)
         check_divisible(config, mesh.shape)
         with jax.set_mesh(mesh):
-            yield Job(mesh, signals, cleanup)
+            yield ProcessGroup(mesh, signals, cleanup)
 
 
 class Runner:
@@ -55,14 +55,14 @@ class Runner:
     where these are frozen, and for a folder that is held, can't be written to, or is no whole run.
     """
 
-    def __init__(self, job: Job, config: TrainConfig, provenance: Provenance):
-        self.job, self.config = job, config
+    def __init__(self, group: ProcessGroup, config: TrainConfig, provenance: Provenance):
+        self.group, self.config = group, config
         self.run = Run.open(config.run_dir, config, provenance)
-        job.cleanup.callback(self.run.close)
+        group.cleanup.callback(self.run.close)
         for line in self.run.changes:
             say(line)
         self.checkpoints = Checkpoints(self.run.checkpoints, config.checkpoint)
-        self.rows = local_rows(config.data.batch_size, job.mesh)
+        self.rows = local_rows(config.data.batch_size, group.mesh)
 
     def restore(self, shapes: TrainState) -> tuple[TrainState, dict] | None:
         """The state and the data's state of the newest sound checkpoint; None where the run has none."""
@@ -89,8 +89,8 @@ class Runner:
         """
         config, start = self.config, int(state.step)
         metrics = Metrics(self.run.metrics_path, self.run.tensorboard, config, vocab_size, resumed_step=start)
-        self.job.cleanup.callback(metrics.close)
-        self.job.cleanup.callback(self.checkpoints.wait, all_processes=False)
+        self.group.cleanup.callback(metrics.close)
+        self.group.cleanup.callback(self.checkpoints.wait, all_processes=False)
         evaluation = functools.partial(self._evaluate, metrics, evaluate)
         due = start > 0 and (start % config.evaluate.every == 0 or start == config.steps)
         missing = due and is_main_process() and metrics.file.evaluation(start) is None
@@ -107,13 +107,13 @@ class Runner:
             save_at=config.checkpoint.at,
             evaluate=evaluation,
             evaluate_every=config.evaluate.every,
-            stop=Stop(self.job.signals, limit),
+            stop=Stop(self.group.signals, limit),
             trace=(*config.profile_steps, self.run.profile) if config.profile_steps else None,
         )
-        self.job.signals.defer()
-        with barrier_at_exit(self.checkpoints, self.job.cleanup):
+        self.group.signals.defer()
+        with barrier_at_exit(self.checkpoints, self.group.cleanup):
             return fit(
-                step, state, frozen, batches, config.steps, mesh=self.job.mesh, rows=self.rows, hooks=hooks
+                step, state, frozen, batches, config.steps, mesh=self.group.mesh, rows=self.rows, hooks=hooks
             )  # fmt: skip
 
     def _log(self, metrics: Metrics, i: int, values: dict, data_state: dict) -> None:
