@@ -34,8 +34,8 @@ from typing import Any, TextIO
 from ladder_corpus import write
 from report import ROOT, facts
 
-from gptjax.config import SweepConfig
 from gptjax.config.command_line import load_recipe
+from gptjax.config.sweep import SweepConfig
 from gptjax.runtime.process import usable_cores
 from gptjax.scaling.sweep.points import Point, make_points
 

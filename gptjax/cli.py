@@ -10,16 +10,11 @@ from typing import Any
 
 from gptjax.config import (
     ContinueConfig,
-    DoctorConfig,
     EvalConfig,
-    FitConfig,
-    PredictConfig,
     PrepareConfig,
     ShowConfig,
-    SweepConfig,
     TrainConfig,
     TrainTokenizerConfig,
-    VerifyConfig,
 )
 from gptjax.config.command_line import HELP, nothing_left, parse, positional, positionals
 from gptjax.config.section import InputError
@@ -159,6 +154,7 @@ def sweep(args: list[str]) -> int:
     """sweep RECIPE --out DIR   train a grid of budgets and sizes, one trunk for all horizons of a size"""
     name, args = positional(args, "RECIPE", "gptjax sweep modern --out DIR --grid 1e17:4,6 3e17:4,6,8")
     from gptjax.config.command_line import load_recipe
+    from gptjax.config.sweep import SweepConfig
 
     cfg = parse(SweepConfig(), args, f"gptjax sweep {name}")
     from gptjax.scaling.sweep.work import sweep
@@ -237,6 +233,8 @@ def checkpoint_verify(args: list[str]) -> int:
 def fit(args: list[str]) -> int:
     """fit TABLE [--out DIR]    fit a scaling law to finished runs (a CSV, a sweep, runs): intervals, plots, a report"""
     tables, args = positionals(args, "TABLE", "gptjax fit TABLE --out DIR")
+    from gptjax.config.scaling import FitConfig
+
     cfg = parse(FitConfig(), args, "gptjax fit TABLE")
     from gptjax.scaling.fitting import fit_table
 
@@ -247,6 +245,8 @@ def fit(args: list[str]) -> int:
 def predict(args: list[str]) -> int:
     """predict FIT              the loss that a budget or a run will reach, or how far a fit was off on a table"""
     folder, args = positional(args, "FIT", "gptjax predict FIT --flops 1e21")
+    from gptjax.config.scaling import PredictConfig
+
     cfg = parse(PredictConfig(), args, f"gptjax predict {folder}")
     from gptjax.scaling.predicting import predict
 
@@ -268,6 +268,8 @@ def import_run(args: list[str]) -> int:
 
 def verify(args: list[str]) -> int:
     """verify                   prove on these devices that every mesh and setting gives the same numbers"""
+    from gptjax.config.checks import VerifyConfig
+
     cfg = parse(VerifyConfig(), args, "gptjax verify")
     _start(cfg)
     from gptjax.diagnostics.verify.checks import verify
@@ -281,6 +283,8 @@ def verify(args: list[str]) -> int:
 
 def doctor(args: list[str]) -> int:
     """doctor                   report what this machine and its cluster can do, and what is wrong with them"""
+    from gptjax.config.checks import DoctorConfig
+
     cfg = parse(DoctorConfig(), args, "gptjax doctor")
     from gptjax.diagnostics.doctor.examine import examine
 

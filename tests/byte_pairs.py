@@ -5,9 +5,10 @@ import io
 import json
 from pathlib import Path
 
-from gptjax.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, TiktokenTokenizer
-from gptjax.tokenizer.huggingface import BYTE_CHARACTERS
+from gptjax.tokenizer import SentencePieceTokenizer
+from gptjax.tokenizer.huggingface import BYTE_CHARACTERS, HuggingFaceTokenizer
 from gptjax.tokenizer.splitting import PATTERNS
+from gptjax.tokenizer.tiktoken import TiktokenTokenizer
 
 CORPUS = Path(__file__).parent.parent / "gptjax" / "data" / "corpora" / "shakespeare.txt"
 TEXT = (

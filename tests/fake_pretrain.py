@@ -21,8 +21,8 @@ DECAY = 0.2
 
 
 def sweep(recipe: str, out: str, workers: str, *grid: str) -> int:
-    from gptjax.config import SweepConfig
     from gptjax.config.command_line import load_recipe
+    from gptjax.config.sweep import SweepConfig
     from gptjax.scaling.sweep import work
 
     work._corpus = lambda *_: []

@@ -18,7 +18,7 @@ from gptjax.generation.text_stream import TextStream
 from gptjax.model.block import block
 from gptjax.model.cache import empty_cache, grow
 from gptjax.model.decoder import Decoder, extend, init_params, layer_params, unstacked
-from gptjax.ops.cpu_matvec import MANY_ROWS
+from gptjax.ops.decoding import MANY_ROWS
 from gptjax.parallel.sharding import make_mesh, to_global
 from gptjax.tokenizer import BytesTokenizer
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gptjax.cli import main
-from gptjax.config import FitConfig
+from gptjax.config.scaling import FitConfig
 from gptjax.config.section import InputError
 from gptjax.scaling.families import DATA_CONSTRAINED, FAMILIES, POWER
 from gptjax.scaling.fits import KINDS, Fitted, fit_law

@@ -9,8 +9,8 @@ import pytest
 import scaling_ladder
 
 from gptjax.cli import main
-from gptjax.config import SweepConfig
 from gptjax.config.command_line import load_recipe
+from gptjax.config.sweep import SweepConfig
 from gptjax.scaling.saved import open_fit
 from gptjax.scaling.sweep.points import make_points
 

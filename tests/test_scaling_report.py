@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gptjax.cli import main
-from gptjax.config import FitConfig
+from gptjax.config.scaling import FitConfig
 from gptjax.scaling import plots, report
 from gptjax.scaling.fitting import approaches, curves_of, two_point
 from gptjax.scaling.laws import Chinchilla

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from gptjax.cli import main
-from gptjax.config import OptimConfig, SweepConfig, TrainConfig
+from gptjax.config import OptimConfig, TrainConfig
 from gptjax.config.command_line import load_recipe
 from gptjax.config.section import InputError
-from gptjax.config.sweep import OWN
+from gptjax.config.sweep import OWN, SweepConfig
 from gptjax.scaling.sweep import work
 from gptjax.scaling.sweep.jobs import add_points, read_jobs, write_jobs
 from gptjax.scaling.sweep.points import decay_start, make_points

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from gptjax.tokenizer import TiktokenTokenizer, load_sentencepiece, open_tokenizer
+from gptjax.tokenizer import load_sentencepiece, open_tokenizer
 from gptjax.tokenizer.huggingface import BYTE_CHARACTERS
 from gptjax.tokenizer.splitting import PATTERNS, WORD_ENDS
-from gptjax.tokenizer.tiktoken import PUBLISHED
+from gptjax.tokenizer.tiktoken import PUBLISHED, TiktokenTokenizer
 
 tiktoken = pytest.importorskip("tiktoken", reason="needs the extra gptjax[bpe]")
 pytest.importorskip("tokenizers", reason="needs the extra gptjax[bpe]")

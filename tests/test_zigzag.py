@@ -22,7 +22,7 @@ from gptjax.ops.blockwise import _Span, visits
 from gptjax.ops.kernels import attend_shared
 from gptjax.ops.reference import AttentionMask, attend, cached, causal
 from gptjax.parallel import context
-from gptjax.parallel.sharding import abstract, make_mesh, to_global
+from gptjax.parallel.sharding import abstract, make_mesh, num_shards, to_global
 from gptjax.training.build import build_components
 from gptjax.training.step import compile_step
 
@@ -54,7 +54,7 @@ def test_rows_go_into_the_order_and_come_back_and_so_do_their_gradients(n):
     order_L = np.asarray(context.places(16, n))
     with jax.set_mesh(mesh):
         x = to_global({"x_BLD": x_BLD}, mesh)["x_BLD"]
-        assert context.num_shards(16) == n and context.num_shards(15) == context.num_shards(n) == 1
+        assert num_shards(16) == n and num_shards(15) == num_shards(n) == 1
         there, turn = jax.jit(lambda x: jax.vjp(lambda x: context.to_zigzag(x, n), x))(x)
         np.testing.assert_array_equal(there, x_BLD[:, order_L])
         back, turn_back = jax.jit(lambda x: jax.vjp(lambda x: context.from_zigzag(x, n), x))(there)
@@ -63,7 +63,7 @@ def test_rows_go_into_the_order_and_come_back_and_so_do_their_gradients(n):
         np.testing.assert_array_equal(jax.jit(turn)(there)[0], x_BLD)
         text = jax.jit(lambda x: context.to_zigzag(x, n)).lower(x).compile().as_text()
     assert "collective-permute" in text and "all-gather" not in text
-    assert context.num_shards(16) == 1  # no mesh, one device has all of a row
+    assert num_shards(16) == 1  # no mesh, one device has all of a row
 
 
 @pytest.mark.parametrize("block", [4, 5, 16])
@@ -125,7 +125,7 @@ def value_and_grads(case: Case, name: str, given: dict[str, Any]) -> list[np.nda
     given = {n: x if n == "segments_BL" else x.astype(cfg.dtype) for n, x in given.items()}
 
     def run(given, window):
-        n = context.num_shards(LENGTH)
+        n = num_shards(LENGTH)
         mask = causal(context.to_zigzag(given["segments_BL"], n), case.packed, n)
 
         def attended(*qkv):

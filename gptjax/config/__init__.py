@@ -1,16 +1,13 @@
 """Settings of a run, as frozen dataclasses that are checked when they are made. Imports no jax.
 
 Each fact has one owner: the vocabulary is `tokenizer.vocab_size`, the context `data.length`, and the model takes both
-from there. Derived values are properties, never fields.
+from there. Derived values are properties, never fields. What one verb alone needs is in checks, scaling and sweep.
 """
 
-from gptjax.config.checks import DoctorConfig, VerifyConfig
 from gptjax.config.data import DataConfig, PrepareConfig, ShowConfig
 from gptjax.config.generation import ContinueConfig, GenerateConfig
 from gptjax.config.model import ModelConfig
 from gptjax.config.optim import OptimConfig
-from gptjax.config.scaling import FitConfig, PredictConfig
-from gptjax.config.sweep import SweepConfig
 from gptjax.config.tokenizer import TokenizerConfig, TrainTokenizerConfig
 from gptjax.config.training import (
     EXTENDABLE,
@@ -27,8 +24,8 @@ from gptjax.config.training import (
 )
 
 __all__ = [
-    "EXTENDABLE", "SCHEMA", "STAGES", "CheckpointConfig", "ContinueConfig", "DataConfig", "DoctorConfig", "EvalConfig",
-    "EvaluateConfig", "FitConfig", "GenerateConfig", "MeshConfig", "ModelConfig", "OptimConfig", "PredictConfig",
-    "PrepareConfig", "ShowConfig", "SweepConfig", "TokenizerConfig", "TrainConfig", "TrainTokenizerConfig",
-    "VerifyConfig", "check_divisible", "frozen_settings", "frozen_changes",
+    "EXTENDABLE", "SCHEMA", "STAGES", "CheckpointConfig", "ContinueConfig", "DataConfig", "EvalConfig",
+    "EvaluateConfig", "GenerateConfig", "MeshConfig", "ModelConfig", "OptimConfig",
+    "PrepareConfig", "ShowConfig", "TokenizerConfig", "TrainConfig", "TrainTokenizerConfig",
+    "check_divisible", "frozen_settings", "frozen_changes",
 ]  # fmt: skip

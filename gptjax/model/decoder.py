@@ -8,6 +8,7 @@ One declaration (`layer_params`, `Decoder.setup`) gives every parameter's name; 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -22,8 +23,8 @@ from gptjax.model.head import logits
 from gptjax.model.mup import init_factor, logits_factor
 from gptjax.ops.linear import embed
 from gptjax.ops.reference import cached, causal, dropout
-from gptjax.parallel.context import from_zigzag, num_shards, to_zigzag
-from gptjax.parallel.sharding import constrain, suffix
+from gptjax.parallel.context import from_zigzag, to_zigzag
+from gptjax.parallel.sharding import constrain, num_shards, suffix
 
 # A layer that attends to everything, in the list of windows: more places than any text has.
 NO_WINDOW = 2**31 - 1
@@ -123,7 +124,6 @@ def remat(cfg: ModelConfig, body: Callable) -> Callable:
     """The scanned body of a layer, with what cfg.remat says computed again in the backward pass."""
     policies = jax.checkpoint_policies
     policy = {
-        "none": None,
         "full": None,
         "dots": policies.dots_with_no_batch_dims_saveable,
         "names": policies.save_only_these_names(*cfg.remat_names),
@@ -133,7 +133,7 @@ def remat(cfg: ModelConfig, body: Callable) -> Callable:
         ),
     }[cfg.remat]  # fmt: skip
     # The scan already keeps the compiler from merging the recomputation with the forward pass.
-    return body if cfg.remat == "none" else jax.checkpoint(body, prevent_cse=False, policy=policy)
+    return jax.checkpoint(body, prevent_cse=False, policy=policy)
 
 
 class Decoder(nn.Module):
@@ -146,6 +146,10 @@ class Decoder(nn.Module):
     packed: bool = True  # rows may hold several documents, kept apart by segments; else these are not looked at
 
     def setup(self):
+        if not self.is_initializing():
+            params = dict(self.variables["params"])
+            self.layers, self.top = params.pop("layers"), params
+            return
         cfg, size = self.cfg, dims(self.cfg, self.vocab_size, self.context)
         normal = nn.initializers.normal(cfg.init_std)
         starts = {
@@ -208,7 +212,10 @@ class Decoder(nn.Module):
     def _run(self, tokens_BL, positions_BL, segments_BL, key, norms=False):
         # A block of the user's own may look at its neighbours, so only ours is given rows in another order.
         cfg, shards = self.cfg, num_shards(tokens_BL.shape[1]) if self.block is block else 1
-        tokens_BL, positions_BL, segments_BL = (to_zigzag(x, shards) for x in (tokens_BL, positions_BL, segments_BL))
+        if shards > 1:
+            tokens_BL, positions_BL, segments_BL = (
+                to_zigzag(x, shards) for x in (tokens_BL, positions_BL, segments_BL)
+            )
         mask = causal(segments_BL, self.packed, shards)
         x_BLD = embed_tokens(cfg, self.top, tokens_BL, positions_BL)
         layer_keys = None
@@ -226,12 +233,15 @@ class Decoder(nn.Module):
             x_BLD, _ = self.block(cfg, p, x_BLD, positions_BL, mask, None, layer_key, window)
             # Without this line FSDP's sharded weights make XLA replicate every activation on every device.
             x_BLD = constrain(x_BLD, "BLD")
-            rms = jnp.sqrt(jnp.square(x_BLD.astype(jnp.float32)).mean()) if norms else None
+            rms: Any = jnp.sqrt(jnp.square(x_BLD.astype(jnp.float32)).mean()) if norms else None
             return x_BLD, rms
 
         layers = (one_layer(self.layers), layer_keys, window_N)
-        x_BLD, rms_N = jax.lax.scan(remat(cfg, body), x_BLD, layers, unroll=cfg.unroll or cfg.num_layers)
-        return final_norm(cfg, self.top, from_zigzag(x_BLD, shards)), rms_N
+        x_BLD, rms_N = jax.lax.scan(
+            body if cfg.remat == "none" else remat(cfg, body), x_BLD, layers, unroll=cfg.unroll or cfg.num_layers
+        )
+        x_BLD = x_BLD if shards == 1 else from_zigzag(x_BLD, shards)
+        return final_norm(cfg, self.top, x_BLD), rms_N
 
     def logits(self, x_BLD: jax.Array) -> jax.Array:
         """float32 logits_BLV of hidden states; the ids that pad the vocabulary are masked out."""

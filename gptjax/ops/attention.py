@@ -15,7 +15,7 @@ from gptjax.ops.cpu_attention import attend_causal_chunked
 from gptjax.ops.device import Device, device
 from gptjax.ops.kernels import attend_cudnn, attend_shared, attend_splash
 from gptjax.ops.reference import AttentionMask, attend
-from gptjax.parallel.context import num_shards
+from gptjax.parallel.sharding import num_shards
 
 # Keys from which on auto takes blocks where no kernel of the device serves: scores of more would crowd the memory.
 LONG = 1024

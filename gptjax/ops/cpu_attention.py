@@ -83,10 +83,10 @@ def _backward(options, saved, g_BLHK):
     q_BLHK, k_BLGK, v_BLGK, kept = saved
     (B, L, H, K), G = q_BLHK.shape, k_BLGK.shape[2]
 
-    def grouped(x_BLHK):
-        return jnp.transpose(x_BLHK.reshape(B, L, G, H // G, K), (0, 2, 3, 1, 4))
-
-    q_BGJLK, g_BGJLK = grouped(q_BLHK * options.scale), grouped(g_BLHK)
+    q_BGJLK, g_BGJLK = (
+        jnp.transpose(x_BLHK.reshape(B, L, G, H // G, K), (0, 2, 3, 1, 4))
+        for x_BLHK in (q_BLHK * options.scale, g_BLHK)
+    )
     g_BGKJL = jnp.transpose(g_BGJLK, (0, 1, 4, 2, 3))
     k_BGKM, v_BGMK = jnp.transpose(k_BLGK, (0, 2, 3, 1)), jnp.moveaxis(v_BLGK, 1, 2)
     dk_BGMK, dv_BGMK, dq = jnp.zeros(v_BGMK.shape, jnp.float32), jnp.zeros(v_BGMK.shape, jnp.float32), []

@@ -4,8 +4,6 @@ from typing import NamedTuple
 
 import jax
 
-from gptjax.runtime.hardware import chip_of
-
 
 class Device(NamedTuple):
     """The facts of a device that a choice between ways of computing needs."""
@@ -29,6 +27,8 @@ def device() -> Device:
     platform = {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
     if platform == "cpu":
         return Device(platform, shares_rows=shares_rows)
+    from gptjax.runtime.hardware import chip_of  # a CPU's process needs none of it
+
     chip = chip_of(abstract.device_kind if abstract is not None else jax.local_devices()[0].device_kind)
     return Device(platform, _capability(), shares_rows, (chip and chip.memory) or Device._field_defaults["memory"])
 

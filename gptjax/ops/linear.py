@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gptjax.ops.cpu_matvec import product
+from gptjax.ops.decoding import MANY_ROWS, few_rows_einsum
 from gptjax.ops.device import Device, device
 from gptjax.parallel.sharding import RULES, axes_of
 
@@ -23,15 +23,12 @@ def linear(x: jax.Array, p: Mapping[str, jax.Array], **equations: str) -> Any:
     The letters of an equation end the weight's name in p, and the output's letters but B and L that of its bias
     (`q_bias_HK`). One name gives an array, several a tuple in their order, whose gradients share what they need of x.
     """
-    weights = tuple(p[_weight(name, e)].astype(x.dtype) for name, e in equations.items())
-    biases = [f"{name}_bias_{e.partition('->')[2].removeprefix('BL')}" for name, e in equations.items()]
+    letters = {name: e.split(",")[1].split("->") for name, e in equations.items()}
+    weights = tuple(p[f"{name}_{w}"].astype(x.dtype) for name, (w, _) in letters.items())
     ys: tuple[jax.Array, ...] = products(tuple(equations.values()), x, weights)
+    biases = [f"{name}_bias_{y.removeprefix('BL')}" for name, (_, y) in letters.items()]
     ys = tuple(add_bias(y, p[bias]) if bias in p else y for y, bias in zip(ys, biases, strict=True))
     return ys[0] if len(equations) == 1 else ys
-
-
-def _weight(name: str, equation: str) -> str:
-    return f"{name}_{equation.split(',')[1].partition('->')[0]}"
 
 
 def transpose(x: jax.Array, order: tuple[int, ...]) -> jax.Array:
@@ -51,7 +48,8 @@ def products(equations: tuple[str, ...], x: jax.Array, weights: tuple[jax.Array,
 
     Each equation is "batch input, input output -> batch output", as in BLD,DHK->BLHK.
     """
-    return tuple(product(e, x, w) for e, w in zip(equations, weights, strict=True))
+    einsum = few_rows_einsum if math.prod(x.shape[:2]) < MANY_ROWS else jnp.einsum
+    return tuple(einsum(e, x, w) for e, w in zip(equations, weights, strict=True))
 
 
 def _forward(equations, x, weights):
@@ -117,7 +115,8 @@ def _embed_forward(table_VD, ids_BL, dtype):
 
 def _embed_backward(dtype, kept, g_BLD):
     ids_BL, like_VD = kept
-    if slow_scatter():
+    # Before jaxlib 0.11.1 a GPU can take 2,000 times as long to add to scattered rows in float32.
+    if device().platform == "gpu" and jax.__version_info__ < (0, 11, 1):
         dtable_VD = one_hot_gradient(like_VD.shape[0], ids_BL, g_BLD)
     else:
         zeros = jnp.zeros((like_VD.shape[0], g_BLD.shape[-1]), jnp.float32)
@@ -126,11 +125,6 @@ def _embed_backward(dtype, kept, g_BLD):
 
 
 embed.defvjp(_embed_forward, _embed_backward)
-
-
-def slow_scatter() -> bool:
-    """True where adding to scattered rows in float32 can take 2,000 times as long: GPUs before jaxlib 0.11.1."""
-    return device().platform == "gpu" and jax.__version_info__ < (0, 11, 1)
 
 
 def one_hot_gradient(rows: int, ids_BL: jax.Array, g_BLD: jax.Array) -> jax.Array:

@@ -39,7 +39,9 @@ def causal(segments_BL: jax.Array, packed: bool = True, shards: int = 1) -> Atte
     hold one document and, behind it, padding (not `packed`), the segments are left out: only padding sees more by it.
     With `shards` above 1 segments_BL, and what will be attended, stand in the zigzag order of so many.
     """
-    places_BL = jnp.broadcast_to(context.places(segments_BL.shape[1], shards), segments_BL.shape)
+    length = segments_BL.shape[1]
+    place_L = jnp.arange(length, dtype=jnp.int32) if shards == 1 else context.places(length, shards)
+    places_BL = jnp.broadcast_to(place_L, segments_BL.shape)
     segments = segments_BL if packed else None
     return AttentionMask(places_BL, segments, segments, aligned=shards == 1, shards=shards)
 
@@ -51,7 +53,8 @@ def cached(positions_BL: jax.Array) -> AttentionMask:
 
 def dense_mask(mask: AttentionMask, keys: int, window: jax.typing.ArrayLike | None = None) -> jax.Array:
     """mask_BLM over all the keys: what `mask` allows and, with a window, only the last `window` places of it."""
-    behind_BLM = mask.query_BL[:, :, None] - context.places(keys, mask.shards)[None, None, :]
+    place_M = jnp.arange(keys, dtype=jnp.int32) if mask.shards == 1 else context.places(keys, mask.shards)
+    behind_BLM = mask.query_BL[:, :, None] - place_M
     mask_BLM = behind_BLM >= 0
     if window is not None:
         mask_BLM &= behind_BLM < window

@@ -10,30 +10,15 @@ A move is two sends of half a shard each; only attention depends on the order.
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 
 P = jax.P
 
 AXIS = "context"
 
 
-def num_shards(length: int) -> int:
-    """Number of devices that share a row of this length in zigzag order; 1: rows keep their order.
-
-    1 without a mesh, inside a shard_map over all axes, and for a length that 2n does not divide.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or AxisType.Manual in mesh.axis_types:
-        return 1
-    n = dict(mesh.shape).get(AXIS, 1)
-    return n if length % (2 * n) == 0 else 1
-
-
 def places(length: int, n: int) -> jax.Array:
     """place_L: the position in the row of each position of the zigzag order of n shards."""
     place_L = jnp.arange(length, dtype=jnp.int32)
-    if n == 1:
-        return place_L
     size = length // (2 * n)
     shard_L, late_L = place_L // (2 * size), place_L // size % 2
     return jnp.where(late_L, 2 * n - 1 - shard_L, shard_L) * size + place_L % size
@@ -41,12 +26,12 @@ def places(length: int, n: int) -> jax.Array:
 
 def to_zigzag(x_BL: jax.Array, n: int) -> jax.Array:
     """Moves x_BL, or x_BLD, over n context shards from its own order to the zigzag order."""
-    return x_BL if n == 1 else _on_shards(_send, x_BL, n)
+    return _on_shards(_send, x_BL, n)
 
 
 def from_zigzag(x_BL: jax.Array, n: int) -> jax.Array:
     """The inverse of `to_zigzag`."""
-    return x_BL if n == 1 else _on_shards(_send_back, x_BL, n)
+    return _on_shards(_send_back, x_BL, n)
 
 
 def gather_length(x_BL: jax.Array, axes: tuple[str, ...], n: int) -> jax.Array:

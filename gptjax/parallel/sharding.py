@@ -256,6 +256,18 @@ def axes_of(sizes: dict[str, int]) -> dict[str, tuple[str, ...]]:
     return {x: axes for x, axes in over.items() if axes and _divides(sizes[x], axes, mesh)}
 
 
+def num_shards(length: int) -> int:
+    """How many devices share rows of this length in zigzag order; 1: rows keep their order.
+
+    So it is without a mesh, inside a shard_map over all axes, and for a length that 2n does not divide.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or AxisType.Manual in mesh.axis_types:
+        return 1
+    n = dict(mesh.shape).get("context", 1)
+    return n if length % (2 * n) == 0 else 1
+
+
 def on_each_device(function: Callable, axes: dict[str, tuple[str, ...]], inputs: tuple, outputs: Any) -> Callable:
     """Wraps a function of one device's shards with shard_map; `axes` are the mesh axes of each letter (see axes_of).
 

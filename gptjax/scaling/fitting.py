@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.config import FitConfig
+from gptjax.config.scaling import FitConfig
 from gptjax.config.section import InputError
 from gptjax.runtime.versions import version
 from gptjax.scaling import report

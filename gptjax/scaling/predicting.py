@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.config import PredictConfig
+from gptjax.config.scaling import PredictConfig
 from gptjax.config.section import InputError
 from gptjax.scaling.recipes import batch_rule
 from gptjax.scaling.saved import Fit, interval, open_fit, strict

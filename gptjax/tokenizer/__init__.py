@@ -6,19 +6,15 @@ the text is encoded as ordinary pieces. This is the only package that imports se
 
 from gptjax.tokenizer.bytes import BytesTokenizer
 from gptjax.tokenizer.files import load_sentencepiece, load_tokenizer, make_tokenizer, open_tokenizer
-from gptjax.tokenizer.huggingface import HuggingFaceTokenizer
 from gptjax.tokenizer.interface import FILES, META_FILE, MODEL_FILE, Tokenizer, last_safe_cut
 from gptjax.tokenizer.sentencepiece import SentencePieceTokenizer, train_sentencepiece
-from gptjax.tokenizer.tiktoken import TiktokenTokenizer
 
 __all__ = [
     "FILES",
     "META_FILE",
     "MODEL_FILE",
     "BytesTokenizer",
-    "HuggingFaceTokenizer",
     "SentencePieceTokenizer",
-    "TiktokenTokenizer",
     "Tokenizer",
     "last_safe_cut",
     "load_tokenizer",

@@ -1,4 +1,7 @@
-"""Tokenizers as files: opened by kind, made by the settings, and loaded as they were saved."""
+"""Tokenizers as files: opened by kind, made by the settings, and loaded as they were saved.
+
+Each kind is imported where it is needed: a run has one.
+"""
 
 import json
 from collections.abc import Iterator
@@ -7,7 +10,6 @@ from pathlib import Path
 from gptjax.config import TokenizerConfig
 from gptjax.config.section import InputError
 from gptjax.tokenizer.bytes import BytesTokenizer
-from gptjax.tokenizer.huggingface import PAIRS, HuggingFaceTokenizer, read_huggingface
 from gptjax.tokenizer.interface import (
     JSON_FILE,
     MERGES_FILE,
@@ -19,7 +21,6 @@ from gptjax.tokenizer.interface import (
     Tokenizer,
 )
 from gptjax.tokenizer.sentencepiece import SentencePieceTokenizer, train_sentencepiece
-from gptjax.tokenizer.tiktoken import TiktokenTokenizer, looks_like_ranks
 
 _KINDS = ("bytes", "sentencepiece", "huggingface", "tiktoken")
 
@@ -43,9 +44,13 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     elif kind == "sentencepiece":
         tokenizer = load_sentencepiece(file)
     elif kind == "tiktoken":
+        from gptjax.tokenizer.tiktoken import TiktokenTokenizer
+
         file = folder / RANKS_FILE
         tokenizer = TiktokenTokenizer(_read(file), str(meta.get("pattern", "")), str(file))
     else:
+        from gptjax.tokenizer.huggingface import HuggingFaceTokenizer
+
         file = folder / (JSON_FILE if (folder / JSON_FILE).exists() else VOCAB_FILE)
         names = (JSON_FILE,) if file.name == JSON_FILE else (VOCAB_FILE, MERGES_FILE)
         content = {name: _read(folder / name) for name in names}
@@ -67,6 +72,9 @@ def open_tokenizer(path: str | Path, kind: str = "", pattern: str = "") -> Token
     taken first, then ranks. `pattern` is tokenizer.pattern. Raises InputError where there is no tokenizer, one of
     another kind, or one that would lose text.
     """
+    from gptjax.tokenizer.huggingface import PAIRS, read_huggingface
+    from gptjax.tokenizer.tiktoken import TiktokenTokenizer
+
     path = Path(path)
     if path.is_dir() and (path / META_FILE).exists():
         tokenizer = load_tokenizer(path)
@@ -119,6 +127,8 @@ def make_tokenizer(cfg: TokenizerConfig, texts: Iterator[str]) -> Tokenizer:
 
 def _tokenizers_in(path: Path) -> dict[str, Path]:
     """The tokenizers at a path: kind -> file or folder, judged by what the files hold and not by their names."""
+    from gptjax.tokenizer.huggingface import PAIRS
+
     if not path.is_dir():
         return {_kind_of(path): path}
     files: dict[str, Path] = {}
@@ -131,6 +141,9 @@ def _tokenizers_in(path: Path) -> dict[str, Path]:
 
 
 def _kind_of(file: Path) -> str:
+    from gptjax.tokenizer.huggingface import PAIRS
+    from gptjax.tokenizer.tiktoken import looks_like_ranks
+
     if any(file.name in pair for pair in PAIRS):
         return "huggingface"
     start = _read(file, 4096).lstrip()

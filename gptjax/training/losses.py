@@ -80,13 +80,6 @@ def _split(chunks: tuple[int, int], *arrays: jax.Array) -> tuple[jax.Array, ...]
     return tuple(a.reshape(count, a.shape[1], -1, *a.shape[4:]) for a in cut)
 
 
-def _joined(chunks: tuple[int, int], x: jax.Array) -> jax.Array:
-    """The inverse of `_split` of one array."""
-    count, shards = chunks
-    x = jnp.moveaxis(x.reshape(count, x.shape[1], shards, -1, *x.shape[3:]), 0, 2)
-    return x.reshape(x.shape[0], -1, *x.shape[4:])
-
-
 def _chunk_loss(x_BCD, targets_BC, weights_BC, head_DV, vocab_size, extras):
     """The loss of one chunk, its logits, their softmax's numerator and normaliser, and log Z."""
     z_loss, softcap = extras
@@ -124,7 +117,9 @@ def _forward(x_BLD, head_VD, targets_BL, weights_BL, vocab_size, extras, chunks)
 
     start = (jnp.zeros(()), jnp.zeros(head_DV.shape, jnp.float32))
     (total, dhead_DV), dx = jax.lax.scan(add, start, _split(chunks, x_BLD, targets_BL, weights_BL))
-    return total, (_joined(chunks, dx), dhead_DV.T.astype(head_VD.dtype))
+    # The inverse of _split.
+    dx = jnp.moveaxis(dx.reshape(len(dx), dx.shape[1], chunks[1], -1, dx.shape[-1]), 0, 2)
+    return total, (dx.reshape(x_BLD.shape), dhead_DV.T.astype(head_VD.dtype))
 
 
 def _backward(vocab_size, extras, chunks, kept, g):

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from gptjax.config import DoctorConfig
+from gptjax.config.checks import DoctorConfig
 from gptjax.config.section import one_line
 from gptjax.diagnostics.doctor import versions
 from gptjax.diagnostics.doctor.finding import Finding, worst

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.config import MeshConfig, VerifyConfig
+from gptjax.config import MeshConfig
+from gptjax.config.checks import VerifyConfig
 from gptjax.config.section import one_line
 from gptjax.diagnostics.verify import numbers
 from gptjax.diagnostics.verify.settings import (

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gptjax.config import SweepConfig, TrainConfig, frozen_settings
+from gptjax.config import TrainConfig, frozen_settings
 from gptjax.config.command_line import Recipe, parse
 from gptjax.config.section import InputError
+from gptjax.config.sweep import SweepConfig
 from gptjax.model.counts import parameters, token_flops
 
 

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from gptjax.config import SweepConfig
 from gptjax.config.command_line import Recipe
 from gptjax.config.section import InputError
+from gptjax.config.sweep import SweepConfig
 from gptjax.data.prepared import open_corpora
 from gptjax.runtime.process import pinned, require_workers
 from gptjax.runtime.restart import MOST_IN_VAIN, RESTART_ON, exit_code, pause_before
