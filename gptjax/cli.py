@@ -8,14 +8,7 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
-from gptjax.config import (
-    ContinueConfig,
-    EvalConfig,
-    PrepareConfig,
-    ShowConfig,
-    TrainConfig,
-    TrainTokenizerConfig,
-)
+from gptjax.config import ContinueConfig, EvalConfig, PrepareConfig, ShowConfig, TrainConfig, TrainTokenizerConfig
 from gptjax.config.command_line import HELP, nothing_left, parse, positional, positionals
 from gptjax.config.section import InputError
 from gptjax.parallel.cluster import RetryableError

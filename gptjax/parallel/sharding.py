@@ -257,7 +257,7 @@ def axes_of(sizes: dict[str, int]) -> dict[str, tuple[str, ...]]:
 
 
 def num_shards(length: int) -> int:
-    """How many devices share rows of this length in zigzag order; 1: rows keep their order.
+    """Number of devices that share a row of this length in zigzag order; 1: rows keep their order.
 
     So it is without a mesh, inside a shard_map over all axes, and for a length that 2n does not divide.
     """
