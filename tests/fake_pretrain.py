@@ -8,6 +8,7 @@ STANDIN_DELAY is the seconds a step takes, STANDIN_FAILS names a run and the cod
 where with STANDIN_LOSS its loss is that.
 """
 
+import argparse
 import fcntl
 import hashlib
 import json
@@ -70,25 +71,13 @@ def kill_at(where: str) -> None:
     setattr(owner, name, stand)
 
 
-def sweep_code(*args: str) -> int:
-    from gptjax.config.section import InputError
-
-    try:
-        return sweep(*args)
-    except InputError as e:
-        print(f"gptjax: {e}", file=sys.stderr)
-        return 2
-
-
 def pretrain(recipe: str, *flags: str) -> int:
-    values: dict[str, list[str]] = {}
-    for word in flags:
-        if word.startswith("--"):
-            values[word] = []
-        else:
-            values[list(values)[-1]].append(word)
-    steps, run = int(values["--steps"][0]), Path(values["--run-dir"][0])
-    at = {int(step) for step in values.get("--checkpoint.at", [])}
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    for flag, kind in {"--steps": int, "--run-dir": Path, "--size": str, "--seed": str}.items():
+        parser.add_argument(flag, type=kind, required=True)
+    parser.add_argument("--checkpoint.at", type=int, nargs="*", default=[], dest="at")
+    given, _ = parser.parse_known_args(flags)
+    steps, run = given.steps, given.run_dir
     ended = []
     signal.signal(signal.SIGTERM, lambda *_: ended.append(75))
     run.mkdir(parents=True, exist_ok=True)
@@ -103,9 +92,7 @@ def pretrain(recipe: str, *flags: str) -> int:
     write(run / "config.json", json.dumps(document))
     saved = sorted(int(path.parent.name) for path in run.glob("checkpoints/*/manifest.json"))
     start = saved[-1] if saved else 0
-    state = " ".join(values["--size"] + values["--seed"])
-    if start:
-        state = (run / f"checkpoints/{start:08d}/state").read_text()
+    state = (run / f"checkpoints/{start:08d}/state").read_text() if start else f"{given.size} {given.seed}"
     metrics = run / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True) if start else []
     assert len(lines) >= start, f"{len(lines)} lines before a checkpoint of step {start}"
@@ -122,7 +109,7 @@ def pretrain(recipe: str, *flags: str) -> int:
             file.write(json.dumps({"step": step, "loss": loss}) + "\n")
         if fails:
             return int(code)
-        if step in at or step == steps or ended:
+        if step in given.at or step == steps or ended:
             save(run / "checkpoints" / f"{step:08d}", step, state)
         if ended and step < steps:
             return ended[0]
@@ -151,4 +138,4 @@ def write(path: Path, text: str, temporary: Path | None = None) -> None:
 
 if __name__ == "__main__":
     verb, *rest = sys.argv[1:]
-    sys.exit({"sweep": sweep_code, "pretrain": pretrain}[verb](*rest))
+    sys.exit({"sweep": sweep, "pretrain": pretrain}[verb](*rest))

@@ -6,13 +6,14 @@ import re
 import runpy
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import commands
 import pytest
+from commands import finish, free_port
 
 from gptjax.parallel.cluster import find_cluster
 
@@ -180,9 +181,8 @@ def test_the_tpu_script_creates_waits_installs_runs_on_every_worker_and_deletes(
 def test_the_tpu_script_says_what_is_missing_and_when_the_slice_is_gone(tmp_path, tpu_slice):
     for name in ("PROJECT", "ZONE", "NAME", "ACCELERATOR", "RUNTIME", "RUN_DIR"):
         one_line(run(tmp_path, "tpu_pod.sh", "all", "x", **tpu_slice | {name: ""}), f"{name} is missing; wanted e.g.")
-    one_line(
-        run(tmp_path, "tpu_pod.sh", "run", "x", **tpu_slice | {"RUN_DIR": "runs/x"}), "wanted a folder in a bucket"
-    )
+    local = tpu_slice | {"RUN_DIR": "runs/x"}
+    one_line(run(tmp_path, "tpu_pod.sh", "run", "x", **local), "wanted a folder in a bucket")
     one_line(run(tmp_path, "tpu_pod.sh", "run", **tpu_slice), "RECIPE is missing")
     one_line(run(tmp_path, "tpu_pod.sh", "sing", **tpu_slice), "got sing; wanted create, wait")
     (tmp_path / "states").write_text("PROVISIONING\nFAILED\n")
@@ -224,11 +224,8 @@ def test_the_jobset_says_what_it_was_told_and_which_pod_is_process_0(tmp_path):
     assert (job["replicas"], job["template"]["spec"]["parallelism"], container["image"]) == (3, 2, "registry/gptjax:1")
     assert "${" not in json.dumps(jobset)
     env = environment(jobset, container, 1)
-    assert (env["RECIPE"], env["RUN_DIR"], env["SETTINGS"]) == (
-        "configs/x.py",
-        "gs://b&c/run",
-        "--mesh.slices 3 --steps 5",
-    )
+    assert (env["RECIPE"], env["RUN_DIR"]) == ("configs/x.py", "gs://b&c/run")
+    assert env["SETTINGS"] == "--mesh.slices 3 --steps 5"
     cluster = find_cluster(env | {"JOB_INDEX": "2"})
     assert cluster is not None and cluster.coordinator == "mine-workers-0-0.mine:8476"
     assert (cluster.kind, cluster.process, cluster.processes) == ("JobSet", 5, 6)
@@ -270,21 +267,17 @@ def test_the_command_of_the_jobset_trains_as_two_processes_with_its_variables(tm
     jobset, container = pod(tmp_path, "quickstart", *TINY, str(tmp_path / "text.txt"), RUN_DIR=str(tmp_path / "run"))
     command(tmp_path, "gptjax", f'exec {sys.executable} -m gptjax "$@"')
     command(tmp_path, "python", f'exec {sys.executable} "$@"')
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     outside = {
-        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
-        "XDG_CACHE_HOME": str(tmp_path / "cache"), "HOME": str(tmp_path),
-        "GPTJAX_COORDINATOR": f"127.0.0.1:{port}",  # the name of process 0's pod resolves in the cluster alone
+        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "HOME": str(tmp_path),
+        "GPTJAX_COORDINATOR": f"127.0.0.1:{free_port()}",  # the name of process 0's pod resolves in the cluster alone
     }  # fmt: skip
+    outside = commands.environment(tmp_path / "cache", **outside)
     pods = [
-        subprocess.Popen(container["command"], cwd=ROOT, env=outside | environment(jobset, container, index),
-                         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        commands.start(container["command"], cwd=ROOT, env=outside | environment(jobset, container, index))
         for index in range(2)
-    ]  # fmt: skip
-    errors = [process.communicate(timeout=200)[1] for process in pods]
-    assert [process.returncode for process in pods] == [0, 0], errors
+    ]
+    codes, errors = zip(*(finish(process) for process in pods))
+    assert codes == (0, 0), errors
     assert "2 processes, found by" in errors[0] and "step 6/6" in errors[0] and "step 6/6" not in errors[1]
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["processes"] == 2
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
@@ -313,6 +306,5 @@ def test_the_image_holds_all_that_its_build_and_the_jobset_need(tmp_path):
 
 def test_every_file_here_is_in_the_docs():
     docs = "".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
-    assert [
-        path.name for path in LAUNCH.iterdir() if path.is_file() and path.name.removesuffix(".dockerignore") not in docs
-    ] == []
+    names = {path.name.removesuffix(".dockerignore") for path in LAUNCH.iterdir() if path.is_file()}
+    assert {name for name in names if name not in docs} == set()

@@ -22,14 +22,12 @@ from test_sweep import RECIPE, points
 
 ROOT = Path(__file__).parent.parent
 STEPS = 800
-SETTINGS = " ".join(
-    f"""
+SETTINGS = f"""
 --steps {STEPS} --model.num-layers 1 --model.width 32 --model.num-heads 2 --model.dtype float32 --model.unroll 1
 --tokenizer.kind bytes --tokenizer.vocab-size 258 --data.length 32 --data.batch-size 4 --data.source words.txt
 --optim.warmup-steps 10 --evaluate.every {STEPS} --evaluate.max-rows 8 --checkpoint.every 20 --no-tensorboard
 --generate.max-new-tokens 4 --log-every 100
-""".split()
-)
+""".replace("\n", " ")
 
 
 class Slurm:
@@ -75,6 +73,8 @@ class Slurm:
 
 @pytest.fixture
 def slurm(tmp_path):
+    rng = random.Random(0)
+    (tmp_path / "words.txt").write_text(" ".join("".join(rng.choices("abcdefgh", k=5)) for _ in range(3000)))
     folder = Path(tempfile.mkdtemp(prefix="slurm"))  # the path of a socket has to be short
     try:
         started = subprocess.run([ROOT / "tests" / "slurm.sh", "up", folder], capture_output=True, text=True)
@@ -100,8 +100,6 @@ def left(folder: Path) -> list[str]:
 
 @pytest.mark.slurm
 def test_a_job_of_two_tasks_is_interrupted_killed_and_cancelled_and_loses_no_step(slurm):
-    rng = random.Random(0)
-    (slurm.work / "words.txt").write_text(" ".join("".join(rng.choices("abcdefgh", k=5)) for _ in range(3000)))
     slurm.job = slurm(
         f"sbatch --parsable --ntasks 2 --time 15 {ROOT}/launch/slurm.sbatch shakespeare_char {SETTINGS}",
         RUN_DIR=str(slurm.work / "run"), LAUNCH=str(ROOT / "launch"), XDG_CACHE_HOME=str(slurm.work / "cache"),
@@ -142,8 +140,6 @@ def test_a_job_of_two_tasks_is_interrupted_killed_and_cancelled_and_loses_no_ste
 
 @pytest.mark.slurm
 def test_the_tasks_of_an_array_share_a_sweep_and_one_that_is_interrupted_comes_back(slurm):
-    rng = random.Random(0)
-    (slurm.work / "words.txt").write_text(" ".join("".join(rng.choices("abcdefgh", k=5)) for _ in range(3000)))
     (slurm.work / "tiny.py").write_text(RECIPE)
     times = slurm.work / "sweep" / "times.jsonl"
     grid = points(s16="100 200 4000", s32="100 200 4000")

@@ -7,7 +7,9 @@ import sys
 import time
 from pathlib import Path
 
+import commands
 import pytest
+from commands import finish
 
 SUPERVISE = Path(__file__).parent.parent / "launch" / "supervise.py"
 
@@ -60,12 +62,7 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 def start(run: Path, script: str, *options: str, **settings) -> subprocess.Popen:
     command = [sys.executable, "-c", HEED, SUPERVISE, "--run-dir", run, "--pause", "0.01", *options]
     command += ["--", sys.executable, "-c", CHILD, run, script]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **settings)
-
-
-def finish(process: subprocess.Popen) -> tuple[int, str]:
-    _, errors = process.communicate(timeout=30)
-    return process.returncode, errors
+    return commands.start(command, **settings)
 
 
 def starts(run: Path) -> int:
@@ -78,30 +75,24 @@ def test_any_other_code_is_returned_at_once(tmp_path, code):
     assert starts(tmp_path) == 1
 
 
-def test_what_was_interrupted_aborted_or_killed_is_started_again(tmp_path):
-    code, errors = finish(start(tmp_path, "+5 75,+10 134,+15 137,+20 kill,0"))
-    assert (code, starts(tmp_path)) == (0, 5), errors
-    assert "ended with 137 (newest checkpoint: step 20)" in errors
+# The script and --crashes; the code that is returned, after how many starts, and what is said.
+RESTARTS = {
+    "what was interrupted, aborted or killed is started again":
+        ("+5 75,+10 134,+15 137,+20 kill,0", 5, 0, 5, "ended with 137 (newest checkpoint: step 20)"),
+    "crashes without progress are given up with the last code":
+        ("+5 137,137,134,+6 137,137,134,kill,0", 3, 137, 7,
+         "3 ends in a row without progress (newest checkpoint: step 6): giving up"),
+    "interruptions without progress are no endless loop": ("75,75,0", 2, 75, 2, "giving up"),
+    "before the first checkpoint the last logged step is the progress":
+        ("=3 137,=3 137,=7 137,=7 137,=7 137,0", 2, 137, 5, "no checkpoint yet, last step 7"),
+    "the first checkpoint is progress, though more steps were logged": ("=7 137,+4 137,137,0", 2, 0, 4, "step 4"),
+}  # fmt: skip
 
 
-def test_it_gives_up_after_crashes_without_progress_and_returns_the_last_code(tmp_path):
-    code, errors = finish(start(tmp_path, "+5 137,137,134,+6 137,137,134,kill,0", "--crashes", "3"))
-    assert (code, starts(tmp_path)) == (137, 7), errors
-    assert "3 ends in a row without progress (newest checkpoint: step 6): giving up" in errors
-
-
-def test_interruptions_without_progress_are_no_endless_loop(tmp_path):
-    code, errors = finish(start(tmp_path, "75,75,0", "--crashes", "2"))
-    assert (code, starts(tmp_path)) == (75, 2), errors
-
-
-def test_before_the_first_checkpoint_the_last_logged_step_is_the_progress(tmp_path):
-    code, errors = finish(start(tmp_path, "=3 137,=3 137,=7 137,=7 137,=7 137,0", "--crashes", "2"))
-    assert (code, starts(tmp_path)) == (137, 5), errors
-    assert "no checkpoint yet, last step 7" in errors
-    # The first checkpoint is progress, though the steps logged before it were more.
-    (tmp_path / "starts").unlink()
-    assert finish(start(tmp_path, "137,+4 137,137,0", "--crashes", "2"))[0] == 0
+@pytest.mark.parametrize("script, crashes, code, times, says", RESTARTS.values(), ids=RESTARTS)
+def test_a_command_is_started_again_as_long_as_its_run_gets_on(tmp_path, script, crashes, code, times, says):
+    found, errors = finish(start(tmp_path, script, "--crashes", str(crashes)))
+    assert (found, starts(tmp_path)) == (code, times) and says in errors, errors
 
 
 # Its gptjax: `checkpoint list` tells what the file says, or ends with its code; every other verb ends with 137.
@@ -130,8 +121,8 @@ def test_the_gptjax_of_the_command_tells_the_progress_of_a_run_in_a_bucket(tmp_p
     (tmp_path / "gptjax").chmod(0o755)
     command = [sys.executable, SUPERVISE, "--pause", "0.01", "--longest-pause", "0.02", "--crashes", "2", "--", "env"]
     command += [tmp_path / "gptjax", "pretrain", "x", "--run-dir", "s3://b/run"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    assert done.returncode == 137 and says in done.stderr, done.stderr
+    code, errors = finish(commands.start(command))
+    assert code == 137 and says in errors, errors
     assert (tmp_path / "told").read_text() == "pretrain x --run-dir s3://b/run\n" * starts, "unknown does not count"
 
 
@@ -167,7 +158,7 @@ def test_a_signal_during_a_pause_ends_it(tmp_path):
 
 
 def test_what_the_command_left_behind_is_ended_with_it(tmp_path):
-    assert finish(start(tmp_path, "leave 3", stdout=subprocess.DEVNULL))[0] == 3
+    assert finish(start(tmp_path, "leave 3"))[0] == 3
     left = int((tmp_path / "left").read_text())
     for _ in range(100):
         state = Path(f"/proc/{left}/stat")
@@ -178,29 +169,23 @@ def test_what_the_command_left_behind_is_ended_with_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments, told",
+    "arguments, code, told",
     [
-        ([], "the command is missing"),
-        (["--run-dir", "x"], "the command is missing"),
-        (["--", "true"], "no run folder"),
-        (["--restart-on", "many", "--run-dir", "x", "--", "true"], "--restart-on: got 'many'"),
-        (["--crashes", "0", "--", "true", "--run-dir", "x"], "--crashes must be 1 or more"),
+        ("", 2, "the command is missing"),
+        ("--run-dir x", 2, "the command is missing"),
+        ("-- true", 2, "no run folder"),
+        ("--restart-on many --run-dir x -- true", 2, "--restart-on: got 'many'"),
+        ("--crashes 0 -- true --run-dir x", 2, "--crashes must be 1 or more"),
+        ("-- no-such-command --run-dir=x", 127, "no-such-command can't be started"),
     ],
 )
-def test_bad_arguments_are_told_with_exit_code_2(arguments, told):
-    done = subprocess.run([sys.executable, SUPERVISE, *arguments], capture_output=True, text=True)
-    assert done.returncode == 2 and told in done.stderr
-
-
-def test_a_command_that_is_not_there_is_told(tmp_path):
-    command = [sys.executable, SUPERVISE, "--", "no-such-command", f"--run-dir={tmp_path}"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 127 and "no-such-command can't be started" in done.stderr
+def test_bad_arguments_and_a_command_that_is_not_there_are_told(tmp_path, arguments, code, told):
+    found, errors = finish(commands.start([sys.executable, SUPERVISE, *arguments.split()], cwd=tmp_path))
+    assert found == code and told in errors, errors
 
 
 def test_the_supervisor_needs_the_standard_library_alone():
-    command = [sys.executable, "-I", "-S", SUPERVISE, "--help"]
-    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert finish(commands.start([sys.executable, "-I", "-S", SUPERVISE, "--help"]))[0] == 0
 
 
 def wait_for(path: Path) -> None:

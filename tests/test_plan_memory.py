@@ -18,6 +18,8 @@ from gptjax.runtime.hardware import topology
 from gptjax.training.build import build_components
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+TPU = Device("tpu")
+SAME = "--model.remat full --model.attention splash --optim.accumulate 1 --data.length 2048".split()
 
 
 @functools.cache
@@ -26,35 +28,31 @@ def shapes(words: str):
 
 
 def counted(words: str, flags: str, **mesh: int) -> tuple[Memory, TrainConfig]:
-    """The memory on a TPU; the state is that of the recipe's parameters, whatever the flags."""
-    config = recipe(words, *shlex.split(flags))
+    """The memory on a TPU; the state is that of the recipe's parameters, whatever the flags, which win over SAME."""
+    config = recipe(words, *SAME, *shlex.split(flags))
     sizes = dict.fromkeys(AXES, 1) | mesh
     state = state_bytes(config, shapes(words), sizes, tiles=True)
-    return step_memory(config, state, sizes, device=Device("tpu")), config
+    return step_memory(config, state, sizes, device=TPU), config
 
 
 def test_a_product_in_pieces_fuses_with_nothing_and_so_keeps_more_of_the_mlp():
     """Eight rows a device; where the data axis cuts the batch too, whole weights are gathered and multiplied."""
-    same = "--model.remat full --model.attention splash --optim.accumulate 1 --data.length 2048"
-    pieces, config = counted("gpt3 --size 760m", f"--data.batch-size 128 {same}", fsdp=16)
-    whole, _ = counted("gpt3 --size 760m", f"--data.batch-size 256 {same}", data=2, fsdp=16)
+    pieces, config = counted("gpt3 --size 760m", "--data.batch-size 128", fsdp=16)
+    whole, _ = counted("gpt3 --size 760m", "--data.batch-size 256", data=2, fsdp=16)
     hidden = 2 * 8 * 2048 * config.model.mlp_width
     assert pieces.activations - whole.activations >= hidden
 
 
 def test_what_attention_reads_is_there_during_the_gradient_of_the_mlp():
-    same = "--model.remat full --model.attention splash --optim.accumulate 1 --data.batch-size 64 --data.length 2048"
-    few, config = counted("llama_1b", f"{same} --model.queries-per-kv 4", data=8)
-    many, _ = counted("llama_1b", f"{same} --model.queries-per-kv 2", data=8)
+    few, config = counted("llama_1b", "--data.batch-size 64 --model.queries-per-kv 4", data=8)
+    many, _ = counted("llama_1b", "--data.batch-size 64 --model.queries-per-kv 2", data=8)
     # Keys and values, each filled up to rows of 128.
     assert many.activations - few.activations == 2 * 2 * 8 * 2048 * config.model.num_kv_heads * 128
 
 
 def test_blockwise_attention_holds_a_block_of_scores_for_each_row_and_head():
-    same = "--model.remat full --optim.accumulate 1"
-
     def activations(attention: str, rows: int) -> int:
-        flags = f"{same} --model.attention {attention} --data.batch-size {8 * rows} --data.length {8192 // rows}"
+        flags = f"--model.attention {attention} --data.batch-size {8 * rows} --data.length {8192 // rows}"
         return counted("gpt3 --size 760m", flags, data=8)[0].activations
 
     assert activations("blockwise", 8) > activations("blockwise", 1)
@@ -62,9 +60,8 @@ def test_blockwise_attention_holds_a_block_of_scores_for_each_row_and_head():
 
 
 def test_plain_attention_of_one_row_makes_no_float32_scores():
-    same = "--model.remat full --model.attention plain --optim.accumulate 1 --data.length 2048"
-    one, config = counted("gpt3 --size 760m", f"--data.batch-size 8 {same}", data=8)
-    two, _ = counted("gpt3 --size 760m", f"--data.batch-size 16 {same}", data=8)
+    one, config = counted("gpt3 --size 760m", "--model.attention plain --data.batch-size 8", data=8)
+    two, _ = counted("gpt3 --size 760m", "--model.attention plain --data.batch-size 16", data=8)
     scores = config.model.num_heads * 2048 * 2048
     assert two.activations - 2 * one.activations > 4 * scores
 
@@ -72,15 +69,15 @@ def test_plain_attention_of_one_row_makes_no_float32_scores():
 @pytest.mark.parametrize(("dtype", "copies"), [("bfloat16", 2), ("float32", 1)])
 def test_micro_batches_share_copies_of_the_head_and_of_the_table(dtype, copies):
     """In float32 the table is looked up as it is."""
-    same = f"--model.remat full --model.attention splash --data.length 2048 --model.dtype {dtype}"
-    one, config = counted("gpt3 --size 760m", f"--data.batch-size 64 --optim.accumulate 1 {same}", data=4, fsdp=2)
-    two, _ = counted("gpt3 --size 760m", f"--data.batch-size 128 --optim.accumulate 2 {same}", data=4, fsdp=2)
+    typed = f"--model.dtype {dtype}"
+    one, config = counted("gpt3 --size 760m", f"--data.batch-size 64 {typed}", data=4, fsdp=2)
+    two, _ = counted("gpt3 --size 760m", f"--data.batch-size 128 --optim.accumulate 2 {typed}", data=4, fsdp=2)
     assert two.weights - one.weights == copies * 2 * 50304 * config.model.width // 2
 
 
 def test_a_scan_without_remat_keeps_the_weight_copies_twice():
     def weights(remat: str) -> int:
-        flags = f"--data.batch-size 128 --optim.accumulate 2 --model.attention splash --model.remat {remat}"
+        flags = f"--data.batch-size 128 --optim.accumulate 2 --model.remat {remat}"
         return counted("gpt3 --size 760m", flags, data=4, fsdp=2)[0].weights
 
     layers = sum(x.size for x in jax.tree.leaves(shapes("gpt3 --size 760m").params["layers"]))
@@ -89,8 +86,8 @@ def test_a_scan_without_remat_keeps_the_weight_copies_twice():
 
 def test_a_head_of_float32_is_never_in_pieces():
     def weights(dtype: str) -> int:
-        flags = f"--data.length 1024 --data.batch-size 32 --optim.accumulate 1 --model.dtype {dtype}"
-        return counted("llama_1b", f"{flags} --model.remat full --model.attention splash", fsdp=32)[0].weights
+        flags = f"--data.length 1024 --data.batch-size 32 --model.dtype {dtype}"
+        return counted("llama_1b", flags, fsdp=32)[0].weights
 
     whole = 2 * 128256 * 2048  # of bfloat16
     assert weights("bfloat16") < whole < weights("float32")
@@ -98,7 +95,7 @@ def test_a_head_of_float32_is_never_in_pieces():
 
 def test_outputs_of_plain_attention_that_are_kept_are_bfloat16_also_in_float32():
     def activations(attention: str) -> int:
-        flags = f"--data.length 256 --data.batch-size 8 --optim.accumulate 1 --model.attention {attention}"
+        flags = f"--data.length 256 --data.batch-size 8 --model.attention {attention}"
         return counted("gpt3 --size 760m", f"{flags} --model.remat names --model.dtype float32", data=8)[0].activations
 
     # One row of scores and a block of them weigh the same; what is kept of 24 layers does not.

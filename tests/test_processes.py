@@ -12,9 +12,11 @@ import threading
 import time
 from pathlib import Path
 
+import commands
 import jax
 import numpy as np
 import pytest
+from commands import GPTJAX, environment, free_port
 
 from gptjax import cli
 from gptjax.config import CheckpointConfig, DataConfig, TrainConfig
@@ -36,11 +38,6 @@ SETTINGS = """
 """
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
 # Who is who.
 
 SLURM = {
@@ -51,11 +48,7 @@ JOBSET = {
     "JOBSET_NAME": "gpt", "REPLICATED_JOB_NAME": "workers", "PROCESSES_IN_JOB": "4", "JOB_COMPLETION_INDEX": "1",
     "JOB_INDEX": "2", "REPLICATED_JOB_REPLICAS": "3",
 }  # fmt: skip
-OPEN_MPI = {
-    "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
-    "OMPI_COMM_WORLD_LOCAL_RANK": "3", "JAX_COORDINATOR_PORT": "777",
-}  # fmt: skip
-MPICH = {"PMI_SIZE": "2", "PMI_RANK": "1", "MPI_LOCALNRANKS": "1", "MPI_LOCALRANKID": "0", "GPTJAX_COORDINATOR": "n1:9"}
+GIVEN = {"GPTJAX_COORDINATOR": "[::1]:80", "GPTJAX_PROCESSES": "2", "GPTJAX_PROCESS": "0"}
 
 
 @pytest.mark.parametrize(
@@ -69,12 +62,7 @@ MPICH = {"PMI_SIZE": "2", "PMI_RANK": "1", "MPI_LOCALNRANKS": "1", "MPI_LOCALRAN
         (SLURM | {"SLURM_NTASKS": "3", "SLURM_PROCID": "2"}, Cluster("Slurm", "node03:61441", 3, 2, None, 3)),
         (JOBSET, Cluster("JobSet", "gpt-workers-0-0.gpt:8476", 12, 9)),
         (JOBSET | {"GPTJAX_COORDINATOR": "a:5"}, Cluster("GPTJAX_COORDINATOR", "a:5", 12, 9)),
-        (OPEN_MPI, Cluster("MPI", "127.0.0.1:777", 4, 3, (3,))),
-        (MPICH, Cluster("GPTJAX_COORDINATOR", "n1:9", 2, 1)),
-        (
-            {"GPTJAX_COORDINATOR": "[::1]:80", "GPTJAX_PROCESSES": "2", "GPTJAX_PROCESS": "0"},
-            Cluster("GPTJAX_COORDINATOR", "[::1]:80", 2, 0),
-        ),
+        (GIVEN, Cluster("GPTJAX_COORDINATOR", "[::1]:80", 2, 0)),
     ],
 )
 def test_a_scheduler_s_variables_tell_which_process_this_is(monkeypatch, environment, wanted):
@@ -87,11 +75,10 @@ def test_a_scheduler_s_variables_tell_which_process_this_is(monkeypatch, environ
     "environment, message",
     [
         ({"GPTJAX_COORDINATOR": "a:5"}, "no scheduler was found"),
-        ({"GPTJAX_COORDINATOR": "a", "GPTJAX_PROCESSES": "2", "GPTJAX_PROCESS": "0"}, "wanted host:port"),
-        ({"GPTJAX_COORDINATOR": "a:5", "GPTJAX_PROCESSES": "2", "GPTJAX_PROCESS": "2"}, "from 0 to 1"),
-        ({"GPTJAX_COORDINATOR": "a:5", "GPTJAX_PROCESSES": "two", "GPTJAX_PROCESS": "2"}, "GPTJAX_PROCESSES='two'"),
-        ({"GPTJAX_PROCESSES": "2", "GPTJAX_PROCESS": "1"}, "address of process 0 is unknown"),
-        ({k: v for k, v in MPICH.items() if k != "GPTJAX_COORDINATOR"}, "address of process 0 is unknown"),
+        (GIVEN | {"GPTJAX_COORDINATOR": "a"}, "wanted host:port"),
+        (GIVEN | {"GPTJAX_PROCESS": "2"}, "from 0 to 1"),
+        (GIVEN | {"GPTJAX_PROCESSES": "two"}, "GPTJAX_PROCESSES='two'"),
+        (GIVEN | {"GPTJAX_COORDINATOR": ""}, "address of process 0 is unknown"),
         ({k: v for k, v in JOBSET.items() if k != "PROCESSES_IN_JOB"}, "PROCESSES_IN_JOB"),
     ],
 )
@@ -147,16 +134,10 @@ def test_processes_that_agree_are_let_through(tmp_path):
         ([{}, {"versions": {"jax": "2"}}], None, "InputError: process 1 on .* has jax '2', process 0 .* '1'"),
         ([{}, {"count": 3}], None, "InputError: process 1 on .* is set to 3 processes, process 0 to 2"),
         ([{}, {}, {"process": 1}], 4, "InputError: process 1 on .* and process 1 on .* have the same number"),
-        (
-            [{"seconds": 1.0}, {}],
-            5,
-            r"RetryableError: 2 of 5 processes connected to .* within 1 s; missing: 2, 3, 4 \(th",
-        ),
+        ([{"seconds": 1.0}, {}], 5, r"RetryableError: 2 of 5 .* connected to .* within 1 s; missing: 2, 3, 4 \(th"),
     ],
 )
 def test_what_is_wrong_is_named_in_every_process(cards, processes, message):
-    import re
-
     for said in met(cards, processes):
         assert re.match(message, said), said
         assert "\n" not in said
@@ -185,18 +166,14 @@ def test_a_run_folder_that_is_not_shared_is_named(tmp_path):
 
 
 def test_clocks_that_differ_are_named(monkeypatch):
-    monkeypatch.setattr("gptjax.parallel.preflight._write", shifted(-100.0))
-    for said in met([{}, {}]):
-        assert "s behind process 0's; set the clocks" in said
-
-
-def shifted(seconds: float):
     def write(line, message: dict) -> None:
-        message = message | ({"time": time.time() + seconds} if message.get("process") == 1 else {})
+        message = message | ({"time": time.time() - 100} if message.get("process") == 1 else {})
         line.write(json.dumps(message).encode() + b"\n")
         line.flush()
 
-    return write
+    monkeypatch.setattr("gptjax.parallel.preflight._write", write)
+    for said in met([{}, {}]):
+        assert "s behind process 0's; set the clocks" in said
 
 
 def test_a_coordinator_that_can_t_be_reached_is_named():
@@ -331,6 +308,7 @@ def test_processes_that_were_joined_by_someone_else_are_refused(monkeypatch):
         distributed.join_processes({})
 
 
+UNKNOWN = RuntimeError("'rocm' is not in the list of known backends")
 CUDA, TPU = (f"install its plugin (pip install 'gptjax[{name}]') and its driver, or set" for name in ("cuda", "tpu"))
 
 
@@ -339,11 +317,7 @@ CUDA, TPU = (f"install its plugin (pip install 'gptjax[{name}]') and its driver,
     [
         ("cuda", RuntimeError("Unable to initialize 'cuda': no driver\n(more)"), f"'cuda': no driver (more); {CUDA}"),
         ("cuda", AssertionError(), f"no plugin for JAX_PLATFORMS=cuda; {CUDA}"),
-        (
-            "gpu",
-            RuntimeError("'rocm' is not in the list of known backends"),
-            f"no plugin for JAX_PLATFORMS=gpu; {CUDA}",
-        ),
+        ("gpu", UNKNOWN, f"no plugin for JAX_PLATFORMS=gpu; {CUDA}"),
         ("tpu", RuntimeError("no libtpu.so"), f"no libtpu.so; {TPU}"),
         ("rocm", RuntimeError("no driver"), "no driver; set"),
     ],
@@ -354,9 +328,8 @@ def test_devices_that_are_not_here_are_one_line_that_names_the_extra(monkeypatch
 
     monkeypatch.setattr(jax, "devices", devices)
     monkeypatch.setenv("JAX_PLATFORMS", platform)
-    with pytest.raises(
-        InputError, match=f"^jax can't start: .*{re.escape(wanted)} JAX_PLATFORMS=cpu; see gptjax doctor$"
-    ):
+    line = f"^jax can't start: .*{re.escape(wanted)} JAX_PLATFORMS=cpu; see gptjax doctor$"
+    with pytest.raises(InputError, match=line):
         distributed.join_processes({})
 
 
@@ -373,29 +346,24 @@ def text(tmp_path_factory) -> Path:
 
 
 def start(
-    count: int, run: Path, text: Path, *more: str, devices: int = 1, own: dict[int, dict[str, str]] | None = None,
+    count: int, run: Path, text: Path, *more: str, devices: int = 1, last: dict[str, str] | None = None,
     **variables: str,
 ) -> list[subprocess.Popen]:  # fmt: skip
-    """The processes of one training run, each with so many fake devices; `own` are variables of single ones."""
-    command = ["-m", "gptjax", "pretrain", "shakespeare_char", "--run-dir", str(run), *SETTINGS.split()]
+    """The processes of one training run, each with so many fake devices; `last` are variables of the last alone."""
+    command = [*GPTJAX, "pretrain", "shakespeare_char", "--run-dir", str(run), *SETTINGS.split()]
     command += ["--data.source", str(text), *more]
-    return launch(count, command, text.parent / "cache", variables | {"JAX_NUM_CPU_DEVICES": str(devices)}, own or {})
+    return launch(count, command, text.parent / "cache", last, **{"JAX_NUM_CPU_DEVICES": str(devices)} | variables)
 
 
 def launch(
-    count: int, command: list[str], cache: Path, variables: dict[str, str] | None = None,
-    own: dict[int, dict[str, str]] | None = None,
-) -> list[subprocess.Popen]:  # fmt: skip
-    """So many processes of a command of Python, as one job."""
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    env |= {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache), "GPTJAX_HEARTBEAT_SECONDS": "60"}
-    address, made = f"127.0.0.1:{free_port()}", []
-    for i in range(count):
-        who = {"GPTJAX_COORDINATOR": address, "GPTJAX_PROCESSES": str(count), "GPTJAX_PROCESS": str(i)}
-        mine = env | (variables or {}) | who | (own or {}).get(i, {})
-        pipes: dict = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        made.append(subprocess.Popen([sys.executable, *command], env=mine, **pipes))
-    return made
+    count: int, command: list[str], cache: Path, last: dict[str, str] | None = None, **variables: str
+) -> list[subprocess.Popen]:
+    """So many processes of a command, as one job."""
+    job = {"GPTJAX_COORDINATOR": f"127.0.0.1:{free_port()}", "GPTJAX_PROCESSES": str(count)}
+    env = environment(cache, GPTJAX_HEARTBEAT_SECONDS="60") | variables | job
+    own = [env | {"GPTJAX_PROCESS": str(i)} for i in range(count)]
+    own[-1] |= last or {}
+    return [commands.start(command, env=mine, stdout=subprocess.PIPE) for mine in own]
 
 
 def finish(processes: list[subprocess.Popen], seconds: float = 240) -> list[tuple[int, str, str]]:
@@ -437,18 +405,25 @@ def same(a: list[float], b: list[float]) -> None:
     np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path, text):
-    one, two = tmp_path / "one", tmp_path / "two"
+SPLITS = [(2, 1, (1, 2, 1)), (4, 1, (4, 1, 1)), (4, 1, (2, 2, 1)), (2, 2, (2, 1, 2)), (2, 2, (1, 2, 2))]
+MARKS = [pytest.mark.slow, *[pytest.mark.exhaustive] * 4]
+
+
+@pytest.mark.parametrize(
+    "count, devices, mesh", [pytest.param(*split, marks=mark) for split, mark in zip(SPLITS, MARKS, strict=True)]
+)
+def test_several_processes_train_as_one(tmp_path, text, count, devices, mesh):
+    one, many = tmp_path / "one", tmp_path / "many"
     more = ("--steps", "6", "--evaluate.every", "6", "--checkpoint.every", "4")
-    both = start(2, two, text, *more, "--mesh.fsdp", "2", "--mesh.data", "1")
+    sizes = [x for axis, size in zip(("data", "fsdp", "tensor"), mesh) for x in (f"--mesh.{axis}", str(size))]
+    running = start(count, many, text, *more, *sizes, devices=devices)
     assert codes(finish(start(1, one, text, *more, "--no-sample"))) == [0]
-    ended = finish(both)
-    assert codes(ended) == [0, 0], ended
-    assert ended[1][1:] == ("", ""), "only process 0 speaks"
+    ended = finish(running)
+    assert codes(ended) == [0] * count, ended
+    assert all(rest[1:] == ("", "") for rest in ended[1:]), "only process 0 speaks"
     assert "sample of 4 tokens" in ended[0][1] and "Gloo" not in ended[0][1]
-    same(losses(two), losses(one))
-    same([line["eval_loss"] for line in lines(two)[-1:]], [line["eval_loss"] for line in lines(one)[-1:]])
+    same(losses(many), losses(one))
+    same([lines(many)[-1]["eval_loss"]], [lines(one)[-1]["eval_loss"]])
 
 
 @pytest.mark.exhaustive
@@ -470,20 +445,6 @@ def test_a_signal_to_any_process_stops_all_and_another_count_resumes(tmp_path, t
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(
-    "count, devices, mesh", [(4, 1, (4, 1, 1)), (4, 1, (2, 2, 1)), (2, 2, (2, 1, 2)), (2, 2, (1, 2, 2))]
-)
-def test_every_split_over_processes_trains_as_one(tmp_path, text, count, devices, mesh):
-    one, many = tmp_path / "one", tmp_path / "many"
-    more = ("--steps", "10", "--evaluate.every", "10")
-    sizes = [x for axis, size in zip(("data", "fsdp", "tensor"), mesh) for x in (f"--mesh.{axis}", str(size))]
-    assert codes(finish(start(1, one, text, *more))) == [0]
-    ended = finish(start(count, many, text, *more, *sizes, devices=devices))
-    assert codes(ended) == [0] * count, ended
-    same(losses(many), losses(one))
-
-
-@pytest.mark.exhaustive
 def test_a_lost_process_ends_the_others(tmp_path, text):
     run = tmp_path / "run"
     both = start(2, run, text, "--steps", "4000", GPTJAX_HEARTBEAT_SECONDS="30")
@@ -498,7 +459,7 @@ def test_a_lost_process_ends_the_others(tmp_path, text):
 def test_a_process_that_fails_names_itself_and_ends_the_others(tmp_path, text):
     (tmp_path / "cache" / "gptjax" / "compiled").mkdir(parents=True)
     (tmp_path / "cache" / "gptjax" / "compiled").chmod(0o777)
-    both = start(2, tmp_path / "run", text, "--steps", "40", own={1: {"XDG_CACHE_HOME": str(tmp_path / "cache")}})
+    both = start(2, tmp_path / "run", text, "--steps", "40", last={"XDG_CACHE_HOME": str(tmp_path / "cache")})
     (first, _, said), (second, _, errors) = finish(both)
     assert (first, second) == (2, 2)
     assert errors.startswith("gptjax: process 1 of 2 on ") and "can be written by others" in errors
@@ -516,18 +477,10 @@ def test_the_time_limit_saves_and_ends_all_processes_before_it(tmp_path, text):
     assert (run / "checkpoints" / f"{stopped:08d}" / "manifest.json").is_file()
 
 
-@pytest.mark.parametrize(
-    "written, seconds",
-    [
-        ("4h", 14400),
-        ("90m", 5400),
-        ("1h30m", 5400),
-        ("1:30:00", 5400),
-        ("2-12:00:00", 216000),
-        ("45", 45),
-        ("5:30", 330),
-    ],
-)
+TIMES = {"4h": 14400, "90m": 5400, "1h30m": 5400, "1:30:00": 5400, "2-12:00:00": 216000, "45": 45, "5:30": 330}
+
+
+@pytest.mark.parametrize("written, seconds", TIMES.items())
 def test_a_time_limit_is_read_as_users_and_slurm_write_it(written, seconds):
     assert TrainConfig(time_limit=written).time_limit_seconds == seconds
 
@@ -584,7 +537,8 @@ def test_the_batches_of_many_processes_are_those_of_one(tmp_path, text, kind):
     found = []
     for mesh in ((1, 1, 1), (2, 1, 1), (2, 2, 1), (1, 1, 2)):
         sizes = {f"mesh.{axis}": size for axis, size in zip(("data", "fsdp", "tensor"), mesh)}
-        ended = finish(launch(int(np.prod(mesh)), ["-c", BATCHES, json.dumps(settings | sizes)], text.parent / "cache"))
+        command = [sys.executable, "-c", BATCHES, json.dumps(settings | sizes)]
+        ended = finish(launch(int(np.prod(mesh)), command, text.parent / "cache"))
         assert not any(codes(ended)), ended
         *made, rows = json.loads(ended[0][1])
         assert rows == 8 // (mesh[0] * mesh[1])

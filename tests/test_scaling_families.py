@@ -6,12 +6,13 @@ import typing
 
 import numpy as np
 import pytest
+from commands import refused
 
 from gptjax.cli import main
 from gptjax.config.scaling import FitConfig
 from gptjax.config.section import InputError
 from gptjax.scaling.families import DATA_CONSTRAINED, FAMILIES, POWER
-from gptjax.scaling.fits import KINDS, Fitted, fit_law
+from gptjax.scaling.fits import KINDS, fit_law
 from gptjax.scaling.laws import KAPLAN_ND, MUENNIGHOFF
 from gptjax.scaling.table import read_table
 
@@ -84,12 +85,6 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say(name):
     assert np.mean(held, axis=0).min() > 0.8  # 0.95 give or take 0.03 would be right; few runs a coefficient hold less
 
 
-def test_the_fit_is_the_same_after_json(name, noisy):
-    again = Fitted.of_record(json.loads(json.dumps(noisy.record())))
-    inputs = [column[:3] for column in runs()[: len(FAMILIES[name].inputs)]]
-    np.testing.assert_array_equal(again.predict(*inputs), noisy.predict(*inputs))
-
-
 def test_repeated_tokens_are_worth_less_by_a_fitted_law_too():
     law = fit_law(DATA_CONSTRAINED, *of("data_constrained", 0.003)).law
     assert law.loss(1e9, 2e10, 2e10) < law.loss(1e9, 2e10, 5e9) < law.loss(1e9, 2e10, 1e9) < law.loss(1e9, 1e9)
@@ -153,8 +148,8 @@ def test_a_saved_fit_predicts_budgets_runs_and_tables(name, folder):
 def test_scarce_tokens_are_planned_for_by_the_data_constrained_law(name, folder, capsys):
     args = ["--flops", "5e19", "--unique-tokens", "1e9"]
     if name == "kaplan":
-        assert main(["predict", str(folder / "fit"), *args]) == 2
-        assert "every token is unique; leave it out, or fit --law data_constrained" in capsys.readouterr().err
+        line = refused(capsys, "predict", folder / "fit", *args)
+        assert "every token is unique; leave it out, or fit --law data_constrained" in line
         return
     made = predicted(folder, *args)
     N, D = MUENNIGHOFF.optimal(5e19, U=1e9)
@@ -164,8 +159,7 @@ def test_scarce_tokens_are_planned_for_by_the_data_constrained_law(name, folder,
     run = predicted(folder, "--parameters", "4e8", "--tokens", "1e10", "--unique-tokens", "5e8")
     assert run["loss"] == pytest.approx(MUENNIGHOFF.loss(4e8, 1e10, 5e8), rel=0.01)
     args = ["--parameters", "4e8", "--tokens", "1e10", "--unique-tokens", "1e5"]
-    assert main(["predict", str(folder / "fit"), *args]) == 2
-    assert "1e+05 unique tokens are" in capsys.readouterr().err
+    assert "1e+05 unique tokens are" in refused(capsys, "predict", folder / "fit", *args)
 
 
 # The name of the third column, the runs that the table has, and what the one line must say.
@@ -183,10 +177,8 @@ BAD = {
 def test_a_table_that_can_not_tell_the_law_gets_one_clear_line(column, keep, words, tmp_path, capsys):
     table = write(tmp_path / "t.csv", "data_constrained", column, keep)
     args = ["--law", "data_constrained", "--out", str(tmp_path / "out"), "--bootstraps", "0"]
-    assert main(["fit", str(table), *args]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and len(err.splitlines()) == 1 and err.startswith(f"gptjax: {table}"), err
-    assert all(word in err for word in words), err
+    err = refused(capsys, "fit", table, *args)
+    assert err.startswith(f"gptjax: {table}") and all(word in err for word in words), err
     assert not (tmp_path / "out").exists()
 
 

@@ -41,6 +41,17 @@ def noisy():
 
 
 @pytest.fixture(scope="module")
+def problem(noisy):
+    return CHINCHILLA.problem(*noisy.inputs.values(), noisy.loss, delta=1e-3)
+
+
+def moved(noisy, problem, number: int) -> np.ndarray:
+    """The logarithms of redrawn losses over the law's, [number, points]."""
+    redrawn = redraw(problem, scaling_fit.theta(noisy), number, np.random.default_rng(0))
+    return np.log(redrawn / noisy.law.loss(*noisy.inputs.values()))
+
+
+@pytest.fixture(scope="module")
 def exact():
     _, N, D, loss = runs(16)
     return fit_law(CHINCHILLA, N, D, loss)
@@ -124,9 +135,8 @@ def test_intervals_hold_the_truth_and_narrow_without_the_scatter_of_a_run(noisy)
     assert loss.shape == (2,) and np.all((low < law_low) & (law_low < loss) & (loss < law_high) & (law_high < high))
 
 
-def test_bootstraps_near_the_optimum_find_what_starts_all_over_the_grid_find(noisy):
-    _, N, D, loss = runs(6, 0.01)
-    problem, starts = CHINCHILLA.problem(N, D, loss, delta=1e-3), CHINCHILLA.starts
+def test_bootstraps_near_the_optimum_find_what_starts_all_over_the_grid_find(noisy, problem):
+    starts = CHINCHILLA.starts
     loss_BN = redraw(problem, scaling_fit.theta(noisy), 3, np.random.default_rng(0))
     near = np.vstack([scaling_fit.theta(noisy), fits.neighbours(problem, starts)])
     ours, whole = refit(problem, near, loss_BN), refit(problem, starts[::23], loss_BN)
@@ -134,10 +144,9 @@ def test_bootstraps_near_the_optimum_find_what_starts_all_over_the_grid_find(noi
     assert ours.gradient_B.max() < fits.FLAT
 
 
-def test_redrawn_losses_err_up_and_down_as_the_law_of_the_others_errs_nearby(noisy):
+def test_redrawn_losses_err_up_and_down_as_the_law_of_the_others_errs_nearby(noisy, problem):
     _, N, D, loss = runs(6, 0.01)
-    problem = CHINCHILLA.problem(N, D, loss, delta=1e-3)
-    moved_BN = np.log(redraw(problem, scaling_fit.theta(noisy), 200, np.random.default_rng(0)) / noisy.law.loss(N, D))
+    moved_BN = moved(noisy, problem, 200)
     left = np.arange(len(N)) == 17
     others = fit_law(CHINCHILLA, N[~left], D[~left], loss[~left]).law
     error = np.sqrt(25 / 30) * abs(float(np.log(loss[17] / others.loss(N[17], D[17]))))
@@ -146,13 +155,10 @@ def test_redrawn_losses_err_up_and_down_as_the_law_of_the_others_errs_nearby(noi
     assert np.all([len(np.unique(column.round(9))) == 10 for column in moved_BN.T])  # of its 5 nearest, up and down
 
 
-def test_redrawn_losses_do_not_lie_on_the_law_where_the_fit_goes_through_a_run(noisy):
+def test_redrawn_losses_do_not_lie_on_the_law_where_the_fit_goes_through_a_run(noisy, problem):
     """A fit of medians goes through about as many runs as it has coefficients; they were as noisy as the rest."""
-    _, N, D, loss = runs(6, 0.01)
     assert np.sum(np.abs(noisy.residuals) < 1e-3) >= 5
-    problem = CHINCHILLA.problem(N, D, loss, delta=1e-3)
-    moved_BN = np.log(redraw(problem, scaling_fit.theta(noisy), 60, np.random.default_rng(0)) / noisy.law.loss(N, D))
-    assert np.mean(np.abs(moved_BN) < 1e-3) < 0.1  # normal noise of 1 %: 0.08
+    assert np.mean(np.abs(moved(noisy, problem, 60)) < 1e-3) < 0.1  # normal noise of 1 %: 0.08
 
 
 def test_redrawn_least_squares_losses_err_by_leave_one_out_residuals():
@@ -168,10 +174,8 @@ def test_redrawn_least_squares_losses_err_by_leave_one_out_residuals():
     np.testing.assert_allclose(np.unique(moved_BN.round(9)), np.sort(np.sqrt(5 / 7) * error_N), rtol=1e-3)
 
 
-def test_descents_that_have_not_converged_go_on_to_the_same_minimum(noisy):
-    _, N, D, loss = runs(6, 0.01)
-    problem, starts = CHINCHILLA.problem(N, D, loss, delta=1e-3), CHINCHILLA.starts
-    start_SP = np.vstack([scaling_fit.theta(noisy) * 1.1, fits.neighbours(problem, starts)])
+def test_descents_that_have_not_converged_go_on_to_the_same_minimum(noisy, problem):
+    start_SP = np.vstack([scaling_fit.theta(noisy) * 1.1, fits.neighbours(problem, CHINCHILLA.starts)])
     early = minimize(problem, start_SP, turns=10)
     assert early.gradient_B.min() > fits.FLAT
     late = fits.settle(problem, early)

@@ -17,15 +17,11 @@ from gptjax.scaling.sweep.points import make_points
 
 def test_descriptions_are_prose_without_tags_and_short_lines():
     first = "Returns the <code>Arn</code> of every queue that this account may read &amp; write."
-    tree = {
-        "documentation": f"<p>{first}</p><p>short</p>",
-        "shapes": [{"description": "Another sentence of more than forty characters here."}, {"name": "Queue"}],
-    }
+    second = "Another sentence of more than forty characters here."
+    shapes = [{"description": second}, {"name": "Queue"}]
+    tree = {"documentation": f"<p>{first}</p><p>short</p>", "shapes": shapes}
     lines = [line for text in ladder_corpus.descriptions(tree) for line in ladder_corpus.plain(text)]
-    assert lines == [
-        "Returns the Arn of every queue that this account may read & write.",
-        "Another sentence of more than forty characters here.",
-    ]
+    assert lines == ["Returns the Arn of every queue that this account may read & write.", second]
 
 
 def test_the_plan_has_the_points_of_the_grid_near_their_budgets():
@@ -97,9 +93,7 @@ def test_a_committed_fit_is_what_its_command_gives_today(fit, tmp_path):
     assert main(["fit", str(folder.parent / "fitted.csv"), "--out", str(tmp_path), *law]) == 0
     now = open_fit(tmp_path)
     for name, coefficient in then.document["coefficients"].items():
+        found = now.document["coefficients"][name]
         for key in ("value", "interval"):
-            assert now.document["coefficients"][name][key] == pytest.approx(coefficient[key], rel=1e-2, abs=1e-6), (
-                name,
-                key,
-            )
+            assert found[key] == pytest.approx(coefficient[key], rel=1e-2, abs=1e-6), (name, key)
     assert now.points["predicted"] == pytest.approx(then.points["predicted"], rel=1e-6)

@@ -6,21 +6,14 @@ import numpy as np
 import pytest
 
 from gptjax.config.section import InputError
-from gptjax.scaling.laws import (
-    HOFFMANN,
-    KAPLAN_ND,
-    MUENNIGHOFF,
-    Chinchilla,
-    OverTraining,
-)
+from gptjax.scaling.laws import HOFFMANN, KAPLAN_ND, MUENNIGHOFF, Chinchilla, OverTraining
 from gptjax.scaling.recipes import BATCH_RULES, batch_rule, critical_batch
 
 OVERTRAINING = OverTraining(1.8366, 166.2, 366.7, -0.2729)
 
 
 @pytest.mark.parametrize(
-    ("sizes", "published"),
-    [((6.34e9, 242e9, 25e9), 2.2256440889984477), ((8.67e9, 178e9, 25e9), 2.2269634075087867)],
+    ("sizes", "published"), [((6.34e9, 242e9, 25e9), 2.2256440889984477), ((8.67e9, 178e9, 25e9), 2.2269634075087867)]
 )
 def test_the_data_constrained_law_gives_the_losses_of_its_released_code(sizes, published):
     assert float(MUENNIGHOFF.loss(*sizes)) == pytest.approx(published, rel=1e-14)
@@ -95,10 +88,8 @@ def test_recipes_give_what_their_papers_do():
     assert seven["batch_tokens"] == pytest.approx(9.4e6, rel=0.2)
     assert seven["learning_rate"] == pytest.approx(4.2e-4, rel=0.2)
     step = batch_rule("steplaw", 1e9, 1e11)
-    assert (step["learning_rate"], step["batch_tokens"]) == (
-        pytest.approx(1.79 * 1e9**-0.713 * 1e11**0.307),
-        pytest.approx(0.58 * 1e11**0.571),
-    )
+    assert step["learning_rate"] == pytest.approx(1.79 * 1e9**-0.713 * 1e11**0.307)
+    assert step["batch_tokens"] == pytest.approx(0.58 * 1e11**0.571)
     assert critical_batch(3.0) == pytest.approx(1.07e6, rel=0.01)
     assert all("arXiv" in r.source for r in BATCH_RULES.values())
 

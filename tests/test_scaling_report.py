@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import refused, said
 
 from gptjax.cli import main
 from gptjax.config.scaling import FitConfig
@@ -59,20 +60,6 @@ def load(path):
         raise AssertionError(f"{word} is no JSON")
 
     return json.loads(path.read_text(), parse_constant=refuse)
-
-
-def said(capsys, *args):
-    capsys.readouterr()
-    assert main([str(a) for a in args]) == 0
-    return capsys.readouterr().out
-
-
-def refused(capsys, *args):
-    capsys.readouterr()
-    assert main([str(a) for a in args]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and len(err.splitlines()) == 1, err
-    return err
 
 
 def test_a_fit_says_on_one_screen_what_it_found_and_what_it_could_not_do(fitted, table):
@@ -313,15 +300,13 @@ def test_a_question_that_makes_no_sense_is_refused(fitted, capsys, args, words):
 
 
 def test_what_is_no_fit_is_refused(fitted, tmp_path, capsys):
-    assert "no such file" in refused(capsys, "predict", tmp_path, "--flops", "1e18")
-    (tmp_path / "fit.json").write_text("{")
-    assert "not valid JSON" in refused(capsys, "predict", tmp_path, "--flops", "1e18")
-    (tmp_path / "fit.json").write_text('{"format": 99}')
-    assert "format 99; wanted 1" in refused(capsys, "predict", tmp_path, "--flops", "1e18")
     document = load(fitted[0] / "fit.json")
     del document["range"]
-    (tmp_path / "fit.json").write_text(json.dumps(document))
-    assert "'range' is missing" in refused(capsys, "predict", tmp_path, "--flops", "1e18")
+    files = {"{": "not valid JSON", '{"format": 99}': "format 99; wanted 1", json.dumps(document): "'range' is missing"}
+    assert "no such file" in refused(capsys, "predict", tmp_path, "--flops", "1e18")
+    for text, message in files.items():
+        (tmp_path / "fit.json").write_text(text)
+        assert message in refused(capsys, "predict", tmp_path, "--flops", "1e18")
     assert "FIT is missing" in refused(capsys, "predict")
 
 

@@ -13,17 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_interop import FIXTURES, SCALED, rope
+from test_interop import logits as imported_logits
 
 from gptjax.config import ModelConfig
 from gptjax.interop.huggingface import import_huggingface
 from gptjax.model.block import heads
-from gptjax.model.decoder import Decoder
 from gptjax.model.head import logits
 from gptjax.ops.linear import linear
 from gptjax.ops.reference import causal
 
 pytestmark = pytest.mark.peers
-FIXTURES = Path(__file__).parent / "fixtures"
 VALUES = FIXTURES / "transformers.json"
 
 # model.rope_scaling, head size, theta, factor, original context.
@@ -39,16 +39,6 @@ ROPES = [
     ("llama3", 16, 10_000.0, 32.0, 64),
 ]
 
-# The kinds of rope_parameters that are imported, for a model of head size 16 and context 64.
-SCALED = {
-    "linear": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0},
-    "llama3": {
-        "rope_type": "llama3", "factor": 4.0, "rope_theta": 10_000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 16,
-    },
-    "yarn": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10_000.0, "original_max_position_embeddings": 16},
-}  # fmt: skip
-
 
 def their_rope(scaling: str, size: int, theta: float, factor: float, original: int) -> tuple[list[float], float]:
     """transformers' own frequencies and attention factor for these settings."""
@@ -56,11 +46,8 @@ def their_rope(scaling: str, size: int, theta: float, factor: float, original: i
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    base = {
-        "hidden_size": 2 * size,
-        "num_attention_heads": 2,
-        "max_position_embeddings": round(factor * original or 64),
-    }
+    context = round(factor * original or 64)
+    base = {"hidden_size": 2 * size, "num_attention_heads": 2, "max_position_embeddings": context}
     values = {"rope_type": scaling, "rope_theta": theta, "factor": factor, "original_max_position_embeddings": original}
     if scaling == "none":
         made = LlamaRotaryEmbedding(LlamaConfig(**base))
@@ -135,12 +122,7 @@ def their_logits(model, ids_BL: np.ndarray) -> np.ndarray:
 
 
 def our_logits(imported, ids_BL: np.ndarray) -> np.ndarray:
-    cfg, vocab_size, context, params = imported
-    decoder = Decoder(cfg, vocab_size, context)
-    position_BL = np.broadcast_to(np.arange(ids_BL.shape[1]), ids_BL.shape)
-    with jax.default_matmul_precision("highest"):
-        x_BLD, _ = decoder.apply({"params": params}, ids_BL, position_BL, np.ones_like(ids_BL))
-        return np.asarray(decoder.apply({"params": params}, x_BLD, method="logits"))[..., :vocab_size]
+    return imported_logits(imported, ids_BL)[..., : imported[1]]
 
 
 def small(family: str, **values):
@@ -211,15 +193,28 @@ def test_capped_logits_are_those_of_gemma2(tmp_path):
 # Whole models
 
 
-@pytest.mark.parametrize("kind", SCALED)
-def test_a_llama_with_scaled_rotary_positions_has_their_logits(tmp_path, kind):
-    model = save_model(tmp_path, small("llama", rope_parameters=dict(SCALED[kind]), head_dim=16))
+LLAMA = {kind: rope(kind, rope_theta=1e4, **values) for kind, values in SCALED.items()}
+UNSCALED = {"rope_scaling": "none", "rope_factor": 1.0, "rope_original_length": 0}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "options", "others", "least"),
+    [
+        *(("llama", LLAMA[kind], {"rope_scaling": kind}, UNSCALED, 0.1) for kind in SCALED),
+        ("mistral", {"sliding_window": 7}, {"window": 7}, {"window": 8}, 0.01),
+        ("qwen3", {"tie_word_embeddings": True}, {"qk_norm": True, "tied": True}, None, 0),
+    ],
+)
+def test_a_model_with_an_option_of_its_family_has_their_logits(tmp_path, family, settings, options, others, least):
+    """And other values of these options are `least` away, so that they matter."""
+    model = save_model(tmp_path, small(family, head_dim=16, **settings))
     imported = import_huggingface(tmp_path)
-    assert imported[0].rope_scaling == kind
+    assert {name: getattr(imported[0], name) for name in options} == options
     want = their_logits(model, token_ids())
     close(our_logits(imported, token_ids()), want)
-    plain = dataclasses.replace(imported[0], rope_scaling="none", rope_factor=1.0, rope_original_length=0)
-    assert abs(our_logits((plain, *imported[1:]), token_ids()) - want).max() > 0.1  # and the scaling matters
+    if others:
+        other = dataclasses.replace(imported[0], **others)
+        assert abs(our_logits((other, *imported[1:]), token_ids()) - want).max() > least
 
 
 def test_a_text_of_twice_the_context_has_the_logits_of_dynamic_scaling(tmp_path):
@@ -231,23 +226,6 @@ def test_a_text_of_twice_the_context_has_the_logits_of_dynamic_scaling(tmp_path)
     cfg, *rest = import_huggingface(tmp_path)
     cfg = dataclasses.replace(cfg, rope_scaling="ntk", rope_factor=2.0)
     close(our_logits((cfg, *rest), token_ids(40)), their_logits(model, token_ids(40)))
-
-
-def test_a_mistral_has_their_logits_beyond_its_window(tmp_path):
-    model = save_model(tmp_path, small("mistral", sliding_window=7, head_dim=16))
-    imported = import_huggingface(tmp_path)
-    assert imported[0].window == 7
-    want = their_logits(model, token_ids())
-    close(our_logits(imported, token_ids()), want)
-    wide = dataclasses.replace(imported[0], window=8)
-    assert abs(our_logits((wide, *imported[1:]), token_ids()) - want).max() > 0.01
-
-
-def test_a_qwen3_has_their_logits(tmp_path):
-    model = save_model(tmp_path, small("qwen3", head_dim=16, tie_word_embeddings=True))
-    imported = import_huggingface(tmp_path)
-    assert imported[0].qk_norm and imported[0].tied
-    close(our_logits(imported, token_ids()), their_logits(model, token_ids()))
 
 
 # What the tests without torch read
@@ -285,10 +263,9 @@ def main() -> None:
     llama = FIXTURES / "tiny_random_llama"
     ids_BL = np.load(llama / "reference.npz")["ids"]
     scaled = {}
-    for kind, parameters in SCALED.items():
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            llama, config=transformers.LlamaConfig.from_pretrained(llama, rope_parameters=dict(parameters))
-        ).eval()
+    for kind, settings in LLAMA.items():
+        config = transformers.LlamaConfig.from_pretrained(llama, **settings)
+        model = transformers.AutoModelForCausalLM.from_pretrained(llama, config=config).eval()
         scaled[kind] = their_logits(model, ids_BL)[..., :32]
     np.savez(llama / "scaled.npz", **scaled)
 

@@ -5,7 +5,6 @@ import itertools
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -132,6 +131,5 @@ def test_help_needs_no_jax(verb):
         f"import sys, gptjax.cli\ntry: gptjax.cli.main(['{verb}', '--help'])\nexcept SystemExit: pass\n"
         "assert 'jax' not in sys.modules"
     )
-    root = Path(checks.__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0 and "--json" in done.stdout, done.stderr
