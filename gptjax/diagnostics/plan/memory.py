@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 
 from gptjax.config import ModelConfig, TrainConfig
-from gptjax.model.counts import padded_vocab
+from gptjax.model.counts import VOCAB_MULTIPLE, padded_vocab
 from gptjax.ops.device import Device
 from gptjax.ops.linear import count_chunks
 from gptjax.parallel.sharding import AXES, sharding_of
@@ -157,9 +157,13 @@ def step_memory(
     inner = max(0, _layer_gradient(config, size, sizes, tiles, kept) - fast)
     backward = inner + gathered + layers
     chunks = count_chunks(device, size["L"], 4 * rows * V, 4 * V * D / (math.prod(sizes.values()) / sizes["tensor"]))
-    # The gradient of the logits is an array of its own where the head's product waits for other devices.
-    logits = (1.5 if shared else 1) * 4 * rows * V * size["L"] // chunks
-    whole = kept.head + kept.outside * ((not cfg.tied) + several) if shared else 0 if several else 2
+    # The gradient of the logits is an array of its own where the head's product waits for other devices, and in
+    # bfloat16 also where the ids that pad the vocabulary are masked.
+    chunk, masked = 4 * rows * V * size["L"] // chunks, config.tokenizer.vocab_size % VOCAB_MULTIPLE > 0
+    logits = (1.5 if shared else 1) * chunk + (max(0, chunk // 2 - fast) if masked and item == 2 else 0)
+    # One chunk is no loop: nothing is in transit for the next turn.
+    held = kept.head if chunks > 1 else 1
+    whole = held + kept.outside * ((not cfg.tied) + several) if shared else 0 if several else 2
     pieces = kept.head_pieces / sizes["fsdp"] if _head_in_pieces(item * V * D, item, sizes, tiles) else whole
     # A float32 matrix is gathered as it is and multiplied as bfloat16, as a TPU does by default.
     heads = max(0, pieces * (item / 2 + 1 if shared else 2) * V * D - fast)
