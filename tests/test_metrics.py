@@ -6,6 +6,7 @@ import math
 import struct
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -33,12 +34,12 @@ def quick_peak(monkeypatch):
     monkeypatch.setattr(metrics, "peak_flops", lambda dtype: (1e12, "measured"))
 
 
-class Clock:
-    """A clock that moves only when told to."""
-
-    def __init__(self, monkeypatch):
-        self.now = 100.0
-        monkeypatch.setattr(metrics.time, "perf_counter", lambda: self.now)
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that moves only where a test changes its `now`."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock.now)
+    return clock
 
 
 def make_file(path, steps=5) -> MetricsFile:
@@ -81,31 +82,19 @@ def test_nan_and_infinity_are_valid_json_and_read_back(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "torn",
-    ["", '{"step": 6, "lo', '{"step": 6, "loss": 0.1}', "\x00\x00\x00", '{"step": 3, "x": 1}', '{"step": 6, "lo\n'],
-)
-def test_resuming_cuts_the_file_back_to_the_restored_step(tmp_path, torn):
+    ("step", "torn"),
+    [(3, ""), (3, '{"step": 6, "lo'), (3, '{"step": 6, "loss": 0.1}'), (3, "\x00\x00\x00"), (3, '{"step": 3, "x": 1}'),
+     (3, '{"step": 6, "lo\n'), (5, ""), (9, '{"step": 6, "loss"'), (0, "")],
+)  # fmt: skip
+def test_resuming_cuts_the_file_back_to_the_restored_step_and_drops_a_torn_line(tmp_path, step, torn):
     file = make_file(tmp_path / "m.jsonl")
     whole = file.path.read_bytes().splitlines(keepends=True)
     with file.path.open("a") as f:
         f.write(torn)
-    file.truncate_after(3)
-    assert file.path.read_bytes() == b"".join(whole[:3])
+    file.truncate_after(step)
+    assert file.path.read_bytes() == b"".join(whole[:step])
     file.write({"step": 4, "loss": 0.25})
-    assert file.path.read_bytes() == b"".join(whole[:4])
-
-
-def test_cutting_at_the_last_step_drops_only_the_torn_line(tmp_path):
-    file = make_file(tmp_path / "m.jsonl")
-    before = file.path.read_bytes()
-    file.truncate_after(5)
-    assert file.path.read_bytes() == before
-    with file.path.open("a") as f:
-        f.write('{"step": 6, "loss"')
-    file.truncate_after(9)
-    assert file.path.read_bytes() == before
-    file.truncate_after(0)
-    assert file.path.read_bytes() == b""
+    assert file.path.read_bytes() == b"".join([*whole[:step], whole[3]])
 
 
 def test_lines_out_of_order_are_cut_too(tmp_path):
@@ -168,8 +157,7 @@ def test_the_best_steps_are_those_of_lowest_evaluation_loss(tmp_path):
 # Throughput.
 
 
-def test_rates_leave_out_compilation_and_evaluation(monkeypatch):
-    clock = Clock(monkeypatch)
+def test_rates_leave_out_compilation_and_evaluation(clock):
     rates = Throughput(1000, {"6n": 2.0, "causal": 3.0, "palm": 4.0}, 1e6)
     clock.now += 60  # compiles
     rates.lap()
@@ -187,54 +175,34 @@ def test_rates_leave_out_compilation_and_evaluation(monkeypatch):
     assert rates.seconds(10) == pytest.approx(5.0)
 
 
-def test_a_step_that_waited_for_a_save_does_not_change_the_rate_but_the_time_left(monkeypatch):
-    clock = Clock(monkeypatch)
-    rates = Throughput(100, {"6n": 1.0, "causal": 1.0, "palm": 1.0}, 1.0)
-    for seconds in [9.0, 1.0, 1.0, 1.0, 5.0]:
-        clock.now += seconds
-        rates.lap()
-    assert rates.rates()["tokens_per_second"] == pytest.approx(100)
-    assert rates.seconds(10) == pytest.approx(20)
-
-
-def test_rates_follow_a_change_of_speed(monkeypatch):
-    clock = Clock(monkeypatch)
-    rates = Throughput(100, {"6n": 1.0, "causal": 1.0, "palm": 1.0}, 1.0)
-    for seconds in [1.0] * 30 + [0.1] * 30:
-        clock.now += seconds
-        rates.lap()
-    assert rates.rates()["tokens_per_second"] == pytest.approx(1000)
-
-
 @pytest.mark.parametrize(
-    ("kind", "dtype", "flops"),
+    ("laps", "rate", "seconds"),
     [
-        ("NVIDIA H100 80GB HBM3", "bfloat16", 989.4e12),
-        ("NVIDIA H100 PCIe", "bfloat16", 756e12),
-        ("NVIDIA H200", "bfloat16", 989.4e12),
-        ("NVIDIA H200 NVL", "bfloat16", 835.5e12),
-        ("NVIDIA A100-SXM4-40GB", "bfloat16", 312e12),
-        ("NVIDIA A100-SXM4-40GB", "float32", 156e12),
-        ("Tesla V100-SXM2-16GB", "bfloat16", 125e12),
-        ("Tesla T4", "bfloat16", 65e12),
-        ("NVIDIA L4", "bfloat16", 121e12),
-        ("NVIDIA A10G", "bfloat16", 70e12),
-        ("NVIDIA GeForce RTX 4090", "bfloat16", 165.2e12),
-        ("TPU v2", "bfloat16", 22.5e12),
-        ("TPU v3", "bfloat16", 61.5e12),
-        ("TPU v4", "bfloat16", 275e12),
-        ("TPU v5 lite", "bfloat16", 197e12),
-        ("TPU v5", "bfloat16", 459e12),
-        ("TPU v5p", "bfloat16", 459e12),
-        ("TPU v6 lite", "bfloat16", 918e12),
-        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bfloat16", None),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bfloat16", None),
-        ("NVIDIA L40S", "bfloat16", None),
-        ("cpu", "float32", None),
+        ([9.0, 1.0, 1.0, 1.0, 5.0], 100, 20),  # a step that waited for a save counts in the time left alone
+        ([1.0] * 30 + [0.1] * 30, 1000, 1),
     ],
 )
-def test_peaks_are_those_of_the_data_sheets(kind, dtype, flops):
-    assert sheet_flops(kind, dtype) == flops
+def test_rates_are_of_the_latest_steps_and_the_time_left_of_all_that_they_took(clock, laps, rate, seconds):
+    rates = Throughput(100, {"6n": 1.0, "causal": 1.0, "palm": 1.0}, 1.0)
+    for lap in laps:
+        clock.now += lap
+        rates.lap()
+    assert rates.rates()["tokens_per_second"] == pytest.approx(rate)
+    assert rates.seconds(10) == pytest.approx(seconds)
+
+
+SHEETS = {
+    "NVIDIA H100 80GB HBM3": 989.4, "NVIDIA H100 PCIe": 756, "NVIDIA H200": 989.4, "NVIDIA H200 NVL": 835.5,
+    "NVIDIA A100-SXM4-40GB": 312, "Tesla V100-SXM2-16GB": 125, "Tesla T4": 65, "NVIDIA L4": 121, "NVIDIA A10G": 70,
+    "NVIDIA GeForce RTX 4090": 165.2, "TPU v2": 22.5, "TPU v3": 61.5, "TPU v4": 275, "TPU v5 lite": 197, "TPU v5": 459,
+    "TPU v5p": 459, "TPU v6 lite": 918, "NVIDIA H100 80GB HBM3 MIG 1g.10gb": None,
+    "NVIDIA GeForce RTX 4090 Laptop GPU": None, "NVIDIA L40S": None, "cpu": None,
+}  # fmt: skip
+
+
+def test_peaks_are_those_of_the_data_sheets():
+    assert {kind: sheet_flops(kind, "bfloat16") for kind in SHEETS} == {k: x and x * 1e12 for k, x in SHEETS.items()}
+    assert sheet_flops("NVIDIA A100-SXM4-40GB", "float32") == 156e12 and sheet_flops("cpu", "float32") is None
 
 
 def test_an_unknown_device_is_measured_and_says_so():
@@ -246,27 +214,21 @@ def test_an_unknown_device_is_measured_and_says_so():
 # Progress.
 
 
-def test_without_a_terminal_there_is_a_line_every_so_many_steps(monkeypatch):
-    out = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", out)
+def test_without_a_terminal_there_is_a_line_every_so_many_steps(capsys):
     progress = ProgressBar(25, 0, 10)
     for step in range(1, 26):
         shares = {"mfu_6n": 0.1213, "mfu_causal": 0.1304, "mfu_palm": 0.15}
         line = {"step": step, "loss": 3.12341, "tokens_per_second": 21345.4, **shares}
         progress.step(line, 190.0 if step > 1 else None)
     progress.close()
-    lines = out.getvalue().splitlines()
+    lines = capsys.readouterr().err.splitlines()
     assert [line.split()[1] for line in lines] == ["1/25", "10/25", "20/25", "25/25"]
     assert lines[1] == "step 10/25  loss 3.1234  21,345 tokens/s  mfu 12.1/13.0/15.0 %  3m10s left"
 
 
 def test_on_a_terminal_there_is_a_bar(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    out = Terminal()
-    monkeypatch.setattr(sys, "stderr", out)
+    monkeypatch.setattr(sys, "stderr", out := io.StringIO())
+    monkeypatch.setattr(out, "isatty", lambda: True)
     progress = ProgressBar(20, 10, 10)
     shares = {"mfu_6n": 0.5, "mfu_causal": 0.6, "mfu_palm": 0.7}
     progress.step({"step": 15, "loss": 2.0, "tokens_per_second": 1234.0, **shares}, 61.0)
@@ -286,14 +248,16 @@ def test_durations_are_short():
 
 def log(report: Metrics, steps):
     for step in steps:
-        report.log_step(
-            step,
-            {"loss": jnp.float32(1 / step), "learning_rate": 1e-3, "grad_norm": np.float32(2), "batch": f"{step:x}"},
-        )
+        values = {
+            "loss": jnp.float32(1 / step),
+            "learning_rate": 1e-3,
+            "grad_norm": np.float32(2),
+            "batch": f"{step:x}",
+        }
+        report.log_step(step, values)
 
 
-def test_a_line_of_metrics_says_what_scripts_rely_on(tmp_path, monkeypatch):
-    clock = Clock(monkeypatch)
+def test_a_line_of_metrics_says_what_scripts_rely_on(tmp_path, clock):
     report = Metrics(tmp_path / "m.jsonl", tmp_path / "tb", CFG, 258)
     for step in (1, 2):
         clock.now += 0.5
@@ -316,8 +280,7 @@ def test_a_line_of_metrics_says_what_scripts_rely_on(tmp_path, monkeypatch):
     assert evaluation == {"step": 2, "eval_loss": 1.5, "eval_perplexity": 4.48, "eval_bits_per_byte": 2.1}
 
 
-def test_a_resumed_run_has_one_line_a_step_and_time_goes_on(tmp_path, monkeypatch):
-    clock = Clock(monkeypatch)
+def test_a_resumed_run_has_one_line_a_step_and_time_goes_on(tmp_path, clock):
     path, folder = tmp_path / "m.jsonl", tmp_path / "tb"
     report = Metrics(path, folder, CFG, 258)
     for step in range(1, 8):
@@ -332,12 +295,10 @@ def test_a_resumed_run_has_one_line_a_step_and_time_goes_on(tmp_path, monkeypatc
     assert [line["seconds"] for line in lines[3:6]] == [4.0, 5.0, 6.0]
 
 
-def test_the_first_line_shown_names_the_peak_that_mfu_is_a_share_of(tmp_path, monkeypatch, capsys):
+def test_the_first_line_shown_names_the_peak_that_mfu_is_a_share_of(tmp_path, capsys):
     Metrics(tmp_path / "m.jsonl", tmp_path / "tb", CFG, 258).close()
-    assert (
-        "mfu is by 6N/causal/PaLM, a share of 1 TFLOP/s (float32, measured) on each of 8 x cpu"
-        in capsys.readouterr().err
-    )
+    wanted = "mfu is by 6N/causal/PaLM, a share of 1 TFLOP/s (float32, measured) on each of 8 x cpu"
+    assert wanted in capsys.readouterr().err
 
 
 def events(folder):

@@ -145,22 +145,12 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path):
             load_config(path)
 
 
-def edited(change):
-    """The text of a config.json after change(document), which may also return the text itself."""
-
-    def make(text: str) -> str:
-        document = json.loads(text)
-        result = change(document)
-        return result if isinstance(result, str) else json.dumps(document)
-
-    return make
-
-
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (lambda d: '{\n "schema": 1,\n oops}', r"config\.json:3: not valid JSON"),
         (lambda d: "", r"config\.json:1: not valid JSON"),
+        (lambda d: b'{"schema": \xff}', "UTF-8 .byte 11"),
         (lambda d: "[" * 100_000, "not valid JSON"),
         (lambda d: "[1]", "no schema number"),
         (lambda d: d.update(schema=2), "schema 2; this gptjax reads schema 1"),
@@ -181,18 +171,15 @@ def edited(change):
     ],
 )
 def test_a_damaged_config_is_refused_and_says_why(tmp_path, change, said):
+    """`change` edits the settings in place, or returns the file's new text."""
     run = open_run(tmp_path)
-    run.config_path.write_text(edited(change)(run.config_path.read_text()))
+    document = json.loads(run.config_path.read_text())
+    result = change(document)
+    text = result if isinstance(result, str | bytes) else json.dumps(document)
+    run.config_path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=said) as e:
         load_config(tmp_path)
     assert "\n" not in str(e.value)
-
-
-def test_a_config_that_is_no_text_is_refused(tmp_path):
-    run = open_run(tmp_path)
-    run.config_path.write_bytes(b'{"schema": \xff}')
-    with pytest.raises(InputError, match="UTF-8 .byte 11"):
-        load_config(tmp_path)
 
 
 def test_reading_a_run_never_runs_its_recipe(tmp_path):

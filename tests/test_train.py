@@ -51,12 +51,16 @@ def endless(start: int = 0):
         start += 1
 
 
-def run(until: int, mesh, state, step, **more):
+def run(until: int, mesh, state, step, batches=None, **hooks):
+    """The last state, the metrics of each step, and (step, state.step, state of the data) of each save."""
     logged, saved = {}, []
-    more = {"save": lambda i, state, data: saved.append((i, int(state.step), data))} | more
-    hooks = Hooks(log=lambda i, metrics, data: logged.update({i: metrics}), **more)
+    hooks = {
+        "log": lambda i, metrics, data: logged.update({i: metrics}),
+        "save": lambda i, state, data: saved.append((i, int(state.step), data)),
+    } | hooks
     with jax.set_mesh(mesh):
-        state = fit(step, state, FROZEN, endless(int(state.step)), until, mesh=mesh, hooks=hooks)
+        batches = batches or endless(int(state.step))
+        state = fit(step, state, FROZEN, batches, until, mesh=mesh, hooks=Hooks(**hooks))
     return state, logged, saved
 
 
@@ -72,10 +76,9 @@ def test_steps_asked_for_are_saved_besides_the_regular_ones():
     assert [i for i, *_ in run(10, *make(), save_every=4, save_at=(3, 7, 11))[2]] == [3, 4, 7, 8, 10]
 
 
-@pytest.mark.parametrize("accumulate", [2])
-def test_accumulation_weights_micro_batches_by_their_tokens(accumulate):
+def test_accumulation_weights_micro_batches_by_their_tokens():
     """Weights differ from row to row, so an unweighted mean over micro-batches would show."""
-    (_, whole, _), (_, parts, _) = run(10, *make()), run(10, *make(accumulate))
+    (_, whole, _), (_, parts, _) = run(10, *make()), run(10, *make(accumulate=2))
     np.testing.assert_allclose([m["loss"] for m in whole.values()], [m["loss"] for m in parts.values()], rtol=1e-5)
     np.testing.assert_allclose([m["weight"] for m in whole.values()], [m["weight"] for m in parts.values()], rtol=1e-6)
 
@@ -88,13 +91,9 @@ def test_every_step_draws_other_random_numbers_and_a_rerun_the_same():
 
 def test_a_step_is_logged_before_it_is_saved_and_saved_before_it_is_evaluated():
     events = []
-    mesh, state, step = make()
-    with jax.set_mesh(mesh):
-        hooks = Hooks(
-            log=lambda i, m, d: events.append(("log", i, d["step"])), save=lambda i, s, d: events.append(("save", i)),
-            save_every=2, evaluate=lambda i, s: events.append(("evaluate", i)), evaluate_every=2,
-        )  # fmt: skip
-        fit(step, state, FROZEN, endless(), 4, mesh=mesh, hooks=hooks)
+    run(4, *make(), log=lambda i, m, d: events.append(("log", i, d["step"])),
+        save=lambda i, s, d: events.append(("save", i)), save_every=2,
+        evaluate=lambda i, s: events.append(("evaluate", i)), evaluate_every=2)  # fmt: skip
     assert events == [
         ("log", 1, 1), ("log", 2, 2), ("save", 2), ("evaluate", 2),
         ("log", 3, 3), ("log", 4, 4), ("save", 4), ("evaluate", 4),
@@ -102,15 +101,14 @@ def test_a_step_is_logged_before_it_is_saved_and_saved_before_it_is_evaluated():
 
 
 def test_a_request_to_stop_saves_the_step_just_done_and_raises():
-    saved, mesh, state, step = [], *make()
-    with jax.set_mesh(mesh), pytest.raises(Interrupted):
-        hooks = Hooks(save=lambda i, s, d: saved.append((i, d)), stop=lambda: True)
-        fit(step, state, FROZEN, endless(), 50, mesh=mesh, hooks=hooks)
+    saved = []
+    with pytest.raises(Interrupted):
+        run(50, *make(), save=lambda i, s, d: saved.append((i, d)), stop=lambda: True)
     assert saved == [(1, {"step": 1})]
 
 
 def test_the_next_batch_and_no_more_is_on_its_way_while_a_step_runs_and_what_is_saved_is_what_was_trained():
-    asked, seen, mesh, state, step = [], [], *make()
+    asked, seen = [], []
 
     def counted():
         for made in endless():
@@ -123,22 +121,20 @@ def test_the_next_batch_and_no_more_is_on_its_way_while_a_step_runs_and_what_is_
             time.sleep(0.001)
         seen.append((i, data["step"], asked[-1]))
 
-    with jax.set_mesh(mesh):
-        fit(step, state, FROZEN, counted(), 4, mesh=mesh, hooks=Hooks(save=save, save_every=1))
+    run(4, *make(), counted(), save=save, save_every=1)
     assert seen == [(1, 1, 2), (2, 2, 3), (3, 3, 4), (4, 4, 4)]
 
 
 def test_batches_of_a_function_are_made_from_the_state_after_the_last_update():
-    seen, mesh, state, step = [], *make()
+    seen = []
 
     def on_policy(state):
         seen.append((int(state.step), jax.device_get(state.params["w_D"])))
         return batch(int(state.step)), {"step": int(state.step) + 1}
 
     saved: dict[int, tuple] = {}
-    hooks = Hooks(save=lambda i, s, d: saved.update({i: (jax.device_get(s.params["w_D"]), d)}), save_every=1)
-    with jax.set_mesh(mesh):
-        fit(step, state, FROZEN, on_policy, 4, mesh=mesh, hooks=hooks)
+    save = lambda i, s, d: saved.update({i: (jax.device_get(s.params["w_D"]), d)})  # noqa: E731
+    run(4, *make(), on_policy, save=save, save_every=1)
     assert [at for at, _ in seen] == [0, 1, 2, 3], "asked for once a step, and not ahead"
     for i in range(1, 4):
         np.testing.assert_array_equal(seen[i][1], saved[i][0])
@@ -148,65 +144,57 @@ def test_batches_of_a_function_are_made_from_the_state_after_the_last_update():
 
 
 def test_a_batch_that_can_not_be_made_ends_training_in_its_place():
-    saved, mesh, state, step = [], *make()
+    saved = []
 
     def three():
         yield from itertools.islice(endless(), 3)
         raise InputError("page 7 is damaged")
 
-    with jax.set_mesh(mesh), pytest.raises(InputError, match="page 7"):
-        hooks = Hooks(save=lambda i, s, d: saved.append((i, d["step"])), save_every=1)
-        fit(step, state, FROZEN, three(), 9, mesh=mesh, hooks=hooks)
+    with pytest.raises(InputError, match="page 7"):
+        run(9, *make(), three(), save=lambda i, s, d: saved.append((i, d["step"])), save_every=1)
     assert saved == [(1, 1), (2, 2), (3, 3)]
 
 
 def test_a_step_states_how_long_it_waited_for_its_batch():
-    mesh, state, step = make()
-
     def slow_third():
         for made in endless():
             time.sleep(0.3 if made[1]["step"] == 3 else 0.0)
             yield made
 
-    logged = {}
-    with jax.set_mesh(mesh):
-        hooks = Hooks(log=lambda i, metrics, data: logged.update({i: metrics}))
-        fit(step, state, FROZEN, slow_third(), 4, mesh=mesh, hooks=hooks)
+    _, logged, _ = run(4, *make(), slow_third())
     assert logged[3]["input_seconds"] > 0.1 > logged[4]["input_seconds"]
 
 
 def test_a_loss_that_is_no_number_ends_training_before_it_is_saved():
-    saved, logged, (mesh, state, step) = [], [], make(rate=1e30)
-    with jax.set_mesh(mesh), pytest.raises(Diverged, match="(loss|grad_norm) is (nan|inf) at step"):
-        hooks = Hooks(
-            log=lambda i, m, d: logged.append((m["loss"], m["grad_norm"])),
-            save=lambda i, s, d: saved.append(float(jnp.abs(s.params["w_D"]).max())), save_every=1,
-        )  # fmt: skip
-        fit(step, state, FROZEN, endless(), 50, mesh=mesh, hooks=hooks)
+    saved, logged = [], []
+    with pytest.raises(Diverged, match="(loss|grad_norm) is (nan|inf) at step"):
+        run(50, *make(rate=1e30), log=lambda i, m, d: logged.append((m["loss"], m["grad_norm"])),
+            save=lambda i, s, d: saved.append(float(jnp.abs(s.params["w_D"]).max())), save_every=1)  # fmt: skip
     assert len(saved) < 10
     assert np.isfinite(logged[:-1]).all() and not np.isfinite(logged[-1]).all()
 
 
+@pytest.fixture
+def traces(monkeypatch):
+    """The starts and ends of profiles, none of which is made."""
+    calls: list[str] = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    return calls
+
+
 @pytest.mark.parametrize("steps", [(2, 3), (1, 9), (9, 9)])
-def test_a_run_that_starts_or_ends_within_the_steps_to_trace_traces_its_own(tmp_path, steps, monkeypatch):
-    calls, mesh, state, step = [], *make()
-    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append("start"))
-    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
-    with jax.set_mesh(mesh):
-        state = fit(step, state, FROZEN, endless(), 2, mesh=mesh, hooks=Hooks())
-        calls.clear()
-        fit(step, state, FROZEN, endless(2), 4, mesh=mesh, hooks=Hooks(trace=(*steps, tmp_path)))
-    assert calls == ([] if steps == (9, 9) else ["start", "stop"])
+def test_a_run_that_starts_or_ends_within_the_steps_to_trace_traces_its_own(tmp_path, steps, traces):
+    mesh, state, step = make()
+    state, *_ = run(2, mesh, state, step)
+    run(4, mesh, state, step, trace=(*steps, tmp_path))
+    assert traces == ([] if steps == (9, 9) else ["start", "stop"])
 
 
-def test_a_run_that_is_interrupted_within_the_steps_to_trace_keeps_what_was_traced(tmp_path, monkeypatch):
-    calls, mesh, state, step = [], *make()
-    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append("start"))
-    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
-    with jax.set_mesh(mesh), pytest.raises(Interrupted):
-        hooks = Hooks(trace=(1, 5, tmp_path), stop=lambda: bool(calls))
-        fit(step, state, FROZEN, endless(), 9, mesh=mesh, hooks=hooks)
-    assert calls == ["start", "stop"]
+def test_a_run_that_is_interrupted_within_the_steps_to_trace_keeps_what_was_traced(tmp_path, traces):
+    with pytest.raises(Interrupted):
+        run(9, *make(), trace=(1, 5, tmp_path), stop=lambda: bool(traces))
+    assert traces == ["start", "stop"]
 
 
 def test_training_refuses_sharded_state_without_a_mesh():
