@@ -8,6 +8,15 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
+@pytest.fixture
+def highest_precision():
+    """Products of float32 in float32 on every platform."""
+    import jax
+
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
 @pytest.fixture(scope="module")
 def compile_cache(tmp_path_factory):
     """A compile cache of the module's own, for tests whose runs compile the same programs."""

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_gradients import assert_close, value_and_grads
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 import gptjax.ops.attention
@@ -24,12 +25,7 @@ from gptjax.parallel.sharding import make_mesh, to_global
 
 CPU, TPU, A100, H100 = Device("cpu"), Device("tpu"), Device("gpu", 8.0), Device("gpu", 9.0)
 MODEL = ModelConfig(num_layers=2, num_heads=4, queries_per_kv=2, head_dim=8, width=32)
-
-
-@pytest.fixture(autouse=True)
-def highest_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
+pytestmark = pytest.mark.usefixtures("highest_precision")
 
 
 def arrays(length: int, dtype: Any = jnp.float32, rows: int = 2) -> dict[str, np.ndarray]:
@@ -42,25 +38,10 @@ def arrays(length: int, dtype: Any = jnp.float32, rows: int = 2) -> dict[str, np
     return made | {"segments_BL": segments_BL.astype(np.int32)}
 
 
-def value_and_grads(function, given: dict[str, Any], packed: bool = True, **options) -> list[np.ndarray]:
-    """Output and gradients by q, k and v."""
-
-    def run(q_BLHK, k_BLGK, v_BLGK, g_BLHK, segments_BL, traced):
-        mask = causal(segments_BL, packed)
-        known = {name: x for name, x in options.items() if name not in traced}
-        out_BLHK, back = jax.vjp(
-            lambda *qkv: function(*qkv, mask, scale=0.4, **known, **traced), q_BLHK, k_BLGK, v_BLGK
-        )
-        return out_BLHK, *back(g_BLHK)
-
-    traced = {name: x for name, x in options.items() if isinstance(x, np.generic)}
-    return [np.asarray(x, np.float32) for x in jax.jit(run)(**given, traced=traced)]
-
-
-def assert_close(got: list[np.ndarray], wanted: list[np.ndarray]):
-    np.testing.assert_allclose(got[0], wanted[0], rtol=1e-5, atol=1e-5)
-    for g, want in zip(got[1:], wanted[1:], strict=True):
-        assert np.abs(g - want).max() <= 1e-4 * np.abs(want).max() > 0
+def gradients(function, given: dict[str, Any], packed: bool = True, **options) -> list[np.ndarray]:
+    """Output and gradients by q, k and v of rows whose documents are kept apart, or that hold one."""
+    qkvg = [given[name] for name in ("q_BLHK", "k_BLGK", "v_BLGK", "g_BLHK")]
+    return value_and_grads(function, qkvg, causal(given["segments_BL"], packed), **options)
 
 
 TRIANGLE = {
@@ -78,13 +59,13 @@ TRIANGLE = {
 def test_plain_attention_without_the_future_is_plain_attention(name):
     options = dict(TRIANGLE[name])
     given = arrays(options.pop("length", 193))
-    assert_close(value_and_grads(attend_causal_chunked, given, **options), value_and_grads(attend, given, **options))
+    assert_close(gradients(attend_causal_chunked, given, **options), gradients(attend, given, **options))
 
 
 def test_in_bfloat16_it_is_about_as_far_from_float32_as_the_reference():
     given = arrays(128, jnp.bfloat16)
-    exact = value_and_grads(attend, {n: x if n == "segments_BL" else x.astype(np.float32) for n, x in given.items()})
-    chunked, plain = (value_and_grads(f, given) for f in (attend_causal_chunked, attend))
+    exact = gradients(attend, {n: x if n == "segments_BL" else x.astype(np.float32) for n, x in given.items()})
+    chunked, plain = (gradients(f, given) for f in (attend_causal_chunked, attend))
     for wanted, a, b in zip(exact, chunked, plain, strict=True):
         assert np.linalg.norm(a - wanted) <= 1.1 * np.linalg.norm(b - wanted)
 
@@ -93,7 +74,7 @@ def test_the_future_is_not_touched():
     """A value that is no number and is multiplied leaves its mark: 0 times nan is nan."""
     given = arrays(256)
     given["v_BLGK"][:, 128:] = np.nan
-    out_BLHK, dq_BLHK, *_ = value_and_grads(attend_causal_chunked, given)
+    out_BLHK, dq_BLHK, *_ = gradients(attend_causal_chunked, given)
     assert np.isfinite(out_BLHK[:, :128]).all() and np.isnan(out_BLHK[:, 128:]).all()
     assert np.isfinite(dq_BLHK[:, :128]).all()
 
@@ -108,19 +89,26 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("length", [24, 37])
-def test_what_cudnn_is_asked_for_is_plain_attention(name, length, monkeypatch):
-    """The same call of jax's, answered by its own definition: mask, window and padding are what they should be."""
-    call = jax.nn.dot_product_attention
+@pytest.fixture
+def by_definition(monkeypatch):
+    """Answers the call for cuDNN by its own definition, so that mask, window and padding show; its query shapes."""
+    call, shapes = jax.nn.dot_product_attention, []
 
-    def by_definition(*args, implementation, **kwargs):
-        assert implementation == "cudnn" and args[0].shape[1] % 2 == 0
+    def answer(*args, implementation, **kwargs):
+        assert implementation == "cudnn"
+        shapes.append(args[0].shape)
         return call(*args, implementation="xla", **kwargs)
 
-    monkeypatch.setattr(jax.nn, "dot_product_attention", by_definition)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", answer)
+    return shapes
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("length", [24, 37])
+def test_what_cudnn_is_asked_for_is_plain_attention(name, length, by_definition):
     given = arrays(length)
-    assert_close(value_and_grads(attend_cudnn, given, **CASES[name]), value_and_grads(attend, given, **CASES[name]))
+    assert_close(gradients(attend_cudnn, given, **CASES[name]), gradients(attend, given, **CASES[name]))
+    assert all(shape[1] % 2 == 0 for shape in by_definition)
 
 
 @pytest.mark.parametrize(
@@ -132,25 +120,22 @@ def test_splash_is_plain_attention(options):
     """The kernel's definition, interpreted."""
     options = dict(options)
     given = arrays(options.pop("length", 128), rows=1)
-    got = value_and_grads(attend_splash, given, interpret=True, **options)
-    assert_close(got, value_and_grads(attend, given, **options))
+    got = gradients(attend_splash, given, interpret=True, **options)
+    assert_close(got, gradients(attend, given, **options))
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(data=2, tensor=4), MeshConfig(data=1, fsdp=8)], ids=["few heads", "rows"])
-def test_a_mesh_does_not_change_what_the_kernels_compute(mesh, monkeypatch):
-    call = jax.nn.dot_product_attention
-    seen = []
-
-    def by_definition(*args, implementation, **kwargs):
-        seen.append(args[0].shape)
-        return call(*args, implementation="xla", **kwargs)
-
-    monkeypatch.setattr(jax.nn, "dot_product_attention", by_definition)
+def test_a_mesh_does_not_change_what_the_kernels_compute(mesh, by_definition):
     given = arrays(16, rows=8)
-    wanted = value_and_grads(attend, given)
+    wanted = gradients(attend, given)
     with jax.set_mesh(make_mesh(mesh)):
-        assert_close(value_and_grads(attend_cudnn, to_global(given, make_mesh(mesh))), wanted)
-    assert seen[-1] == (8 // max(mesh.data, mesh.fsdp), 16, 4 // mesh.tensor, 8)  # each device has its own part
+        assert_close(gradients(attend_cudnn, to_global(given, make_mesh(mesh))), wanted)
+    assert by_definition[-1] == (
+        8 // max(mesh.data, mesh.fsdp),
+        16,
+        4 // mesh.tensor,
+        8,
+    )  # each device has its own part
 
 
 def lowered(cfg: ModelConfig, device: Device, platform: str, monkeypatch, packed: bool = True) -> str:
@@ -278,14 +263,14 @@ def test_only_rows_that_are_known_to_hold_one_document_go_without_segments():
         assert make_decoder(config).packed is several
 
 
-def test_a_run_is_told_its_attention():
-    cfg = dataclasses.replace(MODEL, attention="auto")
+def test_a_run_reports_its_attention():
     line = "attention: plain (chosen by model.attention=auto), documents of a row kept apart by segments"
-    assert describe(cfg, 64, True) == line
-    assert describe(MODEL, 64, False) == "attention: plain, each row one document"
+    assert describe(MODEL, 64, True) == line
+    plain = dataclasses.replace(MODEL, attention="plain")
+    assert describe(plain, 64, False) == "attention: plain, each row one document"
     with jax.set_mesh(make_mesh(MeshConfig(context=4))):
         line = "attention: plain, each row over 4 devices in zigzag order, each row one document"
-        assert describe(MODEL, 64, False) == line
+        assert describe(plain, 64, False) == line
 
 
 def benchmark(monkeypatch, *flags: str) -> int:

@@ -1,25 +1,21 @@
 """Attention by blocks is the plain attention, in values and gradients, and never touches what nobody sees."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_gradients import assert_close, value_and_grads
 
-from gptjax.config import MeshConfig, ModelConfig
-from gptjax.model.decoder import Decoder, init_params
+from gptjax.config import MeshConfig
 from gptjax.ops.blockwise import attend_blockwise
 from gptjax.ops.reference import AttentionMask, attend, cached, causal
 from gptjax.parallel.sharding import make_mesh, to_global
-from gptjax.training.losses import language_model_loss
 
-
-@pytest.fixture(autouse=True)
-def highest_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
+pytestmark = pytest.mark.usefixtures("highest_precision")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +45,9 @@ class Case:
         shapes = [(self.queries, H), (self.keys, G), (self.keys, G), (self.queries, H)]
         return [jnp.asarray(rng.normal(size=(2, *shape, 8)), dtype) for shape in shapes]
 
+    def gradients(self, attention, arrays: list[jax.Array] | None = None, **options) -> list[np.ndarray]:
+        return value_and_grads(attention, arrays or self.arrays(), self.mask, **self.options, **options)
+
 
 CASES = {
     "packed documents and padding": Case(),
@@ -65,55 +64,24 @@ CASES = {
 }
 
 
-def value_and_grads(attention, case: Case, arrays: list[jax.Array], **more) -> list[np.ndarray]:
-    """Output and gradients by q, k and v."""
-    *qkv, g_BLHK = arrays
-
-    traced = {name: x for name, x in case.options.items() if isinstance(x, np.generic)}
-
-    def run(traced, *qkv):
-        options = case.options | traced | more
-        out_BLHK, back = jax.vjp(lambda *qkv: attention(*qkv, case.mask, scale=0.4, **options), *qkv)
-        return out_BLHK, *back(g_BLHK)
-
-    return [np.asarray(x, np.float32) for x in jax.jit(run)(traced, *qkv)]
-
-
-def assert_close(got: list[np.ndarray], wanted: list[np.ndarray]):
-    np.testing.assert_allclose(got[0], wanted[0], rtol=1e-5, atol=1e-5)
-    for g, want in zip(got[1:], wanted[1:], strict=True):
-        assert np.abs(g - want).max() <= 1e-4 * np.abs(want).max() > 0
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_blockwise_is_plain_attention(name):
     case = CASES[name]
-    arrays = case.arrays()
-    assert_close(
-        value_and_grads(attend_blockwise, case, arrays, block=case.block), value_and_grads(attend, case, arrays)
-    )
+    assert_close(case.gradients(attend_blockwise, block=case.block), case.gradients(attend))
 
 
 def test_in_bfloat16_blockwise_is_no_further_from_float32_than_plain():
     case = Case(queries=64, keys=64, block=16, documents="one")
-    exact = value_and_grads(attend, case, [x.astype(jnp.float32) for x in case.arrays(jnp.bfloat16)])
+    exact = case.gradients(attend, [x.astype(jnp.float32) for x in case.arrays(jnp.bfloat16)])
     rounded = [
-        value_and_grads(attention, case, case.arrays(jnp.bfloat16), **more)
+        case.gradients(attention, case.arrays(jnp.bfloat16), **more)
         for attention, more in ((attend_blockwise, {"block": case.block}), (attend, {}))
     ]
     for wanted, blockwise, plain in zip(exact, *rounded, strict=True):
         assert np.linalg.norm(blockwise - wanted) <= np.linalg.norm(plain - wanted)
 
 
-def blockwise_and_grads(arrays: list[jax.Array], mask: AttentionMask, **options) -> list[np.ndarray]:
-    """Output and gradients by q, k and v, in blocks of 8."""
-    *qkv, g_BLHK = arrays
-
-    def run(*qkv):
-        out_BLHK, back = jax.vjp(lambda *qkv: attend_blockwise(*qkv, mask, scale=0.4, block=8, **options), *qkv)
-        return out_BLHK, *back(g_BLHK)
-
-    return [np.asarray(x) for x in jax.jit(run)(*qkv)]
+blockwise_and_grads = functools.partial(value_and_grads, attend_blockwise, block=8)
 
 
 def test_keys_that_no_query_sees_are_not_visited():
@@ -154,36 +122,10 @@ def test_a_query_that_sees_nothing_gives_zero_and_finite_gradients():
 )
 def test_a_mesh_does_not_change_blockwise_attention(mesh, heads):
     case = Case(queries=32, keys=32, heads=heads, documents="one", options={"window": 13})
-    wanted = value_and_grads(attend, case, case.arrays())
+    wanted = case.gradients(attend)
     names = ["q_BLHK", "k_BLGK", "v_BLGK", "g_BLHK"]
     devices = make_mesh(mesh)
     with jax.set_mesh(devices):
         placed = to_global(dict(zip(names, case.arrays(), strict=True)), devices)
-        got = value_and_grads(attend_blockwise, case, [placed[n] for n in names], block=case.block)
+        got = case.gradients(attend_blockwise, [placed[n] for n in names], block=case.block)
     assert_close(got, wanted)
-
-
-MODEL = ModelConfig(num_layers=3, width=32, num_heads=4, queries_per_kv=2, positions="rope", norm="rmsnorm",
-                    window=7, global_every=2, attention_softcap=5.0, dtype="float32")  # fmt: skip
-
-
-def loss_and_grads(**settings) -> tuple[Any, Any]:
-    """The function of a small decoder's parameters on a packed batch, jitted, and such parameters."""
-    decoder = Decoder(dataclasses.replace(MODEL, **settings), 50, 40)
-    loss = language_model_loss(decoder)
-    rng = np.random.default_rng(0)
-    ids_BL = rng.integers(0, 50, (2, 40))
-    segments_BL = np.repeat([[1, 2, 0]], [13, 20, 7], axis=1).repeat(2, axis=0)
-    batch = {"inputs_BL": ids_BL, "targets_BL": ids_BL, "positions_BL": np.tile(np.arange(40), (2, 1)),
-             "segments_BL": segments_BL, "weights_BL": (segments_BL > 0).astype(np.float32)}  # fmt: skip
-    shapes = jax.eval_shape(init_params(decoder), jax.random.key(0))
-    params = jax.tree.map(lambda x: rng.normal(scale=0.2, size=x.shape).astype(np.float32), shapes)
-    return jax.jit(jax.value_and_grad(lambda p: loss(p, {}, batch, jax.random.key(1))[0])), params
-
-
-def test_remat_that_keeps_attention_does_not_compute_it_again():
-    def exponentials(remat: str) -> int:
-        f, params = loss_and_grads(attention="blockwise", attention_block=16, remat=remat)
-        return f.lower(params).as_text().count("stablehlo.exponential")
-
-    assert exponentials("names") == exponentials("none") < exponentials("full")

@@ -16,7 +16,7 @@ from gptjax.config.section import InputError
 from gptjax.model.block import block
 from gptjax.model.cache import empty_cache
 from gptjax.model.counts import flops_per_token, forward_flops, parameters
-from gptjax.model.decoder import Decoder, dims, init_params, windows
+from gptjax.model.decoder import Decoder, dims, head, init_params, windows
 from gptjax.ops.reference import causal
 from gptjax.parallel.sharding import suffix
 
@@ -57,6 +57,9 @@ def option(name: str) -> ModelConfig:
 
 def ids(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, VOCAB, LENGTH)
+
+
+ROW = (ids(1), POSITION_L, np.ones(LENGTH, int))  # tokens, positions and segments of one document
 
 
 def random_params(cfg: ModelConfig):
@@ -179,7 +182,7 @@ def test_windows_are_one_number_where_the_layers_agree_and_a_stack_where_they_do
 def test_queries_and_keys_are_normalised_head_by_head_before_the_rotation():
     """So the size of their projections does not matter, but that of the scales does."""
     cfg, params = option("qk_norm"), random_params(option("qk_norm"))
-    row = (ids(1)[None], POSITION_L[None], np.ones((1, LENGTH), int))
+    row = [x[None] for x in ROW]
 
     def scaled(**factor):
         layers = {n: x * factor[n[0:6]] if n[:6] in factor else x for n, x in params["layers"].items()}
@@ -210,11 +213,56 @@ def test_logits_stay_below_the_cap():
     assert 2.0 < abs(rows(option("logit_softcap"))["a"]).max() <= 3.0
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_positions_matter(name):
+    tokens_BL = np.full((2, LENGTH), 3)
+    tokens_BL[0, 2] = tokens_BL[1, 4] = 4
+    a_LV, b_LV = forward(option(name))(random_params(option(name)), tokens_BL, *(np.stack([x] * 2) for x in ROW[1:]))
+    assert abs(a_LV - b_LV)[-1].max() > 1e-3
+
+
+def test_rotary_positions_are_relative():
+    a_L, positions_L, one_L = (x[None] for x in ROW)
+    moved_LV = forward(LLAMA)(random_params(LLAMA), a_L, positions_L + 40, one_L)[0]
+    np.testing.assert_allclose(moved_LV, rows(LLAMA)["a"], atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_ids_that_pad_the_vocabulary_are_never_likely(name):
+    params = random_params(option(name))
+    decoder = Decoder(option(name), VOCAB, LENGTH)
+    logits_BLV = decoder.apply({"params": params}, np.ones((1, LENGTH, 16), np.float32), method="logits")
+    assert logits_BLV.shape[-1] == 64 and (jax.nn.softmax(logits_BLV)[..., VOCAB:] == 0).all()
+    assert head(params).shape == (64, 16)
+
+
+def hidden(cfg: ModelConfig, **more) -> jax.Array:
+    """x_BLD of one row."""
+    return Decoder(cfg, VOCAB, LENGTH).apply({"params": random_params(cfg)}, *(x[None] for x in ROW), **more)[0]
+
+
+def test_dropout_needs_a_key_and_changes_with_it():
+    cfg = dataclasses.replace(GPT2, dropout=0.5)
+    off, on, again, other = (hidden(cfg, key=k and jax.random.key(k)) for k in (None, 1, 1, 2))
+    np.testing.assert_array_equal(on, again)
+    assert abs(on - off).max() > 0.1 and abs(on - other).max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights(name):
+    half = dataclasses.replace(option(name), dtype="bfloat16")
+    x_BLD = hidden(half)
+    assert x_BLD.dtype == jnp.bfloat16
+    shapes = jax.eval_shape(init_params(Decoder(half, VOCAB, LENGTH)), jax.random.key(0))
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(shapes))
+    np.testing.assert_allclose(x_BLD.astype(jnp.float32), hidden(option(name)), atol=0.2)
+
+
 # Rematerialisation
 
 
 def loss_of(cfg: ModelConfig):
-    row = (ids(1)[None], POSITION_L[None], np.ones((1, LENGTH), int))
+    row = [x[None] for x in ROW]
     return lambda p: (Decoder(cfg, VOCAB, LENGTH).apply({"params": p}, *row)[0] ** 2).sum()
 
 
@@ -238,7 +286,8 @@ def kept(cfg: ModelConfig) -> int:
 
 def test_each_name_keeps_one_array_more_for_the_backward_pass():
     cfg = dataclasses.replace(GPT2, biases=False)
-    nothing, everything = (kept(dataclasses.replace(cfg, remat=r)) for r in ("full", "none"))
+    nothing, products, everything = (kept(dataclasses.replace(cfg, remat=r)) for r in ("full", "dots", "none"))
+    assert nothing < products < everything
     sizes = {"query": 16, "key": 16, "value": 16, "attention": 16, "mlp": 64}
     for name, size in sizes.items():
         some = kept(dataclasses.replace(cfg, remat="names", remat_names=(name,)))
@@ -250,6 +299,14 @@ def test_blockwise_attention_is_kept_once_and_with_what_its_backward_pass_needs(
     cfg = dataclasses.replace(GPT2, attention="blockwise", attention_block=4)
     nothing, some = (kept(dataclasses.replace(cfg, remat=r)) for r in ("full", "names"))
     assert some == nothing + cfg.num_layers * LENGTH * (16 + cfg.num_heads)
+
+
+def test_remat_that_keeps_attention_does_not_compute_it_again():
+    def exponentials(remat: str) -> int:
+        cfg = dataclasses.replace(option("all"), remat=remat)
+        return jax.jit(jax.grad(loss_of(cfg))).lower(random_params(cfg)).as_text().count("stablehlo.exponential")
+
+    assert exponentials("names") == exponentials("none") < exponentials("full")
 
 
 def test_offloading_writes_what_is_kept_to_the_memory_of_the_host():
