@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from gptjax import config
+from gptjax.config.checks import DoctorConfig, VerifyConfig
+from gptjax.config.scaling import FitConfig, PredictConfig
 from gptjax.config.section import leaves
+from gptjax.config.sweep import SweepConfig
 from gptjax.config.training import EXTENDABLE, frozen_settings
 
 PAGE = Path(__file__).parent / "settings.md"
@@ -21,11 +24,11 @@ VERBS: dict[str, Any] = {
     "data show": config.ShowConfig,
     "eval": config.EvalConfig,
     "generate": config.ContinueConfig,
-    "sweep": config.SweepConfig,
-    "fit": config.FitConfig,
-    "predict": config.PredictConfig,
-    "verify": config.VerifyConfig,
-    "doctor": config.DoctorConfig,
+    "sweep": SweepConfig,
+    "fit": FitConfig,
+    "predict": PredictConfig,
+    "verify": VerifyConfig,
+    "doctor": DoctorConfig,
 }
 HEAD = """<!-- Made by `python docs/make_settings.py` from the docstrings in gptjax/config; do not edit. -->
 
