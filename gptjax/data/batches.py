@@ -41,8 +41,6 @@ class RowSource(Protocol):
 
     def rows(self, number: np.ndarray) -> Batch: ...
 
-    def batch(self, step: int, part: RowSlice = ALL_ROWS) -> Batch: ...
-
 
 class RowSampler:
     """The rows of a split in the order of training."""
@@ -129,7 +127,7 @@ def batches(
         for first, group in groups:
             for i in range(group_size):
                 if group is None:
-                    batch = source.batch(first + i, part)
+                    batch = source.rows(row_numbers(source.cfg, first + i, part))
                 else:
                     batch = {name: x[i * size : (i + 1) * size] for name, x in group.items()}
                 yield batch, {"step": first + i + 1}

@@ -15,7 +15,7 @@ import numpy as np
 from gptjax.config import TokenizerConfig
 from gptjax.config.plugins import is_registered
 from gptjax.config.section import InputError
-from gptjax.data.encode import Encoder, TextSegment, segments_of, tokenize_segments
+from gptjax.data.encode import Encoder, TextSegment, segments_of
 from gptjax.data.formats import CorruptData, Document
 from gptjax.data.holdout import unit_hash
 from gptjax.data.records import Source
@@ -75,7 +75,7 @@ class StreamSpec:
         tokenizer = make_tokenizer(self.tokenizer, iter(()))
         encoder = Encoder(tokenizer)
         for text in itertools.islice(self._text(cursor, tokenizer), first, None, every):
-            yield TokenChunk(text.cursor, *tokenize_segments(text.segments, tokenizer, encoder), text.corrupt)
+            yield TokenChunk(text.cursor, *encoder.tokenize(text.segments), text.corrupt)
 
     def documents(self) -> Iterator[Document]:
         """Yields the held-out documents, once."""

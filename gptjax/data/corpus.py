@@ -78,9 +78,7 @@ class Corpus:
     def verify(self) -> None:
         """Reads every file and raises InputError naming the first whose SHA-256 is not the manifest's."""
         for entry in self.manifest.all_files:
-            path = self.folder / entry.name
-            if file_sha256(path) != entry.sha256:
-                raise InputError(f"{path} is damaged: its sha256 changed; {_AGAIN}")
+            _check_sha256(self.folder, entry)
 
 
 class DamagedPage(InputError):
@@ -118,11 +116,9 @@ class CorpusSplit:
 
     @functools.cached_property
     def _starts(self) -> np.ndarray:
-        path = self._folder / self._entry.starts.name
         # ArrayRecord finds damage in its records by itself; nothing else would find it here.
-        if file_sha256(path) != self._entry.starts.sha256:
-            raise InputError(f"{path} is damaged: its sha256 changed; {_AGAIN}")
-        return np.memmap(path, dtype="<i8", mode="r").view(np.ndarray)
+        _check_sha256(self._folder, self._entry.starts)
+        return np.memmap(self._folder / self._entry.starts.name, dtype="<i8", mode="r").view(np.ndarray)
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of the stream as int32; raises DamagedPage, naming shard and page, or see the class."""
@@ -197,31 +193,34 @@ class CorpusSplit:
             return self._readers[shard]
 
 
+def _check_sha256(folder: Path, entry: FileEntry) -> None:
+    if file_sha256(folder / entry.name) != entry.sha256:
+        raise InputError(f"{folder / entry.name} is damaged: its sha256 changed; {_AGAIN}")
+
+
+_EXAMPLE = """
+name: "gptjax/example.proto" package: "gptjax" syntax: "proto3"
+message_type { name: "BytesList" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_BYTES } }
+message_type { name: "Feature" field { name: "bytes_list" number: 1 type: TYPE_MESSAGE type_name: "BytesList" } }
+message_type {
+  name: "Features"
+  field { name: "feature" number: 1 label: LABEL_REPEATED type: TYPE_MESSAGE type_name: "FeatureEntry" }
+  nested_type {
+    name: "FeatureEntry"
+    field { name: "key" number: 1 type: TYPE_STRING }
+    field { name: "value" number: 2 type: TYPE_MESSAGE type_name: "Feature" }
+    options { map_entry: true }
+  }
+}
+message_type { name: "Example" field { name: "features" number: 1 type: TYPE_MESSAGE type_name: "Features" } }
+"""
+
+
 @functools.cache
 def example_type() -> Any:
     """The part of the protobuf message tf.train.Example that a page uses, described here: TensorFlow is not needed."""
-    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
-    kinds = descriptor_pb2.FieldDescriptorProto
-    file = descriptor_pb2.FileDescriptorProto(name="gptjax/example.proto", package="gptjax", syntax="proto3")
-
-    def message(parent: Any, name: str, *fields: tuple[str, int, str]) -> Any:
-        added = parent.add(name=name)
-        for number, (field, label, kind) in enumerate(fields, 1):
-            scalar = {"bytes": kinds.TYPE_BYTES, "string": kinds.TYPE_STRING}.get(kind)
-            if scalar is None:
-                added.field.add(name=field, number=number, label=label, type=kinds.TYPE_MESSAGE, type_name=kind)
-            else:
-                added.field.add(name=field, number=number, label=label, type=scalar)
-        return added
-
-    one, many = kinds.LABEL_OPTIONAL, kinds.LABEL_REPEATED
-    message(file.message_type, "BytesList", ("value", many, "bytes"))
-    message(file.message_type, "Feature", ("bytes_list", one, ".gptjax.BytesList"))
-    features = message(file.message_type, "Features", ("feature", many, ".gptjax.Features.FeatureEntry"))
-    entry = message(features.nested_type, "FeatureEntry", ("key", one, "string"), ("value", one, ".gptjax.Feature"))
-    entry.options.map_entry = True
-    message(file.message_type, "Example", ("features", one, ".gptjax.Features"))
     pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
+    pool.Add(text_format.Parse(_EXAMPLE, descriptor_pb2.FileDescriptorProto()))
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("gptjax.Example"))

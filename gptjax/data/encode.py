@@ -78,42 +78,42 @@ def _texts(document: Document, tokenizer: Tokenizer) -> Iterator[str]:
 
 
 class Encoder:
-    """Tokenises parts: [bos] + ids + [eos] for each document."""
+    """Tokenises segments: [bos] + ids + [eos] for each document."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._dtype = token_dtype(tokenizer)
 
     def write(self, part: list[TextSegment], path: Path) -> None:
         """Tokenises the part into a file that is there whole, on the disk, or not at all."""
-        tokens: dict[SplitName, list[np.ndarray]] = {name: [np.empty(0, self._dtype)] for name in SPLITS}
-        starts: dict[SplitName, list[int]] = {name: [] for name in SPLITS}
-        num_bytes, count = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
-        for segments in _batches(part):
-            flat: dict[SplitName, list[int]] = {name: [] for name in SPLITS}
-            for segment, ids in zip(segments, self.encode(segments)):
-                out = flat[segment.split]
-                if segment.first:
-                    starts[segment.split].append(count[segment.split] + len(out))
-                    out.append(self._tokenizer.bos_id)
-                out += ids
-                if segment.last:
-                    out.append(self._tokenizer.eos_id)
-                num_bytes[segment.split] += segment.num_bytes
-            for name in SPLITS:
-                ids = flat[name]
-                assert not ids or max(ids) < self._tokenizer.vocab_size, (path, max(ids))
-                tokens[name].append(np.array(ids, self._dtype))
-                count[name] += len(ids)
+        dtype = token_dtype(self._tokenizer)
         arrays: dict[str, Any] = {}
         for name in SPLITS:
-            arrays |= {f"{name}_tokens": np.concatenate(tokens[name]), f"{name}_bytes": np.int64(num_bytes[name])}
-            arrays[f"{name}_starts"] = np.array(starts[name], np.int64)
+            segments = [segment for segment in part if segment.split == name]
+            tokens, starts = self.tokenize(segments)
+            arrays |= {f"{name}_tokens": tokens.astype(dtype), f"{name}_starts": starts}
+            arrays[f"{name}_bytes"] = np.int64(part_bytes(segments))
         file = io.BytesIO()
         np.savez(file, **arrays)
         Disk().write(path, file.getvalue())
 
-    def encode(self, segments: list[TextSegment]) -> Iterator[list[int]]:
+    def tokenize(self, segments: list[TextSegment]) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of the segments, int32, and where documents begin in them, int64."""
+        tokens, starts, count = [np.zeros(0, np.int32)], [], 0
+        for batch in _batches(segments):
+            flat: list[int] = []
+            for segment, ids in zip(batch, self._encode(batch)):
+                if segment.first:
+                    starts.append(count + len(flat))
+                    flat.append(self._tokenizer.bos_id)
+                flat += ids
+                if segment.last:
+                    flat.append(self._tokenizer.eos_id)
+            tokens.append(np.array(flat, np.int32))
+            assert tokens[-1].max(initial=0) < self._tokenizer.vocab_size, tokens[-1].max()
+            count += len(flat)
+        return np.concatenate(tokens), np.array(starts, np.int64)
+
+    def _encode(self, segments: list[TextSegment]) -> Iterator[list[int]]:
         """Yields the ids of each segment."""
         texts, firsts, counts = [], [], []
         for segment in segments:
@@ -149,21 +149,6 @@ def read_part(path: Path) -> Iterator[tuple[SplitName, np.ndarray, np.ndarray, i
     except (zipfile.BadZipFile, KeyError, ValueError, EOFError):
         path.unlink()
         raise InputError(f"{path} was damaged and is deleted; run the same command again to make it anew") from None
-
-
-def tokenize_segments(
-    segments: list[TextSegment], tokenizer: Tokenizer, encoder: Encoder
-) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of the segments, [bos] + ids + [eos] for each document, as int32, and where documents begin, int64."""
-    tokens, starts = [], []
-    for segment, ids in zip(segments, encoder.encode(segments)):
-        if segment.first:
-            starts.append(len(tokens))
-            tokens.append(tokenizer.bos_id)
-        tokens += ids
-        if segment.last:
-            tokens.append(tokenizer.eos_id)
-    return np.array(tokens, np.int32), np.array(starts, np.int64)
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from gptjax.config.section import InputError
@@ -12,23 +12,9 @@ SplitName = Literal["train", "validation"]
 SPLITS: tuple[SplitName, SplitName] = ("train", "validation")
 
 
-class ContentHash:
-    """The identity of a source that is no file, from the digests of its documents in order."""
-
-    def __init__(self):
-        self._total = hashlib.sha256(b"documents\n")
-
-    def add(self, digest: bytes) -> None:
-        self._total.update(digest)
-
-    def copy(self) -> "ContentHash":
-        copy = ContentHash()
-        copy._total = self._total.copy()
-        return copy
-
-    @property
-    def hexdigest(self) -> str:
-        return self._total.hexdigest()
+def content_hash() -> "hashlib._Hash":
+    """The identity of a source that is no file: a SHA-256 to be updated with the digests of its documents in order."""
+    return hashlib.sha256(b"documents\n")
 
 
 @dataclass(frozen=True)
@@ -78,9 +64,6 @@ class HoldoutBuilder:
             self._below, self._highest = self._highest, value
         elif value != self._highest:
             self._below = max(self._below, value)
-
-    def copy(self) -> "HoldoutBuilder":
-        return replace(self)
 
     def holdout(self, source: str, fraction: float) -> Holdout:
         """The finished hold-out; raises InputError where there is nothing that could be split in two."""

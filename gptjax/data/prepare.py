@@ -9,11 +9,11 @@ so far. Killed at any moment, the same command goes on from these; the manifest 
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,10 @@ from gptjax.config import PrepareConfig, TokenizerConfig, TrainTokenizerConfig
 from gptjax.config.section import InputError
 from gptjax.data import encode, shards
 from gptjax.data.corpus import Corpus, is_corpus, open_corpus
-from gptjax.data.holdout import SPLITS, ContentHash
+from gptjax.data.holdout import SPLITS, content_hash
 from gptjax.data.manifest import DATASET, Manifest, SplitEntry, file_entry, write_manifest
 from gptjax.data.records import Source
-from gptjax.data.scan import Filters, ScanResult, changed, load_scan, scan
+from gptjax.data.scan import Filters, ScanResult, changed, load_scan, scan, scan_for_training
 from gptjax.data.sources import LOCK_FILE, open_source, source_sha256
 from gptjax.runtime.process import default_workers
 from gptjax.runtime.versions import __version__
@@ -135,9 +135,7 @@ def train_tokenizer(cfg: TrainTokenizerConfig) -> Tokenizer:
     It is the one that `prepare` would train. Raises InputError where the folder holds another one already.
     """
     source = open_source(cfg.source, cfg.text_field)
-    filters = Filters(max_corrupt=cfg.max_corrupt)
-    with tempfile.TemporaryDirectory(prefix="gptjax-") as folder:
-        scan_result = scan(source, cfg.validation_fraction, filters, Path(folder), lambda what, done, total: None)
+    scan_result = scan_for_training(source, cfg.validation_fraction, cfg.max_corrupt)
     tokenizer = train_sentencepiece(training_texts(source, scan_result), cfg.vocab_size, "vocab_size")
     path = Path(cfg.out) / MODEL_FILE
     if path.exists() and load_sentencepiece(path).sha256 != tokenizer.sha256:
@@ -173,9 +171,9 @@ def _write(cfg: PrepareConfig, source: Source, inputs: dict[str, Any], progress:
         scan_result.save(work)
     progress("tokenizer", 0, scan_result.kept_bytes)
     tokenizer = _tokenizer(cfg.tokenizer, source, scan_result, work)
-    identity, content = inputs["source_sha256"], None if source.paths else ContentHash()
+    identity, content = inputs["source_sha256"], None if source.paths else content_hash()
     count = _write_parts(source, scan_result, tokenizer, content, work, cfg.workers or default_workers(), progress)
-    before, after = (scan_result.content_sha256, content.hexdigest) if content else (identity, source_sha256(source))
+    before, after = (scan_result.content_sha256, content.hexdigest()) if content else (identity, source_sha256(source))
     if before != after:
         shutil.rmtree(work)
         raise changed(source)
@@ -230,7 +228,7 @@ def _write_parts(
     source: Source,
     scan_result: ScanResult,
     tokenizer: Tokenizer,
-    content: ContentHash | None,
+    content: "hashlib._Hash | None",
     work: Path,
     workers: int,
     progress: Progress,

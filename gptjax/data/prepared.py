@@ -4,7 +4,6 @@ import contextlib
 import functools
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from gptjax.data.corpus import Corpus, DamagedPage, is_corpus, open_corpus
 from gptjax.data.mixture import Mixture
 from gptjax.data.packing import Batch
 from gptjax.data.prepare import prepare, training_texts
-from gptjax.data.scan import Filters, scan
+from gptjax.data.scan import scan_for_training
 from gptjax.data.sources import open_source
 from gptjax.data.validation import ValidationSet, data_changed, extra_validation_sets
 from gptjax.tokenizer import Tokenizer, make_tokenizer, open_tokenizer
@@ -228,12 +227,8 @@ def _shared_tokenizer(
 def _shared_texts(config: TrainConfig, sources: list[str]) -> Iterator[str]:
     """Yields training text of each source in proportion to its bytes, as much as a tokenizer is trained on."""
     data = config.data
-    filters = Filters(max_corrupt=data.max_corrupt)
-    scans = []
-    for name in sources:
-        source = open_source(name, data.text_field)
-        with tempfile.TemporaryDirectory(prefix="gptjax-") as folder:
-            scans.append((source, scan(source, data.validation_fraction, filters, Path(folder), lambda *_: None)))
+    opened = [open_source(name, data.text_field) for name in sources]
+    scans = [(source, scan_for_training(source, data.validation_fraction, data.max_corrupt)) for source in opened]
     total = sum(result.kept_bytes for _, result in scans)
     for source, result in scans:
         yield from training_texts(source, result, total)

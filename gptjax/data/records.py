@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.config.plugins import resolve
-from gptjax.config.section import InputError
+from gptjax.config.section import InputError, one_line
 from gptjax.data.formats import CorruptData, Document, document_of, no_field, open_file, rows_of_table
 
 TFDS = "tfds:"
@@ -115,7 +115,7 @@ def open_hf(source: str, field: str) -> Source:
         try:
             data: Any = datasets.load_dataset(name, config or None, split=split)
         except Exception as error:  # of the network, of the hub, of the dataset's files
-            raise InputError(f"source {source!r} cannot be opened: {_first_line(error)}") from None
+            raise InputError(f"source {source!r} cannot be opened: {one_line(error, 200)}") from None
         paths = [Path(file["filename"]) for file in data.cache_files]
         if not paths or data._indices is not None:
             return Source(source, (SourceFile(source, lambda: _hf_rows(lambda: data, source, field)),))
@@ -141,7 +141,7 @@ def _tfds_rows(read: Callable[[list[int]], Any], name: str, start: int, stop: in
         try:
             batch = read(numbers)
         except Exception as error:  # array_record and protobuf raise many kinds for damaged bytes
-            raise CorruptData(f"{name}: record {first - start + 1} cannot be read ({_first_line(error)})") from None
+            raise CorruptData(f"{name}: record {first - start + 1} cannot be read ({one_line(error, 200)})") from None
         for row, values in zip(numbers, batch):
             yield document_of(values[field], f"{name}:{row - start + 1}", field)
 
@@ -158,7 +158,7 @@ def _hf_rows(load: Callable[[], Any], name: str, field: str) -> Iterator[Documen
             yield from rows_of_table(batch, field, name, first)
             first += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:
-        raise CorruptData(f"{name}: row {first} cannot be read ({_first_line(error)}); the file is damaged") from None
+        raise CorruptData(f"{name}: row {first} cannot be read ({one_line(error, 200)}); the file is damaged") from None
 
 
 def _function_rows(function: Callable[[], Any], source: str, field: str) -> Iterator[Document]:
@@ -180,7 +180,7 @@ def _function_rows(function: Callable[[], Any], source: str, field: str) -> Iter
         raise
     except Exception as error:  # of the user's own code
         kind = type(error).__name__
-        raise InputError(f"source {source!r} raised {kind} after text {number}: {_first_line(error)}") from error
+        raise InputError(f"source {source!r} raised {kind} after text {number}: {one_line(error, 200)}") from error
 
 
 def _saved_files(source: str, folder: Path, split: str) -> list[Path]:
@@ -231,10 +231,4 @@ def _tfds_reason(name: str, error: Exception) -> str:
         close = difflib.get_close_matches(wanted, registered.list_imported_builders(), n=1)
         hint = f"; did you mean {close[0]!r}?" if close else "; wanted a name that tfds.list_builders() lists"
         return f"TFDS has no dataset {wanted!r}" + hint
-    return _first_line(error)
-
-
-def _first_line(error: Exception) -> str:
-    """The first line of a library's message, that may be pages long."""
-    lines = [line.strip(" *") for line in str(error).splitlines()]
-    return next((line for line in lines if line), type(error).__name__)[:200]
+    return one_line(error, 200)

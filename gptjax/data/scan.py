@@ -4,7 +4,9 @@ One byte a document is held in memory; its digest and size lie in a file while d
 """
 
 import dataclasses
+import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ import numpy as np
 
 from gptjax.config.section import InputError
 from gptjax.data.formats import CorruptData, Document
-from gptjax.data.holdout import ContentHash, Holdout, HoldoutBuilder, SplitName
+from gptjax.data.holdout import Holdout, HoldoutBuilder, SplitName, content_hash
 from gptjax.data.manifest import Report
 from gptjax.data.records import Source
 from gptjax.data.sources import ErrorBudget
@@ -52,7 +54,7 @@ class ScanResult:
     skipped: tuple[int, ...]
     status: np.ndarray
 
-    def documents(self, source: Source, content: ContentHash | None = None) -> Iterator[tuple[SplitName, Document]]:
+    def documents(self, source: Source, content: "hashlib._Hash | None" = None) -> Iterator[tuple[SplitName, Document]]:
         """Yields the documents that are kept, each with its split; a single text as its head and its tail.
 
         Adds the digest of every document to `content`. Raises InputError where the source is not as it was.
@@ -67,7 +69,7 @@ class ScanResult:
                 status = self.status[number]
                 number += 1
                 if content is not None:
-                    content.add(document.digest)
+                    content.update(document.digest)
                 if status in (TRAIN, VALIDATION):
                     if self.holdout.num_documents == 1:
                         yield from self.holdout.split(document)
@@ -123,7 +125,13 @@ def scan(
         too_long=counts[TOO_LONG],
         corrupt=tuple(reader.corrupt.errors),
     )
-    return ScanResult(reader.content.hexdigest, holdout, kept_bytes, report, tuple(reader.skipped), status)
+    return ScanResult(reader.content.hexdigest(), holdout, kept_bytes, report, tuple(reader.skipped), status)
+
+
+def scan_for_training(source: Source, fraction: float, max_corrupt: int) -> ScanResult:
+    """The scan of a source whose text a tokenizer is trained on; it leaves no file."""
+    with tempfile.TemporaryDirectory(prefix="gptjax-") as folder:
+        return scan(source, fraction, Filters(max_corrupt=max_corrupt), Path(folder), lambda what, done, total: None)
 
 
 class _Reader:
@@ -131,12 +139,12 @@ class _Reader:
 
     def __init__(self, source: Source, fraction: float, filters: Filters, file: BinaryIO, progress: Callable):
         self.source, self.fraction, self.filters, self.file, self.progress = source, fraction, filters, file, progress
-        self.builder, self.content, self.corrupt = HoldoutBuilder(), ContentHash(), ErrorBudget(filters.max_corrupt)
+        self.builder, self.content, self.corrupt = HoldoutBuilder(), content_hash(), ErrorBudget(filters.max_corrupt)
         self.status, self.skipped, self.done = bytearray(), [], 0
 
     def read(self) -> None:
         for i, source_file in enumerate(self.source.files):
-            before = self.builder.copy(), self.content.copy(), len(self.status)
+            before = dataclasses.replace(self.builder), self.content.copy(), len(self.status)
             try:
                 for document in source_file.read():
                     self._add(document)
@@ -151,7 +159,7 @@ class _Reader:
     def _add(self, document: Document) -> None:
         document.check()
         digest, size = document.digest, document.num_bytes
-        self.content.add(digest)
+        self.content.update(digest)
         self.file.write(digest[:16] + size.to_bytes(8, "little"))
         if size < self.filters.min_bytes:
             status = TOO_SHORT

@@ -69,10 +69,8 @@ class SplitWriter:
             self.shard = array_record_module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
             self.shard_pages.append(0)
         page = example_type()()
-        for name, values in {
-            "tokens": self.buffer[: self.filled],
-            "starts": np.array(self.page_starts, np.int32),
-        }.items():
+        arrays = {"tokens": self.buffer[: self.filled], "starts": np.array(self.page_starts, np.int32)}
+        for name, values in arrays.items():
             little = values.astype(values.dtype.newbyteorder("<"))
             page.features.feature[name].bytes_list.value.append(little.tobytes())
         with _system_errors(self._partial(len(self.shard_pages) - 1)):
@@ -99,14 +97,6 @@ def _system_errors(path: Path) -> Iterator[None]:
         raise OSError(errno.EIO, str(error).split(";")[0], str(path)) from error
 
 
-def _features(dtype: np.dtype) -> Any:
-    import tensorflow_datasets as tfds
-
-    tokens = tfds.features.Tensor(shape=(None,), dtype=dtype.type, encoding="bytes")
-    starts = tfds.features.Tensor(shape=(None,), dtype=np.int32, encoding="bytes")
-    return tfds.features.FeaturesDict({"tokens": tokens, "starts": starts})
-
-
 def _template(folder: Path, split: str) -> Any:
     import tensorflow_datasets as tfds
 
@@ -117,8 +107,11 @@ def _template(folder: Path, split: str) -> Any:
 
 
 def write_tfds_metadata(folder: Path, splits: dict[str, SplitEntry], dtype: np.dtype) -> None:
+    """Writes the files by which TFDS reads the folder."""
     import tensorflow_datasets as tfds
 
+    types = {"tokens": dtype.type, "starts": np.int32}
+    tensors = {name: tfds.features.Tensor(shape=(None,), dtype=t, encoding="bytes") for name, t in types.items()}
     infos = [
         tfds.core.SplitInfo(
             name=name,
@@ -130,7 +123,7 @@ def write_tfds_metadata(folder: Path, splits: dict[str, SplitEntry], dtype: np.d
     ]
     tfds.folder_dataset.write_metadata(
         data_dir=str(folder),
-        features=_features(dtype),
+        features=tfds.features.FeaturesDict(tensors),
         split_infos=infos,
         filename_template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
         check_data=False,

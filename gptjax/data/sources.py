@@ -10,7 +10,7 @@ from pathlib import Path
 from gptjax.config.plugins import is_name
 from gptjax.config.section import InputError
 from gptjax.data.formats import SUFFIXES, CorruptData, Document, kind_of, open_file, read_file
-from gptjax.data.holdout import ContentHash
+from gptjax.data.holdout import content_hash
 from gptjax.data.records import HF, TFDS, Source, SourceFile, open_function, open_hf, open_tfds
 from gptjax.storage import file_sha256
 
@@ -102,10 +102,10 @@ def source_sha256(source: str | Source, text_field: str = "text") -> str:
     """Identity of a source's content: its files' kinds and bytes in order, wherever they lie, or its documents."""
     source = open_source(source, text_field)
     if not source.paths:
-        content = ContentHash()
+        total = content_hash()
         for document in documents(source):
-            content.add(document.digest)
-        return content.hexdigest
+            total.update(document.digest)
+        return total.hexdigest()
     total = hashlib.sha256()
     for kind, path in source.paths:
         open_file(path).close()

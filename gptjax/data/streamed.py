@@ -98,7 +98,7 @@ class StreamedData:
             "step": 0,
             "tokenizer": self.tokenizer.sha256,
             "sources": {name: start_state() for name in self._specs},
-            "content": {name: content_hash(spec) for name, spec in self._specs.items()},
+            "content": {name: ends_hash(spec) for name, spec in self._specs.items()},
             "tokens": dict.fromkeys(self._specs, 0),
         }
 
@@ -193,7 +193,7 @@ class StreamedData:
         self._say(f"left out {len(corrupt)} of at most data.max_corrupt={most} corrupt files: {corrupt[-1]}")
 
 
-def content_hash(spec: StreamSpec) -> str:
+def ends_hash(spec: StreamSpec) -> str:
     """A hash of a source's content: its files' kinds, sizes and both ends; "" where it is no files.
 
     It is made at each start, so it does not read all of the text.

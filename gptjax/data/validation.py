@@ -13,7 +13,7 @@ from gptjax.config.plugins import is_registered
 from gptjax.config.section import InputError
 from gptjax.data.batches import ALL_ROWS, RowSlice, TokenSplit, validation_batches
 from gptjax.data.corpus import is_corpus, open_corpus
-from gptjax.data.encode import Encoder, segments_of, tokenize_segments
+from gptjax.data.encode import Encoder, segments_of
 from gptjax.data.formats import Document
 from gptjax.data.packing import Batch, MemorySplit
 from gptjax.data.sources import documents, is_function
@@ -102,7 +102,7 @@ def tokenize_into_memory(texts: Iterable[Document], tokenizer: Tokenizer, max_to
     segments = (segment for text in texts for segment in segments_of(text, tokenizer))
     runs, starts, size, num_bytes = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)], 0, 0
     while (not max_tokens or size < max_tokens) and (batch := list(itertools.islice(segments, _BATCH))):
-        tokens, begins = tokenize_segments(batch, tokenizer, encoder)
+        tokens, begins = encoder.tokenize(batch)
         runs.append(tokens)
         starts.append(begins + size)
         size, num_bytes = size + len(tokens), num_bytes + sum(segment.num_bytes for segment in batch)

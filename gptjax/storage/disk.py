@@ -54,6 +54,16 @@ def _mode(path: Path) -> int:
     return _unless_absent(lambda p: os.stat(p).st_mode, path, 0)
 
 
+def this_process() -> str:
+    """A process's name for the user, as it holds a run."""
+    return f"process {os.getpid()} on {platform.node()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}"
+
+
+def taken(run: Path, holder: str) -> InputError:
+    """The error for a run that another process holds."""
+    return InputError(f"{run} is being trained by {holder}; wait for it, stop it, or give another --run-dir")
+
+
 class Disk:
     """Files and folders of a file system; every write is synced to the disk."""
 
@@ -174,11 +184,9 @@ class Disk:
             file.seek(0)
             holder = file.read().strip() or "another process"
             file.close()
-            raise InputError(
-                f"{folder} is being trained by {holder}; wait for it, stop it, or give another --run-dir"
-            ) from e
+            raise taken(folder, holder) from e
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.write(f"{this_process()}\n")
         file.flush()
         _LOCKS[folder] = file
 

@@ -14,7 +14,6 @@ import atexit
 import contextlib
 import json
 import os
-import platform
 import sys
 import threading
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gptjax.config.section import InputError
+from gptjax.storage.disk import taken, this_process
 
 BEAT, LEASE, POLL = 10.0, 60.0, 1.0  # seconds
 
@@ -41,7 +41,7 @@ class Lease:
 
     def __init__(self, store: Objects, folder: Path):
         self._store, self._run, self._folder = store, folder, folder / ".lease"
-        self._me = {"holder": f"process {os.getpid()} on {platform.node()}, started {_now()}", **_identity()}
+        self._me = {"holder": this_process(), **_identity()}
         self._beats, self._lost, self._ended = 0, "", threading.Event()
         newest = self._newest()
         if newest and not self._is_free(newest):
@@ -50,7 +50,7 @@ class Lease:
         try:
             store.create(self._folder / f"{self.term:08d}", self._record())
         except FileExistsError:
-            raise InputError(self._taken("another process, which came first")) from None
+            raise taken(self._run, "another process, which came first") from None
         self.check(now=True)  # a slow process may have created a term that was over and deleted long ago
         self._beat()
         for name in store.names(self._folder):
@@ -118,14 +118,7 @@ class Lease:
             if now.get("released"):
                 return
             if now != seen:
-                raise InputError(self._taken(holder))
-
-    def _taken(self, holder: str) -> str:
-        return f"{self._run} is being trained by {holder}; wait for it, stop it, or give another --run-dir"
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S")
+                raise taken(self._run, holder)
 
 
 def _identity() -> dict[str, Any]:

@@ -13,7 +13,7 @@ from gptjax.tokenizer.interface import (
     NOWHERE,
     SPACE_SYMBOL,
     VOCAB_FILE,
-    PieceTokenizer,
+    Tokenizer,
     is_text,
 )
 from gptjax.tokenizer.sentencepiece import cuts_between_pieces
@@ -44,7 +44,7 @@ def _byte_characters() -> dict[str, int]:
 BYTE_CHARACTERS = _byte_characters()
 
 
-class HuggingFaceTokenizer(PieceTokenizer):
+class HuggingFaceTokenizer(Tokenizer):
     """A byte pair encoder given as the content of tokenizer.json, or of vocab.json and merges.txt, by file name.
 
     `bos` and `eos` name the tokens that begin and end a document; where empty, well-known names are tried, and one

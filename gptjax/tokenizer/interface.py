@@ -1,10 +1,10 @@
-"""The interface of every tokenizer, and the base of those with a table of pieces."""
+"""The base of every tokenizer: ids that stand for pieces of text."""
 
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from gptjax.config.section import InputError
 
@@ -24,54 +24,16 @@ ANYWHERE, NOWHERE = re.compile(""), re.compile("(?!)")  # for `safe_cut`
 _WINDOW = 1 << 10  # characters first searched for the last safe cut
 
 
-class Tokenizer(Protocol):
-    """Interface of a tokenizer: ids below vocab_size, of which bos_id, eos_id and specials never come from text.
+class Tokenizer:
+    """Ids below vocab_size, of which bos_id, eos_id and specials never come from text.
 
-    `specials` are the control tokens by name, for prompts that are built from ids. `files` are the names that `save`
-    writes. `safe_cut` matches, without width, where a text may be cut: encoding both parts (the second one with
-    starts False) gives the ids of the whole. It may match nowhere.
-    """
+    `specials` are the control tokens by name, for prompts that are built from ids. `safe_cut` matches, without width,
+    where a text may be cut: encoding both parts (the second one with starts False) gives the ids of the whole. It may
+    match nowhere.
 
-    kind: str
-    vocab_size: int
-    bos_id: int
-    eos_id: int
-    sha256: str
-    safe_cut: re.Pattern[str]
-
-    @property
-    def specials(self) -> Mapping[str, int]: ...
-
-    @property
-    def files(self) -> tuple[str, ...]: ...
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def encode_batch(self, texts: Sequence[str], starts: Sequence[bool] = ()) -> list[list[int]]: ...
-
-    def decode(self, ids: Iterable[int]) -> str: ...
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes: ...
-
-    def save(self, folder: Path) -> None: ...
-
-
-def last_safe_cut(tokenizer: Tokenizer, text: str) -> int:
-    """The last offset inside the text at which `tokenizer.safe_cut` lets it be cut; 0 where there is none."""
-    window = _WINDOW
-    while True:
-        low = max(1, len(text) - window)
-        cuts = [m.start() for m in tokenizer.safe_cut.finditer(text, low) if m.start() < len(text)]
-        if cuts or low == 1:
-            return cuts[-1] if cuts else 0
-        window *= 8
-
-
-class PieceTokenizer:
-    """A tokenizer whose ids stand for pieces of text; a subclass encodes text without special tokens.
-
-    `_bytes` are the bytes of each id, empty for special ones; `_atoms` are strings that a model can't be given and the
-    ids they stand for; `_adds_space` is True where documents get a space in front that is no part of their text.
+    A subclass encodes text without special tokens. `_bytes` are the bytes of each id, empty for special ones; `_atoms`
+    are strings that a model can't be given and the ids they stand for; `_adds_space` is True where documents get a
+    space in front that is no part of their text.
     """
 
     kind: ClassVar[str]
@@ -79,7 +41,7 @@ class PieceTokenizer:
     bos_id: int
     eos_id: int
     sha256: str
-    specials: dict[str, int]
+    specials: Mapping[str, int]
     safe_cut: re.Pattern[str]
     _bytes: list[bytes]
     _content: dict[str, bytes]  # of the files that `save` writes, by name
@@ -95,6 +57,7 @@ class PieceTokenizer:
 
     @property
     def files(self) -> tuple[str, ...]:
+        """Names of the files that `save` writes."""
         return (META_FILE, *self._content)
 
     def encode(self, text: str) -> list[int]:
@@ -137,7 +100,20 @@ class PieceTokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self._content.items():
             (folder / name).write_bytes(content)
-        write_meta(self, folder, self._described())
+        meta = {"schema": SCHEMA, "kind": self.kind, "vocab_size": self.vocab_size, "sha256": self.sha256}
+        text = json.dumps(meta | self._described(), indent=1) + "\n"
+        (folder / META_FILE).write_text(text, encoding="utf-8")
+
+
+def last_safe_cut(tokenizer: Tokenizer, text: str) -> int:
+    """The last offset inside the text at which `tokenizer.safe_cut` lets it be cut; 0 where there is none."""
+    window = _WINDOW
+    while True:
+        low = max(1, len(text) - window)
+        cuts = [m.start() for m in tokenizer.safe_cut.finditer(text, low) if m.start() < len(text)]
+        if cuts or low == 1:
+            return cuts[-1] if cuts else 0
+        window *= 8
 
 
 def is_text(piece: str) -> bool:
@@ -167,10 +143,3 @@ def checked_ids(ids: Iterable[int], vocab_size: int) -> list[int]:
         bad = next(i for i in ids if not 0 <= i < vocab_size)
         raise InputError(f"token id {bad} is outside the tokenizer's vocabulary; wanted 0 to {vocab_size - 1}")
     return ids
-
-
-def write_meta(tokenizer: Any, folder: Path, more: Mapping[str, Any]) -> None:
-    """Writes the description of a tokenizer that `load_tokenizer` reads."""
-    folder.mkdir(parents=True, exist_ok=True)
-    meta = {"schema": SCHEMA, "kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256}
-    (folder / META_FILE).write_text(json.dumps(meta | dict(more), indent=1) + "\n", encoding="utf-8")

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from gptjax.config.section import InputError
-from gptjax.tokenizer.interface import MODEL_FILE, NOWHERE, SPACE_SYMBOL, PieceTokenizer, is_text, utf8
+from gptjax.tokenizer.interface import MODEL_FILE, NOWHERE, SPACE_SYMBOL, Tokenizer, is_text, utf8
 
 # Characters that the trainer refuses in a sentence or gives another meaning; each is a byte piece of its own, or three.
 _NOT_IN_PIECES = re.compile("[\0\t\n\r\u2581\u2585]+")
 _MAX_SENTENCE = 4096  # characters; only training cuts sentences, so no text is lost
 
 
-class SentencePieceTokenizer(PieceTokenizer):
+class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model that can spell every text, given as the bytes of its .model file.
 
     User-defined pieces other than white space and single characters are special: they never come from text. Raises

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from gptjax.config.section import InputError
 from gptjax.runtime.process import default_workers
-from gptjax.tokenizer.interface import RANKS_FILE, PieceTokenizer
+from gptjax.tokenizer.interface import RANKS_FILE, Tokenizer
 from gptjax.tokenizer.splitting import PATTERNS, WORD_ENDS
 
 _END = "<|endoftext|>"
@@ -56,7 +56,7 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-class TiktokenTokenizer(PieceTokenizer):
+class TiktokenTokenizer(Tokenizer):
     """Byte pairs by rank, given as the bytes of a file of ranks; the special tokens lie behind the ranks.
 
     A file that is not known by its content needs the name of its split pattern (tokenizer.pattern), and gets one
