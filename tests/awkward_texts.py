@@ -1,4 +1,10 @@
-"""Pieces of text that a tokenizer which loses something is likely to lose something of."""
+"""Text that a tokenizer which loses something is likely to lose something of, and SentencePiece models of any kind."""
+
+import io
+
+from gptjax.data.sources import CORPORA
+
+SHAKESPEARE = (CORPORA / "shakespeare.txt").read_bytes()[:150_000].decode()
 
 AWKWARD = [
     "\u2585", "\u2047", "\x7f", "king", "The ", "<|endoftext|>", "<|im_start|>", "[INST]", "        ", "<s>", "</s>",
@@ -7,3 +13,14 @@ AWKWARD = [
     "\uff0c\n", "\u3002", "e\u0301", "\ufeff", "\ufffd", "\U0010ffff", "1234567", "_", "...", "),\n", "/",
     "The king",
 ]  # fmt: skip
+
+
+def sentencepiece_model(text: str = SHAKESPEARE[:40_000], **changes) -> bytes:
+    """A model of 400 pieces that loses nothing, trained as SentencePiece itself would, with some settings changed."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    lossless = {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    settings = lossless | {"model_type": "bpe", "vocab_size": 400, "minloglevel": 3} | changes
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(text.split("\n")), model_writer=model, **settings)
+    return model.getvalue()

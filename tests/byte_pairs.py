@@ -1,21 +1,16 @@
 """Byte pair encoders made here, as models elsewhere have them; needs the extra gptjax[bpe]."""
 
 import base64
-import io
 import json
-from pathlib import Path
+
+from awkward_texts import SHAKESPEARE, sentencepiece_model
 
 from gptjax.tokenizer import SentencePieceTokenizer
 from gptjax.tokenizer.huggingface import BYTE_CHARACTERS, HuggingFaceTokenizer
 from gptjax.tokenizer.splitting import PATTERNS
 from gptjax.tokenizer.tiktoken import TiktokenTokenizer
 
-CORPUS = Path(__file__).parent.parent / "gptjax" / "data" / "corpora" / "shakespeare.txt"
-TEXT = (
-    CORPUS.read_bytes()[:120_000].decode()
-    + "\u4e2d\u6587\u7684\u4e00\u662f\u3002\n" * 200
-    + "x\n\n\n  y  12345,\n\n" * 50
-)
+TEXT = SHAKESPEARE[:120_000] + "\u4e2d\u6587\u7684\u4e00\u662f\u3002\n" * 200 + "x\n\n\n  y  12345,\n\n" * 50
 END, ROLE, PLAIN = "<|endoftext|>", "<|im_start|>", "[INST]"
 SPACES = "        "  # an added token that is text, as GPT-NeoX has them
 
@@ -66,19 +61,6 @@ def byte_level_json(**changes) -> dict:
     } | changes  # fmt: skip
 
 
-def sentencepiece_model(**changes) -> bytes:
-    import sentencepiece
-
-    model = io.BytesIO()
-    wanted = {"model_type": "bpe", "vocab_size": 700, "byte_fallback": True, "normalization_rule_name": "identity",
-              "remove_extra_whitespaces": False, "user_defined_symbols": [ROLE, PLAIN]}  # fmt: skip
-    lines = iter(TEXT[:60_000].split("\n"))
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=lines, model_writer=model, minloglevel=3, **(wanted | changes)
-    )
-    return model.getvalue()
-
-
 def llama_json(model: bytes, legacy: bool, **changes) -> dict:
     """A SentencePiece BPE model as a tokenizer.json: its pieces, and as merges every way to make each of them."""
     from sentencepiece import SentencePieceProcessor
@@ -107,7 +89,12 @@ def from_json(values: dict, **ends) -> HuggingFaceTokenizer:
     return HuggingFaceTokenizer({"tokenizer.json": json.dumps(values).encode()}, **ends)
 
 
-LLAMA = sentencepiece_model()
+def llama_model(**changes) -> bytes:
+    settings = {"vocab_size": 700, "user_defined_symbols": [ROLE, PLAIN]} | changes
+    return sentencepiece_model(TEXT[:60_000], **settings)
+
+
+LLAMA = llama_model()
 TOKENIZERS = {
     "two files": HuggingFaceTokenizer(TWO_FILES),
     "tokenizer.json": from_json(byte_level_json()),
@@ -117,5 +104,5 @@ TOKENIZERS = {
     "tiktoken cl100k": TiktokenTokenizer(ranks_file(RANKS), "cl100k"),
     "tiktoken o200k": TiktokenTokenizer(ranks_file(RANKS), "o200k"),
     "sentencepiece": SentencePieceTokenizer(LLAMA),
-    "unigram": SentencePieceTokenizer(sentencepiece_model(model_type="unigram")),
+    "unigram": SentencePieceTokenizer(llama_model(model_type="unigram")),
 }

@@ -56,14 +56,17 @@ class Fake(MemoryFileSystem):
             raise Killed
         cls.left -= 1
 
-    def info(self, path, **kwargs):
-        if not self.answers:
+    @classmethod
+    def ask(cls):
+        if not cls.answers:
             raise RuntimeError("the store\ndoes not answer")
+
+    def info(self, path, **kwargs):
+        self.ask()
         return super().info(path, **kwargs)
 
     def ls(self, path, detail=True, **kwargs):
-        if not self.answers:
-            raise RuntimeError("the store\ndoes not answer")
+        self.ask()
         return super().ls(path, detail, **kwargs)
 
     def pipe_file(self, path, value, mode="overwrite", **kwargs):
@@ -90,12 +93,10 @@ def fake(monkeypatch, tmp_path):
     fsspec.register_implementation("fake", Fake, clobber=True)
     monkeypatch.setitem(SCHEMES, "s3", Scheme("fake", "fsspec", "s3", direct=False))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(Fake, "store", {})
-    monkeypatch.setattr(Fake, "left", float("inf"))
-    monkeypatch.setattr(Fake, "answers", True)
+    for name, value in {"store": {}, "left": float("inf"), "answers": True}.items():
+        monkeypatch.setattr(Fake, name, value)
     bucket_module.open_bucket.cache_clear()
     yield Fake
-    Fake.left, Fake.answers = float("inf"), True
     bucket_module.open_bucket.cache_clear()
 
 
@@ -107,6 +108,12 @@ def reborn(fake) -> None:
 
 def make_state(step: int) -> dict:
     return {"params": {"w_D": jnp.arange(8.0) + step}}
+
+
+def commit(checkpoints: Checkpoints, step: int, **first) -> None:
+    """Saves a step, and waits until it is committed."""
+    checkpoints.save(step, make_state(step), {"row": step}, {}, **first)
+    checkpoints.wait()
 
 
 SHAPES = jax.eval_shape(make_state, 0)
@@ -145,8 +152,7 @@ def save(step: int, log: Path) -> None:
     """A step of a run: its line in the log, its checkpoint, and the delete of the one before."""
     checkpoints = Checkpoints(resolve_path(RUN) / "checkpoints", CFG)
     MetricsFile(log).write({"step": step, "loss": 0.5})
-    checkpoints.save(step, make_state(step), {"row": step}, {}, first=Run.at(RUN).push_logs)
-    checkpoints.wait()
+    commit(checkpoints, step, first=Run.at(RUN).push_logs)
     checkpoints.retain([])
 
 
@@ -195,8 +201,7 @@ def test_a_kill_at_any_operation_leaves_a_sound_step_and_the_log_up_to_it(fake, 
 def test_an_unsound_step_is_set_aside_and_found_whole_under_its_new_name(fake, capsys):
     checkpoints = Checkpoints(resolve_path(RUN), CheckpointConfig())
     for step in (1, 2):
-        checkpoints.save(step, make_state(step), {}, {})
-        checkpoints.wait()
+        commit(checkpoints, step)
     objects = filesystem(resolve_path(RUN))
     names = set(objects.sizes(checkpoints.path(2)))
     objects.write(checkpoints.path(2) / "commit_success.txt", b"")
@@ -207,8 +212,7 @@ def test_an_unsound_step_is_set_aside_and_found_whole_under_its_new_name(fake, c
 
 def test_a_store_that_does_not_answer_is_not_taken_for_an_empty_one(fake):
     checkpoints = Checkpoints(resolve_path(RUN), CFG)
-    checkpoints.save(1, make_state(1), {}, {})
-    checkpoints.wait()
+    commit(checkpoints, 1)
     before = set(fake.store)
     fake.answers = False
     for ask in (checkpoints.steps, checkpoints.clean, lambda: load_config(RUN)):
@@ -241,8 +245,7 @@ def test_an_outage_ends_a_verb_so_that_it_is_started_again_and_a_refusal_for_goo
     def save(*_) -> None:
         checkpoints = Checkpoints(resolve_path(RUN), CFG, readonly=True)
         checkpoints.readonly = False
-        checkpoints.save(1, make_state(1), {}, {})
-        checkpoints.wait()
+        commit(checkpoints, 1)
 
     monkeypatch.setattr("gptjax.stages.pretrain.pretrain", save)
     assert main(["pretrain", "quickstart"]) == failed
@@ -338,31 +341,38 @@ def test_a_killed_upload_leaves_no_half_of_a_folder(fake):
 
 
 @pytest.fixture
-def hasty(monkeypatch):
+def hold(fake, monkeypatch):
+    """Takes the lease of the run, in a hurry."""
     for name, value in {"BEAT": 0.05, "LEASE": 0.6, "POLL": 0.05}.items():
         monkeypatch.setattr(lease, name, value)
+    objects = filesystem(resolve_path(RUN))
+    return lambda: Lease(objects, resolve_path(RUN))
 
 
-def test_a_run_is_held_by_one_process_and_given_up_at_once(fake, hasty):
-    objects, folder = filesystem(resolve_path(RUN)), resolve_path(RUN)
-    first = Lease(objects, folder)
+@pytest.fixture
+def no_beat(monkeypatch):
+    """Holders give no sign of life, as a process that was stopped."""
+    monkeypatch.setattr(Lease, "_keep", lambda self: None)
+
+
+def test_a_run_is_held_by_one_process_and_given_up_at_once(hold):
+    first = hold()
     with pytest.raises(InputError, match=f"is being trained by process {os.getpid()} on .*--run-dir") as e:
-        Lease(objects, folder)
+        hold()
     assert "\n" not in str(e.value)
     first.release()
     start = time.monotonic()
-    second = Lease(objects, folder)
+    second = hold()
     assert time.monotonic() - start < 0.5 and second.term == 2
-    assert objects.names(folder / ".lease") == ["00000002", "00000002.beat"], "what is over is removed"
+    names = filesystem(resolve_path(RUN)).names(resolve_path(RUN) / ".lease")
+    assert names == ["00000002", "00000002.beat"], "what is over is removed"
     second.release()
 
 
-def test_a_holder_without_a_sign_of_life_loses_the_run_and_is_told(fake, hasty, monkeypatch):
-    objects, folder = filesystem(resolve_path(RUN)), resolve_path(RUN)
-    monkeypatch.setattr(Lease, "_keep", lambda self: None)  # a process that was stopped
-    first = Lease(objects, folder)
+def test_a_holder_without_a_sign_of_life_loses_the_run_and_is_told(hold, no_beat):
+    first = hold()
     start = time.monotonic()
-    second = Lease(objects, folder)
+    second = hold()
     assert time.monotonic() - start >= 0.6
     with pytest.raises(InputError, match="was taken over by process"):
         first.check(now=True)
@@ -372,21 +382,18 @@ def test_a_holder_without_a_sign_of_life_loses_the_run_and_is_told(fake, hasty, 
     second.release()
 
 
-def test_a_dead_process_of_this_machine_holds_nothing(fake, hasty, monkeypatch):
-    objects, folder = filesystem(resolve_path(RUN)), resolve_path(RUN)
+def test_a_dead_process_of_this_machine_holds_nothing(hold, no_beat, monkeypatch):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    monkeypatch.setattr(Lease, "_keep", lambda self: None)
-    with monkeypatch.context() as patch:
-        patch.setattr(lease, "_identity", lambda: {**identity, "pid": gone.pid})
-        identity = {"boot": "b", "namespace": "n", "ticks": "1"}
-        Lease(objects, folder)
-        patch.setattr(lease, "LEASE", 60.0)
-        assert Lease(objects, folder).term == 2  # or this would take a minute
+    identity = {"boot": "b", "namespace": "n", "ticks": "1", "pid": gone.pid}
+    monkeypatch.setattr(lease, "_identity", lambda: identity)
+    hold()
+    monkeypatch.setattr(lease, "LEASE", 60.0)
+    assert hold().term == 2  # or this would take a minute
 
 
-def test_of_many_that_want_a_run_at_once_one_gets_it(fake, hasty, monkeypatch):
-    objects, folder, held, refused = filesystem(resolve_path(RUN)), resolve_path(RUN), [], []
+def test_of_many_that_want_a_run_at_once_one_gets_it(hold, monkeypatch):
+    objects, held, refused = filesystem(resolve_path(RUN)), [], []
     create, together = objects.create, threading.Barrier(8)
 
     def create_together(*args):
@@ -397,7 +404,7 @@ def test_of_many_that_want_a_run_at_once_one_gets_it(fake, hasty, monkeypatch):
 
     def want():
         try:
-            held.append(Lease(objects, folder))
+            held.append(hold())
         except InputError as e:
             refused.append(e)
 
@@ -410,54 +417,47 @@ def test_of_many_that_want_a_run_at_once_one_gets_it(fake, hasty, monkeypatch):
     held[0].release()
 
 
-def test_one_that_was_slow_does_not_get_a_term_that_is_over(fake, hasty, monkeypatch):
-    objects, folder = filesystem(resolve_path(RUN)), resolve_path(RUN)
+def test_one_that_was_slow_does_not_get_a_term_that_is_over(hold, monkeypatch):
+    objects = filesystem(resolve_path(RUN))
     create = objects.create
 
     def create_late(*args):
         monkeypatch.setattr(objects, "create", create)
-        Lease(objects, folder).release()
-        Lease(objects, folder)  # which removes the first term
+        hold().release()
+        hold()  # which removes the first term
         create(*args)
 
     monkeypatch.setattr(objects, "create", create_late)
     with pytest.raises(InputError, match="taken over by process"):
-        Lease(objects, folder)
+        hold()
 
 
-def test_a_lost_run_is_neither_committed_nor_deleted_from(fake, hasty, monkeypatch):
-    monkeypatch.setattr(Lease, "_keep", lambda self: None)
-    objects = filesystem(resolve_path(RUN))
-    checkpoints = Checkpoints(resolve_path(RUN) / "checkpoints", CheckpointConfig(keep_newest=1))
-    checkpoints.save(1, make_state(1), {}, {})
-    checkpoints.wait()
-    objects.lock(resolve_path(RUN))
-    checkpoints.save(2, make_state(2), {}, {})
-    checkpoints.wait()
-    Lease(objects, resolve_path(RUN))
-    checkpoints.save(3, make_state(3), {}, {})
+def test_a_lost_run_is_neither_committed_nor_deleted_from(hold, no_beat):
+    checkpoints = Checkpoints(resolve_path(RUN) / "checkpoints", CFG)
+    commit(checkpoints, 1)
+    filesystem(resolve_path(RUN)).lock(resolve_path(RUN))
+    commit(checkpoints, 2)
+    hold()
     with pytest.raises(Exception, match="taken over"):
-        checkpoints.wait()
+        commit(checkpoints, 3)
     with pytest.raises(InputError, match="taken over"):
         checkpoints.retain([])
     assert checkpoints.steps() == [1, 2]
 
 
-def test_the_old_owner_leaves_a_step_of_the_new_one_untouched(fake, hasty, monkeypatch):
-    monkeypatch.setattr(Lease, "_keep", lambda self: None)
+def test_the_old_owner_leaves_a_step_of_the_new_one_untouched(hold, no_beat):
     objects = filesystem(resolve_path(RUN))
     checkpoints = Checkpoints(resolve_path(RUN) / "checkpoints", CheckpointConfig())
     objects.lock(resolve_path(RUN))
     theirs = Checkpoints(resolve_path(RUN) / "checkpoints", CheckpointConfig(), readonly=True).path(1)
 
     def taken_over() -> None:
-        Lease(objects, resolve_path(RUN))
+        hold()
         objects.write(theirs / "manifest.json", b"of the new owner")
         objects.write(theirs / "page", b"of the new owner")
 
-    checkpoints.save(1, make_state(1), {}, {}, first=taken_over)
     with pytest.raises(InputError, match="taken over"):
-        checkpoints.wait()
+        commit(checkpoints, 1, first=taken_over)
     assert objects.read(theirs / "manifest.json") == objects.read(theirs / "page") == b"of the new owner"
 
 
@@ -503,13 +503,10 @@ def cache(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def kind(request, cache):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("XDG_CACHE_HOME", cache)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", cache)
         with serve(request.param, patch):
             yield request.param
-    finally:
-        patch.undo()
 
 
 @pytest.mark.parametrize("kind", ["gs", "s3"], indirect=True)

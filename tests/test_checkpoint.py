@@ -4,8 +4,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from corpora import run_python
 
 from gptjax.config import CheckpointConfig, MeshConfig
 from gptjax.config.section import InputError
@@ -61,14 +60,24 @@ def assert_same_bits(a, b):
         assert x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes(), name
 
 
+def commit(checkpoints: Checkpoints, step: int, state=None, data: dict = DATA, config: dict = CONFIG) -> None:
+    """Saves a step, of a small state unless one is given, and waits until it is committed."""
+    checkpoints.save(step, {"w_D": jnp.zeros(4)} if state is None else state, data, config)
+    checkpoints.wait()
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Every file below a folder, the largest last."""
+    return sorted((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
 @pytest.fixture(scope="module")
 def template(tmp_path_factory) -> Path:
     """A folder with the committed steps 10 and 20, to be copied by each test that damages it."""
     folder = tmp_path_factory.mktemp("run") / "checkpoints"
     checkpoints = Checkpoints(folder, CFG)
-    checkpoints.save(10, make_state(scale=1.0), DATA, CONFIG)
-    checkpoints.save(20, make_state(scale=2.0), DATA | {"row": 8}, CONFIG)
-    checkpoints.wait()
+    commit(checkpoints, 10, make_state(scale=1.0))
+    commit(checkpoints, 20, make_state(scale=2.0), DATA | {"row": 8})
     return folder
 
 
@@ -107,8 +116,7 @@ def test_a_state_moves_between_meshes_bit_for_bit(tmp_path, saved_on, restored_o
     state = {"params": make_params(), "step": np.int32(5)}
     state = to_global(state, a) if a else jax.tree.map(jnp.asarray, state)
     checkpoints = Checkpoints(tmp_path / "c", CFG)
-    checkpoints.save(1, state, {}, {})
-    checkpoints.wait()
+    commit(checkpoints, 1, state)
     wanted = abstract(state, b)
     restored = checkpoints.restore(wanted)[1]
     assert_same_bits(restored, state)
@@ -117,8 +125,7 @@ def test_a_state_moves_between_meshes_bit_for_bit(tmp_path, saved_on, restored_o
 
 def test_a_flipped_bit_in_any_file_is_found_named_and_fallen_back_from(folder, capsys):
     checkpoints = Checkpoints(folder, CFG, readonly=True)
-    step = checkpoints.path(20)
-    files = [p for p in step.rglob("*") if p.is_file() and p.stat().st_size]
+    files = [p for p in files_of(checkpoints.path(20)) if p.stat().st_size]
     assert len(files) >= 10
     rng = np.random.default_rng(0)
     for file in files:
@@ -136,15 +143,10 @@ def test_a_flipped_bit_in_any_file_is_found_named_and_fallen_back_from(folder, c
     assert checkpoints.verify(20) == []
 
 
-def reseal(step: Path, number: int):
-    (step / MANIFEST).unlink()
-    write_manifest(step, number)
-
-
 def test_a_flipped_bit_that_the_manifest_agrees_with_is_found_by_the_leaf_digest(folder, capsys):
     """As if the bit had flipped in memory, before the files were hashed."""
     checkpoints = Checkpoints(folder, CFG, readonly=True)
-    largest = max((p for p in checkpoints.path(20).rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest = files_of(checkpoints.path(20))[-1]
     good = largest.read_bytes()
     needle = make_state(scale=2.0)["params"]["embed_VD"][5].tobytes()
     start = good.index(np.asarray(needle).tobytes())
@@ -152,7 +154,8 @@ def test_a_flipped_bit_that_the_manifest_agrees_with_is_found_by_the_leaf_digest
         bad = bytearray(good)
         bad[start + bit // 8] ^= 1 << bit % 8
         largest.write_bytes(bad)
-        reseal(checkpoints.path(20), 20)
+        (checkpoints.path(20) / MANIFEST).unlink()
+        write_manifest(checkpoints.path(20), 20)
         assert checkpoints.verify(20) == []
         assert checkpoints.restore(abstract(make_state()))[0] == 10
         assert "params.embed_VD differs" in capsys.readouterr().err
@@ -161,7 +164,7 @@ def test_a_flipped_bit_that_the_manifest_agrees_with_is_found_by_the_leaf_digest
 @pytest.mark.parametrize("keep", [0, 1, 0.5, -1])
 def test_a_cut_file_is_found_and_named(folder, keep):
     checkpoints = Checkpoints(folder, CFG)
-    largest = max((p for p in checkpoints.path(20).rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest = files_of(checkpoints.path(20))[-1]
     size = largest.stat().st_size
     os.truncate(largest, int(size * keep) if keep == 0.5 else keep % size)
     assert checkpoints.restore(abstract(make_state()))[0] == 10
@@ -185,11 +188,9 @@ def test_an_unsound_step_is_set_aside_so_that_it_never_counts_as_the_newest(fold
     checkpoints = Checkpoints(folder, CheckpointConfig(keep_newest=1))
     checkpoints.restore(abstract(make_state()))
     assert checkpoints.steps() == [10] and (folder / "00000020.unsound").is_dir()
-    checkpoints.save(15, make_state(), DATA, CONFIG)
-    checkpoints.wait()
+    commit(checkpoints, 15)
     assert checkpoints.retain([]) == [10] and checkpoints.steps() == [15]
-    checkpoints.save(20, make_state(), DATA, CONFIG)
-    checkpoints.wait()
+    commit(checkpoints, 20)
     assert checkpoints.verify(20) == []
 
 
@@ -350,8 +351,7 @@ c.retain([])
 
 @pytest.mark.parametrize(("moment", "newest"), [("write", 1), ("hashing", 1), ("manifest", 1), ("delete", 2)])
 def test_a_kill_during_a_save_or_a_delete_leaves_the_last_committed_step(tmp_path, moment, newest):
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "c"), moment], capture_output=True, text=True)
-    assert done.returncode == -9, done.stderr
+    run_python(KILLED, tmp_path / "c", moment, codes=(-9,))
     checkpoints = Checkpoints(tmp_path / "c", CFG)
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == [f"{newest:08d}"]
     step, state, data, _ = checkpoints.restore(abstract({"w_D": jnp.zeros(4)}))
@@ -383,9 +383,7 @@ print(c.steps())
 
 
 def test_a_full_disk_is_an_error_in_the_main_thread_and_costs_only_that_step(tmp_path):
-    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path / "c")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    lines = run_python(FULL, tmp_path / "c").stdout.splitlines()
     assert lines[0].startswith("ERROR checkpoint of step 2 could not be written")
     assert lines[1:] == ["[1] ['00000001']", "[1, 3]"]
 
@@ -427,8 +425,7 @@ def test_hashing_happens_off_the_training_thread_and_check_does_not_wait(tmp_pat
 def test_a_step_that_is_already_saved_is_left_alone(folder):
     checkpoints = Checkpoints(folder, CFG)
     before = json.loads((folder / "00000020" / MANIFEST).read_text())
-    checkpoints.save(20, make_state(scale=3.0), {}, {})
-    checkpoints.wait()
+    commit(checkpoints, 20)
     assert json.loads((folder / "00000020" / MANIFEST).read_text()) == before
 
 
@@ -444,7 +441,7 @@ def test_a_place_that_can_not_be_written_is_refused_at_once(tmp_path):
 
 def test_describe_counts_what_is_on_the_disk(folder):
     first, second = Checkpoints(folder, CFG).describe()
-    files = [p for p in (folder / "00000010").rglob("*") if p.is_file() and p.name != MANIFEST]
+    files = [p for p in files_of(folder / "00000010") if p.name != MANIFEST]
     assert (first.step, second.step) == (10, 20)
     assert (first.files, first.bytes) == (len(files), sum(p.stat().st_size for p in files))
 
@@ -486,8 +483,7 @@ def test_64_bit_types_are_split():
         "x = np.arange(3, dtype=np.int64); y = x.copy(); y[1] ^= 1 << 40\n"
         "a, b = (digests({'x': jnp.asarray(v)}) for v in (x, y)); print(a != b)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "True", done.stderr
+    assert run_python(code).stdout.strip() == "True"
 
 
 def test_exchanged_elements_change_the_digest():

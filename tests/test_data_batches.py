@@ -1,5 +1,7 @@
 """Laws of rows and batches: every target once an epoch, the same batch for everybody, documents kept apart."""
 
+import contextlib
+import itertools
 import threading
 import time
 
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from gptjax.config import DataConfig
 from gptjax.config.section import InputError
 from gptjax.data.batches import RowSampler, batches, validation_batches
+from gptjax.data.mixture import Mixture
 from gptjax.data.packing import MemorySplit, batch_hash, pack_documents, pad_documents
 from gptjax.data.permutation import permute
 from gptjax.data.show import show
@@ -171,23 +174,16 @@ def test_an_order_of_rows_never_changes_between_versions():
 
 
 @both_packings
-def test_resuming_at_a_step_goes_on_with_that_steps_batch(packing):
-    rows = RowSampler(split_of([30, 50]), DataConfig(batch_size=2, length=10, packing=packing), 0)
-    straight, hashes = batches(rows, 0), []
-    for _ in range(6):
-        batch, state = next(straight)
-        hashes.append(batch_hash(batch))
-    assert state == {"step": 6}
-    assert hashes == [batch_hash(rows.batch(step)) for step in range(6)]  # cut together, or each by itself
-    resumed = batches(rows, 4)
-    assert [(batch_hash(batch), state["step"]) for batch, state in (next(resumed), next(resumed))] == [
-        (hashes[4], 5),
-        (hashes[5], 6),
-    ]
-    part = batches(rows, 5, slice(1, 2))
-    np.testing.assert_array_equal(next(part)[0]["inputs_BL"], rows.batch(5)["inputs_BL"][1:])
-    for iterator in (straight, resumed, part):
-        iterator.close()
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_batches_go_on_from_any_step_and_threads_change_none(packing, workers):
+    cfg = DataConfig(batch_size=2, length=10, packing=packing)
+    alone, rows = RowSampler(split_of([30, 50]), cfg, 0), Mixture({"": split_of([30, 50])}, cfg, 0)
+    want = [(batch_hash(alone.batch(step)), {"step": step + 1}) for step in range(12)]
+    for start in (0, 4):
+        with contextlib.closing(batches(rows, start, workers=workers)) as made:
+            assert [(batch_hash(batch), state) for batch, state in itertools.islice(made, 8)] == want[start : start + 8]
+    with contextlib.closing(batches(rows, 5, slice(1, 2), workers)) as part:
+        np.testing.assert_array_equal(next(part)[0]["inputs_BL"], rows.batch(5)["inputs_BL"][1:])
 
 
 def test_closing_the_iterator_ends_its_thread():

@@ -1,6 +1,5 @@
 """Laws of the kinds of files: each gives the same texts, and damage is named, never read past."""
 
-import gzip
 import json
 import os
 from functools import partial
@@ -8,17 +7,12 @@ from pathlib import Path
 
 import pyarrow
 import pytest
+from corpora import texts_of, write_jsonl
 
-from gptjax.config import TokenizerConfig
 from gptjax.config.section import InputError
-from gptjax.data.chunks import StreamSpec
-from gptjax.data.sources import documents, source_sha256
+from gptjax.data.sources import documents
 
 TEXTS = ["first\nline", "", "\u4e2d\u6587 \U0001f600", "\u2028 end "] + [f"text {i} " + "word " * i for i in range(600)]
-
-
-def write_gz(path: Path, texts: list[str], field: str = "text") -> None:
-    path.write_bytes(gzip.compress("".join(json.dumps({field: text}) + "\n" for text in texts).encode()))
 
 
 def write_zst(path: Path, texts: list[str], field: str = "text") -> None:
@@ -48,13 +42,7 @@ def text_page(path: Path) -> int:
     return column.data_page_offset + column.total_compressed_size // 2
 
 
-WRITERS = {"jsonl.gz": write_gz, "jsonl.zst": write_zst, "parquet": write_parquet}
-
-
-def texts_of(source: Path, text_field: str = "text", max_corrupt: int = 0) -> list[str]:
-    """As a stream reads them: all of them, held out."""
-    text = StreamSpec(str(source), text_field, 1.0, max_corrupt, TokenizerConfig())
-    return [document.text for document in text.documents()]
+WRITERS = {"jsonl.gz": write_jsonl, "jsonl.zst": write_zst, "parquet": write_parquet}
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -65,16 +53,19 @@ def test_every_kind_of_file_gives_the_texts_in_order(tmp_path, kind):
     assert [d.origin for d in documents(str(path), "body")][300] == f"{path}:301"
 
 
-def test_a_folder_may_hold_all_kinds(tmp_path):
-    (tmp_path / "a.txt").write_text("alpha")
-    for kind, write in WRITERS.items():
-        write(tmp_path / f"b.{kind}", [f"of {kind}", "and more"])
-    (tmp_path / "c.jsonl").write_text('{"text": "omega"}\n')
-    wanted = ["alpha", *(text for kind in sorted(WRITERS) for text in (f"of {kind}", "and more")), "omega"]
+def test_a_folder_gives_every_text_of_any_kind_below_it_in_sorted_order(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "two.md").write_text("second")
+    (tmp_path / "a.txt").write_text("first\r\n", newline="")
+    (tmp_path / "image.png").write_bytes(b"\xff")
+    write_jsonl(tmp_path / "c.jsonl", ["third", ""])
+    wanted = ["first\r\n", "second", "third", ""]
+    for kind in sorted(WRITERS):
+        WRITERS[kind](tmp_path / f"d.{kind}", [f"of {kind}", "\u2028\u4e2d"])
+        wanted += [f"of {kind}", "\u2028\u4e2d"]
     assert texts_of(tmp_path) == wanted
-    before = source_sha256(str(tmp_path))
-    write_parquet(tmp_path / "b.parquet", ["of parquet", "and less"])
-    assert source_sha256(str(tmp_path)) != before
+    origins = [Path(document.origin).name for document in documents(str(tmp_path))]
+    assert origins[:6] == ["a.txt", "two.md", "c.jsonl:1", "c.jsonl:2", "d.jsonl.gz:1", "d.jsonl.gz:2"]
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -98,10 +89,11 @@ def test_flipped_bytes_are_named(tmp_path, kind):
     path = tmp_path / f"a.{kind}"
     WRITERS[kind](path, TEXTS)
     good = path.read_bytes()
-    at = text_page(path) if kind == "parquet" else len(good) // 2
-    path.write_bytes(good[:at] + bytes(30) + good[at + 30 :])
-    with pytest.raises(InputError, match=f"a.{kind}:"):
-        texts_of(path)
+    places = [text_page(path)] if kind == "parquet" else [200, len(good) // 2]
+    for at in places + ([len(good) - 6] if kind == "jsonl.gz" else []):  # where gzip has its checksum
+        path.write_bytes(good[:at] + bytes(30) + good[at + 30 :])
+        with pytest.raises(InputError, match=f"a.{kind}:"):
+            texts_of(path)
     path.write_bytes(b"nothing of the kind")
     with pytest.raises(InputError, match=f"a.{kind}: (line|row) 1 cannot be"):
         texts_of(path)

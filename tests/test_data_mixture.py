@@ -6,20 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from corpora import BYTES, prepared, take, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptjax.config import DataConfig, PrepareConfig, TokenizerConfig, TrainConfig, TrainTokenizerConfig
+from gptjax.config import DataConfig, TokenizerConfig, TrainConfig, TrainTokenizerConfig
 from gptjax.config.section import InputError
-from gptjax.data.batches import RowSampler, batches
 from gptjax.data.corpus import CorpusSplit
 from gptjax.data.mixture import Mixture, SourceSchedule, rows_of_a_pass
 from gptjax.data.packing import MemorySplit, batch_hash
 from gptjax.data.pipeline import open_pipeline
-from gptjax.data.prepare import prepare, train_tokenizer
+from gptjax.data.prepare import train_tokenizer
 from gptjax.data.show import show
 
-BYTES = TokenizerConfig(kind="bytes", vocab_size=258)
 WORDS = {"abc": "abc abcabc", "xyz": "xyz xyyz zzxy", "pqr": "pq qr rp"}
 
 
@@ -28,11 +27,9 @@ def split(size: int, first: int = 0) -> MemorySplit:
     return MemorySplit.of([np.arange(first, first + size)])
 
 
-def write_jsonl(path: Path, letters: str, count: int, seed: int = 0) -> Path:
-    rng = random.Random(seed)
-    texts = ["".join(rng.choices(letters + " ", k=rng.randint(20, 200))) for _ in range(count)]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
+def write_words(path: Path, letters: str, count: int) -> Path:
+    rng = random.Random(0)
+    return write_jsonl(path, ["".join(rng.choices(letters + " ", k=rng.randint(20, 200))) for _ in range(count)])
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +37,9 @@ def folder(tmp_path_factory) -> Path:
     """Three texts whose letters tell them apart, the first two of them prepared too."""
     folder = tmp_path_factory.mktemp("texts")
     for count, letters in zip((120, 60, 30), WORDS):
-        write_jsonl(folder / f"{letters}.jsonl", letters, count)
+        write_words(folder / f"{letters}.jsonl", letters, count)
     for letters in list(WORDS)[:2]:
-        out = str(folder / letters)
-        prepare(
-            PrepareConfig(source=f"{out}.jsonl", out=out, validation_fraction=0.2, deduplicate=False, tokenizer=BYTES)
-        )
+        prepared(folder / f"{letters}.jsonl", folder / letters, validation_fraction=0.2, deduplicate=False)
     return folder
 
 
@@ -118,35 +112,17 @@ def test_a_source_is_visited_as_if_it_were_alone():
         assert len(own) == count
 
 
-def test_threads_change_no_batch_and_no_order():
-    mixture = Mixture({"": split(2000)}, DataConfig(batch_size=4, length=10), 3)
-    alone = RowSampler(split(2000), DataConfig(batch_size=4, length=10), 3)
-    for workers in (0, 1, 3):
-        made = batches(mixture, 5, workers=workers)
-        found = [(batch_hash(batch), state["step"]) for batch, state in (next(made) for _ in range(12))]
-        made.close()
-        assert found == [(batch_hash(alone.batch(step)), step + 1) for step in range(5, 17)]
-
-
 def test_a_resumed_mixture_goes_on_and_counts_its_tokens(folder):
     pipeline = open_pipeline(mixed(folder, "xyz", "abc", weights=(2.0, 1.0), workers=2), folder / "none", training=True)
-    tokens = dict.fromkeys(["xyz", "abc"], 0)
-    states, hashes = [pipeline.start], []
-    with_all = pipeline.batches(pipeline.start)
-    for _ in range(30):
-        batch, state = next(with_all)
+    straight, tokens = take(pipeline, pipeline.start, 30), dict.fromkeys(["xyz", "abc"], 0)
+    for step, (made, state) in enumerate(straight):
+        batch = pipeline.batch(step)
+        assert batch_hash(batch) == made
         for row, weights in zip(batch["inputs_BL"], batch["weights_BL"]):
             tokens[letters_of(row)] += int(weights.sum())
-        states.append(json.loads(json.dumps(state, sort_keys=True)))
-        hashes.append(batch_hash(batch))
         assert state["tokens"] == tokens
-    with_all.close()
-    pipeline.check(states[17])
-    resumed = pipeline.batches(states[17])
-    assert [batch_hash(next(resumed)[0]) for _ in range(5)] == hashes[17:22]
-    assert next(resumed)[1] == states[23]
-    resumed.close()
-    assert batch_hash(pipeline.batch(29)) == hashes[29]
+    pipeline.check(straight[16][1])
+    assert take(pipeline, straight[16][1], 6) == straight[17:23]
 
 
 def test_a_mixture_is_measured_source_by_source(folder):
@@ -180,16 +156,8 @@ def test_a_mixtures_texts_share_one_trained_tokenizer(folder, tmp_path):
     assert batch_hash(again.batch(3)) == batch_hash(pipeline.batch(3))
     assert len(said) == 3
     with pytest.raises(InputError, match="abc.* and .*other.* different tokenizers"):
-        other = str(tmp_path / "other")
-        prepare(PrepareConfig(source=str(folder / "xyz.jsonl"), out=other, tokenizer=trained, validation_fraction=0.2))
-        open_pipeline(
-            TrainConfig(
-                data=DataConfig(source="mixture", mixture=(f"abc={tmp_path / 'abc'}", f"o={other}"), length=32),
-                tokenizer=trained,
-            ),
-            tmp_path,
-            training=True,
-        )
+        prepared(folder / "xyz.jsonl", tmp_path / "other", tokenizer=trained, validation_fraction=0.2)
+        open_pipeline(mixed(tmp_path, "abc", "other", tokenizer=trained), tmp_path, training=True)
 
 
 def test_a_text_beside_a_prepared_folder_is_prepared_with_its_tokenizer(folder, tmp_path):
@@ -231,9 +199,8 @@ def damage(shard: Path, split: CorpusSplit, at: int) -> None:
 
 
 def test_a_damaged_page_stops_training_or_becomes_padding(tmp_path):
-    text = write_jsonl(tmp_path / "abc.jsonl", "abc", 300)
     out = tmp_path / "corpus"
-    corpus = prepare(PrepareConfig(source=str(text), out=str(out), validation_fraction=0.1, tokenizer=BYTES))
+    corpus = prepared(write_words(tmp_path / "abc.jsonl", "abc", 300), out, validation_fraction=0.1)
     (shard,) = out.glob("*train*array_record*")
     page, split = corpus.manifest.page, corpus.split("train")
     assert split.num_tokens > 3 * page
@@ -295,17 +262,15 @@ def test_a_tokenizer_that_did_not_prepare_the_folder_is_refused(folder, tmp_path
         return TokenizerConfig(vocab_size=300, path=cfg.out)
 
     shas: dict[str, str] = {}
-    own, other, out = trained("own", "abc"), trained("other", "xyz"), str(tmp_path / "corpus")
-    prepare(PrepareConfig(source=str(folder / "abc.jsonl"), out=out, validation_fraction=0.2, tokenizer=own))
-    data = DataConfig(source=out, batch_size=2, length=16)
+    own, other, out = trained("own", "abc"), trained("other", "xyz"), tmp_path / "corpus"
+    prepared(folder / "abc.jsonl", out, validation_fraction=0.2, tokenizer=own)
+    data = DataConfig(source=str(out), batch_size=2, length=16)
     wanted = f"tokenizer.path=.*other' holds the tokenizer {shas['other']}, but {out} was prepared with {shas['own']}"
     with pytest.raises(InputError, match=wanted):
         open_pipeline(TrainConfig(data=data, tokenizer=other), Path("none"), training=True)
     for tokenizer in (own, TokenizerConfig(vocab_size=300)):
-        assert (
-            open_pipeline(TrainConfig(data=data, tokenizer=tokenizer), Path("none"), training=True).tokenizer.vocab_size
-            == 300
-        )
+        pipeline = open_pipeline(TrainConfig(data=data, tokenizer=tokenizer), Path("none"), training=True)
+        assert pipeline.tokenizer.vocab_size == 300
 
 
 def test_a_corpus_that_is_not_where_its_run_was_trained_is_told_by_its_name(folder, tmp_path, monkeypatch):

@@ -1,22 +1,18 @@
 """Laws of the sources that are no files: datasets by name and by folder, and the user's own functions."""
 
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from holdout_reference import holdout
+from corpora import BYTES, holdout, prepared, run_python, stored, take, texts_of
 from resume_sources import write_tfds
 
-from gptjax.config import DataConfig, PrepareConfig, TokenizerConfig, TrainConfig
+from gptjax.config import DataConfig, TrainConfig
 from gptjax.config.section import InputError
-from gptjax.data.chunks import StreamSpec
-from gptjax.data.packing import batch_hash
 from gptjax.data.pipeline import open_pipeline
-from gptjax.data.prepare import prepare
 from gptjax.data.sources import source_sha256
 
 TEXTS = ["first\nline", "\u4e2d\u6587", ""] + [f"text {i}" for i in range(300)]
@@ -40,13 +36,6 @@ def numbers() -> list:
 
 
 NO_FUNCTION = 5
-
-
-def texts_of(source: str, text_field: str = "text", max_corrupt: int = 0) -> list[str]:
-    """As a stream reads them: all of them, held out."""
-    return [
-        document.text for document in StreamSpec(source, text_field, 1.0, max_corrupt, TokenizerConfig()).documents()
-    ]
 
 
 def write_hf(folder: Path, texts: list, field: str = "text", splits: bool = False) -> Path:
@@ -80,7 +69,7 @@ from gptjax.data.sources import documents
 assert len(list(documents("tfds:{folder}"))) == {len(TEXTS)}
 assert "tensorflow" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", program], check=True)
+    run_python(program)
 
 
 @pytest.mark.parametrize("how", ["truncated", "zeros", "missing"])
@@ -104,22 +93,20 @@ def test_a_broken_array_record_is_named_and_can_be_left_out(tmp_path, how):
 def test_a_tfds_name_is_prepared_from_mock_data(tmp_path):
     import tensorflow_datasets as tfds
 
-    cfg = PrepareConfig(
-        source="tfds:lm1b", out=str(tmp_path / "out"), tokenizer=TokenizerConfig(kind="bytes", vocab_size=258)
-    )
     with tfds.testing.mock_data(num_examples=20):
         texts = texts_of("tfds:lm1b")
         assert len(texts) == 20 and texts == texts_of("tfds:lm1b:1.1.0:train")
-        corpus = prepare(cfg)
-        assert prepare(cfg).sha256 == corpus.sha256  # the same documents, so the folder is used again
+        corpus = prepared("tfds:lm1b", tmp_path / "out")
+        assert (
+            prepared("tfds:lm1b", tmp_path / "out").sha256 == corpus.sha256
+        )  # the same documents, so the folder is used again
         with pytest.raises(InputError, match="found no .text. among .*book_text"):
             texts_of("tfds:pg19")
     with tfds.testing.mock_data(num_examples=21):
         with pytest.raises(InputError, match="was prepared with source_sha256="):
-            prepare(cfg)
+            prepared("tfds:lm1b", tmp_path / "out")
     kept = corpus.manifest.report
-    stored = sum(split.documents for split in corpus.manifest.splits.values())
-    assert kept.documents == 20 and stored == 20 - kept.duplicates == len(set(texts))
+    assert kept.documents == 20 and sum(map(len, stored(corpus).values())) == 20 - kept.duplicates == len(set(texts))
 
 
 def test_a_dataset_that_is_not_there_is_one_line(tmp_path, monkeypatch):
@@ -173,21 +160,29 @@ def test_a_broken_arrow_file_is_named_and_can_be_left_out(tmp_path):
     assert read == whole[:101] + whole[202:]
 
 
-def test_a_hugging_face_name_is_read_by_its_config_and_split(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("source", "asked"),
+    [
+        ("hf:org/name@small:test", ("org/name", "small", "test")),
+        ("hf:name", ("name", None, "train")),
+        ("hf:name/config:1.0.0:test", ("name/config:1.0.0", None, "test")),
+        ("hf:name:1.0.0", ("name:1.0.0", None, "train")),
+    ],
+)
+def test_a_hugging_face_name_is_read_by_its_config_and_split(tmp_path, monkeypatch, source, asked):
     datasets = pytest.importorskip("datasets")
     folder = write_hf(tmp_path / "plain", TEXTS)
-    asked = []
+    calls = []
 
     def load_dataset(name, config, split):
-        asked.append((name, config, split))
+        calls.append((name, config, split))
         return datasets.load_from_disk(str(folder))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert texts_of("hf:org/name@small:test") == TEXTS == texts_of("hf:name")
-    assert asked == [("org/name", "small", "test"), ("name", None, "train")]
-    assert source_sha256("hf:name") == source_sha256(f"hf:{folder}")
+    assert texts_of(source) == TEXTS and set(calls) == {asked}
+    assert source_sha256(source) == source_sha256(f"hf:{folder}")
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: datasets.Dataset.from_dict({"text": TEXTS}))
-    assert texts_of("hf:name") == TEXTS
+    assert texts_of(source) == TEXTS
 
 
 def test_a_function_is_a_source(tmp_path, monkeypatch):
@@ -217,10 +212,8 @@ def test_a_function_of_the_users_script_is_prepared_by_several_workers(tmp_path)
     script.write_text(
         f"""
 import sys
-from gptjax.config import DataConfig, PrepareConfig, TokenizerConfig, TrainConfig
+from gptjax.config import PrepareConfig, TokenizerConfig
 from gptjax.data import encode
-from gptjax.data.packing import batch_hash
-from gptjax.data.pipeline import open_pipeline
 from gptjax.data.prepare import prepare
 
 print("run")
@@ -236,20 +229,14 @@ corpus = prepare(PrepareConfig(source="__main__:texts", out={str(tmp_path / "out
 print(sum(split.documents for split in corpus.manifest.splits.values()))
 """
     )
-    done = subprocess.run([sys.executable, str(script)], check=True, capture_output=True, text=True)
-    assert done.stdout.split() == ["run", "1000"], done.stderr
+    assert run_python(str(script)).stdout.split() == ["run", "1000"]
 
 
 def test_a_function_that_gives_other_texts_each_time_is_refused(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     monkeypatch.setattr(sys.modules[__name__], "own_texts", lambda: [str(x) for x in rng.integers(0, 1 << 30, 50)])
-    cfg = PrepareConfig(
-        source=f"{__name__}:own_texts",
-        out=str(tmp_path / "out"),
-        tokenizer=TokenizerConfig(kind="bytes", vocab_size=258),
-    )
     with pytest.raises(InputError, match="changed while it was being read"):
-        prepare(cfg)
+        prepared(f"{__name__}:own_texts", tmp_path / "out")
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
@@ -267,27 +254,6 @@ def test_saved_metadata_that_is_damaged_is_named(tmp_path):
     (folder / "state.json").write_text(json.dumps(["no object"]))
     with pytest.raises(InputError, match="state.json is damaged"):
         texts_of(f"hf:{folder}")
-
-
-@pytest.mark.parametrize(
-    ("source", "asked"),
-    [
-        ("hf:lm1b/config:1.0.0:test", ("lm1b/config:1.0.0", "test")),
-        ("hf:lm1b:1.0.0", ("lm1b:1.0.0", "train")),
-        ("hf:lm1b:test", ("lm1b", "test")),
-    ],
-)
-def test_a_trailing_word_is_a_split_and_a_version_is_not(tmp_path, monkeypatch, source, asked):
-    datasets = pytest.importorskip("datasets")
-    calls = []
-
-    def load_dataset(name, config, split):
-        calls.append((name, split))
-        return datasets.Dataset.from_dict({"text": TEXTS})
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert texts_of(source) == TEXTS
-    assert set(calls) == {asked}
 
 
 @pytest.mark.parametrize("key", ["pythonClassName", "python_class_name"])
@@ -344,8 +310,7 @@ def stream_of(source: str, workers: int):
     data = DataConfig(
         source=source, loading="stream", batch_size=4, length=32, validation_fraction=0.1, workers=workers
     )
-    tokenizer = TokenizerConfig(kind="bytes", vocab_size=258)
-    return open_pipeline(TrainConfig(data=data, tokenizer=tokenizer), Path("none"), training=True)
+    return open_pipeline(TrainConfig(data=data, tokenizer=BYTES), Path("none"), training=True)
 
 
 @pytest.mark.slow
@@ -355,16 +320,10 @@ def test_a_function_streams_and_resumes_with_any_number_of_workers(name):
         pytest.importorskip("grain", reason="needs the extra gptjax[grain]")
     source = f"{__name__}:{name}"
     alone = stream_of(source, 0)
-    steps, straight = alone.batches(alone.start), []
-    for _ in range(80):  # more than a pass
-        batch, state = next(steps)
-        straight.append((batch_hash(batch), json.loads(json.dumps(state))))
-    steps.close()
+    straight = take(alone, alone.start, 80)  # more than a pass
     again = stream_of(source, 2)
     again.check(straight[29][1])
-    steps = again.batches(straight[29][1])
-    assert [(batch_hash(batch), state) for batch, state in (next(steps) for _ in range(50))] == straight[30:]
-    steps.close()
+    assert take(again, straight[29][1], 50) == straight[30:]
 
 
 def test_a_function_that_only_this_process_knows_is_no_source_of_workers(monkeypatch):

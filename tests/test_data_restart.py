@@ -5,49 +5,24 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from holdout_reference import splits
+from corpora import prepared, run_python, splits, stored, write_jsonl
 
 from gptjax.cli import main
-from gptjax.config import PrepareConfig, TokenizerConfig
+from gptjax.config import TokenizerConfig
 from gptjax.config.section import InputError
 from gptjax.data import encode, scan
-from gptjax.data.corpus import Corpus, open_corpus
-from gptjax.data.prepare import WORK, prepare
+from gptjax.data.corpus import open_corpus
+from gptjax.data.prepare import WORK
 from gptjax.data.worker import Worker
-
-BYTES = TokenizerConfig(kind="bytes", vocab_size=258)
-
-
-def write_jsonl(path: Path, texts: list[str]) -> None:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-
-
-def config(source: Path, out: Path, **more) -> PrepareConfig:
-    return PrepareConfig(**{"source": str(source), "out": str(out), "tokenizer": BYTES, "workers": 1, **more})
 
 
 def files(folder: Path) -> dict[str, str]:
     paths = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
-
-
-def stored(corpus: Corpus) -> dict[str, list[str]]:
-    found = {}
-    for name in ("train", "validation"):
-        split = corpus.split(name)
-        ids = np.split(split.tokens(0, split.num_tokens), split.starts[1:])
-        for row in ids:
-            assert np.flatnonzero(row == corpus.tokenizer.bos_id).tolist() == [0]
-            assert np.flatnonzero(row == corpus.tokenizer.eos_id).tolist() == [len(row) - 1]
-        found[name] = [corpus.tokenizer.decode(row) for row in ids]
-    return found
 
 
 @pytest.fixture
@@ -108,10 +83,8 @@ prepare(cfg, progress)
 """
 
 
-def run(program: str, *args) -> tuple[int, list[str]]:
-    command = [sys.executable, "-c", PROGRAM + program, *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr
+def run(program: str, *words) -> tuple[int, list[str]]:
+    done = run_python(PROGRAM + program, *words, codes=(0, -signal.SIGKILL))
     return done.returncode, done.stdout.split()
 
 
@@ -148,11 +121,11 @@ def test_a_kill_at_work_leaves_no_worker_and_changes_nothing(tmp_path, text):
 def test_any_number_of_workers_writes_the_same_bytes(tmp_path, text, monkeypatch):
     monkeypatch.setattr(encode, "PART_BYTES", 30_000)
     tokenizer = TokenizerConfig(vocab_size=300)
-    one = prepare(config(text, tmp_path / "one", tokenizer=tokenizer))
-    two = prepare(config(text, tmp_path / "two", tokenizer=tokenizer, workers=2))
+    one = prepared(text, tmp_path / "one", tokenizer=tokenizer)
+    two = prepared(text, tmp_path / "two", tokenizer=tokenizer, workers=2)
     assert files(tmp_path / "one") == files(tmp_path / "two")
     monkeypatch.setattr(encode, "PART_BYTES", 1 << 30)
-    prepare(config(text, tmp_path / "whole", tokenizer=tokenizer))
+    prepared(text, tmp_path / "whole", tokenizer=tokenizer)
     assert files(tmp_path / "one") == files(tmp_path / "whole")  # where parts end is not seen either
     (long,) = [t for texts in stored(two).values() for t in texts if t.startswith("the long one")]
     assert long == (text / "b.txt").read_text()
@@ -160,7 +133,7 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path, text, monkeypatch
 
 
 def test_the_bytes_of_a_page_are_the_same_in_every_process(tmp_path, text):
-    prepare(config(text, tmp_path / "out"))
+    prepared(text, tmp_path / "out")
     (shard,) = (tmp_path / "out").glob("corpus-train.array_record-*")
     data = shard.read_bytes()
     # Left to itself, protobuf orders a map by a hash that is another one in each process.
@@ -178,24 +151,11 @@ def test_a_lost_worker_is_one_line_and_the_next_run_goes_on(tmp_path, text, monk
 
     monkeypatch.setattr(Worker, "send", kill_at_the_third)
     with pytest.raises(InputError, match="a worker process was killed by signal 9 .*run the same command again"):
-        prepare(config(text, tmp_path / "out", workers=2))
+        prepared(text, tmp_path / "out", workers=2)
     monkeypatch.setattr(Worker, "send", send)
-    prepare(config(text, tmp_path / "out", workers=2))
-    prepare(config(text, tmp_path / "whole"))
+    prepared(text, tmp_path / "out", workers=2)
+    prepared(text, tmp_path / "whole")
     assert files(tmp_path / "out") == files(tmp_path / "whole")
-
-
-def test_an_unfinished_run_of_other_settings_is_begun_afresh(tmp_path, text, monkeypatch):
-    monkeypatch.setattr(encode, "PART_BYTES", 30_000)
-    assert run(KILLED_AT_WORK, text, tmp_path / "out", 2, "bytes", 258, 50)[0] == -signal.SIGKILL
-    kept = prepare(config(text, tmp_path / "out", min_bytes=20))
-    assert kept.manifest.report.too_short > 0
-    whole = files(prepare(config(text, tmp_path / "new", min_bytes=20)).folder)
-    assert files(tmp_path / "out") == whole
-    (tmp_path / "out" / WORK).mkdir()  # what a kill after the last file was written leaves
-    (tmp_path / "out" / WORK / "part-000000.npz").write_bytes(b"")
-    prepare(config(text, tmp_path / "out", min_bytes=20))
-    assert files(tmp_path / "out") == whole
 
 
 def test_a_damaged_part_is_made_anew(tmp_path, text):
@@ -218,16 +178,14 @@ def test_of_equal_documents_the_first_is_kept_and_the_others_are_counted(tmp_pat
     (tmp_path / "text").mkdir()
     write_jsonl(tmp_path / "text" / "a.jsonl", texts[:50])
     write_jsonl(tmp_path / "text" / "b.jsonl", texts[50:])
-    corpus = prepare(config(tmp_path / "text", tmp_path / "out", validation_fraction=0.2))
+    corpus = prepared(tmp_path / "text", tmp_path / "out", validation_fraction=0.2)
     found = stored(corpus)
     assert sorted(found["train"] + found["validation"]) == sorted(set(texts))
     for split in found.values():
         assert split == sorted(split, key=texts.index)  # of the first place, in the order of the source
     left = corpus.manifest.report
     assert (left.documents, left.duplicates, left.too_short, left.too_long) == (102, 60, 0, 0)
-    everything = stored(
-        prepare(config(tmp_path / "text", tmp_path / "all", validation_fraction=0.2, deduplicate=False))
-    )
+    everything = stored(prepared(tmp_path / "text", tmp_path / "all", validation_fraction=0.2, deduplicate=False))
     assert sorted(everything["train"] + everything["validation"]) == sorted(texts)
     assert {name: set(split) for name, split in everything.items()} == {n: set(s) for n, s in found.items()}
 
@@ -235,11 +193,11 @@ def test_of_equal_documents_the_first_is_kept_and_the_others_are_counted(tmp_pat
 def test_documents_are_left_out_by_their_bytes_and_counted(tmp_path):
     texts = ["", "\u4e2d", "ab", "abc", "abcd", "abcde", "", "\u4e2d\u4e2d"]
     write_jsonl(tmp_path / "a.jsonl", texts)
-    by_default = prepare(config(tmp_path / "a.jsonl", tmp_path / "out", validation_fraction=0.3))
+    by_default = prepared(tmp_path / "a.jsonl", tmp_path / "out", validation_fraction=0.3)
     assert by_default.manifest.report.too_short == 2  # the empty ones
     found = stored(by_default)
     assert sorted(found["train"] + found["validation"]) == sorted(t for t in texts if t)
-    corpus = prepare(config(tmp_path / "a.jsonl", tmp_path / "few", validation_fraction=0.3, min_bytes=3, max_bytes=4))
+    corpus = prepared(tmp_path / "a.jsonl", tmp_path / "few", validation_fraction=0.3, min_bytes=3, max_bytes=4)
     left = corpus.manifest.report
     assert (left.documents, left.too_short, left.too_long, left.duplicates) == (8, 3, 2, 0)
     found = stored(corpus)
@@ -248,7 +206,7 @@ def test_documents_are_left_out_by_their_bytes_and_counted(tmp_path):
 
 def test_a_single_text_that_is_kept_is_split_by_its_tail(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", ["", "0123456789", "x"])
-    found = stored(prepare(config(tmp_path / "a.jsonl", tmp_path / "out", validation_fraction=0.3, min_bytes=2)))
+    found = stored(prepared(tmp_path / "a.jsonl", tmp_path / "out", validation_fraction=0.3, min_bytes=2))
     assert found == {"train": ["0123456"], "validation": ["789"]}
 
 
@@ -256,16 +214,16 @@ def test_a_document_is_held_out_as_the_holdout_says(tmp_path):
     texts = [f"text {i}" for i in range(200)]
     write_jsonl(tmp_path / "a.jsonl", texts)
     wanted = splits(tmp_path / "a.jsonl", 0.2)
-    assert stored(prepare(config(tmp_path / "a.jsonl", tmp_path / "out", validation_fraction=0.2))) == wanted
+    assert stored(prepared(tmp_path / "a.jsonl", tmp_path / "out", validation_fraction=0.2)) == wanted
 
 
 def test_nothing_left_is_an_error(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", ["", "a"])
     with pytest.raises(InputError, match="has no text in it"):
-        prepare(config(tmp_path / "a.jsonl", tmp_path / "out", min_bytes=2))
+        prepared(tmp_path / "a.jsonl", tmp_path / "out", min_bytes=2)
     write_jsonl(tmp_path / "a.jsonl", ["same", "same"])
     with pytest.raises(InputError, match="all 2 documents have the same text"):
-        prepare(config(tmp_path / "a.jsonl", tmp_path / "out"))
+        prepared(tmp_path / "a.jsonl", tmp_path / "out")
 
 
 def test_a_corrupt_file_leaves_nothing_behind_but_its_name(tmp_path, capsys):
@@ -276,15 +234,15 @@ def test_a_corrupt_file_leaves_nothing_behind_but_its_name(tmp_path, capsys):
     (source / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode())[:-1000])
     write_jsonl(source / "c.jsonl", [f"c {i}" for i in range(50)])
     with pytest.raises(InputError, match=r"b.jsonl.gz: line \d+ cannot be unpacked"):
-        prepare(config(source, tmp_path / "out"))
-    corpus = prepare(config(source, tmp_path / "out", max_corrupt=1))
+        prepared(source, tmp_path / "out")
+    corpus = prepared(source, tmp_path / "out", max_corrupt=1)
     (source / "b.jsonl.gz").rename(tmp_path / "b.jsonl.gz")
-    without = prepare(config(source, tmp_path / "without"))
+    without = prepared(source, tmp_path / "without")
     assert stored(corpus) == stored(without) and corpus.sha256 == without.sha256
     (tmp_path / "b.jsonl.gz").rename(source / "b.jsonl.gz")
     assert len(corpus.manifest.report.corrupt) == 1 and "b.jsonl.gz" in corpus.manifest.report.corrupt[0]
     with pytest.raises(InputError, match="out was prepared without 1 corrupt files, max_corrupt=0: .*b.jsonl.gz"):
-        prepare(config(source, tmp_path / "out"))
+        prepared(source, tmp_path / "out")
     assert main(["data", "verify", str(tmp_path / "out")]) == 0
     told = capsys.readouterr().err
     assert "left out of 100 documents: 0 duplicates, 0 too short, 0 too long; and 1 corrupt files" in told
@@ -302,11 +260,11 @@ def test_the_files_of_any_tokenizer_are_part_of_the_corpus(tmp_path):
     (folder / "merges.txt").write_text("#version: 0.2\ni n\n")
     write_jsonl(tmp_path / "a.jsonl", [f"in line {i}" for i in range(50)])
     tokenizer = TokenizerConfig(kind="huggingface", vocab_size=258, path=str(folder))
-    corpus = prepare(config(tmp_path / "a.jsonl", tmp_path / "out", tokenizer=tokenizer))
+    corpus = prepared(tmp_path / "a.jsonl", tmp_path / "out", tokenizer=tokenizer)
     assert {"vocab.json", "merges.txt"} <= {entry.name for entry in corpus.manifest.files}
     corpus.verify()
-    again = prepare(config(tmp_path, tmp_path / "inside", tokenizer=tokenizer))
-    assert prepare(config(tmp_path, tmp_path / "inside", tokenizer=tokenizer)).sha256 == again.sha256
+    again = prepared(tmp_path, tmp_path / "inside", tokenizer=tokenizer)
+    assert prepared(tmp_path, tmp_path / "inside", tokenizer=tokenizer).sha256 == again.sha256
     (tmp_path / "out" / "merges.txt").write_text("#version: 0.2\nn e\n")
     with pytest.raises(InputError, match="merges.txt is damaged"):
         corpus.verify()

@@ -1,9 +1,7 @@
 """Laws of streams: the source's text once a pass and in order, exact resuming, the same rows for any workers."""
 
 import dataclasses
-import gzip
 import itertools
-import json
 import os
 import random
 import signal
@@ -14,29 +12,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from corpora import BYTES, prepared, take, write_jsonl
 
-from gptjax.config import DataConfig, EvaluateConfig, PrepareConfig, TokenizerConfig, TrainConfig
+from gptjax.config import DataConfig, EvaluateConfig, TokenizerConfig, TrainConfig
 from gptjax.config.section import InputError
 from gptjax.data import chunks, streamed
 from gptjax.data.chunks import Cursor, StreamSpec
 from gptjax.data.holdout import unit_hash
 from gptjax.data.packing import MemorySplit, Spans, batch_hash, cut
 from gptjax.data.pipeline import open_pipeline
-from gptjax.data.prepare import prepare
 from gptjax.data.sources import documents
 from gptjax.data.stream import StreamRows, start_state
 from gptjax.tokenizer import BytesTokenizer
 
-BYTES = TokenizerConfig(kind="bytes", vocab_size=258)
 BOS, EOS = 256, 257
 FRACTION = 0.1
 
 both_packings = pytest.mark.parametrize("packing", ["packed", "padded"])
-
-
-def write_gz(path: Path, texts: list[str]) -> None:
-    with gzip.open(path, "wt") as file:
-        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +38,8 @@ def source(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("source")
     texts = ["".join(rng.choices("abcdefgh \n", k=rng.choice([0, 1, 5, 40, 200]))) for _ in range(60)]
     texts[20] = "".join(rng.choices("abcd \n", k=3000))
-    write_gz(folder / "1.jsonl.gz", texts[:35])
-    write_gz(folder / "2.jsonl.gz", texts[35:])
+    write_jsonl(folder / "1.jsonl.gz", texts[:35])
+    write_jsonl(folder / "2.jsonl.gz", texts[35:])
     return folder
 
 
@@ -67,14 +59,6 @@ def trained_on(source: Path) -> list[list[int]]:
     tokenizer = BytesTokenizer()
     kept = [d for d in documents(str(source)) if unit_hash(d.digest) > FRACTION]
     return [[BOS, *tokenizer.encode(d.text), EOS] for d in kept]
-
-
-def take(pipeline, state, count: int) -> list[tuple[str, dict]]:
-    """Hash and state of the next batches; states go through JSON, as those of a checkpoint do."""
-    made = pipeline.batches(state)
-    found = [(batch_hash(batch), json.loads(json.dumps(after))) for batch, after in itertools.islice(made, count)]
-    made.close()
-    return found
 
 
 def test_packed_rows_are_the_documents_end_to_end_pass_after_pass(source):
@@ -150,12 +134,7 @@ def test_workers_make_every_chunk_between_them(source):
 
 
 def test_held_out_documents_are_those_of_a_prepared_corpus_and_never_trained_on(source, tmp_path):
-    out = str(tmp_path / "corpus")
-    corpus = prepare(
-        PrepareConfig(
-            source=str(source), out=out, validation_fraction=FRACTION, tokenizer=BYTES, deduplicate=False, min_bytes=0
-        )
-    )
+    corpus = prepared(source, tmp_path / "corpus", validation_fraction=FRACTION, deduplicate=False, min_bytes=0)
     pipeline = open_pipeline(config(source), Path("none"), training=True)
     (own,) = pipeline.validation
     held = corpus.split("validation")
@@ -190,26 +169,23 @@ def test_a_stream_that_holds_out_more_than_is_evaluated_says_so_once(source, mon
 
 
 def test_a_mixture_of_streams_keeps_shares_and_resumes(source, tmp_path):
-    write_gz(tmp_path / "digits.jsonl.gz", ["0123456789" * i for i in range(30)])
+    write_jsonl(tmp_path / "digits.jsonl.gz", ["0123456789" * i for i in range(30)])
     cfg = config(
         "mixture", mixture=(f"letters={source}", f"digits={tmp_path / 'digits.jsonl.gz'}"), weights=(3.0, 1.0),
         weights_are="shares", batch_size=8,
     )  # fmt: skip
     pipeline = open_pipeline(cfg, Path("none"), training=True)
     assert [v.name for v in pipeline.validation] == ["letters", "digits"]
-    tokens = {"letters": 0, "digits": 0}
-    made, states, hashes = pipeline.batches(pipeline.start), [], []
-    for _ in range(20):
-        batch, state = next(made)
+    straight, tokens = take(pipeline, pipeline.start, 20), {"letters": 0, "digits": 0}
+    for step, (made, state) in enumerate(straight):
+        batch = pipeline.batch(step)
+        assert batch_hash(batch) == made
         for row, weights in zip(batch["inputs_BL"], batch["weights_BL"]):
             digits = sum(48 <= i < 58 for i in row.tolist())
             tokens["digits" if digits else "letters"] += int(weights.sum())
         assert state["tokens"] == tokens
-        states.append(json.loads(json.dumps(state)))
-        hashes.append(batch_hash(batch))
-    made.close()
     assert tokens["digits"] / sum(tokens.values()) == pytest.approx(0.25, abs=0.02)
-    assert [h for h, _ in take(pipeline, states[9], 5)] == hashes[10:15]
+    assert take(pipeline, straight[9][1], 5) == straight[10:15]
 
 
 def test_a_stream_wants_a_tokenizer_that_exists(source):
@@ -218,10 +194,9 @@ def test_a_stream_wants_a_tokenizer_that_exists(source):
 
 
 def test_a_prepared_folder_is_no_stream(source, tmp_path):
-    out = str(tmp_path / "corpus")
-    prepare(PrepareConfig(source=str(source), out=out, validation_fraction=FRACTION, tokenizer=BYTES))
+    corpus = prepared(source, tmp_path / "corpus", validation_fraction=FRACTION)
     with pytest.raises(InputError, match="prepared folder.*--data.loading prepared"):
-        open_pipeline(config(out), Path("none"))
+        open_pipeline(config(corpus.folder), Path("none"))
 
 
 def test_a_stream_needs_text_on_both_sides(tmp_path):
@@ -237,7 +212,7 @@ def test_a_changed_source_is_refused_or_gone_on_with_inexactly(source, tmp_path)
         (tmp_path / file.name).write_bytes(file.read_bytes())
     pipeline = open_pipeline(config(tmp_path), Path("none"))
     _, state = take(pipeline, pipeline.start, 8)[-1]
-    write_gz(tmp_path / "2.jsonl.gz", ["something else"] * 30)
+    write_jsonl(tmp_path / "2.jsonl.gz", ["something else"] * 30)
     with pytest.raises(InputError, match="not what this run was trained on.*--no-data.exact-resume"):
         open_pipeline(config(tmp_path), Path("none"), training=True).check(state)
     with pytest.raises(InputError, match="not what this run was trained on.*restore it$"):
@@ -315,27 +290,13 @@ if sys.argv[2] != "ends":
 """
 
 
-def worker_processes(pid: int) -> list[int]:
-    """The worker processes that a process has started."""
-    processes = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            words = path.read_text().rsplit(")", 1)[1].split()
-            command = (path.parent / "cmdline").read_text()
-        except OSError:
-            continue
-        if words[1] == str(pid) and "gptjax.data.worker" in command:
-            processes.append(int(path.parent.name))
-    return processes
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 @pytest.mark.parametrize("how", ["ends", "killed", "loses a worker"])
 def test_two_workers_make_the_same_rows_and_end_with_the_trainer(tmp_path, how):
     rng = random.Random(2)
     path, script = tmp_path / "text.jsonl.gz", tmp_path / "trainer.py"
-    write_gz(path, ["".join(rng.choices("abcdefgh \n", k=rng.randint(1, 900))) for _ in range(200)])
+    write_jsonl(path, ["".join(rng.choices("abcdefgh \n", k=rng.randint(1, 900))) for _ in range(200)])
     script.write_text(TRAINER)
     pipeline = open_pipeline(config(path, batch_size=6, length=60), Path("none"))
     want = [h for h, _ in take(pipeline, pipeline.start, 60)]
@@ -345,7 +306,8 @@ def test_two_workers_make_the_same_rows_and_end_with_the_trainer(tmp_path, how):
     process = subprocess.Popen(command, env=env, text=True, **pipes)
     assert process.stdout is not None
     assert [process.stdout.readline().strip() for _ in range(60)] == want
-    workers = worker_processes(process.pid)
+    children = Path(f"/proc/{process.pid}/task").glob("*/children")  # of each of its threads
+    workers = [int(pid) for path in children for pid in path.read_text().split()]
     if how != "ends":
         assert len(workers) == 2
         for worker in workers:

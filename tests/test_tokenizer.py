@@ -1,16 +1,14 @@
 """Laws of the tokenizers: nothing is lost, and text never becomes a special token."""
 
-import io
 import pickle
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
-from awkward_texts import AWKWARD
+from awkward_texts import AWKWARD, sentencepiece_model
+from awkward_texts import SHAKESPEARE as TEXT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gptjax.config import TokenizerConfig
 from gptjax.config.section import InputError
 from gptjax.tokenizer import (
     META_FILE,
@@ -18,27 +16,12 @@ from gptjax.tokenizer import (
     BytesTokenizer,
     SentencePieceTokenizer,
     load_tokenizer,
-    make_tokenizer,
     open_tokenizer,
     train_sentencepiece,
 )
 
-CORPUS = Path(__file__).parent.parent / "gptjax" / "data" / "corpora" / "shakespeare.txt"
-TEXT = CORPUS.read_bytes()[:150_000].decode()
-texts = st.lists(st.one_of(st.sampled_from(AWKWARD), st.text(max_size=8)), max_size=14).map("".join)
-
-
-def sentencepiece_model(**changes) -> bytes:
-    """A model trained as SentencePiece itself would, with some settings changed."""
-    import sentencepiece
-
-    model = io.BytesIO()
-    lossless = {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT[:40_000].split("\n")), model_writer=model, model_type="bpe", vocab_size=400,
-        minloglevel=3, **(lossless | changes),
-    )  # fmt: skip
-    return model.getvalue()
+latin = st.binary(max_size=60).map(lambda data: data.decode("latin-1"))
+texts = st.lists(st.one_of(st.sampled_from(AWKWARD), st.text(max_size=8), latin), max_size=14).map("".join)
 
 
 TRAINED = train_sentencepiece(iter([TEXT]), 400)
@@ -55,28 +38,13 @@ every_tokenizer = pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=
 @settings(max_examples=100, deadline=None)
 @given(text=texts)
 @example(text="")
-def test_decoding_gives_back_every_text(tokenizer, text):
+@example(text="<|endoftext|><|im_start|>[INST]<s>")
+@example(text="<|im_start|>")
+def test_decoding_gives_back_every_text_and_no_special_token_comes_from_it(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert all(0 <= i < tokenizer.vocab_size for i in ids)
-
-
-@every_tokenizer
-@settings(max_examples=50, deadline=None)
-@given(data=st.binary(max_size=60))
-def test_any_bytes_come_back_through_latin_1(tokenizer, data):
-    text = data.decode("latin-1")
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
-@every_tokenizer
-@settings(max_examples=100, deadline=None)
-@given(text=texts)
-@example(text="<|endoftext|><|im_start|>[INST]<s>")
-@example(text="<|im_start|>")
-def test_special_tokens_never_come_from_text(tokenizer, text):
-    never = {tokenizer.bos_id, tokenizer.eos_id, *tokenizer.specials.values()}
-    assert never.isdisjoint(tokenizer.encode(text))
+    assert {tokenizer.bos_id, tokenizer.eos_id, *tokenizer.specials.values()}.isdisjoint(ids)
 
 
 @every_tokenizer
@@ -100,12 +68,6 @@ def test_a_safe_cut_does_not_change_the_ids(tokenizer, text):
         parts = [text[: match.start()], text[match.start() :]]
         first, rest = tokenizer.encode_batch(parts, starts=[True, False])
         assert first + rest == whole, parts
-
-
-@settings(max_examples=50, deadline=None)
-@given(a=texts, b=texts)
-def test_cutting_a_text_after_a_newline_does_not_change_its_ids(a, b):
-    assert TRAINED.encode(a + "\n" + b) == TRAINED.encode(a + "\n") + TRAINED.encode(b)
 
 
 def test_no_piece_reaches_across_a_newline_a_tab_or_a_control_byte():
@@ -150,16 +112,11 @@ def test_the_same_text_trains_the_same_model():
     assert train_sentencepiece(iter([TEXT[:100_000]]), 400).sha256 != TRAINED.sha256
 
 
-def test_a_vocabulary_of_the_asked_size_shortens_text():
-    assert TRAINED.vocab_size == 400
-    assert len(TRAINED.encode(TEXT[:5000])) < 0.7 * len(TEXT[:5000].encode())
-
-
-@pytest.mark.parametrize("between", [" ", "\t", "\r\n"])
+@pytest.mark.parametrize("between", ["\n", " ", "\t", "\r\n"])
 def test_pieces_are_learned_however_lines_end(between):
     text = TEXT[:60_000].replace("\n", between)  # with spaces, one line of 60,000 characters
     trained = train_sentencepiece(iter([text]), 400)
-    assert len(trained.encode(text)) < 0.7 * len(text)
+    assert trained.vocab_size == 400 and len(trained.encode(text)) < 0.7 * len(text)
 
 
 @every_tokenizer
@@ -237,20 +194,6 @@ def test_what_cannot_be_trained_is_one_line(text, says):
 def test_a_model_that_loses_text_is_refused(changes, says):
     with pytest.raises(InputError, match=says):
         SentencePieceTokenizer(sentencepiece_model(**changes))
-
-
-def test_settings_that_do_not_fit_the_file_are_named(tmp_path):
-    TRAINED.save(tmp_path)
-    model = str(tmp_path / MODEL_FILE)
-    assert make_tokenizer(TokenizerConfig(vocab_size=400, path=model), iter(())).sha256 == TRAINED.sha256
-    assert make_tokenizer(TokenizerConfig(vocab_size=400, path=str(tmp_path)), iter(())).sha256 == TRAINED.sha256
-    with pytest.raises(InputError, match="vocab_size=512.*400.*--tokenizer.vocab-size 400"):
-        make_tokenizer(TokenizerConfig(vocab_size=512, path=model), iter(()))
-    with pytest.raises(InputError, match="absent.model"):
-        make_tokenizer(TokenizerConfig(vocab_size=400, path=str(tmp_path / "absent.model")), iter(()))
-    (tmp_path / "text.model").write_text("not a model")
-    with pytest.raises(InputError, match="text.model is not a SentencePiece model"):
-        make_tokenizer(TokenizerConfig(vocab_size=400, path=str(tmp_path / "text.model")), iter(()))
 
 
 @every_tokenizer

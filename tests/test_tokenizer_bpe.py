@@ -1,6 +1,7 @@
 """Laws of the byte pair encoders made elsewhere: tokenizer.json, GPT-2's two files, tiktoken's ranks, SentencePiece."""
 
 import json
+import random
 import sys
 
 import pytest
@@ -39,8 +40,8 @@ from byte_pairs import (  # noqa: E402 : after what it needs was looked for
     byte_level_json,
     from_json,
     llama_json,
+    llama_model,
     ranks_file,
-    sentencepiece_model,
 )
 
 
@@ -92,12 +93,13 @@ def test_cutting_after_a_newline_would_change_gpt2s_ids():
 
 
 def test_ids_are_those_of_tiktoken():
-    whole = TEXT + "".join(AWKWARD) * 3
+    whole = TEXT + "".join(AWKWARD) * 3 + "".join(random.Random(0).choices(AWKWARD, k=6000))
     for pattern in PATTERNS:
         special = {END: VOCAB[END]}
         reference = tiktoken.Encoding("tiny", pat_str=PATTERNS[pattern], mergeable_ranks=RANKS, special_tokens=special)
         ours = TiktokenTokenizer(ranks_file(RANKS), pattern)
         assert ours.encode(whole) == reference.encode_ordinary(whole)
+        assert pattern != "gpt2" or TOKENIZERS["two files"].encode(whole) == ours.encode(whole)
         assert (ours.bos_id, ours.vocab_size) == (VOCAB[END], len(VOCAB))
 
 
@@ -214,7 +216,12 @@ def test_a_damaged_or_unknown_file_of_ranks_is_refused(content, says):
 
 
 def test_settings_that_do_not_fit_the_file_say_what_to_type(tmp_path):
-    for name, content in {**TWO_FILES, "own.tiktoken": ranks_file(RANKS), "tokenizer.model": LLAMA}.items():
+    for name, content in {
+        **TWO_FILES,
+        "own.tiktoken": ranks_file(RANKS),
+        "tokenizer.model": LLAMA,
+        "text": b"?",
+    }.items():
         (tmp_path / name).write_bytes(content)
     size = len(VOCAB)
 
@@ -226,7 +233,8 @@ def test_settings_that_do_not_fit_the_file_say_what_to_type(tmp_path):
         assert make("huggingface", path).kind == "huggingface"
     for path in ("", "own.tiktoken"):
         assert make("tiktoken", path, pattern="gpt2").kind == "tiktoken"
-    assert make("sentencepiece", vocab_size=700).kind == open_tokenizer(tmp_path).kind == "sentencepiece"
+    for path in ("", "tokenizer.model"):
+        assert make("sentencepiece", path, vocab_size=700).kind == open_tokenizer(tmp_path).kind == "sentencepiece"
     make("tiktoken", pattern="gpt2").save(tmp_path / "saved")
     for arguments, more, says in (
         (("huggingface", "own.tiktoken"), {}, "--tokenizer.kind tiktoken"),
@@ -236,6 +244,8 @@ def test_settings_that_do_not_fit_the_file_say_what_to_type(tmp_path):
         (("tiktoken", "saved"), {"pattern": "o200k"}, "saved with 'gpt2'"),
         (("huggingface",), {"vocab_size": 50_257}, f"--tokenizer.vocab-size {size}"),
         (("huggingface", "absent"), {}, "absent cannot be read"),
+        (("sentencepiece", "text"), {}, "text is not a SentencePiece model"),
+        (("sentencepiece",), {"vocab_size": 512}, "vocab_size=512.* 700 .*--tokenizer.vocab-size 700"),
         (("huggingface",), {"pattern": "gpt2"}, "tokenizer.pattern='gpt2'"),
         (("huggingface",), {"vocab_size": 200}, "at least 257"),
         (("tiktoken", "saved/tokenizer_meta.json"), {}, "--tokenizer.kind huggingface"),
@@ -276,7 +286,7 @@ def test_a_missing_library_names_the_extra(library, monkeypatch):
 
 
 def test_white_space_and_single_characters_that_a_model_defines_are_text():
-    model = SentencePieceTokenizer(sentencepiece_model(user_defined_symbols=["\u2581\u2581", "\u6587", "\ue000", ROLE]))
+    model = SentencePieceTokenizer(llama_model(user_defined_symbols=["\u2581\u2581", "\u6587", "\ue000", ROLE]))
     assert set(model.specials) == {"<s>", "</s>", "\ue000", ROLE}
     assert model.decode(model.encode("  \u6587\ue000" + ROLE)) == "  \u6587\ue000" + ROLE
     assert len(model.encode("\u6587")) == 2

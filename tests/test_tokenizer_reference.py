@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from gptjax.tokenizer import load_sentencepiece, open_tokenizer
-from gptjax.tokenizer.huggingface import BYTE_CHARACTERS
 from gptjax.tokenizer.splitting import PATTERNS, WORD_ENDS
 from gptjax.tokenizer.tiktoken import PUBLISHED, TiktokenTokenizer
 
@@ -125,28 +124,6 @@ def test_random_bytes_and_strings_come_back_through_gpt2():
     wide = [chr(rng.randrange(0xE000, 0x110000)) * rng.randrange(1, 9) for _ in range(2000)]
     for texts in (latin, loose, wide):
         assert [tokenizer.decode(ids) for ids in tokenizer.encode_batch(texts)] == texts
-
-
-def test_ids_of_two_small_files_are_tiktokens(tmp_path):
-    """The same comparison, in small, with a vocabulary that is trained here."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    parts = ["the", " the", "ing", "\n", " ", "\u4e2d", "'s", "\U0001f600", "\0", "\x85", "1", END, "\u3000", "e\u0301"]
-    rng = random.Random(0)
-    texts = ["".join(rng.choices(parts, k=rng.randrange(20))) for _ in range(300)]
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, special_tokens=[END], show_progress=False)
-    made.train_from_iterator(texts[:100], trainer)
-    made.model.save(str(tmp_path))
-    ours = open_tokenizer(tmp_path, "huggingface")
-    vocab = json.loads((tmp_path / "vocab.json").read_text())
-    ranks = {bytes(BYTE_CHARACTERS[c] for c in token): rank for token, rank in vocab.items() if token != END}
-    reference = tiktoken.Encoding("small", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END: vocab[END]})
-    assert ours.encode_batch(texts) == [reference.encode_ordinary(text) for text in texts]
-    assert [ours.decode(ours.encode(text)) for text in texts] == texts
-    assert len(ours.encode(" the the\n")) == 3 and ours.eos_id == vocab[END]
 
 
 def whole_words(texts: list[str]) -> dict[bytes, int]:

@@ -47,14 +47,6 @@ class TokenChunk(NamedTuple):
     corrupt: tuple[str, ...] = ()
 
 
-class _TextChunk(NamedTuple):
-    """A chunk before it is tokenised."""
-
-    cursor: Cursor
-    segments: list[TextSegment]
-    corrupt: tuple[str, ...]
-
-
 @dataclass(frozen=True)
 class StreamSpec:
     """A source of text and the way it is read; small, so that it can be sent to workers."""
@@ -74,8 +66,8 @@ class StreamSpec:
         """
         tokenizer = make_tokenizer(self.tokenizer, iter(()))
         encoder = Encoder(tokenizer)
-        for text in itertools.islice(self._text(cursor, tokenizer), first, None, every):
-            yield TokenChunk(text.cursor, *encoder.tokenize(text.segments), text.corrupt)
+        for start, segments, corrupt in itertools.islice(self._text(cursor, tokenizer), first, None, every):
+            yield TokenChunk(start, *encoder.tokenize(segments), corrupt)
 
     def documents(self) -> Iterator[Document]:
         """Yields the held-out documents, once."""
@@ -83,7 +75,10 @@ class StreamSpec:
             if unit_hash(document.digest) <= self.held_out:
                 yield document
 
-    def _text(self, cursor: Cursor, tokenizer: Tokenizer) -> Iterator[_TextChunk]:
+    def _text(
+        self, cursor: Cursor, tokenizer: Tokenizer
+    ) -> Iterator[tuple[Cursor, list[TextSegment], tuple[str, ...]]]:
+        """Yields each chunk before it is tokenised: its cursor, its segments and what was corrupt up to its end."""
         source = open_source(self.source, self.text_field)
         while True:
             corrupt = ErrorBudget(self.max_corrupt)
@@ -98,11 +93,11 @@ class StreamSpec:
                     segments.append(segment)
                     size += segment.num_bytes
                     if size >= CHUNK_BYTES:
-                        yield _TextChunk(start, segments, tuple(corrupt.errors))
+                        yield start, segments, tuple(corrupt.errors)
                         after = (number + 1, 0) if segment.last else (number, i + 1)
                         segments, size, start, any_text = [], 0, Cursor(cursor.epoch, file, *after), True
             if segments:
-                yield _TextChunk(start, segments, tuple(corrupt.errors))
+                yield start, segments, tuple(corrupt.errors)
             elif not any_text:
                 raise InputError(f"source {self.source!r} has no text to train on: all of its documents are held out")
             cursor = Cursor(cursor.epoch + 1)

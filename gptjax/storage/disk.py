@@ -202,14 +202,7 @@ class Disk:
         """The folder on this machine for the parts of a run that are appended to or mapped into memory."""
         return folder
 
-    def clear(self, folder: Path) -> None:
-        """Does nothing: there is no mirror."""
-
     def pull(self, folder: Path, *names: str) -> None:
         """Does nothing: there is no mirror."""
 
-    def push(self, folder: Path, *names: str) -> None:
-        """Does nothing: there is no mirror."""
-
-    def keep_pushing(self, folder: Path, *names: str) -> None:
-        """Does nothing: there is no mirror."""
+    push = keep_pushing = clear = pull

@@ -18,28 +18,21 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from gptjax.config.section import InputError
 from gptjax.storage.disk import taken, this_process
 
+if TYPE_CHECKING:
+    from gptjax.storage.bucket import Bucket
+
 BEAT, LEASE, POLL = 10.0, 60.0, 1.0  # seconds
-
-
-class Objects(Protocol):
-    """The operations of a store that a lease needs."""
-
-    def names(self, folder: Path) -> list[str]: ...
-    def read(self, path: Path) -> bytes: ...
-    def write(self, path: Path, data: bytes) -> None: ...
-    def create(self, path: Path, data: bytes) -> None: ...
-    def remove(self, path: Path) -> None: ...
 
 
 class Lease:
     """Holds `folder` for this process from now on; raises InputError where another process holds it."""
 
-    def __init__(self, store: Objects, folder: Path):
+    def __init__(self, store: "Bucket", folder: Path):
         self._store, self._run, self._folder = store, folder, folder / ".lease"
         self._me = {"holder": this_process(), **_identity()}
         self._beats, self._lost, self._ended = 0, "", threading.Event()

@@ -12,9 +12,12 @@ import threading
 import time
 from collections.abc import Container
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from gptjax.runtime.versions import cache_folder
+
+if TYPE_CHECKING:
+    from gptjax.storage.bucket import Bucket
 
 INTERVAL = 60.0  # seconds from one upload to the next
 SHARE = 20  # the pause after an upload is at least this many times its duration
@@ -29,22 +32,13 @@ def mirror_of(folder: Path) -> Path:
     return cache_folder() / "runs" / f"{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}"
 
 
-class Objects(Protocol):
-    """The operations of a store that a mirror needs."""
-
-    def infos(self, folder: Path) -> dict[str, Any]: ...
-    def write(self, path: Path, data: bytes) -> None: ...
-    def download(self, path: Path, to: Path) -> None: ...
-    def check(self, folder: Path, now: bool = False) -> None: ...
-
-
 class Mirror:
     """Files in mirror_of(folder) for the objects in `folder`; a name is a file or folder directly below it.
 
     The index holds the size, time and object version of each file that is known to be equal to its object.
     """
 
-    def __init__(self, store: Objects, folder: Path):
+    def __init__(self, store: "Bucket", folder: Path):
         self._store, self._folder, self.local = store, folder, mirror_of(folder)
         self._lock = threading.Lock()  # an older upload must not overwrite a newer one
         self._thread: threading.Thread | None = None

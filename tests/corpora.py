@@ -1,0 +1,90 @@
+"""Texts and prepared corpora for tests: files of records, what was stored of them, and a reference for the hold-out."""
+
+import gzip
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from gptjax.config import PrepareConfig, TokenizerConfig
+from gptjax.data.chunks import StreamSpec
+from gptjax.data.corpus import Corpus
+from gptjax.data.holdout import Holdout, HoldoutBuilder
+from gptjax.data.packing import batch_hash
+from gptjax.data.prepare import Progress, prepare
+from gptjax.data.sources import documents, open_source
+
+BYTES = TokenizerConfig(kind="bytes", vocab_size=258)
+
+
+def write_jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
+    """One record a text, packed with gzip where the name says so."""
+    data = "".join(json.dumps({field: text}) + "\n" for text in texts).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def prepared(source: str | Path, out: Path, *, progress: Progress | None = None, **more) -> Corpus:
+    """The corpus of a source, by one process and with the tokenizer of bytes unless it is said otherwise."""
+    settings = {"source": str(source), "out": str(out), "tokenizer": BYTES, "workers": 1} | more
+    return prepare(PrepareConfig(**settings), progress)
+
+
+def texts_of(source: str | Path, text_field: str = "text", max_corrupt: int = 0) -> list[str]:
+    """The texts as a stream reads them: all of them, held out."""
+    spec = StreamSpec(str(source), text_field, 1.0, max_corrupt, TokenizerConfig())
+    return [document.text for document in spec.documents()]
+
+
+def stored(corpus: Corpus) -> dict[str, list[str]]:
+    """The documents of each split, decoded, with their special tokens and counts checked."""
+    texts = {}
+    for name in ("train", "validation"):
+        split, tokenizer = corpus.split(name), corpus.tokenizer
+        rows = np.split(split.tokens(0, split.num_tokens), split.starts[1:])
+        for row in rows:
+            assert np.flatnonzero(row == tokenizer.bos_id).tolist() == [0]
+            assert np.flatnonzero(row == tokenizer.eos_id).tolist() == [len(row) - 1]
+        texts[name] = [tokenizer.decode(row) for row in rows]
+        assert len(rows) == split.num_documents
+        assert sum(len(text.encode()) for text in texts[name]) == split.num_bytes
+    return texts
+
+
+def holdout(source: str | Path, fraction: float) -> Holdout:
+    """The hold-out of a source, read plainly; raises InputError where it can't be split in two."""
+    opened, builder = open_source(str(source)), HoldoutBuilder()
+    for document in documents(opened):
+        builder.add(document, document.digest, fraction)
+    return builder.holdout(opened.name, fraction)
+
+
+def splits(source: str | Path, fraction: float) -> dict[str, list[str]]:
+    """The texts of each split, in the order of the source."""
+    held = holdout(source, fraction)
+    texts: dict[str, list[str]] = {"train": [], "validation": []}
+    for document in documents(str(source)):
+        for split, part in held.split(document):
+            texts[split].append(part.text)
+    return texts
+
+
+def take(pipeline, state, count: int) -> list[tuple[str, dict]]:
+    """Hash and state of the next batches; states go through JSON, as those of a checkpoint do."""
+    made = pipeline.batches(state)
+    taken = [(batch_hash(batch), json.loads(json.dumps(after))) for batch, after in itertools.islice(made, count)]
+    made.close()
+    return taken
+
+
+def run_python(program: str, *words, codes: tuple[int, ...] = (0,)) -> subprocess.CompletedProcess[str]:
+    """Runs a program, or the file of one, in a process of its own, which must end with one of the codes."""
+    command = [sys.executable, *([] if program.endswith(".py") else ["-c"]), program, *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode in codes, done.stderr
+    return done
