@@ -11,16 +11,16 @@ from gptjax.config import TokenizerConfig
 from gptjax.config.section import InputError
 from gptjax.tokenizer import (
     BytesTokenizer,
-    HuggingFaceTokenizer,
     SentencePieceTokenizer,
-    TiktokenTokenizer,
     last_safe_cut,
     load_tokenizer,
     make_tokenizer,
     open_tokenizer,
     train_sentencepiece,
 )
+from gptjax.tokenizer.huggingface import HuggingFaceTokenizer
 from gptjax.tokenizer.splitting import PATTERNS
+from gptjax.tokenizer.tiktoken import TiktokenTokenizer
 
 tokenizers = pytest.importorskip("tokenizers", reason="needs the extra gptjax[bpe]")
 tiktoken = pytest.importorskip("tiktoken", reason="needs the extra gptjax[bpe]")
