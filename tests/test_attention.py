@@ -13,6 +13,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 import gptjax.ops.attention
 from gptjax.config import DataConfig, GenerateConfig, MeshConfig, ModelConfig, TrainConfig
+from gptjax.config.command_line import load_recipe
 from gptjax.config.section import InputError
 from gptjax.generation.engine import generate_ids
 from gptjax.model.decoder import Decoder, init_params, make_decoder
@@ -312,3 +313,12 @@ def test_a_model_bound_to_a_platform_is_read_and_continued_anywhere():
     params = init_params(decoder.clone(cfg=bound.anywhere()))(jax.random.key(0))
     ids = generate_ids(decoder, params, [[1, 2, 3]], GenerateConfig(max_new_tokens=4))
     assert len(ids[0]) == 4
+
+
+@pytest.mark.parametrize("name", ["", "quickstart", "gpt2 124m", "gpt3 175b", "llama_1b", "llama_8b"])
+def test_models_take_the_fused_kernel_of_an_accelerator_unasked(name):
+    recipe, _, size = name.partition(" ")
+    cfg = load_recipe(recipe).config("pretrain", size).model if recipe else ModelConfig()
+    cfg = dataclasses.replace(cfg, dtype="bfloat16")
+    assert [select_kernel(cfg, 1024, on) for on in (H100, TPU, CPU)] == ["cudnn", "splash", "plain"]
+    assert select_kernel(cfg, 8192, CPU) == "blockwise"
