@@ -28,6 +28,13 @@ def write_jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
     return path
 
 
+def damage(path: Path, at: int, flip: int = 0xFF) -> None:
+    """Flips bits of the byte at this offset."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= flip
+    path.write_bytes(data)
+
+
 def prepared(source: str | Path, out: Path, *, progress: Progress | None = None, **more) -> Corpus:
     """The corpus of a source, by one process and with the tokenizer of bytes unless it is said otherwise."""
     settings = {"source": str(source), "out": str(out), "tokenizer": BYTES, "workers": 1} | more

@@ -14,7 +14,7 @@ from gptjax.config import DataConfig
 from gptjax.config.section import InputError
 from gptjax.data.batches import RowSampler, batches, validation_batches
 from gptjax.data.mixture import Mixture
-from gptjax.data.packing import MemorySplit, batch_hash, pack_documents, pad_documents
+from gptjax.data.packing import MemorySplit, batch_hash, example_batch, pack_documents, pad_documents
 from gptjax.data.permutation import permute
 from gptjax.data.show import show
 from gptjax.tokenizer import BytesTokenizer
@@ -34,6 +34,11 @@ both_packings = pytest.mark.parametrize("packing", ["packed", "padded"])
 def real(batch):
     """Where a batch is not padding."""
     return batch["segments_BL"] > 0
+
+
+@pytest.fixture
+def rows() -> RowSampler:
+    return RowSampler(split_of([30, 50]), DataConfig(batch_size=2, length=10), 0)
 
 
 def document_ends(split: MemorySplit) -> set[int]:
@@ -186,8 +191,7 @@ def test_batches_go_on_from_any_step_and_threads_change_none(packing, workers):
         np.testing.assert_array_equal(next(part)[0]["inputs_BL"], rows.batch(5)["inputs_BL"][1:])
 
 
-def test_closing_the_iterator_ends_its_thread():
-    rows = RowSampler(split_of([30, 50]), DataConfig(batch_size=2, length=10), 0)
+def test_closing_the_iterator_ends_its_thread(rows):
     before = threading.active_count()
     iterator = batches(rows, 0)
     next(iterator)
@@ -197,8 +201,7 @@ def test_closing_the_iterator_ends_its_thread():
     assert threading.active_count() == before
 
 
-def test_an_error_while_reading_ahead_reaches_the_reader_in_its_place():
-    rows = RowSampler(split_of([30, 50]), DataConfig(batch_size=2, length=10), 0)
+def test_an_error_while_reading_ahead_reaches_the_reader_in_its_place(rows):
     good = rows.rows
 
     def damaged(number):
@@ -256,13 +259,13 @@ def test_documents_that_fit_no_row_are_refused():
             pack_documents(docs, 6)
 
 
-def test_types_and_names_are_those_that_the_step_is_compiled_for():
-    batch = RowSampler(split_of([30, 50]), DataConfig(batch_size=2, length=10), 0).batch(0)
-    types = {name: str(value.dtype) for name, value in batch.items()}
-    assert types == {
-        "inputs_BL": "int32", "targets_BL": "int32", "positions_BL": "int32", "segments_BL": "int32",
-        "weights_BL": "float32",
-    }  # fmt: skip
+def test_types_and_names_are_those_that_the_step_is_compiled_for(rows):
+    batch, example = rows.batch(0), example_batch(2, 10)
+    for some in (batch, example):
+        assert {name: (str(x.dtype), x.shape) for name, x in some.items()} == {
+            **dict.fromkeys(["inputs_BL", "targets_BL", "positions_BL", "segments_BL"], ("int32", (2, 10))),
+            "weights_BL": ("float32", (2, 10)),
+        }
 
 
 def test_the_hash_of_a_batch_changes_with_every_part_of_it():

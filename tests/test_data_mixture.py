@@ -6,13 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpora import BYTES, prepared, take, write_jsonl
+from corpora import BYTES, damage, prepared, take, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax.config import DataConfig, TokenizerConfig, TrainConfig, TrainTokenizerConfig
 from gptjax.config.section import InputError
-from gptjax.data.corpus import CorpusSplit
 from gptjax.data.mixture import Mixture, SourceSchedule, rows_of_a_pass
 from gptjax.data.packing import MemorySplit, batch_hash
 from gptjax.data.pipeline import open_pipeline
@@ -189,32 +188,30 @@ def test_a_mixture_that_makes_no_sense_is_refused(wrong, message):
         DataConfig(source="mixture", **wrong)
 
 
-def damage(shard: Path, split: CorpusSplit, at: int) -> None:
-    """Flips the bits of a token, found by the tokens from there on."""
-    data = bytearray(shard.read_bytes())
-    place = data.find(split.tokens(at, at + 50).astype("<u2").tobytes())
-    assert place > 0
-    data[place] ^= 0xFF
-    shard.write_bytes(data)
-
-
 def test_a_damaged_page_stops_training_or_becomes_padding(tmp_path):
     out = tmp_path / "corpus"
     corpus = prepared(write_words(tmp_path / "abc.jsonl", "abc", 300), out, validation_fraction=0.1)
     (shard,) = out.glob("*train*array_record*")
     page, split = corpus.manifest.page, corpus.split("train")
     assert split.num_tokens > 3 * page
-    whole = open_pipeline(one(out), tmp_path / "none", training=True)
+
+    def place_of(at: int) -> int:
+        """The place of a token in the shard, by the tokens from there on."""
+        return shard.read_bytes().index(split.tokens(at, at + 50).astype("<u2").tobytes())
+
+    def opened(max_corrupt: int, say=lambda line: None):
+        data = DataConfig(source=str(out), batch_size=4, length=32, max_corrupt=max_corrupt)
+        return open_pipeline(TrainConfig(data=data, tokenizer=BYTES), tmp_path / "none", training=True, say=say)
+
+    whole = opened(0)
     sound = [whole.batch(step) for step in range(300)]
-    damage(shard, split, page + 100)
+    damage(shard, place_of(page + 100))
 
     with pytest.raises(InputError, match=r"train.*is damaged at page 1 "):
-        made = open_pipeline(one(out), tmp_path / "none", training=True).batches(whole.start)
-        for _ in range(300):
-            next(made)
+        take(opened(0), whole.start, 300)
 
     said: list[str] = []
-    pipeline = open_pipeline(one(out, max_corrupt=1), tmp_path / "none", training=True, say=said.append)
+    pipeline = opened(1, said.append)
     damaged = 0
     made, state = pipeline.batches(pipeline.start), {}
     for want in sound:
@@ -234,17 +231,9 @@ def test_a_damaged_page_stops_training_or_becomes_padding(tmp_path):
     assert len(state["corrupt"]) == 1 and shard.name in state["corrupt"][0]
     assert any("left out page 1 of at most data.max_corrupt=1" in line for line in said)
 
-    damage(shard, split, 100)
-    twice = open_pipeline(one(out, max_corrupt=1), tmp_path / "none", training=True)
+    damage(shard, place_of(100))
     with pytest.raises(InputError, match="data.max_corrupt=1 damaged pages were skipped before, and now"):
-        made = twice.batches(state)
-        for _ in range(300):
-            next(made)
-
-
-def one(corpus: Path, **data) -> TrainConfig:
-    cfg = DataConfig(source=str(corpus), batch_size=4, length=32, **data)
-    return TrainConfig(data=cfg, tokenizer=BYTES)
+        take(opened(1), state, 300)
 
 
 def test_show_names_the_source_of_each_row(folder):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpora import BYTES, prepared, run_python, stored, write_jsonl
+from corpora import BYTES, damage, prepared, run_python, stored, write_jsonl
 
 from gptjax.config import DataConfig, TokenizerConfig, TrainTokenizerConfig
 from gptjax.config.section import InputError
@@ -212,19 +212,13 @@ def test_a_given_tokenizer_is_used_and_belongs_to_the_inputs(tmp_path, one):
         train_tokenizer(other)
 
 
-def corrupt(path: Path, at: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[at] ^= 4
-    path.write_bytes(data)
-
-
 def test_a_damaged_shard_is_named(tmp_path, one):
     corpus = prepare(one, tmp_path / "out")
     shard = corpus.manifest.splits["train"].shards[2]
     path = tmp_path / "out" / shard.name
     good = path.read_bytes()
     # Somewhere in the middle of a stored page.
-    corrupt(path, good.index(b"FRANCE") if b"FRANCE" in good else good.index(b"tokens") + 40)
+    damage(path, good.index(b"FRANCE") if b"FRANCE" in good else good.index(b"tokens") + 40)
     split = open_corpus(tmp_path / "out").split("train")
     with pytest.raises(InputError, match=f"{shard.name} is damaged at page"):
         split.tokens(0, split.num_tokens)
@@ -246,11 +240,11 @@ def test_damage_to_any_other_file_is_named_too(tmp_path, one):
     for entry in corpus.manifest.all_files:
         path = tmp_path / "out" / entry.name
         good = path.read_bytes()
-        corrupt(path, len(good) // 2)
+        damage(path, len(good) // 2)
         with pytest.raises(InputError, match=entry.name):
             open_corpus(tmp_path / "out").verify()
         path.write_bytes(good)
-    corrupt(tmp_path / "out" / corpus.manifest.splits["train"].starts.name, 0)
+    damage(tmp_path / "out" / corpus.manifest.splits["train"].starts.name, 0)
     with pytest.raises(InputError, match="starts.int64 is damaged"):
         RowSampler(open_corpus(tmp_path / "out").split("train"), DataConfig(length=8), 0).batch(0)
 

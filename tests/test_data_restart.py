@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from corpora import prepared, run_python, splits, stored, write_jsonl
+from corpora import damage, prepared, run_python, splits, stored, write_jsonl
 
 from gptjax.cli import main
 from gptjax.config import TokenizerConfig
@@ -161,9 +161,7 @@ def test_a_lost_worker_is_one_line_and_the_next_run_goes_on(tmp_path, text, monk
 def test_a_damaged_part_is_made_anew(tmp_path, text):
     assert run(KILLED_AT_WORK, text, tmp_path / "out", 2, "bytes", 258, 50)[0] == -signal.SIGKILL
     part = sorted((tmp_path / "out" / WORK).glob("part-*.npz"))[0]
-    data = bytearray(part.read_bytes())
-    data[len(data) // 2] ^= 1
-    part.write_bytes(data)
+    damage(part, part.stat().st_size // 2)
     with pytest.raises(AssertionError, match=f"{part.name} was damaged and is deleted; run the same command again"):
         run(KILLED_AT_WORK, text, tmp_path / "out", 2, "bytes", 258, 0)
     assert run(KILLED_AT_WORK, text, tmp_path / "out", 2, "bytes", 258, 0)[0] == 0

@@ -89,19 +89,6 @@ def test_gpt2s_ids_are_tiktokens_on_a_megabyte_of_mixed_text(reference, mixed, c
 
 @needs_data
 @pytest.mark.slow
-def test_gpt2_cut_where_it_is_safe_has_the_same_ids(mixed):
-    tokenizer = open_tokenizer(DATA / "tokenizers" / "encoder.json")
-    rng = random.Random(1)
-    for text in mixed:
-        places = [m.start() for m in tokenizer.safe_cut.finditer(text)]
-        cuts = sorted(rng.sample(places, min(len(places), 200)))
-        parts = [text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)])]
-        ids = tokenizer.encode_batch(parts, [True] + [False] * len(cuts))
-        assert list(itertools.chain(*ids)) == tokenizer.encode(text)
-
-
-@needs_data
-@pytest.mark.slow
 def test_mistrals_ids_are_sentencepieces_and_nothing_is_lost(mixed):
     import sentencepiece
 
@@ -112,18 +99,6 @@ def test_mistrals_ids_are_sentencepieces_and_nothing_is_lost(mixed):
         assert tokenizer.decode(ids) == text
         if "\u2581" not in text:
             assert ids == reference.encode(text)
-
-
-@needs_data
-@pytest.mark.slow
-def test_random_bytes_and_strings_come_back_through_gpt2():
-    tokenizer = open_tokenizer(DATA / "tokenizers" / "encoder.json")
-    rng = random.Random(2)
-    latin = [rng.randbytes(rng.randrange(200)).decode("latin-1") for _ in range(2000)]
-    loose = [rng.randbytes(rng.randrange(200)).decode("utf-8", errors="replace") for _ in range(2000)]
-    wide = [chr(rng.randrange(0xE000, 0x110000)) * rng.randrange(1, 9) for _ in range(2000)]
-    for texts in (latin, loose, wide):
-        assert [tokenizer.decode(ids) for ids in tokenizer.encode_batch(texts)] == texts
 
 
 def whole_words(texts: list[str]) -> dict[bytes, int]:

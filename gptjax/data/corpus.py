@@ -49,7 +49,7 @@ class Corpus:
         self.folder = folder
         self.manifest = manifest
         self.vocab_size = manifest.vocab_size
-        self._splits: dict[str, CorpusSplit] = {}
+        self._splits = {name: CorpusSplit(folder, manifest, entry) for name, entry in manifest.splits.items()}
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -69,10 +69,8 @@ class Corpus:
 
     def split(self, name: str) -> "CorpusSplit":
         """The split called "train" or "validation"."""
-        if name not in self.manifest.splits:
-            raise InputError(f"{self.folder} has no split {name!r}; wanted one of {sorted(self.manifest.splits)}")
         if name not in self._splits:
-            self._splits[name] = CorpusSplit(self.folder, self.manifest, self.manifest.splits[name])
+            raise InputError(f"{self.folder} has no split {name!r}; wanted one of {sorted(self._splits)}")
         return self._splits[name]
 
     def verify(self) -> None:

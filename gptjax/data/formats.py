@@ -10,7 +10,7 @@ import json
 import mmap
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +73,7 @@ class Document:
             cut += 1
         if cut == self.stop:  # the tail keeps at least the last character
             cut = self._character(middle)
-        return (
-            Document(self.origin, self.data, self.start, cut),
-            Document(self.origin, self.data, cut, self.stop),
-        )
+        return replace(self, stop=cut), replace(self, start=cut)
 
     def _cut(self, start: int, stop: int) -> int:
         if stop == self.stop:

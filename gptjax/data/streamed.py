@@ -57,12 +57,9 @@ class StreamedData:
         if corpora := [source for source in sources.values() if is_corpus(source)]:
             raise InputError(f"{corpora[0]} is a prepared folder; train on it with --data.loading prepared")
         self.tokenizer: Tokenizer = make_tokenizer(tokenizer, iter(()))
-        self._specs = {}
-        for name, source in sources.items():
-            source = source if training else refuse_code(source)
-            self._specs[name] = StreamSpec(
-                source, data.text_field, data.validation_fraction, data.max_corrupt, tokenizer
-            )
+        sources = {name: source if training else refuse_code(source) for name, source in sources.items()}
+        settings = data.text_field, data.validation_fraction, data.max_corrupt, tokenizer
+        self._specs = {name: StreamSpec(source, *settings) for name, source in sources.items()}
         self._schedule = SourceSchedule(rows_of_a_pass(data, [(1, 1)] * len(sources)))
 
     @functools.cached_property
