@@ -22,7 +22,7 @@ CHUNK, MOST_CHUNKS = 64, 8
 class _Options:
     scale: float
     softcap: float
-    window: int | None  # where it is known before anything runs
+    chunks: tuple[tuple[int, int, int], ...]  # first key, first query, end of both; queries see no other keys
 
 
 def attend_causal_chunked(
@@ -40,7 +40,12 @@ def attend_causal_chunked(
     It has no dropout. Its output bears the name "attention" for remat.
     """
     assert mask.aligned, "chunks of queries meet the keys up to their own end only where query l is at place l"
-    options = _Options(scale, softcap, window if isinstance(window, int) else None)
+    length = q_BLHK.shape[1]
+    count = max(1, min(MOST_CHUNKS, length // CHUNK))
+    edges = [length * i // count for i in range(count + 1)]
+    seen = window if isinstance(window, int) else length  # a window that is known before anything runs
+    chunks = tuple((max(0, start - seen + 1), start, end) for start, end in zip(edges, edges[1:]))
+    options = _Options(scale, softcap, chunks)
     return _attend(options, q_BLHK, k_BLGK, v_BLGK, jnp.swapaxes(dense_mask(mask, k_BLGK.shape[1], window), 1, 2))
 
 
@@ -49,22 +54,13 @@ def _attend(options, q_BLHK, k_BLGK, v_BLGK, mask_BML):
     return _forward(options, q_BLHK, k_BLGK, v_BLGK, mask_BML)[0]
 
 
-def _chunks(length: int, window: int | None) -> list[tuple[slice, slice]]:
-    """(queries, keys) of each chunk: its queries see no other keys."""
-    count = max(1, min(MOST_CHUNKS, length // CHUNK))
-    edges = [length * i // count for i in range(count + 1)]
-    return [
-        (slice(start, end), slice(0 if window is None else max(0, start - window + 1), end))
-        for start, end in zip(edges, edges[1:])
-    ]
-
-
 def _forward(options, q_BLHK, k_BLGK, v_BLGK, mask_BML):
     (B, L, H, K), G = q_BLHK.shape, k_BLGK.shape[2]
     q_BGKJL = jnp.transpose((q_BLHK * options.scale).reshape(B, L, G, H // G, K), (0, 2, 4, 3, 1))
     k_BGMK, v_BGKM = jnp.moveaxis(k_BLGK, 1, 2), jnp.transpose(v_BLGK, (0, 2, 3, 1))
     out, kept = [], []
-    for queries, keys in _chunks(L, options.window):
+    for first, start, end in options.chunks:
+        keys, queries = slice(first, end), slice(start, end)
         s_BGMJL = jnp.einsum("BGMK,BGKJL->BGMJL", k_BGMK[:, :, keys], q_BGKJL[..., queries]).astype(jnp.float32)
         slope_BGMJL = None
         if options.softcap:
@@ -90,7 +86,8 @@ def _backward(options, saved, g_BLHK):
     g_BGKJL = jnp.transpose(g_BGJLK, (0, 1, 4, 2, 3))
     k_BGKM, v_BGMK = jnp.transpose(k_BLGK, (0, 2, 3, 1)), jnp.moveaxis(v_BLGK, 1, 2)
     dk_BGMK, dv_BGMK, dq = jnp.zeros(v_BGMK.shape, jnp.float32), jnp.zeros(v_BGMK.shape, jnp.float32), []
-    for (queries, keys), (p_BGMJL, slope_BGMJL) in zip(_chunks(L, options.window), kept, strict=True):
+    for (first, start, end), (p_BGMJL, slope_BGMJL) in zip(options.chunks, kept, strict=True):
+        keys, queries = slice(first, end), slice(start, end)
         dp_BGMJL = jnp.einsum("BGMK,BGKJL->BGMJL", v_BGMK[:, :, keys], g_BGKJL[..., queries]).astype(jnp.float32)
         # The mean of dp not by the output, as FlashAttention has it: what was rounded in dp would not cancel.
         weights_BGMJL = p_BGMJL.astype(jnp.float32)

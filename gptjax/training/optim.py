@@ -71,9 +71,7 @@ def by_name(function: Callable[[str], Any], params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: function(path[-1].key), params)
 
 
-def decay_mask(params: Any) -> Any:
-    """The tree of `decays` over parameters."""
-    return by_name(decays, params)
+decay_mask = functools.partial(by_name, decays)  # the tree of `decays` over parameters
 
 
 def make_optimizer(
@@ -100,21 +98,28 @@ def make_optimizer(
         label = functools.partial(by_name, lambda name: "muon" if is_hidden(name) else "adam")
         direction = optax.partition({"muon": scale_by_muon(cfg.momentum), "adam": adam}, label)
 
-    def factor(name: str) -> float:
-        return rate_factor(model, name, spectral=cfg.kind == "muon") if model is not None else 1.0
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        updates, state = direction.update(updates, state, params)
-        return jax.tree.map(lambda u, f: u * f, updates, by_name(factor, updates)), state
-
+    if model is not None and model.mup_base_width:
+        direction = _scale_by_name(direction, functools.partial(rate_factor, model, spectral=cfg.kind == "muon"))
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
         optax.chain(
-            optax.GradientTransformation(direction.init, update),
+            direction,
             optax.add_decayed_weights(cfg.weight_decay, decay_mask),
             optax.scale_by_learning_rate(schedule),
         ),
     )
+
+
+def _scale_by_name(
+    direction: optax.GradientTransformation, factor: Callable[[str], float]
+) -> optax.GradientTransformation:
+    """The direction with each leaf times the factor of its name."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = direction.update(updates, state, params)
+        return jax.tree.map(jnp.multiply, updates, by_name(factor, updates)), state
+
+    return optax.GradientTransformation(direction.init, update)
 
 
 class FactoredState(NamedTuple):
