@@ -204,7 +204,7 @@ def test_a_probe_that_fails_is_a_finding_and_the_rest_run(monkeypatch, capsys):
     def broken():
         raise RuntimeError("NCCL: no route to host")
 
-    looks = [("collectives", broken), ("host", machine.host)]
+    looks = [("collectives", broken), ("host", lambda: [machine.host()])]
     monkeypatch.setattr(examine, "probes", lambda cfg: iter(looks))
     assert main(["doctor"]) == 3
     out = capsys.readouterr().out

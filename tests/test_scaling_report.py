@@ -134,7 +134,7 @@ def test_without_matplotlib_the_report_has_no_plots_and_says_so(fitted, tmp_path
     assert report.write_report(open_fit(fitted[0]), tmp_path) == ["fit.json", "report.html"]
     text = (tmp_path / "report.html").read_text()
     assert "<img" not in text and "matplotlib is not installed" in text
-    assert "matplotlib is not installed" in report.without_plots()
+    assert "matplotlib is not installed" in report.screen(open_fit(fitted[0]))[-1]
 
 
 def test_predictions_of_a_budget_have_intervals_and_a_recipe_with_its_source(fitted, tmp_path, capsys):

@@ -66,34 +66,3 @@ def faults(kind):
 def test_freed_memory_is_used_again_without_faults():
     assert faults("plain") > 5 * 10_000  # what it is about: else this test would prove nothing
     assert faults("kept") < 100
-
-
-HEAP = """
-import sys
-from pathlib import Path
-
-from gptjax.runtime import process as startup
-
-assert startup.keep_freed_memory()
-if sys.argv[1] == "huge":
-    assert startup.use_huge_pages()
-parts = Path("/proc/self/smaps").read_text().split("VmFlags:")
-flagged = [flags.split("\\n")[0] for before, flags in zip(parts, parts[1:]) if "[heap]" in before.split("VmFlags")[-1]]
-resident = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-print(any(" hg" in flags for flags in flagged), resident < 200 << 20)
-"""
-
-
-@pytest.mark.skipif(
-    not startup.HUGE_PAGES.exists() or "[madvise]" not in startup.HUGE_PAGES.read_text(),
-    reason="this kernel gives no huge pages on request",
-)
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is tuned where it is glibc's")
-def test_the_heap_asks_for_huge_pages_and_takes_no_memory_for_it():
-    def said(kind):
-        done = subprocess.run([sys.executable, "-c", HEAP, kind], capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.split()
-
-    assert said("plain") == ["False", "True"]
-    assert said("huge") == ["True", "True"]

@@ -1,14 +1,13 @@
-"""Cluster detection: the rank of this process from Slurm, TPU pods, Kubernetes JobSets, MPI or GPTJAX_* variables.
+"""Cluster detection: the rank of this process from Slurm, TPU pods, Kubernetes JobSets, Open MPI or GPTJAX_* variables.
 
 jax detects Slurm, TPU pods, Open MPI 4, and indexed Jobs where the kubernetes package is installed. Added here are
-JobSets without rights to Kubernetes' API, other MPIs, and
+JobSets without rights to Kubernetes' API, and
 
     GPTJAX_COORDINATOR  host:port of process 0    GPTJAX_PROCESSES  how many there are    GPTJAX_PROCESS  0, 1, ...
 
 each of which overrides a scheduler's value. With GPTJAX_PROCESSES=1 this process is alone.
 """
 
-import importlib.util
 import os
 import sys
 import warnings
@@ -61,14 +60,14 @@ def find_cluster(environment: Mapping[str, str] = os.environ, timeout: float = 3
     if processes == 1:
         return None
     if processes is None or process is None:
-        detected = _of_jobset(environment) or _of_mpi(environment) or _by_jax(environment, timeout)
+        detected = _of_jobset(environment) or _by_jax(environment, timeout)
         if detected is None and (address or processes is not None or process is not None):
             raise InputError(
                 f"GPTJAX_COORDINATOR={address!r}, GPTJAX_PROCESSES={processes}, GPTJAX_PROCESS={process}: no scheduler "
                 "was found that gives the rest; set all three, or none"
             )
         if detected is None:
-            _note_missing_srun(environment)
+            _note_alone(environment)
             return None
         processes, process = (p if p is not None else q for p, q in zip((processes, process), detected[1:3]))
     else:
@@ -114,40 +113,6 @@ def _of_jobset(environment: Mapping[str, str]) -> _Detected | None:
         "JobSet", in_job * max(1, replicas), index * in_job + number,
         coordinator=lambda: f"{jobset}-{job}-0-0.{jobset}:{port}",
     )  # fmt: skip
-
-
-def _of_mpi(environment: Mapping[str, str]) -> _Detected | None:
-    """Reads the variables of MPIs that jax does not know: Open MPI 5 without mpi4py, MPICH, Intel's, Cray's.
-
-    They give no address; where all processes are on one host it is loopback, with a port of the launcher's id.
-    """
-    if "OMPI_MCA_orte_hnp_uri" in environment or "SLURM_STEP_NODELIST" in environment:
-        return None
-    for size, rank, local_size, local_rank in (
-        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-        ("PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID"),
-        ("PMI_SIZE", "PMI_RANK", "PMI_LOCAL_SIZE", "PMI_LOCAL_RANK"),
-    ):
-        processes, process, here, local = (_number(environment, name) for name in (size, rank, local_size, local_rank))
-        if processes is None or process is None or (size == "PMI_SIZE" and here is None and local_size[0] == "M"):
-            continue
-        port = environment.get("JAX_COORDINATOR_PORT") or 61440 + os.getppid() % 4096
-        return _Detected(
-            "MPI", processes, process,
-            coordinator=(lambda at=f"127.0.0.1:{port}": at) if here == processes else _mpi4py_address(),
-            local_devices=_own_device(environment, local, here or 0),
-        )  # fmt: skip
-    return None
-
-
-def _mpi4py_address() -> Any:
-    """A function that asks mpi4py for the address of process 0; None where mpi4py is not installed."""
-    if importlib.util.find_spec("mpi4py") is None:
-        return None
-    from jax._src.clusters.mpi4py_cluster import Mpi4pyCluster
-
-    port = os.environ.get("JAX_COORDINATOR_PORT")
-    return lambda: Mpi4pyCluster.get_coordinator_address(timeout_secs=None, override_coordinator_port=port)
 
 
 _KINDS = {"slurm": "Slurm", "ompi": "MPI", "gcetpu": "TPU pod", "gketpu": "TPU pod", "": "Kubernetes"}
@@ -210,11 +175,17 @@ def _on_tpu() -> bool:
     return cloud_tpu_init.running_in_cloud_tpu_vm
 
 
-def _note_missing_srun(environment: Mapping[str, str]) -> None:
+def _note_alone(environment: Mapping[str, str]) -> None:
+    """Prints a note where a launcher seems to have started several processes, which this one can't find."""
     tasks = environment.get("SLURM_NTASKS", "1")
+    count = environment.get("PMI_SIZE") or environment.get("OMPI_COMM_WORLD_SIZE", "1")
     if environment.get("SLURM_JOB_ID") and tasks != "1" and "SLURM_STEP_NODELIST" not in environment:
-        line = f"note: Slurm's job has {tasks} tasks, but this process was not started by srun: it trains alone"
-        print(line, file=sys.stderr, flush=True)
+        note = f"Slurm's job has {tasks} tasks, but this process was not started by srun"
+    elif count != "1":
+        note = f"MPI started {count} processes; set GPTJAX_COORDINATOR, GPTJAX_PROCESSES and GPTJAX_PROCESS in each"
+    else:
+        return
+    print(f"note: {note}: it trains alone", file=sys.stderr, flush=True)
 
 
 def _number(environment: Mapping[str, str], name: str) -> int | None:

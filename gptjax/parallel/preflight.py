@@ -58,9 +58,7 @@ def preflight(
             server = stack.enter_context(RendezvousServer(cluster, int(port), probe, seconds, clock_seconds))
             thread = threading.Thread(target=server.serve, name="preflight", daemon=True)
             thread.start()
-            stack.callback(
-                thread.join, LATE_SECONDS + CONNECT_SECONDS
-            )  # this process ends after it answered the others
+            stack.callback(thread.join, LATE_SECONDS + CONNECT_SECONDS)  # ends after it answered the others
         hello = {
             "magic": MAGIC, "process": cluster.process, "processes": cluster.processes, "host": socket.gethostname(),
             "pid": os.getpid(), "versions": dict(versions), "settings": dict(settings),
@@ -126,7 +124,7 @@ class RendezvousServer:
         while len(self._hellos) < self._cluster.processes:
             if time.monotonic() > self._until:
                 return self._missing()
-            problem = None
+            problem = ""
             for connection, message in self._messages():
                 if message.get("magic") != MAGIC:
                     self._drop(connection)
@@ -135,8 +133,8 @@ class RendezvousServer:
                 problem = problem or self._compare(message)
                 self._hellos[connection] = message  # also after a problem: every sender must get the result
             if problem:
-                return problem
-        return self._check_folder(self._probe) if self._probe else CheckResult("", False)
+                return CheckResult(problem, False)
+        return CheckResult(self._check_folder(self._probe) if self._probe else "", False)
 
     def _missing(self) -> CheckResult:
         seen = {hello["process"] for hello in self._hellos.values()}
@@ -150,27 +148,23 @@ class RendezvousServer:
             line += " (that is a loopback address: only processes on process 0's host reach it)"
         return CheckResult(f"{line}; look at their logs, or give more time with GPTJAX_WAIT_SECONDS", True)
 
-    def _compare(self, hello: dict) -> CheckResult | None:
-        """The problem of one more hello beside those before it; None where there is none."""
+    def _compare(self, hello: dict) -> str:
+        """The problem of one more hello beside those before it; empty where there is none."""
         sender = _process_name(hello)
         if hello["processes"] != self._cluster.processes:
-            return CheckResult(
+            return (
                 f"{sender} is set to {hello['processes']} processes, process 0 to {self._cluster.processes}; "
-                "give all the same number",
-                False,
+                "give all the same number"
             )
         for other in self._hellos.values():
             if other["process"] == hello["process"]:
-                return CheckResult(
-                    f"{_process_name(other)} and {sender} (pid {hello['pid']}) have the same number; give each its own",
-                    False,
-                )
+                pid = hello["pid"]
+                return f"{_process_name(other)} and {sender} (pid {pid}) have the same number; give each its own"
         if abs(hello["skew"]) > self._clock_seconds:
             side = "ahead of" if hello["skew"] > 0 else "behind"
-            return CheckResult(
+            return (
                 f"the clock of {sender} is {abs(hello['skew']):.0f} s {side} process 0's; set the clocks (NTP), or "
-                "allow it with GPTJAX_CLOCK_SECONDS",
-                False,
+                "allow it with GPTJAX_CLOCK_SECONDS"
             )
         hellos = [*self._hellos.values(), hello]
         reference = next((h for h in hellos if h["process"] == 0), hellos[0])
@@ -180,15 +174,12 @@ class RendezvousServer:
             for name in sorted(reference[kind].keys() | hello[kind].keys()):
                 wanted, got = reference[kind].get(name), hello[kind].get(name)
                 if wanted != got:
-                    return CheckResult(
-                        f"{sender} has {name} {got!r}, {_process_name(reference)} has {wanted!r}; "
-                        f"all must have the same {verb}",
-                        False,
-                    )
-        return None
+                    theirs = f"{_process_name(reference)} has {wanted!r}"
+                    return f"{sender} has {name} {got!r}, {theirs}; all must have the same {verb}"
+        return ""
 
-    def _check_folder(self, probe: Path) -> CheckResult:
-        """Asks every process whether it sees the probe file in the run's folder."""
+    def _check_folder(self, probe: Path) -> str:
+        """Asks every process whether it sees the probe file in the run's folder; returns the problem, if any."""
         self._send({"probe": probe.name})
         answers: dict[int, bool] = {}
         until = time.monotonic() + PROBE_SECONDS + CONNECT_SECONDS
@@ -198,12 +189,11 @@ class RendezvousServer:
                     answers[self._hellos[connection]["process"]] = bool(message.get("sees"))
         for hello in self._hellos.values():
             if not answers.get(hello["process"], False):
-                return CheckResult(
+                return (
                     f"{_process_name(hello)} does not see the run folder of process 0 on {socket.gethostname()}, "
-                    f"{probe.parent}; put --run-dir on a file system that all hosts share",
-                    False,
+                    f"{probe.parent}; put --run-dir on a file system that all hosts share"
                 )
-        return CheckResult("", False)
+        return ""
 
     def _messages(self) -> list[tuple[socket.socket, dict]]:
         """The whole lines that arrive within a moment, as JSON; a closed connection loses its hello."""

@@ -6,8 +6,10 @@ waiting. With one process every function does nothing.
 """
 
 import atexit
+import collections
 import contextlib
 import functools
+import itertools
 import json
 import os
 import sys
@@ -29,6 +31,7 @@ BARRIER_SECONDS = 7 * 24 * 3600.0  # longer than any stage; a lost process ends 
 POLL_SECONDS, EXIT_SECONDS, REPORT_SECONDS = 1.0, 10.0, 60.0
 
 _EXIT_CODE = "gptjax/exit_code"
+_uses: dict[str, Iterator[int]] = collections.defaultdict(itertools.count)  # the same in all: each key is used once
 
 _cluster: Cluster | None = None
 _stop_watch: threading.Event | None = None  # set once this process exits by itself; None where it is alone
@@ -123,7 +126,7 @@ def process_label() -> str:
 def barrier(name: str, seconds: float = BARRIER_SECONDS) -> None:
     """Waits until every process is here, on the host alone; a lost process ends the wait."""
     if is_multi_process():
-        key = f"gptjax/{name}/{_count(name)}"
+        key = f"gptjax/{name}/{next(_uses[name])}"
         _in_thread(lambda: _client().wait_at_barrier(key, int(seconds * 1000)))
 
 
@@ -141,7 +144,7 @@ def broadcast_from_main(name: str, value: T) -> T:
     if not is_multi_process():
         return value
     assert _cluster is not None
-    key = f"gptjax/broadcast/{name}/{_count(name)}"
+    key = f"gptjax/broadcast/{name}/{next(_uses[name])}"
     if _cluster.process == 0:
         _client().key_value_set(key, json.dumps(value))
         return value
@@ -169,7 +172,7 @@ def all_agree(ok: bool) -> bool:
     if not is_multi_process():
         return ok
     assert _cluster is not None
-    name = f"gptjax/disagree/{_count('disagree')}"
+    name = f"gptjax/disagree/{next(_uses['disagree'])}"
     if not ok:
         _client().key_value_set(f"{name}/{_cluster.process}", "")
     barrier("disagree")
@@ -275,15 +278,6 @@ def _jax_state() -> Any:
     from jax._src import distributed
 
     return distributed.global_state
-
-
-_counts: dict[str, int] = {}
-
-
-def _count(name: str) -> int:
-    """The number of earlier uses of a name, which is the same in all processes: each key is used once."""
-    _counts[name] = _counts.get(name, -1) + 1
-    return _counts[name]
 
 
 def _keep_stdout() -> None:

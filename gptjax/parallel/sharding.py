@@ -138,12 +138,8 @@ def _device_grid(sizes: list[int], slices: int, devices: Sequence[Any]) -> np.nd
     )  # fmt: skip
 
 
-def _divides(size: int, entry: Any, mesh: Any) -> bool:
-    """True where the mesh axes of an entry divide a dimension of this size."""
-    return size % _parts(entry, mesh) == 0
-
-
 def _parts(entry: Any, mesh: Any) -> int:
+    """The number of shards that the mesh axes of an entry cut a dimension into."""
     axes = (entry,) if isinstance(entry, str) else entry or ()
     return math.prod(mesh.shape[a] for a in axes)
 
@@ -156,7 +152,7 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    entries = [e if _divides(n, e, mesh) else None for e, n in zip(spec(letters), x.shape, strict=True)]
+    entries = [e if n % _parts(e, mesh) == 0 else None for e, n in zip(spec(letters), x.shape, strict=True)]
     return jax.lax.with_sharding_constraint(x, P(*entries))
 
 
@@ -168,7 +164,7 @@ def sharding_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     assert len(letters) == len(shape), f"{name} has shape {shape}: its name must end with one letter a dimension"
     entries = []
     for letter, entry, size in zip(letters, spec(letters), shape, strict=True):
-        divides = _divides(size, entry, mesh)
+        divides = size % _parts(entry, mesh) == 0
         if not divides and letter not in WHOLE_IF_UNEVEN:
             raise InputError(
                 f"dimension {letter}={size} of {name} does not divide over {_parts(entry, mesh)} devices ({entry}); "
@@ -185,17 +181,19 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     """
 
     def one(path, leaf):
-        names = [str(getattr(k, "key", getattr(k, "name", ""))) for k in path]
-        return sharding_of(names[-1] if leaf.shape else "", leaf.shape, mesh)
+        name = str(getattr(path[-1], "key", getattr(path[-1], "name", ""))) if leaf.shape else ""
+        return sharding_of(name, leaf.shape, mesh)
 
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
 def abstract(shapes: Any, mesh: Mesh) -> Any:
     """Shapes, types and shardings of a tree of shapes, with nothing allocated; the target of a restore."""
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings(shapes, mesh)
-    )
+
+    def one(x, sharding):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(one, shapes, shardings(shapes, mesh))
 
 
 class LocalRows(NamedTuple):
@@ -253,7 +251,7 @@ def axes_of(sizes: dict[str, int]) -> dict[str, tuple[str, ...]]:
     if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
         return {}
     over = {x: tuple(a for a in RULES.get(x, ()) if mesh.shape[a] > 1) for x in sizes}
-    return {x: axes for x, axes in over.items() if axes and _divides(sizes[x], axes, mesh)}
+    return {x: axes for x, axes in over.items() if axes and sizes[x] % _parts(axes, mesh) == 0}
 
 
 def num_shards(length: int) -> int:

@@ -186,7 +186,8 @@ def topology(name: str) -> Topology:
     wanted = f"wanted one of {', '.join(known)} with a size, e.g. {EXAMPLES}"
     if kind not in known:
         close = difflib.get_close_matches(kind, known, n=1)
-        raise InputError(f"--topology {name}: {kind or 'nothing'} is not known{_meant(close)}; {wanted}")
+        meant = f"; did you mean {close[0]}?" if close else ""
+        raise InputError(f"--topology {name}: {kind or 'nothing'} is not known{meant}; {wanted}")
     numbers = size.split("x")
     if not colon or not all(n.isdecimal() and int(n) > 0 for n in numbers):
         raise InputError(f"--topology {name}: no size; {wanted}")
@@ -204,7 +205,3 @@ def topology(name: str) -> Topology:
             f"--topology {name}: no slice of {kind} has that shape; wanted {', '.join(SHAPES[chip.torus])}{larger}"
         )
     return Topology(f"{kind}:{size}", chip, shape if chip.torus else (math.prod(shape),))
-
-
-def _meant(close: list[str]) -> str:
-    return f"; did you mean {close[0]}?" if close else ""

@@ -11,16 +11,13 @@ from gptjax.config.section import InputError
 
 STARTED = time.monotonic()  # about when the process began: the command line imports this first
 
-# glibc's malloc.h: parameters of mallopt. Linux's mman.h: advice for madvise.
-_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
-_HUGE_PAGE_ADVICE, _HUGE_PAGE = 14, 2 << 20
-HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # parameters of mallopt, from glibc's malloc.h
 
 
 def tune_process() -> None:
     """Tunes malloc where the CPU computes. Call it in the first lines of a program: threads make the arenas."""
-    if expected_platform() == "cpu" and keep_freed_memory():
-        use_huge_pages()
+    if expected_platform() == "cpu":
+        keep_freed_memory()
 
 
 def expected_platform(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> str:
@@ -32,11 +29,6 @@ def expected_platform(environment: Mapping[str, str] = os.environ, devices: Path
     if any(environment.get(name) for name in tpu_names) or any(devices.glob("accel[0-9]*")):
         return "tpu"
     return "gpu" if any(devices.glob("nvidia[0-9]*")) or (devices / "kfd").exists() else "cpu"
-
-
-def default_workers() -> int:
-    """Workers, threads or processes, to start where no number is asked for: one a core."""
-    return usable_cores()
 
 
 def usable_cores() -> int:
@@ -80,27 +72,3 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):  # not glibc
         return False
     return all([mallopt(_MMAP_MAX, 0), mallopt(_TRIM_THRESHOLD, -1), mallopt(_ARENA_MAX, 1)])  # -1: never trimmed
-
-
-def use_huge_pages() -> bool:
-    """Backs the heap, up to half of the machine's memory, by huge pages; False where Linux has none on request.
-
-    Every step reads all weights, and with pages of 4 KiB the address lookups take a measurable part of it. Addresses
-    are reserved and freed to malloc, which keeps them (see keep_freed_memory); memory is taken at first use.
-    """
-    try:
-        if "[madvise]" not in HUGE_PAGES.read_text():
-            return False
-        libc = ctypes.CDLL(None)
-        libc.malloc.restype = ctypes.c_void_p
-        size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-        block = libc.malloc(ctypes.c_size_t(size))
-    except (AttributeError, OSError, TypeError):
-        return False
-    if not block:
-        return False
-    start = -(-block // _HUGE_PAGE) * _HUGE_PAGE
-    length = (block + size - start) // _HUGE_PAGE * _HUGE_PAGE
-    failed = libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _HUGE_PAGE_ADVICE)
-    libc.free(ctypes.c_void_p(block))
-    return not failed

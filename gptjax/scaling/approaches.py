@@ -52,7 +52,7 @@ class Allocation:
         The loss is the law's least for the budget; its interval excludes the scatter of single runs.
         """
         optimum: dict[str, tuple[float, float, float]] = {}
-        unknown = (float("nan"), float("nan"))
+        unknown = (np.nan, np.nan)
         for name, k, exponent in (("N", "k_N", "a"), ("D", "k_D", "b")):
             best = getattr(self, k) * flops ** getattr(self, exponent)
             edges = unknown
@@ -165,13 +165,9 @@ def isoflop(budget, N, D, loss, *, bootstraps: int = 0, seed: int = 0, level: fl
 
 
 def _vertices(groups: list[np.ndarray], N: np.ndarray, D: np.ndarray, loss: np.ndarray) -> dict[str, np.ndarray]:
-    of_D = [parabola(0, D[rows], loss[rows]) for rows in groups]
-    of_N = [parabola(0, N[rows], loss[rows]) for rows in groups]
-    return {
-        "N": np.array([p.best for p in of_N]),
-        "D": np.array([p.best for p in of_D]),
-        "loss": np.array([p.loss for p in of_D]),
-    }
+    of_N, of_D = ([parabola(0, size[rows], loss[rows]) for rows in groups] for size in (N, D))
+    best = {"N": [p.best for p in of_N], "D": [p.best for p in of_D], "loss": [p.loss for p in of_D]}
+    return {name: np.array(values) for name, values in best.items()}
 
 
 def _isoflop_samples(groups, flops, N, D, loss, bootstraps, rng) -> tuple[dict[str, np.ndarray], np.ndarray, int]:
@@ -244,10 +240,8 @@ def envelope(
         sample = _takeovers([curve for curve in curves if curve[0] in drawn], flops_per, budgets)
         if len(sample["N"]) > 1:
             kept.append(_lines(sample["budget"], sample["N"], sample["D"]))
-    if len(kept) < bootstraps:
-        notes.append(
-            f"{bootstraps - len(kept)} of {bootstraps} resamples had fewer than 2 takeovers; they are left out."
-        )
+    if lost := bootstraps - len(kept):
+        notes.append(f"{lost} of {bootstraps} resamples had fewer than 2 takeovers; they are left out.")
     samples = {k: np.array([line[k] for line in kept]) for k in ("k_N", "a", "k_D", "b")} if kept else {}
     loss_law = _least_losses(best["budget"], best["loss"], notes, level)
     lines = _lines(best["budget"], best["N"], best["D"])

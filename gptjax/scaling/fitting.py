@@ -26,10 +26,7 @@ LEAST = 3  # different sizes, and token counts, that separate a law's terms
 
 
 def fit_table(
-    tables: Sequence[str],
-    cfg: FitConfig,
-    show: Callable[[str], None],
-    say: Callable[[str], None],
+    tables: Sequence[str], cfg: FitConfig, show: Callable[[str], None], say: Callable[[str], None]
 ) -> list[str]:
     """Fits a law to the runs of a table and writes cfg.out; returns the words of the next command.
 
@@ -43,8 +40,6 @@ def fit_table(
     written = report.write_report(result, resolve_path(cfg.out))
     for line in report.screen(result):
         show(line)
-    if without := report.without_plots():
-        show(without)
     say(f"wrote {', '.join(f'{cfg.out}/{name}' for name in written)}")
     if left_out and len(tables) == 1:
         filters = ["--where", *cfg.where] if cfg.where else []
@@ -84,9 +79,8 @@ def fit_document(table: Table, cfg: FitConfig, left_out: int) -> dict[str, Any]:
         "format": FORMAT,
         "law": cfg.law,
         "formula": family.formula,
-        "coefficients": {
-            k: {"value": v, "interval": interval(fitted.interval(k))} for k, v in fitted.coefficients.items()
-        },
+        "coefficients": {k: {"value": v, "interval": interval(fitted.interval(k))}
+                         for k, v in fitted.coefficients.items()},
         "residuals": {"rms": float(np.sqrt(np.mean(off**2))), "largest": float(np.abs(off).max())},
         "flops_per": per,
         "level": cfg.level,
@@ -160,9 +154,8 @@ def curves_of(table: Table) -> tuple[list[tuple[float, np.ndarray, np.ndarray]],
         of = table.parameters == size
         tokens = np.unique(table.tokens[of])
         if len(tokens) >= 2:
-            finished.append(
-                (float(size), tokens, np.array([table.loss[of & (table.tokens == t)].mean() for t in tokens]))
-            )
+            losses = np.array([table.loss[of & (table.tokens == t)].mean() for t in tokens])
+            finished.append((float(size), tokens, losses))
     if len(finished) >= 3:
         return finished, f"through the finished runs of each of {len(finished)} sizes, at several token counts"
     if runs:
@@ -176,6 +169,7 @@ def _allocation(allocation: Allocation, flops: np.ndarray) -> dict[str, Any]:
     over = np.geomspace(flops.min(), 10 * flops.max(), BAND)
     best = [allocation.optimal(float(c)) for c in over]
     band = {k: [[b[k][i] for b in best] for i in (1, 2)] for k in "ND"}
+    least_losses = allocation.loss_law
     return {
         "done": True,
         "why": "",
@@ -183,9 +177,7 @@ def _allocation(allocation: Allocation, flops: np.ndarray) -> dict[str, Any]:
         "exponents": {"N": allocation.a, "D": allocation.b},
         "intervals": {"N": interval(allocation.interval("a")), "D": interval(allocation.interval("b"))},
         "band": {"flops": over} | band if allocation.samples else None,
-        "least_loss": allocation.loss_law.coefficients
-        if allocation.approach != "parametric" and allocation.loss_law
-        else None,
+        "least_loss": least_losses.coefficients if least_losses and allocation.approach != "parametric" else None,
         "budgets": np.unique(allocation.points["budget"]) if allocation.approach == "isoflop" else [],
         "notes": _short(allocation.notes),
     }
@@ -235,14 +227,8 @@ def _short(notes: Sequence[str]) -> list[str]:
 
 def points(tables: Sequence[str], cfg: FitConfig) -> tuple[Table, int]:
     """The points of a table that the settings select, and the number that --max-flops left out."""
-    table = read_table(
-        tables,
-        columns=cfg.columns,
-        where=cfg.where,
-        inputs=FAMILIES[cfg.law].inputs,
-        count=cfg.count,
-        flops_per=cfg.flops_per,
-    )
+    how = {"columns": cfg.columns, "where": cfg.where, "count": cfg.count, "flops_per": cfg.flops_per}
+    table = read_table(tables, inputs=FAMILIES[cfg.law].inputs, **how)
     if not cfg.max_flops:
         return table, 0
     kept = table.up_to(cfg.max_flops)

@@ -70,15 +70,13 @@ def _losses(fit: Fit) -> Any:
     middle, low, high = fit.loss(n_opt, d_opt)
     ax.plot(over, middle, color="black", linestyle="--", linewidth=1.2, label="law at the best N and D", zorder=2)
     if low is not None:
-        ax.fill_between(
-            over, low, high, color="black", alpha=0.12, linewidth=0, label=f"{fit.level:.0%} interval of one run"
-        )
+        label = f"{fit.level:.0%} interval of one run"
+        ax.fill_between(over, low, high, color="black", alpha=0.12, linewidth=0, label=label)
     ax.axvline(c.max(), color=GREY, linewidth=0.8, linestyle=":")
     ax.annotate("largest fitted", (c.max(), 0.985), xycoords=("data", "axes fraction"), fontsize=8, color=GREY,
                 rotation=90, ha="right", va="top")  # fmt: skip
-    ax.set(
-        xscale="log", yscale="log", xlabel="training FLOPs", ylabel="loss (nats a token)", title="Losses and the law"
-    )
+    labels = {"xlabel": "training FLOPs", "ylabel": "loss (nats a token)", "title": "Losses and the law"}
+    ax.set(xscale="log", yscale="log", **labels)
     _plain_loss_ticks(ax)
     ax.legend(frameon=False, fontsize=9)
     figure.colorbar(marks, ax=ax, label="parameters")

@@ -139,15 +139,8 @@ def _advised(fit: Fit, advice: dict[str, Any]) -> list[str]:
 
 def _against(fit: Fit, cfg: PredictConfig) -> tuple[dict[str, Any], list[str]]:
     settings = fit.document["settings"]
-    table = read_table(
-        [cfg.against],
-        columns=cfg.columns,
-        where=cfg.where,
-        inputs=list(fit.fitted.inputs),
-        count=settings["count"],
-        flops_per=settings["flops_per"],
-        planned=True,
-    )
+    how = {"columns": cfg.columns, "where": cfg.where, "count": settings["count"], "flops_per": settings["flops_per"]}
+    table = read_table([cfg.against], inputs=list(fit.fitted.inputs), planned=True, **how)
     outside: list[str] = []
     for what in fit.document["range"]:
         values = getattr(table, what)

@@ -78,7 +78,7 @@ def screen(fit: Fit) -> list[str]:
         lines += [f"note: {name}: {note}" for note in notes[:SHOWN]]
         if len(notes) > SHOWN:
             lines.append(f"note: {name}: {len(notes) - SHOWN} more in report.html")
-    return lines
+    return lines if have_matplotlib() else [*lines, NO_PLOTS]
 
 
 def plans(fit: Fit) -> list[dict[str, Any]]:
@@ -233,8 +233,3 @@ def _image(plots: dict[str, bytes], name: str, alt: str) -> list[str]:
     if name not in plots:
         return []
     return [f'<img alt="{_text(alt)}" src="data:image/png;base64,{base64.b64encode(plots[name]).decode()}">']
-
-
-def without_plots() -> str:
-    """The message where matplotlib is missing; empty where it is installed."""
-    return "" if have_matplotlib() else NO_PLOTS

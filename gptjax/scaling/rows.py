@@ -63,13 +63,13 @@ def read_rows(paths: Sequence[str | Path]) -> RunRows:
         runs.append((row, curves))
         if curves.step < steps:
             unfinished.append(f"{path.name} at step {curves.step} of {steps}")
-    rows, note, evaluated = _same_curves(runs)
-    notes = (note, f"{len(unfinished)} runs have not ended, so their losses lie high: {', '.join(unfinished)}")[
-        : 1 + bool(unfinished)
-    ]
+    rows, *notes, evaluated = _same_curves(runs)
+    if unfinished:
+        notes.append(f"{len(unfinished)} runs have not ended, so their losses lie high: {', '.join(unfinished)}")
     text = json.dumps([row.cells for row in rows], sort_keys=True)
     source = str(paths[0]) if len(paths) == 1 else f"{len(paths)} runs ({paths[0]}, ...)"
-    return RunRows(source, hashlib.sha256(text.encode()).hexdigest(), tuple(rows[0].cells), rows, notes, evaluated)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return RunRows(source, digest, tuple(rows[0].cells), rows, tuple(notes), evaluated)
 
 
 def _is_run(path: Path) -> bool:
@@ -269,11 +269,8 @@ def _with_curves(rows: RunRows, folder: Path) -> RunRows:
     runs, without = [], []
     for row in rows.rows:
         name = row.cells["run_dir"]
-        folders = [
-            path
-            for path in (folder / name, resolve_path(name))
-            if name and filesystem(path).is_file(path / "metrics.jsonl")
-        ]
+        places = (folder / name, resolve_path(name)) if name else ()
+        folders = [path for path in places if filesystem(path).is_file(path / "metrics.jsonl")]
         if folders:
             runs.append((row, _curves(folders[0])))
         else:

@@ -80,11 +80,6 @@ class Fit:
         loss, low, high = self.loss(*inputs)
         return float(loss[0]), None if low is None or high is None else interval((low[0], high[0]))
 
-    def decades_beyond(self, key: str, value: float) -> float:
-        """Decades from the fitted range of `key` to a value above it; negative below it; 0 within."""
-        low, high = self.document["range"][key]
-        return math.log10(value / high) if value > high else math.log10(value / low) if value < low else 0.0
-
     def check(self, extrapolate: bool, **values: float) -> tuple[str, ...]:
         """A sentence for each value outside of the fitted points.
 
@@ -92,11 +87,11 @@ class Fit:
         """
         sentences = []
         for key, value in values.items():
-            decades = self.decades_beyond(key, value)
-            if abs(decades) < 0.005:
+            low, high = self.document["range"][key]
+            side, edge, limit = ("above", "largest", high) if value > high else ("below", "smallest", low)
+            decades = math.log10(value / limit)
+            if low <= value <= high or abs(decades) < 0.005:
                 continue
-            side, edge = ("above", "largest") if decades > 0 else ("below", "smallest")
-            limit = self.document["range"][key][decades > 0]
             units = key.replace("flops", "FLOPs").replace("_", " ")
             line = f"{value:.3g} {units} are {abs(decades):.2f} decades {side} the {edge} fitted, {limit:.3g}"
             if abs(decades) > MOST + 1e-9 and not extrapolate:
@@ -134,15 +129,9 @@ def strict(value: Any) -> Any:
         return {str(k): strict(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [strict(v) for v in value]
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray | np.generic):
         return strict(value.tolist())
-    if isinstance(value, bool | np.bool_):
-        return bool(value)
-    if isinstance(value, np.integer):
-        return int(value)
-    if isinstance(value, float | np.floating):
-        return float(value) if math.isfinite(value) else None
-    return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def interval(edges: tuple[float, float]) -> list[float] | None:

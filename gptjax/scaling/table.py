@@ -323,9 +323,8 @@ class _Condition(NamedTuple):
             return same != (self.sign == "!=")
         a, b = _maybe(cell), _maybe(self.value)
         if a is None or b is None:
-            raise InputError(
-                f"{place}: --where {self.text} compares {cell.strip()!r}, which is not a number; use = or !="
-            )
+            got = repr(cell.strip())
+            raise InputError(f"{place}: --where {self.text} compares {got}, which is not a number; use = or !=")
         return {"<": a < b, "<=": a <= b, ">": a > b, ">=": a >= b}[self.sign]
 
 

@@ -68,7 +68,7 @@ def probes(cfg: DoctorConfig) -> Iterator[tuple[str, Probe]]:
     yield "devices", lambda: [machine.devices()]
     yield "arithmetic", lambda: [machine.arithmetic()]
     yield "collectives", collectives.check_collectives
-    yield "host", machine.host
+    yield "host", lambda: [machine.host()]
     yield "cache", lambda: [machine.compile_cache()]
     yield "input", lambda: [ceilings.input_ceiling()]
     yield "run folder", lambda: machine.run_folder(cfg.run_dir)

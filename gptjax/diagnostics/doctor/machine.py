@@ -64,18 +64,17 @@ def arithmetic() -> Finding:
     return Finding("arithmetic", "ok", text)
 
 
-def host() -> Iterator[Finding]:
+def host() -> Finding:
     """Cores and memory that this process may use."""
     cores, (total, free) = _cores(), _memory()
     data = {"cores": cores, "bytes": total, "free_bytes": free}
     text = f"{cores:g} cores, {total / GIB:.1f} GiB of memory, {free / GIB:.1f} GiB free"
-    few = cores < 2 * jax.local_device_count() and jax.local_devices()[0].platform != "cpu"
+    advice = ""
     if free < 2 * GIB:
-        yield Finding("host", "warning", text, "end other programs, or ask the scheduler for more memory", data)
-    elif few:
-        yield Finding("host", "warning", text, "ask for 2 cores a device: input and saves need them", data)
-    else:
-        yield Finding("host", "ok", text, data=data)
+        advice = "end other programs, or ask the scheduler for more memory"
+    elif cores < 2 * jax.local_device_count() and jax.local_devices()[0].platform != "cpu":
+        advice = "ask for 2 cores a device: input and saves need them"
+    return Finding("host", "warning" if advice else "ok", text, advice, data)
 
 
 def _cores() -> float:

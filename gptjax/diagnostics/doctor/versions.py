@@ -3,6 +3,7 @@
 Requirements come from the packages' own metadata; the table holds bugs alone.
 """
 
+import contextlib
 import importlib.metadata
 import sys
 import tomllib
@@ -68,29 +69,23 @@ def check_versions() -> list[Finding]:
     return [summary, *_unmet(), *_plugins(), *_known(expected_platform()), *_untested()]
 
 
-def _requirements(package: str) -> list[str]:
+def _requirements(package: str) -> Iterator[Requirement]:
     """The requirements of a package by its metadata; for gptjax in a checkout, by pyproject.toml."""
     try:
-        return importlib.metadata.requires(package) or []
+        lines = importlib.metadata.requires(package) or []
     except importlib.metadata.PackageNotFoundError:
-        project = Path(__file__).parents[3] / "pyproject.toml"
-        if package != "gptjax" or not project.is_file():
-            return []
-        return tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"]
-
-
-def _parsed(package: str) -> Iterator[Requirement]:
-    for line in _requirements(package):
-        try:
+        project, lines = Path(__file__).parents[3] / "pyproject.toml", []
+        if package == "gptjax" and project.is_file():
+            lines = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"]
+    for line in lines:
+        with contextlib.suppress(InvalidRequirement):  # pip can't read it either
             yield Requirement(line)
-        except InvalidRequirement:
-            continue  # pip can't read it either
 
 
 def _unmet() -> Iterator[Finding]:
     for package in (*CORE, *OTHERS):
         here = version(package)
-        for need in _parsed(package) if here else ():
+        for need in _requirements(package) if here else ():
             if need.marker is not None and not need.marker.evaluate({"extra": ""}):
                 continue
             have = version(need.name)
@@ -108,7 +103,7 @@ def _unmet() -> Iterator[Finding]:
 def _plugins() -> Iterator[Finding]:
     """Plugins that do not fit, which jax ignores, computing on the CPU instead."""
     jax = version("jax")
-    wanted = {need.name: need.specifier for need in _parsed("jax") if need.name in PLUGINS}
+    wanted = {need.name: need.specifier for need in _requirements("jax") if need.name in PLUGINS}
     for plugin in PLUGINS:
         have, partner = version(plugin), PARTNERS.get(plugin, "")
         if have and plugin in wanted and not wanted[plugin].contains(have, prereleases=True):

@@ -85,14 +85,12 @@ def compile_for(config: TrainConfig, target: Target, *, seconds: float = 600, co
         request = {"config": dict(leaves(config)), "target": dataclasses.asdict(target), "code": code, "folder": folder}
         command = [sys.executable, "-m", "gptjax.diagnostics.plan.compiled"]
         start = time.perf_counter()
+        given: Any = {"input": json.dumps(request), "capture_output": True, "text": True, "timeout": seconds}
         try:
-            done = subprocess.run(
-                command, env=env, input=json.dumps(request), capture_output=True, text=True, timeout=seconds
-            )
+            done = subprocess.run(command, env=env, **given)
         except subprocess.TimeoutExpired:
-            raise InputError(
-                f"compiling took more than {seconds:.0f} s; give fewer layers, or --model.unroll 1"
-            ) from None
+            line = f"compiling took more than {seconds:.0f} s; give fewer layers, or --model.unroll 1"
+            raise InputError(line) from None
         taken = time.perf_counter() - start
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if not lines:
@@ -200,14 +198,11 @@ def memory_of(assignment: str) -> dict[str, int]:
         size = int(re.match(r"size (\d+)", line)[1])  # pyright: ignore[reportOptionalSubscript]
         if re.search(r"color [1-9]", line):
             continue
-        if "parameter " in line:
-            arguments += size
-            aliases += size if "maybe-live-out" in line else 0
-            outputs += size if "maybe-live-out" in line else 0
-        elif "maybe-live-out" in line:
-            outputs += size
-        elif "preallocated-temp" in line:
-            temporaries += size
+        given, live = "parameter " in line, "maybe-live-out" in line
+        arguments += size * given
+        aliases += size * (given and live)
+        outputs += size * live
+        temporaries += size * ("preallocated-temp" in line and not given and not live)
     return {"arguments": arguments, "outputs": outputs, "aliases": aliases, "temporaries": temporaries}
 
 

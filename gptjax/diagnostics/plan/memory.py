@@ -18,7 +18,7 @@ from gptjax.config import ModelConfig, TrainConfig
 from gptjax.model.counts import VOCAB_MULTIPLE, padded_vocab
 from gptjax.ops.device import Device
 from gptjax.ops.linear import count_chunks
-from gptjax.parallel.sharding import AXES, sharding_of
+from gptjax.parallel.sharding import AXES, shardings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,11 +215,8 @@ def saved_by_layer(config: TrainConfig, size: Mapping[str, int], item: int, tile
     # products in float32 the stream is among these. The products of a TPU read bfloat16 in either case.
     norms, also = 4 * stream * 2 * (1 if cfg.parallel else 2), 0 if item == 4 else 1
     read = 2 if tiles else item
-    inside = (
-        {"swiglu": 6 * item, "relu2": 3 * item, "gelu": 16 + (2 if tiles else item * also)}[cfg.activation]
-        * tokens
-        * size["F"]
-    )
+    each = {"swiglu": 6 * item, "relu2": 3 * item, "gelu": 16 + (2 if tiles else item * also)}[cfg.activation]
+    inside = each * tokens * size["F"]
     kernel = item * stream if cfg.attention == "splash" else 0
     kept = norms + 2 * item * also * stream + inside + 2 * item * (query + key) + kernel
     return kept + (4 + read) * score_count(config, size)
@@ -293,12 +290,11 @@ def item_size(cfg: ModelConfig) -> int:
 
 def _bytes(tree: Any, mesh: Any, tiles: bool) -> int:
     """Bytes on each device of a tree of shapes, sharded by their names."""
-    total = 0
-    for path, x in jax.tree_util.tree_leaves_with_path(tree):
-        name = str(getattr(path[-1], "key", getattr(path[-1], "name", "")))
-        shape = sharding_of(name if x.shape else "", x.shape, mesh).shard_shape(x.shape)
-        total += padded(shape, x.dtype.itemsize, tiles)
-    return total
+
+    def local(x: Any, sharding: Any) -> int:
+        return padded(sharding.shard_shape(x.shape), x.dtype.itemsize, tiles)
+
+    return sum(jax.tree.leaves(jax.tree.map(local, tree, shardings(tree, mesh))))
 
 
 @functools.cache

@@ -6,7 +6,7 @@ network their full speed; overlapping parts count once, and the sums of tensor p
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gptjax.config import TrainConfig
 from gptjax.diagnostics.plan.memory import Memory, item_size, local_sizes, saved_by_layer, score_count
@@ -60,8 +60,7 @@ def speed(config: TrainConfig, sizes: Mapping[str, int], topology: Topology, mem
         compute=compute, memory=memory_traffic(config, sizes, memory) / chip.bandwidth, network=shared, tensor=alone,
         tokens=tokens, mfu=0.0,
     )  # fmt: skip
-    mfu = needed / (estimate.seconds * devices * peak)
-    return Speed(**{**vars(estimate), "mfu": mfu})
+    return replace(estimate, mfu=needed / (estimate.seconds * devices * peak))
 
 
 def executed_flops(config: TrainConfig, sizes: Mapping[str, int]) -> float:
@@ -72,9 +71,8 @@ def executed_flops(config: TrainConfig, sizes: Mapping[str, int]) -> float:
     layers = 2.0 * count["matrices"] - head
     seen = 1.0 if score_count(config, {"B": 1, "H": 1, "L": 1, "M": 1}) else 0.5
     heads = local_sizes(config, sizes)["H"] * sizes["tensor"]  # every device computes those that do not divide
-    attention = (
-        4.0 * heads * cfg.head_size * sum(length if w is None else min(w, length) for w in cfg.layer_windows) * seen
-    )
+    keys = sum(length if w is None else min(w, length) for w in cfg.layer_windows)
+    attention = 4.0 * heads * cfg.head_size * keys * seen
     again = {
         "none": 0.0, "full": layers + attention, "dots": attention, "offload": layers,
         "names": layers + (0.0 if "attention" in cfg.remat_names else attention),

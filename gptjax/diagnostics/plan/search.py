@@ -15,7 +15,7 @@ import jax
 from gptjax.config import TrainConfig, check_divisible
 from gptjax.config.section import InputError
 from gptjax.diagnostics.plan.compiled import Compiled
-from gptjax.diagnostics.plan.memory import BY_CHIP, Memory, StateBytes, Temporaries, state_bytes, step_memory
+from gptjax.diagnostics.plan.memory import BY_CHIP, Memory, Temporaries, state_bytes, step_memory
 from gptjax.diagnostics.plan.roofline import Speed, speed
 from gptjax.model.counts import padded_vocab
 from gptjax.ops.attention import select_kernel
@@ -65,24 +65,22 @@ class Planner:
     def __init__(self, config: TrainConfig, topology: Topology):
         self.topology = topology
         self.config = with_attention(with_mesh(config, topology), topology)
-        self._shapes = jax.eval_shape(build_components(self.config).init, 0)
-        self._state = functools.cache(self._state_bytes)
+        shapes = jax.eval_shape(build_components(self.config).init, 0)
+        self._state = functools.cache(
+            lambda *sizes: state_bytes(self.config, shapes, dict(zip(AXES, sizes)), tiles=self.tiles)
+        )
 
     @property
     def tiles(self) -> bool:
         return bool(self.topology.libtpu)
-
-    def _state_bytes(self, sizes: tuple[int, ...]) -> StateBytes:
-        return state_bytes(self.config, self._shapes, dict(zip(AXES, sizes)), tiles=self.tiles)
 
     def candidate(self, config: TrainConfig) -> Candidate:
         """These settings with their memory and speed; raises InputError where a dimension does not divide."""
         sizes = axis_sizes(config.mesh)
         check_divisible(config, sizes)
         kept = BY_CHIP.get(self.topology.kind, Temporaries())
-        memory = step_memory(
-            config, self._state(tuple(sizes.values())), sizes, device=device_of(self.topology), kept=kept
-        )
+        state = self._state(*sizes.values())
+        memory = step_memory(config, state, sizes, device=device_of(self.topology), kept=kept)
         chip = self.topology.chip
         fast = speed(config, sizes, self.topology, memory) if chip and chip.bandwidth else None
         return Candidate(config=config, memory=memory, speed=fast)

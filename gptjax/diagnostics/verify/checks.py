@@ -94,9 +94,8 @@ def verify(cfg: VerifyConfig, say: Callable[[str], None]) -> bool:
         write_json(cfg.json, report)
     shown = f"{len(devices)} {devices[0].device_kind} device(s), {seconds:.0f} s"
     if failed:
-        say(f"verify: FAILED {len(failed)} of {len(results)} checks on {shown}; do not train with what failed: "
-            "update jax "
-            "and drivers, or leave that setting out")  # fmt: skip
+        advice = "do not train with what failed: update jax and drivers, or leave that setting out"
+        say(f"verify: FAILED {len(failed)} of {len(results)} checks on {shown}; {advice}")
     elif first:
         say(f"verify: the same numbers in all {len(results)} checks on {shown}")
     wait_for_reports()
@@ -172,9 +171,7 @@ def cache_is_exact(family: str, mesh: MeshConfig | None, name: str) -> Result:
         full_BLV, cached_BLV = numbers.on_host(jax.jit(both)(params, inputs["ids_BL"], inputs["place_BL"]))
     full_BLV, cached_BLV = full_BLV[..., : numbers.VOCAB], cached_BLV[..., : numbers.VOCAB]  # the others are masked
     far = numbers.finite(float(np.abs(cached_BLV - full_BLV).max() / np.abs(full_BLV).max()))
-    problem = (
-        f"logits differ by {far:.1e} of the largest, wanted at most {LOGITS_BOUND:g}" if far > LOGITS_BOUND else ""
-    )
+    problem = f"logits differ by {far:.1e} of the largest, wanted at most {LOGITS_BOUND:g}"
     return Result(name=name, loss=far, problem=problem if far > LOGITS_BOUND else "")
 
 
@@ -192,9 +189,8 @@ def nothing_leaks(setting: Setting, name: str) -> Result:
 
         @jax.jit
         def forward(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
-            return decoder.apply({"params": params}, *(batch[f"{x}_BL"] for x in ("inputs", "positions", "segments")))[
-                0
-            ]
+            inputs = (batch[f"{x}_BL"] for x in ("inputs", "positions", "segments"))
+            return decoder.apply({"params": params}, *inputs)[0]
 
         a_BLD, b_BLD = (numbers.on_host(forward(params, to_global(x, over))) for x in (before, after))
     changed_BL = (a_BLD != b_BLD).any(axis=-1)

@@ -250,7 +250,9 @@ class _Workers:
             self._shortest = min(self._shortest, seconds)
             with _locked(self._folder):
                 write_table(self._folder, self._results)
-            self._say(f"{self._progress()}  {job.name}: loss {found[0]:.4f} in {duration(seconds)}{self._time_left()}")
+            done = sum(self._results.of(job) is not None for job in self._jobs.values())
+            result = f"{job.name}: loss {found[0]:.4f} in {duration(seconds)}{self._time_left()}"
+            self._say(f"{done}/{len(self._jobs)} jobs  {result}")
             return
         log = self._folder / "logs" / f"{job.name}.log"
         if code == DIVERGED and self._give_up_diverged(job):
@@ -281,10 +283,6 @@ class _Workers:
             running.process.wait()
         for running in left:
             self._ended(running)
-
-    def _progress(self) -> str:
-        done = sum(self._results.of(job) is not None for job in self._jobs.values())
-        return f"{done}/{len(self._jobs)} jobs"
 
     def _time_left(self) -> str:
         """The estimated time left, by the speed of finished jobs, none shorter than the shortest; empty without any."""
