@@ -125,13 +125,12 @@ def save(folder: Path, step: int, state: str) -> None:
     (folder / "state").write_text(state)
     files = {"state": [len(state), hashlib.sha256(state.encode()).hexdigest()]}
     seal = hashlib.sha256(json.dumps([step, files], sort_keys=True).encode()).hexdigest()
-    temporary = folder.with_name(f"{folder.name}.new")
-    write(folder / "manifest.json", json.dumps({"step": step, "files": files, "sha256": seal}), temporary)
+    write(folder / "manifest.json", json.dumps({"step": step, "files": files, "sha256": seal}))
 
 
-def write(path: Path, text: str, temporary: Path | None = None) -> None:
+def write(path: Path, text: str) -> None:
     """Whole or not at all, as gptjax writes its files."""
-    temporary = temporary or path.with_name(f".{path.name}.new")
+    temporary = path.with_name(f".{path.name}.new")
     temporary.write_text(text)
     temporary.rename(path)
 

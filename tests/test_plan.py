@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import jax
 import pytest
@@ -215,18 +216,17 @@ def test_the_plan_is_one_screen_a_json_file_and_a_recipe_that_loads(tmp_path, ca
     assert config.optim.accumulate == found["found"]["accumulate"]
 
 
-def test_what_can_not_fit_is_said_with_what_is_missing(capsys, monkeypatch):
+def test_what_can_not_fit_is_said_with_what_is_missing_and_the_next_command_compares_topologies(
+    tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(report, "has_libtpu", lambda: False)
-    lines: list[str] = []
-    found, best = report.plan(recipe("gpt3 --size 175b"), "v5e:4x4", 6, lines.append)
-    assert best is None and found["found"] is None
-    assert any("libtpu is not installed" in line and "pip install" in line for line in lines)
-    assert any(line.startswith("nothing fits") and "GiB a chip are missing" in line for line in lines)
-
-
-def test_where_nothing_fits_the_next_command_compares_topologies(capsys):
-    assert main("plan gpt3 --size 175b --topology v5e:4x4 --compiles 0".split()) == 0
-    assert capsys.readouterr().err.endswith("next: gptjax plan gpt3 --size 175b\n")
+    words = "plan gpt3 --size 175b --topology v5e:4x4 --compiles 6 --json".split()
+    assert main([*words, str(tmp_path / "plan.json")]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads((tmp_path / "plan.json").read_text())["found"] is None
+    assert "libtpu is not installed" in out and "pip install" in out
+    assert re.search("^nothing fits: .* GiB a chip are missing", out, re.MULTILINE)
+    assert err.endswith("next: gptjax plan gpt3 --size 175b\n")
 
 
 def test_a_step_is_compiled_for_fake_devices_in_a_process_of_its_own():

@@ -1,7 +1,9 @@
 """What gptjax fit writes and gptjax predict says of it: strict JSON, a page that needs nothing else, honest limits."""
 
+import contextlib
 import dataclasses
 import html.parser
+import io
 import json
 import re
 from pathlib import Path
@@ -43,9 +45,6 @@ def table(tmp_path_factory):
 @pytest.fixture(scope="module")
 def fitted(table, tmp_path_factory):
     """The folder of a fit to the smaller budgets, and what the verb said."""
-    import contextlib
-    import io
-
     folder, out, err = tmp_path_factory.mktemp("fits") / "fit", io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(["fit", str(table), "--out", str(folder), "--max-flops", "5e18", "--bootstraps", "40"])
@@ -60,6 +59,12 @@ def load(path):
         raise AssertionError(f"{word} is no JSON")
 
     return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def predicted(capsys, fit, folder, *args):
+    """What gptjax predict prints, and its JSON file."""
+    out = said(capsys, "predict", fit, *args, "--json", folder / "p.json")
+    return out, load(folder / "p.json")
 
 
 def test_a_fit_says_on_one_screen_what_it_found_and_what_it_could_not_do(fitted, table):
@@ -138,8 +143,7 @@ def test_without_matplotlib_the_report_has_no_plots_and_says_so(fitted, tmp_path
 
 
 def test_predictions_of_a_budget_have_intervals_and_a_recipe_with_its_source(fitted, tmp_path, capsys):
-    out = said(capsys, "predict", fitted[0], "--flops", BUDGETS[3], "--json", tmp_path / "deep" / "p.json")
-    made = load(tmp_path / "deep" / "p.json")
+    out, made = predicted(capsys, fitted[0], tmp_path / "deep", "--flops", BUDGETS[3])
     n, d = LAW.optimal(BUDGETS[3])
     assert made["parameters"] == pytest.approx(n, rel=0.2) and made["tokens"] == pytest.approx(d, rel=0.2)
     assert made["loss"] == pytest.approx(float(LAW.loss(n, d)), rel=0.01)
@@ -179,8 +183,7 @@ def test_a_budget_whose_best_size_is_far_outside_is_refused(fitted, tmp_path, ca
 
 
 def test_a_table_is_held_against_the_fit_row_by_row(fitted, table, tmp_path, capsys):
-    out = said(capsys, "predict", fitted[0], "--against", table, "--json", tmp_path / "p.json")
-    made = load(tmp_path / "p.json")
+    out, made = predicted(capsys, fitted[0], tmp_path, "--against", table)
     assert [row["fitted"] for row in made["rows"]] == [True] * 15 + [False] * 5
     unseen = [row for row in made["rows"] if not row["fitted"]]
     assert made["unseen"]["rows"] == 5 and made["unseen"]["mean_error"] < 0.01
@@ -191,19 +194,18 @@ def test_a_table_is_held_against_the_fit_row_by_row(fitted, table, tmp_path, cap
     assert made["unseen"]["best"]["mean_two_point_error"] == pytest.approx(abs(best["two_point_error"]))
     assert made["unseen"]["best"]["mean_error"] < made["unseen"]["best"]["mean_two_point_error"]
     assert "unseen, 5 rows: mean |error|" in out and "two-point line" in out and "extrapolated" in out
-    said(capsys, "predict", fitted[0], "--against", table, "--where", "flops>5e18", "--json", tmp_path / "p.json")
-    assert len(load(tmp_path / "p.json")["rows"]) == 5
+    _, made = predicted(capsys, fitted[0], tmp_path, "--against", table, "--where", "flops>5e18")
+    assert len(made["rows"]) == 5
 
 
 def test_runs_that_are_planned_are_predicted_before_they_have_losses(fitted, table, tmp_path, capsys):
     lines = [line.split(",") for line in table.read_text().splitlines()]
     planned = tmp_path / "planned.csv"
     planned.write_text("".join(",".join(line[:5]) + "\n" for line in (lines[0], *lines[-5:])))
-    out = said(capsys, "predict", fitted[0], "--against", planned, "--json", tmp_path / "p.json")
-    rows = load(tmp_path / "p.json")["rows"]
+    out, made = predicted(capsys, fitted[0], tmp_path, "--against", planned)
+    rows = made["rows"]
     assert len(rows) == 5 and "5 planned runs" in out and not any({"loss", "error", "fitted"} & set(r) for r in rows)
-    said(capsys, "predict", fitted[0], "--against", table, "--json", tmp_path / "p.json")
-    later = load(tmp_path / "p.json")["rows"][-5:]  # the same numbers once the runs are there
+    later = predicted(capsys, fitted[0], tmp_path, "--against", table)[1]["rows"][-5:]  # the runs are there now
     for key in ("predicted", "interval", "two_point"):
         assert [row[key] for row in rows] == [row[key] for row in later]
 
@@ -272,8 +274,8 @@ def test_a_fit_without_resamples_has_no_intervals_and_says_so(fitted, tmp_path, 
     for found in (*document["coefficients"].values(), *(a for a in document["approaches"].values() if a["done"])):
         found["interval"], found["intervals"], found["band"] = None, {"N": None, "D": None}, None
     (tmp_path / "fit.json").write_text(json.dumps(document))
-    out = said(capsys, "predict", tmp_path, "--flops", "1e18", "--json", tmp_path / "p.json")
-    assert "(no interval)" in out and load(tmp_path / "p.json")["loss_interval"] is None
+    out, made = predicted(capsys, tmp_path, tmp_path, "--flops", "1e18")
+    assert "(no interval)" in out and made["loss_interval"] is None
     report.write_report(open_fit(tmp_path), tmp_path / "again")
     assert "no interval" in (tmp_path / "again" / "report.html").read_text()
     assert any("no interval" in line for line in report.screen(open_fit(tmp_path)))

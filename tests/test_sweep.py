@@ -403,22 +403,6 @@ def test_a_branch_ends_with_the_bits_of_a_straight_run(recipe, text, tmp_path, m
     assert marks[0] == marks[1]
 
 
-@pytest.mark.exhaustive
-def test_a_sweep_of_real_runs_that_was_killed_ends_with_the_same_table(recipe, text, tmp_path):
-    def begin(out: str) -> subprocess.Popen:
-        command = [*GPTJAX, "sweep", str(recipe), "--out", out, "--workers", "2", "--grid"]
-        command += points(s16="10 100 300", s32="50 100")
-        return commands.start(command, cwd=tmp_path, env=environment(tmp_path / "cache"), start_new_session=True)
-
-    assert finish(begin("whole"))[0] == 0
-    for seconds in (3, 8, 12, 16, 20):
-        process = begin("killed")
-        time.sleep(seconds)
-        kill_group(process)
-    code, errors = finish(begin("killed"))
-    assert code == 0 and table(tmp_path / "killed") == table(tmp_path / "whole"), errors
-
-
 def curve(run: Path) -> list[tuple]:
     kept = ("step", "loss", "grad_norm", "learning_rate", "eval_loss")
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
