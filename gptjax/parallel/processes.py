@@ -73,15 +73,9 @@ def join_processes(settings: Mapping[str, Any], folder: str | Path | None = None
     # Its handler would take SIGTERM from ours, and knows no other signal.
     jax.config.update("jax_enable_preemption_service", False)
     _keep_stdout()
-    jax.distributed.initialize(
-        cluster.coordinator,
-        cluster.processes,
-        cluster.process,
-        cluster.local_devices,
-        cluster_detection_method="deactivate",
-        initialization_timeout=int(wait),
-        heartbeat_timeout_seconds=int(heartbeat),
-    )
+    job = (cluster.coordinator, cluster.processes, cluster.process, cluster.local_devices)
+    limits: dict[str, Any] = {"initialization_timeout": int(wait), "heartbeat_timeout_seconds": int(heartbeat)}
+    jax.distributed.initialize(*job, cluster_detection_method="deactivate", **limits)
     _stop_watch = threading.Event()
     sys.excepthook = functools.partial(_fail, heartbeat)
     atexit.register(_stop_watch.set)  # before jax's own handler, which shuts the client down

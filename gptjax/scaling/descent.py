@@ -95,19 +95,11 @@ def minimize(
     def part(begin: int) -> tuple[np.ndarray, ...]:
         rows = pad[begin : begin + LANES]
         with jax.enable_x64(True):  # thread-local, so that no other arrays change type
-            out = _descend(
-                start_BP[rows],
-                np.pad(np.asarray(weight_BN[rows], float), ((0, 0), more)),
-                design_KNP,
-                np.pad(np.asarray(loss_BN[rows], float), ((0, 0), more), constant_values=1.0),
-                basis_PP,
-                inputs,
-                problem.delta,
-                scale,
-                turns,
-                residual=problem.residual,
-                combine=problem.combine,
-            )
+            weights = np.pad(np.asarray(weight_BN[rows], float), ((0, 0), more))
+            losses = np.pad(np.asarray(loss_BN[rows], float), ((0, 0), more), constant_values=1.0)
+            points = (weights, design_KNP, losses, basis_PP, inputs)
+            how = {"residual": problem.residual, "combine": problem.combine}
+            out = _descend(start_BP[rows], *points, problem.delta, scale, turns, **how)
             return tuple(np.asarray(x) for x in out)
 
     with ThreadPoolExecutor() as pool:

@@ -20,6 +20,7 @@ from gptjax.parallel.sharding import AXES
 P = jax.P
 
 SIZES = (256 * 2**10, 4 * 2**20)  # bytes of the larger side of a collective on each device
+ADVICE = "do not train on these devices: check cables, drivers and NCCL_* or XLA flags, then each host alone"
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "permute")
 
 
@@ -49,10 +50,8 @@ def check_collectives() -> list[Finding]:
         failed, seconds[shown] = check_axes(mesh, axes, size)
         if failed:
             text = f"{', '.join(failed)} of {shown} gave wrong numbers"
-            advice = (
-                "do not train on these devices: check cables, drivers and NCCL_* or XLA flags, then each host alone"
-            )
-            wrong.append(Finding("collectives", "PROBLEM", text, advice, {"size": size, "axes": axes, "wrong": failed}))
+            data = {"size": size, "axes": axes, "wrong": failed}
+            wrong.append(Finding("collectives", "PROBLEM", text, ADVICE, data))
     if wrong:
         return wrong
     over = ", ".join(f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1)

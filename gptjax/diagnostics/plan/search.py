@@ -3,6 +3,7 @@
 The batch and all else that changes the losses stay as they are.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -142,17 +143,10 @@ class Planner:
             rows, rest = divmod(config.data.batch_size, sizes["data"] * sizes["fsdp"])
             for accumulate in (n for n in range(1, rows + 1) if rest == 0 and rows % n == 0):
                 for remat in dict.fromkeys((*REMATS, config.model.remat)):
-                    try:
-                        yield self.candidate(
-                            dataclasses.replace(
-                                config,
-                                mesh=dataclasses.replace(config.mesh, **sizes),
-                                model=dataclasses.replace(config.model, remat=remat),
-                                optim=dataclasses.replace(config.optim, accumulate=accumulate),
-                            )
-                        )
-                    except InputError:  # a dimension that does not divide
-                        continue
+                    changes = {"mesh": sizes, "model": {"remat": remat}, "optim": {"accumulate": accumulate}}
+                    new = {name: dataclasses.replace(getattr(config, name), **to) for name, to in changes.items()}
+                    with contextlib.suppress(InputError):  # a dimension that does not divide
+                        yield self.candidate(dataclasses.replace(config, **new))
 
     def _meshes(self) -> Iterator[dict[str, int]]:
         """Meshes of all devices over which the model's dimensions divide, with the context axis as it is set.
