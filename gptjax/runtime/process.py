@@ -31,6 +31,11 @@ def expected_platform(environment: Mapping[str, str] = os.environ, devices: Path
     return "gpu" if any(devices.glob("nvidia[0-9]*")) or (devices / "kfd").exists() else "cpu"
 
 
+def default_workers() -> int:
+    """Workers, threads or processes, to start where no number is asked for: one a core."""
+    return usable_cores()
+
+
 def usable_cores() -> int:
     """Returns the number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
