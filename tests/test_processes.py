@@ -90,6 +90,16 @@ def test_incomplete_variables_are_refused_in_one_line(monkeypatch, environment, 
     assert "\n" not in str(error.value)
 
 
+NOTES = [({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2"}, "not started by srun"), ({"PMI_SIZE": "2"}, "MPI"), ({}, "")]
+
+
+@pytest.mark.parametrize("environment, note", NOTES)
+def test_a_process_that_a_launcher_left_alone_says_so(capsys, environment, note):
+    assert find_cluster(environment) is None
+    said = capsys.readouterr().err
+    assert note in said and said.endswith("it trains alone\n") == bool(note)
+
+
 # What is wrong is named by all, in time.
 
 
