@@ -85,11 +85,7 @@ def generate(model: LoadedModel, prompt: str | list[str] = "", **settings: Any) 
     `settings` are those of config.GenerateConfig: max_new_tokens, temperature, top_k, top_p, min_p, seed, stop, ...
     """
     prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
-    values = dict(leaves(GenerateConfig())) | {"prompt": prompts}
-    for setting in settings:
-        if setting not in values:
-            raise InputError(unknown_name(setting, list(values)))
-    cfg = build(GenerateConfig, values | settings)
+    cfg = build(GenerateConfig, dict(leaves(GenerateConfig())) | {"prompt": prompts} | settings)
     with jax.set_mesh(model.mesh):
         texts = generate_texts(model.decoder, model.params, model.tokenizer, cfg)
     return texts[0] if isinstance(prompt, str) else texts
@@ -100,4 +96,4 @@ def evaluate(model: LoadedModel, max_rows: int = 0) -> dict[str, Any]:
 
     Only the first max_rows rows of each where that is not 0.
     """
-    return {"step": model.step, **evaluate_trained(model, max_rows)}
+    return evaluate_trained(model, max_rows)

@@ -1,5 +1,7 @@
 """The command line: one verb a stage, no logic. Heavy modules are imported by the verb that needs them."""
 
+import difflib
+import functools
 import os
 import shlex
 import signal
@@ -9,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gptjax.config import ContinueConfig, EvalConfig, PrepareConfig, ShowConfig, TrainConfig, TrainTokenizerConfig
-from gptjax.config.command_line import HELP, nothing_left, parse, positional, positionals
+from gptjax.config.command_line import HELP, load_recipe, nothing_left, origins, parse, positional, positionals, take
 from gptjax.config.section import InputError
 from gptjax.parallel.cluster import RetryableError
 from gptjax.parallel.processes import exit_all, is_main_process, join_processes, process_label, say
@@ -73,8 +75,6 @@ def data_verify(args: list[str]) -> int:
 def pretrain(args: list[str]) -> int:
     """pretrain RECIPE          train a model, or go on with its run"""
     name, args = positional(args, "RECIPE", "gptjax pretrain quickstart")
-    from gptjax.config.command_line import load_recipe, origins, take
-
     if name == "RECIPE":
         parse(TrainConfig(), args, "gptjax pretrain RECIPE [--size SIZE]")
     recipe = load_recipe(name)
@@ -110,8 +110,6 @@ def plan(args: list[str]) -> int:
     """plan RECIPE              memory, speed and price on --topology v5e:4x4, h100:8 ..., before any bill"""
     name, args = positional(args, "RECIPE", "gptjax plan llama_8b --topology v5p:4x4x4")
     os.environ["JAX_PLATFORMS"] = "cpu"  # a GPU or TPU that is here is not taken
-    from gptjax.config.command_line import load_recipe, take
-
     if name == "RECIPE":
         parse(TrainConfig(), args, f"gptjax plan RECIPE {PLAN}")
     recipe, given = load_recipe(name), {}
@@ -146,7 +144,6 @@ def plan(args: list[str]) -> int:
 def sweep(args: list[str]) -> int:
     """sweep RECIPE --out DIR   train a grid of budgets and sizes, one trunk for all horizons of a size"""
     name, args = positional(args, "RECIPE", "gptjax sweep modern --out DIR --grid 1e17:4,6 3e17:4,6,8")
-    from gptjax.config.command_line import load_recipe
     from gptjax.config.sweep import SweepConfig
 
     cfg = parse(SweepConfig(), args, f"gptjax sweep {name}")
@@ -166,8 +163,8 @@ def evaluate(args: list[str]) -> int:
     from gptjax.commands import evaluate_run
 
     results = evaluate_run(run, cfg)
-    for name, value in results.items() if is_main_process() else ():
-        print(f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}")
+    for name, value in results.items():
+        _print(f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}")
     _next("generate", run)
     return 0
 
@@ -179,11 +176,7 @@ def generate(args: list[str]) -> int:
     tune_process()
     from gptjax.commands import generate_run
 
-    def write(piece: str) -> None:
-        if is_main_process():
-            print(piece, end="", flush=True)
-
-    generate_run(run, cfg, write)
+    generate_run(run, cfg, functools.partial(_print, end=""))
     _next("generate", run, "--prompt", *cfg.prompt, "--seed", cfg.seed + 1)
     return 0
 
@@ -356,8 +349,6 @@ def _find_verb(args: list[str]) -> tuple[Verb, list[str]]:
     group = [f"  gptjax {verb.__doc__}" for name, verb in VERBS.items() if name.split()[0] == args[0]]
     if group and (not args[1:] or args[1] in HELP):
         return _print_line, ["\n".join(group)]
-    import difflib
-
     words = (" ".join(args[:2]), args[0])
     close = next(filter(None, (difflib.get_close_matches(word, VERBS, n=1, cutoff=0.7) for word in words)), [])
     raise InputError(
@@ -378,9 +369,9 @@ def _start(cfg: Any) -> None:
     join_processes(dict(leaves(cfg)))
 
 
-def _print(line: str) -> None:
+def _print(text: str, end: str = "\n") -> None:
     if is_main_process():
-        print(line, flush=True)
+        print(text, end=end, flush=True)
 
 
 def _fail(error: Exception | str) -> None:

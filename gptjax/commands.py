@@ -25,11 +25,11 @@ def evaluate_run(run_dir: str | Path, cfg: EvalConfig) -> dict[str, Any]:
     """Evaluates a run on its validation split: step, eval_loss, eval_perplexity, eval_bits_per_byte, eval_tokens."""
     join_processes({"run": str(run_dir), **dict(leaves(cfg))})
     model = load_model(run_dir, cfg.mesh, cfg.step)
-    return {"step": model.step, **evaluate_trained(model, cfg.max_rows)}
+    return evaluate_trained(model, cfg.max_rows)
 
 
 def evaluate_trained(model: LoadedModel, max_rows: int = 0) -> dict[str, Any]:
-    """Evaluates a loaded model on its validation sets: the numbers of `evaluate_run` but the step."""
+    """Evaluates a loaded model on its validation sets: the numbers of `evaluate_run`."""
     from gptjax.data.packing import example_batch
     from gptjax.data.pipeline import open_pipeline
     from gptjax.evals.loss import evaluate, make_eval_step
@@ -42,7 +42,8 @@ def evaluate_trained(model: LoadedModel, max_rows: int = 0) -> dict[str, Any]:
     with jax.set_mesh(model.mesh):
         example = abstract(example_batch(model.config.data.batch_size, model.config.data.length), model.mesh)
         eval_step = make_eval_step(model.decoder, model.mesh, model.params, example)
-        return evaluate(eval_step, model.params, feed.validation, max_rows, model.mesh)
+        metrics = evaluate(eval_step, model.params, feed.validation, max_rows, model.mesh)
+    return {"step": model.step, **metrics}
 
 
 def generate_run(run_dir: str | Path, cfg: ContinueConfig, write: Callable[[str], None]) -> None:

@@ -1,7 +1,6 @@
 """The Python API: what a notebook does, with parts of the user's own."""
 
 import functools
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +19,7 @@ from gptjax.runs.run import Run
 from gptjax.runs.warm_start import _check_settings, _check_shapes
 from gptjax.training.build import build_components
 from gptjax.training.losses import token_log_probs
+from gptjax.training.metrics_file import MetricsFile
 
 TINY = {
     "steps": 6, "model.num_layers": 2, "model.width": 16, "model.num_heads": 2, "tokenizer.kind": "bytes",
@@ -41,9 +41,10 @@ def config(folder: Path, text: Path, **settings):
     return gptjax.recipe("quickstart", TINY | {"run_dir": str(folder), "data.source": str(text)} | more)
 
 
-def losses(run_dir: Path) -> list[float]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
+def metrics(model, key: str) -> list:
+    """The values of a key in the lines of a model's metrics.jsonl that have it."""
+    lines = MetricsFile(model.run.metrics_path).read()
+    return [line[key] for line in lines if key in line]
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +55,11 @@ def plain(tmp_path_factory, text, compile_cache):
 def test_a_notebook_trains_loads_generates_and_evaluates(plain, capsys):
     loaded = gptjax.load(plain.run.folder)
     assert loaded.step == 6
-    assert gptjax.generate(loaded, "the ", max_new_tokens=5, seed=3) == gptjax.generate(
-        plain, "the ", max_new_tokens=5, seed=3
-    )
+    one, other = (gptjax.generate(model, "the ", max_new_tokens=5, seed=3) for model in (loaded, plain))
+    assert one == other
     assert len(gptjax.generate(plain, ["a", "b"], max_new_tokens=2)) == 2
-    lines = [json.loads(line) for line in plain.run.metrics_path.read_text().splitlines()]
-    known = next(line for line in lines if "eval_loss" in line)
-    assert gptjax.evaluate(plain, max_rows=8)["eval_loss"] == pytest.approx(known["eval_loss"], rel=1e-6)
+    known = metrics(plain, "eval_loss")[0]
+    assert gptjax.evaluate(plain, max_rows=8)["eval_loss"] == pytest.approx(known, rel=1e-6)
 
 
 def test_bad_settings_are_one_line(plain):
@@ -81,8 +80,7 @@ def test_the_functions_are_not_shadowed_by_the_modules_of_their_names():
 
 
 def test_norms_by_layer_are_those_of_the_gradients_and_come_every_n_steps(plain):
-    lines = [json.loads(line) for line in plain.run.metrics_path.read_text().splitlines()]
-    steps = [line for line in lines if "loss" in line]
+    steps = [line for line in MetricsFile(plain.run.metrics_path).read() if "loss" in line]
     assert [line["step"] for line in steps if "grad_norm_by_layer" in line] == [1, 2, 4, 6]
     for line in steps:
         assert line["peak_memory_bytes"] > 0
@@ -108,12 +106,9 @@ def test_a_loss_of_the_users_own_is_trained(tmp_path, text):
         return loss_fn
 
     model = gptjax.train(config(tmp_path / "focal", text), loss=focal)
-    first = losses(model.run.folder)[0]
+    first = metrics(model, "loss")[0]
     assert 0.98 * np.log(258) < first < np.log(258), "a little below the plain loss of a new model"
-    assert (
-        json.loads(model.run.config_path.read_text())["settings"]["loss"]["value"].endswith(":focal")
-        or "focal" in (json.loads(model.run.config_path.read_text())["settings"]["loss"]["value"])
-    )
+    assert model.config.loss.endswith(".focal")
 
 
 @pytest.mark.parametrize(
@@ -174,37 +169,44 @@ def test_a_source_of_the_users_own_is_read(tmp_path):
             yield f"{i} squared is {i * i}, and its cube {i**3}."
 
     model = gptjax.train(config(tmp_path / "numbers", Path("unused"), steps=2), source=numbers)
-    assert len(losses(model.run.folder)) == 2
+    assert len(metrics(model, "loss")) == 2
 
 
-def test_names_that_lead_nowhere_are_refused(tmp_path, text):
+def test_what_leads_nowhere_or_would_be_ignored_or_confused_is_refused(tmp_path, text):
+    (tmp_path / "empty.txt").touch()
+
+    def refused(message: str, loss=None, **settings) -> None:
+        with pytest.raises(InputError, match=message):
+            gptjax.train(config(tmp_path / "run", text, **settings), loss=loss)
+
+    refused("optim.z_loss=0.1 belongs to the built-in loss", lambda decoder: None, optim__z_loss=0.1)
+    refused("a partial has no name of its own", functools.partial(print))
+    refused("model.block='gptjax.model.block:nothing': wanted module:name", model__block="gptjax.model.block:nothing")
+    refused("data.validation held=.*holds no text", data__validation=(f"held={tmp_path / 'empty.txt'}",))
+    refused("data.weights=.*wanted one for each source where data.weights_are is", data__weights_are="shares")
     with pytest.raises(InputError, match="loss='nowhere:f': wanted module:name"):
-        gptjax.train(config(tmp_path / "a", text, loss="nowhere:f"))
-    with pytest.raises(InputError, match="model.block='gptjax.model.block:nothing': wanted module:name"):
-        gptjax.train(config(tmp_path / "b", text, model__block="gptjax.model.block:nothing"))
+        gptjax.train(config(tmp_path / "run", text, loss="nowhere:f"))
 
 
 @pytest.mark.slow
 def test_averaged_weights_are_what_a_run_evaluates_and_generates_with(plain, tmp_path, text):
     model = gptjax.train(config(tmp_path / "ema", text, log_norms_every=2, optim__ema=0.5))
-    assert losses(model.run.folder) == losses(plain.run.folder), "averaging does not change training"
+    assert metrics(model, "loss") == metrics(plain, "loss"), "averaging does not change training"
     changed = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), model.params, plain.params)
     assert max(jax.tree.leaves(changed)) > 1e-6
-    known = [json.loads(x) for x in model.run.metrics_path.read_text().splitlines() if "eval_loss" in x][-1]
-    assert gptjax.evaluate(model, 8)["eval_loss"] == pytest.approx(known["eval_loss"], rel=1e-6)
-    assert gptjax.evaluate(plain, 8)["eval_loss"] != known["eval_loss"]
+    known = metrics(model, "eval_loss")[-1]
+    assert gptjax.evaluate(model, 8)["eval_loss"] == pytest.approx(known, rel=1e-6)
+    assert gptjax.evaluate(plain, 8)["eval_loss"] != known
 
 
 @pytest.mark.slow
 def test_a_run_starts_from_anothers_weights_with_a_schedule_of_its_own(plain, tmp_path, text):
-    folder = tmp_path / "longer"
     more = {"init": str(plain.run.folder), "data__length": 64, "steps": 3, "optim__learning_rate": 1e-9}
-    model = gptjax.train(config(folder, text, **more))
+    model = gptjax.train(config(tmp_path / "longer", text, **more))
     for name, x in plain.params["layers"].items():
         np.testing.assert_allclose(model.params["layers"][name], x, atol=1e-6)
-    lines = [json.loads(line) for line in model.run.metrics_path.read_text().splitlines()]
-    assert [line["updates"] for line in lines if "loss" in line] == [1, 2, 3]
-    assert losses(folder)[0] < losses(plain.run.folder)[0] - 0.005, "it knows what the other one learned"
+    assert metrics(model, "updates") == [1, 2, 3]
+    assert metrics(model, "loss")[0] < metrics(plain, "loss")[0] - 0.005, "it knows what the other one learned"
     with pytest.raises(InputError, match="its embed_VD has shape .*this model's"):
         gptjax.train(config(tmp_path / "wider", text, init=str(plain.run.folder), model__width=32))
     with pytest.raises(InputError, match="wanted the folder of a run"):
@@ -244,10 +246,8 @@ def test_a_run_that_can_not_be_started_from_is_refused_before_its_text_is_prepar
 
 def test_a_weight_of_another_shape_says_which_setting_is_wrong(tmp_path, text):
     old = SimpleNamespace(params={"embed_VD": np.zeros((8, 4))})
-    for shape, said in (
-        ((6, 4), "tokenizer.vocab_size may grow, not shrink"),
-        ((8, 6), "the model's settings must be"),
-    ):
+    refused = {(6, 4): "tokenizer.vocab_size may grow, not shrink", (8, 6): "the model's settings must be"}
+    for shape, said in refused.items():
         with pytest.raises(InputError, match=f"its embed_VD has shape .*; {said}"):
             _check_shapes(old, {"embed_VD": np.zeros(shape)}, config(tmp_path, text, init="old"))
 
@@ -277,18 +277,6 @@ def test_a_run_starts_from_one_with_fewer_token_ids_whose_meanings_are_the_same(
     assert larger.params["embed_VD"].shape == (384, 16)
     with pytest.raises(InputError, match="has another tokenizer, whose 258 ids mean other tokens"):
         gptjax.train(config(tmp_path / "other", text, **settings(bpe(300, reverse=True), 300), **more))
-
-
-def test_what_would_be_ignored_or_confused_is_refused(tmp_path, text):
-    with pytest.raises(InputError, match="optim.z_loss=0.1 belongs to the built-in loss"):
-        gptjax.train(config(tmp_path / "z", text, optim__z_loss=0.1), loss=lambda decoder: None)
-    with pytest.raises(InputError, match="a partial has no name of its own"):
-        gptjax.train(config(tmp_path / "p", text), loss=functools.partial(print))
-    (tmp_path / "empty.txt").touch()
-    with pytest.raises(InputError, match="data.validation held=.*holds no text"):
-        gptjax.train(config(tmp_path / "e", text, data__validation=(f"held={tmp_path / 'empty.txt'}",)))
-    with pytest.raises(InputError, match="data.weights=.*wanted one for each source where data.weights_are is shares"):
-        gptjax.override(config(tmp_path / "w", text), {"data.weights_are": "shares"})
 
 
 def test_a_module_in_the_working_folder_is_found_by_its_name(tmp_path, monkeypatch):

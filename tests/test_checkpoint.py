@@ -19,7 +19,7 @@ from gptjax.config.section import InputError
 from gptjax.parallel.sharding import make_mesh, shardings, to_global
 from gptjax.runs import checkpoint
 from gptjax.runs.checkpoint import CheckpointError, Checkpoints
-from gptjax.runs.digest import MANIFEST, digests, leaf_names, write_manifest
+from gptjax.runs.digest import MANIFEST, digests, named_leaves, write_manifest
 from gptjax.storage import StorageError
 from gptjax.storage.bucket import is_transient
 
@@ -56,7 +56,7 @@ def abstract(state, mesh=None):
 
 def assert_same_bits(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
-    for name, x, y in zip(leaf_names(a), jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    for name, x, y in zip(named_leaves(a), jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         assert x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes(), name
 
 

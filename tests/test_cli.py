@@ -4,7 +4,6 @@ import ast
 import contextlib
 import fcntl
 import gzip
-import json
 import os
 import pty
 import shlex
@@ -24,9 +23,12 @@ from gptjax import cli
 from gptjax.cli import VERBS, main
 from gptjax.config import TrainConfig
 from gptjax.runs.run import Run
+from gptjax.training.metrics_file import MetricsFile
 
 SMALL = """--model.num-layers 1 --model.width 32 --model.num-heads 2 --data.length 32 --data.batch-size 8 --steps 3
 --evaluate.max-rows 4 --optim.warmup-steps 1 --generate.max-new-tokens 5""".split()
+BYTES = "--tokenizer.kind bytes --tokenizer.vocab-size 258".split()
+PIECES = "--tokenizer.kind sentencepiece --tokenizer.vocab-size 300".split()
 GPTJAX = (sys.executable, "-m", "gptjax")
 COLOURS = {**os.environ, "TERM": "xterm-256color"}
 pytestmark = pytest.mark.usefixtures("compile_cache")
@@ -45,7 +47,7 @@ def text(tmp_path_factory):
 def run(text, tmp_path_factory, compile_cache):
     """A run of three steps on bytes."""
     folder = tmp_path_factory.mktemp("runs") / "it's small"
-    assert main(["pretrain", "shakespeare_char", *SMALL, "--data.source", str(text), "--run-dir", str(folder)]) == 0
+    run_verb("pretrain", "shakespeare_char", *SMALL, "--data.source", text, "--run-dir", folder)
     return folder
 
 
@@ -60,31 +62,37 @@ def refusal(capsys, *args) -> str:
     return lines[0]
 
 
+def run_verb(*words: object) -> None:
+    assert main([str(word) for word in words]) == 0
+
+
 def pretrain(text, folder, *more) -> list:
     return ["pretrain", "shakespeare_char", *SMALL, "--no-sample", "--data.source", text, "--run-dir", folder, *more]
 
 
 def test_a_run_is_trained_read_and_continued(run, capsys):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = MetricsFile(run / "metrics.jsonl").read()
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
     assert {"step", "loss", "tokens", "tokens_per_second"} <= set(lines[0])
     assert {"eval_loss", "eval_bits_per_byte"} <= set(lines[-1])
     capsys.readouterr()
-    assert main(["eval", str(run), "--max-rows", "4"]) == 0
+    run_verb("eval", run, "--max-rows", 4)
     printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
     assert float(printed["eval_loss"]) == pytest.approx(lines[-1]["eval_loss"], rel=1e-5)
-    assert main(["data", "show", str(run), "--step", "2"]) == 0
+    run_verb("data", "show", run, "--step", 2)
     shown = capsys.readouterr().out
     assert "batch of 8 rows of 32" in shown and "times" in shown
-    assert main(["checkpoint", "list", str(run)]) == 0 and "step 3" in capsys.readouterr().out
-    assert main(["checkpoint", "verify", str(run)]) == 0 and "step 3: sound" in capsys.readouterr().out
+    run_verb("checkpoint", "list", run)
+    assert "step 3" in capsys.readouterr().out
+    run_verb("checkpoint", "verify", run)
+    assert "step 3: sound" in capsys.readouterr().out
 
 
 def test_generate_prints_the_text_alone_and_a_seed_repeats_it(run, capsys):
     texts = []
     for seed in (1, 1, 2):
         capsys.readouterr()
-        assert main(["generate", str(run), "--prompt", "It was", "--max-new-tokens", "12", "--seed", str(seed)]) == 0
+        run_verb("generate", run, "--prompt", "It was", "--max-new-tokens", 12, "--seed", seed)
         texts.append(capsys.readouterr().out)
     assert texts[0].startswith("It was") and texts[0] == texts[1] != texts[2]
 
@@ -92,18 +100,16 @@ def test_generate_prints_the_text_alone_and_a_seed_repeats_it(run, capsys):
 def test_every_next_command_can_be_pasted_into_a_shell(run, text, tmp_path, capsys):
     def following(*words: object) -> list[str]:
         capsys.readouterr()
-        assert main([str(word) for word in words]) == 0
+        run_verb(*words)
         (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("next: "))
         return shlex.split(line.removeprefix("next: "))
 
     out, model = str(tmp_path / "it's $mine"), tmp_path / "to ken" / "tokenizer.model"
-    corpus = ["--data.source", out, "--tokenizer.kind", "bytes", "--tokenizer.vocab-size", "258"]
-    size = ["--tokenizer.vocab-size", "300"]
-    bytes_alone = ["--tokenizer.kind", "bytes", "--tokenizer.vocab-size", "258"]
-    trained = ["gptjax", "pretrain", "quickstart", *corpus, "--run-dir", "runs/NAME"]
-    assert following("prepare", "--source", text, "--out", out, *bytes_alone) == trained
+    trained = ["gptjax", "pretrain", "quickstart", "--data.source", out, *BYTES, "--run-dir", "runs/NAME"]
+    assert following("prepare", "--source", text, "--out", out, *BYTES) == trained
     assert following("data", "verify", out) == trained
-    prepared = ["gptjax", "prepare", "--source", str(text), "--out", "FOLDER", *size, "--tokenizer.path", str(model)]
+    prepared = ["gptjax", "prepare", "--source", str(text), "--out", "FOLDER", "--tokenizer.vocab-size", "300"]
+    prepared += ["--tokenizer.path", str(model)]
     assert following("tokenizer", "train", "--source", text, "--out", model.parent, "--vocab-size", 300) == prepared
     run = str(run)
     assert following("data", "show", run) == ["gptjax", "data", "show", run, "--step", "2"]
@@ -122,12 +128,11 @@ def test_every_next_command_can_be_pasted_into_a_shell(run, text, tmp_path, caps
 
 def test_a_prepared_folder_and_a_trained_tokenizer_are_sources(text, tmp_path, capsys):
     tokenizer, corpus = tmp_path / "tokenizer", tmp_path / "corpus"
-    assert main(f"tokenizer train --source {text} --out {tokenizer} --vocab-size 300".split()) == 0
-    settings = f"--tokenizer.vocab-size 300 --tokenizer.path {tokenizer}/tokenizer.model"
-    assert main(f"prepare --source {text} --out {corpus} {settings}".split()) == 0
-    assert main(["data", "verify", str(corpus)]) == 0
-    more = ["--tokenizer.kind", "sentencepiece", "--tokenizer.vocab-size", "300"]
-    assert main([str(a) for a in pretrain(corpus, tmp_path / "run", *more)]) == 0
+    run_verb("tokenizer", "train", "--source", text, "--out", tokenizer, "--vocab-size", 300)
+    settings = ("--tokenizer.vocab-size", 300, "--tokenizer.path", tokenizer / "tokenizer.model")
+    run_verb("prepare", "--source", text, "--out", corpus, *settings)
+    run_verb("data", "verify", corpus)
+    run_verb(*pretrain(corpus, tmp_path / "run", *PIECES))
     assert not (tmp_path / "run" / "data").exists()
     line = refusal(capsys, *pretrain(corpus, tmp_path / "other"))
     assert "was prepared with 300 token ids but tokenizer.vocab_size=258; set --tokenizer.vocab-size 300" in line
@@ -207,10 +212,7 @@ def test_a_run_in_place_of_a_recipe_is_refused_with_the_way_to_go_on(run, capsys
 
 
 def test_a_changed_vocabulary_is_refused_on_resume(run, text, capsys):
-    line = refusal(
-        capsys,
-        *pretrain(text, run, "--tokenizer.kind", "sentencepiece", "--tokenizer.vocab-size", "300", "--steps", "5"),
-    )
+    line = refusal(capsys, *pretrain(text, run, *PIECES, "--steps", "5"))
     assert "tokenizer.vocab_size was 258, got 300" in line
 
 
@@ -218,8 +220,7 @@ def test_data_that_a_run_was_not_trained_on_is_refused_by_what_reads_the_run(run
     copy = shutil.copytree(run, tmp_path / "copy")
     shutil.rmtree(copy / "data")
     (tmp_path / "b.txt").write_text("Call me Ishmael. Some years ago, never mind how long precisely.\n" * 60)
-    settings = "--tokenizer.kind bytes --tokenizer.vocab-size 258"
-    assert main(f"prepare --source {tmp_path / 'b.txt'} --out {copy / 'data'} {settings}".split()) == 0
+    run_verb("prepare", "--source", tmp_path / "b.txt", "--out", copy / "data", *BYTES)
     for verb in (["eval"], ["data", "show"]):
         line = refusal(capsys, *verb, copy)
         assert line.endswith(f"{copy / 'data'} is not the corpus that this run was trained on; restore it")
@@ -228,9 +229,7 @@ def test_data_that_a_run_was_not_trained_on_is_refused_by_what_reads_the_run(run
 @pytest.mark.slow
 def test_a_damaged_shard_is_refused_by_name(text, tmp_path, capsys):
     corpus = tmp_path / "corpus"
-    assert (
-        main(f"prepare --source {text} --out {corpus} --tokenizer.kind bytes --tokenizer.vocab-size 258".split()) == 0
-    )
+    run_verb("prepare", "--source", text, "--out", corpus, *BYTES)
     (shard,) = corpus.glob("*train.array_record*")
     raw = shard.read_bytes()
     at = raw.index("It was the best".encode("utf-16-le"))  # ids are stored as 16-bit numbers
@@ -352,8 +351,7 @@ def test_ctrl_c_during_the_imports_of_a_verb_is_one_line_and_75(words, module, t
 def test_ctrl_c_while_workers_of_prepare_write_is_one_line_and_the_same_command_goes_on(tmp_path):
     text, corpus = tmp_path / "a.txt", tmp_path / "corpus"
     text.write_text("It was the best of times, it was the worst of times.\n" * 200_000)
-    words = [*GPTJAX, "prepare", "--source", str(text), "--out", str(corpus), "--workers", "2"]
-    words += ["--tokenizer.kind", "bytes", "--tokenizer.vocab-size", "258"]
+    words = [*GPTJAX, "prepare", "--source", str(text), "--out", str(corpus), "--workers", "2", *BYTES]
     assert interrupt(started(*words), lambda: bool(list(corpus.glob("**/*array_record*")))) == f"{INTERRUPTED}\n"
     assert subprocess.run(words, stderr=subprocess.DEVNULL).returncode == 0
 

@@ -3,6 +3,7 @@
 And attention by blocks is linear in length, where the plain one is quadratic.
 """
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,34 +14,45 @@ import jax.numpy as jnp
 import pytest
 from unoptimised import UNOPTIMISED
 
-from gptjax.config import ModelConfig, OptimConfig
-from gptjax.model.decoder import Decoder, init_params
+from gptjax.config import DataConfig, MeshConfig, ModelConfig, TokenizerConfig, TrainConfig
+from gptjax.data.packing import example_batch
 from gptjax.ops.blockwise import attend_blockwise
 from gptjax.ops.reference import attend, causal
-from gptjax.parallel.sharding import AXES
-from gptjax.training.losses import language_model_loss
-from gptjax.training.optim import make_optimizer, make_schedule
-from gptjax.training.step import compile_step, make_init, make_train_step
+from gptjax.parallel.sharding import abstract, make_mesh
+from gptjax.training.build import build_components
+from gptjax.training.step import compile_step
 
-CFG = ModelConfig(num_layers=4, width=64, num_heads=4, dtype="float32")
-LENGTH, ROWS_A_DEVICE = 128, 4
+MODEL = ModelConfig(num_layers=4, width=64, num_heads=4, dtype="float32")
+LONG = dataclasses.replace(MODEL, queries_per_kv=2, window=9, global_every=2, attention="blockwise", unroll=1)
 
 
-def temporary_bytes(devices: int) -> int:
-    """What the compiled train step needs on each device beside its arguments, on an fsdp mesh of so many devices."""
-    auto = (jax.sharding.AxisType.Auto,) * len(AXES)
-    mesh = jax.make_mesh((1, devices, 1, 1), AXES, devices=jax.devices()[:devices], axis_types=auto)
-    decoder = Decoder(CFG, 256, LENGTH)
-    schedule = make_schedule(OptimConfig(), 10)
-    tx = make_optimizer(OptimConfig(), schedule)
-    state = jax.eval_shape(make_init(init_params(decoder), tx), 0)
-    ids = jax.ShapeDtypeStruct((devices * ROWS_A_DEVICE, LENGTH), jnp.int32)
-    names = ("inputs_BL", "targets_BL", "positions_BL", "segments_BL")
-    batch = dict.fromkeys(names, ids) | {"weights_BL": jax.ShapeDtypeStruct(ids.shape, jnp.float32)}
-    with jax.set_mesh(mesh):
-        step = make_train_step(language_model_loss(decoder), tx, schedule)
-        compiled = compile_step(step, mesh, state, {}, batch).lower(state, {}, batch).compile(UNOPTIMISED)
-    return compiled.memory_analysis().temp_size_in_bytes
+def step_bytes(model: ModelConfig, rows: int, length: int, devices: int, **mesh: int) -> int:
+    """What a compiled training step needs on each of the first so many devices beside its arguments."""
+    config = TrainConfig(model=model, tokenizer=TokenizerConfig(kind="bytes", vocab_size=258),
+                         data=DataConfig(batch_size=rows, length=length))  # fmt: skip
+    over = make_mesh(MeshConfig(**mesh), jax.devices()[:devices])
+    parts, batch = build_components(config), example_batch(rows, length)
+    with jax.set_mesh(over):
+        state = abstract(jax.eval_shape(parts.init, 0), over)
+        step = compile_step(parts.step, over, state, {}, batch)
+        return step.lower(state, {}, batch).compile(UNOPTIMISED).memory_analysis().temp_size_in_bytes
+
+
+def shared_row_bytes(context: int, length: int, **model) -> int:
+    """Of two rows, each on `context` devices."""
+    cfg = dataclasses.replace(LONG, attention_block=length // 32, **model)
+    return step_bytes(cfg, 2, length, 2 * context, data=2, context=context)
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_device_falls_with_the_devices_that_share_a_row():
+    assert shared_row_bytes(1, 1024) > 3 * shared_row_bytes(4, 1024)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("remat", ["none", "names"])
+def test_the_memory_of_a_long_row_falls_with_the_devices_that_share_it(remat):
+    assert shared_row_bytes(1, 4096, remat=remat) > 3 * shared_row_bytes(4, 4096, remat=remat)
 
 
 @pytest.mark.slow
@@ -79,4 +91,4 @@ def test_plain_attention_needs_memory_quadratic_in_length():
 
 
 if __name__ == "__main__":
-    print(json.dumps([temporary_bytes(n) for n in (8, 16)]))
+    print(json.dumps([step_bytes(MODEL, 4 * n, 128, n, data=1, fsdp=n) for n in (8, 16)]))

@@ -60,20 +60,20 @@ def test_cosine_ends_at_its_final_share_and_stays_there():
     assert (np.diff(r[10:]) <= 1e-7).all()
 
 
-def test_wsd_is_constant_and_then_falls_in_a_straight_line():
-    r = rates(schedule="wsd", decay_fraction=0.25, final_fraction=0.0)
-    np.testing.assert_allclose(r[10:76], 1.0)
-    np.testing.assert_allclose(r[75:101], np.linspace(1, 0, 26), atol=1e-6)
-
-
-def test_linear_falls_in_a_straight_line_from_the_end_of_the_warm_up():
-    r = rates(schedule="linear", final_fraction=0.2)
-    np.testing.assert_allclose(r[10:101], np.linspace(1, 0.2, 91), rtol=1e-5)
-    np.testing.assert_allclose(r[100:], 0.2, rtol=1e-5)
-
-
-def test_constant_stays_at_the_peak():
-    np.testing.assert_allclose(rates(schedule="constant")[9:], 1.0)
+@pytest.mark.parametrize(
+    ("settings", "first", "wanted"),
+    [
+        ({"schedule": "wsd", "decay_fraction": 0.25, "final_fraction": 0.0}, 75, np.linspace(1, 0, 26)),
+        ({"schedule": "linear", "final_fraction": 0.2}, 10, np.linspace(1, 0.2, 91)),
+        ({"schedule": "constant"}, 100, [1.0]),
+    ],
+    ids=["wsd", "linear", "constant"],
+)
+def test_schedules_are_constant_fall_in_a_straight_line_and_stay(settings, first, wanted):
+    r = rates(**settings)
+    np.testing.assert_allclose(r[9:first], 1.0, rtol=1e-5)
+    np.testing.assert_allclose(r[first:101], wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(r[100:], wanted[-1], rtol=1e-5, atol=1e-6)
 
 
 def test_rsqrt_halves_when_the_updates_are_four_times_the_warm_up():

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from gptjax.config.section import Section
-from gptjax.config.tokenizer import TokenizerConfig
+from gptjax.config.tokenizer import SourceConfig, TokenizerConfig
 
 
 def parse_sources(entries: Sequence[str]) -> dict[str, str]:
@@ -91,36 +91,24 @@ class DataConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareConfig(Section):
+class PrepareConfig(SourceConfig):
     """Tokenise a source into a folder that training reads at random."""
 
-    source: str = "builtin:shakespeare"
-    """A text file, .jsonl(.gz, .zst), .parquet, a folder of them, builtin:shakespeare,
-    tfds:NAME[/CONFIG][:VERSION][:SPLIT], hf:NAME[@CONFIG][:SPLIT], either with a folder for the name, or a function
-    MODULE:NAME that yields texts."""
     out: str = "corpus"
     """Folder to make."""
-    validation_fraction: float = 0.05
-    """Share held out: of the documents, or the tail of a single text by bytes."""
-    text_field: str = "text"
-    """Name of the text in records of JSONL, Parquet, TFDS and Hugging Face datasets."""
     deduplicate: bool = True
     """Keep one of several documents with exactly the same text; the report counts the others."""
     min_bytes: int = 1
     """Leave out documents shorter than this, in UTF-8; the report counts them."""
     max_bytes: int = 0
     """Leave out documents longer than this, in UTF-8; 0: none."""
-    max_corrupt: int = 0
-    """Corrupt files that may be skipped and counted; with one more, or with 0, preparing stops and names it."""
     workers: int = 0
     """Processes that tokenise; 0: one for each core."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
     def __post_init__(self):
-        self.require(bool(self.source), "source", "a path or a name", "give --source FILE")
-        self.require(bool(self.out), "out", "a folder to make", "give --out FOLDER")
-        self.require_numbers(0, math.inf, "min_bytes", "max_bytes", "max_corrupt", "workers")
-        self.require(0 < self.validation_fraction < 1, "validation_fraction", "a share above 0 and below 1")
+        super().__post_init__()
+        self.require_numbers(0, math.inf, "min_bytes", "max_bytes", "workers")
 
 
 @dataclass(frozen=True, kw_only=True)

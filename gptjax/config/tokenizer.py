@@ -37,25 +37,38 @@ class TokenizerConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainTokenizerConfig(Section):
-    """Train a SentencePiece BPE model with byte fallback on the training part of a source."""
+class SourceConfig(Section):
+    """A source of text of which a part is held out, and the folder that is made of it."""
 
     source: str = "builtin:shakespeare"
-    """A text file, .jsonl(.gz, .zst), .parquet, a folder of them, builtin:shakespeare, tfds:NAME or hf:NAME."""
-    out: str = "tokenizer"
-    """Folder to make; its tokenizer.model is what --tokenizer.path takes."""
-    vocab_size: int = 4096
-    """Number of pieces, special tokens and the 256 bytes included."""
+    """A text file, .jsonl(.gz, .zst), .parquet, a folder of them, builtin:shakespeare,
+    tfds:NAME[/CONFIG][:VERSION][:SPLIT], hf:NAME[@CONFIG][:SPLIT], either with a folder for the name, or a function
+    MODULE:NAME that yields texts."""
+    out: str
+    """Folder to make."""
     validation_fraction: float = 0.05
-    """Share that the tokenizer may not see, as in training."""
+    """Share held out: of the documents, or the tail of a single text by bytes."""
     text_field: str = "text"
     """Name of the text in records of JSONL, Parquet, TFDS and Hugging Face datasets."""
     max_corrupt: int = 0
-    """Corrupt files that may be skipped; with one more, or with 0, training stops and names it."""
+    """Corrupt files that may be skipped and counted; with one more, or with 0, the verb stops and names it."""
 
     def __post_init__(self):
         self.require(bool(self.source), "source", "a path or a name", "give --source FILE")
         self.require(bool(self.out), "out", "a folder to make", "give --out FOLDER")
-        self.require(self.vocab_size >= LEAST_PIECES, "vocab_size", f"at least {LEAST_PIECES}")
-        self.require(0 < self.validation_fraction < 1, "validation_fraction", "a share above 0 and below 1")
         self.require_numbers(0, math.inf, "max_corrupt")
+        self.require(0 < self.validation_fraction < 1, "validation_fraction", "a share above 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTokenizerConfig(SourceConfig):
+    """Train a SentencePiece BPE model with byte fallback on the training part of a source."""
+
+    out: str = "tokenizer"
+    """Folder to make; its tokenizer.model is what --tokenizer.path takes."""
+    vocab_size: int = 4096
+    """Number of pieces, special tokens and the 256 bytes included."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require(self.vocab_size >= LEAST_PIECES, "vocab_size", f"at least {LEAST_PIECES}")

@@ -146,7 +146,7 @@ class Decoder(nn.Module):
     packed: bool = True  # rows may hold several documents, kept apart by segments; else these are not looked at
 
     def setup(self):
-        if not self.is_initializing():
+        if not self.is_initializing():  # self.param would trace how each parameter starts, to compare the shapes
             params = dict(self.variables["params"])
             self.layers, self.top = params.pop("layers"), params
             return
@@ -245,8 +245,7 @@ class Decoder(nn.Module):
 
     def logits(self, x_BLD: jax.Array) -> jax.Array:
         """float32 logits_BLV of hidden states; the ids that pad the vocabulary are masked out."""
-        head_VD = self.top["embed_VD" if self.cfg.tied else "head_VD"]
-        return logits(x_BLD, head_VD, self.vocab_size, self.cfg.logit_softcap)
+        return logits(x_BLD, head(self.top), self.vocab_size, self.cfg.logit_softcap)
 
 
 def head(params: Params) -> jax.Array:

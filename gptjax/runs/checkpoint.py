@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 
 from gptjax.config import CheckpointConfig
-from gptjax.config.section import InputError
+from gptjax.config.section import InputError, one_line
 from gptjax.parallel.processes import all_agree, barrier, broadcast_from_main, process_label
 from gptjax.runs.digest import (
     MANIFEST,
@@ -29,7 +29,7 @@ from gptjax.runs.digest import (
     committed_steps,
     digests,
     folder_files,
-    leaf_names,
+    named_leaves,
     unsealed_steps,
     write_manifest,
 )
@@ -106,7 +106,7 @@ class Checkpoints:
         except StorageError:
             raise
         except (OSError, ValueError) as e:
-            raise InputError(f"{path} can't be read ({_one_line(e)}); see gptjax checkpoint verify") from e
+            raise InputError(f"{path} can't be read ({one_line(e)}); see gptjax checkpoint verify") from e
 
     # Writing.
 
@@ -123,7 +123,7 @@ class Checkpoints:
             return
         from orbax.checkpoint import v1 as ocp
 
-        leaves = dict(zip(leaf_names(state), jax.tree.leaves(state), strict=True))
+        leaves = named_leaves(state)
         marks = {n: [d, str(leaves[n].dtype), list(leaves[n].shape)] for n, d in digests(state).items()}
         items = {"state": _nested(leaves), "data": data, "config": config, "digests": marks}
         try:
@@ -266,29 +266,30 @@ class Checkpoints:
         barrier("unsound checkpoints set aside")
 
     def _load(self, step: int, abstract_state: Any, partial: bool) -> tuple[Any, Any, Any, list[str]]:
+        """(state, data, config, problems) of a step; the first three are None where they can't be read."""
         with self.store.readable(self.path(step)) as path:
             return self._load_from(str(path), step, abstract_state, partial)
 
     def _load_from(self, path: str, step: int, abstract_state: Any, partial: bool) -> tuple[Any, Any, Any, list[str]]:
         from orbax.checkpoint import v1 as ocp
 
-        names, leaves = leaf_names(abstract_state), jax.tree.leaves(abstract_state)
-        marks, problems = {}, []
+        asked, marks, problems = named_leaves(abstract_state), {}, []
         try:
             with _orbax():
                 marks = ocp.load_checkpointables(path, {"digests": None})["digests"]
         except Exception as e:
-            problems = [f"digests can't be read: {_one_line(e)}"]
+            problems = [f"digests can't be read: {one_line(e)}"]
         if not all_agree(not problems):  # before the load of the arrays, in which all take part
             return None, None, None, problems
-        self._check_leaves(step, dict(zip(names, leaves, strict=True)), marks, partial)
-        wanted = _nested({n: _placed(leaf) for n, leaf in zip(names, leaves, strict=True)})
+        self._check_leaves(step, asked, marks, partial)
+        wanted = _nested({name: _placed(leaf) for name, leaf in asked.items()})
         try:
             with _orbax(partial):
                 loaded = ocp.load_checkpointables(path, {"state": wanted, "data": None, "config": None})
         except Exception as e:
-            return None, None, None, [f"state can't be read: {_one_line(e)}"]
-        state = jax.tree.unflatten(jax.tree.structure(abstract_state), [_at(loaded["state"], n) for n in names])
+            return None, None, None, [f"state can't be read: {one_line(e)}"]
+        found = named_leaves(loaded["state"])
+        state = jax.tree.unflatten(jax.tree.structure(abstract_state), [found[name] for name in asked])
         wrong = [n for n, d in digests(state).items() if d != marks[n][0]]
         return state, loaded["data"], loaded["config"], [f"{n} differs from what was saved" for n in wrong]
 
@@ -335,23 +336,12 @@ def _nested(leaves: dict[str, Any]) -> dict:
     return tree
 
 
-def _at(tree: dict, name: str) -> Any:
-    for part in name.split("."):
-        tree = tree[part]
-    return tree
-
-
 def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _failed(step: int, error: Exception) -> CheckpointError:
-    failed = CheckpointError(f"checkpoint of step {step} could not be written: {_one_line(error)}")
+    failed = CheckpointError(f"checkpoint of step {step} could not be written: {one_line(error)}")
     failed.__cause__ = error  # it may be raised by another thread
     return failed
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."

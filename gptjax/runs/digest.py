@@ -20,11 +20,10 @@ P = jax.P
 MANIFEST, PENDING = "manifest.json", ".orbax-pending"
 
 
-def leaf_names(tree: Any) -> list[str]:
-    """The dotted name of each leaf, in the order of jax.tree.leaves: 'params.layers.q_NDHK', 'opt_state.0.count'."""
-    return [
-        jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree_util.tree_leaves_with_path(tree)
-    ]
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Each leaf by its dotted name, in the order of jax.tree.leaves: 'params.layers.q_NDHK', 'opt_state.0.count'."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def digests(tree: Any) -> dict[str, int]:
@@ -34,11 +33,11 @@ def digests(tree: Any) -> dict[str, int]:
     summed modulo 2^32; so neither the order of the sum nor the layout over devices matters, and exchanging two
     elements is seen but for a chance of 2^-32.
     """
-    leaves = jax.tree.leaves(tree)
-    meshes = [x.sharding.mesh for x in leaves if isinstance(getattr(x, "sharding", None), NamedSharding)]
+    leaves = named_leaves(tree)
+    meshes = [x.sharding.mesh for x in leaves.values() if isinstance(getattr(x, "sharding", None), NamedSharding)]
     # Several processes can each read the result only if every device has the whole of it.
-    numbers = _compiled(NamedSharding(meshes[0], P()) if meshes else None)(leaves)
-    return dict(zip(leaf_names(tree), map(int, np.asarray(numbers)), strict=True))
+    numbers = _compiled(NamedSharding(meshes[0], P()) if meshes else None)(list(leaves.values()))
+    return dict(zip(leaves, map(int, np.asarray(numbers)), strict=True))
 
 
 @functools.cache

@@ -234,13 +234,12 @@ def _changes(run: Run, config: TrainConfig) -> tuple[str, ...]:
             f"steps={config.steps}: {run.folder} is at step {steps[-1]} already; wanted --steps {steps[-1]} or more, "
             "or another --run-dir"
         )
-    before = dict(leaves(old))
-    lines = []
-    for name, value in leaves(config):
-        if value != before[name] and name != "run_dir":
-            then = ": the learning-rate schedule changes with it" if name in EXTENDABLE else ""
-            lines.append(f"{name} was {before[name]!r}, now {value!r}{then}")
-    return tuple(lines)
+    before, then = dict(leaves(old)), ": the learning-rate schedule changes with it"
+    return tuple(
+        f"{name} was {before[name]!r}, now {value!r}{then if name in EXTENDABLE else ''}"
+        for name, value in leaves(config)
+        if value != before[name] and name != "run_dir"
+    )
 
 
 def _commit() -> str:

@@ -14,6 +14,7 @@ from gptjax.config import TrainConfig
 from gptjax.config.plugins import optional
 from gptjax.config.section import InputError
 from gptjax.parallel.sharding import shardings
+from gptjax.runs.digest import named_leaves
 from gptjax.runs.load import LoadedModel, load_model, open_checkpoints
 from gptjax.runs.run import load_config
 from gptjax.tokenizer import Tokenizer
@@ -98,17 +99,11 @@ def _check_settings(old: TrainConfig, config: TrainConfig) -> None:
 
 
 def _check_shapes(old: LoadedModel, params: Any, config: TrainConfig) -> None:
-    have = {jax.tree_util.keystr(p, simple=True, separator="."): x for p, x in _leaves(old.params)}
-    want = {jax.tree_util.keystr(p, simple=True, separator="."): x for p, x in _leaves(params)}
+    have, want = named_leaves(old.params), named_leaves(params)
     for name in sorted(have.keys() | want.keys()):
         got, new = (tree[name].shape if name in tree else None for tree in (have, want))
         limit = GROWING.get(name)
-        fits = got == new or bool(limit and got and new and got[1:] == new[1:] and got[0] < new[0])
-        if not fits:
-            shrinks = bool(limit and got and new and got[1:] == new[1:])
-            advice = f"{limit} may grow, not shrink" if shrinks else "the model's settings must be those of that run"
+        resized = bool(limit and got and new and got[1:] == new[1:])
+        if got != new and not (resized and got < new):
+            advice = f"{limit} may grow, not shrink" if resized else "the model's settings must be those of that run"
             raise InputError(f"init={config.init!r}: its {name} has shape {got}, this model's {new}; {advice}")
-
-
-def _leaves(tree: Any) -> list[tuple[Any, jax.Array]]:
-    return jax.tree_util.tree_flatten_with_path(tree)[0]

@@ -21,7 +21,7 @@ from gptjax.data.packing import Batch, pack_documents, pad_documents
 from gptjax.diagnostics.verify.settings import Setting
 from gptjax.model.decoder import Decoder, init_params
 from gptjax.parallel.sharding import make_mesh, to_global
-from gptjax.runs.digest import leaf_names
+from gptjax.runs.digest import named_leaves
 from gptjax.training.losses import language_model_loss
 from gptjax.training.step import compile_step, init_state, make_init, make_train_step
 
@@ -131,7 +131,7 @@ def difference(numbers: Numbers, reference: Numbers) -> Difference:
     assert largest > 1e-3, "the gradients must be large enough to be compared"
     leaves = {
         name: float(np.abs(g - want).max() / max(np.abs(want).max(), SMALL * largest))
-        for name, g, want in zip(leaf_names(reference.gradients), jax.tree.leaves(numbers.gradients), wanted)
+        for name, g, want in zip(named_leaves(reference.gradients), jax.tree.leaves(numbers.gradients), wanted)
     }
     worst = max(leaves, key=lambda name: finite(leaves[name]))
     return Difference(max(map(finite, far)), finite(leaves[worst]), worst)
