@@ -103,7 +103,7 @@ def _check_shapes(old: LoadedModel, params: Any, config: TrainConfig) -> None:
     for name in sorted(have.keys() | want.keys()):
         got, new = (tree[name].shape if name in tree else None for tree in (have, want))
         limit = GROWING.get(name)
-        resized = bool(limit and got and new and got[1:] == new[1:])
-        if got != new and not (resized and got < new):
+        grown, resized = bool(limit and got and new and got < new), bool(limit and got and new and got[1:] == new[1:])
+        if got != new and not (resized and grown):
             advice = f"{limit} may grow, not shrink" if resized else "the model's settings must be those of that run"
             raise InputError(f"init={config.init!r}: its {name} has shape {got}, this model's {new}; {advice}")
