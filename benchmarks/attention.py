@@ -31,6 +31,7 @@ from gptjax.config import ModelConfig
 from gptjax.config.attention import KERNELS
 from gptjax.model.decoder import Decoder, init_params
 from gptjax.ops.attention import attention, select_kernel, unsupported_reason
+from gptjax.ops.device import device
 from gptjax.ops.reference import attend, causal
 from gptjax.training.losses import language_model_loss
 
@@ -43,8 +44,8 @@ def main() -> None:
     args = arguments()
     cfg = ModelConfig(num_heads=args.heads, queries_per_kv=args.heads // args.kv_heads, head_dim=args.head_size,
                       width=args.heads * args.head_size, dtype=args.dtype)  # fmt: skip
-    device = jax.devices()[0]
-    report: dict[str, Any] = facts(f"{platform.machine()} {device.device_kind}", "jax", "jaxlib", "flax")
+    kind = jax.devices()[0].device_kind
+    report: dict[str, Any] = facts(f"{platform.machine()} {kind}", "jax", "jaxlib", "flax")
     report |= {"dtype": args.dtype, "heads": args.heads, "kv_heads": args.kv_heads, "head_size": args.head_size,
                "tokens": args.tokens, "document": args.document}  # fmt: skip
     report["left_out"] = {n: found for n in KERNELS if (found := unsupported_reason(n, cfg, device()))}
@@ -58,7 +59,7 @@ def main() -> None:
         "reference",
         *(n for n in KERNELS if n not in report["left_out"] and (n != "plain" or device().platform == "cpu")),
     ]
-    print(f"{device.device_kind}, {args.dtype}, {args.heads} heads of {args.head_size}; auto takes {report['auto']}")
+    print(f"{kind}, {args.dtype}, {args.heads} heads of {args.head_size}; auto takes {report['auto']}")
     print(f"{'length':>7} {'rows':8} {'attention':14} {'forward':>9} {'both ms':>9} {'5 %':>8} {'95 %':>8} "
           f"{'ratio':>6} {'tokens/s':>12} {'MiB':>9}  distance")  # fmt: skip
     rows = [
