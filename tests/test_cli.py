@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import fcntl
+import functools
 import gzip
 import os
 import pty
@@ -326,8 +327,10 @@ def interrupt(process: subprocess.Popen, begun: Callable[[], bool]) -> str:
 
 
 def started(*command: str) -> subprocess.Popen:
+    # As a terminal starts it: what a shell starts in the background ignores SIGINT, and its children inherit that.
+    heeds = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, **pipes, text=True, start_new_session=True)
+    return subprocess.Popen(command, **pipes, text=True, start_new_session=True, preexec_fn=heeds)
 
 
 @pytest.mark.parametrize(
