@@ -37,12 +37,12 @@ def evaluate_trained(model: LoadedModel, max_rows: int = 0) -> dict[str, Any]:
     # How much of a set in memory is tokenised depends on it.
     limits = dataclasses.replace(model.config.evaluate, max_rows=max_rows)
     model.run.pull(model.run.data)
-    feed = open_pipeline(dataclasses.replace(model.config, evaluate=limits), model.run.data)
-    feed.check(model.data_state)
+    data = open_pipeline(dataclasses.replace(model.config, evaluate=limits), model.run.data)
+    data.check(model.data_state)
     with jax.set_mesh(model.mesh):
         example = abstract(example_batch(model.config.data.batch_size, model.config.data.length), model.mesh)
         eval_step = make_eval_step(model.decoder, model.mesh, model.params, example)
-        metrics = evaluate(eval_step, model.params, feed.validation, max_rows, model.mesh)
+        metrics = evaluate(eval_step, model.params, data.validation, max_rows, model.mesh)
     return {"step": model.step, **metrics}
 
 
@@ -78,12 +78,12 @@ def show_step(run_dir: str | Path, step: int, rows: int) -> str:
 
     config, run = load_config(run_dir), Run.existing(run_dir)
     run.pull(run.data)
-    feed = open_pipeline(config, run.data)
+    data = open_pipeline(config, run.data)
     checkpoints = open_checkpoints(run_dir)
     if (newest := checkpoints.newest()) is not None:
-        feed.check(checkpoints.data_state(newest))
+        data.check(checkpoints.data_state(newest))
     shown = range(min(rows, config.data.batch_size))
-    return show(feed.batch(step - 1), feed.tokenizer, shown, feed.sources(step - 1))
+    return show(data.batch(step - 1), data.tokenizer, shown, data.sources(step - 1))
 
 
 def import_run(source: str | Path, run_dir: str | Path) -> str:
