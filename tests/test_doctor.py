@@ -57,7 +57,7 @@ def test_versions_that_do_not_fit_are_reported_and_end_with_3(packages, nothing_
     ("installed", "needs", "said"),
     [
         ({"jaxlib": "0.9.0"}, {}, "jaxlib 0.9.0 is installed"),
-        ({"tyro": "0.9.1"}, {}, "needs tyro>="),
+        ({"tyro": "0.9.1"}, {}, "needs tyro"),
         (
             {"jax": "0.12.0", "jaxlib": "0.12.0", "jax-cuda12-plugin": "0.11.0"},
             {"jax": ['jax-cuda12-plugin[with-cuda]<=0.12.0,>=0.12.0; extra == "cuda12"'], "flax": ["jax>=0.11.1"]},
