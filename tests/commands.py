@@ -1,5 +1,6 @@
 """Commands as processes or in this one: how they start, end and are refused."""
 
+import json
 import os
 import signal
 import socket
@@ -38,6 +39,18 @@ def kill_group(process: subprocess.Popen) -> bool:
         os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     return runs
+
+
+def pretrain(run: Path | str, text: Path, settings: str, *more: str) -> subprocess.Popen:
+    """Starts a training run on a text, whose compile cache lies beside it."""
+    command = [*GPTJAX, "pretrain", "shakespeare_char", "--run-dir", str(run), "--data.source", str(text)]
+    return start([*command, *settings.split(), *more], env=environment(text.parent / "cache"))
+
+
+def curve(metrics: bytes) -> list[tuple]:
+    """Every training and evaluation line of a metrics.jsonl, without what a clock says."""
+    kept = ("step", "updates", "loss", "grad_norm", "learning_rate", "eval_loss", "eval_bits_per_byte")
+    return [tuple(json.loads(line).get(k) for k in kept) for line in metrics.splitlines()]
 
 
 def free_port() -> int:

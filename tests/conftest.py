@@ -1,6 +1,7 @@
 """Eight fake CPU devices, set before jax is imported; tests must not touch the user's cache folder."""
 
 import os
+import random
 
 import pytest
 
@@ -28,6 +29,16 @@ def compile_cache(tmp_path_factory):
         yield
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A text of words that can be learned, in a folder of the module's own."""
+    rng = random.Random(0)
+    some = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 7))) for _ in range(50)]
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(rng.choices(some, k=5000)))
+    return path
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,18 @@ def take(pipeline, state, count: int) -> list[tuple[str, dict]]:
     made = pipeline.batches(state)
     taken = [(batch_hash(batch), json.loads(json.dumps(after))) for batch, after in itertools.islice(made, count)]
     made.close()
+    return taken
+
+
+def take_counted(pipeline, count: int, source_of: Callable[[np.ndarray], str]) -> list[tuple[str, dict]]:
+    """The first batches, as `take` has them; each is that of its step, and its state counts each source's tokens."""
+    taken, tokens = take(pipeline, pipeline.start, count), dict.fromkeys((v.name for v in pipeline.validation), 0)
+    for step, (made, state) in enumerate(taken):
+        batch = pipeline.batch(step)
+        assert batch_hash(batch) == made
+        for row, weights in zip(batch["inputs_BL"], batch["weights_BL"]):
+            tokens[source_of(row)] += int(weights.sum())
+        assert state["tokens"] == tokens
     return taken
 
 

@@ -5,7 +5,6 @@ import importlib.util
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ import fsspec
 import jax
 import jax.numpy as jnp
 import pytest
+from commands import curve, finish, free_port, pretrain, start
 from fsspec.implementations.memory import MemoryFileSystem
 
 from gptjax.cli import main
@@ -136,13 +136,10 @@ def test_a_missing_package_is_named_with_what_to_install(monkeypatch):
         resolve_path("gs://bucket/run")
 
 
-@pytest.mark.parametrize("text", ["runs/a", "/runs/a", "a:b", "C:/x", "s3/x"])
-def test_every_other_name_is_a_folder_of_the_file_system(text):
-    assert resolve_path(text) == Path(text) and type(filesystem(resolve_path(text))).__name__ == "Disk"
-
-
-def test_a_place_in_a_bucket_is_kept_as_it_was_written(fake):
+def test_a_place_in_a_bucket_is_kept_as_it_was_written_and_every_other_name_is_a_folder_of_the_file_system(fake):
     assert str(resolve_path(RUN + "/") / "x") == RUN + "/x" and str(resolve_path(resolve_path(RUN))) == RUN
+    for text in ("runs/a", "/runs/a", "a:b", "C:/x", "s3/x"):
+        assert resolve_path(text) == Path(text) and type(filesystem(resolve_path(text))).__name__ == "Disk"
 
 
 # Kills.
@@ -196,18 +193,6 @@ def test_a_kill_at_any_operation_leaves_a_sound_step_and_the_log_up_to_it(fake, 
                 assert (found, data["row"]) == (newest, newest)
                 assert state["params"]["w_D"].tolist() == make_state(newest)["params"]["w_D"].tolist()
     assert seen == {step - 1, step}
-
-
-def test_an_unsound_step_is_set_aside_and_found_whole_under_its_new_name(fake, capsys):
-    checkpoints = Checkpoints(resolve_path(RUN), CheckpointConfig())
-    for step in (1, 2):
-        commit(checkpoints, step)
-    objects = filesystem(resolve_path(RUN))
-    names = set(objects.sizes(checkpoints.path(2)))
-    objects.write(checkpoints.path(2) / "commit_success.txt", b"")
-    assert checkpoints.restore(SHAPES)[0] == 1
-    assert "commit_success.txt" in capsys.readouterr().err
-    assert checkpoints.steps() == [1] and set(objects.sizes(resolve_path(RUN) / "00000002.unsound")) == names
 
 
 def test_a_store_that_does_not_answer_is_not_taken_for_an_empty_one(fake):
@@ -470,9 +455,7 @@ PACKAGES = {"gs": ("gcsfs", "gcp_storage_emulator"), "s3": ("s3fs", "moto", "fla
 def serve(kind: str, patch: pytest.MonkeyPatch):
     if missing := [p for p in PACKAGES[kind] if importlib.util.find_spec(p) is None]:
         pytest.skip(f"{', '.join(missing)} not installed: pip install 'gptjax[dev]'")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     settings = {
         "gs": {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url, "GOOGLE_AUTH_TOKEN_FOR_TESTING": "a",
@@ -483,9 +466,7 @@ def serve(kind: str, patch: pytest.MonkeyPatch):
     for name, value in settings.items():
         patch.setenv(name, value)
     command = [sys.executable, str(Path(__file__).with_name("bucket_server.py")), kind, str(port)]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
+    process = start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     try:
         assert process.stdout is not None and "ready\n" in iter(process.stdout.readline, "")
         bucket_module.open_bucket.cache_clear()
@@ -497,14 +478,9 @@ def serve(kind: str, patch: pytest.MonkeyPatch):
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> str:
-    return str(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(scope="module")
-def kind(request, cache):
+def kind(request, words):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", cache)
+        patch.setenv("XDG_CACHE_HOME", str(words.parent / "cache"))
         with serve(request.param, patch):
             yield request.param
 
@@ -537,7 +513,7 @@ def test_a_store_has_what_the_promises_are_made_of(kind, tmp_path):
 
 SETTINGS = """
 --steps 40 --model.num-layers 2 --model.width 32 --model.num-heads 2 --model.dtype float32 --model.dropout 0.1
---tokenizer.kind bytes --tokenizer.vocab-size 258 --data.length 32 --data.batch-size 8 --data.source {text}
+--tokenizer.kind bytes --tokenizer.vocab-size 258 --data.length 32 --data.batch-size 8
 --evaluate.every 20 --evaluate.max-rows 8 --checkpoint.every 10 --checkpoint.keep-best 1 --no-sample
 """
 
@@ -545,53 +521,35 @@ SETTINGS = """
 GS_AND_S3 = ["gs", pytest.param("s3", marks=pytest.mark.exhaustive)]
 
 
-def start(run: str, text: Path, cache: str, *more: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "gptjax", "pretrain", "shakespeare_char", "--run-dir", run, *more]
-    env = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": cache}
-    command += SETTINGS.format(text=text).split()
-    return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def curve(text: bytes) -> list[tuple]:
-    """Every training and evaluation line, without what a clock says."""
-    kept = ("step", "updates", "loss", "grad_norm", "learning_rate", "eval_loss", "eval_bits_per_byte")
-    return [tuple(json.loads(line).get(k) for k in kept) for line in text.splitlines()]
-
-
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, cache) -> tuple[Path, Path]:
-    """The run on this machine's disk, and its text."""
-    folder = tmp_path_factory.mktemp("disk")
-    text = folder / "words.txt"
-    text.write_text(" ".join("abcdefgh"[i % 7 :] for i in range(2000)))
-    process = start(str(folder / "run"), text, cache, "--no-tensorboard")
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    return folder / "run", text
+def uninterrupted(tmp_path_factory, words) -> Path:
+    """The run on this machine's disk."""
+    run = tmp_path_factory.mktemp("disk") / "run"
+    code, errors = finish(pretrain(run, words, SETTINGS, "--no-tensorboard"))
+    assert code == 0, errors
+    return run
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", GS_AND_S3, indirect=True)
-def test_a_killed_run_in_a_bucket_has_the_curve_of_one_on_a_disk(kind, uninterrupted, cache):
-    reference, text = uninterrupted
+def test_a_killed_run_in_a_bucket_has_the_curve_of_one_on_a_disk(kind, uninterrupted, words):
     folder = resolve_path(f"{kind}://bucket/killed")
     objects, run = filesystem(folder), Run.at(folder)
-    process = start(str(folder), text, cache)
+    process = pretrain(str(folder), words, SETTINGS)
     while not objects.is_file(folder / "checkpoints" / "00000010" / "manifest.json") and process.poll() is None:
         time.sleep(0.05)
     process.kill()
-    _, errors = process.communicate()
-    assert process.returncode == -signal.SIGKILL, errors
+    code, errors = finish(process)
+    assert code == -signal.SIGKILL, errors
     logged = [line["step"] for line in map(json.loads, objects.read(folder / "metrics.jsonl").splitlines())]
     assert logged[:10] == list(range(1, 11)), "every line up to the committed step is in the bucket"
     objects.clear(folder)  # as on another machine
-    process = start(str(folder), text, cache)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0 and "resumed" in errors, errors
-    assert curve(objects.read(folder / "metrics.jsonl")) == curve((reference / "metrics.jsonl").read_bytes())
+    code, errors = finish(pretrain(str(folder), words, SETTINGS))
+    assert code == 0 and "resumed" in errors, errors
+    assert curve(objects.read(folder / "metrics.jsonl")) == curve((uninterrupted / "metrics.jsonl").read_bytes())
     objects.clear(folder)
     checkpoints = Checkpoints(run.checkpoints, CFG, readonly=True)
-    same = Checkpoints(reference / "checkpoints", CFG, readonly=True)
+    same = Checkpoints(uninterrupted / "checkpoints", CFG, readonly=True)
     assert checkpoints.steps() == same.steps() and all(checkpoints.verify(s) == [] for s in checkpoints.steps())
     digests = [json.loads(c.store.read(c.path(40) / "digests" / "data.json")) for c in (checkpoints, same)]
     assert digests[0] == digests[1], "the same weights, bit for bit"
@@ -600,20 +558,15 @@ def test_a_killed_run_in_a_bucket_has_the_curve_of_one_on_a_disk(kind, uninterru
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", GS_AND_S3, indirect=True)
-def test_the_verbs_read_a_run_in_a_bucket_as_one_on_a_disk(kind, uninterrupted, cache, capsys):
-    reference, text = uninterrupted
+def test_the_verbs_read_a_run_in_a_bucket_as_one_on_a_disk(kind, uninterrupted, words, capsys):
     folder = f"{kind}://bucket/killed"
     if not filesystem(resolve_path(folder)).is_file(resolve_path(folder) / "config.json"):
-        assert start(folder, text, cache).wait(300) == 0
+        assert pretrain(folder, words, SETTINGS).wait(300) == 0
     jax.clear_caches()
-    for words in (
-        "checkpoint verify {}",
-        "eval {}",
-        "data show {} --step 3",
-        "generate {} --prompt ab --max-new-tokens 3",
-    ):
+    read = ("checkpoint verify {}", "eval {}", "data show {} --step 3", "generate {} --prompt ab --max-new-tokens 3")
+    for command in read:
         shown = []
-        for run in (folder, str(reference)):
-            assert main(words.format(run).split()) == 0
+        for run in (folder, str(uninterrupted)):
+            assert main(command.format(run).split()) == 0
             shown.append(capsys.readouterr().out.replace(run, "RUN"))
         assert shown[0] == shown[1] and shown[0]

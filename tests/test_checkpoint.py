@@ -18,7 +18,7 @@ from gptjax.config import CheckpointConfig, MeshConfig
 from gptjax.config.section import InputError
 from gptjax.parallel.sharding import make_mesh, shardings, to_global
 from gptjax.runs import checkpoint
-from gptjax.runs.checkpoint import CheckpointError, Checkpoints
+from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.digest import MANIFEST, digests, named_leaves, write_manifest
 from gptjax.storage import StorageError
 from gptjax.storage.bucket import is_transient
@@ -93,6 +93,9 @@ def test_what_is_restored_is_what_was_saved(folder):
     step, state, data, _ = Checkpoints(folder, CFG).restore(abstract(make_state()), step=10)
     assert (step, data) == (10, DATA)
     assert_same_bits(state, make_state(scale=1.0))
+    params = {"params": abstract(make_state())["params"]}
+    part = Checkpoints(folder, CFG, readonly=True).restore(params, partial=True)[1]
+    assert_same_bits(part, {"params": make_state(scale=2.0)["params"]})
 
 
 def test_a_donated_and_overwritten_state_is_saved_as_it_was(tmp_path):
@@ -242,27 +245,20 @@ def test_a_position_in_the_data_that_is_damaged_is_named(folder):
 
 
 def test_another_shape_type_or_structure_is_refused_by_name_and_not_fallen_back_from(folder):
-    checkpoints = Checkpoints(folder, CFG)
-    wanted = abstract(make_state())
-    embed = wanted["params"]["embed_VD"]
-    bigger = jax.ShapeDtypeStruct((128, 16), embed.dtype, sharding=embed.sharding)
-    other = {**wanted, "params": {**wanted["params"], "embed_VD": bigger}}
-    with pytest.raises(InputError, match=r"params.embed_VD as float32\[64, 16\].*ask for float32\[128, 16\]"):
-        checkpoints.restore(other)
-    half = jax.ShapeDtypeStruct((64, 16), jnp.bfloat16, sharding=embed.sharding)
-    with pytest.raises(InputError, match=r"float32\[64, 16\].*bfloat16\[64, 16\]"):
-        checkpoints.restore({**wanted, "params": {**wanted["params"], "embed_VD": half}})
-    with pytest.raises(InputError, match="has no params.head_DV"):
-        checkpoints.restore({**wanted, "params": {**wanted["params"], "head_DV": embed}})
-    with pytest.raises(InputError, match="holds .*, which these settings do not ask for"):
-        checkpoints.restore({"params": wanted["params"]})
+    checkpoints, wanted = Checkpoints(folder, CFG), abstract(make_state())
+    params, where = wanted["params"], wanted["params"]["embed_VD"].sharding
+    bigger = jax.ShapeDtypeStruct((128, 16), jnp.float32, sharding=where)
+    half = jax.ShapeDtypeStruct((64, 16), jnp.bfloat16, sharding=where)
+    for asked, said in (
+        (wanted | {"params": params | {"embed_VD": bigger}},
+         r"params.embed_VD as float32\[64, 16\].*ask for float32\[128, 16\]"),
+        (wanted | {"params": params | {"embed_VD": half}}, r"float32\[64, 16\].*bfloat16\[64, 16\]"),
+        (wanted | {"params": params | {"head_DV": half}}, "has no params.head_DV"),
+        ({"params": params}, "holds .*, which these settings do not ask for"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=said):
+            checkpoints.restore(asked)
     assert checkpoints.problems == []
-
-
-def test_a_part_of_the_state_can_be_restored(folder):
-    wanted = {"params": abstract(make_state())["params"]}
-    state = Checkpoints(folder, CFG, readonly=True).restore(wanted, partial=True)[1]
-    assert_same_bits(state, {"params": make_state(scale=2.0)["params"]})
 
 
 def test_retention_keeps_the_newest_the_multiples_and_the_best(template, tmp_path):
@@ -370,7 +366,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 try:
     c.save(2, {"w_D": jnp.zeros(1_000_000)}, {}, {})
-    c.wait()
+    c.save(3, {"w_D": jnp.zeros(4)}, {}, {})  # the next call raises it, once
 except checkpoint.CheckpointError as e:
     print("ERROR", e)
 c.check()
@@ -386,19 +382,6 @@ def test_a_full_disk_is_an_error_in_the_main_thread_and_costs_only_that_step(tmp
     lines = run_python(FULL, tmp_path / "c").stdout.splitlines()
     assert lines[0].startswith("ERROR checkpoint of step 2 could not be written")
     assert lines[1:] == ["[1] ['00000001']", "[1, 3]"]
-
-
-def test_an_error_of_a_background_save_is_raised_once_by_the_next_call(tmp_path, monkeypatch):
-    def fail(folder, step):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "write_manifest", fail)
-    checkpoints = Checkpoints(tmp_path / "c", CFG)
-    checkpoints.save(1, {"w_D": jnp.zeros(4)}, {}, {})
-    with pytest.raises(CheckpointError, match="step 1 .*No space left"):
-        checkpoints.save(2, {"w_D": jnp.zeros(4)}, {}, {})
-    checkpoints.check()
-    assert list((tmp_path / "c").iterdir()) == []
 
 
 def test_hashing_happens_off_the_training_thread_and_check_does_not_wait(tmp_path, monkeypatch):
@@ -429,16 +412,6 @@ def test_a_step_that_is_already_saved_is_left_alone(folder):
     assert json.loads((folder / "00000020" / MANIFEST).read_text()) == before
 
 
-def test_a_place_that_can_not_be_written_is_refused_at_once(tmp_path):
-    (tmp_path / "file").write_text("")
-    (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    places = [tmp_path / "file", tmp_path / "file" / "c", tmp_path / "loop" / "c"]
-    for place in [*places, *([Path("/proc/self")] if Path("/proc/self").is_dir() else [])]:
-        with pytest.raises(InputError, match="can't be written") as e:
-            Checkpoints(place, CFG)
-        assert "\n" not in str(e.value)
-
-
 def test_describe_counts_what_is_on_the_disk(folder):
     first, second = Checkpoints(folder, CFG).describe()
     files = [p for p in files_of(folder / "00000010") if p.name != MANIFEST]
@@ -464,26 +437,20 @@ def test_a_digest_does_not_depend_on_the_mesh():
     assert list(plain) == ["embed_VD", "layers.q_NDHK", "layers.scale_ND"]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "uint32", "int8", "uint8", "bool"])
+DTYPES = ["float32", "bfloat16", "float16", "int32", "uint32", "int8", "uint8", "bool", "int64", "float64"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_every_flipped_bit_changes_the_digest(dtype):
-    x = np.asarray(jnp.arange(6).reshape(2, 3).astype(dtype))
-    before = digests({"x": jnp.asarray(x)})["x"]
-    bits = range(x.nbytes) if dtype == "bool" else range(x.nbytes * 8)
-    for bit in bits:
-        raw = bytearray(x.tobytes())
-        raw[bit if dtype == "bool" else bit // 8] ^= 1 if dtype == "bool" else 1 << bit % 8
-        y = np.frombuffer(bytes(raw), x.dtype).reshape(x.shape)
-        assert digests({"x": jnp.asarray(y)})["x"] != before, bit
-
-
-def test_64_bit_types_are_split():
-    code = (
-        "import jax; jax.config.update('jax_enable_x64', True); import numpy as np, jax.numpy as jnp\n"
-        "from gptjax.runs.digest import digests\n"
-        "x = np.arange(3, dtype=np.int64); y = x.copy(); y[1] ^= 1 << 40\n"
-        "a, b = (digests({'x': jnp.asarray(v)}) for v in (x, y)); print(a != b)"
-    )
-    assert run_python(code).stdout.strip() == "True"
+    with jax.enable_x64(dtype.endswith("64")):
+        x = np.asarray(jnp.arange(6).reshape(2, 3).astype(dtype))
+        before = digests({"x": jnp.asarray(x)})["x"]
+        assert x.dtype == dtype
+        for bit in range(0, x.nbytes * 8, 8 if dtype == "bool" else 1):
+            raw = bytearray(x.tobytes())
+            raw[bit // 8] ^= 1 << bit % 8
+            y = np.frombuffer(bytes(raw), x.dtype).reshape(x.shape)
+            assert digests({"x": jnp.asarray(y)})["x"] != before, bit
 
 
 def test_exchanged_elements_change_the_digest():

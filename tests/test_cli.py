@@ -147,12 +147,9 @@ def test_settings_that_are_wrong_are_refused(text, tmp_path, capsys):
     assert "did you mean --optim.learning-rate?" in said("--lr", "1e-3")
     assert "did you mean --steps?" in said("--max_iters", "9")
     assert "the same command, run again, goes on" in said("--resume")
-    assert "model.width=33: wanted a multiple of model.num_heads=2" in said("--model.width", "33")
     assert "mesh.tensor=3" in said("--mesh.tensor", "3") and "8 device(s)" in said("--mesh.tensor", "3")
     assert "data.batch_size=6 does not divide over mesh.data x mesh.fsdp = 8" in said("--data.batch-size", "6")
     assert "data.batch_size=8 does not divide" in said("--optim.accumulate", "2")
-    assert "optim.learning_rate=nan: wanted a finite number above 0" in said("--optim.learning-rate", "nan")
-    assert "steps=-1" in said("--steps=-1")
     assert "wanted more than one row" in said("--data.length", "100000")
 
 

@@ -121,19 +121,6 @@ def test_crossing_documents_makes_a_row_one_segment(sizes, length, step):
 
 
 @both_packings
-def test_every_host_reads_its_rows_of_the_same_batch(packing):
-    split, cfg = split_of([30, 50, 7, 11]), DataConfig(batch_size=8, length=10, packing=packing)
-    whole = [RowSampler(split, cfg, 3).batch(step) for step in range(5)]
-    for hosts in (1, 2, 4, 8):
-        share = 8 // hosts
-        for step in (4, 0, 3):
-            # Each host has its own Rows and asks in its own order.
-            parts = [RowSampler(split, cfg, 3).batch(step, slice(h * share, (h + 1) * share)) for h in range(hosts)]
-            joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-            assert batch_hash(joined) == batch_hash(whole[step])
-
-
-@both_packings
 def test_batch_size_does_not_change_the_order_of_rows(packing):
     split = split_of([30, 50, 7, 11])
     ones = RowSampler(split, DataConfig(batch_size=1, length=10, packing=packing), 3)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpora import BYTES, damage, prepared, take, write_jsonl
+from corpora import BYTES, damage, prepared, take, take_counted, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -113,13 +113,7 @@ def test_a_source_is_visited_as_if_it_were_alone():
 
 def test_a_resumed_mixture_goes_on_and_counts_its_tokens(folder):
     pipeline = open_pipeline(mixed(folder, "xyz", "abc", weights=(2.0, 1.0), workers=2), folder / "none", training=True)
-    straight, tokens = take(pipeline, pipeline.start, 30), dict.fromkeys(["xyz", "abc"], 0)
-    for step, (made, state) in enumerate(straight):
-        batch = pipeline.batch(step)
-        assert batch_hash(batch) == made
-        for row, weights in zip(batch["inputs_BL"], batch["weights_BL"]):
-            tokens[letters_of(row)] += int(weights.sum())
-        assert state["tokens"] == tokens
+    straight = take_counted(pipeline, 30, letters_of)
     pipeline.check(straight[16][1])
     assert take(pipeline, straight[16][1], 6) == straight[17:23]
 

@@ -1,15 +1,16 @@
 """The pages for users: what they show runs, what they name exists, and what is generated is fresh."""
 
 import argparse
-import importlib.util
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -228,11 +229,8 @@ def check_tests(args: list[str]) -> None:
         assert word in names, f"-k {word} matches no test"
 
 
-def make_settings():
-    spec = importlib.util.spec_from_file_location("make_settings", ROOT / "docs" / "make_settings.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def make_settings() -> SimpleNamespace:
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / "make_settings.py")))
 
 
 def test_the_settings_page_is_what_the_docstrings_say():
@@ -244,9 +242,8 @@ def test_the_settings_page_is_what_the_docstrings_say():
 def test_every_setting_has_a_docstring():
     module = make_settings()
     for cls in module.VERBS.values():
-        assert set(module.field_docs(cls)) >= {
-            name for name, kind in vars(cls()).items() if not hasattr(kind, "section")
-        }
+        fields = {name for name, kind in vars(cls()).items() if not hasattr(kind, "section")}
+        assert set(module.field_docs(cls)) >= fields
 
 
 @pytest.mark.parametrize("page", ["README.md", "README.zh.md"])

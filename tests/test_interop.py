@@ -64,6 +64,7 @@ def test_an_imported_model_has_the_logits_of_the_original(family):
     reference = np.load(FIXTURES / family / "reference.npz")
     imported = cfg, *sizes, params = import_huggingface(FIXTURES / family)
     assert (cfg.num_layers, cfg.width, *sizes) == ((2, 64, 512, 64) if family in FAMILIES[:2] else (2, 32, 64, 64))
+    assert (cfg.window, cfg.qk_norm) == (7 * family.endswith("mistral"), family.endswith("qwen3"))
     assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype("float32")}
     got_BLV = logits(imported, reference["ids"])
     difference = np.abs(got_BLV - reference["logits"]).max()
@@ -148,7 +149,8 @@ def test_llama_biases_land_where_they_belong(tmp_path):
         np.testing.assert_array_equal(params["layers"][name].reshape(2, -1), want)
 
 
-def test_older_and_newer_places_of_the_rotary_base_are_read(tmp_path):
+def test_older_and_newer_places_of_the_rotary_base_and_a_window_of_null_are_read(tmp_path):
+    assert import_huggingface(variant(tmp_path, FAMILIES[2], {"sliding_window": None}))[0].window == 0
     for settings, theta in (
         ({"rope_parameters": None, "rope_theta": 5e5}, 5e5),
         (rope("default", rope_theta=2e4), 2e4),
@@ -179,13 +181,6 @@ def test_scaled_rotary_positions_have_the_logits_of_transformers(tmp_path, kind)
     older = {"type": kind, "beta_fast": None} if kind == "yarn" else {"type": kind}
     settings = {"rope_parameters": None, "rope_theta": 1e4, "rope_scaling": older | SCALED[kind]}
     assert import_huggingface(variant(tmp_path, FAMILIES[1], settings))[0] == imported[0]
-
-
-def test_windows_and_head_sizes_are_read(tmp_path):
-    mistral, qwen3 = (import_huggingface(FIXTURES / family)[0] for family in FAMILIES[2:])
-    assert (mistral.window, mistral.qk_norm, mistral.head_size, mistral.tied) == (7, False, 12, False)
-    assert (qwen3.window, qwen3.qk_norm, qwen3.head_size, qwen3.tied) == (0, True, 12, True)
-    assert import_huggingface(variant(tmp_path, FAMILIES[2], {"sliding_window": None}))[0].window == 0
 
 
 # What is refused

@@ -89,15 +89,17 @@ def test_the_gpu_script_takes_all_gpus_or_says_that_jax_does_not_see_them(tmp_pa
     one_line(run(tmp_path, "gpu_node.sh", "x", **given), "lists no GPU")
 
 
-def test_the_slurm_script_says_what_is_missing(tmp_path):
+@pytest.mark.parametrize(("script", "place"), [("slurm.sbatch", "RUN_DIR"), ("sweep.sbatch", "OUT")])
+def test_a_slurm_script_says_what_is_missing(tmp_path, script, place):
     job = {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_NTASKS": "1", "SLURM_JOB_NODELIST": "a"}
-    one_line(run(tmp_path, "slurm.sbatch", "x"), "not a Slurm job")
-    one_line(run(tmp_path, "slurm.sbatch", **job), "RECIPE is missing")
-    one_line(run(tmp_path, "slurm.sbatch", "x", **job), "RUN_DIR is missing")
-    job |= {"RUN_DIR": "x"}
-    one_line(run(tmp_path, "slurm.sbatch", "x", **job | {"SLURM_SUBMIT_DIR": "/nowhere"}), "holds no supervise.py")
-    one_line(run(tmp_path, "slurm.sbatch", "x", **job, VENV="/nowhere"), "VENV=/nowhere has no bin/activate")
-    one_line(run(tmp_path, "slurm.sbatch", "x", **job, GPTJAX="no-such-command y"), "no-such-command is not on PATH")
+    one_line(run(tmp_path, script, "x"), "not a Slurm job")
+    one_line(run(tmp_path, script, **job), "RECIPE is missing")
+    one_line(run(tmp_path, script, "x", **job, **{place: ""}), f"{place} is missing")
+    job |= {place: "x"}
+    one_line(run(tmp_path, script, "x", **job, VENV="/nowhere"), "VENV=/nowhere has no bin/activate")
+    one_line(run(tmp_path, script, "x", **job, GPTJAX="no-such-command y"), "no-such-command is not on PATH")
+    if script == "slurm.sbatch":
+        one_line(run(tmp_path, script, "x", **job | {"SLURM_SUBMIT_DIR": "/nowhere"}), "holds no supervise.py")
 
 
 def test_every_task_of_a_sweep_runs_the_same_command_and_goes_back_into_the_queue_where_it_was_interrupted(tmp_path):
@@ -110,11 +112,6 @@ def test_every_task_of_a_sweep_runs_the_same_command_and_goes_back_into_the_queu
     said = (tmp_path / "said").read_text().splitlines()
     assert said == ["--ntasks=1", "true", "sweep", "modern", "--out", "/shared/ladder", "--grid", "1e17:4", *AWKWARD]
     assert (tmp_path / "asked").read_text() == "requeue 7\n"
-    one_line(run(tmp_path, "sweep.sbatch", "x"), "not a Slurm job")
-    one_line(run(tmp_path, "sweep.sbatch", **job), "RECIPE is missing")
-    one_line(run(tmp_path, "sweep.sbatch", "x", **job | {"OUT": ""}), "OUT is missing")
-    one_line(run(tmp_path, "sweep.sbatch", "x", **job | {"VENV": "/nowhere"}), "VENV=/nowhere has no bin/activate")
-    one_line(run(tmp_path, "sweep.sbatch", "x", **job | {"GPTJAX": "no-such"}), "no-such is not on PATH")
 
 
 # Stands for Google's: the slice has two workers, each a folder in which `ssh` runs commands and to which `scp` copies.

@@ -82,34 +82,18 @@ def test_every_recipe_has_one_of_these_structures():
     assert {structure(name) for name in EVERY} <= told
 
 
-@pytest.fixture(scope="module")
-def params():
+def test_parameters_that_are_whole_and_axes_that_are_unused_are_told():
     config = small("gpt3 --size 175b")
     mesh = make_mesh(config.mesh)
-    return mesh, abstract(jax.eval_shape(build_components(config).init, 0), mesh).params
-
-
-def test_a_big_parameter_that_is_whole_is_told_and_small_ones_are_not(params):
-    mesh, tree = params
-    assert not list(replicated_parameters(tree, mesh.shape))
-    whole = dict(tree, layers=dict(tree["layers"]))
+    tree = abstract(jax.eval_shape(build_components(config).init, 0), mesh).params
+    assert not list(replicated_parameters(tree, mesh.shape)) and not list(unused_axes(tree, mesh.shape))
     x = tree["layers"]["w_in_NDF"]
-    whole["layers"]["w_in_NDF"] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P()))
-    (line,) = replicated_parameters(whole, mesh.shape)
+    w_in_NDF = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P()))
+    (line,) = replicated_parameters(dict(tree, layers=tree["layers"] | {"w_in_NDF": w_in_NDF}), mesh.shape)
     assert line.startswith("parameter w_in_NDF") and "each of the 8 devices" in line
-
-
-def test_an_axis_that_nothing_lies_over_is_told(params):
-    mesh, tree = params
-    assert not list(unused_axes(tree, mesh.shape))
     (line,) = unused_axes(tree, dict(mesh.shape) | {"context": 2})
     assert line.startswith("mesh.context=2 is not used")
-
-
-def test_heads_that_fall_back_to_whole_are_told(params):
-    _, tree = params
-    sizes = {"data": 1, "fsdp": 1, "tensor": 3, "context": 1}
-    lines = list(whole_heads(tree, sizes))
+    lines = list(whole_heads(tree, {"data": 1, "fsdp": 1, "tensor": 3, "context": 1}))
     assert len(lines) == 2 and any("4 query heads do not divide over mesh.tensor=3" in line for line in lines)
 
 

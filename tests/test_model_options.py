@@ -16,7 +16,7 @@ from gptjax.config.section import InputError
 from gptjax.model.block import block
 from gptjax.model.cache import empty_cache
 from gptjax.model.counts import flops_per_token, forward_flops, parameters
-from gptjax.model.decoder import Decoder, dims, head, init_params, windows
+from gptjax.model.decoder import Decoder, dims, init_params
 from gptjax.ops.reference import causal
 from gptjax.parallel.sharding import suffix
 
@@ -148,13 +148,10 @@ def test_the_option_is_not_ignored(name):
     assert abs(rows(plain)["a"] - rows(option(name))["a"]).max() > 1e-2
 
 
-def test_blockwise_attention_gives_the_logits_of_plain_attention():
-    cfg = dataclasses.replace(option("all"), attention="plain")
-    for name, blockwise_LV in rows(option("all")).items():
-        np.testing.assert_allclose(rows(cfg)[name], blockwise_LV, atol=5e-5)
+REACHES = [(2, 0, "blockwise"), (2, 0, "plain"), (3, 2, "plain"), (2, 1, "plain")]
 
 
-@pytest.mark.parametrize(("layers", "every", "attention"), [(2, 0, "blockwise"), (2, 0, "plain"), (3, 2, "plain")])
+@pytest.mark.parametrize(("layers", "every", "attention"), REACHES)
 def test_a_token_is_seen_from_as_far_as_the_windows_reach(layers, every, attention):
     """Through N layers of window W a change reaches N (W - 1) places; through a global layer, all that follow."""
     cfg = dataclasses.replace(
@@ -167,31 +164,6 @@ def test_a_token_is_seen_from_as_far_as_the_windows_reach(layers, every, attenti
     seen_L = abs(a_LV - b_LV).max(axis=-1) > 1e-6
     last = LENGTH if every else 1 + layers * (3 - 1)
     np.testing.assert_array_equal(seen_L, (POSITION_L >= 1) & (POSITION_L <= last))
-
-
-def test_windows_are_one_number_where_the_layers_agree_and_a_stack_where_they_do_not():
-    assert windows(GPT2) is None
-    assert windows(dataclasses.replace(GPT2, window=4)) == 4
-    assert windows(dataclasses.replace(GPT2, window=4, global_every=1)) is None
-    mixed_N = windows(dataclasses.replace(GPT2, num_layers=5, window=4, global_every=2))
-    assert mixed_N.dtype == jnp.int32 and (np.asarray(mixed_N) == [4, 2**31 - 1, 4, 2**31 - 1, 4]).all()
-    cfg = dataclasses.replace(GPT2, num_layers=6, window=4, global_every=3)
-    assert cfg.layer_windows == (4, 4, None, 4, 4, None)
-
-
-def test_queries_and_keys_are_normalised_head_by_head_before_the_rotation():
-    """So the size of their projections does not matter, but that of the scales does."""
-    cfg, params = option("qk_norm"), random_params(option("qk_norm"))
-    row = [x[None] for x in ROW]
-
-    def scaled(**factor):
-        layers = {n: x * factor[n[0:6]] if n[:6] in factor else x for n, x in params["layers"].items()}
-        return forward(cfg)({**params, "layers": layers}, *row)[0]
-
-    heads = np.array([10.0, 20.0, 40.0, 80.0])[:, None]
-    one_LV = scaled(q_NDHK=heads, k_NDGK=np.array([10.0, 30.0])[:, None])
-    np.testing.assert_allclose(one_LV, scaled(q_NDHK=10.0, k_NDGK=10.0), atol=2e-4)
-    assert abs(scaled(norm_q=3.0) - rows(cfg)["a"]).max() > 0.01
 
 
 @pytest.mark.parametrize("parallel", [True, False])
@@ -209,31 +181,10 @@ def test_in_parallel_attention_and_mlp_add_up(parallel):
     assert np.allclose(change(), apart, atol=1e-4) == parallel
 
 
-def test_logits_stay_below_the_cap():
-    assert 2.0 < abs(rows(option("logit_softcap"))["a"]).max() <= 3.0
-
-
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_positions_matter(name):
-    tokens_BL = np.full((2, LENGTH), 3)
-    tokens_BL[0, 2] = tokens_BL[1, 4] = 4
-    a_LV, b_LV = forward(option(name))(random_params(option(name)), tokens_BL, *(np.stack([x] * 2) for x in ROW[1:]))
-    assert abs(a_LV - b_LV)[-1].max() > 1e-3
-
-
 def test_rotary_positions_are_relative():
     a_L, positions_L, one_L = (x[None] for x in ROW)
     moved_LV = forward(LLAMA)(random_params(LLAMA), a_L, positions_L + 40, one_L)[0]
     np.testing.assert_allclose(moved_LV, rows(LLAMA)["a"], atol=2e-4)
-
-
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_ids_that_pad_the_vocabulary_are_never_likely(name):
-    params = random_params(option(name))
-    decoder = Decoder(option(name), VOCAB, LENGTH)
-    logits_BLV = decoder.apply({"params": params}, np.ones((1, LENGTH, 16), np.float32), method="logits")
-    assert logits_BLV.shape[-1] == 64 and (jax.nn.softmax(logits_BLV)[..., VOCAB:] == 0).all()
-    assert head(params).shape == (64, 16)
 
 
 def hidden(cfg: ModelConfig, **more) -> jax.Array:

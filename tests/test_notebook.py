@@ -5,13 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
+from test_docs import TINY
 
 LAUNCH = Path(__file__).parent.parent / "launch"
-TINY = {
-    "model.num_layers": 1, "model.width": 32, "model.num_heads": 2, "model.unroll": 1, "data.length": 32,
-    "data.source": "text.txt", "tokenizer.kind": "bytes", "tokenizer.vocab_size": 258, "evaluate.max_rows": 8,
-    "generate.max_new_tokens": 4, "tensorboard": False,
-}  # fmt: skip
 
 
 def read(name):

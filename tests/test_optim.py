@@ -51,13 +51,7 @@ def first_updates(params, grads, **settings):
 @pytest.mark.parametrize("kind", ["cosine", "wsd", "linear", "constant", "rsqrt"])
 def test_every_schedule_warms_up_in_a_straight_line(kind):
     np.testing.assert_allclose(rates(schedule=kind)[:10], np.arange(1, 11) / 10, rtol=1e-6)
-
-
-def test_cosine_ends_at_its_final_share_and_stays_there():
-    r = rates(final_fraction=0.1)
-    np.testing.assert_allclose(r[55], 0.1 + 0.9 * 0.5, rtol=1e-5)  # half of the way from 10 to 100
-    np.testing.assert_allclose(r[100:], 0.1, rtol=1e-5)
-    assert (np.diff(r[10:]) <= 1e-7).all()
+    np.testing.assert_allclose(rates(5, schedule=kind)[:5], np.arange(1, 6) / 10, rtol=1e-6)  # a shorter run's is cut
 
 
 @pytest.mark.parametrize(
@@ -66,10 +60,11 @@ def test_cosine_ends_at_its_final_share_and_stays_there():
         ({"schedule": "wsd", "decay_fraction": 0.25, "final_fraction": 0.0}, 75, np.linspace(1, 0, 26)),
         ({"schedule": "linear", "final_fraction": 0.2}, 10, np.linspace(1, 0.2, 91)),
         ({"schedule": "constant"}, 100, [1.0]),
+        ({"schedule": "cosine", "final_fraction": 0.1}, 10, 0.1 + 0.45 * (1 + np.cos(np.linspace(0, np.pi, 91)))),
     ],
-    ids=["wsd", "linear", "constant"],
+    ids=["wsd", "linear", "constant", "cosine"],
 )
-def test_schedules_are_constant_fall_in_a_straight_line_and_stay(settings, first, wanted):
+def test_schedules_are_constant_fall_by_their_formula_and_stay(settings, first, wanted):
     r = rates(**settings)
     np.testing.assert_allclose(r[9:first], 1.0, rtol=1e-5)
     np.testing.assert_allclose(r[first:101], wanted, rtol=1e-5, atol=1e-6)
@@ -81,10 +76,6 @@ def test_rsqrt_halves_when_the_updates_are_four_times_the_warm_up():
     np.testing.assert_allclose(r[9:], 3.0 * np.sqrt(10 / np.arange(10, 106)), rtol=1e-5)
     np.testing.assert_allclose(r[39], 1.5, rtol=1e-5)
     assert rates(schedule="rsqrt", warmup_steps=0)[3] == 0.5
-
-
-def test_a_run_shorter_than_its_warm_up_only_warms_up():
-    np.testing.assert_allclose(rates(steps=5)[:5], np.arange(1, 6) / 10, rtol=1e-6)
 
 
 # Letters.
@@ -125,13 +116,6 @@ def test_every_name_in_the_state_states_the_true_shape(kind, cfg):
         assert x.shape == tuple(size[c] for c in suffix(name)), jax.tree_util.keystr(path)
 
 
-def test_state_whose_shape_is_not_its_names_is_refused():
-    tx = optax.adafactor(1e-3, min_dim_size_to_factor=2)
-    state = jax.eval_shape(tx.init, shapes(GPT2))
-    with pytest.raises(AssertionError, match="one letter a dimension"):
-        shardings(state, make_mesh(MeshConfig()))
-
-
 # Directions.
 
 
@@ -146,25 +130,6 @@ def test_adamw_is_optaxs_to_the_bit_and_has_its_state():
     for seed in (1, 2):
         (u, a), (v, b) = (tx.update(randoms(params, seed), s, params) for tx, s in ((ours, a), (theirs, b)))
         jax.tree.map(np.testing.assert_array_equal, u, v)
-
-
-def test_one_update_is_adamw_by_hand():
-    cfg = OptimConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.5, clip_norm=1.0, epsilon=1e-8)
-    tx = make_optimizer(cfg, lambda u: jnp.float32(0.1))
-    params = {"w_DF": jnp.array([[2.0, -1.0]]), "norm_D": jnp.array([3.0])}
-    grads = {"w_DF": jnp.array([[30.0, -40.0]]), "norm_D": jnp.array([0.0])}
-    updates, _ = tx.update(grads, tx.init(params), params)
-    # After one step Adam's ratio is the sign of the gradient, whatever the clipping; decay is added before the rate.
-    np.testing.assert_allclose(updates["w_DF"], [[-0.1 * (1 + 0.5 * 2.0), -0.1 * (-1 + 0.5 * -1.0)]], rtol=1e-5)
-    np.testing.assert_allclose(updates["norm_D"], [0.0], atol=1e-7)
-
-
-def test_clipping_bounds_the_norm_that_reaches_the_moments():
-    tx = make_optimizer(OptimConfig(clip_norm=1.0), lambda u: jnp.float32(0.1))
-    params = {"w_DF": jnp.ones((1, 2))}
-    _, state = tx.update({"w_DF": jnp.array([[30.0, -40.0]])}, tx.init(params), params)
-    moments = [x for x in jax.tree.leaves(state) if x.shape == (1, 2)]
-    np.testing.assert_allclose(moments[0], 0.1 * np.array([[0.6, -0.8]]), rtol=1e-5)
 
 
 def test_lions_update_is_the_sign_of_its_mixed_momentum():

@@ -84,13 +84,14 @@ def test_a_scan_without_remat_keeps_the_weight_copies_twice():
     assert weights("none") - weights("full") == pytest.approx(2 * layers / 2, rel=0.01)
 
 
-def test_a_head_of_float32_is_never_in_pieces():
-    def weights(dtype: str) -> int:
-        flags = f"--data.length 1024 --data.batch-size 32 --model.dtype {dtype}"
-        return counted("llama_1b", flags, fsdp=32)[0].weights
+def test_a_head_that_is_multiplied_in_pieces_is_never_whole_and_one_of_float32_is_never_in_pieces():
+    def weights(dtype: str = "bfloat16", rows: int = 32, **mesh: int) -> int:
+        flags = f"--data.length 1024 --data.batch-size {rows} --model.dtype {dtype}"
+        return counted("llama_1b", flags, **mesh)[0].weights
 
     whole = 2 * 128256 * 2048  # of bfloat16
-    assert weights("bfloat16") < whole < weights("float32")
+    never = weights("float32", fsdp=32), weights(rows=512, fsdp=64), weights(data=2, fsdp=16)
+    assert weights(fsdp=32) < whole < min(never)
 
 
 def test_outputs_of_plain_attention_that_are_kept_are_bfloat16_also_in_float32():

@@ -1,13 +1,13 @@
 """Several processes are one job: the same batches, the same losses, one end for all, and no hang where one is wrong."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -17,18 +17,21 @@ import jax
 import numpy as np
 import pytest
 from commands import GPTJAX, environment, free_port
+from corpora import BYTES, write_jsonl
 
 from gptjax import cli
 from gptjax.config import CheckpointConfig, DataConfig, TrainConfig
 from gptjax.config.section import InputError
 from gptjax.data.batches import RowSampler, validation_batches
 from gptjax.data.packing import MemorySplit
+from gptjax.data.pipeline import open_pipeline
 from gptjax.parallel import processes as distributed
 from gptjax.parallel.cluster import Cluster, RetryableError, find_cluster
 from gptjax.parallel.preflight import RendezvousServer, preflight
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.stages.runner import barrier_at_exit
 from gptjax.training.loop import Diverged
+from gptjax.training.metrics_file import MetricsFile
 from gptjax.training.stop import Interrupted
 
 SETTINGS = """
@@ -256,6 +259,26 @@ def test_shards_of_a_batch_are_the_batch_and_their_targets_are_counted(packing, 
             np.testing.assert_array_equal(given["targets_BL"], whole["targets_BL"][part])
 
 
+@pytest.mark.parametrize("kind", ["prepared", "padded", "mixture", "stream", "holes"])
+def test_the_batches_of_several_processes_are_parts_of_those_of_one(tmp_path, words, kind):
+    for name, letter in (("a", "z"), ("b", "y")):
+        write_jsonl(tmp_path / f"{name}.jsonl", [x for x in words.read_text().replace("a", letter).split("e") if x])
+    mixture = tuple(f"{name}={tmp_path / name}.jsonl" for name in "ab")
+    more = {
+        "prepared": {}, "padded": {"packing": "padded"}, "stream": {"loading": "stream"}, "holes": {"max_corrupt": 3},
+        "mixture": {"source": "mixture", "mixture": mixture},
+    }[kind]  # fmt: skip
+    data = DataConfig(**{"source": str(tmp_path / "a.jsonl"), "length": 32, "batch_size": 8} | more)
+    feed = open_pipeline(TrainConfig(data=data, tokenizer=BYTES), tmp_path / "data", training=True)
+    parts = [slice(None), np.array([0, 1, 5]), np.array([2, 3, 4, 6, 7])]
+    made = [itertools.islice(feed.batches(feed.start, part), 12) for part in parts]
+    for (whole, state), *some in zip(*made, strict=True):
+        for part, (given, its_state) in zip(parts[1:], some, strict=True):
+            assert its_state == state
+            for name, x in whole.items():
+                np.testing.assert_array_equal(given[name], x[part])
+
+
 # The end.
 
 
@@ -339,15 +362,6 @@ def test_devices_that_are_not_here_are_one_line_that_names_the_extra(monkeypatch
 # Whole runs, as processes on this machine.
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    rng = np.random.default_rng(0)
-    words = ["".join(rng.choice(list("abcdefgh"), rng.integers(2, 7))) for _ in range(50)]
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text(" ".join(rng.choice(words, 3000)))
-    return path
-
-
 def start(
     count: int, run: Path, text: Path, *more: str, devices: int = 1, last: dict[str, str] | None = None,
     **variables: str,
@@ -387,9 +401,7 @@ def codes(ended: list[tuple[int, str, str]]) -> list[int]:
 
 
 def lines(run: Path) -> list[dict]:
-    path = run / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return MetricsFile(run / "metrics.jsonl").read()
 
 
 def losses(run: Path) -> list[float]:
@@ -415,12 +427,12 @@ MARKS = [pytest.mark.slow, *[pytest.mark.exhaustive] * 4]
 @pytest.mark.parametrize(
     "count, devices, mesh", [pytest.param(*split, marks=mark) for split, mark in zip(SPLITS, MARKS, strict=True)]
 )
-def test_several_processes_train_as_one(tmp_path, text, count, devices, mesh):
+def test_several_processes_train_as_one(tmp_path, words, count, devices, mesh):
     one, many = tmp_path / "one", tmp_path / "many"
     more = ("--steps", "6", "--evaluate.every", "6", "--checkpoint.every", "4")
     sizes = [x for axis, size in zip(("data", "fsdp", "tensor"), mesh) for x in (f"--mesh.{axis}", str(size))]
-    running = start(count, many, text, *more, *sizes, devices=devices)
-    assert codes(finish(start(1, one, text, *more, "--no-sample"))) == [0]
+    running = start(count, many, words, *more, *sizes, devices=devices)
+    assert codes(finish(start(1, one, words, *more, "--no-sample"))) == [0]
     ended = finish(running)
     assert codes(ended) == [0] * count, ended
     assert all(rest[1:] == ("", "") for rest in ended[1:]), "only process 0 speaks"
@@ -431,11 +443,11 @@ def test_several_processes_train_as_one(tmp_path, text, count, devices, mesh):
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_any_process_stops_all_and_another_count_resumes(tmp_path, text, number):
+def test_a_signal_to_any_process_stops_all_and_another_count_resumes(tmp_path, words, number):
     run, alone = tmp_path / "run", tmp_path / "alone"
     stopped, meshes = 0, {2: ("--mesh.fsdp", "2", "--mesh.data", "1"), 1: ()}
     for count in (2, 1, 2):
-        some = start(count, run, text, "--steps", "4000", "--checkpoint.every", "3000", *meshes[count])
+        some = start(count, run, words, "--steps", "4000", "--checkpoint.every", "3000", *meshes[count])
         reaches(run, stopped + 3, some)
         some[-1].send_signal(number)
         ended = finish(some)
@@ -443,14 +455,14 @@ def test_a_signal_to_any_process_stops_all_and_another_count_resumes(tmp_path, t
         before, stopped = stopped, lines(run)[-1]["step"]
         assert (run / "checkpoints" / f"{stopped:08d}" / "manifest.json").is_file()
         assert not before or f"after step {before}" in ended[0][2]
-    assert codes(finish(start(1, alone, text, "--steps", str(stopped), "--mesh.data", "1"))) == [0]
+    assert codes(finish(start(1, alone, words, "--steps", str(stopped), "--mesh.data", "1"))) == [0]
     same(losses(run), losses(alone))
 
 
 @pytest.mark.exhaustive
-def test_a_lost_process_ends_the_others(tmp_path, text):
+def test_a_lost_process_ends_the_others(tmp_path, words):
     run = tmp_path / "run"
-    both = start(2, run, text, "--steps", "4000", GPTJAX_HEARTBEAT_SECONDS="30")
+    both = start(2, run, words, "--steps", "4000", GPTJAX_HEARTBEAT_SECONDS="30")
     reaches(run, 3, both)
     both[1].kill()
     began = time.monotonic()
@@ -459,10 +471,10 @@ def test_a_lost_process_ends_the_others(tmp_path, text):
 
 
 @pytest.mark.exhaustive
-def test_a_process_that_fails_names_itself_and_ends_the_others(tmp_path, text):
+def test_a_process_that_fails_names_itself_and_ends_the_others(tmp_path, words):
     (tmp_path / "cache" / "gptjax" / "compiled").mkdir(parents=True)
     (tmp_path / "cache" / "gptjax" / "compiled").chmod(0o777)
-    both = start(2, tmp_path / "run", text, "--steps", "40", last={"XDG_CACHE_HOME": str(tmp_path / "cache")})
+    both = start(2, tmp_path / "run", words, "--steps", "40", last={"XDG_CACHE_HOME": str(tmp_path / "cache")})
     (first, _, said), (second, _, errors) = finish(both)
     assert (first, second) == (2, 2)
     assert errors.startswith("gptjax: process 1 of 2 on ") and "can be written by others" in errors
@@ -470,9 +482,9 @@ def test_a_process_that_fails_names_itself_and_ends_the_others(tmp_path, text):
 
 
 @pytest.mark.exhaustive
-def test_the_time_limit_saves_and_ends_all_processes_before_it(tmp_path, text):
+def test_the_time_limit_saves_and_ends_all_processes_before_it(tmp_path, words):
     run, began = tmp_path / "run", time.monotonic()
-    ended = finish(start(2, run, text, "--steps", "100000", "--checkpoint.every", "100000", "--time-limit", "90"))
+    ended = finish(start(2, run, words, "--steps", "100000", "--checkpoint.every", "100000", "--time-limit", "90"))
     assert codes(ended) == [75, 75], ended
     assert time.monotonic() - began < 92
     assert "time limit of 90 s is near" in ended[0][2]
@@ -492,58 +504,3 @@ def test_a_time_limit_is_read_as_users_and_slurm_write_it(written, seconds):
 def test_a_time_limit_that_is_none_is_refused(written):
     with pytest.raises(InputError, match="time_limit='.*': wanted a time above 0"):
         TrainConfig(time_limit=written)
-
-
-BATCHES = """
-import itertools, json, sys
-from pathlib import Path
-import jax, numpy as np
-from gptjax.config import TrainConfig
-from gptjax.data.pipeline import open_pipeline
-from gptjax.data.packing import batch_hash
-from gptjax.parallel.processes import is_main_process, join_processes, main_process_first
-from gptjax.config.section import build, leaves
-from gptjax.parallel.sharding import local_rows, make_mesh, to_global
-
-cfg = build(TrainConfig, dict(leaves(TrainConfig())) | json.loads(sys.argv[1]))
-join_processes(dict(leaves(cfg)), cfg.run_dir)
-mesh = make_mesh(cfg.mesh)
-with main_process_first("data"):
-    feed = open_pipeline(cfg, Path(cfg.run_dir) / "data", training=True)
-rows = local_rows(cfg.data.batch_size, mesh)
-whole = jax.jit(lambda batch: batch, out_shardings=jax.sharding.NamedSharding(mesh, jax.P()))
-hashes = []
-for batch, state in itertools.islice(feed.batches(feed.start, rows.numbers), 12):
-    assert len(batch["inputs_BL"]) == len(rows.numbers)
-    hashes.append(batch_hash({name: np.asarray(x) for name, x in whole(to_global(batch, mesh, rows)).items()}))
-if is_main_process():
-    print(json.dumps([hashes, state, len(rows.numbers)]))
-"""
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("kind", ["prepared", "padded", "mixture", "stream", "holes"])
-def test_the_batches_of_many_processes_are_those_of_one(tmp_path, text, kind):
-    for name, letter in (("a", "z"), ("b", "y")):
-        documents = text.read_text().replace("a", letter).split("e")
-        some = [json.dumps({"text": document}) for document in documents if document]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(some))
-    settings = {
-        "run_dir": str(tmp_path / "run"), "tokenizer.kind": "bytes", "tokenizer.vocab_size": 258, "data.length": 32,
-        "data.batch_size": 8, "data.source": str(tmp_path / "a.jsonl"),
-    }  # fmt: skip
-    settings |= {
-        "prepared": {}, "padded": {"data.packing": "padded"}, "stream": {"data.loading": "stream"},
-        "holes": {"data.max_corrupt": 3},
-        "mixture": {"data.source": "mixture", "data.mixture": [f"{n}={tmp_path / n}.jsonl" for n in "ab"]},
-    }[kind]  # fmt: skip
-    found = []
-    for mesh in ((1, 1, 1), (2, 1, 1), (2, 2, 1), (1, 1, 2)):
-        sizes = {f"mesh.{axis}": size for axis, size in zip(("data", "fsdp", "tensor"), mesh)}
-        command = [sys.executable, "-c", BATCHES, json.dumps(settings | sizes)]
-        ended = finish(launch(int(np.prod(mesh)), command, text.parent / "cache"))
-        assert not any(codes(ended)), ended
-        *made, rows = json.loads(ended[0][1])
-        assert rows == 8 // (mesh[0] * mesh[1])
-        found.append(made)
-    assert all(made == found[0] for made in found)

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from gptjax.config import CheckpointConfig, MeshConfig, ModelConfig, TrainConfig
+from gptjax.config import CheckpointConfig, GenerateConfig, MeshConfig, ModelConfig, TrainConfig
 from gptjax.config.section import InputError, leaves
 from gptjax.runs import run as run_module
 from gptjax.runs.run import Provenance, Run, environment, load_config, read_config
 from gptjax.storage import write_json
 
-CFG = TrainConfig(steps=100, model=ModelConfig(num_layers=2, width=64, num_heads=4))
+CFG = TrainConfig(
+    steps=100, model=ModelConfig(num_layers=2, width=64, num_heads=4), generate=GenerateConfig(prompt=("a\n", "b"))
+)
 RECIPE = {"path": "configs/quickstart.py", "sha256": "ab" * 32}
 ORIGINS = {"steps": "command line", "model.width": "recipe"}
 
@@ -201,9 +203,11 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 
 def test_a_place_that_can_not_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    for place in [tmp_path / "file", tmp_path / "file" / "run", Path("/proc/self")]:
-        with pytest.raises(InputError, match="can't be written there"):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for place in [tmp_path / "file", tmp_path / "file" / "run", tmp_path / "loop" / "run", Path("/proc/self")]:
+        with pytest.raises(InputError, match="can't be written there") as e:
             open_run(place)
+        assert "\n" not in str(e.value)
 
 
 HOLD = """

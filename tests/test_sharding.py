@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.config import MeshConfig, OptimConfig
+from gptjax.config import MeshConfig
 from gptjax.config.section import InputError
 from gptjax.parallel.sharding import (
     constrain,
@@ -15,12 +15,10 @@ from gptjax.parallel.sharding import (
     num_slices,
     require_mesh,
     sharding_of,
-    shardings,
     spec,
     suffix,
     to_global,
 )
-from gptjax.training.optim import make_optimizer, make_schedule
 
 P = jax.P
 
@@ -31,9 +29,6 @@ def test_letters_become_mesh_axes_and_an_axis_is_spent_once():
     assert spec("BLD") == P(("data", "fsdp"), "context", None)
     assert spec("BLV") == P(("data", "fsdp"), "context", "tensor")
     assert spec("NBMGK") == P(None, ("data", "fsdp"), None, "tensor", None)
-
-
-def test_vectors_stay_whole_and_rows_do_not():
     assert spec("D") == P(None) and spec("ND") == P(None, None) and spec("NF") == P(None, None)
     assert spec("B") == P(("data", "fsdp"))
 
@@ -140,16 +135,6 @@ def test_a_name_without_letters_is_refused_unless_it_is_a_scalar():
     assert sharding_of("count", (), mesh).spec == P()
     with pytest.raises(AssertionError, match="one letter a dimension"):
         sharding_of("moments", (3,), mesh)
-
-
-def test_optimizer_state_lies_where_its_parameters_do():
-    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
-    params = {"layers": {"q_NDHK": jnp.zeros((2, 8, 2, 4))}, "norm_D": jnp.zeros(8)}
-    tx = make_optimizer(OptimConfig(), make_schedule(OptimConfig(), 10))
-    where = shardings(jax.eval_shape(tx.init, params), mesh)
-    specs = {jax.tree_util.keystr(path): s.spec for path, s in jax.tree_util.tree_leaves_with_path(where)}
-    assert [s for k, s in specs.items() if "q_NDHK" in k] == [P(None, "fsdp", "tensor", None)] * 2
-    assert [s for k, s in specs.items() if "norm_D" in k] == [P(None)] * 2
 
 
 def test_constrain_leaves_what_does_not_divide_and_does_nothing_without_a_mesh():

@@ -98,14 +98,6 @@ def test_pieces_of_a_document_decode_to_the_document(tokenizer):
     assert tokenizer.decode(i for piece in ids for i in piece) == "".join(pieces)
 
 
-def test_a_model_that_adds_a_space_gives_the_ids_of_sentencepiece_itself():
-    import sentencepiece
-
-    processor = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
-    for text in ["", "To be", " or not", "a\n  b", "\u4e2d"]:
-        assert LLAMA_LIKE.encode(text) == processor.encode(text)
-
-
 def test_the_same_text_trains_the_same_model():
     again = train_sentencepiece(iter([TEXT]), 400)
     assert again.sha256 == TRAINED.sha256

@@ -87,11 +87,6 @@ def test_safe_cuts_are_found_in_ordinary_text_and_the_last_one_is_taken():
     assert last_safe_cut(train_sentencepiece(iter([TEXT[:50_000]]), 400), "\u4e2d\n\n\u4e2d") == 3
 
 
-def test_cutting_after_a_newline_would_change_gpt2s_ids():
-    tokenizer = TOKENIZERS["two files"]
-    assert tokenizer.encode("x\n\ny") != tokenizer.encode("x\n\n") + tokenizer.encode("y")
-
-
 def test_ids_are_those_of_tiktoken():
     whole = TEXT + "".join(AWKWARD) * 3 + "".join(random.Random(0).choices(AWKWARD, k=6000))
     for pattern in PATTERNS:

@@ -16,12 +16,8 @@ import pytest
 from test_interop import FIXTURES, SCALED, rope
 from test_interop import logits as imported_logits
 
-from gptjax.config import ModelConfig
 from gptjax.interop.huggingface import import_huggingface
-from gptjax.model.block import heads
 from gptjax.model.head import logits
-from gptjax.ops.linear import linear
-from gptjax.ops.reference import causal
 
 pytestmark = pytest.mark.peers
 VALUES = FIXTURES / "transformers.json"
@@ -147,36 +143,6 @@ def close(got: np.ndarray, want: np.ndarray) -> None:
 # Frequencies and attention
 
 
-def test_a_layer_of_attention_with_rotary_positions_and_a_soft_cap_is_that_of_gemma2():
-    import torch
-    from transformers import Gemma2Config
-    from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, Gemma2RotaryEmbedding
-
-    theirs = Gemma2Config(
-        hidden_size=16, num_attention_heads=4, num_key_value_heads=2, head_dim=6, query_pre_attn_scalar=6,
-        attn_logit_softcapping=2.0, num_hidden_layers=2, attn_implementation="eager",
-    )  # fmt: skip
-    torch.manual_seed(0)
-    layer = Gemma2Attention(theirs, layer_idx=1).eval()
-    x_BLD = 3 * wave(2, 10, 16, seed=4)
-    with torch.no_grad():
-        x = torch.tensor(x_BLD)
-        rotary = Gemma2RotaryEmbedding(theirs)(x, torch.arange(10)[None])
-        mask = torch.full((10, 10), torch.finfo(torch.float32).min).triu(1)[None, None]
-        want = layer(x, position_embeddings=rotary, attention_mask=mask)[0].numpy()
-    cfg = ModelConfig(
-        width=16, num_heads=4, queries_per_kv=2, head_dim=6, positions="rope", biases=False, dtype="float32",
-        attention_softcap=2.0,
-    )  # fmt: skip
-    weights = {name: x.detach().numpy().T for name, x in layer.named_parameters()}
-    p = {f"{n}_D{g}K": weights[f"{n}_proj.weight"].reshape(16, -1, 6) for n, g in (("q", "H"), ("k", "G"), ("v", "G"))}
-    p["o_HKD"] = weights["o_proj.weight"].reshape(4, 6, 16)
-    place_BL = jnp.broadcast_to(jnp.arange(10), (2, 10))
-    with jax.default_matmul_precision("highest"):
-        a_BLHK, _ = heads(cfg, p, jnp.asarray(x_BLD), place_BL, causal(jnp.ones((2, 10), int)), None, None, None)
-        close(np.asarray(linear(a_BLHK, p, o="BLHK,HKD->BLD")), want)
-
-
 def test_capped_logits_are_those_of_gemma2(tmp_path):
     import torch
 
@@ -215,17 +181,6 @@ def test_a_model_with_an_option_of_its_family_has_their_logits(tmp_path, family,
     if others:
         other = dataclasses.replace(imported[0], **others)
         assert abs(our_logits((other, *imported[1:]), token_ids()) - want).max() > least
-
-
-def test_a_text_of_twice_the_context_has_the_logits_of_dynamic_scaling(tmp_path):
-    dynamic = {"rope_type": "dynamic", "factor": 1.0, "rope_theta": 10_000.0}
-    model = save_model(tmp_path, small("llama", rope_parameters=dynamic, max_position_embeddings=20))
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 10_000.0}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    cfg, *rest = import_huggingface(tmp_path)
-    cfg = dataclasses.replace(cfg, rope_scaling="ntk", rope_factor=2.0)
-    close(our_logits((cfg, *rest), token_ids(40)), their_logits(model, token_ids(40)))
 
 
 # What the tests without torch read

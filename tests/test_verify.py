@@ -3,12 +3,11 @@
 import dataclasses
 import itertools
 import json
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
+from corpora import run_python
 
 from gptjax.cli import main
 from gptjax.config import MeshConfig
@@ -131,5 +130,4 @@ def test_help_needs_no_jax(verb):
         f"import sys, gptjax.cli\ntry: gptjax.cli.main(['{verb}', '--help'])\nexcept SystemExit: pass\n"
         "assert 'jax' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0 and "--json" in done.stdout, done.stderr
+    assert "--json" in run_python(program).stdout

@@ -234,21 +234,6 @@ def test_a_length_that_the_devices_cannot_share_evenly_is_refused():
         check_divisible(TrainConfig(data=DataConfig(batch_size=2, length=20)), mesh.shape)
 
 
-def context_benchmark(length: int, *flags: str) -> subprocess.CompletedProcess:
-    """The benchmark that compares ten losses and the first gradients with those of one device a row."""
-    command = [sys.executable, ROOT / "benchmarks" / "long_context.py", "--length", str(length), *flags]
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [*command, "--context", "4", "--rows", "2", "--block", "64", "--against-one"],
-        env=env, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-
-
-@pytest.mark.exhaustive
-def test_the_benchmark_compares_a_shared_row_with_one_device():
-    assert "losses differ by" in context_benchmark(256, "--steps", "3").stdout
-
-
 def test_the_benchmark_tells_other_numbers_apart():
     import long_context
 
@@ -260,4 +245,9 @@ def test_the_benchmark_tells_other_numbers_apart():
 
 @pytest.mark.exhaustive
 def test_long_rows_that_devices_share_train_as_on_one():
-    context_benchmark(4096, "--layers", "2", "--groups", "2")
+    """The benchmark compares ten losses and the first gradients with those of one device a row."""
+    command = [sys.executable, ROOT / "benchmarks" / "long_context.py", "--length", "4096", "--layers", "2"]
+    command += "--groups 2 --context 4 --rows 2 --block 64 --against-one".split()
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert "losses differ by" in done.stdout
