@@ -7,7 +7,6 @@ import json
 import jax
 import numpy as np
 import pytest
-from corpora import run_python
 
 from gptjax.cli import main
 from gptjax.config import MeshConfig
@@ -122,12 +121,3 @@ def test_kernels_that_can_not_run_here_are_named(monkeypatch, capsys):
     monkeypatch.setattr(checks, "checks", lambda pool: iter(()))
     assert main(["verify"]) == 0
     assert "attention cudnn is not tried: it runs on a gpu" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("verb", ["verify", "doctor"])
-def test_help_needs_no_jax(verb):
-    program = (
-        f"import sys, gptjax.cli\ntry: gptjax.cli.main(['{verb}', '--help'])\nexcept SystemExit: pass\n"
-        "assert 'jax' not in sys.modules"
-    )
-    assert "--json" in run_python(program).stdout
