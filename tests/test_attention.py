@@ -253,7 +253,6 @@ def test_only_rows_that_are_known_to_hold_one_document_go_without_segments():
         ({}, True),
         ({"cross_documents": True}, False),
         ({"packing": "padded"}, False),
-        ({"cross_documents": True, "max_corrupt": 1}, True),  # a page that is skipped leaves padding within a row
     ):
         config = TrainConfig(model=MODEL, data=DataConfig(**settings))
         assert make_decoder(config).packed is several

@@ -112,7 +112,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr("gptjax.parallel.preflight.PROBE_SECONDS", 1.0)
 
 
-OPEN = dict(versions={"jax": "1"}, settings={"seed": 0}, folder=None, seconds=20.0, clock_seconds=60.0)
+OPEN = dict(versions={"jax": "1"}, settings={"seed": 0}, folder=None, seconds=20.0)
 
 
 def met(cards: list[dict], processes: int | None = None) -> list[str]:
@@ -173,17 +173,6 @@ def test_a_hello_beside_a_problem_gets_the_result_too(monkeypatch):
     monkeypatch.setattr(RendezvousServer, "_messages", at_once)
     for said in met([{"seconds": 3.0}, {}, {"process": 1}], 4):
         assert "have the same number" in said
-
-
-def test_clocks_that_differ_are_named(monkeypatch):
-    def write(line, message: dict) -> None:
-        message = message | ({"time": time.time() - 100} if message.get("process") == 1 else {})
-        line.write(json.dumps(message).encode() + b"\n")
-        line.flush()
-
-    monkeypatch.setattr("gptjax.parallel.preflight._write", write)
-    for said in met([{}, {}]):
-        assert "s behind process 0's; set the clocks" in said
 
 
 def test_a_coordinator_that_can_t_be_reached_is_named():

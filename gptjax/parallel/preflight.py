@@ -34,14 +34,13 @@ class CheckResult(NamedTuple):
 
 
 def preflight(
-    cluster: Cluster, versions: Mapping[str, str], settings: Mapping[str, Any], folder: Path | None,
-    seconds: float, clock_seconds: float,
-) -> None:  # fmt: skip
+    cluster: Cluster, versions: Mapping[str, str], settings: Mapping[str, Any], folder: Path | None, seconds: float
+) -> None:
     """Returns once all processes are connected and agree; all of them return or none.
 
-    Compares the number of processes, their ids, `versions` and `settings` (values that JSON can hold), the clocks
-    (which may differ by clock_seconds), and whether all see the same `folder`, which process 0 makes. Raises
-    InputError, or RetryableError where the same command may work later, after at most about twice `seconds`.
+    Compares the number of processes, their ids, `versions` and `settings` (values that JSON can hold), and whether all
+    see the same `folder`, which process 0 makes. Raises InputError, or RetryableError where the same command may work
+    later, after at most about twice `seconds`.
     """
     host, _, port = cluster.coordinator.rpartition(":")
     if cluster.hosts > 1 and host.startswith(LOOPBACK):
@@ -55,7 +54,7 @@ def preflight(
             if folder is not None:
                 probe = _write_probe(folder)
                 stack.callback(probe.unlink, missing_ok=True)
-            server = stack.enter_context(RendezvousServer(cluster, int(port), probe, seconds, clock_seconds))
+            server = stack.enter_context(RendezvousServer(cluster, int(port), probe, seconds))
             thread = threading.Thread(target=server.serve, name="preflight", daemon=True)
             thread.start()
             stack.callback(thread.join, LATE_SECONDS + CONNECT_SECONDS)  # ends after it answered the others
@@ -82,8 +81,8 @@ def _write_probe(folder: Path) -> Path:
 class RendezvousServer:
     """Process 0's side: collects a hello from every process, and sends all of them one result."""
 
-    def __init__(self, cluster: Cluster, port: int, probe: Path | None, seconds: float, clock_seconds: float):
-        self._cluster, self._probe, self._clock_seconds = cluster, probe, clock_seconds
+    def __init__(self, cluster: Cluster, port: int, probe: Path | None, seconds: float):
+        self._cluster, self._probe = cluster, probe
         self._until = time.monotonic() + seconds
         self._seconds = seconds
         self._socket = _listen(port, cluster.given, min(seconds, 30.0))
@@ -129,7 +128,6 @@ class RendezvousServer:
                 if message.get("magic") != MAGIC:
                     self._drop(connection)
                     continue
-                message["skew"] = message.get("time", 0.0) - time.time()
                 problem = problem or self._compare(message)
                 self._hellos[connection] = message  # also after a problem: every sender must get the result
             if problem:
@@ -160,12 +158,6 @@ class RendezvousServer:
             if other["process"] == hello["process"]:
                 pid = hello["pid"]
                 return f"{_process_name(other)} and {sender} (pid {pid}) have the same number; give each its own"
-        if abs(hello["skew"]) > self._clock_seconds:
-            side = "ahead of" if hello["skew"] > 0 else "behind"
-            return (
-                f"the clock of {sender} is {abs(hello['skew']):.0f} s {side} process 0's; set the clocks (NTP), or "
-                "allow it with GPTJAX_CLOCK_SECONDS"
-            )
         hellos = [*self._hellos.values(), hello]
         reference = next((h for h in hellos if h["process"] == 0), hellos[0])
         if reference is hello:
@@ -282,7 +274,7 @@ def _converse(connection: socket.socket, hello: dict, folder: Path | None, secon
     """Sends the hello, answers for the probe file, and returns the result; None where the connection was closed."""
     connection.settimeout(seconds)
     with connection.makefile("rwb") as line:
-        _write(line, {**hello, "time": time.time()})
+        _write(line, hello)
         while answer := _json(line.readline(1 << 22)):
             if "result" in answer:
                 return CheckResult(*answer["result"])

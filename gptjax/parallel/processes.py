@@ -26,7 +26,7 @@ from gptjax.runtime.versions import versions
 
 T = TypeVar("T")
 
-WAIT_SECONDS, HEARTBEAT_SECONDS, CLOCK_SECONDS = 300.0, 60.0, 60.0
+WAIT_SECONDS, HEARTBEAT_SECONDS = 300.0, 60.0
 BARRIER_SECONDS = 7 * 24 * 3600.0  # longer than any stage; a lost process ends the wait sooner
 POLL_SECONDS, EXIT_SECONDS, REPORT_SECONDS = 1.0, 10.0, 60.0
 
@@ -42,9 +42,8 @@ def join_processes(settings: Mapping[str, Any], folder: str | Path | None = None
 
     All must have the same `settings` and see the same `folder` (the run's), which is made. Environment variables, in
     seconds: GPTJAX_WAIT_SECONDS (300) is the wait for the others, GPTJAX_HEARTBEAT_SECONDS (60) the silence after
-    which a process counts as lost, GPTJAX_CLOCK_SECONDS (60) the largest difference of clocks. Raises InputError where
-    processes do not agree or a single process has no devices, and RetryableError where the same command may work
-    later. Does nothing in a process that has joined already.
+    which a process counts as lost. Raises InputError where processes do not agree or a single process has no devices,
+    and RetryableError where the same command may work later. Does nothing in a process that has joined already.
     """
     import jax
 
@@ -69,7 +68,7 @@ def join_processes(settings: Mapping[str, Any], folder: str | Path | None = None
     from gptjax.parallel.preflight import preflight
 
     path = None if folder is None or "://" in str(folder) else Path(folder).absolute()
-    preflight(cluster, versions(), settings, path, wait, _seconds("GPTJAX_CLOCK_SECONDS", CLOCK_SECONDS))
+    preflight(cluster, versions(), settings, path, wait)
     # Its handler would take SIGTERM from ours, and knows no other signal.
     jax.config.update("jax_enable_preemption_service", False)
     _keep_stdout()

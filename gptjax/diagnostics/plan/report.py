@@ -68,12 +68,10 @@ def plan(
         say(f"  did not: {shlex.join(to_flags(changes(config, c.config)))}: {_why(c)}")
     for line in _memory_lines(best, limit, target):
         say(line)
-    if not target.libtpu and compiles > 0:
-        report["cpu_check"] = _check_on_cpu(best, target, say)
     report["estimate"] = _estimate(config, best, target, say)
     if best.compiled:
         say(f"sharding lint: {'; '.join(best.compiled.findings) or 'nothing'}")
-    elif target.libtpu:
+    else:
         say("sharding lint: not run, for nothing was compiled")
     attention = config.model.attention  # auto stays auto
     return report, dataclasses.replace(best.config, model=dataclasses.replace(best.config.model, attention=attention))
@@ -221,23 +219,6 @@ def _memory_lines(c: Candidate, limit: float, where: Topology) -> list[str]:
             f"{x.temporaries / GIB:.2f}, in all {x.total / GIB:.2f} GiB (the count is {off:+.1%} off)"
         )
     return lines
-
-
-def _check_on_cpu(c: Candidate, where: Topology, say: Callable[[str], None]) -> dict[str, Any]:
-    """Checks the count on as many fake CPU devices, where no compiler for the device is installed."""
-    try:
-        name = "plain" if c.config.model.attention == "plain" else "blockwise"
-        config = dataclasses.replace(c.config, model=dataclasses.replace(c.config.model, attention=name))
-        counted = Planner(config, topology(f"cpu:{where.devices}")).candidate(config).memory.total
-        compiled = compile_for(config, Target(devices=where.devices), seconds=MOST_SECONDS)
-    except InputError as e:
-        say(f"  check on fake CPU devices: {e}")
-        return {"failure": str(e)}
-    say(
-        f"  check: compiled for {where.devices} fake CPU devices, attention {name}: {compiled.total / GIB:.2f} "
-        f"GiB, counted {counted / GIB:.2f}; sharding lint: {'; '.join(compiled.findings) or 'nothing'}"
-    )
-    return {"mesh": c.sizes, "compiled": compiled.total, "counted": counted, "findings": compiled.findings}
 
 
 def _costs(config: TrainConfig, c: Candidate, where: Topology) -> dict[str, float]:

@@ -29,8 +29,7 @@ def fork(parent: Path, step: int, folder: Path, steps: int) -> list[str]:
     shutil.rmtree(partial, ignore_errors=True)
     copy = checkpoints_of(partial)
     try:
-        # A checkpoint's files are never written again, so two runs may share them.
-        shutil.copytree(source.path(step), copy.path(step), copy_function=_link)
+        shutil.copytree(source.path(step), copy.path(step))
         if problems := copy.verify(step):
             return problems
         metrics = Run.at(partial).metrics_path
@@ -48,13 +47,3 @@ def fork(parent: Path, step: int, folder: Path, steps: int) -> list[str]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # where it was not renamed to the run
     return []
-
-
-def _link(source: str, target: str) -> None:
-    """A hard link where the file system has them, else a copy."""
-    try:
-        os.link(source, target)
-    except FileNotFoundError:
-        raise
-    except OSError:
-        shutil.copy2(source, target)
