@@ -164,7 +164,6 @@ DOORS_OF_ROOMS = {"api", "cli", "commands"}  # a verb is named there once more
 # Names of two rooms, each the usual one there.
 SHARED_NAMES = {
     "main": "the entry point of a process",
-    "linear": "the product of ops, and the frequencies of RoPE with linear scaling",
     "write_manifest": "of a corpus, and of a checkpoint",
 }
 

@@ -211,7 +211,7 @@ def test_what_another_process_objects_to_is_not_restored_and_not_called_unsound_
 def test_a_problem_is_told_by_the_process_that_has_it(folder, monkeypatch, capsys):
     monkeypatch.setattr(checkpoint, "process_label", lambda: "process 1 of 2 on host")
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    monkeypatch.setattr(Checkpoints, "_load_from", lambda *args: (None, None, None, ["it can't be read"]))
+    monkeypatch.setattr(Checkpoints, "_load", lambda *args: (None, None, None, ["it can't be read"]))
     with pytest.raises(InputError, match="no sound checkpoint"):
         Checkpoints(folder, CFG, readonly=True).restore(abstract(make_state()), step=20)
     assert capsys.readouterr().err.startswith("warning: process 1 of 2 on host: checkpoint ")

@@ -26,8 +26,6 @@ VALUES = FIXTURES / "transformers.json"
 ROPES = [
     ("none", 16, 10_000.0, 1.0, 0),
     ("linear", 16, 10_000.0, 4.0, 0),
-    ("ntk", 16, 10_000.0, 4.0, 0),
-    ("ntk", 128, 500_000.0, 2.5, 0),
     ("yarn", 16, 10_000.0, 4.0, 2048),
     ("yarn", 64, 150_000.0, 32.0, 4096),
     ("yarn", 8, 10_000.0, 2.0, 16),
@@ -48,15 +46,10 @@ def their_rope(scaling: str, size: int, theta: float, factor: float, original: i
     if scaling == "none":
         made = LlamaRotaryEmbedding(LlamaConfig(**base))
         return made.inv_freq.tolist(), made.attention_scaling
-    if scaling == "ntk":
-        # What `dynamic` with factor 1 has at `factor` times the length.
-        config = LlamaConfig(**base, rope_parameters={"rope_type": "dynamic", "rope_theta": theta, "factor": 1.0})
-        made = ROPE_INIT_FUNCTIONS["dynamic"](config, "cpu", seq_len=round(64 * factor))
-    else:
-        if scaling == "llama3":
-            values |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-        config = LlamaConfig(**base, rope_parameters={k: v for k, v in values.items() if v != 0})
-        made = ROPE_INIT_FUNCTIONS[scaling](config, "cpu")
+    if scaling == "llama3":
+        values |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config = LlamaConfig(**base, rope_parameters={k: v for k, v in values.items() if v != 0})
+    made = ROPE_INIT_FUNCTIONS[scaling](config, "cpu")
     return made[0].tolist(), float(made[1])
 
 

@@ -47,23 +47,3 @@ class Unsupported(NamedTuple):
     field: str
     wanted: str
     value: str
-
-
-def unsupported_setting(
-    name: str, dropout: float, softcap: float, dtype: str, windows: int, head_size: int, capability: float | None = None
-) -> Unsupported | None:
-    """The first setting that a kernel does not support, on a device of this capability or on any; None: all fit.
-
-    `windows` is the number of different windows of the layers.
-    """
-    kernel = KERNELS[name]
-    most = max((size for least, size in kernel.head_most if capability is None or capability >= least), default=0)
-    fits = head_size % kernel.head_multiple == 0 and (not most or head_size <= most)
-    checks = [
-        (kernel.dropout or dropout == 0, "dropout", "0", "0"),
-        (kernel.softcap or softcap == 0, "attention_softcap", "0", "0"),
-        (dtype in kernel.dtypes, "dtype", " or ".join(kernel.dtypes), kernel.dtypes[0]),
-        (kernel.mixed_windows or windows == 1, "global_every", "0, one window for all layers", "0"),
-        (fits, "head_dim", f"heads of a multiple of {kernel.head_multiple} and at most {most} numbers", "64"),
-    ]
-    return next((Unsupported(field, wanted, value) for ok, field, wanted, value in checks if not ok), None)

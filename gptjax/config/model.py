@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from gptjax.config.attention import KERNELS, AttentionName, Unsupported, unsupported_setting
+from gptjax.config.attention import KERNELS, AttentionName, Unsupported
 from gptjax.config.section import Section
 
 REMAT_NAMES = ("query", "key", "value", "attention", "mlp")
@@ -41,7 +41,7 @@ class ModelConfig(Section):
     """The output head is the embedding."""
     rope_theta: float = 10_000.0
     """Base wavelength of rotary positions."""
-    rope_scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"
+    rope_scaling: Literal["none", "linear", "yarn", "llama3"] = "none"
     """How rotary positions reach beyond the context they were trained for."""
     rope_factor: float = 1.0
     """How many times longer the context becomes by rope_scaling."""
@@ -131,7 +131,6 @@ class ModelConfig(Section):
         else:
             unused = f"0 where {named}, which has no use for it"
             self.require(self.rope_original_length == 0, "rope_original_length", unused)
-        self.require(self.rope_scaling != "ntk" or self.head_size > 2, "rope_scaling", "heads larger than 2 for ntk")
         self.require(self.rope_scaling != "yarn" or self.rope_theta > 1, "rope_theta", f"more than 1 with {named}")
 
     @property
@@ -151,10 +150,18 @@ class ModelConfig(Section):
 
     def attention_refusal(self, name: str, capability: float | None = None) -> Unsupported | None:
         """The first setting that attention by this name can't honour, on a device of this capability or on any."""
-        windows = len(set(self.layer_windows))
-        return unsupported_setting(
-            name, self.dropout, self.attention_softcap, self.dtype, windows, self.head_size, capability
-        )
+        kernel = KERNELS[name]
+        most = max((size for least, size in kernel.head_most if capability is None or capability >= least), default=0)
+        fits = self.head_size % kernel.head_multiple == 0 and (not most or self.head_size <= most)
+        one_window = len(set(self.layer_windows)) == 1
+        checks = [
+            (kernel.dropout or self.dropout == 0, "dropout", "0", "0"),
+            (kernel.softcap or self.attention_softcap == 0, "attention_softcap", "0", "0"),
+            (self.dtype in kernel.dtypes, "dtype", " or ".join(kernel.dtypes), kernel.dtypes[0]),
+            (kernel.mixed_windows or one_window, "global_every", "0, one window for all layers", "0"),
+            (fits, "head_dim", f"heads of a multiple of {kernel.head_multiple} and at most {most} numbers", "64"),
+        ]
+        return next((Unsupported(field, wanted, value) for ok, field, wanted, value in checks if not ok), None)
 
     def anywhere(self) -> "ModelConfig":
         """The same model on any device: attention that one platform alone has becomes auto."""

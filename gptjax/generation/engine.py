@@ -20,7 +20,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from gptjax.config import GenerateConfig
 from gptjax.config.section import InputError
@@ -31,7 +30,7 @@ from gptjax.model.decoder import Decoder, Params, extend, unstacked
 from gptjax.model.head import cap_and_mask
 from gptjax.ops.decoding import decode_dtype
 from gptjax.ops.linear import linear
-from gptjax.parallel.sharding import constrain, require_mesh, suffix
+from gptjax.parallel.sharding import constrain, on_host, require_mesh, suffix
 from gptjax.tokenizer import Tokenizer
 
 DecodeState = dict[str, Any]
@@ -138,7 +137,7 @@ def stream_ids(
             state = grow(state, slots)
         n = np.int32(min(chunk, slots - filled))
         state = decode(decoder, params, state, rows, settings, seed, stops, ~running_B, n)
-        tokens_BM, new_B, done_B = (_read(state[name]) for name in ("tokens_BM", "position_B", "done_B"))
+        tokens_BM, new_B, done_B = on_host([state[name] for name in ("tokens_BM", "position_B", "done_B")])
         yield [row[a + 1 : b + 1].tolist() for row, a, b in zip(tokens_BM, position_B, new_B, strict=True)]
         position_B, running_B = new_B, ~(done_B | np.isin(np.arange(len(prompts)), list(finished)))
 
@@ -164,13 +163,6 @@ def _check(decoder: Decoder, prompts: Sequence[Sequence[int]], cfg: GenerateConf
                 f"{setting}={cfg.max_new_tokens}: wanted at most {free}, since {name} takes {len(ids)} of the model's "
                 f"{context} positions; add --{setting.replace('_', '-')} {free} or shorten the prompt"
             )
-
-
-def _read(x: jax.Array) -> np.ndarray:
-    """The array on the host, gathered from other processes where they hold parts of it."""
-    local = x.is_fully_addressable or x.is_fully_replicated
-    # A copy: on a CPU asarray shows the device's own memory, which is given away to the next call.
-    return np.array(x if local else multihost_utils.process_allgather(x, tiled=True))
 
 
 def _placed(tree: Any) -> Any:

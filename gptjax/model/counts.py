@@ -19,7 +19,7 @@ def parameters(cfg: ModelConfig, vocab_size: int, context: int) -> dict[str, int
     `embed`, `positions`, `attention`, `mlp`, `norms` and `head` add up to `total`. `embedding` is what is looked up
     (tokens and positions), `non_embedding` is the rest, and `matrices` are the weights that a token is multiplied by:
     the layers' matrices and the head, which for a tied model is the embedding used a second time. The vocabulary is
-    counted as given; `total_padded` counts it as stored.
+    counted as given, not as stored (`padded_vocab`).
     """
     d, f, layers = cfg.width, cfg.mlp_width, cfg.num_layers
     heads, kv_heads = cfg.num_heads * cfg.head_size, cfg.num_kv_heads * cfg.head_size
@@ -42,10 +42,8 @@ def parameters(cfg: ModelConfig, vocab_size: int, context: int) -> dict[str, int
         "head": 0 if cfg.tied else d * vocab_size,
     }
     total, embedding = sum(parts.values()), parts["embed"] + parts["positions"]
-    padding = (padded_vocab(vocab_size) - vocab_size) * d * (1 if cfg.tied else 2)
     return parts | {
         "total": total,
-        "total_padded": total + padding,
         "embedding": embedding,
         "non_embedding": total - embedding,
         "matrices": matrices,

@@ -1,4 +1,4 @@
-"""Rotary positions, and four ways of stretching them over a longer context than the model was trained for.
+"""Rotary positions, and three ways of stretching them over a longer context than the model was trained for.
 
 Each scaling turns the K/2 frequencies (radians a position, the fastest first) of the trained model into those of the
 longer context. YaRN also sharpens attention, by a temperature on the cosines and sines.
@@ -20,10 +20,8 @@ LLAMA3_FAST, LLAMA3_SLOW = 4.0, 1.0
 def rope(cfg: ModelConfig) -> tuple[jax.Array, float]:
     """The frequencies (K/2 of them) of the model's rotary positions, and the temperature of its cosines and sines."""
     size, theta, factor, original = cfg.head_size, cfg.rope_theta, cfg.rope_factor, cfg.rope_original_length
-    if cfg.rope_scaling == "ntk":
-        return ntk(size, theta, factor), 1.0
     if cfg.rope_scaling == "linear":
-        return linear(frequencies(size, theta), factor), 1.0
+        return frequencies(size, theta) / factor, 1.0  # position interpolation (Chen et al. 2023)
     if cfg.rope_scaling == "llama3":
         return llama3(frequencies(size, theta), factor, original), 1.0
     if cfg.rope_scaling == "yarn":
@@ -35,20 +33,6 @@ def frequencies(size: int, theta: float) -> jax.Array:
     """theta^(-2i/K) for i = 0 .. K/2 - 1, with K = size (Su et al. 2021, RoFormer)."""
     half = size // 2
     return theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-
-
-def linear(frequency: jax.Array, factor: float) -> jax.Array:
-    """Position interpolation (Chen et al. 2023): every position is divided by the factor."""
-    return frequency / factor
-
-
-def ntk(size: int, theta: float, factor: float) -> jax.Array:
-    """NTK-aware scaling (bloc97 2023): the base becomes theta factor^(K / (K - 2)).
-
-    The slowest frequency is divided by the factor and the fastest stays. The base is fixed: it is that of transformers'
-    `dynamic` kind with its own factor 1 for a text that is `factor` times as long as the original context.
-    """
-    return frequencies(size, theta * factor ** (size / (size - 2)))
 
 
 def yarn(size: int, theta: float, factor: float, original: int) -> jax.Array:

@@ -70,17 +70,6 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
 
 
-def probabilities(
-    s_BGJLM: jax.Array, mask: AttentionMask, window: jax.typing.ArrayLike | None, softcap: float
-) -> jax.Array:
-    """p_BGJLM, the float32 softmax of the scores that the mask allows."""
-    s_BGJLM = s_BGJLM.astype(jnp.float32)
-    if softcap:
-        s_BGJLM = softcap * jnp.tanh(s_BGJLM / softcap)
-    seen_BLM = dense_mask(mask, s_BGJLM.shape[-1], window)
-    return jax.nn.softmax(jnp.where(seen_BLM[:, None, None], s_BGJLM, jnp.finfo(jnp.float32).min), axis=-1)
-
-
 def attend(
     q_BLHK: jax.Array,
     k_BMGK: jax.Array,
@@ -103,7 +92,11 @@ def attend(
     # Heads go before positions, so that both products are plain batched matrices: on a CPU twice as fast.
     q_BGJLK = jnp.moveaxis(q_BLHK.reshape(B, L, G, H // G, K) * scale, 1, 3)
     k_BGMK, v_BGMK = jnp.moveaxis(k_BMGK, 1, 2), jnp.moveaxis(v_BMGK, 1, 2)
-    s_BGJLM = jnp.einsum("BGJLK,BGMK->BGJLM", q_BGJLK, k_BGMK)
-    p_BGJLM = dropout(probabilities(s_BGJLM, mask, window, softcap), dropout_rate, key)
+    s_BGJLM = jnp.einsum("BGJLK,BGMK->BGJLM", q_BGJLK, k_BGMK).astype(jnp.float32)
+    if softcap:
+        s_BGJLM = softcap * jnp.tanh(s_BGJLM / softcap)
+    seen_BLM = dense_mask(mask, s_BGJLM.shape[-1], window)
+    s_BGJLM = jnp.where(seen_BLM[:, None, None], s_BGJLM, jnp.finfo(jnp.float32).min)
+    p_BGJLM = dropout(jax.nn.softmax(s_BGJLM, axis=-1), dropout_rate, key)
     out_BGJLK = jnp.einsum("BGJLM,BGMK->BGJLK", p_BGJLM.astype(v_BGMK.dtype), v_BGMK)
     return jnp.moveaxis(out_BGJLK, 3, 1).reshape(B, L, H, K)

@@ -54,7 +54,7 @@ def preflight(
             if folder is not None:
                 probe = _write_probe(folder)
                 stack.callback(probe.unlink, missing_ok=True)
-            server = stack.enter_context(RendezvousServer(cluster, int(port), probe, seconds))
+            server = stack.enter_context(contextlib.closing(RendezvousServer(cluster, int(port), probe, seconds)))
             thread = threading.Thread(target=server.serve, name="preflight", daemon=True)
             thread.start()
             stack.callback(thread.join, LATE_SECONDS + CONNECT_SECONDS)  # ends after it answered the others
@@ -91,10 +91,7 @@ class RendezvousServer:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._socket, selectors.EVENT_READ)
 
-    def __enter__(self) -> "RendezvousServer":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
+    def close(self) -> None:
         self._socket.close()
 
     def serve(self) -> None:

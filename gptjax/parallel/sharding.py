@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from gptjax.config import MeshConfig
@@ -230,6 +230,17 @@ def to_global(tree: Any, mesh: Mesh, rows: LocalRows | None = None) -> Any:
 
     whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape(x), x.dtype), tree)
     return jax.tree.map(place, tree, shardings(whole, mesh))
+
+
+def on_host(tree: Any) -> Any:
+    """Copies a tree of arrays whole to the host, in every process: gathered where others hold parts of one."""
+
+    def one(x: jax.Array) -> np.ndarray:
+        local = x.is_fully_addressable or x.is_fully_replicated
+        # A copy: on a CPU asarray shows the device's own memory, which may be given away to the next call.
+        return np.array(x if local else multihost_utils.process_allgather(x, tiled=True))
+
+    return jax.tree.map(one, tree)
 
 
 def require_mesh(tree: Any) -> None:

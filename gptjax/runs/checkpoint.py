@@ -240,7 +240,8 @@ class Checkpoints:
         for candidate in [step] if step is not None else reversed(steps):
             problems = self.verify(candidate) if jax.process_index() == 0 else []
             if all_agree(not problems):
-                state, data, config, problems = self._load(candidate, abstract_state, partial)
+                with self.store.readable(self.path(candidate)) as path:
+                    state, data, config, problems = self._load(str(path), candidate, abstract_state, partial)
                 if all_agree(not problems):
                     self._set_aside([s for s in steps if s > candidate and step is None])
                     return candidate, state, data, config
@@ -265,12 +266,8 @@ class Checkpoints:
                 print(f"warning: it was set aside as {aside}", file=sys.stderr, flush=True)
         barrier("unsound checkpoints set aside")
 
-    def _load(self, step: int, abstract_state: Any, partial: bool) -> tuple[Any, Any, Any, list[str]]:
+    def _load(self, path: str, step: int, abstract_state: Any, partial: bool) -> tuple[Any, Any, Any, list[str]]:
         """(state, data, config, problems) of a step; the first three are None where they can't be read."""
-        with self.store.readable(self.path(step)) as path:
-            return self._load_from(str(path), step, abstract_state, partial)
-
-    def _load_from(self, path: str, step: int, abstract_state: Any, partial: bool) -> tuple[Any, Any, Any, list[str]]:
         from orbax.checkpoint import v1 as ocp
 
         asked, marks, problems = named_leaves(abstract_state), {}, []

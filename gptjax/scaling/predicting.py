@@ -148,12 +148,12 @@ def _against(fit: Fit, cfg: PredictConfig) -> tuple[dict[str, Any], list[str]]:
             outside += fit.check(cfg.extrapolate, **{what: float(edge)})
     rows = compare_with_table(fit, table)
     outside = list(dict.fromkeys(outside))
-    if np.isnan(table.loss).all():
-        result = {"planned": {"source": table.source, "sha256": table.sha256}, "rows": rows, "outside": outside}
-        return result, [*_planned(fit, table, rows), *_extrapolated(tuple(outside))]
-    unseen = [row for row in rows if not row["fitted"]]
-    result = {"against": {"source": table.source, "sha256": table.sha256}, "rows": rows, "outside": outside,
-            "unseen": summary(unseen), "fitted": summary([row for row in rows if row["fitted"]])}  # fmt: skip
+    planned = bool(np.isnan(table.loss).all())
+    result: dict[str, Any] = {"planned" if planned else "against": {"source": table.source, "sha256": table.sha256}}
+    result |= {"rows": rows, "outside": outside}
+    if not planned:
+        for name in ("unseen", "fitted"):
+            result[name] = summary([row for row in rows if row["fitted"] == (name == "fitted")])
     return result, _compared(fit, table, rows, result) + _extrapolated(tuple(outside))
 
 
@@ -213,36 +213,28 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _planned(fit: Fit, table: Table, rows: list[dict[str, Any]]) -> list[str]:
-    lines = [f"{len(rows)} planned runs of {table.source} by {fit.source}: the table has no losses to compare",
-             f"{'':28} {'N':>9} {'D':>9} {'FLOPs':>9} {'predicted':>9} {f'{fit.level:.0%} interval':>17}"]  # fmt: skip
-    for row in rows[:MOST_ROWS]:
-        edges = row.get("interval")
-        spread = f"{edges[0]:.4f}-{edges[1]:.4f}" if edges else "-"
-        lines.append(f"  {row['name'][-26:]:26} {row['parameters']:9.3g} {row['tokens']:9.3g} {row['flops']:9.3g} "
-                     f"{row['predicted']:9.4f} {spread:>17}")  # fmt: skip
-    return lines + _more(rows)
-
-
-def _more(rows: list[dict[str, Any]]) -> list[str]:
-    return [f"... and {len(rows) - MOST_ROWS} more rows; --json FILE has all"] if len(rows) > MOST_ROWS else []
-
-
 def _compared(fit: Fit, table: Table, rows: list[dict[str, Any]], result: dict[str, Any]) -> list[str]:
-    lines = [f"{len(rows)} rows of {table.source} against {fit.source}; errors are (predicted - observed) / observed",
-             f"{'':28} {'N':>9} {'D':>9} {'FLOPs':>9} {'loss':>8} {'predicted':>9} {'error':>8} "
-             f"{'interval':>17}  {'two-point':>9}"]  # fmt: skip
-    order = sorted(rows, key=lambda row: (row["fitted"], -row["flops"]))
+    """The rows as a table, those that the fit has not seen first, and a summary; planned runs have no losses."""
+    planned = "planned" in result
+    about = (f"planned runs of {table.source} by {fit.source}: the table has no losses to compare" if planned else
+             f"rows of {table.source} against {fit.source}; errors are (predicted - observed) / observed")  # fmt: skip
+    lines = [f"{len(rows)} {about}",
+             f"{'':28} {'N':>9} {'D':>9} {'FLOPs':>9} {'predicted':>9} {f'{fit.level:.0%} interval':>18}"
+             + ("" if planned else f" {'loss':>8} {'error':>8}  {'two-point':>9}")]  # fmt: skip
+    order = rows if planned else sorted(rows, key=lambda row: (row["fitted"], -row["flops"]))
     for row in order[:MOST_ROWS]:
         edges = row.get("interval")
-        spread = f"{edges[0]:.4f}-{edges[1]:.4f}{' ' if row['within'] else '!'}" if edges else "-"
-        line = f"{100 * row['two_point_error']:+8.2f}%" if "two_point_error" in row else "-"
-        lines.append(
-            f"{('* ' if row['fitted'] else '  ') + row['name'][-26:]:28} {row['parameters']:9.3g} {row['tokens']:9.3g} "
-            f"{row['flops']:9.3g} {row['loss']:8.4f} {row['predicted']:9.4f} {100 * row['error']:+7.2f}% "
-            f"{spread:>17} {line:>9}"
-        )
-    lines += _more(rows)
+        spread = f"{edges[0]:.4f}-{edges[1]:.4f}{' ' if row.get('within', True) else '!'}" if edges else "-"
+        line = (f"{('* ' if row.get('fitted') else '  ') + row['name'][-26:]:28} {row['parameters']:9.3g} "
+                f"{row['tokens']:9.3g} {row['flops']:9.3g} {row['predicted']:9.4f} {spread:>18}")  # fmt: skip
+        if not planned:
+            two_point = f"{100 * row['two_point_error']:+8.2f}%" if "two_point_error" in row else "-"
+            line += f" {row['loss']:8.4f} {100 * row['error']:+7.2f}%  {two_point:>9}"
+        lines.append(line)
+    if len(rows) > MOST_ROWS:
+        lines.append(f"... and {len(rows) - MOST_ROWS} more rows; --json FILE has all")
+    if planned:
+        return lines
     for name in ("unseen", "fitted"):
         s = result[name]
         if not s["rows"]:

@@ -37,7 +37,7 @@ class Lease:
         self._me = {"holder": this_process(), **_identity()}
         self._beats, self._lost, self._ended = 0, "", threading.Event()
         newest = self._newest()
-        if newest and not self._is_free(newest):
+        if newest:
             self._wait_for_end(newest)
         self.term = newest + 1
         try:
@@ -95,13 +95,11 @@ class Lease:
                 return dict(json.loads(self._store.read(self._folder / name)))
         return {}
 
-    def _is_free(self, term: int) -> bool:
-        record = self._read(term)
-        return bool(record.get("released")) or _died_here(record)
-
     def _wait_for_end(self, term: int) -> None:
-        """Waits until the holder of a term gave no beat for LEASE seconds; raises InputError at a new beat."""
+        """Waits until a term's holder released it, is dead, or gave no beat for LEASE seconds; InputError at a beat."""
         seen, until = self._read(term), time.monotonic() + LEASE
+        if seen.get("released") or _died_here(seen):
+            return
         holder = seen.get("holder", "another process")
         line = f"{self._run} is held by {holder}; waiting {LEASE:.0f} s for a sign of life"
         print(line, file=sys.stderr, flush=True)

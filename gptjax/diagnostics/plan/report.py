@@ -17,8 +17,6 @@ from gptjax.diagnostics.plan.search import (
     Candidate,
     Planner,
     SearchResult,
-    with_attention,
-    with_mesh,
 )
 from gptjax.model.counts import parameters
 from gptjax.runtime.hardware import PRICE_DATE, PRICE_SOURCES, Topology, topology
@@ -49,7 +47,6 @@ def plan(
     compiler = _compiler(target) if compiles > 0 and target.libtpu and has_libtpu() else None
     if target.libtpu and not has_libtpu():
         say(NO_LIBTPU)
-    _hint(config, target, say)
     written = _as_written(planner, compiler, say)
     report["as_written"] = written and as_json(written)
     used = int(written is not None and written.compiled is not None)
@@ -161,14 +158,6 @@ def _headline(config: TrainConfig, where: Topology) -> str:
         f"{count / 1e9:.3g}B parameters, {rows:,} rows of {length:,} tokens a step, {config.steps:,} steps; "
         f"{where.name}: {where.devices} device(s){chip}"
     )
-
-
-def _hint(config: TrainConfig, where: Topology, say: Callable[[str], None]) -> None:
-    """Names the kernel of auto where the settings ask for plain attention, which keeps all scores."""
-    auto = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
-    chosen = with_attention(with_mesh(auto, where), where).model.attention
-    if config.model.attention == "plain" and chosen != "plain":
-        say(f"model.attention=plain holds every score; --model.attention auto would take {chosen} here")
 
 
 def _compiler(where: Topology) -> Callable[[TrainConfig, float], Compiled]:

@@ -54,8 +54,6 @@ class SearchResult:
     best: Candidate | None
     smallest: Candidate | None
     """The candidate with the least memory."""
-    fitting: int
-    """Candidates that fit by the count."""
     counted: int
     tried: list[Candidate] = field(default_factory=list)
 
@@ -110,8 +108,8 @@ class Planner:
         assert chip is not None, "fake CPU devices have no speed to search by"
         every = list(self.candidates())
         fitting = [c for c in every if c.memory.total <= SAFE * chip.memory]
-        result = SearchResult(best=None, smallest=min(every, key=lambda c: c.memory.total, default=None),
-                      fitting=len(fitting), counted=len(every))  # fmt: skip
+        smallest = min(every, key=lambda c: c.memory.total, default=None)
+        result = SearchResult(best=None, smallest=smallest, counted=len(every))
         if compile_it is None:
             result.best = max(fitting, key=_rank, default=None)
             return result

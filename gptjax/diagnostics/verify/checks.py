@@ -30,7 +30,7 @@ from gptjax.diagnostics.verify.settings import (
 )
 from gptjax.model.cache import empty_cache
 from gptjax.parallel.processes import wait_for_reports
-from gptjax.parallel.sharding import num_slices, to_global
+from gptjax.parallel.sharding import num_slices, on_host, to_global
 from gptjax.runs.run import environment
 from gptjax.runtime.process import usable_cores
 from gptjax.storage import write_json
@@ -168,7 +168,7 @@ def cache_is_exact(family: str, mesh: MeshConfig | None, name: str) -> Result:
     with jax.set_mesh(over), jax.default_matmul_precision("highest"):
         inputs = to_global({"ids_BL": ids_BL, "place_BL": place_BL}, over)
         params = to_global(numbers.first_state(family).params, over)
-        full_BLV, cached_BLV = numbers.on_host(jax.jit(both)(params, inputs["ids_BL"], inputs["place_BL"]))
+        full_BLV, cached_BLV = on_host(jax.jit(both)(params, inputs["ids_BL"], inputs["place_BL"]))
     full_BLV, cached_BLV = full_BLV[..., : numbers.VOCAB], cached_BLV[..., : numbers.VOCAB]  # the others are masked
     far = numbers.finite(float(np.abs(cached_BLV - full_BLV).max() / np.abs(full_BLV).max()))
     problem = f"logits differ by {far:.1e} of the largest, wanted at most {LOGITS_BOUND:g}"
@@ -192,7 +192,7 @@ def nothing_leaks(setting: Setting, name: str) -> Result:
             inputs = (batch[f"{x}_BL"] for x in ("inputs", "positions", "segments"))
             return decoder.apply({"params": params}, *inputs)[0]
 
-        a_BLD, b_BLD = (numbers.on_host(forward(params, to_global(x, over))) for x in (before, after))
+        a_BLD, b_BLD = (on_host(forward(params, to_global(x, over))) for x in (before, after))
     changed_BL = (a_BLD != b_BLD).any(axis=-1)
     may_BL = (np.arange(numbers.LENGTH) >= place_B[:, None]) & (segments_BL == 2)
     if (changed_BL & ~may_BL).any():

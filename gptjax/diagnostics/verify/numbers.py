@@ -20,7 +20,7 @@ from gptjax.config import MeshConfig
 from gptjax.data.packing import Batch, pack_documents, pad_documents
 from gptjax.diagnostics.verify.settings import Setting
 from gptjax.model.decoder import Decoder, init_params
-from gptjax.parallel.sharding import make_mesh, to_global
+from gptjax.parallel.sharding import make_mesh, on_host, to_global
 from gptjax.runs.digest import named_leaves
 from gptjax.training.losses import language_model_loss
 from gptjax.training.step import compile_step, init_state, make_init, make_train_step
@@ -112,15 +112,6 @@ def run(setting: Setting, step: Callable | None = None) -> Numbers:
             losses.append(float(metrics["loss"]))
             gradients = on_host(state.opt_state[0].trace) if gradients is None else gradients
     return Numbers(losses, gradients)
-
-
-def on_host(tree: Any) -> Any:
-    """Copies whole arrays to the host, on every process."""
-    if all(x.is_fully_addressable for x in jax.tree.leaves(tree)):
-        return jax.device_get(tree)
-    from jax.experimental.multihost_utils import process_allgather
-
-    return process_allgather(tree, tiled=True)
 
 
 def difference(numbers: Numbers, reference: Numbers) -> Difference:
