@@ -14,7 +14,7 @@ from gptjax.config import ShowConfig, TrainConfig, TrainTokenizerConfig
 from gptjax.config.command_line import load_recipe, origins, parse, take
 from gptjax.config.section import InputError
 from gptjax.diagnostics.plan.search import SAFE, Planner
-from gptjax.model.counts import parameters
+from gptjax.model.counts import padded_vocab, parameters
 from gptjax.runtime.hardware import topology
 
 # As the papers print them. GPT-3's 350M and 2.7B are rounded further than 1 % from what the table's own layers and
@@ -39,8 +39,8 @@ def test_every_recipe_builds_on_its_mesh_with_nothing_allocated():
     assert set(built) == set(EVERY)
     for name, line in built.items():
         config = recipe(name)
-        counted = parameters(config.model, config.tokenizer.vocab_size, config.data.length)
-        assert line["parameters"] == counted["total_padded"]
+        counted = parameters(config.model, padded_vocab(config.tokenizer.vocab_size), config.data.length)
+        assert line["parameters"] == counted["total"]
         # Parameters and optimizer state, but for norms and scalars, are split over all devices that share them.
         assert line["state_bytes_a_device"] <= 1.04 * line["state_bytes"] / (config.mesh.fsdp * config.mesh.tensor)
         assert line["step_keeps_the_state"]
