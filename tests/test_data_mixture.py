@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpora import BYTES, prepared, take, take_counted, write_jsonl
+from corpora import BYTES, damage, prepared, take, take_counted, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -180,6 +180,54 @@ def test_another_corpus_is_refused_by_name(folder, tmp_path):
 def test_a_mixture_that_makes_no_sense_is_refused(wrong, message):
     with pytest.raises(InputError, match=message):
         DataConfig(source="mixture", **wrong)
+
+
+def test_a_damaged_page_stops_training_or_becomes_padding(tmp_path):
+    out = tmp_path / "corpus"
+    corpus = prepared(write_words(tmp_path / "abc.jsonl", "abc", 300), out, validation_fraction=0.1)
+    (shard,) = out.glob("*train*array_record*")
+    page, split = corpus.manifest.page, corpus.split("train")
+    assert split.num_tokens > 3 * page
+
+    def place_of(at: int) -> int:
+        """The place of a token in the shard, by the tokens from there on."""
+        return shard.read_bytes().index(split.tokens(at, at + 50).astype("<u2").tobytes())
+
+    def opened(max_corrupt: int, say=lambda line: None):
+        data = DataConfig(source=str(out), batch_size=4, length=32, max_corrupt=max_corrupt)
+        return open_pipeline(TrainConfig(data=data, tokenizer=BYTES), tmp_path / "none", training=True, say=say)
+
+    whole = opened(0)
+    sound = [whole.batch(step) for step in range(300)]
+    damage(shard, place_of(page + 100))
+
+    with pytest.raises(InputError, match=r"train.*is damaged at page 1 "):
+        take(opened(0), whole.start, 300)
+
+    said: list[str] = []
+    pipeline = opened(1, said.append)
+    damaged = 0
+    made, state = pipeline.batches(pipeline.start), {}
+    for want in sound:
+        batch, state = next(made)
+        hole = (batch["inputs_BL"] == 0) & (want["inputs_BL"] != 0)
+        damaged += int(hole.sum())
+        for name in ("inputs_BL", "positions_BL", "segments_BL"):
+            np.testing.assert_array_equal(batch[name], np.where(hole, 0, want[name]))
+        assert not batch["weights_BL"][hole].any() and not batch["segments_BL"][hole].any()
+        unknown = (batch["targets_BL"] == 0) & (want["targets_BL"] != 0)
+        assert not batch["weights_BL"][unknown].any()
+        lost = want["weights_BL"] != batch["weights_BL"]
+        assert (hole | np.roll(hole, -1, axis=1) | (np.arange(32) == 31))[lost].all()  # or its neighbour's target
+        np.testing.assert_array_equal(batch["targets_BL"][~lost], np.where(hole, 0, want["targets_BL"])[~lost])
+    made.close()
+    assert damaged >= page  # an epoch and more
+    assert len(state["corrupt"]) == 1 and shard.name in state["corrupt"][0]
+    assert any("left out page 1 of at most data.max_corrupt=1" in line for line in said)
+
+    damage(shard, place_of(100))
+    with pytest.raises(InputError, match="data.max_corrupt=1 damaged pages were skipped before, and now"):
+        take(opened(1), state, 300)
 
 
 def test_show_names_the_source_of_each_row(folder):

@@ -247,13 +247,13 @@ def test_shards_of_a_batch_are_the_batch_and_their_targets_are_counted(packing, 
             np.testing.assert_array_equal(given["targets_BL"], whole["targets_BL"][part])
 
 
-@pytest.mark.parametrize("kind", ["prepared", "padded", "mixture", "stream"])
+@pytest.mark.parametrize("kind", ["prepared", "padded", "mixture", "stream", "holes"])
 def test_the_batches_of_several_processes_are_parts_of_those_of_one(tmp_path, words, kind):
     for name, letter in (("a", "z"), ("b", "y")):
         write_jsonl(tmp_path / f"{name}.jsonl", [x for x in words.read_text().replace("a", letter).split("e") if x])
     mixture = tuple(f"{name}={tmp_path / name}.jsonl" for name in "ab")
     more = {
-        "prepared": {}, "padded": {"packing": "padded"}, "stream": {"loading": "stream"},
+        "prepared": {}, "padded": {"packing": "padded"}, "stream": {"loading": "stream"}, "holes": {"max_corrupt": 3},
         "mixture": {"source": "mixture", "mixture": mixture},
     }[kind]  # fmt: skip
     data = DataConfig(**{"source": str(tmp_path / "a.jsonl"), "length": 32, "batch_size": 8} | more)

@@ -41,7 +41,7 @@ class DataConfig(Section):
     exact_resume: bool = True
     """Refuse to resume where the data can't go on exactly where it was: a stream whose source was changed."""
     max_corrupt: int = 0
-    """Corrupt files of text that may be skipped and counted; with one more, or with 0, it stops and names it."""
+    """Corrupt files or pages that may be skipped and counted; with one more, or with 0, training stops and names it."""
     batch_size: int = 16
     """Rows a step, over all devices and accumulated micro-batches together."""
     length: int = 256
@@ -86,8 +86,8 @@ class DataConfig(Section):
 
     @property
     def several_documents(self) -> bool:
-        """Attention needs segments: a row may hold several documents that do not see each other."""
-        return self.packing == "packed" and not self.cross_documents
+        """Attention needs segments: a row may hold several documents that do not see each other, or a skipped page."""
+        return (self.packing == "packed" and not self.cross_documents) or self.max_corrupt > 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from gptjax.storage import file_sha256
 from gptjax.tokenizer import Tokenizer, load_tokenizer
 
 CACHE_BYTES = 64 << 20  # of decoded pages, for each split
+MISSING_TOKEN = np.int32(-1)  # stands for each token of a page that can't be read
 _OPEN_SHARDS = 64  # shards a split keeps open
 _AGAIN = "delete the folder and prepare it again"
 
@@ -78,8 +79,19 @@ class Corpus:
             _check_sha256(self.folder, entry)
 
 
+class DamagedPage(InputError):
+    """A page of a shard can't be read; `where` names both."""
+
+    def __init__(self, message: str, where: str):
+        super().__init__(message)
+        self.where = where
+
+
 class CorpusSplit:
-    """One split's token stream; reads are safe from several threads."""
+    """One split's token stream; reads are safe from several threads.
+
+    With `skip_damaged` a page that can't be read is one of MISSING_TOKEN, and `damage` collects the errors, by page.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest, entry: SplitEntry):
         self.num_tokens = entry.tokens
@@ -89,6 +101,8 @@ class CorpusSplit:
         self._first_page = np.cumsum([0, *(shard.pages for shard in entry.shards)])
         self._pages: OrderedDict[int, np.ndarray] = OrderedDict()
         self._readers: OrderedDict[int, Any] = OrderedDict()
+        self.skip_damaged = False
+        self.damage: dict[int, DamagedPage] = {}
         self._max_pages = max(8, CACHE_BYTES // (manifest.page * np.dtype(manifest.dtype).itemsize))
         self._lock = threading.Lock()
         self._shard_locks = [threading.Lock() for _ in entry.shards]
@@ -105,12 +119,17 @@ class CorpusSplit:
         return np.memmap(self._folder / self._entry.starts.name, dtype="<i8", mode="r").view(np.ndarray)
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of the stream as int32; raises InputError, naming shard and page, for a damaged one."""
+        """Tokens [start, stop) of the stream as int32; raises DamagedPage, naming shard and page, or see the class."""
         assert 0 <= start <= stop <= self.num_tokens, (start, stop, self.num_tokens)
         first, offset = divmod(start, self._manifest.page)
         pages = [self._page(index) for index in range(first, (stop - 1) // self._manifest.page + 1)]
         tokens = pages[0] if len(pages) == 1 else np.concatenate([np.zeros(0, np.int32), *pages])
         return tokens[offset : offset + stop - start].astype(np.int32)
+
+    def damage_in(self, start: int, stop: int) -> list[DamagedPage]:
+        """The errors of the pages that hold tokens [start, stop), of those that were damaged so far."""
+        pages = range(start // self._manifest.page, (stop - 1) // self._manifest.page + 1)
+        return [self.damage[page] for page in pages if page in self.damage]
 
     def _page(self, index: int) -> np.ndarray:
         """A page from the cache, or read and decoded."""
@@ -119,8 +138,16 @@ class CorpusSplit:
                 self._pages.move_to_end(index)
                 return self._pages[index]
         shard = int(np.searchsorted(self._first_page, index, side="right")) - 1
-        with self._shard_locks[shard]:  # threads read different shards at a time
-            tokens = self._read_page(self._entry.shards[shard], shard, index)
+        try:
+            if index in self.damage:
+                raise self.damage[index]
+            with self._shard_locks[shard]:  # threads read different shards at a time
+                tokens = self._read_page(self._entry.shards[shard], shard, index)
+        except DamagedPage as error:
+            if not self.skip_damaged:
+                raise
+            self.damage[index] = error
+            return np.full(self._manifest.page, MISSING_TOKEN)
         with self._lock:
             self._pages[index] = tokens
             if len(self._pages) > self._max_pages:
@@ -130,6 +157,7 @@ class CorpusSplit:
     def _read_page(self, entry: FileEntry, shard: int, index: int) -> np.ndarray:
         path = self._folder / entry.name
         record = index - int(self._first_page[shard])
+        where = f"{entry.name} page {record}"
         wanted = min(self._manifest.page, self.num_tokens - index * self._manifest.page)
         try:
             raw = self._reader(shard, path).read([record])[0]
@@ -137,13 +165,16 @@ class CorpusSplit:
             tokens = np.frombuffer(feature.bytes_list.value[0], np.dtype(self._manifest.dtype).newbyteorder("<"))
         except Exception as error:  # array_record and protobuf raise many kinds for damaged bytes
             reason = one_line(error, 120)
-            raise InputError(f"{path} is damaged at page {record} ({reason}); {_AGAIN}") from None
+            raise DamagedPage(f"{path} is damaged at page {record} ({reason}); {_AGAIN}", where) from None
         if len(tokens) != wanted:
-            raise InputError(f"{path} is damaged: page {record} has {len(tokens)} tokens, wanted {wanted}; {_AGAIN}")
+            raise DamagedPage(
+                f"{path} is damaged: page {record} has {len(tokens)} tokens, wanted {wanted}; {_AGAIN}", where
+            )
         if tokens.max() >= self._manifest.vocab_size:
-            raise InputError(
+            raise DamagedPage(
                 f"{path}: token id {tokens.max()} on page {record} is outside the vocabulary; "
-                f"wanted ids below {self._manifest.vocab_size}; {_AGAIN}"
+                f"wanted ids below {self._manifest.vocab_size}; {_AGAIN}",
+                where,
             )
         return tokens
 

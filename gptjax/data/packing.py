@@ -39,7 +39,8 @@ def cut(stream: Stream, spans: Spans, num_rows: int, length: int, cross_document
     inputs_BL, targets_BL int32; positions_BL int32, from 0 in each document or span; segments_BL int32, 1, 2, 3, ...
     for the documents of a row and 0 for padding; weights_BL float32, 0 for padding and where the target belongs to
     another document than its input. With cross_documents a row is one segment with running positions and no other
-    zero weights than the padding's. Spans of a row must be in the order of their columns and not overlap.
+    zero weights than the padding's. Spans of a row must be in the order of their columns and not overlap. Where the
+    stream has a hole (a token below 0) the input is padding, and neither it nor its neighbour is predicted.
     """
     inputs_BL = np.zeros((num_rows, length), np.int32)
     targets_BL = np.zeros((num_rows, length), np.int32)
@@ -57,6 +58,10 @@ def cut(stream: Stream, spans: Spans, num_rows: int, length: int, cross_document
         begins_BL[row[inside], column[inside]] = True
         ends_BL[row, column - 1] = True
     columns_L = np.arange(length, dtype=np.int32)
+    if inputs_BL.min(initial=0) < 0 or targets_BL.min(initial=0) < 0:
+        ends_BL |= (inputs_BL < 0) | (targets_BL < 0)
+        covered_BL &= inputs_BL >= 0
+        inputs_BL, targets_BL = np.maximum(inputs_BL, 0), np.maximum(targets_BL, 0)
     positions_BL = columns_L - np.maximum.accumulate(np.where(begins_BL, columns_L, np.int32(0)), axis=1)
     segments_BL = np.cumsum(begins_BL, axis=1, dtype=np.int32)
     return {

@@ -28,7 +28,7 @@ def open_pipeline(
     if config.data.loading == "stream":
         pipeline = StreamedData(config, training, say)
     else:
-        pipeline = PreparedData(open_corpora(config, folder, training, say), config, training)
+        pipeline = PreparedData(open_corpora(config, folder, training, say), config, training, say)
     if training:
         _ = pipeline.validation  # an error of a validation set is raised now, not at the first evaluation
     return pipeline

@@ -11,8 +11,8 @@ import numpy as np
 
 from gptjax.config import PrepareConfig, TokenizerConfig, TrainConfig
 from gptjax.config.section import InputError
-from gptjax.data.batches import ALL_ROWS, DataState, RowSlice, batches
-from gptjax.data.corpus import Corpus, is_corpus, open_corpus
+from gptjax.data.batches import ALL_ROWS, DataState, RowSlice, batches, slice_rows
+from gptjax.data.corpus import Corpus, DamagedPage, is_corpus, open_corpus
 from gptjax.data.mixture import Mixture
 from gptjax.data.packing import Batch
 from gptjax.data.prepare import prepare, training_texts
@@ -30,11 +30,13 @@ class PreparedData:
     """The data of a run, from prepared corpora: the rows that a step reads are a pure function of the step.
 
     The state after some batches is {"step", "corpus", "tokens"}: by source, the SHA-256 of its corpus and the weighted
-    targets trained on so far; a single source has the name "".
+    targets trained on so far; a single source has the name "". Where damaged pages were skipped, "corrupt" lists them.
     """
 
-    def __init__(self, corpora: dict[str, Corpus], config: TrainConfig, training: bool):
-        self._corpora, self._config, self._training = corpora, config, training
+    def __init__(self, corpora: dict[str, Corpus], config: TrainConfig, training: bool, say: Say):
+        self._corpora, self._config, self._training, self._say = corpora, config, training, say
+        for corpus in corpora.values():
+            corpus.split("train").skip_damaged = config.data.max_corrupt > 0
         self._mixture = Mixture({name: c.split("train") for name, c in corpora.items()}, config.data, config.seed)
 
     @property
@@ -62,12 +64,14 @@ class PreparedData:
     def batches(self, state: DataState, part: RowSlice = ALL_ROWS) -> Generator[tuple[Batch, DataState], None, None]:
         """Yields (some rows of a batch, state after it) from a state on, without end; closing it ends its threads.
 
-        Only those rows are read.
+        Only those rows are read. Where damaged pages are left out all are, since the state lists each page.
         """
-        with contextlib.closing(batches(self._mixture, state["step"], part, self._config.data.workers)) as steps:
+        data = self._config.data
+        read = ALL_ROWS if data.max_corrupt else part
+        with contextlib.closing(batches(self._mixture, state["step"], read, data.workers)) as steps:
             for batch, after in steps:
                 state = self._advance(state, batch) | after
-                yield batch, state
+                yield (slice_rows(batch, part) if data.max_corrupt else batch), state
 
     def batch(self, step: int, part: RowSlice = ALL_ROWS) -> Batch:
         """The batch that is trained on after `step` steps, or some of its rows."""
@@ -97,14 +101,32 @@ class PreparedData:
         return "\n".join(lines)
 
     def _advance(self, state: DataState, batch: Batch) -> DataState:
-        """The state with the tokens of the batch after it."""
-        source_B, _ = self._mixture.assign(state["step"])
+        """The state with the tokens of the batch after it, and with the damaged pages that it would have read."""
+        source_B, index_B = self._mixture.assign(state["step"])
         if len(batch["weights_BL"]) == len(source_B):
             targets_B = np.count_nonzero(batch["weights_BL"], axis=1)
             counts = np.bincount(source_B, targets_B, minlength=len(self._corpora)).astype(int).tolist()
         else:  # the rows of other hosts count too
             counts = self._mixture.num_targets(state["step"])
-        return {**state, "tokens": {name: state["tokens"][name] + n for name, n in zip(self._corpora, counts)}}
+        state = {**state, "tokens": {name: state["tokens"][name] + n for name, n in zip(self._corpora, counts)}}
+        for i, (name, corpus) in enumerate(self._corpora.items()):
+            split = corpus.split("train")
+            if split.damage and (source_B == i).any():
+                spans = self._mixture.samplers[i].spans(index_B[source_B == i])
+                for start, count in zip(spans.start.tolist(), spans.count.tolist()):
+                    for error in split.damage_in(start, start + count + 1):
+                        state = self._skip(state, f"{name} {error.where}".strip(), error)
+        return state
+
+    def _skip(self, state: DataState, where: str, error: DamagedPage) -> DataState:
+        """The state with one more damaged page; raises InputError where data.max_corrupt pages were skipped before."""
+        skipped, most = state.get("corrupt", []), self._config.data.max_corrupt
+        if where in skipped:
+            return state
+        if len(skipped) >= most:
+            raise InputError(f"data.max_corrupt={most} damaged pages were skipped before, and now {error}")
+        self._say(f"left out page {len(skipped) + 1} of at most data.max_corrupt={most}: {error}")
+        return {**state, "corrupt": [*skipped, where]}
 
 
 def open_corpora(config: TrainConfig, folder: Path, training: bool, say: Say) -> dict[str, Corpus]:
