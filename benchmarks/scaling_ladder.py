@@ -40,6 +40,7 @@ from gptjax.runtime.process import usable_cores
 from gptjax.scaling.sweep.points import Point, make_points
 
 RECIPE, VOCAB = ROOT / "configs" / "ladder.py", 1024
+DTYPE = "model.dtype=float32"  # of all machines that add points
 FITTED = ("1.2e12:2,3,4@0,1", "2.13e12:3,4,6@0,1", "3.79e12:4,5,6,7,8@0,1", "6.75e12:6,7,9@0,1", "1.2e13:8,10,11@0,1")
 LAWS = tuple((law, count) for law in ("chinchilla", "overtraining", "kaplan") for count in ("total", "non-embedding"))
 HELD_OUT = ("2.13e13:10,11,12@0,1", "3.79e13:12,13,14@0,1")
@@ -64,10 +65,10 @@ def main() -> None:
         print(write(text))
     verb("prepare", "--source", text, "--out", corpus, "--tokenizer.vocab-size", VOCAB)
     source = f"data.source={shlex.quote(str(corpus))}"
-    training = ("sweep", RECIPE, "--out", sweep, "--workers", args.workers, "--set", source, "--grid")
+    training = ("sweep", RECIPE, "--out", sweep, "--workers", args.workers, "--set", source, DTYPE, "--grid")
 
     def points(*grid: str) -> list[Point]:
-        return make_points(SweepConfig(out=str(sweep), grid=grid, set=(source,)), load_recipe(str(RECIPE)))
+        return make_points(SweepConfig(out=str(sweep), grid=grid, set=(source, DTYPE)), load_recipe(str(RECIPE)))
 
     if not (args.out / "prediction.json").exists():
         verb(*training, *args.fitted)

@@ -36,7 +36,7 @@ def pretrain(size: int = 6) -> TrainConfig:
         steps=2000,
         model=ModelConfig(
             num_layers=layers, width=width, num_heads=3, positions="rope", norm="rmsnorm",
-            activation="swiglu", biases=False, qk_norm=True, dtype="float32",
+            activation="swiglu", biases=False, qk_norm=True, dtype="auto",
         ),
         tokenizer=TokenizerConfig(vocab_size=1024),
         data=DataConfig(batch_size=8, length=128, validation_fraction=0.02),

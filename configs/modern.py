@@ -35,7 +35,7 @@ def pretrain(size: int = 12) -> TrainConfig:
     model = ModelConfig(
         num_layers=size, width=64 * size, num_heads=size // 2, head_dim=128, positions="rope", norm="rmsnorm",
         activation="relu2", biases=False, tied=False, qk_norm=True, logit_softcap=15.0, window=LENGTH // 2,
-        global_every=4, rope_theta=100_000.0, mup_base_width=256, dtype="bfloat16",
+        global_every=4, rope_theta=100_000.0, mup_base_width=256, dtype="bfloat16" if size > 8 else "auto",
         remat="names", remat_names=("attention", "mlp"),
     )  # fmt: skip
     rows = 256 if size > 8 else 64

@@ -20,7 +20,7 @@ def pretrain() -> TrainConfig:
         steps=1600,
         model=ModelConfig(
             num_layers=4, width=192, num_heads=4, mlp_ratio=8 / 3, positions="rope", norm="rmsnorm",
-            activation="swiglu", biases=False, dtype="bfloat16", unroll=0,
+            activation="swiglu", biases=False, dtype="auto", unroll=0,
         ),
         tokenizer=TokenizerConfig(vocab_size=4096),
         data=DataConfig(source="builtin:shakespeare", batch_size=8, length=128, validation_fraction=0.05),

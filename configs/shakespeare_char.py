@@ -21,7 +21,7 @@ def pretrain() -> TrainConfig:
     return TrainConfig(
         run_dir="runs/shakespeare_char",
         steps=2000,
-        model=ModelConfig(num_layers=4, width=128, num_heads=4, biases=False, dtype="bfloat16", unroll=0),
+        model=ModelConfig(num_layers=4, width=128, num_heads=4, biases=False, dtype="auto", unroll=0),
         tokenizer=TokenizerConfig(kind="bytes", vocab_size=258),
         data=DataConfig(source="builtin:shakespeare", batch_size=12, length=64, validation_fraction=0.1),
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=100, final_fraction=0.1, beta2=0.99),

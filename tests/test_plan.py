@@ -223,7 +223,7 @@ def test_a_step_is_compiled_for_fake_devices_in_a_process_of_its_own():
     config = recipe("gpt2 --size 124m", *small, "--data.batch-size", "16", "--optim.accumulate", "1")
     config = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=4))
     found = compile_for(config, Target(devices=4))
-    counted = Planner(config, topology("cpu:4")).candidate(search.with_attention(config, topology("cpu:4"))).memory
+    counted = Planner(config, topology("cpu:4")).candidate(search.with_devices(config, topology("cpu:4"))).memory
     assert found.fits and found.findings == ()
     assert found.arguments == pytest.approx(counted.parameters + counted.optimizer + counted.batch, rel=1e-3)
 

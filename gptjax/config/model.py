@@ -28,7 +28,7 @@ class ModelConfig(Section):
     head_dim: int = 0
     """Size of each head; 0: width / num_heads."""
     mlp_ratio: float = 4.0
-    """Width of the MLP as a multiple of the model's width."""
+    """Width of the MLP as a multiple of the model's width; see mlp_width for how a fraction is rounded."""
     positions: Literal["learned", "rope"] = "learned"
     """A learned position table (GPT-2), or rotary positions (Llama)."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
@@ -71,8 +71,9 @@ class ModelConfig(Section):
 
     Which ones are dropped depends on mesh.context (as little else does), whose devices draw for their own places.
     """
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Type of activations and products; weights and optimizer stay float32."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "bfloat16"
+    """Type of activations and products; weights and optimizer stay float32. auto: bfloat16 where the device multiplies
+    it at least 1.3 times as fast as float32, decided when a run begins and kept from then on."""
     attention: AttentionName = "auto"
     """By device and length (auto); the plain product of queries and keys; blocks of them with an online softmax
     (blockwise): memory linear in length; cuDNN's fused kernel on a GPU; the splash kernel on a TPU."""
@@ -157,7 +158,7 @@ class ModelConfig(Section):
         checks = [
             (kernel.dropout or self.dropout == 0, "dropout", "0", "0"),
             (kernel.softcap or self.attention_softcap == 0, "attention_softcap", "0", "0"),
-            (self.dtype in kernel.dtypes, "dtype", " or ".join(kernel.dtypes), kernel.dtypes[0]),
+            (self.dtype in (*kernel.dtypes, "auto"), "dtype", " or ".join(kernel.dtypes), kernel.dtypes[0]),
             (kernel.mixed_windows or one_window, "global_every", "0, one window for all layers", "0"),
             (fits, "head_dim", f"heads of a multiple of {kernel.head_multiple} and at most {most} numbers", "64"),
         ]
@@ -170,4 +171,12 @@ class ModelConfig(Section):
 
     @property
     def mlp_width(self) -> int:
-        return round(self.width * self.mlp_ratio)
+        """width x mlp_ratio; where that is no whole number, rounded up to one that meshes divide, as Llama does.
+
+        The multiple is a power of two from 8 to 256, about width / 16: 8/3 x 64 gives 176, and x 4,096 gives 11,008.
+        """
+        exact = self.width * self.mlp_ratio
+        if math.isclose(exact, round(exact), rel_tol=1e-6):
+            return round(exact)
+        multiple = min(256, max(8, 2 ** int(math.log2(max(self.width, 16) / 16))))
+        return math.ceil(exact / multiple) * multiple

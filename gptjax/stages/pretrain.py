@@ -32,7 +32,7 @@ def pretrain(config: TrainConfig, provenance: Provenance) -> Path:
     """
     # -- Processes and devices. Everything below runs the same in each process, under the one mesh.
     with join(config, provenance) as group:
-        mesh = group.mesh
+        mesh, config = group.mesh, group.config
 
         # -- Model, optimizer and step. Functions and shapes alone: nothing is allocated while settings may be wrong.
         decoder, tx, init, step = build_components(config)
@@ -74,6 +74,8 @@ def pretrain(config: TrainConfig, provenance: Provenance) -> Path:
         # -- Train. Damaged data is reported now, not after the wait for a long compilation; Gloo waits 30 s where
         # processes first meet, and compiling may differ by more, so they meet once it is done.
         data.batch(0, runner.rows.numbers)
+        if group.dtype_reason:
+            say(f"dtype {config.model.dtype}: {group.dtype_reason}")
         say(attention)
         train_step = compiled.result()
         barrier("compiled")

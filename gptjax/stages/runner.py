@@ -14,9 +14,11 @@ from gptjax.config.section import leaves
 from gptjax.parallel.processes import barrier, broadcast_from_main, is_main_process, join_processes, say
 from gptjax.parallel.sharding import local_rows, make_mesh
 from gptjax.runs.checkpoint import Checkpoints
+from gptjax.runs.digest import committed_steps
 from gptjax.runs.load import load_model
-from gptjax.runs.run import Provenance, Run
+from gptjax.runs.run import Provenance, Run, load_config
 from gptjax.runtime.compile_cache import enable_compile_cache
+from gptjax.runtime.dtype import preferred_dtype
 from gptjax.runtime.process import STARTED
 from gptjax.training.loop import Batches, Diverged, Hooks, fit
 from gptjax.training.metrics import Metrics
@@ -33,6 +35,10 @@ class ProcessGroup:
     mesh: Mesh
     signals: Signals
     cleanup: contextlib.ExitStack
+    config: Any
+    """The stage's settings, in which no dtype is auto."""
+    dtype_reason: str
+    """The reason for the dtype that auto became; "" where the settings name one."""
 
 
 @contextlib.contextmanager
@@ -44,8 +50,21 @@ def join(config: TrainConfig, provenance: Provenance) -> Generator[ProcessGroup]
             enable_compile_cache()
         mesh = make_mesh(config.mesh)
         check_divisible(config, mesh.shape)
+        config, reason = resolve_dtype(config)
         with jax.set_mesh(mesh):
-            yield ProcessGroup(mesh, signals, cleanup)
+            yield ProcessGroup(mesh, signals, cleanup, config, reason)
+
+
+def resolve_dtype(config: TrainConfig) -> tuple[TrainConfig, str]:
+    """The settings with a dtype in place of auto, and the reason: a run that has checkpoints keeps the dtype it has."""
+    if config.model.dtype != "auto":
+        return config, ""
+    chosen: tuple[str, str] | None = None
+    if is_main_process():
+        begun = committed_steps(Run.at(config.run_dir).checkpoints)
+        chosen = (load_config(config.run_dir).model.dtype, "as this run began") if begun else preferred_dtype()
+    dtype, reason = broadcast_from_main("dtype", chosen)  # pyright: ignore[reportGeneralTypeIssues]
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype)), reason
 
 
 class Runner:

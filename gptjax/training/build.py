@@ -1,5 +1,6 @@
 """A run's decoder, loss, optimizer, initial state and training step, built from its settings; nothing runs yet."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from gptjax.config import TrainConfig
 from gptjax.config.plugins import optional, resolve
 from gptjax.config.section import InputError
 from gptjax.model.decoder import Decoder, init_params, make_decoder
+from gptjax.runtime.dtype import preferred_dtype
 from gptjax.training.losses import language_model_loss
 from gptjax.training.optim import make_optimizer, make_schedule
 from gptjax.training.step import LossFn, make_init, make_train_step
@@ -27,8 +29,11 @@ class TrainComponents(NamedTuple):
 def build_components(config: TrainConfig) -> TrainComponents:
     """The decoder, optimizer, initial state and training step of a run, with the user's own loss and block.
 
-    Raises InputError where loss or model.block can't be found, or optim.z_loss is set beside a loss of the user's.
+    Where model.dtype is auto it is that of this process's devices. Raises InputError where loss or model.block can't be
+    found, or optim.z_loss is set beside a loss of the user's.
     """
+    if config.model.dtype == "auto":
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=preferred_dtype()[0]))
     decoder = make_decoder(config, optional(config.model.block, "model.block"))
     norms, ema = config.log_norms_every > 0, config.optim.ema
     if config.loss:

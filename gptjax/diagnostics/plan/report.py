@@ -70,8 +70,8 @@ def plan(
         say(f"sharding lint: {'; '.join(best.compiled.findings) or 'nothing'}")
     else:
         say("sharding lint: not run, for nothing was compiled")
-    attention = config.model.attention  # auto stays auto
-    return report, dataclasses.replace(best.config, model=dataclasses.replace(best.config.model, attention=attention))
+    auto = {name: getattr(config.model, name) for name in ("attention", "dtype")}  # stay as written
+    return report, dataclasses.replace(best.config, model=dataclasses.replace(best.config.model, **auto))
 
 
 def compare_topologies(config: TrainConfig, say: Callable[[str], None]) -> dict[str, Any]:
@@ -114,10 +114,9 @@ def as_json(c: Candidate) -> dict[str, Any]:
 
 
 def changes(before: TrainConfig, after: TrainConfig) -> dict[str, Any]:
-    """The settings that differ, by dotted name; an attention kernel that auto selected is left out."""
+    """The settings that differ, by dotted name; what was selected for auto is left out."""
     old = dict(leaves(before))
-    auto = {"model.attention"} if before.model.attention == "auto" else set()
-    return {name: value for name, value in leaves(after) if value != old[name] and name not in auto}
+    return {name: value for name, value in leaves(after) if value != old[name] != "auto"}
 
 
 def to_flags(settings: dict[str, Any]) -> list[str]:

@@ -22,6 +22,7 @@ from gptjax.model.counts import padded_vocab
 from gptjax.ops.attention import select_kernel
 from gptjax.ops.device import Device
 from gptjax.parallel.sharding import AXES, axis_sizes, filled
+from gptjax.runtime.dtype import preferred_dtype
 from gptjax.runtime.hardware import Topology
 from gptjax.training.build import build_components
 
@@ -63,7 +64,7 @@ class Planner:
 
     def __init__(self, config: TrainConfig, topology: Topology):
         self.topology = topology
-        self.config = with_attention(with_mesh(config, topology), topology)
+        self.config = with_devices(with_mesh(config, topology), topology)
         shapes = jax.eval_shape(build_components(self.config).init, 0)
         self._state = functools.cache(
             lambda *sizes: state_bytes(self.config, shapes, dict(zip(AXES, sizes)), tiles=self.tiles)
@@ -177,11 +178,14 @@ def with_mesh(config: TrainConfig, topology: Topology) -> TrainConfig:
     return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **filled(config.mesh, topology.devices)))
 
 
-def with_attention(config: TrainConfig, topology: Topology) -> TrainConfig:
-    """The settings with the kernel that the topology's devices select; raises InputError where none fits."""
+def with_devices(config: TrainConfig, topology: Topology) -> TrainConfig:
+    """The settings with the dtype and kernel that the topology's devices select; raises InputError where none fits."""
+    model = config.model
+    if model.dtype == "auto":
+        model = dataclasses.replace(model, dtype="bfloat16" if topology.chip else preferred_dtype()[0])
     device = device_of(topology)._replace(shares_rows=config.mesh.context > 1)
-    name = select_kernel(config.model, config.data.length, device)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention=name))
+    model = dataclasses.replace(model, attention=select_kernel(model, config.data.length, device))
+    return dataclasses.replace(config, model=model)
 
 
 def device_of(topology: Topology) -> Device:

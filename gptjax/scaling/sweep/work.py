@@ -5,6 +5,7 @@ however they ended. What is done is read from the runs themselves, so nothing ha
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import math
@@ -19,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from gptjax.config.command_line import Recipe
-from gptjax.config.section import InputError
+from gptjax.config.command_line import Recipe, parse
+from gptjax.config.section import InputError, one_line
 from gptjax.config.sweep import SweepConfig
 from gptjax.data.prepared import open_corpora
 from gptjax.runtime.process import pinned, require_workers
@@ -49,7 +50,9 @@ def sweep(cfg: SweepConfig, recipe: Recipe, say: Say, gptjax: Sequence[str] = GP
     wrong with the grid, the recipe or the data, and for several workers on an accelerator. `gptjax` is its command.
     """
     require_workers(cfg.workers)
-    points, folder = make_points(cfg, recipe), Path(cfg.out).absolute()
+    folder = Path(cfg.out).absolute()
+    cfg = _with_dtype(cfg, recipe, folder)
+    points = make_points(cfg, recipe)
     command = [*gptjax, "pretrain", str(recipe.path.absolute())]
     try:
         for name in ("runs", "logs", "claims"):
@@ -76,6 +79,26 @@ def _table(cfg: SweepConfig, recipe: Recipe, points: list[Point], folder: Path, 
     if jobs != before:
         write_jobs(folder, jobs)
     return jobs
+
+
+def _with_dtype(cfg: SweepConfig, recipe: Recipe, folder: Path) -> SweepConfig:
+    """The settings with one dtype for all runs where the recipe says auto: that of the sweep's table, if it has one."""
+    size = cfg.points[0][1] if cfg.grid else ""
+    given = parse(recipe.config("pretrain", size), split_entries(cfg.set), f"gptjax sweep {recipe.path}")
+    if given.model.dtype != "auto":
+        return cfg
+    flags = next((job.flags for job in read_jobs(folder)), ())
+    kept = flags[flags.index("--model.dtype") + 1] if "--model.dtype" in flags else _preferred_dtype()
+    return dataclasses.replace(cfg, set=(*cfg.set, f"model.dtype={kept}"))
+
+
+def _preferred_dtype() -> str:
+    """The type that a run's device prefers, asked in a process of its own: one that holds it would keep runs out."""
+    code = "from gptjax.runtime.dtype import preferred_dtype; print(preferred_dtype()[0])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        raise InputError(f"model.dtype=auto: {one_line(done.stderr, 200)}; give --set model.dtype=float32 or bfloat16")
+    return done.stdout.split()[-1]
 
 
 def _corpus(points: list[Point], folder: Path, say: Say) -> list[str]:
