@@ -4,7 +4,7 @@
 #   export IMAGE=REGISTRY/gptjax:1 RUN_DIR=gs://BUCKET/runs/mine
 #   bash launch/gke.sh build && bash launch/gke.sh apply configs/llama_1b.py --mesh.fsdp 16 && bash launch/gke.sh logs
 #
-#   build                      builds the image of launch/Dockerfile as IMAGE and pushes it; EXTRA=cuda,gcs for GPUs
+#   build                      builds the image of launch/Dockerfile as IMAGE and pushes it; EXTRA=cuda12,gcs for GPUs
 #   render RECIPE [SETTINGS]   writes the filled-in JobSet to stdout
 #   apply RECIPE [SETTINGS]    creates it in the cluster that kubectl talks to; again after delete, the run goes on
 #   logs                       follows process 0

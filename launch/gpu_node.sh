@@ -6,7 +6,7 @@
 #
 # Variables:
 #   RUN_DIR                the folder of the run; wanted
-#   PYTHON                 interpreter of the environment that holds gptjax[cuda]; python3
+#   PYTHON                 interpreter of the environment that holds gptjax[cuda12]; python3
 #   CUDA_VISIBLE_DEVICES   the GPUs to use; all
 #   XLA_FLAGS              flags for XLA, as they are; see docs/clusters.md for those worth a trial
 #   XLA_PYTHON_CLIENT_MEM_FRACTION   share of each GPU's memory that jax takes; 0.92, since nobody else needs it here
@@ -33,8 +33,8 @@ if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
 fi
 [ "$there" -gt 0 ] || die "nvidia-smi lists no GPU; see nvidia-smi"
 seen=$("$python" -c 'import jax; print(sum(d.platform == "gpu" for d in jax.local_devices()))') ||
-  die "jax does not start under $python; wanted pip install -e '.[cuda]' in its environment"
-[ "$seen" -eq "$there" ] || die "jax sees $seen of $there GPUs; wanted pip install -e '.[cuda]' in the environment of $python"
+  die "jax does not start under $python; wanted pip install -e '.[cuda12]' in its environment"
+[ "$seen" -eq "$there" ] || die "jax sees $seen of $there GPUs; wanted pip install -e '.[cuda12]' in the environment of $python"
 
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
 echo "gpu_node.sh: $there GPUs, run $RUN_DIR" >&2

@@ -247,9 +247,9 @@ def test_the_kubernetes_script_builds_applies_and_deletes(tmp_path):
     for name in ("docker", "kubectl"):
         command(tmp_path, name, f'echo "{name} $*" >>said; case $1 in apply) cat >applied ;; esac')
     for step in (["build"], ["apply", "x"], ["logs"], ["delete"]):
-        assert run(tmp_path, "gke.sh", *step, **GKE, EXTRA="cuda").returncode == 0
+        assert run(tmp_path, "gke.sh", *step, **GKE, EXTRA="cuda12").returncode == 0
     assert (tmp_path / "said").read_text().splitlines() == [
-        f"docker build --file {LAUNCH}/Dockerfile --build-arg EXTRA=cuda --tag registry/gptjax:1 {ROOT}",
+        f"docker build --file {LAUNCH}/Dockerfile --build-arg EXTRA=cuda12 --tag registry/gptjax:1 {ROOT}",
         "docker push registry/gptjax:1",
         "kubectl apply --filename -",
         "kubectl logs --follow job/mine-workers-0 --container train",
@@ -289,7 +289,7 @@ def test_the_image_holds_all_that_its_build_and_the_jobset_need(tmp_path):
     assert all((ROOT / path).exists() for path in copied), copied
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
-    needed = {project["project"]["readme"], *project["project"]["license-files"], *wheel["packages"]}
+    needed = {"README.md", "constraints", *project["project"]["license-files"], *wheel["packages"]}
     needed |= {"pyproject.toml", *wheel["force-include"]}
     assert needed <= set(copied)
     let_through = (LAUNCH / "Dockerfile.dockerignore").read_text().splitlines()

@@ -51,9 +51,26 @@ def test_the_one_cell_of_the_colab_notebook_trains_and_run_again_goes_on(tmp_pat
     assert [line["step"] for line in map(json.loads, metrics) if "loss" in line] == list(range(1, 9))
 
 
-def test_the_colab_notebook_says_what_is_missing_where_it_can_not_install(tmp_path):
+def test_the_colab_notebook_installs_the_wheel_beside_it_or_says_what_is_missing(tmp_path, monkeypatch):
     notebook = json.loads((LAUNCH / "colab.ipynb").read_text())
     (cell,) = (cell for cell in notebook["cells"] if cell["cell_type"] == "code")
     code = "".join(cell["source"]).replace('find_spec("gptjax")', 'find_spec("gptjax_that_is_not_installed")')
-    with pytest.raises(ValueError, match="source is empty, and gptjax is not installed; wanted a folder"):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="source is empty, and no wheel of gptjax lies here; wanted a folder"):
         exec(compile(code, "colab.ipynb", "exec"), {})
+    (tmp_path / "dist").mkdir()
+    wheel = tmp_path / "dist" / "gptjax-0.1.0-py3-none-any.whl"
+    wheel.touch()
+    installed: list[list[str]] = []
+
+    class Installed(Exception):
+        pass
+
+    def install(command, check):
+        installed.append(command)
+        raise Installed
+
+    monkeypatch.setattr("subprocess.run", install)
+    with pytest.raises(Installed):
+        exec(compile(code, "colab.ipynb", "exec"), {})
+    assert installed[0][1:4] == ["-m", "pip", "install"] and installed[0][-1].startswith(str(wheel))

@@ -323,7 +323,7 @@ def test_processes_that_were_joined_by_someone_else_are_refused(monkeypatch):
 
 
 UNKNOWN = RuntimeError("'rocm' is not in the list of known backends")
-CUDA, TPU = (f"install its plugin (pip install 'gptjax[{name}]') and its driver, or set" for name in ("cuda", "tpu"))
+CUDA, TPU = (f"install its plugin (pip install 'gptjax[{name}]') and its driver, or set" for name in ("cuda12", "tpu"))
 
 
 @pytest.mark.parametrize(

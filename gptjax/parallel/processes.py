@@ -86,7 +86,7 @@ def join_processes(settings: Mapping[str, Any], folder: str | Path | None = None
 def _no_devices(reason: str) -> str:
     """The error message for a jax without devices, with the extra that installs the plugin of the wanted platform."""
     asked = os.environ.get("JAX_PLATFORMS", "")
-    extra = "" if asked == "rocm" else {"gpu": "cuda", "tpu": "tpu"}.get(expected_platform(), "")
+    extra = "" if asked == "rocm" else {"gpu": "cuda12", "tpu": "tpu"}.get(expected_platform(), "")
     install = f"install its plugin (pip install 'gptjax[{extra}]') and its driver, or " if extra else ""
     if not reason or "list of known backends" in reason:
         reason = f"it has no plugin for JAX_PLATFORMS={asked}"
