@@ -17,6 +17,7 @@ from gptjax.config import GenerateConfig, TrainConfig
 from gptjax.config.command_line import load_recipe, origins
 from gptjax.config.plugins import optional, register
 from gptjax.config.section import InputError, build, leaves, unknown_name
+from gptjax.data.manifest import with_corpus_tokenizer
 from gptjax.generation.engine import generate as generate_texts
 from gptjax.runs.load import LoadedModel, load_model
 from gptjax.runs.run import Provenance
@@ -26,10 +27,11 @@ from gptjax.stages.pretrain import pretrain
 def recipe(name: str, settings: Mapping[str, Any] | None = None, *, size: int | str | None = None) -> TrainConfig:
     """The settings of a recipe (a shipped name or a file), some of them replaced by their dotted names.
 
+    The tokenizer is that of the prepared corpus, where data.source is one and the settings name no other.
     Raises InputError for an unknown name or a value that is no good.
     """
-    config = load_recipe(name).config("pretrain", "" if size is None else str(size))
-    return override(config, settings or {})
+    config = override(load_recipe(name).config("pretrain", "" if size is None else str(size)), settings or {})
+    return with_corpus_tokenizer(config, settings or {})
 
 
 def override(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:

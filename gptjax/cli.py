@@ -11,7 +11,17 @@ from collections.abc import Callable
 from typing import Any
 
 from gptjax.config import ContinueConfig, EvalConfig, PrepareConfig, ShowConfig, TrainConfig, TrainTokenizerConfig
-from gptjax.config.command_line import HELP, load_recipe, nothing_left, origins, parse, positional, positionals, take
+from gptjax.config.command_line import (
+    HELP,
+    given_names,
+    load_recipe,
+    nothing_left,
+    origins,
+    parse,
+    positional,
+    positionals,
+    take,
+)
 from gptjax.config.section import InputError
 from gptjax.parallel.cluster import RetryableError
 from gptjax.parallel.processes import exit_all, is_main_process, join_processes, process_label, say
@@ -37,12 +47,12 @@ def tokenizer_train(args: list[str]) -> int:
 def prepare(args: list[str]) -> int:
     """prepare                  tokenise a text into a folder that training reads"""
     cfg = parse(PrepareConfig(), args, "gptjax prepare")
-    from gptjax.data.prepare import prepare, progress_bar, report, train_on
+    from gptjax.data.prepare import prepare, progress_bar, report
 
     with progress_bar() as progress:
         corpus = prepare(cfg, progress)
     say(report(corpus))
-    _next(*train_on(cfg.out, corpus))
+    _next("pretrain", "quickstart", "--data.source", cfg.out, "--run-dir", "runs/NAME")
     return 0
 
 
@@ -62,13 +72,13 @@ def data_verify(args: list[str]) -> int:
     folder, args = positional(args, "FOLDER", "gptjax data verify FOLDER")
     nothing_left(args, "gptjax data verify FOLDER")
     from gptjax.data.corpus import open_corpus
-    from gptjax.data.prepare import report, train_on
+    from gptjax.data.prepare import report
 
     corpus = open_corpus(folder)
     corpus.verify()
     say(report(corpus))
     say("every file is as it was written")
-    _next(*train_on(folder, corpus))
+    _next("pretrain", "quickstart", "--data.source", folder, "--run-dir", "runs/NAME")
     return 0
 
 
@@ -80,7 +90,10 @@ def pretrain(args: list[str]) -> int:
     recipe = load_recipe(name)
     size, args = take(args, "size")
     written = recipe.config("pretrain", size)
-    cfg = parse(written, args, f"gptjax pretrain {name} [--size SIZE]", recipe.doc)
+    parsed = parse(written, args, f"gptjax pretrain {name} [--size SIZE]", recipe.doc)
+    from gptjax.data.manifest import with_corpus_tokenizer
+
+    cfg = with_corpus_tokenizer(parsed, given_names(args))
     tune_process()
     from gptjax.runs.checkpoint import CheckpointError
     from gptjax.runs.run import Provenance
@@ -118,10 +131,12 @@ def plan(args: list[str]) -> int:
     place, out, size = given["topology"], given["out"], given["size"]
     written = recipe.config("pretrain", size)
     recipe_words = [name, *(["--size", size] if size else [])]
-    cfg = parse(written, args, f"gptjax plan {name} {PLAN}", recipe.doc)
+    parsed = parse(written, args, f"gptjax plan {name} {PLAN}", recipe.doc)
+    from gptjax.data.manifest import with_corpus_tokenizer
     from gptjax.diagnostics.plan import report
     from gptjax.storage import check_file, write_json
 
+    cfg = with_corpus_tokenizer(parsed, given_names(args))
     for path in filter(None, (out, given["json"])):
         check_file(path)
     if place:

@@ -133,7 +133,9 @@ def test_only_the_text_column_is_read(tmp_path):
 def test_a_table_without_the_text_says_what_it_has(tmp_path):
     path = tmp_path / "a.parquet"
     write_parquet(path, ["x"], "body")
-    with pytest.raises(InputError, match=r"a.parquet: found no \"text\" among \['body', 'noise'\]; .*text_field"):
+    with pytest.raises(
+        InputError, match=r"a.parquet: found no \"text\" among \['body', 'noise'\]; .* --text-field .*--data.text-field"
+    ):
         texts_of(path)
     write_parquet(path, [1, 2])
     with pytest.raises(InputError, match='a.parquet: column "text" holds int64; wanted text'):

@@ -163,8 +163,10 @@ def test_another_corpus_is_refused_by_name(folder, tmp_path):
     pipeline = open_pipeline(mixed(folder, "abc", "xyz"), tmp_path, training=True)
     state = pipeline.start
     pipeline.check(state)
+    with pytest.raises(InputError, match="data.mixture was xyz, abc, got abc, xyz; restore it, or .*--init"):
+        pipeline.check({**state, "names": dict(reversed(state["names"].items()))})
     state["corpus"]["xyz"] = "0"
-    with pytest.raises(InputError, match="xyz is not the corpus"):
+    with pytest.raises(InputError, match="xyz' is not what it was .*: its content was changed; .*--init runs/unnamed"):
         pipeline.check(state)
 
 

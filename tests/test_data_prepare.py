@@ -54,10 +54,13 @@ def one(tmp_path) -> str:
 @pytest.mark.parametrize("cfg", [BYTES, PIECES], ids=["bytes", "sentencepiece"])
 def test_every_document_is_stored_once_and_whole(tmp_path, many, cfg):
     many_text = tmp_path / "more.txt"
-    many_text.write_text(TEXT)  # enough text for the pieces
+    many_text.write_text(TEXT)  # enough text for the pieces; longer than what is held out, so that it is cut
     corpus = prepare(str(tmp_path), tmp_path / "out", cfg, 0.2, min_bytes=0)  # 0 keeps the empty one
-    texts = [json.loads(line)["text"] for line in Path(many).read_text().splitlines()] + [TEXT]
-    assert sorted(itertools.chain(*stored(corpus).values())) == sorted(texts)
+    texts, found = [json.loads(line)["text"] for line in Path(many).read_text().splitlines()], stored(corpus)
+    (head,), (tail,) = (set(found[name]) - set(texts) for name in ("train", "validation"))
+    assert head + tail == TEXT
+    assert sorted({*itertools.chain(*found.values())} - {head, tail}) == sorted(texts)
+    assert corpus.manifest.splits["train"].documents + corpus.manifest.splits["validation"].documents == 52
     assert corpus.vocab_size == cfg.vocab_size
     corpus.verify()
 
@@ -163,7 +166,9 @@ def test_a_folder_made_from_something_else_is_refused_by_name(tmp_path, one, man
         prepare(one, tmp_path / "out", TokenizerConfig(vocab_size=300))
     with pytest.raises(InputError, match="tokenizer.kind='sentencepiece', got 'bytes'"):
         prepare(one, tmp_path / "out")
-    with pytest.raises(InputError, match="source_sha256="):
+    with pytest.raises(
+        InputError, match="was prepared from '.*one.txt', and the text of '.*many.jsonl' is another one"
+    ):
         prepare(many, tmp_path / "out", PIECES)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpora import BYTES, holdout, prepared, run_python, stored, take, texts_of
+from corpora import BYTES, prepared, run_python, take, texts_of
 from resume_sources import write_tfds
 
 from gptjax.config import DataConfig, TrainConfig
@@ -103,10 +103,11 @@ def test_a_tfds_name_is_prepared_from_mock_data(tmp_path):
         with pytest.raises(InputError, match="found no .text. among .*book_text"):
             texts_of("tfds:pg19")
     with tfds.testing.mock_data(num_examples=21):
-        with pytest.raises(InputError, match="was prepared with source_sha256="):
+        with pytest.raises(InputError, match="was prepared from 'tfds:lm1b', and the text of 'tfds:lm1b' is another"):
             prepared("tfds:lm1b", tmp_path / "out")
     kept = corpus.manifest.report
-    assert kept.documents == 20 and sum(map(len, stored(corpus).values())) == 20 - kept.duplicates == len(set(texts))
+    assert kept.documents == 20 and kept.duplicates == 20 - len(set(texts))
+    assert sum(split.bytes for split in corpus.manifest.splits.values()) == len("".join(set(texts)).encode())
 
 
 def test_a_dataset_that_is_not_there_is_one_line(tmp_path, monkeypatch):
@@ -134,8 +135,8 @@ def test_a_folder_by_save_to_disk_gives_its_texts(tmp_path):
     plain = write_hf(tmp_path / "plain", TEXTS)
     assert texts_of(f"hf:{plain}") == TEXTS
     folder = write_hf(tmp_path / "dict", TEXTS, "body", splits=True)
-    assert texts_of(f"hf:{folder}", "body") == TEXTS
-    assert texts_of(f"hf:{folder}:test", "body") == TEXTS[:1]
+    assert texts_of(f"hf:{folder}:train", "body") == TEXTS
+    assert texts_of(f"hf:{folder}:test", "body") == texts_of(folder, "body") == TEXTS[:1]  # held out is its test split
     assert source_sha256(f"hf:{folder}", "body") != source_sha256(f"hf:{folder}:test", "body")
     with pytest.raises(InputError, match=r"has no split 'dev'; wanted one of \['test', 'train'\]"):
         texts_of(f"hf:{folder}:dev", "body")
@@ -151,12 +152,12 @@ def test_a_folder_by_save_to_disk_gives_its_texts(tmp_path):
 
 def test_a_broken_arrow_file_is_named_and_can_be_left_out(tmp_path):
     folder = write_hf(tmp_path / "dict", TEXTS, splits=True)
-    whole = texts_of(f"hf:{folder}")
+    whole = texts_of(f"hf:{folder}:train")
     bad = folder / "train" / "data-00001-of-00003.arrow"
     bad.write_bytes(bad.read_bytes()[:200])
     with pytest.raises(InputError, match=f"{bad.name}: row 1 cannot be read"):
-        texts_of(f"hf:{folder}")
-    read = texts_of(f"hf:{folder}", max_corrupt=1)
+        texts_of(f"hf:{folder}:train")
+    read = texts_of(f"hf:{folder}:train", max_corrupt=1)
     assert read == whole[:101] + whole[202:]
 
 
@@ -164,9 +165,9 @@ def test_a_broken_arrow_file_is_named_and_can_be_left_out(tmp_path):
     ("source", "asked"),
     [
         ("hf:org/name@small:test", ("org/name", "small", "test")),
-        ("hf:name", ("name", None, "train")),
+        ("hf:name", ("name", None, None)),
         ("hf:name/config:1.0.0:test", ("name/config:1.0.0", None, "test")),
-        ("hf:name:1.0.0", ("name:1.0.0", None, "train")),
+        ("hf:name:1.0.0", ("name:1.0.0", None, None)),
     ],
 )
 def test_a_hugging_face_name_is_read_by_its_config_and_split(tmp_path, monkeypatch, source, asked):
@@ -176,12 +177,14 @@ def test_a_hugging_face_name_is_read_by_its_config_and_split(tmp_path, monkeypat
 
     def load_dataset(name, config, split):
         calls.append((name, config, split))
-        return datasets.load_from_disk(str(folder))
+        table = datasets.load_from_disk(str(folder))
+        return table if split else datasets.DatasetDict({"train": table})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert texts_of(source) == TEXTS and set(calls) == {asked}
     assert source_sha256(source) == source_sha256(f"hf:{folder}")
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: datasets.Dataset.from_dict({"text": TEXTS}))
+    table = datasets.Dataset.from_dict({"text": TEXTS})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: table if split else {"train": table})
     assert texts_of(source) == TEXTS
 
 
@@ -189,7 +192,6 @@ def test_a_function_is_a_source(tmp_path, monkeypatch):
     here = __name__
     assert texts_of(f"{here}:own_texts") == TEXTS == texts_of(f"{here}:own_records", "body")
     assert source_sha256(f"{here}:own_texts") == source_sha256(f"{here}:own_records", "body")
-    assert holdout(f"{here}:own_texts", 0.1).num_documents == len(TEXTS)
     cases = {
         f"{here}:failing": "raised KeyError after text 1: 'lost'",
         f"{here}:numbers": "numbers:2 is a int; wanted a str or",

@@ -43,6 +43,14 @@ def source(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def even(tmp_path_factory) -> Path:
+    """So many short documents that the share held out by hash is near to the one asked for."""
+    rng = random.Random(2)
+    texts = ["".join(rng.choices("abcdefgh \n", k=rng.randint(1, 40))) for _ in range(600)]
+    return write_jsonl(tmp_path_factory.mktemp("even") / "a.jsonl.gz", texts)
+
+
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Chunks so small that the text has many of them."""
@@ -133,15 +141,15 @@ def test_workers_make_every_chunk_between_them(source):
             np.testing.assert_array_equal(got.tokens, want.tokens)
 
 
-def test_held_out_documents_are_those_of_a_prepared_corpus_and_never_trained_on(source, tmp_path):
-    corpus = prepared(source, tmp_path / "corpus", validation_fraction=FRACTION, deduplicate=False, min_bytes=0)
-    pipeline = open_pipeline(config(source), Path("none"), training=True)
+def test_held_out_documents_are_those_of_a_prepared_corpus_and_never_trained_on(even, tmp_path):
+    corpus = prepared(even, tmp_path / "corpus", validation_fraction=FRACTION, deduplicate=False, min_bytes=0)
+    pipeline = open_pipeline(config(even), Path("none"), training=True)
     (own,) = pipeline.validation
     held = corpus.split("validation")
     np.testing.assert_array_equal(own.split.tokens(0, 10**6), held.tokens(0, held.num_tokens))
     assert (own.name, own.own, own.split.num_bytes) == ("", True, held.num_bytes)
     assert own.split.num_documents == held.num_documents > 0
-    tokens = sum(map(len, trained_on(source)))
+    tokens = sum(map(len, trained_on(even)))
     assert tokens == corpus.split("train").num_tokens
 
 
@@ -154,11 +162,19 @@ def test_validation_takes_as_many_rows_as_are_evaluated(source):
     assert batch_hash(some) == batch_hash(full)
 
 
-def test_a_stream_that_holds_out_more_than_is_evaluated_says_so_once(source, monkeypatch):
+def test_a_small_stream_says_where_the_share_held_out_is_far_off(source, even):
+    for text, told in ((source, 1), (even, 0)):
+        said: list[str] = []
+        pipeline = open_pipeline(config(text), Path("none"), training=True, say=said.append)
+        assert pipeline.validation and len(said) == told
+        assert all("HELD OUT IS 1.0% OF THE TEXT, though validation_fraction asks for 10.0%" in line for line in said)
+
+
+def test_a_stream_that_holds_out_more_than_is_evaluated_says_so_once(even, monkeypatch):
     for most, rows, told in ((2, 0, 1), (2, 1, 0), (10**4, 0, 0)):  # of the last nothing is left out
         monkeypatch.setattr(streamed, "VALIDATION_ROWS", most)
         said: list[str] = []
-        cfg = dataclasses.replace(config(source), evaluate=EvaluateConfig(max_rows=rows))
+        cfg = dataclasses.replace(config(even), evaluate=EvaluateConfig(max_rows=rows))
         pipeline = open_pipeline(cfg, Path("none"), training=True, say=said.append)
         assert pipeline.validation and len(said) == told
         assert all(f"of what {source} holds out, the first 2 rows are evaluated" in line for line in said)
@@ -203,9 +219,9 @@ def test_a_changed_source_is_refused_or_gone_on_with_inexactly(source, tmp_path)
     pipeline = open_pipeline(config(tmp_path), Path("none"))
     _, state = take(pipeline, pipeline.start, 8)[-1]
     write_jsonl(tmp_path / "2.jsonl.gz", ["something else"] * 30)
-    with pytest.raises(InputError, match="not what this run was trained on.*--no-data.exact-resume"):
+    with pytest.raises(InputError, match="is not what it was when this run.*--no-data.exact-resume"):
         open_pipeline(config(tmp_path), Path("none"), training=True).check(state)
-    with pytest.raises(InputError, match="not what this run was trained on.*restore it$"):
+    with pytest.raises(InputError, match="is not what it was when this run.*restore it$"):
         open_pipeline(config(tmp_path), Path("none")).check(state)  # as the verbs that read a run do
     said: list[str] = []
     anyway = open_pipeline(config(tmp_path, exact_resume=False), Path("none"), training=True, say=said.append)
@@ -232,7 +248,7 @@ def test_verbs_that_read_a_run_import_no_source(source):
 
 
 def test_another_tokenizer_is_refused(source):
-    for training, then in ((False, ""), (True, ", or give another --run-dir")):
+    for training, then in ((False, ""), (True, ", or begin another run with its weights: --init .* --run-dir OTHER")):
         pipeline = open_pipeline(config(source), Path("none"), training=training)
         with pytest.raises(InputError, match=f"is not the tokenizer that this run was trained with; restore it{then}$"):
             pipeline.check({**pipeline.start, "tokenizer": "0"})

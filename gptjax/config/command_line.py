@@ -51,6 +51,11 @@ def parse(default: T, args: list[str], prog: str, description: str = "") -> T:
         raise
 
 
+def given_names(args: list[str]) -> set[str]:
+    """The dotted names of the settings in the arguments."""
+    return {arg[2:].split("=", 1)[0].replace("-", "_") for arg in args if arg.startswith("--")}
+
+
 @contextlib.contextmanager
 def _wide(unless: bool):
     """Keeps tyro from wrapping errors, which become one line; help is wrapped for the terminal."""

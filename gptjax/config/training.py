@@ -22,6 +22,8 @@ FREE = ("run_dir", "log_every", "log_norms_every", "tensorboard", "sample", "pro
         "model.attention", "model.attention_block", "data.workers", "data.validation", "data.max_corrupt",
         "data.exact_resume")  # fmt: skip
 EXTENDABLE = ("steps",)
+# Compared by what they are, not by how they are spelt: a corpus may be moved, and the data refuses another one.
+BY_CONTENT = ("data.source", "data.mixture", "tokenizer.path")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,4 +212,6 @@ def frozen_settings(config: Any) -> dict[str, Any]:
 def frozen_changes(old: Any, new: Any) -> list[str]:
     """Names what differs between a run's settings and new ones and may not change on resume."""
     before = dict(leaves(old))
-    return [f"{n} was {before[n]!r}, got {value!r}" for n, value in frozen_settings(new).items() if value != before[n]]
+    names = [n for n in frozen_settings(new) if n not in BY_CONTENT]
+    after = dict(leaves(new))
+    return [f"{n} was {before[n]!r}, got {after[n]!r}" for n in names if after[n] != before[n]]

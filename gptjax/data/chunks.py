@@ -5,6 +5,7 @@ A chunk is identified by its cursor, so any process can make it from the text al
 
 import contextlib
 import itertools
+from collections import Counter
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -53,7 +54,7 @@ class StreamSpec:
 
     source: str
     text_field: str
-    held_out: float  # documents whose hash is at most this are validation
+    fraction: float  # documents whose hash is at most this are held out, where the source has no validation split
     max_corrupt: int
     tokenizer: TokenizerConfig
 
@@ -69,11 +70,24 @@ class StreamSpec:
         for start, segments, corrupt in itertools.islice(self._text(cursor, tokenizer), first, None, every):
             yield TokenChunk(start, *encoder.tokenize(segments), corrupt)
 
-    def documents(self) -> Iterator[Document]:
-        """Yields the held-out documents, once."""
-        for _, _, document in _documents(open_source(self.source, self.text_field), ErrorBudget(self.max_corrupt)):
-            if unit_hash(document.digest) <= self.held_out:
+    def documents(self, read: Counter[str]) -> Iterator[Document]:
+        """Yields the held-out documents, once, and adds up the bytes "held out" and "read" up to each of them.
+
+        A source with a validation split of its own holds that out and nothing else: of it no bytes are added up.
+        """
+        source = open_source(self.source, self.text_field)
+        for file, _, document in _documents(source, ErrorBudget(self.max_corrupt)):
+            held = self._is_held_out(source, file, document)
+            if not source.has_validation:
+                read["read"] += document.num_bytes
+                read["held out"] += document.num_bytes if held else 0
+            if held:
                 yield document
+
+    def _is_held_out(self, source: Source, file: int, document: Document) -> bool:
+        if source.has_validation:
+            return source.files[file].validation
+        return unit_hash(document.digest) <= self.fraction
 
     def _text(
         self, cursor: Cursor, tokenizer: Tokenizer
@@ -84,7 +98,7 @@ class StreamSpec:
             corrupt = ErrorBudget(self.max_corrupt)
             segments, size, start, any_text = [], 0, cursor, cursor[1:] != (0, 0, 0)
             for file, number, document in _documents(source, corrupt, cursor.file, cursor.document):
-                if unit_hash(document.digest) <= self.held_out:
+                if self._is_held_out(source, file, document):
                     continue
                 skipped = cursor.segment if (file, number) == (cursor.file, cursor.document) else 0
                 for i, segment in enumerate(segments_of(document, tokenizer)):

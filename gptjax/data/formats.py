@@ -146,7 +146,8 @@ def document_of(text: Any, origin: str, field: str) -> Document:
 def no_field(origin: str, field: str, names: list[str]) -> InputError:
     """The error for records that have no such field."""
     return InputError(
-        f'{origin}: found no "{field}" among {sorted(names)[:8]}; {_wanted(field)}, or name the text with text_field'
+        f'{origin}: found no "{field}" among {sorted(names)[:8]}; {_wanted(field)}, or name the text with --text-field '
+        "(--data.text-field where a model is trained)"
     )
 
 

@@ -1,15 +1,19 @@
 """The hold-out of a source by the text of its documents, and the identity of a source that is no file."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from gptjax.config.section import InputError
-from gptjax.data.formats import Document
 
 SplitName = Literal["train", "validation"]
 SPLITS: tuple[SplitName, SplitName] = ("train", "validation")
+TRAIN, VALIDATION, CUT = range(3)  # status of a document; one that is cut gives its tail to the validation split
+
+_LONGEST_CHARACTER = 4  # bytes of UTF-8; a text that is longer can be cut
 
 
 def content_hash() -> "hashlib._Hash":
@@ -19,73 +23,77 @@ def content_hash() -> "hashlib._Hash":
 
 @dataclass(frozen=True)
 class Holdout:
-    """The text that is held out of training: the tail of a single document, or the documents with a low hash.
+    """The text that is held out of training: documents with a low hash, and of long documents the tail.
 
-    A document's hash is a number in [0, 1) made from its text alone, so neither order nor names matter and equal
-    texts stay together. It is validation where the hash is at most `threshold`: the asked fraction, moved just as far
-    as is needed for each split to have at least one document.
+    A document's hash is a number in [0, 1) made from its text alone, so neither order nor names matter and equal texts
+    stay together. Up to `longest` bytes it is validation as a whole where the hash is at most `threshold`; a longer one
+    is cut, and the last `fraction` of it is validation.
     """
 
-    num_documents: int
-    num_bytes: int
     fraction: float
     threshold: float
+    longest: float
 
-    def split(self, document: Document) -> Iterator[tuple[SplitName, Document]]:
-        """Yields the document with its split, or its two parts where it is the only document."""
-        if self.num_documents > 1:
-            yield "validation" if unit_hash(document.digest) <= self.threshold else "train", document
-        else:
-            head, tail = document.split_tail(self.fraction)
-            yield "train", head
-            yield "validation", tail
+    def status(self, hashes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """TRAIN, VALIDATION or CUT for each document: uint8."""
+        whole = np.where(hashes <= self.threshold, VALIDATION, TRAIN)
+        return np.where(sizes > self.longest, CUT, whole).astype(np.uint8)
 
 
-@dataclass
-class HoldoutBuilder:
-    """The statistics that decide a Holdout, gathered document by document."""
+Documents = Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]
+"""Gives hashes (float64) and sizes (int64) of the documents, some at a time, the same ones at each call."""
 
-    count: int = 0
-    size: int = 0
-    only: Document | None = None  # the first one, while it is the only one
-    _lowest: float = 2.0
-    _highest: float = -1.0
-    _below: float = -1.0  # the second highest
-    _any_kept: bool = False
 
-    def add(self, document: Document, digest: bytes, fraction: float) -> None:
-        value = unit_hash(digest)
-        self.only = None if self.count else document
-        self.count += 1
-        self.size += document.num_bytes
-        self._lowest = min(self._lowest, value)
-        self._any_kept = self._any_kept or value > fraction
-        if value > self._highest:
-            self._below, self._highest = self._highest, value
-        elif value != self._highest:
-            self._below = max(self._below, value)
+def choose_holdout(source: str, fraction: float, documents: Documents) -> Holdout:
+    """The hold-out of documents, whose bytes are near to `fraction` of all: half to twice, up to a fraction of a half.
 
-    def holdout(self, source: str, fraction: float) -> Holdout:
-        """The finished hold-out; raises InputError where there is nothing that could be split in two."""
-        if self.size == 0:
-            raise InputError(f"source {source!r} has no text in it; wanted at least two characters")
-        threshold = fraction
-        if self.count > 1:
-            if self._lowest == self._highest:
-                raise InputError(
-                    f"source {source!r}: all {self.count} documents have the same text; "
-                    "wanted two different ones, one to train on and one to hold out"
-                )
-            if self._lowest > fraction:
-                threshold = self._lowest
-            elif not self._any_kept:
-                threshold = self._below
-        holdout = Holdout(num_documents=self.count, num_bytes=self.size, fraction=fraction, threshold=threshold)
-        if self.only is not None and not all(part.num_bytes for _, part in holdout.split(self.only)):
-            raise InputError(
-                f"{self.only.origin}: one character can't be split in two; wanted at least two to hold one out"
-            )
-        return holdout
+    Longer than all that is to be held out are only documents of small sources: they are cut. The threshold is the
+    fraction itself, so that more documents change no other's split, unless too few documents make another share of
+    it; then the documents of lowest hash are held out whose bytes come nearest. Raises InputError where there is no
+    text, or none that could be split in two.
+    """
+    total = sum(int(sizes.sum()) for _, sizes in documents())
+    if total == 0:
+        raise InputError(f"source {source!r} has no text in it; wanted at least two characters")
+    longest = max(fraction * total, _LONGEST_CHARACTER)
+    short = held = 0
+    for hashes, sizes in documents():
+        short += int(sizes[sizes <= longest].sum())
+        held += int(sizes[(sizes <= longest) & (hashes <= fraction)].sum())
+    tails = fraction * (total - short)
+    if is_near((held + tails) / total, fraction) and (tails or 0 < held < short):
+        return Holdout(fraction, fraction, longest)
+    few = [(hashes[sizes <= longest], sizes[sizes <= longest]) for hashes, sizes in documents()]
+    hashes, sizes = (np.concatenate(column) for column in zip(*few))
+    order = np.argsort(hashes)
+    values, first = np.unique(hashes[order], return_index=True)
+    bytes_below = np.concatenate([[0], np.cumsum(sizes[order])])[np.append(first, len(order))]
+    thresholds = np.concatenate([[-1.0], values])  # bytes_below[i] is held out with thresholds[i]
+    if not tails:  # each split needs a document
+        inside = (0 < bytes_below) & (bytes_below < short)
+        thresholds, bytes_below = thresholds[inside], bytes_below[inside]
+    if not len(thresholds):
+        raise InputError(
+            f"source {source!r}: its {total} bytes of text can't be split in two; wanted two different texts, or a "
+            "longer one"
+        )
+    nearest = int(np.argmin(np.abs(bytes_below - fraction * short)))
+    return Holdout(fraction, float(thresholds[nearest]), longest)
+
+
+def is_near(share: float, fraction: float) -> bool:
+    """True for a share of the text that is off by at most a factor of two."""
+    return fraction / 2 <= share <= 2 * fraction
+
+
+def share_notice(held: int, total: int, fraction: float) -> list[str]:
+    """A line where the bytes that are held out are not near to the fraction that was asked for."""
+    if not total or is_near(held / total, fraction):
+        return []
+    return [
+        f"HELD OUT IS {held / total:.1%} OF THE TEXT, though validation_fraction asks for {fraction:.1%}: there are "
+        "too few documents, or too short ones"
+    ]
 
 
 def unit_hash(digest: bytes) -> float:

@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gptjax.config import TokenizerConfig, TrainConfig
 from gptjax.config.section import InputError
 from gptjax.storage import file_sha256, write_json
 
@@ -38,19 +40,23 @@ class SplitEntry:
 
 @dataclass(frozen=True)
 class Report:
-    """Documents of the source, those of them left out, and its corrupt files, each as a line that says why."""
+    """Documents of the source, those of them left out, its corrupt files, each as a line that says why, and notes.
+
+    A note is a line that says which splits are read, or that files are not.
+    """
 
     documents: int
     duplicates: int
     too_short: int
     too_long: int
     corrupt: tuple[str, ...]
+    notes: tuple[str, ...]
 
     @staticmethod
     def of(values: dict[str, Any]) -> "Report":
         """The report that JSON holds; raises TypeError or ValueError where it holds something else."""
-        report = Report(**{**values, "corrupt": tuple(values["corrupt"])})
-        if not all(isinstance(line, str) for line in report.corrupt):
+        report = Report(**{**values, "corrupt": tuple(values["corrupt"]), "notes": tuple(values["notes"])})
+        if not all(isinstance(line, str) for line in (*report.corrupt, *report.notes)):
             raise ValueError(report)
         return report
 
@@ -116,6 +122,26 @@ def read_manifest(folder: Path) -> Manifest:
     except (AttributeError, KeyError, TypeError, ValueError):
         raise InputError(f"{path} does not describe a corpus; delete the folder and run `gptjax prepare`") from None
     return manifest
+
+
+def with_corpus_tokenizer(config: TrainConfig, given: Collection[str]) -> TrainConfig:
+    """The settings with the tokenizer of the prepared corpus that they name, except those that were `given` by name.
+
+    Of a mixture it is that of the first prepared corpus. Raises InputError where a given one contradicts the corpus.
+    """
+    corpora = [source for source in config.data.sources.values() if (Path(source) / MANIFEST_FILE).is_file()]
+    if not corpora:
+        return config
+    manifest = read_manifest(Path(corpora[0]))
+    taken: dict[str, Any] = {"kind": manifest.tokenizer_kind, "vocab_size": manifest.vocab_size}
+    for name, value in taken.items():
+        if f"tokenizer.{name}" in given and (got := getattr(config.tokenizer, name)) != value:
+            raise InputError(
+                f"tokenizer.{name}={got!r}, but {corpora[0]} was prepared with {value!r}; leave it out, or prepare the "
+                "text again with it"
+            )
+    taken |= {name: getattr(config.tokenizer, name) for name in ("path", "pattern") if f"tokenizer.{name}" in given}
+    return dataclasses.replace(config, tokenizer=TokenizerConfig(**taken))
 
 
 def _split(value: dict[str, Any]) -> SplitEntry:

@@ -1,5 +1,6 @@
 """The data of a run: batches that continue exactly from a saved state, and the validation sets."""
 
+import dataclasses
 from pathlib import Path
 
 from gptjax.config import TrainConfig
@@ -17,18 +18,29 @@ The state after each batch is JSON, to be saved with what was trained on it."""
 
 
 def open_pipeline(
-    config: TrainConfig, folder: Path, *, training: bool = False, say: Say = lambda line: None
+    config: TrainConfig,
+    folder: Path,
+    *,
+    training: bool = False,
+    resumes: bool = False,
+    say: Say = lambda line: None,
 ) -> DataPipeline:
     """The data of a run: prepared corpora, text that is prepared into `folder`, or a stream of text.
 
     Only for training is text prepared, and code imported that the settings name; else both must be there. `say` gets
-    lines that report progress. Raises InputError where the data is not there or is not of this run's settings, for
-    training also that of a validation set.
+    lines that report progress. A run that `resumes` goes on with its own tokenizer and tokens, beside and in `folder`,
+    where those that its settings name are not here. Raises InputError where the data is not there or is not of this
+    run's settings, for training also that of a validation set.
     """
+    path = config.tokenizer.path
+    if resumes and path and not Path(path).exists():
+        own = folder.with_name("tokenizer")
+        say(f"tokenizer.path {path} is not here; going on with the run's own tokenizer in {own}")
+        config = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, path=str(own)))
     if config.data.loading == "stream":
         pipeline = StreamedData(config, training, say)
     else:
-        pipeline = PreparedData(open_corpora(config, folder, training, say), config, training, say)
+        pipeline = PreparedData(open_corpora(config, folder, training, resumes, say), config, training, say)
     if training:
         _ = pipeline.validation  # an error of a validation set is raised now, not at the first evaluation
     return pipeline

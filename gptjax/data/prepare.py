@@ -9,6 +9,7 @@ so far. Killed at any moment, the same command goes on from these; the manifest 
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -22,11 +23,12 @@ from gptjax.config import PrepareConfig, TokenizerConfig, TrainTokenizerConfig
 from gptjax.config.section import InputError
 from gptjax.data import encode, shards
 from gptjax.data.corpus import Corpus, is_corpus, open_corpus
-from gptjax.data.holdout import SPLITS, content_hash
-from gptjax.data.manifest import DATASET, Manifest, SplitEntry, file_entry, write_manifest
+from gptjax.data.holdout import SPLITS, SplitName, content_hash, share_notice
+from gptjax.data.manifest import DATASET, Manifest, file_entry, write_manifest
 from gptjax.data.records import Source
 from gptjax.data.scan import Filters, ScanResult, changed, load_scan, scan, scan_for_training
 from gptjax.data.sources import LOCK_FILE, open_source, source_sha256
+from gptjax.data.tokens import is_tokens, write_tokens
 from gptjax.runtime.process import default_workers
 from gptjax.runtime.versions import __version__
 from gptjax.storage import Disk
@@ -42,6 +44,7 @@ from gptjax.tokenizer import (
 
 TRAINING_BYTES = 64 << 20  # text that a tokenizer is trained on, spread evenly over a larger source
 WORK = ".prepare"
+ANOTHER_FOLDER = "prepare into another folder, or delete this one"
 
 _GOLDEN = 0.6180339887498949
 _METADATA = ("dataset_info.json", "features.json")
@@ -49,21 +52,23 @@ _METADATA = ("dataset_info.json", "features.json")
 Progress = Callable[[str, int, int], None]
 
 
-def prepare(cfg: PrepareConfig, progress: Progress | None = None) -> Corpus:
+def prepare(cfg: PrepareConfig, progress: Progress | None = None, otherwise: str = ANOTHER_FOLDER) -> Corpus:
     """Tokenises the source into the folder cfg.out and opens it; a finished folder of the same inputs is used again.
 
-    The files are the same for any cfg.workers. `progress(what, done, total)` is called now and then, in bytes of text
-    (a total of 0 is not known yet). Neither training nor the tokenizer's training sees validation text. Raises
-    InputError where the folder was made from other inputs, naming the difference, and for everything that is wrong
-    with the source.
+    Ids of a source that is tokens are taken over. The files are the same for any cfg.workers. `progress(what, done,
+    total)` is called now and then, in bytes of text (a total of 0 is not known yet). Neither training nor the
+    tokenizer's training sees validation text. Raises InputError where the folder was made from other inputs, naming the
+    difference and what to do `otherwise`, and for everything that is wrong with the source.
     """
     folder = Path(cfg.out)
     progress = progress or (lambda what, done, total: None)
     source = open_source(cfg.source, cfg.text_field)
+    if is_tokens(cfg.source) and (cfg.min_bytes > 1 or cfg.max_bytes):
+        raise InputError(f"min_bytes and max_bytes are of text, and source {cfg.source!r} is ids; leave them out")
     inputs = {
         "source_sha256": source_sha256(source) if source.paths else "",  # of its documents: known when they are read
         "text_field": cfg.text_field,
-        "validation_fraction": cfg.validation_fraction,
+        "validation_fraction": 0.0 if source.has_validation else cfg.validation_fraction,  # of no effect
         "deduplicate": cfg.deduplicate,
         "min_bytes": cfg.min_bytes,
         "max_bytes": cfg.max_bytes,
@@ -72,10 +77,10 @@ def prepare(cfg: PrepareConfig, progress: Progress | None = None) -> Corpus:
         "tokenizer.path": make_tokenizer(cfg.tokenizer, iter(())).sha256 if cfg.tokenizer.path else "",
     }
     if is_corpus(folder):
-        return _reused(cfg, source, inputs)
+        return _reused(cfg, source, inputs, otherwise)
     with _writing(folder), _locked(folder):
         if is_corpus(folder):  # another process finished it while we waited
-            return _reused(cfg, source, inputs)
+            return _reused(cfg, source, inputs, otherwise)
         _write(cfg, source, inputs, progress)
     return open_corpus(folder)
 
@@ -84,25 +89,25 @@ def report(corpus: Corpus) -> str:
     """The contents of a corpus, in a line for each split, and the parts of its source that were left out."""
     manifest, left = corpus.manifest, corpus.manifest.report
     lines = [f"{corpus.folder}: {manifest.tokenizer_kind} tokenizer of {manifest.vocab_size:,} ids"]
+    total = sum(split.bytes for split in manifest.splits.values())
     for name, split in manifest.splits.items():
         lines.append(
             f"  {name}: {split.tokens:,} tokens in {split.documents:,} document{'s' * (split.documents > 1)}, "
-            f"{split.bytes:,} bytes of text, {split.bytes / split.tokens:.2f} bytes a token"
+            f"{split.bytes:,} bytes of text ({split.bytes / total:.2%}), {split.bytes / split.tokens:.2f} bytes a token"
         )
-    if left.documents:
-        lines.append(
-            f"  left out of {left.documents:,} documents: {left.duplicates:,} duplicates, {left.too_short:,} too "
-            f"short, {left.too_long:,} too long; and {len(left.corrupt):,} corrupt files"
-        )
-    return "\n".join([*lines, *(f"  corrupt: {line}" for line in left.corrupt)])
+    counts = {"duplicates": left.duplicates, "too short": left.too_short, "too long": left.too_long}
+    words = [f"{count:,} {name}" for name, count in counts.items() if count] or ["none"]
+    words += [f"and {len(left.corrupt):,} corrupt file{'s' * (len(left.corrupt) > 1)}"] if left.corrupt else []
+    lines.append(f"  left out of {left.documents:,} documents: {', '.join(words)}")
+    return "\n".join([*lines, *(f"  {line}" for line in (*(f"corrupt: {e}" for e in left.corrupt), *notices(corpus)))])
 
 
-def train_on(folder: str, corpus: Corpus) -> list[str]:
-    """Returns the words of the command that trains on a prepared folder, less the program's name."""
-    kind = corpus.manifest.tokenizer_kind
-    other = [] if kind == "sentencepiece" else ["--tokenizer.kind", kind]
-    size = ["--tokenizer.vocab-size", str(corpus.vocab_size)]
-    return ["pretrain", "quickstart", "--data.source", folder, *other, *size, "--run-dir", "runs/NAME"]
+def notices(corpus: Corpus) -> list[str]:
+    """Lines about a source that its user should know: what is not read of it, and a held-out share that is far off."""
+    manifest, fraction = corpus.manifest, corpus.manifest.inputs["validation_fraction"]
+    sizes = {name: split.bytes for name, split in manifest.splits.items()}
+    off = share_notice(sizes["validation"], sum(sizes.values()), fraction) if fraction else []
+    return [*manifest.report.notes, *off]
 
 
 @contextlib.contextmanager
@@ -164,20 +169,32 @@ def training_texts(source: Source, scan_result: ScanResult, total: int = 0) -> I
 def _write(cfg: PrepareConfig, source: Source, inputs: dict[str, Any], progress: Progress) -> None:
     folder, work = Path(cfg.out), Path(cfg.out) / WORK
     _begin(folder, inputs | {"max_corrupt": cfg.max_corrupt, "part_bytes": encode.PART_BYTES, "version": __version__})
-    scan_result = load_scan(work)
-    if scan_result is None:
-        filters = Filters(cfg.deduplicate, cfg.min_bytes, cfg.max_bytes, cfg.max_corrupt)
-        scan_result = scan(source, cfg.validation_fraction, filters, work, progress)
-        scan_result.save(work)
-    progress("tokenizer", 0, scan_result.kept_bytes)
-    tokenizer = _tokenizer(cfg.tokenizer, source, scan_result, work)
-    identity, content = inputs["source_sha256"], None if source.paths else content_hash()
-    count = _write_parts(source, scan_result, tokenizer, content, work, cfg.workers or default_workers(), progress)
-    before, after = (scan_result.content_sha256, content.hexdigest()) if content else (identity, source_sha256(source))
+    if is_tokens(cfg.source):
+        tokenizer = _tokenizer(cfg.tokenizer, iter(()), work)
+        writers = _writers(work, tokenizer)
+        left = write_tokens(cfg.source, tokenizer, cfg.validation_fraction, writers, functools.partial(progress, "ids"))
+        before, after = inputs["source_sha256"], source_sha256(source)
+    else:
+        scan_result = load_scan(work)
+        if scan_result is None:
+            filters = Filters(cfg.deduplicate, cfg.min_bytes, cfg.max_bytes, cfg.max_corrupt)
+            scan_result = scan(source, cfg.validation_fraction, filters, work, progress)
+            scan_result.save(work)
+        progress("tokenizer", 0, scan_result.kept_bytes)
+        tokenizer = _tokenizer(cfg.tokenizer, training_texts(source, scan_result), work)
+        content = None if source.paths else content_hash()
+        count = _write_parts(source, scan_result, tokenizer, content, work, cfg.workers or default_workers(), progress)
+        before, after = inputs["source_sha256"], source_sha256(source) if source.paths else ""
+        if content:
+            before, after = scan_result.content_sha256, content.hexdigest()
+        writers, left = _writers(work, tokenizer), scan_result.report
+        _join_parts(work, count, writers)
     if before != after:
         shutil.rmtree(work)
         raise changed(source)
-    splits = _write_shards(work, count, tokenizer)
+    splits = {name: writer.finish() for name, writer in writers.items()}
+    shards.write_tfds_metadata(work / "out", splits, encode.token_dtype(tokenizer))
+    tokenizer.save(work / "out")
     manifest = Manifest(
         source=cfg.source,
         inputs=inputs | {"source_sha256": before},
@@ -188,7 +205,7 @@ def _write(cfg: PrepareConfig, source: Source, inputs: dict[str, Any], progress:
         dtype=encode.token_dtype(tokenizer).name,
         splits=splits,
         files=tuple(file_entry(work / "out" / name) for name in (*tokenizer.files, *_METADATA)),
-        report=scan_result.report,
+        report=left,
     )
     for entry in manifest.all_files:
         os.replace(work / "out" / entry.name, folder / entry.name)
@@ -213,13 +230,13 @@ def _begin(folder: Path, inputs: dict[str, Any]) -> None:
     Disk().write(path, text.encode())
 
 
-def _tokenizer(cfg: TokenizerConfig, source: Source, scan_result: ScanResult, work: Path) -> Tokenizer:
+def _tokenizer(cfg: TokenizerConfig, texts: Iterator[str], work: Path) -> Tokenizer:
     """The tokenizer of the settings, trained once: where a run was killed after that, it is loaded."""
     folder = work / "tokenizer"
     if not folder.is_dir():
         new = work / "tokenizer.partial"
         shutil.rmtree(new, ignore_errors=True)
-        make_tokenizer(cfg, training_texts(source, scan_result)).save(new)
+        make_tokenizer(cfg, texts).save(new)
         os.replace(new, folder)
     return load_tokenizer(folder)
 
@@ -255,38 +272,38 @@ def _write_parts(
     return count
 
 
-def _write_shards(work: Path, count: int, tokenizer: Tokenizer) -> dict[str, SplitEntry]:
-    """Joins the parts into the files of the corpus, and puts the tokenizer beside them."""
+def _writers(work: Path, tokenizer: Tokenizer) -> dict[SplitName, shards.SplitWriter]:
+    """Writers of the files of the corpus, into an empty folder."""
     out = work / "out"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
-    dtype = encode.token_dtype(tokenizer)
-    writers = {name: shards.SplitWriter(out, name, dtype) for name in SPLITS}
+    return {name: shards.SplitWriter(out, name, encode.token_dtype(tokenizer)) for name in SPLITS}
+
+
+def _join_parts(work: Path, count: int, writers: dict[SplitName, shards.SplitWriter]) -> None:
     for number in range(count):
         for name, tokens, starts, num_bytes in encode.read_part(_part(work, number)):
             writers[name].add(tokens, starts, num_bytes)
-    splits = {name: writer.finish() for name, writer in writers.items()}
-    shards.write_tfds_metadata(out, splits, dtype)
-    tokenizer.save(out)
-    return splits
 
 
 def _part(work: Path, number: int) -> Path:
     return work / f"part-{number:06d}.npz"
 
 
-def _reused(cfg: PrepareConfig, source: Source, inputs: dict[str, Any]) -> Corpus:
+def _reused(cfg: PrepareConfig, source: Source, inputs: dict[str, Any], otherwise: str) -> Corpus:
     folder = Path(cfg.out)
     corpus = open_corpus(folder)
     had = corpus.manifest.inputs
     if not source.paths:
         inputs = inputs | {"source_sha256": source_sha256(source)}
+    if had.get("source_sha256") != inputs["source_sha256"]:
+        raise InputError(
+            f"{folder} was prepared from {corpus.manifest.source!r}, and the text of {cfg.source!r} is another one; "
+            f"restore that text, or {otherwise}"
+        )
     for name, value in inputs.items():
         if had.get(name) != value:
-            raise InputError(
-                f"{folder} was prepared with {name}={had.get(name)!r}, got {value!r}; "
-                "prepare into another folder, or delete this one"
-            )
+            raise InputError(f"{folder} was prepared with {name}={had.get(name)!r}, got {value!r}; {otherwise}")
     if len(corpus.manifest.report.corrupt) > cfg.max_corrupt:
         raise InputError(
             f"{folder} was prepared without {len(corpus.manifest.report.corrupt)} corrupt files, max_corrupt="

@@ -15,10 +15,17 @@ from gptjax.data.batches import ALL_ROWS, DataState, RowSlice, batches, slice_ro
 from gptjax.data.corpus import Corpus, DamagedPage, is_corpus, open_corpus
 from gptjax.data.mixture import Mixture
 from gptjax.data.packing import Batch
-from gptjax.data.prepare import prepare, training_texts
+from gptjax.data.prepare import notices, prepare, training_texts
 from gptjax.data.scan import scan_for_training
-from gptjax.data.sources import open_source
-from gptjax.data.validation import ValidationSet, data_changed, extra_validation_sets
+from gptjax.data.sources import is_here, open_source
+from gptjax.data.validation import (
+    ValidationSet,
+    another_run,
+    another_source,
+    check_names,
+    data_changed,
+    extra_validation_sets,
+)
 from gptjax.tokenizer import Tokenizer, make_tokenizer, open_tokenizer
 
 SHARED_TOKENIZER = "shared-tokenizer"  # no name of a source: those have no dash
@@ -29,8 +36,9 @@ Say = Callable[[str], None]
 class PreparedData:
     """The data of a run, from prepared corpora: the rows that a step reads are a pure function of the step.
 
-    The state after some batches is {"step", "corpus", "tokens"}: by source, the SHA-256 of its corpus and the weighted
-    targets trained on so far; a single source has the name "". Where damaged pages were skipped, "corrupt" lists them.
+    The state after some batches is {"step", "names", "corpus", "tokens"}: by source, what it was called when the run
+    began, the SHA-256 of its corpus and the weighted targets trained on so far; a single source has the name "". Where
+    damaged pages were skipped, "corrupt" lists them.
     """
 
     def __init__(self, corpora: dict[str, Corpus], config: TrainConfig, training: bool, say: Say):
@@ -53,13 +61,16 @@ class PreparedData:
     def start(self) -> DataState:
         """The state before the first batch."""
         hashes = {name: corpus.sha256 for name, corpus in self._corpora.items()}
-        return {"step": 0, "corpus": hashes, "tokens": dict.fromkeys(hashes, 0)}
+        names = self._config.data.sources
+        return {"step": 0, "names": names, "corpus": hashes, "tokens": dict.fromkeys(hashes, 0)}
 
     def check(self, state: DataState) -> None:
         """Raises InputError where a checkpoint's state of the data is not one of this data."""
+        check_names(state["names"], self._config, self._training)
         for name, corpus in self._corpora.items():
-            if state["corpus"].get(name) != corpus.sha256:
-                raise data_changed(f"{corpus.folder} is not the corpus that this run was trained on", self._training)
+            if state["corpus"][name] != corpus.sha256:
+                message = another_source(self._config.data.sources[name], state["names"][name])
+                raise data_changed(message, self._config, self._training)
 
     def batches(self, state: DataState, part: RowSlice = ALL_ROWS) -> Generator[tuple[Batch, DataState], None, None]:
         """Yields (some rows of a batch, state after it) from a state on, without end; closing it ends its threads.
@@ -87,7 +98,8 @@ class PreparedData:
         train = [corpus.split("train").num_tokens for corpus in self._corpora.values()]
         validation = [corpus.split("validation").num_tokens for corpus in self._corpora.values()]
         lines = [
-            f"{sum(train):,} tokens to train on, {sum(validation):,} held out; "
+            f"{sum(train):,} tokens to train on, {sum(validation):,} held out "
+            f"({sum(validation) / (sum(train) + sum(validation)):.1%}); "
             f"{cfg.batch_size * cfg.length:,} tokens a step"
         ]
         for name, tokens, count, sampler in zip(self._corpora, train, schedule.counts, self._mixture.samplers):
@@ -129,12 +141,13 @@ class PreparedData:
         return {**state, "corrupt": [*skipped, where]}
 
 
-def open_corpora(config: TrainConfig, folder: Path, training: bool, say: Say) -> dict[str, Corpus]:
+def open_corpora(config: TrainConfig, folder: Path, training: bool, resumes: bool, say: Say) -> dict[str, Corpus]:
     """The corpora of a run by name, "" for a single one: prepared folders, or text that is prepared into `folder`.
 
     The texts of a mixture are prepared into folder/NAME with the tokenizer at tokenizer.path, else that of the
     mixture's prepared folders, else one trained on all of them. Unless this is training nothing is prepared, only
-    opened. Raises InputError where the data is not there, is not of the run's settings, or tokenizers differ.
+    opened; a run that `resumes` needs no text that was prepared into its folder. Raises InputError where the data is
+    not there, is not of the run's settings, or tokenizers differ.
     """
     sources = config.data.sources
     corpora = {name: open_corpus(source) for name, source in sources.items() if is_corpus(source)}
@@ -142,6 +155,9 @@ def open_corpora(config: TrainConfig, folder: Path, training: bool, say: Say) ->
     if training:
         if corpora and config.tokenizer.path:
             _check_tokenizer(next(iter(corpora.values())), config.tokenizer)  # the others have its own: see below
+        if resumes:
+            corpora |= _kept_texts(folder, texts, say)
+            texts = {name: source for name, source in texts.items() if name not in corpora}
         corpora |= _prepare_texts(config, folder, corpora, texts, say)
     else:
         corpora |= {name: _open_prepared(source, folder / name) for name, source in texts.items()}
@@ -170,23 +186,41 @@ def _open_prepared(source: str, out: Path) -> Corpus:
     return open_corpus(out)
 
 
+def _kept_texts(folder: Path, texts: dict[str, str], say: Say) -> dict[str, Corpus]:
+    """What a run keeps of the texts that are not here any more: it was moved or copied without them."""
+    kept = {}
+    for name, source in texts.items():
+        if is_here(source):
+            continue
+        if not is_corpus(folder / name):
+            raise InputError(
+                f"source {source!r} is not here, and this run keeps no tokens of it in {folder / name}; say where it "
+                "is now: --data.source PATH (of a mixture: --data.mixture NAME=PATH ...)"
+            )
+        say(f"source {source} is not here; going on with the tokens of it in {folder / name}")
+        kept[name] = open_corpus(folder / name)
+    return kept
+
+
 def _prepare_texts(
     config: TrainConfig, folder: Path, corpora: dict[str, Corpus], texts: dict[str, str], say: Say
 ) -> dict[str, Corpus]:
     """Prepares each text into folder/NAME, or uses what was prepared there before."""
     data, tokenizer = config.data, config.tokenizer
-    if data.mixture and texts and tokenizer.kind == "sentencepiece" and not tokenizer.path:
+    if data.mixture and texts and not tokenizer.path and (corpora or tokenizer.kind == "sentencepiece"):
         tokenizer = _shared_tokenizer(config, folder, corpora, texts, say)
     prepared = {}
     for name, source in texts.items():
         out = folder / name
-        if not is_corpus(out):
+        if new := not is_corpus(out):
             say(f"preparing {source} with a tokenizer of {tokenizer.vocab_size:,} ids into {out}")
         cfg = PrepareConfig(
             source=source, out=str(out), validation_fraction=data.validation_fraction, text_field=data.text_field,
             max_corrupt=data.max_corrupt, tokenizer=tokenizer,
         )  # fmt: skip
-        prepared[name] = prepare(cfg)
+        prepared[name] = prepare(cfg, otherwise=another_run(config))
+        for line in notices(prepared[name]) if new else ():
+            say(f"{source}: {line}")
     return prepared
 
 

@@ -16,13 +16,13 @@ import numpy as np
 
 from gptjax.config.section import InputError
 from gptjax.data.formats import CorruptData, Document
-from gptjax.data.holdout import Holdout, HoldoutBuilder, SplitName, content_hash
+from gptjax.data.holdout import CUT, SPLITS, TRAIN, VALIDATION, SplitName, choose_holdout, content_hash
 from gptjax.data.manifest import Report
 from gptjax.data.records import Source
 from gptjax.data.sources import ErrorBudget
 from gptjax.storage import write_json
 
-TRAIN, VALIDATION, TOO_SHORT, TOO_LONG, DUPLICATE = range(5)  # status of a document; the last three are left out
+TOO_SHORT, TOO_LONG, DUPLICATE = range(CUT + 1, CUT + 4)  # further status of a document: it is left out
 
 _DOCUMENT = np.dtype([("high", ">u8"), ("low", ">u8"), ("size", "<u8")])  # half a SHA-256, and bytes of text
 _BUCKET = 8 << 20  # documents whose digests are compared at a time
@@ -48,14 +48,14 @@ class ScanResult:
     """
 
     content_sha256: str
-    holdout: Holdout
+    fraction: float
     kept_bytes: int
     report: Report
     skipped: tuple[int, ...]
     status: np.ndarray
 
     def documents(self, source: Source, content: "hashlib._Hash | None" = None) -> Iterator[tuple[SplitName, Document]]:
-        """Yields the documents that are kept, each with its split; a single text as its head and its tail.
+        """Yields the documents that are kept, each with its split; one that is cut as its head and its tail.
 
         Adds the digest of every document to `content`. Raises InputError where the source is not as it was.
         """
@@ -70,11 +70,10 @@ class ScanResult:
                 number += 1
                 if content is not None:
                     content.update(document.digest)
-                if status in (TRAIN, VALIDATION):
-                    if self.holdout.num_documents == 1:
-                        yield from self.holdout.split(document)
-                    else:
-                        yield "validation" if status == VALIDATION else "train", document
+                if status == CUT:
+                    yield from zip(SPLITS, document.split_tail(self.fraction))
+                elif status < CUT:
+                    yield SPLITS[status], document
         if number != len(self.status):
             raise changed(source)
 
@@ -82,7 +81,7 @@ class ScanResult:
         """Writes the scan; it is there whole once scan.json is."""
         self.status.tofile(folder / "status.uint8")
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "status"}
-        values |= {"holdout": dataclasses.asdict(self.holdout), "report": dataclasses.asdict(self.report)}
+        values["report"] = dataclasses.asdict(self.report)
         write_json(folder / "scan.json", values)
 
 
@@ -91,8 +90,8 @@ def load_scan(folder: Path) -> ScanResult | None:
     if not (folder / "scan.json").is_file():
         return None
     values = json.loads((folder / "scan.json").read_text(encoding="utf-8"))
-    values |= {"holdout": Holdout(**values["holdout"]), "report": Report.of(values["report"])}
-    values |= {"skipped": tuple(values["skipped"]), "status": np.fromfile(folder / "status.uint8", np.uint8)}
+    values |= {"report": Report.of(values["report"]), "skipped": tuple(values["skipped"])}
+    values["status"] = np.fromfile(folder / "status.uint8", np.uint8)
     return ScanResult(**values)
 
 
@@ -111,11 +110,15 @@ def scan(
     """
     path = folder / "documents.partial"
     with path.open("wb+") as file:
-        reader = _Reader(source, fraction, filters, file, progress)
+        reader = _Reader(source, filters, file, progress)
         reader.read()
-        holdout = reader.builder.holdout(source.name, fraction)
         status = np.frombuffer(reader.status, np.uint8)
-        kept_bytes = _decide(file, status, holdout, filters.deduplicate)
+        if filters.deduplicate:
+            _mark_duplicates(file, status)
+        if source.has_validation:
+            kept_bytes = _check_splits(file, status, source.name)
+        else:
+            kept_bytes = _hold_out(file, status, source.name, fraction)
     path.unlink()
     counts = np.bincount(status, minlength=DUPLICATE + 1).tolist()
     report = Report(
@@ -124,8 +127,9 @@ def scan(
         too_short=counts[TOO_SHORT],
         too_long=counts[TOO_LONG],
         corrupt=tuple(reader.corrupt.errors),
+        notes=source.notes,
     )
-    return ScanResult(reader.content.hexdigest(), holdout, kept_bytes, report, tuple(reader.skipped), status)
+    return ScanResult(reader.content.hexdigest(), fraction, kept_bytes, report, tuple(reader.skipped), status)
 
 
 def scan_for_training(source: Source, fraction: float, max_corrupt: int) -> ScanResult:
@@ -137,26 +141,26 @@ def scan_for_training(source: Source, fraction: float, max_corrupt: int) -> Scan
 class _Reader:
     """State of a scan; a file that turns out to be corrupt leaves no trace in it but its name."""
 
-    def __init__(self, source: Source, fraction: float, filters: Filters, file: BinaryIO, progress: Callable):
-        self.source, self.fraction, self.filters, self.file, self.progress = source, fraction, filters, file, progress
-        self.builder, self.content, self.corrupt = HoldoutBuilder(), content_hash(), ErrorBudget(filters.max_corrupt)
+    def __init__(self, source: Source, filters: Filters, file: BinaryIO, progress: Callable):
+        self.source, self.filters, self.file, self.progress = source, filters, file, progress
+        self.content, self.corrupt = content_hash(), ErrorBudget(filters.max_corrupt)
         self.status, self.skipped, self.done = bytearray(), [], 0
 
     def read(self) -> None:
         for i, source_file in enumerate(self.source.files):
-            before = dataclasses.replace(self.builder), self.content.copy(), len(self.status)
+            before = self.content.copy(), len(self.status)
             try:
                 for document in source_file.read():
-                    self._add(document)
+                    self._add(document, VALIDATION if source_file.validation else TRAIN)
             except CorruptData as error:
                 self.corrupt.add(error)
                 self.skipped.append(i)
-                self.builder, self.content, count = before
+                self.content, count = before
                 del self.status[count:]
                 self.file.seek(count * _DOCUMENT.itemsize)
                 self.file.truncate()
 
-    def _add(self, document: Document) -> None:
+    def _add(self, document: Document, status: int) -> None:
         document.check()
         digest, size = document.digest, document.num_bytes
         self.content.update(digest)
@@ -165,27 +169,41 @@ class _Reader:
             status = TOO_SHORT
         elif 0 < self.filters.max_bytes < size:
             status = TOO_LONG
-        else:
-            status = TRAIN
-            self.builder.add(document, digest, self.fraction)
         self.status.append(status)
         if (self.done + size) >> 24 != self.done >> 24:  # every 16 MiB
             self.progress("reading", self.done + size, 0)
         self.done += size
 
 
-def _decide(file: BinaryIO, status: np.ndarray, holdout: Holdout, deduplicate: bool) -> int:
-    """Marks duplicates and held-out documents among those not left out yet; returns the bytes of those kept."""
-    file.flush()
-    kept_bytes = 0
-    if deduplicate:
-        _mark_duplicates(file, status)
+def _hold_out(file: BinaryIO, status: np.ndarray, source: str, fraction: float) -> int:
+    """Marks held-out documents among those not left out; returns the bytes of all that are kept."""
+
+    def kept() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for start, documents in _chunks(file):
+            kept = status[start : start + len(documents)] <= CUT
+            yield _unit_hashes(documents["high"])[kept], documents["size"][kept].astype(np.int64)
+
+    holdout = choose_holdout(source, fraction, kept)
     for start, documents in _chunks(file):
         part = status[start : start + len(documents)]
-        fractions = (documents["high"].astype(np.uint64) >> np.uint64(11)) / 2.0**53  # as holdout.unit_hash
-        part[(part == TRAIN) & (fractions <= holdout.threshold)] = VALIDATION
-        kept_bytes += int(documents["size"][part <= VALIDATION].sum())
-    return kept_bytes
+        own = holdout.status(_unit_hashes(documents["high"]), documents["size"])
+        part[part == TRAIN] = own[part == TRAIN]
+    return sum(int(sizes.sum()) for _, sizes in kept())
+
+
+def _unit_hashes(high: np.ndarray) -> np.ndarray:
+    return (high.astype(np.uint64) >> np.uint64(11)) / 2.0**53  # as holdout.unit_hash
+
+
+def _check_splits(file: BinaryIO, status: np.ndarray, source: str) -> int:
+    """The bytes that are kept of a source with a validation split of its own; raises InputError for a split without."""
+    total = 0
+    for split, name in enumerate(SPLITS):
+        size = sum(int(d["size"][status[start : start + len(d)] == split].sum()) for start, d in _chunks(file))
+        if not size:
+            raise InputError(f"source {source!r} has no text to keep in its {name} split; wanted at least one document")
+        total += size
+    return total
 
 
 def _mark_duplicates(file: BinaryIO, status: np.ndarray) -> None:
@@ -195,7 +213,7 @@ def _mark_duplicates(file: BinaryIO, status: np.ndarray) -> None:
         rows = []
         for start, documents in _chunks(file):
             high = documents["high"].astype(np.uint64)
-            own = (high % np.uint64(num_buckets) == bucket) & (status[start : start + len(documents)] == TRAIN)
+            own = (high % np.uint64(num_buckets) == bucket) & (status[start : start + len(documents)] <= CUT)
             (index,) = np.nonzero(own)
             rows.append((start + index, high[index], documents["low"][index].astype(np.uint64)))
         number, high, low = (np.concatenate(columns) for columns in zip(*rows))
@@ -207,6 +225,7 @@ def _mark_duplicates(file: BinaryIO, status: np.ndarray) -> None:
 
 def _chunks(file: BinaryIO) -> Iterator[tuple[int, Any]]:
     """Yields the documents written so far with the number of the first, some at a time."""
+    file.flush()
     file.seek(0)
     start = 0
     while len(documents := np.frombuffer(file.read(_CHUNK * _DOCUMENT.itemsize), _DOCUMENT)):

@@ -4,6 +4,7 @@ Files are read by formats.py, datasets and functions by records.py; nothing is s
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,21 +12,23 @@ from gptjax.config.plugins import is_name
 from gptjax.config.section import InputError
 from gptjax.data.formats import SUFFIXES, CorruptData, Document, kind_of, open_file, read_file
 from gptjax.data.holdout import content_hash
-from gptjax.data.records import HF, TFDS, Source, SourceFile, open_function, open_hf, open_tfds
+from gptjax.data.records import HF, TFDS, Source, SourceFile, is_saved, open_function, open_hf, open_tfds
+from gptjax.data.tokens import is_tokens, open_tokens
 from gptjax.storage import file_sha256
 
 BUILTIN = "builtin:"
 CORPORA = Path(__file__).parent / "corpora"
 LOCK_FILE = ".prepare.lock"  # in every folder that `prepare` writes, from its beginning on
 
+_KINDS = 8  # of files that are not read, that are named
 _PACKED = (".gz", ".zst", ".bz2", ".xz", ".zip", ".json", ".arrow")  # of these only the known kinds are read
 
 
 def open_source(source: str | Source, text_field: str = "text") -> Source:
     """Finds the source's files; raises InputError where it is not there or of a kind that is not known.
 
-    A file, a folder of files (.txt, .md, .jsonl, .jsonl.gz, .jsonl.zst, .parquet, also mixed), builtin:NAME, tfds:...,
-    hf:..., or MODULE:FUNCTION.
+    A file, a folder of files (.txt, .md, .jsonl, .jsonl.gz, .jsonl.zst, .parquet, also mixed), a folder by
+    save_to_disk, builtin:NAME, tfds:..., hf:..., MODULE:FUNCTION, or a file of token ids (.bin), which has no text.
     """
     if isinstance(source, Source):
         return source
@@ -35,9 +38,22 @@ def open_source(source: str | Source, text_field: str = "text") -> Source:
         return open_hf(source, text_field)
     if is_function(source):
         return open_function(source, text_field)
-    paths = source_paths(source)
+    if is_saved(Path(source)):
+        return open_hf(HF + source, text_field)
+    if is_tokens(source):
+        return open_tokens(source)
+    paths, notes = source_paths(source)
     files = tuple(SourceFile(str(path), lambda path=path: read_file(path, text_field)) for path in paths)
-    return Source(source, files, tuple((kind_of(path), path) for path in paths))
+    return Source(source, files, tuple((kind_of(path), path) for path in paths), notes)
+
+
+def is_here(source: str) -> bool:
+    """False for a source of files or folders that are not there; nothing is opened, and no name is looked up."""
+    path = Path(source.removeprefix(HF).removeprefix(TFDS)).expanduser()
+    if source.startswith((HF, TFDS)):
+        head, _, split = str(path).rpartition(":")
+        return not str(path).startswith(("/", ".")) or path.exists() or (split.isidentifier() and Path(head).exists())
+    return source.startswith(BUILTIN) or is_name(source) or path.exists()
 
 
 def is_function(source: str) -> bool:
@@ -45,24 +61,32 @@ def is_function(source: str) -> bool:
     return not source.startswith((BUILTIN, TFDS, HF)) and is_name(source) and not Path(source).exists()
 
 
-def source_paths(source: str) -> list[Path]:
-    """Paths of a source of files in the order they are read, without those of prepared folders inside it.
+def source_paths(source: str) -> tuple[list[Path], tuple[str, ...]]:
+    """Paths of a source of files in the order they are read, and a line about the files of a folder that are not.
 
-    Raises InputError where there are none, or where a file is of a kind that is not known.
+    Nothing is looked at below a prepared folder, nor in a hidden folder. Raises InputError where there are none, or
+    where a file is of a kind that is not known.
     """
     if source.startswith(BUILTIN):
         names = sorted(path.stem for path in CORPORA.glob("*.txt"))
         if source.removeprefix(BUILTIN) not in names:
             raise InputError(f"source {source!r}: wanted one of {', '.join(BUILTIN + name for name in names)}")
-        return [CORPORA / f"{source.removeprefix(BUILTIN)}.txt"]
+        return [CORPORA / f"{source.removeprefix(BUILTIN)}.txt"], ()
     path = Path(source)
     if path.is_dir():
         prepared = {p.parent for p in path.rglob(LOCK_FILE)} - {path}  # a tokenizer there may have a merges.txt
-        files = [p for p in path.rglob("*") if p.name.lower().endswith(SUFFIXES) and p.is_file()]
-        files = [p for p in files if prepared.isdisjoint(p.parents)]
-        if not files:
-            raise InputError(f"source {source!r} has no text in it; wanted files {', '.join(SUFFIXES)}")
-        return sorted(files, key=lambda p: p.relative_to(path).as_posix())
+        files = [p for p in path.rglob("*") if p.is_file() and prepared.isdisjoint(p.parents)]
+        hidden = [p for p in files if any(part.startswith(".") for part in p.relative_to(path).parts)]
+        seen = sorted(set(files) - set(hidden), key=lambda p: p.relative_to(path).as_posix())
+        texts = [p for p in seen if p.name.lower().endswith(SUFFIXES)]
+        others = Counter(p.suffix.lower() or "without suffix" for p in set(seen) - set(texts))
+        # A ._NAME.txt is no text but what macOS knows about NAME.txt.
+        others["hidden"] = sum(p.name.lower().endswith(SUFFIXES) for p in hidden)
+        note = _not_read(others)
+        if not texts:
+            none = f"source {source!r} has no text in it; wanted files {', '.join(SUFFIXES)}"
+            raise InputError("; ".join([none, *note]))
+        return texts, note
     if not path.exists():
         raise InputError(
             f"source {source!r} does not exist; wanted a file, a folder, builtin:shakespeare, tfds:NAME, hf:NAME or "
@@ -70,7 +94,15 @@ def source_paths(source: str) -> list[Path]:
         )
     if path.suffix.lower() in _PACKED and kind_of(path) == "text":
         raise InputError(f"source {source!r}: this kind is not read; wanted {', '.join(SUFFIXES)} or a folder")
-    return [path]
+    return [path], ()
+
+
+def _not_read(kinds: Counter[str]) -> tuple[str, ...]:
+    """A line that counts files by kind, the most frequent first; none where there are no files."""
+    counts = sorted(((count, kind) for kind, count in kinds.items() if count), key=lambda pair: (-pair[0], pair[1]))
+    shown = ", ".join([f"{kind} {count}" for count, kind in counts[:_KINDS]] + ["..."] * (len(counts) > _KINDS))
+    total = sum(kinds.values())
+    return (f"{total:,} file{'s' * (total > 1)} of other kinds not read: {shown}",) if total else ()
 
 
 class ErrorBudget:

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import itertools
 import os
+from collections import Counter
 from collections.abc import Callable, Generator
 
 import numpy as np
@@ -14,6 +15,7 @@ from gptjax.config.section import InputError
 from gptjax.data.batches import ALL_ROWS, DataState, RowSlice, row_numbers, slice_rows
 from gptjax.data.chunks import StreamSpec, open_chunks
 from gptjax.data.corpus import is_corpus
+from gptjax.data.holdout import share_notice
 from gptjax.data.mixture import SourceSchedule, join_rows, rows_of_a_pass
 from gptjax.data.packing import Batch
 from gptjax.data.prefetch import prefetch
@@ -21,6 +23,8 @@ from gptjax.data.sources import open_source
 from gptjax.data.stream import StreamRows, cursor_of, start_state
 from gptjax.data.validation import (
     ValidationSet,
+    another_source,
+    check_names,
     data_changed,
     extra_validation_sets,
     refuse_code,
@@ -31,14 +35,16 @@ from gptjax.tokenizer import Tokenizer, make_tokenizer
 
 VALIDATION_ROWS = 1024  # of a stream, where evaluate.max_rows is 0
 
+_SHARE_BYTES = 1 << 24  # of text that are read to know the share that is held out
 _END_BYTES = 1 << 16  # of each end of a file, which its content is compared by
 
 
 class StreamedData:
     """The data of a run, read and tokenised as it is trained on.
 
-    The state after some batches is {"step", "tokenizer", "sources", "content", "tokens"}: by source, where its next
-    row begins, a hash of its content, and the weighted targets trained on so far; a single source has the name "".
+    The state after some batches is {"step", "names", "tokenizer", "sources", "content", "tokens"}: by source, what it
+    was called when the run began, where its next row begins, a hash of its content, and the weighted targets trained on
+    so far; a single source has the name "".
     Where corrupt files were skipped, "corrupt" lists them. The batches that follow are the same for any number of
     workers.
     """
@@ -60,25 +66,36 @@ class StreamedData:
         sources = {name: source if training else refuse_code(source) for name, source in sources.items()}
         settings = data.text_field, data.validation_fraction, data.max_corrupt, tokenizer
         self._specs = {name: StreamSpec(source, *settings) for name, source in sources.items()}
+        for spec in self._specs.values() if training else ():
+            for line in open_source(spec.source, spec.text_field).notes:
+                say(f"{spec.source}: {line}")
         self._schedule = SourceSchedule(rows_of_a_pass(data, [(1, 1)] * len(sources)))
 
     @functools.cached_property
     def validation(self) -> list[ValidationSet]:
         """The held-out documents of each source, and the sets of data.validation, in memory.
 
-        Held out are the documents whose hash is at most data.validation_fraction, as in a prepared corpus; of them as
-        many, from the start of the source, as evaluate.max_rows rows need, or VALIDATION_ROWS. They are tokenised
-        anew at each start, for which the source is read until they are found.
+        Held out is the source's own validation split, or the documents whose hash is at most data.validation_fraction,
+        as in a large prepared corpus; of them as many, from the start of the source, as evaluate.max_rows rows need, or
+        VALIDATION_ROWS. They are tokenised anew at each start, for which the source is read until they are found. A
+        stream can't cut documents as a small prepared corpus does, since it does not know the size of its text.
         """
         most = row_tokens(self._config) or VALIDATION_ROWS * self._config.data.length + 1
         own, shortened = [], []
         for name, spec in self._specs.items():
-            split = tokenize_into_memory(spec.documents(), self.tokenizer, most)
+            read: Counter[str] = Counter()
+            held_out = spec.documents(read)
+            split = tokenize_into_memory(held_out, self.tokenizer, most)
             if not split.num_documents:
                 raise InputError(
                     f"source {spec.source!r} has no document that is held out for validation; give more documents, "
-                    f"raise data.validation_fraction={spec.held_out:g}, or prepare it: --data.loading prepared"
+                    f"raise data.validation_fraction={spec.fraction:g}, or prepare it: --data.loading prepared"
                 )
+            while read["read"] < _SHARE_BYTES and next(held_out, None):
+                pass
+            if read["read"] < _SHARE_BYTES:  # all of it was read: only of a small text the share may be far off
+                for line in share_notice(read["held out"], read["read"], spec.fraction):
+                    self._say(f"{spec.source}: {line}; --data.loading prepared holds out the asked share")
             own.append(ValidationSet(name, split, self._config))
             shortened += [spec.source] if split.num_tokens >= most else []
         if shortened and not self._config.evaluate.max_rows:
@@ -93,6 +110,7 @@ class StreamedData:
         """The state before the first batch."""
         return {
             "step": 0,
+            "names": {name: spec.source for name, spec in self._specs.items()},
             "tokenizer": self.tokenizer.sha256,
             "sources": {name: start_state() for name in self._specs},
             "content": {name: ends_hash(spec) for name, spec in self._specs.items()},
@@ -108,15 +126,14 @@ class StreamedData:
         if state["tokenizer"] != self.tokenizer.sha256:
             path = self._config.tokenizer.path
             message = f"tokenizer.path={path!r} is not the tokenizer that this run was trained with"
-            raise data_changed(message, self._training)
+            raise data_changed(message, self._config, self._training)
+        check_names(state["names"], self._config, self._training)
         for name, spec in self._specs.items():
             if state["content"][name] == self.start["content"][name]:
                 continue
             if self._config.data.exact_resume:
-                message = (
-                    f"source {spec.source!r} is not what this run was trained on: a file was changed, added or removed"
-                )
-                raise data_changed(message, self._training, "go on inexactly with --no-data.exact-resume")
+                message = another_source(spec.source, state["names"][name])
+                raise data_changed(message, self._config, self._training, "go on inexactly: --no-data.exact-resume")
             cursor = cursor_of(state["sources"][name])
             self._say(
                 f"source {spec.source!r} changed: going on at document {cursor.document + 1} of file "

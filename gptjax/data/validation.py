@@ -1,7 +1,7 @@
 """Validation sets: the splits that a run holds out, and further texts that it is measured on."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,9 +50,29 @@ class ValidationSet:
         return self.split.num_bytes / (self.split.num_tokens - (1 if crossing else self.split.num_documents))
 
 
-def data_changed(what: str, training: bool, then: str = "give another --run-dir") -> InputError:
-    """The refusal of a run's checkpoint: the difference, and for a run that goes on another way out."""
-    return InputError(f"{what}; restore it{f', or {then}' if training else ''}")
+def data_changed(what: str, config: TrainConfig, training: bool, then: str = "") -> InputError:
+    """The refusal of a run's checkpoint: the difference, and for a run that goes on the other ways out."""
+    ways = ["restore it", *([then] if then else []), another_run(config)] if training else ["restore it"]
+    return InputError(f"{what}; {', or '.join(ways)}")
+
+
+def another_source(source: str, before: str) -> str:
+    """The difference of a source's content to that of the source that a run was begun with."""
+    if source == before:
+        return f"source {source!r} is not what it was when this run was trained on it: its content was changed"
+    return f"source {source!r} is not the one that this run was trained on, {before!r}: its content is another"
+
+
+def another_run(config: TrainConfig) -> str:
+    """The way out for a run whose data may not change: another one that begins with its weights."""
+    return f"begin another run with its weights: --init {config.run_dir} --run-dir OTHER"
+
+
+def check_names(names: Mapping[str, str], config: TrainConfig, training: bool) -> None:
+    """Raises InputError unless a run has the sources by name, in their order, that its checkpoint has."""
+    if list(names) != list(config.data.sources):
+        was, got = (", ".join(x) or "one source" for x in (names, config.data.sources))
+        raise data_changed(f"data.mixture was {was}, got {got}", config, training)
 
 
 def refuse_code(source: str) -> str:

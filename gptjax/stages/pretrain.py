@@ -41,7 +41,8 @@ def pretrain(config: TrainConfig, provenance: Provenance) -> Path:
         attention = describe(config.model, config.data.length, config.data.several_documents)
 
         # -- Run folder. The run to start from is checked before, so that a refused start leaves no folder.
-        if config.init and not committed_steps(Run.at(config.run_dir).checkpoints):
+        resumes = bool(committed_steps(Run.at(config.run_dir).checkpoints))
+        if config.init and not resumes:
             check_init(config)
         runner = Runner(group, config, provenance)
         run = runner.run
@@ -53,8 +54,8 @@ def pretrain(config: TrainConfig, provenance: Provenance) -> Path:
 
         # -- Data. One process prepares it; the others read what that one wrote.
         with main_process_first("data"):
-            run.pull(run.data)
-            data = open_pipeline(config, run.data, training=True, say=say)
+            run.pull(run.data, run.tokenizer)
+            data = open_pipeline(config, run.data, training=True, resumes=resumes, say=say)
             if is_main_process():
                 data.tokenizer.save(run.tokenizer)
                 run.push(run.data, run.tokenizer)

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from gptjax.config import TrainConfig, frozen_settings
-from gptjax.config.command_line import Recipe, parse
+from gptjax.config.command_line import Recipe, given_names, parse
 from gptjax.config.section import InputError
 from gptjax.config.sweep import SweepConfig
+from gptjax.data.manifest import with_corpus_tokenizer
 from gptjax.model.counts import parameters, token_flops
 
 
@@ -109,7 +110,9 @@ def make_points(cfg: SweepConfig, recipe: Recipe) -> list[Point]:
     configs: dict[str, TrainConfig] = {}
     for budget, size, seed in cfg.points:
         if size not in configs:
-            given = parse(recipe.config("pretrain", size), split_entries(cfg.set), f"gptjax sweep {recipe.path}")
+            words = split_entries(cfg.set)
+            given = parse(recipe.config("pretrain", size), words, f"gptjax sweep {recipe.path}")
+            given = with_corpus_tokenizer(given, given_names(words))
             configs[size] = _checked(given, size, next(iter(configs.values()), given))
         config = configs[size]
         steps = round(budget / token_flops(config) / (config.data.batch_size * config.data.length))

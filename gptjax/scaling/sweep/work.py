@@ -106,7 +106,7 @@ def _corpus(points: list[Point], folder: Path, say: Say) -> list[str]:
     config = points[0].config
     if config.data.loading == "stream":
         return []
-    found = open_corpora(config, folder / "corpus", training=True, say=say)
+    found = open_corpora(config, folder / "corpus", training=True, resumes=False, say=say)
     if config.data.source == "mixture":
         return ["--data.mixture", *(f"{name}={corpus.folder}" for name, corpus in found.items())]
     return ["--data.source", str(found[""].folder)]
