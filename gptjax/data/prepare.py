@@ -28,7 +28,7 @@ from gptjax.data.manifest import DATASET, Manifest, file_entry, write_manifest
 from gptjax.data.records import Source
 from gptjax.data.scan import Filters, ScanResult, changed, load_scan, scan, scan_for_training
 from gptjax.data.sources import LOCK_FILE, open_source, source_sha256
-from gptjax.data.tokens import is_tokens, write_tokens
+from gptjax.data.tokens import check_settings, is_tokens, write_tokens
 from gptjax.runtime.process import default_workers
 from gptjax.runtime.versions import __version__
 from gptjax.storage import Disk
@@ -63,8 +63,8 @@ def prepare(cfg: PrepareConfig, progress: Progress | None = None, otherwise: str
     folder = Path(cfg.out)
     progress = progress or (lambda what, done, total: None)
     source = open_source(cfg.source, cfg.text_field)
-    if is_tokens(cfg.source) and (cfg.min_bytes > 1 or cfg.max_bytes):
-        raise InputError(f"min_bytes and max_bytes are of text, and source {cfg.source!r} is ids; leave them out")
+    if is_tokens(cfg.source):
+        check_settings(cfg)
     inputs = {
         "source_sha256": source_sha256(source) if source.paths else "",  # of its documents: known when they are read
         "text_field": cfg.text_field,

@@ -156,7 +156,7 @@ def open_corpora(config: TrainConfig, folder: Path, training: bool, resumes: boo
         if corpora and config.tokenizer.path:
             _check_tokenizer(next(iter(corpora.values())), config.tokenizer)  # the others have its own: see below
         if resumes:
-            corpora |= _kept_texts(folder, texts, say)
+            corpora |= kept_texts(folder, texts, say)
             texts = {name: source for name, source in texts.items() if name not in corpora}
         corpora |= _prepare_texts(config, folder, corpora, texts, say)
     else:
@@ -186,10 +186,13 @@ def _open_prepared(source: str, out: Path) -> Corpus:
     return open_corpus(out)
 
 
-def _kept_texts(folder: Path, texts: dict[str, str], say: Say) -> dict[str, Corpus]:
-    """What a run keeps of the texts that are not here any more: it was moved or copied without them."""
+def kept_texts(folder: Path, sources: dict[str, str], say: Say = lambda line: None) -> dict[str, Corpus]:
+    """What a run keeps in `folder` of those of its sources that are not here: it was moved or copied without them.
+
+    Raises InputError where it keeps nothing of one.
+    """
     kept = {}
-    for name, source in texts.items():
+    for name, source in sources.items():
         if is_here(source):
             continue
         if not is_corpus(folder / name):

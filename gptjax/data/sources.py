@@ -36,10 +36,10 @@ def open_source(source: str | Source, text_field: str = "text") -> Source:
         return open_tfds(source, text_field)
     if source.startswith(HF):
         return open_hf(source, text_field)
+    if _is_saved(source):
+        return open_hf(HF + source, text_field)
     if is_function(source):
         return open_function(source, text_field)
-    if is_saved(Path(source)):
-        return open_hf(HF + source, text_field)
     if is_tokens(source):
         return open_tokens(source)
     paths, notes = source_paths(source)
@@ -58,7 +58,15 @@ def is_here(source: str) -> bool:
 
 def is_function(source: str) -> bool:
     """True for the name of a function, whose module is imported to read the source."""
-    return not source.startswith((BUILTIN, TFDS, HF)) and is_name(source) and not Path(source).exists()
+    return is_name(source) and not (
+        source.startswith((BUILTIN, TFDS, HF)) or Path(source).exists() or _is_saved(source)
+    )
+
+
+def _is_saved(source: str) -> bool:
+    """True for a folder that save_to_disk wrote, also as FOLDER:SPLIT."""
+    head, colon, _ = source.rpartition(":")
+    return is_saved(Path(source)) or bool(colon and is_saved(Path(head)))
 
 
 def source_paths(source: str) -> tuple[list[Path], tuple[str, ...]]:
@@ -85,7 +93,8 @@ def source_paths(source: str) -> tuple[list[Path], tuple[str, ...]]:
         note = _not_read(others)
         if not texts:
             none = f"source {source!r} has no text in it; wanted files {', '.join(SUFFIXES)}"
-            raise InputError("; ".join([none, *note]))
+            ids = [f"its ids are source {path / 'train.bin'}"] if (path / "train.bin").is_file() else []
+            raise InputError("; ".join([none, *note, *ids]))
         return texts, note
     if not path.exists():
         raise InputError(

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gptjax.config import PrepareConfig
 from gptjax.config.section import InputError
 from gptjax.data.formats import Document, open_file
 from gptjax.data.holdout import CUT, TRAIN, VALIDATION, SplitName, choose_holdout, unit_hash
@@ -76,7 +77,7 @@ def open_tokens(source: str) -> Source:
     files, paths, notes = [], [], ["the ids are taken over as they are: none is left out as a duplicate"]
     for path, held in _parts(source):
         open_token_file(path)
-        files.append(SourceFile(str(path), lambda path=path: _no_text(path), held))
+        files.append(SourceFile(str(path), lambda: _no_text(source), held))
         index = path.with_suffix(".idx")
         paths += [(part.suffix + " held out" * held, part) for part in (index, path) if part.is_file()]
         notes += [f"held out is {path.name}"] if held else []
@@ -92,8 +93,11 @@ def _parts(source: str) -> list[tuple[Path, bool]]:
     return [(held, True)] * (path.name == "train.bin" and held.is_file()) + [(path, False)]
 
 
-def _no_text(path: Path) -> Iterator[Document]:
-    raise InputError(f"{path} holds token ids and no text; run `gptjax prepare --source {path}`, and give its folder")
+def _no_text(source: str) -> Iterator[Document]:
+    raise InputError(
+        f"source {source!r} holds token ids and no text; run `gptjax prepare --source {source} --out FOLDER`, and "
+        "train on that folder with --data.loading prepared"
+    )
 
 
 def open_token_file(path: Path) -> TokenFile:
@@ -142,6 +146,17 @@ def _read_index(path: Path) -> tuple[str, np.ndarray]:
     if not (in_order and one_by_one):
         raise InputError(f"{path}: its sequences or documents do not follow one another; it is damaged")
     return _TYPES[code], ends[documents]
+
+
+def check_settings(cfg: PrepareConfig) -> None:
+    """Raises InputError for settings of a preparation that ids can't have."""
+    if cfg.min_bytes > 1 or cfg.max_bytes:
+        raise InputError(f"min_bytes and max_bytes are of text, and source {cfg.source!r} is ids; leave them out")
+    if cfg.tokenizer.kind == "sentencepiece" and not cfg.tokenizer.path:
+        raise InputError(
+            f"tokenizer.path is empty, and source {cfg.source!r} is ids, of which no tokenizer can be trained; give "
+            "the one that made them: --tokenizer.kind, --tokenizer.path and --tokenizer.vocab-size"
+        )
 
 
 def write_tokens(

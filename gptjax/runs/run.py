@@ -81,9 +81,10 @@ class Run:
 
     @staticmethod
     def open(folder: str | Path, config: TrainConfig, provenance: Provenance = Provenance()) -> "Run":
-        """Makes a run, or goes on with the one in `folder`, and writes config.json and environment.json.
+        """Makes a run, with its config.json and environment.json, or goes on with the one in `folder`.
 
-        Once a checkpoint exists, frozen settings may not differ from those in config.json. Raises InputError for
+        Once a checkpoint exists, frozen settings may not differ from those in config.json, which stays as it is until
+        the caller has compared the data and calls `write_settings`. Raises InputError for
         those, for a folder that can't be written to, and while another process trains this run.
         """
         import jax
@@ -104,16 +105,24 @@ class Run:
             if not files.is_file(run.config_path):
                 files.clear(run.folder)
         changes = _changes(run, config)
+        if not committed_steps(run.checkpoints):
+            run.write_settings(config, provenance)
         if jax.process_index() == 0:
-            origins, recipe = provenance.origins, {"path": provenance.path, "sha256": provenance.sha256}
-            settings = {n: {"value": v, "from": origins.get(n, "default")} for n, v in leaves(config)}
-            document = {"schema": SCHEMA, "stage": config.stage, "recipe": recipe, "settings": settings}
-            write_json(run.config_path, document)
-            write_json(run.environment_path, environment())
             run.pull(run.metrics_path)
             run.local.mkdir(parents=True, exist_ok=True)
             files.keep_pushing(run.folder, *LOGS)
         return dataclasses.replace(run, changes=changes)
+
+    def write_settings(self, config: TrainConfig, provenance: Provenance) -> None:
+        """Writes config.json and environment.json; of a run that goes on, once its data was found to be that of it."""
+        import jax
+
+        if jax.process_index() == 0:
+            origins, recipe = provenance.origins, {"path": provenance.path, "sha256": provenance.sha256}
+            settings = {n: {"value": v, "from": origins.get(n, "default")} for n, v in leaves(config)}
+            document = {"schema": SCHEMA, "stage": config.stage, "recipe": recipe, "settings": settings}
+            write_json(self.config_path, document)
+            write_json(self.environment_path, environment())
 
     @staticmethod
     def at(folder: str | Path) -> "Run":

@@ -9,7 +9,7 @@ import jax
 
 from gptjax.config import TrainConfig
 from gptjax.data.packing import example_batch
-from gptjax.data.pipeline import open_pipeline
+from gptjax.data.pipeline import kept_texts, open_pipeline
 from gptjax.evals.loss import evaluate, make_eval_step
 from gptjax.generation.engine import generate
 from gptjax.model.decoder import Decoder
@@ -40,10 +40,14 @@ def pretrain(config: TrainConfig, provenance: Provenance) -> Path:
         example = abstract(example_batch(config.data.batch_size, config.data.length), mesh)
         attention = describe(config.model, config.data.length, config.data.several_documents)
 
-        # -- Run folder. The run to start from is checked before, so that a refused start leaves no folder.
-        resumes = bool(committed_steps(Run.at(config.run_dir).checkpoints))
+        # -- Run folder. The run to start from is checked before, so that a refused start leaves no folder;
+        # of one that goes on, that its text is here or in its folder.
+        before = Run.at(config.run_dir)
+        resumes = bool(committed_steps(before.checkpoints))
         if config.init and not resumes:
             check_init(config)
+        if resumes and before.local == before.folder:  # what a bucket keeps is pulled below
+            kept_texts(before.data, config.data.sources)
         runner = Runner(group, config, provenance)
         run = runner.run
 
@@ -71,6 +75,7 @@ def pretrain(config: TrainConfig, provenance: Provenance) -> Path:
             if config.init:
                 state = warm_start(config, data.tokenizer, state, tx, mesh)
                 say(f"weights from {config.init}")
+        run.write_settings(config, provenance)  # once they are known to be those of the data
 
         # -- Train. Damaged data is reported now, not after the wait for a long compilation; Gloo waits 30 s where
         # processes first meet, and compiling may differ by more, so they meet once it is done.
