@@ -199,31 +199,33 @@ def write_parquet(source: Path, path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": texts_of(source)}), path, row_group_size=100)
 
 
-def write_tfds(folder: Path, texts: list[str], field: str = "text") -> Path:
-    """A prepared TFDS dataset of two shards, as download_and_prepare writes it."""
+def write_tfds(folder: Path, texts: list[str], field: str = "text", **splits: list[str]) -> Path:
+    """A prepared TFDS dataset of two shards a split, as download_and_prepare writes it."""
     import tensorflow_datasets as tfds
     from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
     folder.mkdir(parents=True)
-    half = len(texts) // 2
-    for shard, part in enumerate((texts[:half], texts[half:])):
-        path = folder / f"own-train.array_record-{shard:05d}-of-00002"
-        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
-        for text in part:
-            example = example_type()()
-            example.features.feature[field].bytes_list.value.append(text.encode())
-            writer.write(example.SerializeToString())
-        writer.close()
     data_dir: Any = folder
-    template = tfds.core.ShardedFileTemplate(
-        data_dir=data_dir, dataset_name="own", split="train", filetype_suffix="array_record"
-    )
-    lengths = [half, len(texts) - half]
-    split = tfds.core.SplitInfo(name="train", shard_lengths=lengths, num_bytes=0, filename_template=template)
+    infos = []
+    for name, own in {"train": texts, **splits}.items():
+        half = len(own) // 2
+        for shard, part in enumerate((own[:half], own[half:])):
+            path = folder / f"own-{name}.array_record-{shard:05d}-of-00002"
+            writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+            for text in part:
+                example = example_type()()
+                example.features.feature[field].bytes_list.value.append(text.encode())
+                writer.write(example.SerializeToString())
+            writer.close()
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=data_dir, dataset_name="own", split=name, filetype_suffix="array_record"
+        )
+        lengths = [half, len(own) - half]
+        infos.append(tfds.core.SplitInfo(name=name, shard_lengths=lengths, num_bytes=0, filename_template=template))
     tfds.folder_dataset.write_metadata(
         data_dir=str(folder),
         features=tfds.features.FeaturesDict({field: tfds.features.Text()}),
-        split_infos=[split],
+        split_infos=infos,
         filename_template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
         check_data=False,
     )

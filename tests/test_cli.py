@@ -106,7 +106,7 @@ def test_every_next_command_can_be_pasted_into_a_shell(run, text, tmp_path, caps
         return shlex.split(line.removeprefix("next: "))
 
     out, model = str(tmp_path / "it's $mine"), tmp_path / "to ken" / "tokenizer.model"
-    trained = ["gptjax", "pretrain", "quickstart", "--data.source", out, *BYTES, "--run-dir", "runs/NAME"]
+    trained = ["gptjax", "pretrain", "quickstart", "--data.source", out, "--run-dir", "runs/NAME"]
     assert following("prepare", "--source", text, "--out", out, *BYTES) == trained
     assert following("data", "verify", out) == trained
     prepared = ["gptjax", "prepare", "--source", str(text), "--out", "FOLDER", "--tokenizer.vocab-size", "300"]
@@ -135,8 +135,8 @@ def test_a_prepared_folder_and_a_trained_tokenizer_are_sources(text, tmp_path, c
     run_verb("data", "verify", corpus)
     run_verb(*pretrain(corpus, tmp_path / "run", *PIECES))
     assert not (tmp_path / "run" / "data").exists()
-    line = refusal(capsys, *pretrain(corpus, tmp_path / "other"))
-    assert "was prepared with 300 token ids but tokenizer.vocab_size=258; set --tokenizer.vocab-size 300" in line
+    line = refusal(capsys, *pretrain(corpus, tmp_path / "other", "--tokenizer.vocab-size", "258"))
+    assert f"tokenizer.vocab_size=258, but {corpus} was prepared with 300; leave it out" in line
 
 
 def test_settings_that_are_wrong_are_refused(text, tmp_path, capsys):
@@ -221,7 +221,7 @@ def test_data_that_a_run_was_not_trained_on_is_refused_by_what_reads_the_run(run
     run_verb("prepare", "--source", tmp_path / "b.txt", "--out", copy / "data", *BYTES)
     for verb in (["eval"], ["data", "show"]):
         line = refusal(capsys, *verb, copy)
-        assert line.endswith(f"{copy / 'data'} is not the corpus that this run was trained on; restore it")
+        assert line.endswith("is not what it was when this run was trained on it: its content was changed; restore it")
 
 
 @pytest.mark.slow

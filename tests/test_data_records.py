@@ -2,17 +2,20 @@
 
 import json
 import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from corpora import BYTES, prepared, run_python, take, texts_of
+from corpora import BYTES, prepared, run_python, stored, take, texts_of
 from resume_sources import write_tfds
 
 from gptjax.config import DataConfig, TrainConfig
 from gptjax.config.section import InputError
 from gptjax.data.pipeline import open_pipeline
+from gptjax.data.prepare import report
 from gptjax.data.sources import source_sha256
 
 TEXTS = ["first\nline", "\u4e2d\u6587", ""] + [f"text {i}" for i in range(300)]
@@ -148,6 +151,71 @@ def test_a_folder_by_save_to_disk_gives_its_texts(tmp_path):
         texts_of(f"hf:{plain}", "id")
     with pytest.raises(InputError, match='arrow:2: "text" is null'):
         texts_of(f"hf:{write_hf(tmp_path / 'null', ['a', 'b', 'c', None])}")
+
+
+def write_splits(folder: Path, **splits: list[str]) -> Path:
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    tables = {name: datasets.Dataset.from_dict({"text": texts}) for name, texts in splits.items()}
+    datasets.DatasetDict(tables).save_to_disk(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("prefix", ["", "hf:"])
+def test_a_validation_split_is_what_is_held_out_and_other_splits_are_named(tmp_path, prefix):
+    held, extra = ["held one", "held two"], ["extra"]
+    folder = write_splits(tmp_path / "saved", extra=extra, train=[*TEXTS[3:], held[0]], test=["test"], validation=held)
+    corpus = prepared(f"{prefix}{folder}", tmp_path / "out", validation_fraction=0.5)
+    assert stored(corpus) == {"train": TEXTS[3:], "validation": held}  # which is in no training row
+    told = report(corpus)
+    assert "held out is the split validation" in told and "splits that are not read: extra, test" in told
+    assert "HELD OUT" not in told and corpus.manifest.report.duplicates == 1
+    assert prepared(folder, tmp_path / "out", validation_fraction=0.1).sha256 == corpus.sha256  # of no effect
+    alone = prepared(f"{prefix}{folder}:extra", tmp_path / "alone")
+    assert "splits that are not read: train, test, validation" in report(alone)
+    stream = DataConfig(source=f"{prefix}{folder}", loading="stream", batch_size=4, length=32)
+    said: list[str] = []
+    pipeline = open_pipeline(TrainConfig(data=stream, tokenizer=BYTES), Path("none"), training=True, say=said.append)
+    (own,) = pipeline.validation
+    tokens = own.split.tokens(0, own.split.num_tokens)
+    assert [pipeline.tokenizer.decode(row) for row in np.split(tokens, own.split.starts[1:])] == held
+    batch = pipeline.batch(0)
+    assert pipeline.tokenizer.decode(batch["inputs_BL"][0].tolist()).startswith("text 0text 1")
+    assert len(said) == 2 and all(line.startswith(f"{prefix}{folder}: ") for line in said)
+
+
+def test_without_a_validation_split_the_test_split_is_held_out(tmp_path):
+    folder = write_splits(tmp_path / "saved", train=TEXTS, test=["held"])
+    assert stored(prepared(folder, tmp_path / "out"))["validation"] == ["held"]
+    with pytest.raises(InputError, match=r"has no split 'train'; wanted one of \['dev', 'test'\], as .*:SPLIT"):
+        prepared(write_splits(tmp_path / "other", dev=["a"], test=["b"]), tmp_path / "out2")
+    with pytest.raises(InputError, match="has no text to keep in its validation split"):
+        prepared(write_splits(tmp_path / "empty", train=["a"], test=[""]), tmp_path / "out3")
+
+
+def test_a_validation_split_of_tfds_is_held_out_too(tmp_path):
+    folder = write_tfds(tmp_path / "own", TEXTS[3:], test=["test one", "test two"], validation=["held one", "held two"])
+    corpus = prepared(f"tfds:{folder}", tmp_path / "out")
+    assert stored(corpus) == {"train": TEXTS[3:], "validation": ["held one", "held two"]}
+    assert "splits that are not read: test" in report(corpus)
+    assert texts_of(f"tfds:{folder}:test") == ["test one", "test two"]
+
+
+@pytest.mark.skipif(bool(urllib.request.getproxies()), reason="a proxy may know hosts that have no address here")
+def test_a_hub_without_an_address_is_told_at_once(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    program = """
+import sys
+from gptjax.cli import main
+sys.exit(main(["prepare", "--source", "hf:org/name", "--out", sys.argv[1]]))
+"""
+    monkeypatch.setenv("HF_ENDPOINT", "https://no-such-host.invalid")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    start = time.monotonic()
+    done = run_python(program, tmp_path / "out", codes=(2,))
+    assert "source 'hf:org/name' cannot be opened: " in done.stderr and done.stderr.count("\n") == 1
+    assert "without a network only what was downloaded before is read" in done.stderr
+    assert time.monotonic() - start < 20  # not the half minute of five tries
 
 
 def test_a_broken_arrow_file_is_named_and_can_be_left_out(tmp_path):

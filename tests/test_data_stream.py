@@ -177,7 +177,7 @@ def test_a_stream_that_holds_out_more_than_is_evaluated_says_so_once(even, monke
         cfg = dataclasses.replace(config(even), evaluate=EvaluateConfig(max_rows=rows))
         pipeline = open_pipeline(cfg, Path("none"), training=True, say=said.append)
         assert pipeline.validation and len(said) == told
-        assert all(f"of what {source} holds out, the first 2 rows are evaluated" in line for line in said)
+        assert all(f"of what {even} holds out, the first 2 rows are evaluated" in line for line in said)
 
 
 def test_a_mixture_of_streams_keeps_shares_and_resumes(source, tmp_path):

@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from gptjax.config import CheckpointConfig, GenerateConfig, MeshConfig, ModelConfig, TrainConfig
+from gptjax.config import (
+    CheckpointConfig,
+    DataConfig,
+    GenerateConfig,
+    MeshConfig,
+    ModelConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
 from gptjax.config.section import InputError, leaves
 from gptjax.runs import run as run_module
 from gptjax.runs.run import Provenance, Run, environment, load_config, read_config
@@ -111,8 +119,22 @@ def test_free_and_extendable_settings_may_change_and_are_told(tmp_path):
         "mesh.fsdp was 1, now 8",
         "checkpoint.every was 500, now 7",
     )
+    assert load_config(tmp_path) == CFG, "the data is not compared yet"
+    run.write_settings(other, Provenance())
     assert load_config(tmp_path) == other
     assert open_run(tmp_path, other).changes == ()
+
+
+def test_settings_that_are_compared_by_content_may_be_spelt_otherwise(tmp_path):
+    commit_step(open_run(tmp_path))
+    moved = dataclasses.replace(
+        CFG, data=DataConfig(source="moved/text"), tokenizer=TokenizerConfig(path="moved/tokenizer")
+    )
+    changes = open_run(tmp_path, moved).changes
+    assert changes == (
+        "tokenizer.path was '', now 'moved/tokenizer'",
+        "data.source was 'builtin:shakespeare', now 'moved/text'",
+    )
 
 
 def test_a_run_is_not_made_shorter_than_it_is(tmp_path):

@@ -187,7 +187,7 @@ def _open_prepared(source: str, out: Path) -> Corpus:
 
 
 def kept_texts(folder: Path, sources: dict[str, str], say: Say = lambda line: None) -> dict[str, Corpus]:
-    """What a run keeps in `folder` of those of its sources that are not here: it was moved or copied without them.
+    """The corpora that a run keeps in `folder` of its sources that are not here: it was moved or copied without them.
 
     Raises InputError where it keeps nothing of one.
     """
