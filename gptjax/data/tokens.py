@@ -45,7 +45,7 @@ class TokenFile:
             yield at, self.ids[at : min(at + _TOKENS, len(self.ids) if stop is None else stop)]
 
     def documents(self, tokenizer: Tokenizer) -> np.ndarray:
-        """The places where documents begin, and the end of the last one: int64, rising; each ends behind an id of an end.
+        """The places where documents begin, and the end of the last one: int64, rising. Each ends behind an end id.
 
         Raises InputError for an id that the tokenizer does not have.
         """
