@@ -32,7 +32,7 @@ from gptjax.data.corpus import example_type
 
 MODEL = """
 --model.num-layers 1 --model.width 32 --model.num-heads 2 --model.dtype float32 --model.dropout 0.1 --data.length 64
---data.batch-size 8 --optim.warmup-steps 10 --evaluate.max-rows 16 --checkpoint.keep-best 1 --no-tensorboard --no-sample
+--data.batch-size 8 --optim.warmup-steps 10 --evaluate.max-rows 16 --checkpoint.keep-best 1 --sinks --no-sample
 """
 BYTES = "--tokenizer.kind bytes --tokenizer.vocab-size 258"
 COMPARED = ("step", "updates", "loss", "grad_norm", "learning_rate", "eval_loss", "eval_bits_per_byte")

@@ -71,7 +71,7 @@ def trained(checkout: Path, run: Path, devices: int, flags: list[str]) -> tuple[
     main = "import sys; from gptjax.cli import main; sys.exit(main())"
     command = [
         sys.executable, "-c", main, "pretrain", str(checkout / "configs" / f"{recipe}.py"), *flags,
-        "--steps", "10", "--run-dir", str(run), "--no-sample", "--no-tensorboard", "--evaluate.max-rows", "8",
+        "--steps", "10", "--run-dir", str(run), "--no-sample", "--evaluate.max-rows", "8",
     ]  # fmt: skip
     done = subprocess.run(command, env=environment, cwd=run.parent, capture_output=True, text=True)
     if done.returncode:

@@ -36,7 +36,7 @@ HEAD = """<!-- Made by `python docs/make_settings.py` from the docstrings in gpt
 
 Every setting by its dotted name. In a recipe it is a field of a dataclass (`ModelConfig(num_layers=4)`), from Python a
 key (`{"model.num_layers": 4}`), and on the command line a flag (`--model.num-layers 4`; a switch is turned off by
-`--no-tensorboard`). An unknown name is refused with the nearest known one. `gptjax VERB --help` prints the same text
+`--no-sample`). An unknown name is refused with the nearest known one. `gptjax VERB --help` prints the same text
 with the values of the recipe at hand.
 
 The column "resume" says what may change when a run is continued: *free* settings may, *extendable* ones may be raised,

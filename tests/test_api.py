@@ -24,7 +24,7 @@ from gptjax.training.metrics_file import MetricsFile
 TINY = {
     "steps": 6, "model.num_layers": 2, "model.width": 16, "model.num_heads": 2, "tokenizer.kind": "bytes",
     "tokenizer.vocab_size": 258, "data.length": 32, "data.batch_size": 8, "evaluate.max_rows": 8,
-    "sample": False, "tensorboard": False,
+    "sample": False, "sinks": (),
 }  # fmt: skip
 pytestmark = pytest.mark.usefixtures("compile_cache")
 

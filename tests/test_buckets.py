@@ -525,7 +525,7 @@ GS_AND_S3 = ["gs", pytest.param("s3", marks=pytest.mark.exhaustive)]
 def uninterrupted(tmp_path_factory, words) -> Path:
     """The run on this machine's disk."""
     run = tmp_path_factory.mktemp("disk") / "run"
-    code, errors = finish(pretrain(run, words, SETTINGS, "--no-tensorboard"))
+    code, errors = finish(pretrain(run, words, SETTINGS, "--sinks"))
     assert code == 0, errors
     return run
 
@@ -553,7 +553,7 @@ def test_a_killed_run_in_a_bucket_has_the_curve_of_one_on_a_disk(kind, uninterru
     assert checkpoints.steps() == same.steps() and all(checkpoints.verify(s) == [] for s in checkpoints.steps())
     digests = [json.loads(c.store.read(c.path(40) / "digests" / "data.json")) for c in (checkpoints, same)]
     assert digests[0] == digests[1], "the same weights, bit for bit"
-    assert [n for n in objects.names(folder / "tensorboard") if n.startswith("events")]
+    assert [n for n in objects.names(folder / "tensorboard" / "train") if n.startswith("events")]
 
 
 @pytest.mark.slow

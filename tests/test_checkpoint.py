@@ -24,7 +24,7 @@ from gptjax.storage import StorageError
 from gptjax.storage.bucket import is_transient
 
 CFG = CheckpointConfig(every=1, keep_newest=2)
-DATA, CONFIG = {"row": 7, "seen": [1, 2]}, {"model.width": 16, "run_dir": "x", "tensorboard": True, "lr": 6e-4}
+DATA, CONFIG = {"row": 7, "seen": [1, 2]}, {"model.width": 16, "run_dir": "x", "sinks": ["tensorboard"], "lr": 6e-4}
 
 
 def make_params(scale: float = 1.0) -> dict:

@@ -174,7 +174,7 @@ def on_a_terminal(*words: str) -> tuple[int, str]:
         ("--optim.learning-rate fast", "--optim.learning-rate: got 'fast', wanted a number"),
         ("--optim.kind adam", "invalid choice 'adam' for argument '--optim.kind'. Expected one of ('adamw', 'lion'"),
         ("--data.source", "Missing value for argument '--data.source'"),
-        ("--tensorboard yes", "Unrecognized options: yes"),
+        ("--sample yes", "Unrecognized options: yes"),
         ("--model.num-heads 7", "model.width=192: wanted a multiple of model.num_heads=7"),
     ],
 )

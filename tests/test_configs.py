@@ -138,12 +138,12 @@ def test_a_bad_setting_is_one_clear_line(args, message):
 
 
 def test_any_setting_can_be_given_by_its_dotted_name():
-    args = "--model.num-layers 3 --model.queries_per_kv 2 --no-tensorboard --generate.prompt a b --optim.schedule=wsd"
+    args = "--model.num-layers 3 --model.queries_per_kv 2 --sinks --generate.prompt a b --optim.schedule=wsd"
     config = parse(recipe("quickstart"), args.split(), "gptjax pretrain quickstart")
-    assert (config.model.num_layers, config.model.queries_per_kv, config.tensorboard) == (3, 2, False)
+    assert (config.model.num_layers, config.model.queries_per_kv, config.sinks) == (3, 2, ())
     assert config.generate.prompt == ("a", "b") and config.optim.schedule == "wsd"
     given = [n for n, o in origins(TrainConfig(), recipe("quickstart"), config).items() if o == "command line"]
-    assert given == ["tensorboard", "model.num_layers", "model.queries_per_kv", "optim.schedule", "generate.prompt"]
+    assert given == ["sinks", "model.num_layers", "model.queries_per_kv", "optim.schedule", "generate.prompt"]
 
 
 RETURNS = "from gptjax.config import *\ndef pretrain():\n    return "

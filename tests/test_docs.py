@@ -27,7 +27,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 TINY = {
     "steps": 2, "model.num_layers": 1, "model.width": 32, "model.num_heads": 2, "model.unroll": 1, "data.length": 32,
     "data.batch_size": 4, "data.source": "text.txt", "tokenizer.kind": "bytes", "tokenizer.vocab_size": 258,
-    "evaluate.max_rows": 8, "generate.max_new_tokens": 4, "tensorboard": False, "model.dtype": "float32",
+    "evaluate.max_rows": 8, "generate.max_new_tokens": 4, "sinks": (), "model.dtype": "float32",
 }  # fmt: skip
 OTHERS = ("export", "tensorboard", "pre-commit")
 

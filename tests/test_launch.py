@@ -24,7 +24,7 @@ AWKWARD = ["--data.text-field", 'it\'s a "text" & more']
 TINY = """
 --steps 6 --model.num-layers 1 --model.width 32 --model.num-heads 2 --model.unroll 1 --model.dtype float32
 --tokenizer.kind bytes --tokenizer.vocab-size 258 --data.length 32 --data.batch-size 4 --evaluate.max-rows 8
---no-sample --no-tensorboard --data.source
+--no-sample --sinks --data.source
 """.split()
 
 

@@ -25,7 +25,7 @@ STEPS = 800
 SETTINGS = f"""
 --steps {STEPS} --model.num-layers 1 --model.width 32 --model.num-heads 2 --model.dtype float32 --model.unroll 1
 --tokenizer.kind bytes --tokenizer.vocab-size 258 --data.length 32 --data.batch-size 4 --data.source words.txt
---optim.warmup-steps 10 --evaluate.every {STEPS} --evaluate.max-rows 8 --checkpoint.every 20 --no-tensorboard
+--optim.warmup-steps 10 --evaluate.every {STEPS} --evaluate.max-rows 8 --checkpoint.every 20 --sinks
 --generate.max-new-tokens 4 --log-every 100
 """.replace("\n", " ")
 

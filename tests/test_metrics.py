@@ -258,7 +258,7 @@ def log(report: Metrics, steps):
 
 
 def test_a_line_of_metrics_says_what_scripts_rely_on(tmp_path, clock):
-    report = Metrics(tmp_path / "m.jsonl", tmp_path / "tb", CFG, 258)
+    report = Metrics(tmp_path / "m.jsonl", CFG, 258)
     for step in (1, 2):
         clock.now += 0.5
         log(report, [step])
@@ -281,12 +281,12 @@ def test_a_line_of_metrics_says_what_scripts_rely_on(tmp_path, clock):
 
 
 def test_a_resumed_run_has_one_line_a_step_and_time_goes_on(tmp_path, clock):
-    path, folder = tmp_path / "m.jsonl", tmp_path / "tb"
-    report = Metrics(path, folder, CFG, 258)
+    path = tmp_path / "m.jsonl"
+    report = Metrics(path, CFG, 258)
     for step in range(1, 8):
         clock.now += 1
         log(report, [step])
-    report = Metrics(path, folder, CFG, 258, resumed_step=5)
+    report = Metrics(path, CFG, 258, resumed_step=5)
     clock.now += 1
     log(report, range(6, 10))
     report.close()
@@ -296,34 +296,16 @@ def test_a_resumed_run_has_one_line_a_step_and_time_goes_on(tmp_path, clock):
 
 
 def test_the_first_line_shown_names_the_peak_that_mfu_is_a_share_of(tmp_path, capsys):
-    Metrics(tmp_path / "m.jsonl", tmp_path / "tb", CFG, 258).close()
+    Metrics(tmp_path / "m.jsonl", CFG, 258).close()
     wanted = "mfu is by 6N/causal/PaLM, a share of 1 TFLOP/s (float32, measured) on each of 8 x cpu"
     assert wanted in capsys.readouterr().err
 
 
-def events(folder):
-    """(step, tag, status) of each event in a folder of TensorBoard files, in order."""
-    from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
-
-    for path in sorted(folder.iterdir(), key=lambda p: p.stat().st_mtime_ns):
-        raw = path.read_bytes()
-        while raw:
-            (size,) = struct.unpack("<Q", raw[:8])
-            event = Event.FromString(raw[12 : 12 + size])
-            raw = raw[16 + size :]
-            yield event.step, [v.tag for v in event.summary.value], event.session_log.status
-
-
-def test_tensorboard_curves_do_not_double_after_a_resume(tmp_path):
-    path, folder = tmp_path / "m.jsonl", tmp_path / "tb"
-    report = Metrics(path, folder, CFG, 258)
-    log(report, range(1, 31))
-    report.log_evaluation(30, {"eval_loss": 1.5})
-    report.close()
-    seen = list(events(folder))
-    assert {step for step, tags, _ in seen if "train/loss" in tags} == {1, 10, 20, 30}
-    assert {step for step, tags, _ in seen if "evaluation/eval_loss" in tags} == {30}
-    assert not any(status for *_, status in seen)
-    report = Metrics(path, folder, CFG, 258, resumed_step=15)
-    report.close()
-    assert [step for step, _, status in events(folder) if status == 1] == [16]  # 1 is START: drop this step and later
+def test_samples_of_later_steps_are_dropped_on_a_resume(tmp_path):
+    for resumed, steps in ((0, (10, 20)), (10, (30,))):
+        report = Metrics(tmp_path / "m.jsonl", CFG, 258, resumed_step=resumed)
+        for step in steps:
+            report.log_sample(step, "Once", f" at {step}")
+        report.close()
+    kept = MetricsFile(tmp_path / "samples.jsonl").read()
+    assert kept == [{"step": step, "prompt": "Once", "text": f" at {step}"} for step in (10, 30)]

@@ -36,7 +36,7 @@ from gptjax.training.stop import Interrupted
 SETTINGS = """
 --model.num-layers 1 --model.width 32 --model.num-heads 2 --model.dtype float32 --model.dropout 0
 --tokenizer.kind bytes --tokenizer.vocab-size 258 --data.length 32 --data.batch-size 8
---optim.warmup-steps 4 --optim.schedule constant --evaluate.max-rows 13 --no-tensorboard --generate.max-new-tokens 4
+--optim.warmup-steps 4 --optim.schedule constant --evaluate.max-rows 13 --sinks --generate.max-new-tokens 4
 """
 
 

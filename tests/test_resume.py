@@ -14,7 +14,7 @@ SETTINGS = f"""
 --steps {STEPS} --model.num-layers 2 --model.width 64 --model.num-heads 2 --model.dtype float32 --model.dropout 0.1
 --tokenizer.kind bytes --tokenizer.vocab-size 258 --data.length 64 --data.batch-size 4 --optim.accumulate 2
 --optim.warmup-steps 10 --evaluate.every 60 --evaluate.max-rows 8 --checkpoint.every 25 --checkpoint.keep-best 1
---no-tensorboard --no-sample
+--sinks --no-sample
 """
 
 

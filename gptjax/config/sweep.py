@@ -7,7 +7,7 @@ from gptjax.config.section import InputError, Section
 
 # Settings of its runs that the sweep sets itself.
 OWN = ("run_dir", "steps", "seed", "checkpoint.at", "checkpoint.keep_newest", "checkpoint.keep_every", "evaluate.every",
-       "tensorboard", "sample")  # fmt: skip
+       "sinks", "sample")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

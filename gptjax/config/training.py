@@ -11,19 +11,22 @@ from gptjax.config.data import DataConfig
 from gptjax.config.generation import GenerateConfig
 from gptjax.config.model import ModelConfig
 from gptjax.config.optim import OptimConfig
+from gptjax.config.plugins import is_name
 from gptjax.config.section import InputError, Section, leaves
 from gptjax.config.tokenizer import TokenizerConfig
 
 SCHEMA = 1  # version of config.json; raise it when a saved file needs translating
 
 # What may change when a run is resumed. Everything else is frozen: changing it would make another run.
-FREE = ("run_dir", "log_every", "log_norms_every", "tensorboard", "sample", "profile", "compile_cache", "time_limit",
+FREE = ("run_dir", "log_every", "log_norms_every", "sinks", "sample", "profile", "compile_cache", "time_limit",
         "mesh", "checkpoint", "evaluate", "generate", "model.remat", "model.remat_names", "model.unroll",
         "model.attention", "model.attention_block", "data.workers", "data.validation", "data.max_corrupt",
         "data.exact_resume")  # fmt: skip
 EXTENDABLE = ("steps",)
 # Compared by what they are, not by how they are spelt: a corpus may be moved, and the data refuses another one.
 BY_CONTENT = ("data.source", "data.mixture", "tokenizer.path")
+
+SINKS = ("tensorboard", "wandb", "trackio", "mlflow")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,10 +129,10 @@ class TrainConfig(Section):
     """Steps between lines with the norms of each layer's gradients and activations; 0: never."""
     log_every: int = 10
     """Steps between printed lines where there is no terminal for a progress bar; metrics.jsonl has every step."""
-    tensorboard: bool = True
-    """Write TensorBoard event files under the run folder."""
+    sinks: tuple[str, ...] = ("tensorboard",)
+    """Where curves go beside metrics.jsonl and report.html: tensorboard, wandb, trackio, mlflow, or module:function."""
     sample: bool = True
-    """Print a continuation of generate.prompt at the end."""
+    """Continue generate.prompt at each evaluation, for the report, and print the text at the end."""
     time_limit: str = ""
     """Save and end before this much time has passed since the start (4h, 90m, 1:30:00, seconds), with exit code 75."""
     profile: str = ""
@@ -151,6 +154,9 @@ class TrainConfig(Section):
         self.require_positive("log_every")
         self.require_numbers(0, 2**31 - 1, "seed")
         self.require_numbers(0, math.inf, "log_norms_every")
+        wanted = f"{', '.join(SINKS)}, or module:function, each once"
+        self.require(all(s in SINKS or is_name(s) for s in self.sinks), "sinks", wanted)
+        self.require(len({*self.sinks}) == len(self.sinks), "sinks", wanted)
         if self.data.batch_size % self.optim.accumulate:
             rows, parts = self.data.batch_size, self.optim.accumulate
             raise InputError(

@@ -21,7 +21,7 @@ from gptjax.runtime.versions import versions
 from gptjax.storage import PROBE, filesystem, resolve_path, write_json
 
 HEADER = ("schema", "stage", "recipe", "settings")
-LOGS = ("metrics.jsonl", "tensorboard")
+LOGS = ("metrics.jsonl", "samples.jsonl", "events.jsonl", "sinks.json", "tensorboard")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +64,16 @@ class Run:
         return self.folder / "checkpoints"
 
     @property
-    def tensorboard(self) -> Path:
-        return self.local / "tensorboard"
+    def samples_path(self) -> Path:
+        return self.local / "samples.jsonl"
+
+    @property
+    def events_path(self) -> Path:
+        return self.local / "events.jsonl"
+
+    @property
+    def report_path(self) -> Path:
+        return self.folder / "report.html"
 
     @property
     def tokenizer(self) -> Path:
@@ -108,7 +116,7 @@ class Run:
         if not committed_steps(run.checkpoints):
             run.write_settings(config, provenance)
         if jax.process_index() == 0:
-            run.pull(run.metrics_path)
+            files.pull(run.folder, *LOGS)
             run.local.mkdir(parents=True, exist_ok=True)
             files.keep_pushing(run.folder, *LOGS)
         return dataclasses.replace(run, changes=changes)
@@ -139,7 +147,7 @@ class Run:
         filesystem(self.folder).push(self.folder, *(path.name for path in paths))
 
     def push_logs(self) -> None:
-        """Brings the metrics into the run's bucket; called before a step is committed, so that none is missing."""
+        """Brings the logs into the run's bucket; called before a step is committed, so that none is missing."""
         filesystem(self.folder).push(self.folder, *LOGS)
 
     def close(self) -> None:

@@ -3,16 +3,14 @@
 import contextlib
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import jax
 
-from gptjax.config import TrainConfig
+from gptjax.config import GenerateConfig, TrainConfig
 from gptjax.data.packing import example_batch
 from gptjax.data.pipeline import kept_texts, open_pipeline
 from gptjax.evals.loss import evaluate, make_eval_step
 from gptjax.generation.engine import generate
-from gptjax.model.decoder import Decoder
 from gptjax.ops.attention import describe
 from gptjax.parallel.processes import barrier, is_main_process, main_process_first, say
 from gptjax.parallel.sharding import abstract
@@ -22,7 +20,7 @@ from gptjax.runs.warm_start import check_init, warm_start
 from gptjax.stages.runner import Runner, join
 from gptjax.tokenizer import Tokenizer
 from gptjax.training.build import build_components
-from gptjax.training.step import compile_step, init_state, run_in_background
+from gptjax.training.step import TrainState, compile_step, init_state, run_in_background
 
 
 def pretrain(config: TrainConfig, provenance: Provenance) -> Path:
@@ -87,29 +85,33 @@ def pretrain(config: TrainConfig, provenance: Provenance) -> Path:
         barrier("compiled")
         eval_step = make_eval_step(decoder, mesh, state.params, example)
         batches = group.cleanup.enter_context(contextlib.closing(data.batches(cursor, runner.rows.numbers)))
+        sampling = sample_settings(config, data.tokenizer)
+
+        def sample(state: TrainState) -> str:
+            return generate(decoder, state.eval_params, data.tokenizer, sampling)[0] if sampling else ""
+
         state = runner.train(
             train_step, state, {}, batches, vocab_size=decoder.vocab_size,
             evaluate=lambda state: evaluate(
                 eval_step, state.eval_params, data.validation, config.evaluate.max_rows, mesh
             ),
+            sample=sample,
         )  # fmt: skip
 
         # -- A sample, so that the first thing a newcomer sees of a model is text.
-        if config.sample:
-            print_sample(config, decoder, state.eval_params, data.tokenizer)
+        if sampling and (text := sample(state)) and is_main_process():
+            print(f"\nsample of {sampling.max_new_tokens} tokens:\n{sampling.prompt[0]}{text}\n", flush=True)
     return run.folder
 
 
-def print_sample(config: TrainConfig, decoder: Decoder, params: Any, tokenizer: Tokenizer) -> None:
-    """Prints a continuation of the recipe's prompt, as long as its settings and the context allow."""
+def sample_settings(config: TrainConfig, tokenizer: Tokenizer) -> GenerateConfig | None:
+    """The recipe's first prompt, continued as far as its settings and the context allow; None where none is wanted."""
     prompt = config.generate.prompt[0]
     room = config.data.length - len(tokenizer.encode(prompt)) - 1
-    if room < 1:
+    if config.sample and room < 1:
         say(f"no sample: generate.prompt fills the context of {config.data.length} tokens")
-        return
-    settings = dataclasses.replace(
+    if not config.sample or room < 1:
+        return None
+    return dataclasses.replace(
         config.generate, prompt=(prompt,), max_new_tokens=min(room, config.generate.max_new_tokens)
     )
-    text = generate(decoder, params, tokenizer, settings)[0]
-    if is_main_process():
-        print(f"\nsample of {settings.max_new_tokens} tokens:\n{prompt}{text}\n", flush=True)

@@ -10,18 +10,21 @@ import jax
 from jax.sharding import Mesh
 
 from gptjax.config import MeshConfig, TrainConfig, check_divisible
-from gptjax.config.section import leaves
+from gptjax.config.section import leaves, one_line
 from gptjax.parallel.processes import barrier, broadcast_from_main, is_main_process, join_processes, say
 from gptjax.parallel.sharding import local_rows, make_mesh
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.digest import committed_steps
+from gptjax.runs.events import write_event
 from gptjax.runs.load import load_model
+from gptjax.runs.report import write_report
 from gptjax.runs.run import Provenance, Run, load_config
 from gptjax.runtime.compile_cache import enable_compile_cache
 from gptjax.runtime.dtype import preferred_dtype
 from gptjax.runtime.process import STARTED
 from gptjax.training.loop import Batches, Diverged, Hooks, fit
 from gptjax.training.metrics import Metrics
+from gptjax.training.sinks import check_sinks
 from gptjax.training.step import TrainState
 from gptjax.training.stop import Interrupted, Signals, Stop, TimeLimit, stop_on_signals
 
@@ -45,6 +48,7 @@ class ProcessGroup:
 def join(config: TrainConfig, provenance: Provenance) -> Generator[ProcessGroup]:
     """Joins the job's processes and sets the mesh. At the end everything on `cleanup` is closed, whatever fails."""
     with stop_on_signals() as signals, contextlib.ExitStack() as cleanup:
+        check_sinks(config.sinks)
         join_processes(dict(leaves(config)) | {"recipe": provenance.sha256}, config.run_dir)
         if config.compile_cache:
             enable_compile_cache()
@@ -82,6 +86,7 @@ class Runner:
             say(line)
         self.checkpoints = Checkpoints(self.run.checkpoints, config.checkpoint)
         self.rows = local_rows(config.data.batch_size, group.mesh)
+        self._logged, self._no_report = 0, False
 
     def restore(self, shapes: TrainState) -> tuple[TrainState, dict] | None:
         """The state and the data's state of the newest sound checkpoint; None where the run has none."""
@@ -98,19 +103,22 @@ class Runner:
         frozen: Mapping[str, Any],
         batches: Batches,
         evaluate: Callable[[TrainState], dict],
+        sample: Callable[[TrainState], str],
         vocab_size: int,
     ) -> TrainState:
         """Trains to config.steps with saves, evaluations, metrics and retention; returns the last state.
 
         `step` is compiled and `frozen` lies on the mesh; `evaluate` returns the metrics of the stage's own evaluation,
-        `eval_loss` among them. Raises Interrupted after a signal or near the time limit, with everything saved,
-        Diverged, and CheckpointError where a save fails.
+        `eval_loss` among them, and `sample` a continuation of generate.prompt, or "". Raises Interrupted after a
+        signal or near the time limit, with everything saved, Diverged, and CheckpointError where a save fails.
         """
         config, start = self.config, int(state.step)
-        metrics = Metrics(self.run.metrics_path, self.run.tensorboard, config, vocab_size, resumed_step=start)
+        self._event(start, "resumed" if start else "started", changes=self.run.changes)
+        self.group.cleanup.callback(self._report)
+        metrics = Metrics(self.run.metrics_path, config, vocab_size, resumed_step=start)
         self.group.cleanup.callback(metrics.close)
         self.group.cleanup.callback(self.checkpoints.wait, all_processes=False)
-        evaluation = functools.partial(self._evaluate, metrics, evaluate)
+        evaluation = functools.partial(self._evaluate, metrics, evaluate, sample)
         due = start > 0 and (start % config.evaluate.every == 0 or start == config.steps)
         missing = due and is_main_process() and metrics.file.evaluation(start) is None
         if broadcast_from_main("evaluate", missing):
@@ -131,22 +139,45 @@ class Runner:
         )
         self.group.signals.defer()
         with barrier_at_exit(self.checkpoints, self.group.cleanup):
-            return fit(
-                step, state, frozen, batches, config.steps, mesh=self.group.mesh, rows=self.rows, hooks=hooks
-            )  # fmt: skip
+            try:
+                state = fit(
+                    step, state, frozen, batches, config.steps, mesh=self.group.mesh, rows=self.rows, hooks=hooks
+                )
+            except (Interrupted, Diverged) as e:
+                self._event(self._logged, type(e).__name__.lower(), reason=str(e))
+                raise
+            self._event(config.steps, "finished")
+            return state
 
     def _log(self, metrics: Metrics, i: int, values: dict, data_state: dict) -> None:
         self.checkpoints.check()  # a save that failed in the background ends the run at the next step
         by_source = {f"tokens_{name}": count for name, count in data_state.get("tokens", {}).items() if name}
         metrics.log_step(i, values | by_source)
+        self._logged = i
 
     def _save(self, metrics: Metrics, i: int, state: TrainState, data_state: dict) -> None:
         self._retain(metrics)
+        self._event(i, "saved")
         self.checkpoints.save(i, state, data_state, dict(leaves(self.config)), first=self.run.push_logs)
 
-    def _evaluate(self, metrics: Metrics, evaluate: Callable[[TrainState], dict], i: int, state: TrainState) -> None:
+    def _evaluate(self, metrics: Metrics, evaluate: Callable, sample: Callable, i: int, state: TrainState) -> None:
         metrics.log_evaluation(i, evaluate(state))
+        if text := sample(state):
+            metrics.log_sample(i, self.config.generate.prompt[0], text)
         self._retain(metrics)  # decided after the evaluation, which may make this step one of the best
+        self._report()
+
+    def _event(self, step: int, kind: str, **more: Any) -> None:
+        if is_main_process():
+            write_event(self.run.events_path, step, kind, **more)
+
+    def _report(self) -> None:
+        if is_main_process() and not self._no_report:
+            try:
+                write_report(self.run)
+            except Exception as e:  # a page to look at may not end a run
+                self._no_report = True
+                say(f"warning: {self.run.report_path} can't be written ({one_line(e)}); the run goes on without it")
 
     def _retain(self, metrics: Metrics) -> None:
         self.checkpoints.wait()  # the save that it may refer to is on the disk

@@ -1,7 +1,6 @@
-"""Reports of a run while it trains: metrics.jsonl, TensorBoard, a progress bar, tokens/s and MFU."""
+"""Reports of a run while it trains: metrics.jsonl, sinks, a progress bar, tokens/s and MFU."""
 
 import collections
-import functools
 import resource
 import statistics
 import sys
@@ -12,38 +11,14 @@ from typing import Any
 import jax
 
 from gptjax.config import TrainConfig
+from gptjax.config.section import leaves
 from gptjax.model.counts import flops_per_token
 from gptjax.runtime.hardware import describe_devices, peak_flops
 from gptjax.training.metrics_file import MetricsFile, number
+from gptjax.training.sinks import Sinks
 
 FIRST_KEYS = ("step", "updates", "loss", "tokens", "tokens_per_second", "learning_rate", "grad_norm")
 CONVENTIONS = ("6n", "causal", "palm")
-
-
-class TensorBoard:
-    """Scalars for TensorBoard. After a resume, curves beyond the restored step are dropped from the display."""
-
-    def __init__(self, folder: Path, resumed_step: int):
-        self._folder, self._resumed_step = folder, resumed_step
-
-    @functools.cached_property
-    def _writer(self) -> Any:
-        """Made at the first write, while the second step runs: where PyTorch is installed this imports all of it."""
-        from tensorboardX import SummaryWriter
-
-        purge = self._resumed_step + 1 if self._resumed_step else None
-        return SummaryWriter(str(self._folder), purge_step=purge, flush_secs=5)
-
-    def write(self, step: int, group: str, values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            if isinstance(value, list):
-                for i, x in enumerate(value):
-                    self._writer.add_scalar(f"{name}/{i:03d}", x, step)
-            elif isinstance(value, int | float) and name != "step":
-                self._writer.add_scalar(f"{group}/{name}", value, step)
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 class Throughput:
@@ -124,18 +99,20 @@ class ProgressBar:
 class Metrics:
     """All reports of a training run; in processes other than the first it does nothing.
 
-    `path` is metrics.jsonl, `tensorboard` the folder of event files. `resumed_step` is the step restored (0 for a
-    new run): later lines are dropped. Step s is the s-th batch, so the first line says step 1. Call `log_step(s)`
-    before saving step s, or a kill right after the save leaves the file without that line.
+    `path` is metrics.jsonl, in the run's folder, beside which samples.jsonl has the texts of evaluations.
+    `resumed_step` is the step restored (0 for a new run): later lines are dropped. Step s is the s-th batch, so the
+    first line says step 1. Call `log_step(s)` before saving step s, or a kill right after the save leaves the file
+    without that line.
     """
 
-    def __init__(self, path: Path, tensorboard: Path, cfg: TrainConfig, vocab_size: int, resumed_step: int = 0):
-        self.file = MetricsFile(path)
+    def __init__(self, path: Path, cfg: TrainConfig, vocab_size: int, resumed_step: int = 0):
+        self.file, self._samples = MetricsFile(path), MetricsFile(path.with_name("samples.jsonl"))
         self._active = jax.process_index() == 0
         if not self._active:
             return
         self._cfg = cfg
         self.file.truncate_after(resumed_step)
+        self._samples.truncate_after(resumed_step)
         lines = self.file.read()
         self._seconds_before = max((line.get("seconds", 0.0) for line in lines), default=0.0)
         self._start = time.perf_counter()
@@ -144,12 +121,12 @@ class Metrics:
         self._tokens_a_step = cfg.data.batch_size * cfg.data.length
         flops = flops_per_token(cfg.model, vocab_size, cfg.data.length)
         self._throughput = Throughput(self._tokens_a_step, flops, devices["count"] * peak)
-        self._tensorboard = TensorBoard(tensorboard, resumed_step) if cfg.tensorboard else None
         self.progress = ProgressBar(cfg.steps, resumed_step, cfg.log_every)
         self.progress.note(
             f"mfu is by 6N/causal/PaLM, a share of {peak / 1e12:.4g} TFLOP/s ({cfg.model.dtype}, {source}) "
             f"on each of {devices['count']} x {devices['kind']}"
         )
+        self._sinks = Sinks(cfg.sinks, path.parent, dict(leaves(cfg)), resumed_step, self.progress.note)
 
     def log_step(self, step: int, metrics: dict[str, Any]) -> None:
         """Reports a training step: `loss`, `learning_rate`, `grad_norm`, `updates` and whatever else is in `metrics`.
@@ -174,8 +151,8 @@ class Metrics:
             line |= {f"{name}_by_layer": [float(x) for x in values] for name, values in layers.items()}
         self.file.write(line)
         self.progress.step(line, self._throughput.seconds(self._cfg.steps - step))
-        if self._tensorboard is not None and (step % self._cfg.log_every == 0 or step == 1):
-            self._tensorboard.write(step, "train", line)
+        if step % self._cfg.log_every == 0 or step == 1:
+            self._sinks.scalars(step, "train", line)
 
     def log_evaluation(self, step: int, metrics: dict[str, Any]) -> None:
         """Reports an evaluation: `eval_loss`, `eval_perplexity`, `eval_bits_per_byte`."""
@@ -190,16 +167,21 @@ class Metrics:
             if k != "step"
         )
         self.progress.note(f"step {step}  evaluation: {shown}")
-        if self._tensorboard is not None:
-            self._tensorboard.write(step, "evaluation", line)
+        self._sinks.scalars(step, "validation", line)
+
+    def log_sample(self, step: int, prompt: str, text: str) -> None:
+        """Keeps a continuation of a prompt by the model of a step."""
+        if self._active:
+            self._samples.write({"step": step, "prompt": prompt, "text": text})
+            self._sinks.text(step, "sample", prompt + text)
 
     def close(self) -> None:
         if not self._active:
             return
         self.progress.close()
         self.file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        self._samples.close()
+        self._sinks.close()
 
 
 def peak_memory() -> int:

@@ -99,7 +99,7 @@ def _job(point: Point, parent: str, start: int, saves: tuple[int, ...], flags: S
     own = ["--size", point.size, *flags, "--seed", str(point.seed), "--steps", str(steps)]
     # Saves are a tenth of the run apart, and no nearer than the recipe's: a short run does not save for nothing.
     own += ["--checkpoint.every", str(max(config.checkpoint.every, -(-steps // 10))), "--checkpoint.keep-newest", "1"]
-    own += ["--checkpoint.keep-every", "0", "--evaluate.every", str(steps), "--no-tensorboard", "--no-sample"]
+    own += ["--checkpoint.keep-every", "0", "--evaluate.every", str(steps), "--sinks", "--no-sample"]
     own += ["--checkpoint.at", *map(str, saves)] if saves else []
     return Job(
         name=point.name, size=point.size, seed=point.seed, budget=point.budget, steps=steps, parent=parent, start=start,
