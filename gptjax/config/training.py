@@ -11,7 +11,6 @@ from gptjax.config.data import DataConfig
 from gptjax.config.generation import GenerateConfig
 from gptjax.config.model import ModelConfig
 from gptjax.config.optim import OptimConfig
-from gptjax.config.plugins import is_name
 from gptjax.config.section import InputError, Section, leaves
 from gptjax.config.tokenizer import TokenizerConfig
 
@@ -155,7 +154,7 @@ class TrainConfig(Section):
         self.require_numbers(0, 2**31 - 1, "seed")
         self.require_numbers(0, math.inf, "log_norms_every")
         wanted = f"{', '.join(SINKS)}, or module:function, each once"
-        self.require(all(s in SINKS or is_name(s) for s in self.sinks), "sinks", wanted)
+        self.require(all(s in SINKS or ":" in s for s in self.sinks), "sinks", wanted)
         self.require(len({*self.sinks}) == len(self.sinks), "sinks", wanted)
         if self.data.batch_size % self.optim.accumulate:
             rows, parts = self.data.batch_size, self.optim.accumulate

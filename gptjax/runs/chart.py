@@ -22,7 +22,7 @@ circle.a { fill: var(--a); } circle.b { fill: var(--b); } span.a, span.b { strok
 
 
 @dataclass(frozen=True)
-class Curve:
+class Series:
     """A name, its points (step, value) in order, and a format of its last value for the caption.
 
     `noisy` draws a mean over its points beside them, `dots` marks each.
@@ -35,7 +35,7 @@ class Curve:
     dots: bool = False
 
 
-def chart(title: str, unit: str, curves: Sequence[Curve], log: bool = False) -> str:
+def chart(title: str, unit: str, curves: Sequence[Series], log: bool = False) -> str:
     """A figure of curves over steps from 0, its last values in the caption; "" where no curve has a finite point."""
     # A logarithmic axis has no place for 0.
     ok = [[(x, y) for x, y in c.points if math.isfinite(y) and (y > 0 or not log)] for c in curves]

@@ -1,16 +1,17 @@
 """report.html: a run on one page, drawn from its folder alone: curves, samples, settings, environment, events."""
 
+import collections
 import html
 import json
 import shlex
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gptjax.model.counts import parameters
 from gptjax.runs import chart
-from gptjax.runs.chart import Curve
+from gptjax.runs.chart import Series
 from gptjax.runs.events import read_events
 from gptjax.runs.run import Run, load_config, read_config
 from gptjax.storage import filesystem, write_file
@@ -38,12 +39,12 @@ th, td:first-child, td + td + td { width: auto; white-space: nowrap; } details +
 """
 
 
-def write_report(run: Run) -> None:
+def write_page(run: Run) -> None:
     """Writes report.html into a run's folder, whole or not at all; raises where a file can't be read or written."""
-    write_file(run.report_path, page(run).encode())
+    write_file(run.report_path, html_page(run).encode())
 
 
-def page(run: Run) -> str:
+def html_page(run: Run) -> str:
     """The page, which loads nothing and runs no script; below 2 MB however long the run is."""
     config, document = load_config(run.folder), read_config(run.folder)
     lines, stride = _thinned(run.metrics_path)
@@ -55,7 +56,7 @@ def page(run: Run) -> str:
     )
     model, count = config.model, parameters(config.model, config.tokenizer.vocab_size, config.data.length)["total"]
     title = run.folder.name
-    drawn = "" if stride == 1 else f" Every {stride:,}th step is drawn."
+    drawn = "" if stride == 1 else f" One step of {stride:,} is drawn."
     body = [
         f"<h1>{_text(title)}</h1>",
         f"<p>{state} at step {last.get('step', 0):,} of {config.steps:,}; {last.get('tokens', 0):,} tokens, "
@@ -79,33 +80,31 @@ def page(run: Run) -> str:
 
 
 def _thinned(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Every n-th line of metrics.jsonl, its last one and the evaluations, at most about 1,000 of each; and n.
+    """The lines of metrics.jsonl: of steps every n-th up to the last, of evaluations as well, 2,000 at most; and n.
 
     Only those are parsed: a long run has a million lines, and is drawn again at each evaluation.
     """
-    try:
+
+    def whole() -> Iterator[tuple[bool, bytes]]:
         with path.open("rb") as file:
-            evaluations = count = 0
-            for raw in file:
-                count, evaluations = count + 1, evaluations + (b'"eval_loss"' in raw)
-        stride, every = max(1, count // MOST_POINTS), max(1, evaluations // MOST_POINTS)
-        lines, evaluated = [], 0
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, 1):
-                evaluated += (evaluates := b'"eval_loss"' in raw)
-                wanted = (evaluations - evaluated) % every == 0 if evaluates else (number - 1) % stride == 0
-                if (wanted or number == count) and raw.endswith(b"\n"):
-                    line = json.loads(raw)
-                    lines.append({k: SPECIAL.get(v, v) if isinstance(v, str) else v for k, v in line.items()})
-    except FileNotFoundError:
+            yield from ((b'"eval_loss"' in raw, raw) for raw in file if raw.endswith(b"\n"))
+
+    if not path.is_file():
         return [], 1
-    return lines, stride
+    left = collections.Counter(evaluates for evaluates, _ in whole())
+    stride = {evaluates: -(-count // MOST_POINTS) for evaluates, count in left.items()}
+    lines = []
+    for evaluates, raw in whole():
+        left[evaluates] -= 1
+        if left[evaluates] % stride[evaluates] == 0:
+            lines.append({k: SPECIAL.get(v, v) if isinstance(v, str) else v for k, v in json.loads(raw).items()})
+    return lines, stride.get(False, 1)
 
 
 def _charts(steps: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    def curve(name: str, key: str, show: Callable[[float], str], times: float = 1, of=steps, **how: bool) -> Curve:
+    def curve(name: str, key: str, show: Callable[[float], str], times: float = 1, of=steps, **how: bool) -> Series:
         points = [(line["step"], line[key] * times) for line in of if isinstance(line.get(key), int | float)]
-        return Curve(name, points, show, **how)
+        return Series(name, points, show, **how)
 
     nats = "{:.4f}".format
     named = [k for k in (lines[-1] if lines else {}) if k.startswith("eval_loss_")]

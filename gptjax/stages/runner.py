@@ -17,7 +17,7 @@ from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.digest import committed_steps
 from gptjax.runs.events import write_event
 from gptjax.runs.load import load_model
-from gptjax.runs.report import write_report
+from gptjax.runs.report import write_page
 from gptjax.runs.run import Provenance, Run, load_config
 from gptjax.runtime.compile_cache import enable_compile_cache
 from gptjax.runtime.dtype import preferred_dtype
@@ -174,7 +174,7 @@ class Runner:
     def _report(self) -> None:
         if is_main_process() and not self._no_report:
             try:
-                write_report(self.run)
+                write_page(self.run)
             except Exception as e:  # a page to look at may not end a run
                 self._no_report = True
                 say(f"warning: {self.run.report_path} can't be written ({one_line(e)}); the run goes on without it")

@@ -89,7 +89,7 @@ class WandB:
     library, install = "wandb", "'gptjax[wandb]'"
 
     def start(self, run: Path, settings: Mapping[str, Any], resumed_step: int) -> None:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         # Silent: no questions for a key on the terminal of a run, and no lines over its bar.
         options = wandb.Settings(silent=True, console="off", init_timeout=60, finish_timeout=10)
@@ -119,7 +119,7 @@ class Trackio:
     library, install = "trackio", "'gptjax[trackio]'"
 
     def start(self, run: Path, settings: Mapping[str, Any], resumed_step: int) -> None:
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports]
 
         self._markdown = trackio.Markdown
         name = _new_id(run, "trackio", f"{run_name(settings)}-{uuid.uuid4().hex[:8]}")  # by which it finds a run again
@@ -144,8 +144,8 @@ class MLflow:
     library, install = "mlflow", "'gptjax[mlflow]'"
 
     def start(self, run: Path, settings: Mapping[str, Any], resumed_step: int) -> None:
-        from mlflow import MlflowClient
-        from mlflow.entities import Metric, Param
+        from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
+        from mlflow.entities import Metric, Param  # pyright: ignore[reportMissingImports]
 
         self._metric, self._client = Metric, MlflowClient()
         if known := _read_ids(run).get("mlflow"):
