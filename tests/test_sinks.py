@@ -2,7 +2,9 @@
 
 import errno
 import importlib.util
+import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -195,8 +197,6 @@ def test_a_sink_that_blocks_raises_or_exits_is_said_once_and_changes_nothing(tmp
     told = [line for line in errors.splitlines() if f"{kind.__qualname__}:" in line]
     name = register(kind)
     assert len(told) == 2 and told[0].startswith(f"sink {name}: ") and "the run goes on without it" in told[0], errors
-    import re
-
     assert re.search(said, told[0]), told[0]
     lost = {Stuck: 32, Raising: 2, Dead: 32}[kind]
     assert told[1] == f"sink {name}: {lost} of 32 lines were not written; metrics.jsonl has all"
@@ -329,3 +329,126 @@ def test_a_full_file_system_is_one_line_and_the_run_goes_on(tmp_path, capsys):
         assert f"{402 - len(steps) - small} of 402 lines were not written" in errors, errors
     finally:
         subprocess.run(["umount", run / "tensorboard"], check=True)
+
+
+# The real clients, in their local modes.
+
+
+def overlaid(found: dict[str, dict[int, float]], name: str, step: int, value: float) -> None:
+    found.setdefault(name, {})[int(step)] = value  # what is written last wins
+
+
+def wandb_records(path: Path):
+    """The records of an offline W&B file, which is a LevelDB log: blocks of 32 KiB, records in parts."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    raw, at, parts = path.read_bytes(), 7, b""  # a header of 7 bytes
+    while at + 7 <= len(raw):
+        if (left := 32768 - at % 32768) < 7:
+            at += left
+            continue
+        size, kind = int.from_bytes(raw[at + 4 : at + 6], "little"), raw[at + 6]
+        parts, at = parts + raw[at + 7 : at + 7 + size], at + 7 + size
+        if kind in (1, 4):  # whole, last
+            yield Record.FromString(parts)
+            parts = b""
+
+
+def read_wandb(run: Path) -> tuple[dict, dict, dict]:
+    found, texts, configs, ids = {}, {}, {}, set()
+    for folder in sorted((run / "wandb").glob("offline-run-*")):
+        (file,) = folder.glob("*.wandb")
+        for record in wandb_records(file):
+            if record.WhichOneof("record_type") == "run":
+                ids.add(record.run.run_id)
+                configs |= {u.key: json.loads(u.value_json) for u in record.run.config.update}
+            items = {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
+            for name, value in items.items():
+                if name == "sample.path":
+                    texts[items["step"]] = (folder / "files" / value).read_text()
+                elif not name.startswith("sample.") and not name.startswith("_") and name != "step":
+                    overlaid(found, name, items["step"], float(value))
+    assert len(ids) == 1, "one run of two parts"
+    return found, texts, configs
+
+
+def read_mlflow(run: Path) -> tuple[dict, dict, dict]:
+    from mlflow import MlflowClient
+
+    client, found = MlflowClient(), {}
+    (experiment,) = [e for e in client.search_experiments() if e.name == "gptjax"]
+    (only,) = client.search_runs([experiment.experiment_id])
+    for name in only.data.metrics:
+        for metric in client.get_metric_history(only.info.run_id, name):
+            overlaid(found, name, metric.step, metric.value)
+    files = [f.path for f in client.list_artifacts(only.info.run_id, "sample")]
+    texts = {int(Path(f).stem): Path(client.download_artifacts(only.info.run_id, f)).read_text() for f in files}
+    assert only.info.status == "FINISHED"
+    return found, texts, only.data.params
+
+
+def read_trackio(run: Path) -> tuple[dict, dict, dict]:
+    from trackio.sqlite_storage import SQLiteStorage
+
+    found, texts = {}, {}
+    (record,) = SQLiteStorage.get_run_records("gptjax")
+    for line in SQLiteStorage.get_logs("gptjax", record["name"], run_id=record["id"]):
+        for name, value in line.items():
+            if isinstance(value, dict):
+                texts[line["step"]] = value["_value"]
+            elif name not in ("step", "timestamp"):
+                overlaid(found, name, line["step"], float(value))
+    return found, texts, SQLiteStorage.get_run_config("gptjax", record["name"], run_id=record["id"])
+
+
+def read_tensorboard(run: Path) -> tuple[dict, dict, dict]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found, texts = {}, {}
+    for split in ("train", "validation"):
+        reader = EventAccumulator(str(run / "tensorboard" / split), {"scalars": 0, "tensors": 0}).Reload()
+        for tag in reader.Tags()["scalars"]:
+            for event in reader.Scalars(tag):
+                overlaid(found, f"{tag}/{split}", event.step, event.value)
+        for tag in reader.Tags()["tensors"]:
+            for event in reader.Tensors(tag):
+                texts[event.step] = event.tensor_proto.string_val[0].decode()
+    settings = texts.pop(0)
+    rows = dict(line.strip("| ").split(" | ") for line in settings.splitlines()[2:])
+    return found, texts, rows
+
+
+READERS = {"wandb": read_wandb, "mlflow": read_mlflow, "trackio": read_trackio, "tensorboard": read_tensorboard}
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("name", READERS)
+def test_the_real_client_has_every_number_and_goes_on_with_one_curve(name, tmp_path, monkeypatch):
+    for variable, value in {
+        "WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio"), "MLFLOW_ALLOW_FILE_STORE": "true",
+        "MLFLOW_TRACKING_URI": os.environ.get("MLFLOW_TRACKING_URI") or str(tmp_path / "mlruns"),
+    }.items():  # fmt: skip
+        monkeypatch.setenv(variable, value)
+    pytest.importorskip(name)  # after that: trackio reads its variable once
+    monkeypatch.setattr(sinks, "CLOSE_SECONDS", 60.0)  # the first import of a client on a busy machine
+    run, cfg = tmp_path / "run", config(name, log_norms_every=10, run_dir="runs/a")
+    before = curves(run_with(run, cfg))
+    # Another process's, as at a resume: clients remember runs. Step 26 to 30 are not made again.
+    code = f"import test_sinks, pathlib, jax; test_sinks.metrics.peak_flops = lambda dtype: (1e12, 'measured')\n" \
+           f"test_sinks.sinks.CLOSE_SECONDS = 60.0\n" \
+           f"test_sinks.run_with(pathlib.Path({str(run)!r}), test_sinks.config({name!r}, log_norms_every=10, " \
+           f"run_dir='runs/a'), first=16, last=25, resumed=15)"  # fmt: skip
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
+    wanted = curves(MetricsFile(run / "metrics.jsonl").read())
+    found, texts, settings = READERS[name](run)
+    if name == "tensorboard":  # the one client that cuts
+        assert as_singles(found) == as_singles(wanted)
+    else:  # they overwrite a step's numbers: what the first part alone wrote stays
+        names = before.keys() | wanted.keys()
+        merged = {metric: before.get(metric, {}) | wanted.get(metric, {}) for metric in names}
+        assert found == {metric: {s: float(x) for s, x in of.items()} for metric, of in merged.items()}
+    assert {25, 30} - set(texts) <= ({30} if name == "tensorboard" else set())
+    shown = texts[25].replace("&lt;", "<").replace("&gt;", ">")
+    assert "Once upon\n<25>" in shown
+    width = settings["model.width"]
+    assert (width.get("value") if isinstance(width, dict) else width) in (8, "8")

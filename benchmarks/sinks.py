@@ -1,0 +1,125 @@
+"""Cost of a broken sink: the quickstart's steps without sinks, with TensorBoard, with one that blocks, one that raises.
+
+    python benchmarks/sinks.py --out benchmarks/results
+
+All runs train from the same weights on the same rows in this process and take turns, a step at a time and in an order
+that goes round, so that whatever else the machine does falls on all alike. A step is timed from its start until its
+line is written, every line goes to the sinks, and losses must be equal, bit for bit. Ratios are of medians; each comes
+with its 95 % interval, over steps drawn again (bootstrap).
+"""
+
+import argparse
+import dataclasses
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from report import facts, spread, write_report
+
+from gptjax.api import recipe
+from gptjax.config.plugins import register
+from gptjax.data.packing import example_batch
+from gptjax.parallel.sharding import make_mesh, to_global
+from gptjax.training.build import build_components
+from gptjax.training.metrics import Metrics
+from gptjax.training.step import compile_step, init_state
+
+WARM_UP, REDRAWN = 10, 2000
+
+
+class Raising:
+    """A sink that fails at every line."""
+
+    def start(self, run: Path, settings: Any, resumed_step: int) -> None: ...
+
+    def scalars(self, step: int, values: Any) -> None:
+        raise OSError("no space left")
+
+    def text(self, step: int, name: str, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Blocking(Raising):
+    """A sink that never comes back."""
+
+    def scalars(self, step: int, values: Any) -> None:
+        threading.Event().wait()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the dated report")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the quickstart")
+    args = parser.parse_args()
+    kinds = {"none": (), "tensorboard": ("tensorboard",), "blocking": (register(Blocking),),
+             "raising": (register(Raising),)}  # fmt: skip
+    seconds, losses = measure(kinds, args.steps, dict(pair.split("=", 1) for pair in args.set))
+    equal = all(np.array_equal(losses[kind], losses["none"]) for kind in kinds)
+    report = facts({"platform": jax.default_backend(), "cpu": cpu()}, "jax", "jaxlib") | {
+        "steps": args.steps, "losses_equal": equal,
+        "milliseconds": {kind: spread([1000 * s for s in of]) for kind, of in seconds.items()},
+        "over_none": {kind: ratio(of, seconds["none"]) for kind, of in seconds.items() if kind != "none"},
+    }  # fmt: skip
+    for kind, of in report["over_none"].items():
+        print(f"{kind:12} median step {of['ratio']:.4f} of none's, 95 % interval {of['low']:.4f} to {of['high']:.4f}")
+    print(f"losses are {'equal' if equal else 'NOT equal'}; wrote {write_report(report, args.out, 'sinks')}")
+    return 0 if equal else 1
+
+
+def measure(kinds: dict[str, tuple[str, ...]], steps: int, settings: dict[str, Any]) -> tuple[dict, dict]:
+    """Seconds and losses of each kind's steps, the first WARM_UP of the seconds left out."""
+    given = {name: int(value) for name, value in settings.items()} | {"steps": steps + WARM_UP, "log_every": 1}
+    cfg = recipe("quickstart", given)
+    mesh = make_mesh(cfg.mesh)
+    decoder, _, init, step = build_components(cfg)
+    rng = np.random.default_rng(0)
+    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    losses: dict[str, list[float]] = {kind: [] for kind in kinds}
+    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
+        states = {kind: init_state(init, cfg.seed, mesh) for kind in kinds}
+        rows = dict(example_batch(cfg.data.batch_size, cfg.data.length))
+        train = compile_step(step, mesh, states["none"], {}, rows)
+        reports = {}
+        for kind, sinks in kinds.items():
+            (Path(folder) / kind).mkdir()
+            with_sinks = dataclasses.replace(cfg, sinks=sinks)
+            reports[kind] = Metrics(Path(folder) / kind / "metrics.jsonl", with_sinks, decoder.vocab_size)
+        order = list(kinds)
+        for i in range(1, cfg.steps + 1):
+            text_BL = rng.integers(4, decoder.vocab_size, rows["inputs_BL"].shape, np.int32)
+            batch = to_global({**rows, "inputs_BL": text_BL, "targets_BL": np.roll(text_BL, -1, 1)}, mesh, None)
+            order.append(order.pop(0))
+            for kind in order:
+                begin = time.perf_counter()
+                states[kind], values = train(states[kind], {}, batch)
+                values = jax.device_get(values)
+                reports[kind].log_step(i, values)
+                if i > WARM_UP:
+                    seconds[kind].append(time.perf_counter() - begin)
+                losses[kind].append(float(values["loss"]))
+        for report in reports.values():
+            report.close()
+    return seconds, losses
+
+
+def ratio(of: list[float], base: list[float]) -> dict[str, float]:
+    """The ratio of medians, with its 95 % interval over steps that are drawn again in pairs."""
+    a, b = np.array(of), np.array(base)
+    drawn = np.random.default_rng(0).integers(0, len(a), (REDRAWN, len(a)))
+    low, high = np.percentile(np.median(a[drawn], 1) / np.median(b[drawn], 1), [2.5, 97.5])
+    return {"ratio": float(np.median(a) / np.median(b)), "low": float(low), "high": float(high)}
+
+
+def cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
