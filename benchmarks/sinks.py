@@ -84,6 +84,8 @@ def measure(kinds: dict[str, tuple[str, ...]], steps: int, settings: dict[str, A
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
         states = {kind: init_state(init, cfg.seed, mesh) for kind in kinds}
         rows = dict(example_batch(cfg.data.batch_size, cfg.data.length))
+        rows |= {"weights_BL": np.ones_like(rows["weights_BL"]), "segments_BL": np.ones_like(rows["segments_BL"])}
+        rows["positions_BL"] = np.broadcast_to(np.arange(cfg.data.length, dtype=np.int32), rows["inputs_BL"].shape)
         train = compile_step(step, mesh, states["none"], {}, rows)
         reports = {}
         for kind, sinks in kinds.items():

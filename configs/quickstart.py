@@ -25,6 +25,6 @@ def pretrain() -> TrainConfig:
         tokenizer=TokenizerConfig(vocab_size=4096),
         data=DataConfig(source="builtin:shakespeare", batch_size=8, length=128, validation_fraction=0.05),
         optim=OptimConfig(learning_rate=2e-3, warmup_steps=50, final_fraction=0.0),
-        evaluate=EvaluateConfig(every=800),
+        evaluate=EvaluateConfig(every=400),
         generate=GenerateConfig(prompt=("ROMEO.\n",), max_new_tokens=100),
     )  # fmt: skip
