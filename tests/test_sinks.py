@@ -297,10 +297,12 @@ def test_a_disk_that_was_full_leaves_event_files_that_can_be_read(tmp_path):
     sink = TensorBoard()
     sink.start(tmp_path, SETTINGS, 0)
     sink.scalars(1, {"loss/train": 1.0})
+    whole = sink._files["train"].tell()
     full = sink._files["train"] = Disk(sink._files["train"], 20)  # a part of the next record
     for step in (2, 3):
         with pytest.raises(OSError, match="No space left|no room"):
             sink.scalars(step, {"loss/train": 0.5})
+        assert Path(full.name).stat().st_size == whole
     full.room = 1000
     sink.scalars(4, {"loss/train": 0.25})
     sink.close()
