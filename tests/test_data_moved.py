@@ -18,7 +18,7 @@ from gptjax.training.metrics_file import MetricsFile
 SMALL = {
     "model.num_layers": 1, "model.width": 16, "model.num_heads": 2, "model.dtype": "float32", "data.length": 32,
     "data.batch_size": 8, "optim.schedule": "constant", "optim.warmup_steps": 0, "evaluate.max_rows": 4,
-    "sample": False, "tensorboard": False,
+    "sample": False, "sinks": (),
 }  # fmt: skip
 PIECES = {"tokenizer.vocab_size": 300}
 pytestmark = pytest.mark.usefixtures("compile_cache")
@@ -105,7 +105,7 @@ def test_a_corpus_that_is_gone_is_told_with_the_way_out(tmp_path, home, capsys):
 def test_a_command_that_names_a_corpus_takes_its_tokenizer(tmp_path, home, capsys):
     corpus = prepared(home / "text", tmp_path / "bytes", tokenizer=BYTES).folder
     flags = [word for n, v in SMALL.items() if v is not False for word in (f"--{n.replace('_', '-')}", v)]
-    flags += ["--steps", 1, "--no-sample", "--no-tensorboard", "--run-dir", tmp_path / "run", "--data.source", corpus]
+    flags += ["--steps", 1, "--no-sample", "--sinks", "--run-dir", tmp_path / "run", "--data.source", corpus]
     said(capsys, "pretrain", "quickstart", *flags)
     taken = load_config(tmp_path / "run").tokenizer
     assert (taken.kind, taken.vocab_size, taken.path) == ("bytes", 258, "")
