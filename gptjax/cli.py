@@ -256,7 +256,7 @@ def predict(args: list[str]) -> int:
 
 
 def import_run(args: list[str]) -> int:
-    """import SOURCE RUN        make a run of a Hugging Face GPT-2, Llama, Mistral or Qwen3 folder"""
+    """import SOURCE RUN        make a run of a Hugging Face GPT-2, Llama, Mistral or Qwen3 folder, or of a GGUF file"""
     source, args = positional(args, "SOURCE", "gptjax import SOURCE RUN")
     run, args = positional(args, "RUN", "gptjax import SOURCE RUN")
     nothing_left(args, "gptjax import SOURCE RUN")

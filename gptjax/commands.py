@@ -87,21 +87,27 @@ def show_step(run_dir: str | Path, step: int, rows: int) -> str:
 
 
 def import_run(source: str | Path, run_dir: str | Path) -> str:
-    """Makes a run of a Hugging Face folder (GPT-2, Llama, Mistral, Qwen3) and returns a line that says what it is.
+    """Makes a run of a Hugging Face folder (GPT-2, Llama, Mistral, Qwen3) or a GGUF file; returns a line about it.
 
-    Raises InputError where the folder is not one, holds what the decoder can't represent, or run_dir is a run already.
+    Raises InputError where the source is neither, holds what the decoder can't represent, or run_dir is a run already.
     """
-    from gptjax.interop.huggingface import import_huggingface
+    from gptjax.interop.gguf import import_gguf, is_gguf
+    from gptjax.interop.huggingface import import_huggingface, set_conventions
     from gptjax.runs.checkpoint import Checkpoints
 
     if filesystem(resolve_path(run_dir)).is_file(Run.at(run_dir).config_path):
         raise InputError(f"{run_dir} is a run already; give another folder")
-    model, vocab_size, context, params = import_huggingface(Path(source))
-    tokenizer, note = None, ""
-    try:
-        tokenizer = open_tokenizer(Path(source))
-    except InputError as error:
-        note = f"; it takes no text: {error}"
+    tokenizer, reason = None, ""
+    if is_gguf(Path(source)):
+        (model, vocab_size, context, params), tokenizer, reason = import_gguf(Path(source))
+    else:
+        model, vocab_size, context, params = import_huggingface(Path(source))
+        try:
+            tokenizer = open_tokenizer(Path(source))
+            set_conventions(tokenizer, Path(source))
+        except InputError as error:
+            reason = str(error)
+    note = f"; it takes no text: {reason}" if reason else ""
     config = TrainConfig(
         run_dir=str(run_dir),
         model=model,

@@ -55,16 +55,16 @@ def stream(
     whatever `chunk` is. A character that the last token leaves incomplete comes out as U+FFFD. Parameters that lie
     sharded on a mesh need that mesh set (jax.set_mesh). Raises InputError where a prompt does not fit.
     """
-    prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in cfg.prompt]
+    prompts, stops = [tokenizer.prompt_ids(prompt) for prompt in cfg.prompt], (tokenizer.eos_id, *tokenizer.stop_ids)
     texts = [TextStream(tokenizer, cfg.stop, starts_document=not prompt) for prompt in cfg.prompt]
     finished: set[int] = set()
     left = [cfg.max_new_tokens] * len(prompts)
-    for news in stream_ids(decoder, params, prompts, cfg, stop_ids=(tokenizer.eos_id,), chunk=chunk, finished=finished):
+    for news in stream_ids(decoder, params, prompts, cfg, stop_ids=stops, chunk=chunk, finished=finished):
         for row, ids in enumerate(news):
             if row in finished:
                 continue
             left[row] -= len(ids)
-            ended = left[row] == 0 or ids[-1:] == [tokenizer.eos_id]
+            ended = left[row] == 0 or (len(ids) > 0 and ids[-1] in stops)
             piece = texts[row].push(ids, final=ended)
             if piece:
                 yield row, piece

@@ -5,9 +5,10 @@ missing, left over, or of another shape. Only numbers are read: no pickle, no co
 """
 
 import contextlib
+import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from gptjax.config import ModelConfig
 from gptjax.config.section import InputError
 from gptjax.model.decoder import Decoder
 from gptjax.parallel.sharding import suffix
+from gptjax.tokenizer import Tokenizer
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -62,14 +64,36 @@ def import_huggingface(source: Path) -> tuple[ModelConfig, int, int, dict[str, A
     if not (source / CONFIG).is_file():
         raise InputError(f"{source} holds no {CONFIG}; wanted a Hugging Face folder with {CONFIG} and {WEIGHTS}")
     settings = ForeignConfig(source / CONFIG, _read_json(source / CONFIG))
+    with contextlib.ExitStack() as stack:
+        return assemble(settings, functools.partial(Tensors, source, stack))
+
+
+def assemble(settings: "ForeignConfig", tensors: Callable[[], Any]) -> tuple[ModelConfig, int, int, dict[str, Any]]:
+    """A model of these settings and of the tensors, opened once the settings are known to be supported."""
     kind = settings.values.get("model_type")
     if not isinstance(kind, str) or kind not in READERS:
         raise settings.error("model_type", kind, " or ".join(map(repr, READERS)))
     for name in ("quantization_config", "auto_map"):
         settings.only(name, None)
     cfg, vocab_size, context = READERS[kind](settings)
-    with contextlib.ExitStack() as stack:
-        return cfg, vocab_size, context, _params(Tensors(source, stack), kind, Decoder(cfg, vocab_size, context))
+    return cfg, vocab_size, context, _params(tensors(), kind, Decoder(cfg, vocab_size, context))
+
+
+def set_conventions(tokenizer: Tokenizer, source: Path) -> None:
+    """Sets if prompts begin with the tokenizer's first token, and the ids beside its last one that end a text.
+
+    From add_bos_token of tokenizer_config.json and eos_token_id of generation_config.json, where these are.
+    """
+    named, ends = (
+        _read_json(source / name) if (source / name).is_file() else {}
+        for name in ("tokenizer_config.json", "generation_config.json")
+    )
+    tokenizer.begins = named.get("add_bos_token") is not False
+    ids = ends.get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [ids]
+    tokenizer.stop_ids = tuple(
+        i for i in dict.fromkeys(ids) if type(i) is int and 0 <= i < tokenizer.vocab_size and i != tokenizer.eos_id
+    )
 
 
 class ForeignConfig:

@@ -57,6 +57,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         tokenizer = HuggingFaceTokenizer(content, str(meta.get("bos", "")), str(meta.get("eos", "")), str(file))
     if tokenizer.sha256 != wanted:
         raise InputError(f"{file}: sha256 is {tokenizer.sha256[:12]}, wanted {wanted[:12]}; the file was changed")
+    tokenizer.begins = meta.get("begins") is not False
+    stops = meta.get("stop_ids", [])
+    if not isinstance(stops, list) or not all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in stops):
+        raise InputError(f"{path}: stop_ids={stops!r}; wanted ids below {tokenizer.vocab_size}; the file was changed")
+    tokenizer.stop_ids = tuple(stops)
     return tokenizer
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from gptjax.tokenizer.interface import (
     VOCAB_FILE,
     Tokenizer,
     is_text,
+    utf8,
 )
 from gptjax.tokenizer.sentencepiece import cuts_between_pieces
 from gptjax.tokenizer.splitting import COMPLETE, WORD_ENDS
@@ -42,6 +44,8 @@ def _byte_characters() -> dict[str, int]:
 
 
 BYTE_CHARACTERS = _byte_characters()
+# Bytes that a vocabulary trained on text may lack: control characters, and those that begin rare characters or none.
+RARE_BYTES = {*range(0x20), 0x7F, *range(0xC0, 0x100)} - {*b"\t\n\r"}
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -50,7 +54,8 @@ class HuggingFaceTokenizer(Tokenizer):
     `bos` and `eos` name the tokens that begin and end a document; where empty, well-known names are tried, and one
     token serves as both where there is no other. Added tokens other than white space and single characters are
     special. Ids are those of the library with these taken out, but for what it would lose: a document's leading space
-    and U+2581 are kept, as SentencePiece keeps them. Raises InputError where text would be lost.
+    and U+2581 are kept, as SentencePiece keeps them. Raises InputError where text would be lost; where single bytes
+    have no token, which is so for some control characters in some vocabularies, a text that has one is refused.
     """
 
     kind = "huggingface"
@@ -70,6 +75,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.bos_id, self.eos_id = spec.ids[bos], spec.ids[eos]
         self.vocab_size = max(spec.ids.values()) + 1
         self._bytes = spec.table(self.vocab_size)
+        self._missing = spec.missing
         self._atoms = spec.atoms
         self._adds_space = spec.adds_space
         self.safe_cut = spec.safe_cut(self._bytes)
@@ -82,10 +88,20 @@ class HuggingFaceTokenizer(Tokenizer):
         except Exception as error:  # the library raises no narrower type
             raise InputError(f"{name} can't be used by the library tokenizers: {one_line(error)}") from None
         never = set(self.specials.values())
-        probes = [*_PROBES, *self.specials]
+        probes = [
+            "".join(c for c in text if not {*c.encode()} & {*self._missing}) for text in (*_PROBES, *self.specials)
+        ]
         for text, ids in zip(probes, self.encode_batch(probes)):
             if self.decode(ids) != text or not never.isdisjoint(ids):
                 raise spec.error(f"gives {text[:40]!r} back as {self.decode(ids)[:40]!r}")
+
+    def encode_batch(self, texts: Sequence[str], starts: Sequence[bool] = ()) -> list[list[int]]:
+        for text in texts if self._missing else ():
+            data = utf8(text)
+            if len(data.translate(None, self._missing)) < len(data):
+                lost = next(c for c in text if {*c.encode()} & {*self._missing})
+                raise InputError(f"text has U+{ord(lost):04X}, of which this tokenizer has no token; leave it out")
+        return super().encode_batch(texts, starts)
 
     def _encode_parts(self, parts: list[str]) -> list[list[int]]:
         return [row.ids for row in self._encoder.encode_batch_fast(parts, add_special_tokens=False)]
@@ -198,7 +214,9 @@ class _Spec:
         if not self.byte_level and (self.model.get("ignore_merges") or not self.model.get("byte_fallback")):
             raise self.error("has no byte fallback (model.byte_fallback), or ignores merges (model.ignore_merges)")
         wanted = BYTE_CHARACTERS if self.byte_level else [f"<0x{byte:02X}>" for byte in range(256)]
-        if missing := [piece for piece in wanted if piece not in vocab]:
+        missing = [piece for piece in wanted if piece not in vocab]
+        self.missing = bytes(BYTE_CHARACTERS[piece] for piece in missing if self.byte_level)
+        if missing and not (self.byte_level and {*self.missing} <= RARE_BYTES):
             raise self.error(f"has no token {missing[0]!r}, which stands for a byte")
 
     def _add(self, token: dict[str, Any]) -> None:

@@ -45,6 +45,10 @@ class Tokenizer:
     safe_cut: re.Pattern[str]
     _bytes: list[bytes]
     _content: dict[str, bytes]  # of the files that `save` writes, by name
+    begins: bool = True
+    """A prompt begins with bos_id; False for imported models that were trained without."""
+    stop_ids: tuple[int, ...] = ()
+    """Ids beside eos_id that end a text, of imported models."""
     _adds_space: bool = False
     _atoms: Mapping[str, list[int]] = {}
 
@@ -86,6 +90,11 @@ class Tokenizer:
             result.append(ids)
         return result
 
+    def prompt_ids(self, text: str) -> list[int]:
+        """The ids that a model continues: bos_id where prompts begin with it, or there is no text, and the text's."""
+        ids = self.encode(text)
+        return [self.bos_id, *ids] if self.begins or not ids else ids
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text; special ids render as nothing, bytes that are not UTF-8 as U+FFFD."""
         text = self.decode_bytes(ids).decode("utf-8", errors="replace")
@@ -101,6 +110,7 @@ class Tokenizer:
         for name, content in self._content.items():
             (folder / name).write_bytes(content)
         meta = {"schema": SCHEMA, "kind": self.kind, "vocab_size": self.vocab_size, "sha256": self.sha256}
+        meta |= {"begins": self.begins, "stop_ids": list(self.stop_ids)}
         text = json.dumps(meta | self._described(), indent=1) + "\n"
         (folder / META_FILE).write_text(text, encoding="utf-8")
 

@@ -1,0 +1,195 @@
+"""Import of GGUF files (llama.cpp's format): weights dequantised to float32, settings and tokenizer from its keys.
+
+A file is read as the Hugging Face folder that it was made from: its keys become the values of a config.json and its
+tensors get the names that huggingface.py reads, so that one table of names and one set of checks serve both.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptjax.config import ModelConfig
+from gptjax.config.section import InputError, one_line
+from gptjax.interop.huggingface import HEAD, ForeignConfig, assemble
+from gptjax.tokenizer import Tokenizer
+from gptjax.tokenizer.huggingface import HuggingFaceTokenizer
+from gptjax.tokenizer.interface import JSON_FILE
+from gptjax.tokenizer.splitting import COMPLETE, PATTERNS
+
+MAGIC = b"GGUF"
+# llama.cpp's architecture: the model_type that its checkpoints have in transformers.
+ARCHITECTURES = {"llama": "llama", "qwen3": "qwen3"}
+TOP = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": HEAD,
+}
+LAYER = {
+    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+# The keys of an architecture: the name of their value in a config.json.
+KEYS = {
+    "block_count": "num_hidden_layers", "embedding_length": "hidden_size", "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim", "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta", "context_length": "max_position_embeddings",
+}  # fmt: skip
+# Keys that may be there with these values alone; others of an architecture are refused by name.
+FIXED = {"vocab_size": None, "rope.dimension_count": None, "attention.value_length": None, "rope.scaling.type": "none"}
+
+_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+# tokenizer.ggml.pre: the way in which a byte-level tokenizer cuts text into words.
+SPLITS = {
+    "gpt-2": [_BYTES | {"use_regex": True}],
+    "smollm": [{"type": "Digits", "individual_digits": True}, _BYTES | {"use_regex": True}],
+    "llama-bpe": [PATTERNS["cl100k"], _BYTES | {"use_regex": False}],
+    "qwen2": [next(p for p in COMPLETE if p not in PATTERNS.values()), _BYTES | {"use_regex": False}],
+}
+CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+
+
+def is_gguf(path: Path) -> bool:
+    """True for a file that begins as GGUF does."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == MAGIC
+    except OSError:
+        return False
+
+
+def import_gguf(path: Path) -> tuple[tuple[ModelConfig, int, int, dict[str, Any]], Tokenizer | None, str]:
+    """What import_huggingface gives of a folder, the file's tokenizer, and the reason where that is None.
+
+    Raises InputError where the file is damaged, or holds what the decoder can't represent.
+    """
+    file = _Reader(path)
+    vocab_size = file.tensors["token_embd.weight"].shape[1] if "token_embd.weight" in file.tensors else 0
+    settings = ForeignConfig(path, file.settings() | {"vocab_size": int(vocab_size)})
+    imported = assemble(settings, lambda: file)
+    try:
+        return imported, file.tokenizer(), ""
+    except InputError as error:
+        return imported, None, str(error)
+
+
+class _Reader:
+    """The keys and tensors of a GGUF file; the tensors by the names that they have in transformers."""
+
+    def __init__(self, path: Path):
+        try:
+            import gguf
+        except ImportError:
+            raise InputError(f"reading {path.name} needs a package more: pip install 'gptjax[gguf]'") from None
+        self.folder, self._gguf, self.taken = path, gguf, set[str]()
+        version = int.from_bytes(path.open("rb").read(8)[4:], "little")
+        if version not in (2, 3):  # of a big-endian file gguf sees no tensors, and says nothing
+            raise InputError(f"{path}: GGUF version {version}; wanted a little-endian file of version 2 or 3")
+        try:
+            reader = gguf.GGUFReader(str(path))
+            self.keys = {name: field.contents() for name, field in reader.fields.items()}
+            self.tensors = {tensor.name: tensor for tensor in reader.tensors}
+        except Exception as error:  # of many kinds, for a file that is damaged
+            raise InputError(f"{path} can't be read as GGUF ({one_line(error, 100)}); download it again") from None
+        self.architecture = self.keys.get("general.architecture")
+        if self.architecture not in ARCHITECTURES:
+            raise InputError(f"{path}: architecture {self.architecture!r}; wanted {' or '.join(ARCHITECTURES)}")
+        self.files = {self._foreign(name): name for name in self.tensors}
+
+    def settings(self) -> dict[str, Any]:
+        """The values of a config.json; raises InputError for a key of the architecture that has no counterpart."""
+        values: dict[str, Any] = {"model_type": ARCHITECTURES[self.architecture], "dtype": "float32"}
+        for key, value in self.keys.items():
+            name = key.removeprefix(f"{self.architecture}.")
+            if name == key:
+                continue
+            if name in KEYS:
+                # Numbers are stored in single precision: the shortest text of one is what was meant.
+                values[KEYS[name]] = float(str(np.float32(value))) if isinstance(value, float) else value
+            elif name not in FIXED or FIXED[name] not in (None, value):
+                wanted = f"{FIXED[name]!r}" if name in FIXED else "no such key"
+                raise InputError(f"{self.folder}: {key}={one_line(value, 40)} is not supported; wanted {wanted}")
+        heads = values.get("num_attention_heads")
+        if not isinstance(heads, int):
+            raise InputError(
+                f"{self.folder}: {self.architecture}.attention.head_count={heads!r}; wanted a whole number"
+            )
+        rotated = self.keys.get(f"{self.architecture}.rope.dimension_count")
+        size = values.get("head_dim", values.get("hidden_size", 0) // max(1, heads))
+        if rotated not in (None, size):
+            raise InputError(f"{self.folder}: rope.dimension_count={rotated} with heads of {size}; wanted whole heads")
+        return values | {"tie_word_embeddings": "output.weight" not in self.tensors}
+
+    def take(self, name: str, shape: Sequence[int]) -> np.ndarray:
+        """The tensor as float32; raises InputError where it is missing, of an unknown type, or of another shape."""
+        if name not in self.files:
+            raise InputError(f"{self.folder}: tensor {name} is missing; wanted it with shape {list(shape)}")
+        tensor = self.tensors[self.files[name]]
+        stored = [int(n) for n in reversed(tensor.shape)]
+        if stored != list(shape):
+            raise InputError(f"{self.folder}: tensor {tensor.name} has shape {stored}; wanted {list(shape)}")
+        try:
+            x = np.asarray(self._gguf.dequantize(tensor.data, tensor.tensor_type), np.float32).reshape(stored)
+        except Exception as error:  # NotImplementedError for a type, ValueError for damaged data
+            raise InputError(f"{self.folder}: tensor {tensor.name} of type {tensor.tensor_type.name} can't be read "
+                             f"({one_line(error, 80)})") from None  # fmt: skip
+        self.taken.add(name)
+        if self.architecture == "llama" and (part := re.search(r"\.attn_([qk])\.", tensor.name)):
+            heads = self.keys["llama.attention.head_count" + ("_kv" if part[1] == "k" else "")]
+            # llama.cpp's rotary positions turn neighbouring rows of a head, transformers' those of its two halves.
+            x = x.reshape(heads, -1, 2, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
+        return x
+
+    def tokenizer(self) -> Tokenizer:
+        """The file's tokenizer; raises InputError where it is none that is known, or would lose text."""
+        key = "tokenizer.ggml."
+        kind, pre = self.keys.get(f"{key}model"), self.keys.get(f"{key}pre", "gpt-2")
+        if kind != "gpt2" or pre not in SPLITS:
+            raise InputError(f"tokenizer {kind}, {pre} is not known; wanted gpt2 with {' or '.join(SPLITS)}")
+        tokens, types = self._list(f"{key}tokens", str), self._list(f"{key}token_type", int)
+        if len(types) != len(tokens):
+            raise InputError(f"{len(tokens)} tokens of {len(types)} types; wanted a type for each")
+        added = [
+            {"content": token, "id": i, "special": types[i] == CONTROL}
+            for i, token in enumerate(tokens)
+            if types[i] in (CONTROL, USER_DEFINED)
+        ]
+        split = {"type": "Split", "behavior": "Isolated", "invert": False}
+        steps = [split | {"pattern": {"Regex": s}} if isinstance(s, str) else s for s in SPLITS[pre]]
+        vocab = {token: i for i, token in enumerate(tokens)}
+        content = {
+            "added_tokens": added,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+            "model": {"type": "BPE", "vocab": vocab, "merges": self._list(f"{key}merges", str)},
+        }
+        ends = {}
+        for end in ("bos", "eos"):
+            i = self.keys.get(f"{key}{end}_token_id")
+            if i is not None and not 0 <= i < len(tokens):
+                raise InputError(f"{end}_token_id={i}; wanted one of {len(tokens)} tokens")
+            ends[end] = "" if i is None else tokens[i]
+        made = HuggingFaceTokenizer({JSON_FILE: json.dumps(content).encode()}, **ends, name=self.folder.name)
+        made.begins = bool(self.keys.get(f"{key}add_bos_token", False))
+        more = (self.keys.get(f"{key}{name}_token_id") for name in ("eot", "eom"))
+        made.stop_ids = tuple(i for i in more if i is not None and 0 <= i < len(tokens) and i != made.eos_id)
+        return made
+
+    def _list(self, key: str, kind: type) -> list[Any]:
+        values = self.keys.get(key)
+        if not isinstance(values, list) or not all(type(value) is kind for value in values):
+            raise InputError(f"{key} is missing or no list of {kind.__name__}; wanted the tokenizer's")
+        return values
+
+    @staticmethod
+    def _foreign(name: str) -> str:
+        """The name of a tensor in transformers; its own where it has none."""
+        layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+        if layer and layer[2] in LAYER:
+            return f"model.layers.{int(layer[1])}.{LAYER[layer[2]]}.weight"
+        return TOP.get(name, name)
