@@ -65,7 +65,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def import_gguf(path: Path) -> tuple[tuple[ModelConfig, int, int, dict[str, Any]], Tokenizer | None, str]:
-    """What import_huggingface gives of a folder, the file's tokenizer, and the reason where that is None.
+    """The result of import_huggingface for a file, its tokenizer, and the reason where that is None.
 
     Raises InputError where the file is damaged, or holds what the decoder can't represent.
     """
@@ -97,7 +97,7 @@ class _Reader:
             self.tensors = {tensor.name: tensor for tensor in reader.tensors}
         except Exception as error:  # of many kinds, for a file that is damaged
             raise InputError(f"{path} can't be read as GGUF ({one_line(error, 100)}); download it again") from None
-        self.architecture = self.keys.get("general.architecture")
+        self.architecture = str(self.keys.get("general.architecture"))
         if self.architecture not in ARCHITECTURES:
             raise InputError(f"{path}: architecture {self.architecture!r}; wanted {' or '.join(ARCHITECTURES)}")
         self.files = {self._foreign(name): name for name in self.tensors}
