@@ -21,8 +21,9 @@ class DataConfig(Section):
     section: ClassVar[str] = "data"
 
     source: str = "builtin:shakespeare"
-    """A text file, .jsonl(.gz, .zst), .parquet, a folder of them, a folder made by `gptjax prepare`,
-    builtin:shakespeare, tfds:NAME, hf:NAME, a function module:name, or mixture: those that data.mixture lists."""
+    """A text file, .jsonl(.gz, .zst), .parquet, a folder of them, a folder made by `gptjax prepare` or save_to_disk,
+    builtin:shakespeare, tfds:NAME[:SPLIT], hf:NAME[@CONFIG][:SPLIT], a function module:name, or mixture: those that
+    data.mixture lists."""
     mixture: tuple[str, ...] = ()
     """The sources of a mixture, each as NAME=SOURCE; NAME is what its losses and token counts are called."""
     weights: tuple[float, ...] = ()
@@ -47,7 +48,7 @@ class DataConfig(Section):
     length: int = 256
     """Tokens a row; also the context that the model is built for."""
     validation_fraction: float = 0.05
-    """Share held out and never trained on: of the documents, or the tail of a single text by bytes."""
+    """Share of the bytes that is held out and never trained on, where the source has no validation split of its own."""
     packing: Literal["packed", "padded"] = "packed"
     """Rows filled with documents end to end, or one document (or a slice of it) a row, padded."""
     cross_documents: bool = False

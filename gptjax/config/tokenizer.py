@@ -42,12 +42,12 @@ class SourceConfig(Section):
 
     source: str = "builtin:shakespeare"
     """A text file, .jsonl(.gz, .zst), .parquet, a folder of them, builtin:shakespeare,
-    tfds:NAME[/CONFIG][:VERSION][:SPLIT], hf:NAME[@CONFIG][:SPLIT], either with a folder for the name, or a function
-    MODULE:NAME that yields texts."""
+    tfds:NAME[/CONFIG][:VERSION][:SPLIT], hf:NAME[@CONFIG][:SPLIT], either with a folder for the name, a function
+    MODULE:NAME that yields texts, or token ids of nanoGPT or Megatron (FILE.bin; for `prepare`)."""
     out: str
     """Folder to make."""
     validation_fraction: float = 0.05
-    """Share held out: of the documents, or the tail of a single text by bytes."""
+    """Share of the bytes that is held out, where the source has no validation split of its own."""
     text_field: str = "text"
     """Name of the text in records of JSONL, Parquet, TFDS and Hugging Face datasets."""
     max_corrupt: int = 0
