@@ -137,7 +137,10 @@ def test_held_out_text_depends_on_the_documents_alone(tmp_path_factory, values, 
 
 @settings(max_examples=300, deadline=None)
 @given(
-    sizes=st.lists(st.one_of(st.integers(400, 600), st.integers(400, 10**7)), min_size=1, max_size=60, unique=True),
+    sizes=st.one_of(
+        st.lists(st.integers(400, 600), min_size=20, max_size=60),  # each smaller than what is held out
+        st.lists(st.integers(400, 10**7), min_size=1, max_size=20),
+    ),
     fraction=st.sampled_from([0.01, 0.02, 0.05, 0.1, 0.3, 0.5]),
     seed=st.integers(0, 2**32 - 1),
 )
