@@ -104,8 +104,9 @@ def test_a_corpus_that_is_gone_is_told_with_the_way_out(tmp_path, home, capsys):
 
 def test_a_command_that_names_a_corpus_takes_its_tokenizer(tmp_path, home, capsys):
     corpus = prepared(home / "text", tmp_path / "bytes", tokenizer=BYTES).folder
-    flags = [word for n, v in SMALL.items() if v is not False for word in (f"--{n.replace('_', '-')}", v)]
-    flags += ["--steps", 1, "--no-sample", "--sinks", "--run-dir", tmp_path / "run", "--data.source", corpus]
+    more = {**SMALL, "steps": 1, "run_dir": tmp_path / "run", "data.source": corpus}
+    flags = [f"--{n.replace('_', '-')}={v}" for n, v in more.items() if n not in ("sample", "sinks")]
+    flags += ["--no-sample", "--sinks"]
     said(capsys, "pretrain", "quickstart", *flags)
     taken = load_config(tmp_path / "run").tokenizer
     assert (taken.kind, taken.vocab_size, taken.path) == ("bytes", 258, "")

@@ -78,8 +78,8 @@ def open_tokens(source: str) -> Source:
     for path, held in _parts(source):
         open_token_file(path)
         files.append(SourceFile(str(path), lambda: _no_text(source), held))
-        index = path.with_suffix(".idx")
-        paths += [(part.suffix + " held out" * held, part) for part in (index, path) if part.is_file()]
+        both = (path.with_suffix(".idx"), path)
+        paths += [(part.suffix + " held out" * held, part) for part in both if part.is_file()]
         notes += [f"held out is {path.name}"] if held else []
     if Path(source).with_name("meta.pkl").is_file():
         notes.append("meta.pkl is not read, since a pickle can run code: the ids are those of the given tokenizer")
