@@ -89,7 +89,7 @@ def open_tfds(source: str, field: str) -> Source:
     for split in chosen:
         read, start, held = rows[split].__getitems__, 0, split != chosen[-1]
         if not splits:  # tfds.testing.mock_data, which gives records one by one alone
-            read = functools.partial(_one_by_one, rows[split])
+            read = lambda numbers, own=rows[split]: [own[number] for number in numbers]  # noqa: E731
         for shard in splits[split].file_instructions if splits else [None]:
             size = shard.examples_in_shard if shard else len(rows[split])
             name = str(shard.filename) if shard else source
@@ -97,10 +97,6 @@ def open_tfds(source: str, field: str) -> Source:
             paths.append((".array_record" + " held out" * held, Path(name)))
             start += size
     return Source(source, tuple(files), tuple(paths) if all(path.is_file() for _, path in paths) else (), notes)
-
-
-def _one_by_one(rows: Any, numbers: list[int]) -> list[Any]:
-    return [rows[number] for number in numbers]
 
 
 def _choose_splits(source: str, names: Collection[str], named: str) -> tuple[list[str], tuple[str, ...]]:
