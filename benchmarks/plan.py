@@ -8,7 +8,7 @@
 Needs libtpu (pip install 'gptjax[tpu-plan]'), and no TPU: everything is compiled for slices that are not here, nothing
 is run. The error of a setting is counted / compiled - 1 of all bytes a device: arguments, results that are not the
 arguments' memory, temporaries, from the compiler's buffer assignment. FITTED are the settings by which the few numbers
-of plan/memory.py's Temporaries were chosen; HELD_OUT nobody had looked at when they were fixed. Settings that take
+of training/memory.py's Temporaries were chosen; HELD_OUT nobody had looked at when they were fixed. Settings that take
 less than 1 GiB are given apart, since a chip's own fast memory then holds a good part. Settings that do not fit are
 counted and left out. --cpu does the same for some settings on fake CPU devices. --again takes the compiled bytes of an
 earlier report, and counts its settings, but for HELD_OUT, as fitted: they have been looked at. --layers times

@@ -13,7 +13,7 @@ from gptjax.config.checks import DoctorConfig, VerifyConfig
 from gptjax.config.scaling import FitConfig, PredictConfig
 from gptjax.config.section import leaves
 from gptjax.config.sweep import SweepConfig
-from gptjax.config.training import BY_CONTENT, EXTENDABLE, frozen_settings
+from gptjax.config.training import BY_CONTENT, CHANGEABLE, frozen_settings
 
 PAGE = Path(__file__).parent / "settings.md"
 # The settings of each verb; a verb that is not here has none. `plan` takes those of the recipe, as `pretrain` does.
@@ -39,9 +39,9 @@ key (`{"model.num_layers": 4}`), and on the command line a flag (`--model.num-la
 `--no-sample`). An unknown name is refused with the nearest known one. `gptjax VERB --help` prints the same text
 with the values of the recipe at hand.
 
-The column "resume" says what may change when a run is continued: *free* settings may, *extendable* ones may be raised,
-what is compared *by content* may be spelt otherwise (a corpus that was moved), and a change of any other is refused,
-since it would make another run (start one with `--init`).
+The column "resume" says what may change when a run is continued: *free* settings change none of its numbers but for
+rounding, *changeable* ones change the curve from there on, what is compared *by content* may be spelt otherwise (a
+corpus that was moved), and a change of any other is refused, since it would make another run (start one with `--init`).
 """
 
 
@@ -70,7 +70,7 @@ def page() -> str:
                 row = [f"`{dotted}`", _values(_kind(of, name)), _show(default), docs[name]]
                 if resume:
                     fixed = "by content" if dotted in BY_CONTENT else ""
-                    row.append(fixed if dotted in frozen else "extendable" if dotted in EXTENDABLE else "free")
+                    row.append(fixed if dotted in frozen else "changeable" if dotted in CHANGEABLE else "free")
                 parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n")
     return "".join(parts)
 

@@ -21,7 +21,9 @@ from gptjax.data.manifest import with_corpus_tokenizer
 from gptjax.generation.engine import generate as generate_texts
 from gptjax.runs.load import LoadedModel, load_model
 from gptjax.runs.run import Provenance
+from gptjax.stages.early import check_early
 from gptjax.stages.pretrain import pretrain
+from gptjax.stages.summary import print_summary
 
 
 def recipe(name: str, settings: Mapping[str, Any] | None = None, *, size: int | str | None = None) -> TrainConfig:
@@ -60,7 +62,10 @@ def train(
     """
     parts = {"loss": loss, "model.block": block, "data.source": source}
     config = override(config, {setting: register(part) for setting, part in parts.items() if part is not None})
-    pretrain(config, Provenance(origins=origins(TrainConfig(), config, config)))
+    provenance = Provenance(origins=origins(TrainConfig(), config, config))
+    check_early(config)
+    print_summary(config, provenance.origins)
+    pretrain(config, provenance)
     return load(config.run_dir, block=optional(config.model.block, "model.block"))
 
 

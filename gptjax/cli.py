@@ -1,6 +1,5 @@
 """The command line: one verb a stage, no logic. Heavy modules are imported by the verb that needs them."""
 
-import difflib
 import functools
 import os
 import shlex
@@ -16,16 +15,17 @@ from gptjax.config.command_line import (
     given_names,
     load_recipe,
     nothing_left,
-    origins,
     parse,
     positional,
     positionals,
     take,
+    unknown_verb,
 )
 from gptjax.config.section import InputError
 from gptjax.parallel.cluster import RetryableError
-from gptjax.parallel.processes import exit_all, is_main_process, join_processes, process_label, say
+from gptjax.parallel.processes import exit_all, is_main_process, join_processes, process_label, say, working
 from gptjax.runtime.process import tune_process
+from gptjax.runtime.status import write_line
 from gptjax.runtime.versions import __version__
 from gptjax.storage.bucket import is_transient
 
@@ -83,29 +83,30 @@ def data_verify(args: list[str]) -> int:
 
 
 def pretrain(args: list[str]) -> int:
-    """pretrain RECIPE          train a model, or go on with its run"""
+    """pretrain RECIPE|RUN      train a model, or go on with its run"""
     name, args = positional(args, "RECIPE", "gptjax pretrain quickstart")
     if name == "RECIPE":
-        parse(TrainConfig(), args, "gptjax pretrain RECIPE [--size SIZE]")
-    recipe = load_recipe(name)
-    size, args = take(args, "size")
-    written = recipe.config("pretrain", size)
-    parsed = parse(written, args, f"gptjax pretrain {name} [--size SIZE]", recipe.doc)
-    from gptjax.data.manifest import with_corpus_tokenizer
+        parse(TrainConfig(), args, "gptjax pretrain RECIPE|RUN [--size SIZE]")
+    from gptjax.runs.resume import settings_of
 
-    cfg = with_corpus_tokenizer(parsed, given_names(args))
+    cfg, provenance = settings_of(name, args)
+    from gptjax.stages.early import check_early
+    from gptjax.stages.summary import print_summary
+
+    check_early(cfg)
+    print_summary(cfg, provenance.origins)
     tune_process()
-    from gptjax.runs.checkpoint import CheckpointError
-    from gptjax.runs.run import Provenance
-    from gptjax.stages.pretrain import pretrain
-    from gptjax.training.loop import Diverged
-    from gptjax.training.stop import Interrupted
+    with working("importing jax"):
+        from gptjax.runs.checkpoint import CheckpointError
+        from gptjax.stages.pretrain import pretrain
+        from gptjax.training.loop import Diverged
+        from gptjax.training.stop import Interrupted
 
-    provenance = Provenance(str(recipe.path), recipe.sha256, origins(TrainConfig(), written, cfg))
     try:
         folder = pretrain(cfg, provenance)
     except Interrupted:
-        say(f"interrupted; run the same command again to go on with {cfg.run_dir}")
+        again = shlex.join(["gptjax", "pretrain", cfg.run_dir])
+        say(f"interrupted, with everything saved; run the same command again to go on, or: {again}")
         return 75
     except (CheckpointError, Diverged) as e:
         _fail(e)
@@ -364,11 +365,7 @@ def _find_verb(args: list[str]) -> tuple[Verb, list[str]]:
     group = [f"  gptjax {verb.__doc__}" for name, verb in VERBS.items() if name.split()[0] == args[0]]
     if group and (not args[1:] or args[1] in HELP):
         return _print_line, ["\n".join(group)]
-    words = (" ".join(args[:2]), args[0])
-    close = next(filter(None, (difflib.get_close_matches(word, VERBS, n=1, cutoff=0.7) for word in words)), [])
-    raise InputError(
-        f"there is no verb {args[0]!r}" + (f"; did you mean {close[0]!r}?" if close else "; see gptjax --help")
-    )
+    raise unknown_verb(args, VERBS)
 
 
 def _print_line(lines: list[str]) -> int:
@@ -391,7 +388,7 @@ def _print(text: str, end: str = "\n") -> None:
 
 def _fail(error: Exception | str) -> None:
     where = f"{process_label()}: " if process_label() else ""
-    print(f"gptjax: {where}{error}", file=sys.stderr, flush=True)
+    write_line(f"gptjax: {where}{error}")
 
 
 def _next(*words: object) -> None:

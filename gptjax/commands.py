@@ -75,15 +75,17 @@ def show_step(run_dir: str | Path, step: int, rows: int) -> str:
     """
     from gptjax.data.pipeline import open_pipeline
     from gptjax.data.show import show
+    from gptjax.runs.events import rows_of_step
 
     config, run = load_config(run_dir), Run.existing(run_dir)
-    run.pull(run.data)
+    run.pull(run.data, run.events_path)
+    first, batch_size = rows_of_step(run.events_path, step, config.data.batch_size)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=batch_size))
     data = open_pipeline(config, run.data)
     checkpoints = open_checkpoints(run_dir)
     if (newest := checkpoints.newest()) is not None:
         data.check(checkpoints.data_state(newest))
-    shown = range(min(rows, config.data.batch_size))
-    return show(data.batch(step - 1), data.tokenizer, shown, data.sources(step - 1))
+    return show(data.batch(first), data.tokenizer, range(min(rows, batch_size)), data.sources(first))
 
 
 def import_run(source: str | Path, run_dir: str | Path) -> str:
@@ -123,7 +125,7 @@ def import_run(source: str | Path, run_dir: str | Path) -> str:
         tokenizer.save(run.tokenizer)
         run.push(run.tokenizer)
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint)
-    checkpoints.save(0, {"params": params}, {"step": 0}, dict(leaves(config)))
+    checkpoints.save(0, {"params": params}, {"rows": 0}, dict(leaves(config)))
     checkpoints.wait()
     run.close()
     count = sum(x.size for x in jax.tree.leaves(params))

@@ -95,10 +95,10 @@ def take(pipeline, state, count: int) -> list[tuple[str, dict]]:
 
 
 def take_counted(pipeline, count: int, source_of: Callable[[np.ndarray], str]) -> list[tuple[str, dict]]:
-    """The first batches, as `take` has them; each is that of its step, and its state counts each source's tokens."""
+    """The first batches, as `take` has them; each is that of its rows, and its state counts each source's tokens."""
     taken, tokens = take(pipeline, pipeline.start, count), dict.fromkeys((v.name for v in pipeline.validation), 0)
     for step, (made, state) in enumerate(taken):
-        batch = pipeline.batch(step)
+        batch = pipeline.batch(taken[step - 1][1]["rows"] if step else 0)
         assert batch_hash(batch) == made
         for row, weights in zip(batch["inputs_BL"], batch["weights_BL"]):
             tokens[source_of(row)] += int(weights.sum())

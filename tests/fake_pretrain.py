@@ -120,7 +120,7 @@ def pretrain(recipe: str, *flags: str) -> int:
 
 
 def save(folder: Path, step: int, state: str) -> None:
-    """As gptjax.runs.digest.write_manifest: the manifest comes last, whole."""
+    """As gptjax.runs.manifest.write_manifest: the manifest comes last, whole."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "state").write_text(state)
     files = {"state": [len(state), hashlib.sha256(state.encode()).hexdigest()]}

@@ -15,8 +15,9 @@ from gptjax.config.section import InputError
 from gptjax.model.block import block as own_block
 from gptjax.model.decoder import head, init_params, make_decoder
 from gptjax.model.decoder import layer_params as own_params
+from gptjax.runs.init_check import _check_settings
 from gptjax.runs.run import Run
-from gptjax.runs.warm_start import _check_settings, _check_shapes
+from gptjax.runs.warm_start import _check_shapes
 from gptjax.training.build import build_components
 from gptjax.training.losses import token_log_probs
 from gptjax.training.metrics_file import MetricsFile

@@ -259,12 +259,12 @@ def test_only_rows_that_are_known_to_hold_one_document_go_without_segments():
 
 
 def test_a_run_reports_its_attention():
-    line = "attention: plain (chosen by model.attention=auto), documents of a row kept apart by segments"
+    line = "plain, the best for this device; documents in one row do not see each other"
     assert describe(MODEL, 64, True) == line
     plain = dataclasses.replace(MODEL, attention="plain")
-    assert describe(plain, 64, False) == "attention: plain, each row one document"
+    assert describe(plain, 64, False) == "plain"
     with jax.set_mesh(make_mesh(MeshConfig(context=4))):
-        line = "attention: plain, each row over 4 devices in zigzag order, each row one document"
+        line = "plain; each row over 4 devices"
         assert describe(plain, 64, False) == line
 
 

@@ -19,7 +19,8 @@ from gptjax.config.section import InputError
 from gptjax.parallel.sharding import make_mesh, shardings, to_global
 from gptjax.runs import checkpoint
 from gptjax.runs.checkpoint import Checkpoints
-from gptjax.runs.digest import MANIFEST, digests, named_leaves, write_manifest
+from gptjax.runs.digest import digests, named_leaves
+from gptjax.runs.manifest import MANIFEST, write_manifest
 from gptjax.storage import StorageError
 from gptjax.storage.bucket import is_transient
 
@@ -321,14 +322,14 @@ KILLED = """
 import os, shutil, signal, sys, threading
 import jax.numpy as jnp
 from gptjax.runs import checkpoint
-from gptjax.runs import digest
+from gptjax.runs import manifest
 from gptjax.config import CheckpointConfig
 c = checkpoint.Checkpoints(sys.argv[1], CheckpointConfig(keep_newest=1))
 c.save(1, {"w_D": jnp.arange(4.0)}, {"row": 1}, {})
 c.wait()
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[2] == "hashing":
-    digest.file_sha256 = die
+    manifest.file_sha256 = die
 elif sys.argv[2] == "manifest":
     replace = os.replace
     os.replace = lambda a, b: die() if os.path.basename(b) == "manifest.json" else replace(a, b)

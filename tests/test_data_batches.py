@@ -89,7 +89,7 @@ def test_validation_predicts_every_target_once_and_in_order(packing, sizes, leng
 def test_segments_positions_and_weights_say_which_document_a_token_is_from(packing, sizes, length, step):
     split = split_of(sizes)
     length = min(length, split.num_tokens - 1)
-    batch = RowSampler(split, DataConfig(batch_size=3, length=length, packing=packing), 7).batch(step)
+    batch = RowSampler(split, DataConfig(batch_size=3, length=length, packing=packing), 7).batch(3 * step)
     starts, ends = set(split.starts.tolist()), document_ends(split)
     for i in range(3):
         segment = position = 0
@@ -111,8 +111,8 @@ def test_segments_positions_and_weights_say_which_document_a_token_is_from(packi
 def test_crossing_documents_makes_a_row_one_segment(sizes, length, step):
     split = split_of(sizes)
     length = min(length, split.num_tokens - 1)
-    apart = RowSampler(split, DataConfig(batch_size=2, length=length), 0).batch(step)
-    crossing = RowSampler(split, DataConfig(batch_size=2, length=length, cross_documents=True), 0).batch(step)
+    apart = RowSampler(split, DataConfig(batch_size=2, length=length), 0).batch(2 * step)
+    crossing = RowSampler(split, DataConfig(batch_size=2, length=length, cross_documents=True), 0).batch(2 * step)
     for name in ("inputs_BL", "targets_BL"):
         np.testing.assert_array_equal(crossing[name], apart[name])
     np.testing.assert_array_equal(crossing["segments_BL"], real(apart).astype(int))
@@ -126,7 +126,7 @@ def test_batch_size_does_not_change_the_order_of_rows(packing):
     ones = RowSampler(split, DataConfig(batch_size=1, length=10, packing=packing), 3)
     fours = RowSampler(split, DataConfig(batch_size=4, length=10, packing=packing), 3)
     single = np.concatenate([ones.batch(step)["inputs_BL"] for step in range(40)])
-    np.testing.assert_array_equal(single, np.concatenate([fours.batch(step)["inputs_BL"] for step in range(10)]))
+    np.testing.assert_array_equal(single, np.concatenate([fours.batch(4 * step)["inputs_BL"] for step in range(10)]))
 
 
 def test_seeds_and_epochs_have_orders_and_cuts_of_their_own():
@@ -162,7 +162,7 @@ def test_an_order_of_rows_never_changes_between_versions():
     # A resumed run must read what it would have read; a change here breaks every unfinished run.
     assert permute(np.arange(10), 10, 0, 0).tolist() == [7, 1, 4, 6, 2, 5, 0, 3, 8, 9]
     rows = RowSampler(split_of([20, 31]), DataConfig(batch_size=2, length=8), 5)
-    assert batch_hash(rows.batch(3))[:16] == "f3530bf651edd648"
+    assert batch_hash(rows.batch(6))[:16] == "f3530bf651edd648"
 
 
 @both_packings
@@ -170,12 +170,27 @@ def test_an_order_of_rows_never_changes_between_versions():
 def test_batches_go_on_from_any_step_and_threads_change_none(packing, workers):
     cfg = DataConfig(batch_size=2, length=10, packing=packing)
     alone, rows = RowSampler(split_of([30, 50]), cfg, 0), Mixture({"": split_of([30, 50])}, cfg, 0)
-    want = [(batch_hash(alone.batch(step)), {"step": step + 1}) for step in range(12)]
+    want = [(batch_hash(alone.batch(2 * step)), {"rows": 2 * step + 2}) for step in range(12)]
     for start in (0, 4):
-        with contextlib.closing(batches(rows, start, workers=workers)) as made:
+        with contextlib.closing(batches(rows, 2 * start, workers=workers)) as made:
             assert [(batch_hash(batch), state) for batch, state in itertools.islice(made, 8)] == want[start : start + 8]
-    with contextlib.closing(batches(rows, 5, slice(1, 2), workers)) as part:
-        np.testing.assert_array_equal(next(part)[0]["inputs_BL"], rows.batch(5)["inputs_BL"][1:])
+    with contextlib.closing(batches(rows, 10, slice(1, 2), workers)) as part:
+        np.testing.assert_array_equal(next(part)[0]["inputs_BL"], rows.batch(10)["inputs_BL"][1:])
+
+
+@both_packings
+@pytest.mark.parametrize(("before", "after"), [(2, 5), (5, 2), (3, 3)])
+def test_another_batch_size_goes_on_with_the_next_row_and_leaves_none_out(packing, before, after):
+    def made(batch_size: int, start: int, count: int) -> tuple[list[np.ndarray], int]:
+        rows = Mixture({"": split_of([30, 50])}, DataConfig(batch_size=batch_size, length=10, packing=packing), 0)
+        with contextlib.closing(batches(rows, start)) as made:
+            taken = list(itertools.islice(made, count))
+        return [row for batch, _ in taken for row in batch["inputs_BL"]], taken[-1][1]["rows"]
+
+    first, rows = made(before, 0, 7)
+    then, end = made(after, rows, 6)
+    whole, _ = made(1, 0, end)
+    np.testing.assert_array_equal(first + then, whole)
 
 
 def test_closing_the_iterator_ends_its_thread(rows):
@@ -198,7 +213,7 @@ def test_an_error_while_reading_ahead_reaches_the_reader_in_its_place(rows):
 
     rows.rows = damaged  # pyright: ignore[reportAttributeAccessIssue]
     iterator = batches(rows, 0)
-    assert [next(iterator)[1]["step"] for _ in range(2)] == [1, 2]
+    assert [next(iterator)[1]["rows"] for _ in range(2)] == [2, 4]
     with pytest.raises(InputError, match="shard 7 is damaged"):
         next(iterator)
 

@@ -80,7 +80,7 @@ def test_a_mixture_never_changes_between_versions():
     # A resumed run must read what it would have read; a change here breaks every unfinished run.
     assert "".join(map(str, SourceSchedule([5, 3, 2]).assign(np.arange(20))[0])) == "0102010201" * 2
     mixture = Mixture({"a": split(301), "b": split(101, 1000)}, DataConfig(batch_size=4, length=10), 7)
-    assert batch_hash(mixture.batch(20))[:16] == "5b36204efc80d797"
+    assert batch_hash(mixture.batch(20 * mixture.cfg.batch_size))[:16] == "5b36204efc80d797"
 
 
 def test_rows_of_a_pass_follow_weights():
@@ -101,7 +101,7 @@ def test_rows_of_a_pass_follow_weights():
 def test_a_source_is_visited_as_if_it_were_alone():
     cfg = DataConfig(source="mixture", mixture=("a=a", "b=b"), weights=(0.5, 3.0), batch_size=4, length=10)
     mixture = Mixture({"a": split(301), "b": split(101, 1000)}, cfg, 7)
-    made = np.concatenate([mixture.batch(step)["inputs_BL"] for step in range(60)])
+    made = np.concatenate([mixture.batch(4 * step)["inputs_BL"] for step in range(60)])
     # 15 rows of a and 30 of b in a pass: half a pass over a's 30 rows, three over b's 10.
     assert mixture.schedule.counts == [15, 30]
     for rows, low, count in zip(mixture.samplers, (0, 1000), (80, 160)):
@@ -200,7 +200,7 @@ def test_a_damaged_page_stops_training_or_becomes_padding(tmp_path):
         return open_pipeline(TrainConfig(data=data, tokenizer=BYTES), tmp_path / "none", training=True, say=say)
 
     whole = opened(0)
-    sound = [whole.batch(step) for step in range(300)]
+    sound = [whole.batch(4 * step) for step in range(300)]
     damage(shard, place_of(page + 100))
 
     with pytest.raises(InputError, match=r"train.*is damaged at page 1 "):

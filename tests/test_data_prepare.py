@@ -103,7 +103,7 @@ def test_validation_text_is_in_no_training_row_and_never_trains_the_tokenizer(tm
     rows = RowSampler(corpus.split("train"), DataConfig(batch_size=4, length=64), 0)
     trained = ""
     for step in range(-(-rows.rows_per_epoch // 4)):
-        batch = rows.batch(step)
+        batch = rows.batch(4 * step)
         for i in range(4):
             trained += corpus.tokenizer.decode(batch["inputs_BL"][i]) + "|"
     for text in held:

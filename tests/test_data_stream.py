@@ -104,7 +104,23 @@ def test_a_stream_goes_on_exactly_from_any_state(source, packing):
         again = open_pipeline(config(source, packing=packing), Path("none"))
         again.check(straight[step][1])
         assert take(again, straight[step][1], 4) == straight[step + 1 : step + 5]
-    assert batch_hash(pipeline.batch(30)) == straight[30][0]
+    assert batch_hash(pipeline.batch(straight[29][1]["rows"])) == straight[30][0]
+
+
+@both_packings
+def test_a_stream_goes_on_with_another_batch_size_and_leaves_no_row_out(source, packing):
+    def rows(batch_size: int, state=None, count: int = 12) -> tuple[list[np.ndarray], dict]:
+        pipeline = open_pipeline(config(source, packing=packing, batch_size=batch_size), Path("none"))
+        made = pipeline.batches(state or pipeline.start)
+        taken = list(itertools.islice(made, count))
+        made.close()
+        return [row for batch, _ in taken for row in batch["inputs_BL"]], taken[-1][1]
+
+    first, state = rows(3)
+    then, end = rows(5, state)
+    np.testing.assert_array_equal(first + then, rows(1, None, end["rows"])[0])
+    pipeline = open_pipeline(config(source, packing=packing, batch_size=5), Path("none"))
+    np.testing.assert_array_equal(pipeline.batch(state["rows"])["inputs_BL"], then[:5])
 
 
 def test_a_stream_goes_on_exactly_inside_a_long_document(tmp_path):
@@ -228,7 +244,7 @@ def test_a_changed_source_is_refused_or_gone_on_with_inexactly(source, tmp_path)
     anyway.check(state)
     (line,) = (line for line in said if "changed: going on at document" in line)
     after = take(anyway, state, 2)
-    assert after[-1][1]["step"] == 10
+    assert after[-1][1]["rows"] == 10 * 3
     open_pipeline(config(tmp_path), Path("none")).check(after[-1][1])  # from here on it is exact again
 
 

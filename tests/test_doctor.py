@@ -115,8 +115,8 @@ def test_the_doctor_runs_every_probe_and_finds_no_problem_here(monkeypatch, tmp_
     assert main(["doctor", "--json", str(out), "--run-dir", str(runs)]) == 0
     report = json.loads(out.read_text())
     subjects = {f["subject"] for f in report["findings"]}
-    assert subjects == {"versions", "devices", "arithmetic", "collectives", "host", "cache", "input", "run folder",
-                        "disk space", "clock"}  # fmt: skip
+    assert subjects == {"versions", "devices", "arithmetic", "peak", "collectives", "host", "cache", "input",
+                        "run folder", "disk space", "clock"}  # fmt: skip
     assert report["ok"] and report["devices"]["count"] == 8 and not runs.exists()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 24 and max(map(len, lines)) <= 120

@@ -16,13 +16,13 @@ from gptjax.config.command_line import load_recipe
 from gptjax.config.section import InputError
 from gptjax.diagnostics.plan import report, search
 from gptjax.diagnostics.plan.compiled import Compiled, Target, compile_for, has_libtpu, memory_of
-from gptjax.diagnostics.plan.memory import padded, state_bytes, step_memory
 from gptjax.diagnostics.plan.search import SAFE, Planner
 from gptjax.ops.device import Device
 from gptjax.ops.linear import count_chunks
 from gptjax.parallel.sharding import AXES
 from gptjax.runtime.hardware import CHIPS, NODES, SLICES, chip_of, topology
 from gptjax.training.build import build_components
+from gptjax.training.memory import padded, state_bytes, step_memory
 
 TPU = Device("tpu", memory=CHIPS["tpu v5 lite"].memory)
 needs_libtpu = pytest.mark.skipif(not has_libtpu(), reason="libtpu compiles for TPUs: pip install 'gptjax[tpu-plan]'")

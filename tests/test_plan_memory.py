@@ -10,12 +10,12 @@ import pytest
 from shipped import recipe
 
 from gptjax.config import TrainConfig
-from gptjax.diagnostics.plan.memory import BY_CHIP, Memory, Temporaries, state_bytes, step_memory
 from gptjax.diagnostics.plan.search import Planner
 from gptjax.ops.device import Device
 from gptjax.parallel.sharding import AXES
 from gptjax.runtime.hardware import topology
 from gptjax.training.build import build_components
+from gptjax.training.memory import BY_CHIP, Memory, Temporaries, state_bytes, step_memory
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 TPU = Device("tpu")

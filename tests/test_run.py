@@ -102,20 +102,23 @@ def test_frozen_settings_are_refused_by_name_with_both_values(tmp_path):
     commit_step(run)
     before = run.config_path.read_bytes()
     other = dataclasses.replace(CFG, seed=1, model=ModelConfig(num_layers=2, width=128, num_heads=4))
-    with pytest.raises(InputError, match="seed was 0, got 1; model.width was 64, got 128; .*--run-dir") as e:
+    with pytest.raises(InputError, match="seed was 0, got 1; model.width was 64, got 128; .*--run-dir.*--init") as e:
         open_run(tmp_path, other)
     assert "\n" not in str(e.value) and str(tmp_path) in str(e.value)
     assert run.config_path.read_bytes() == before
 
 
-def test_free_and_extendable_settings_may_change_and_are_told(tmp_path):
+def test_free_and_changeable_settings_may_change_and_are_told(tmp_path):
     commit_step(open_run(tmp_path))
     other = dataclasses.replace(
-        CFG, steps=200, mesh=MeshConfig(fsdp=8), checkpoint=CheckpointConfig(every=7), run_dir="z"
-    )
+        CFG, steps=200, mesh=MeshConfig(fsdp=8), checkpoint=CheckpointConfig(every=7), run_dir="z",
+        data=dataclasses.replace(CFG.data, batch_size=32), optim=dataclasses.replace(CFG.optim, learning_rate=1e-3),
+    )  # fmt: skip
     run = open_run(tmp_path, other)
     assert run.changes == (
-        "steps was 100, now 200: the learning-rate schedule changes with it",
+        "steps was 100, now 200: the schedule changes with it",
+        "data.batch_size was 16, now 32: the data go on with the next row; the schedule counts steps, as before",
+        "optim.learning_rate was 0.0006, now 0.001",
         "mesh.fsdp was 1, now 8",
         "checkpoint.every was 500, now 7",
     )
@@ -144,7 +147,7 @@ def test_a_run_is_not_made_shorter_than_it_is(tmp_path):
         open_run(tmp_path, dataclasses.replace(CFG, steps=50))
     assert (tmp_path / "config.json").read_bytes() == before
     shorter = open_run(tmp_path, dataclasses.replace(CFG, steps=60))
-    assert shorter.changes == ("steps was 100, now 60: the learning-rate schedule changes with it",)
+    assert shorter.changes == ("steps was 100, now 60: the schedule changes with it",)
 
 
 def test_checkpoints_without_settings_are_refused(tmp_path):

@@ -10,7 +10,7 @@ from gptjax.config.model import ModelConfig
 from gptjax.config.optim import OptimConfig
 from gptjax.config.tokenizer import TokenizerConfig, TrainTokenizerConfig
 from gptjax.config.training import (
-    EXTENDABLE,
+    CHANGEABLE,
     SCHEMA,
     STAGES,
     CheckpointConfig,
@@ -19,13 +19,14 @@ from gptjax.config.training import (
     MeshConfig,
     TrainConfig,
     check_divisible,
+    defining_settings,
     frozen_changes,
     frozen_settings,
 )
 
 __all__ = [
-    "EXTENDABLE", "SCHEMA", "STAGES", "CheckpointConfig", "ContinueConfig", "DataConfig", "EvalConfig",
+    "CHANGEABLE", "SCHEMA", "STAGES", "CheckpointConfig", "ContinueConfig", "DataConfig", "EvalConfig",
     "EvaluateConfig", "GenerateConfig", "MeshConfig", "ModelConfig", "OptimConfig",
     "PrepareConfig", "ShowConfig", "TokenizerConfig", "TrainConfig", "TrainTokenizerConfig",
-    "check_divisible", "frozen_settings", "frozen_changes",
+    "check_divisible", "defining_settings", "frozen_settings", "frozen_changes",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,8 @@ from gptjax.config.section import InputError, build, leaves, one_line, unknown_n
 
 T = TypeVar("T")
 HELP = ("-h", "--help")
+VERBS_ELSEWHERE = {"resume": "pretrain RUN", "continue": "pretrain RUN", "finetune": "pretrain RECIPE --init RUN",
+                   "sample": "generate RUN", "evaluate": "eval RUN", "test": "eval RUN"}  # fmt: skip
 
 
 def parse(default: T, args: list[str], prog: str, description: str = "") -> T:
@@ -36,7 +38,9 @@ def parse(default: T, args: list[str], prog: str, description: str = "") -> T:
             name = arg[2:].split("=", 1)[0].replace("_", "-")
             switched_off = re.sub(r"(^|\.)no-", r"\1", name)
             if name == "resume":
-                raise InputError("there is no --resume: the same command, run again, goes on; leave it out")
+                raise InputError(
+                    "there is no --resume: the same command, run again, goes on, and so does gptjax pretrain RUN"
+                )
             if name not in known and switched_off not in known:
                 raise InputError(unknown_name(f"--{name}", [f"--{k}" for k in known]))
     errors = io.StringIO()
@@ -170,11 +174,9 @@ def load_recipe(name: str) -> Recipe:
     path = next((p for p in places if p.is_file()), None)
     if path is None:
         names = sorted({p.stem for folder in shipped for p in folder.glob("*.py")})
-        if (Path(name) / "config.json").exists():
-            raise InputError(f"{name}: a run, not a recipe; it goes on when the command that began it is run again")
         close = difflib.get_close_matches(name, names, n=1)
         meant = f", the nearest is {close[0]}" if close else ""
-        raise InputError(f"{name}: no such recipe{meant}; wanted a Python file, or one of {', '.join(names)}")
+        raise InputError(f"{name}: no such recipe{meant}; wanted a Python file, a run, or one of {', '.join(names)}")
     spec = importlib.util.spec_from_file_location(f"gptjax_recipe_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise InputError(f"{name}: not a Python file; wanted a recipe like configs/quickstart.py")
@@ -197,6 +199,16 @@ def _failure(path: Path, what: str, error: Exception) -> InputError:
     lines = [frame.lineno for frame in frames if frame.filename == os.path.abspath(path)]
     where = f"{path}:{lines[-1]}" if lines else str(path)
     return InputError(f"{where}: {what} failed with {type(error).__name__}: {one_line(error)}")
+
+
+def unknown_verb(args: list[str], verbs: Collection[str]) -> InputError:
+    """The error for words that begin with no verb, with the nearest one, or what does its work here."""
+    words = (" ".join(args[:2]), args[0])
+    near = (difflib.get_close_matches(word, verbs, n=1, cutoff=0.7) for word in words)
+    close = VERBS_ELSEWHERE.get(args[0]) or next((found[0] for found in near if found), "")
+    return InputError(
+        f"there is no verb {args[0]!r}; " + (f"did you mean {close!r}?" if close else "see gptjax --help")
+    )
 
 
 def origins(default: Any, recipe: Any, config: Any) -> dict[str, str]:

@@ -57,7 +57,9 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 NAMES_ELSEWHERE = {  # of nanoGPT, nanochat and Hugging Face's Trainer
-    "lr": "learning-rate", "max-iters": "steps", "max-steps": "steps", "num-iterations": "steps",
+    "lr": "learning-rate", "max-iters": "steps", "max-steps": "steps", "num-iterations": "steps", "epochs": "steps",
+    "num-train-epochs": "steps", "warmup-iters": "warmup-steps", "grad-clip": "clip-norm", "max-grad-norm": "clip-norm",
+    "bf16": "dtype", "fp16": "dtype", "dataset": "source", "max-seq-length": "length",
     "block-size": "length", "n-layer": "num-layers", "n-head": "num-heads", "n-embd": "width", "hidden-size": "width",
     "out-dir": "run-dir", "output-dir": "run-dir", "gradient-accumulation-steps": "accumulate",
     "per-device-train-batch-size": "batch-size",

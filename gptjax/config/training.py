@@ -16,12 +16,25 @@ from gptjax.config.tokenizer import TokenizerConfig
 
 SCHEMA = 1  # version of config.json; raise it when a saved file needs translating
 
-# What may change when a run is resumed. Everything else is frozen: changing it would make another run.
+# What may change when a run is resumed without a change of its numbers, but for rounding.
 FREE = ("run_dir", "log_every", "log_norms_every", "sinks", "sample", "profile", "compile_cache", "time_limit",
         "mesh", "checkpoint", "evaluate", "generate", "model.remat", "model.remat_names", "model.unroll",
         "model.attention", "model.attention_block", "data.workers", "data.validation", "data.max_corrupt",
         "data.exact_resume")  # fmt: skip
-EXTENDABLE = ("steps",)
+# What may change, and changes the curve from there on. Everything else is frozen: it would make another run.
+CHANGEABLE = {
+    "steps": "the schedule changes with it",
+    "data.batch_size": "the data go on with the next row; the schedule counts steps, as before",
+    "optim.accumulate": "",
+    "optim.learning_rate": "",
+    "optim.schedule": "",
+    "optim.warmup_steps": "",
+    "optim.final_fraction": "",
+    "optim.decay_fraction": "",
+    "optim.weight_decay": "",
+    "optim.clip_norm": "",
+}
+"""By name, the consequence that the user is told."""
 # Compared by what they are, not by how they are spelt: a corpus may be moved, and the data refuses another one.
 BY_CONTENT = ("data.source", "data.mixture", "tokenizer.path")
 
@@ -208,10 +221,14 @@ def check_divisible(config: TrainConfig, sizes: Mapping[str, int]) -> None:
         )
 
 
+def defining_settings(config: Any) -> dict[str, Any]:
+    """The settings, by dotted name, that a run's numbers follow from: all that are not FREE."""
+    return {n: v for n, v in leaves(config) if not any(n == f or n.startswith(f"{f}.") for f in FREE)}
+
+
 def frozen_settings(config: Any) -> dict[str, Any]:
     """The settings, by dotted name, that may not change on resume."""
-    may_change = FREE + EXTENDABLE
-    return {n: v for n, v in leaves(config) if not any(n == f or n.startswith(f"{f}.") for f in may_change)}
+    return {n: v for n, v in defining_settings(config).items() if n not in CHANGEABLE}
 
 
 def frozen_changes(old: Any, new: Any) -> list[str]:

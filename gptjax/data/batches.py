@@ -1,4 +1,4 @@
-"""The rows that a training step reads: a pure function of corpus, seed, step, batch size and row length.
+"""The rows that a training step reads: a pure function of corpus, seed, rows read before, batch size and row length.
 
 An epoch's rows are cut so that each target is predicted exactly once, and visited in an order of the epoch's own.
 Neither the number of hosts nor of threads changes a batch. From a pipeline's `batches` to a token it goes through
@@ -60,9 +60,9 @@ class RowSampler:
         """Rows that hold each target of the split once."""
         return self._layout.num_rows
 
-    def batch(self, step: int, part: RowSlice = ALL_ROWS) -> Batch:
-        """The batch that is trained on after `step` steps, or some rows of it, as `packing.cut` describes it."""
-        return self.rows(row_numbers(self.cfg, step, part))
+    def batch(self, first: int, part: RowSlice = ALL_ROWS) -> Batch:
+        """The batch that begins with row `first`, or some rows of it, as `packing.cut` describes it."""
+        return self.rows(row_numbers(self.cfg, first, part))
 
     def rows(self, number: np.ndarray) -> Batch:
         """The rows with these numbers (int64, rising) as a batch."""
@@ -90,9 +90,9 @@ class RowSampler:
         return int(count)
 
 
-def row_numbers(cfg: DataConfig, step: int, part: RowSlice = ALL_ROWS) -> np.ndarray:
-    """Numbers of the rows that are trained on after `step` steps, or of some of them: int64[rows]."""
-    return step * cfg.batch_size + np.arange(cfg.batch_size)[part]
+def row_numbers(cfg: DataConfig, first: int, part: RowSlice = ALL_ROWS) -> np.ndarray:
+    """Numbers of the rows of the batch that begins with row `first`, or of some of them: int64[rows]."""
+    return first + np.arange(cfg.batch_size)[part]
 
 
 def slice_rows(batch: Batch, part: RowSlice) -> Batch:
@@ -103,34 +103,34 @@ def slice_rows(batch: Batch, part: RowSlice) -> Batch:
 
 
 def batches(
-    source: RowSource, start_step: int, part: RowSlice = ALL_ROWS, workers: int = 0
+    source: RowSource, start: int, part: RowSlice = ALL_ROWS, workers: int = 0
 ) -> Generator[tuple[Batch, DataState], None, None]:
-    """Yields (batch, state after it) from a step on, without end; {"step": s} is the state after s steps.
+    """Yields (batch, state after it) from row `start` on, without end; {"rows": n} is the state after n rows.
 
     With a `part` only those rows of each batch are read and cut. Threads, as many as `workers` and at least one, cut
     the next batches meanwhile; their number changes no batch and no order. An exception of one batch is raised in its
     place. Closing the iterator ends the threads.
     """
-    size = len(row_numbers(source.cfg, 0, part))
+    size, batch_size = len(row_numbers(source.cfg, 0, part)), source.cfg.batch_size
     group_size = max(1, _GROUP_TOKENS // (size * source.cfg.length))
 
     def cut_group(first: int) -> tuple[int, Batch | None]:
         """The rows of group_size batches; None where one of them raises, which it does again in its place."""
-        steps = range(first, first + group_size)
+        firsts = range(first, first + group_size * batch_size, batch_size)
         try:
-            return first, source.rows(np.concatenate([row_numbers(source.cfg, step, part) for step in steps]))
+            return first, source.rows(np.concatenate([row_numbers(source.cfg, row, part) for row in firsts]))
         except Exception:
             return first, None
 
-    calls = (functools.partial(cut_group, first) for first in itertools.count(start_step, group_size))
+    calls = (functools.partial(cut_group, first) for first in itertools.count(start, group_size * batch_size))
     with contextlib.closing(prefetch(calls, workers)) as groups:
         for first, group in groups:
             for i in range(group_size):
                 if group is None:
-                    batch = source.rows(row_numbers(source.cfg, first + i, part))
+                    batch = source.rows(row_numbers(source.cfg, first + i * batch_size, part))
                 else:
                     batch = {name: x[i * size : (i + 1) * size] for name, x in group.items()}
-                yield batch, {"step": first + i + 1}
+                yield batch, {"rows": first + (i + 1) * batch_size}
 
 
 def validation_batches(

@@ -62,9 +62,9 @@ class Mixture:
         sizes = [(sampler.rows_per_epoch, sampler.split.num_tokens) for sampler in self.samplers]
         self.schedule = SourceSchedule(rows_of_a_pass(cfg, sizes))
 
-    def batch(self, step: int, part: RowSlice = ALL_ROWS) -> Batch:
-        """The batch that is trained on after `step` steps, or some rows of it."""
-        return self.rows(row_numbers(self.cfg, step, part))
+    def batch(self, first: int, part: RowSlice = ALL_ROWS) -> Batch:
+        """The batch that begins with row `first`, or some rows of it."""
+        return self.rows(row_numbers(self.cfg, first, part))
 
     def rows(self, number: np.ndarray) -> Batch:
         """The rows with these numbers (int64, rising) as a batch."""
@@ -73,15 +73,15 @@ class Mixture:
         parts = {i: self.samplers[i].rows(index_B[source_B == i]) for i, count in enumerate(counts) if count}
         return join_rows(source_B, parts)
 
-    def num_targets(self, step: int) -> list[int]:
-        """Targets with weight of each source in the whole batch after `step` steps; no token is read."""
-        source_B, index_B = self.assign(step)
+    def num_targets(self, first: int) -> list[int]:
+        """Targets with weight of each source in the whole batch from row `first` on; no token is read."""
+        source_B, index_B = self.assign(first)
         numbers = [index_B[source_B == i] for i in range(len(self.samplers))]
         return [rows.num_targets(own) if len(own) else 0 for rows, own in zip(self.samplers, numbers)]
 
-    def assign(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+    def assign(self, first: int) -> tuple[np.ndarray, np.ndarray]:
         """The index of the source of each row of a batch, and the row's number in that source."""
-        return self.schedule.assign(row_numbers(self.cfg, step))
+        return self.schedule.assign(row_numbers(self.cfg, first))
 
 
 def rows_of_a_pass(cfg: DataConfig, sizes: Sequence[tuple[int, int]]) -> list[int]:

@@ -12,8 +12,8 @@ from gptjax.data.validation import ValidationSet
 __all__ = ["DataPipeline", "DataState", "ValidationSet", "kept_texts", "open_pipeline"]
 
 DataPipeline = PreparedData | StreamedData
-"""Both have the same methods: tokenizer, validation, start, check(state), batches(state, part), batch(step, part),
-sources(step) and describe(). `part` are the indices of the rows that this host must give, all where they are left out.
+"""Both have the same methods: tokenizer, validation, start, check(state), batches(state, part), batch(row, part),
+sources(row) and describe(). `part` are the indices of the rows that this host must give, all where they are left out.
 The state after each batch is JSON, to be saved with what was trained on it."""
 
 

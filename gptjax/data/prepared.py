@@ -15,7 +15,7 @@ from gptjax.data.batches import ALL_ROWS, DataState, RowSlice, batches, slice_ro
 from gptjax.data.corpus import Corpus, DamagedPage, is_corpus, open_corpus
 from gptjax.data.mixture import Mixture
 from gptjax.data.packing import Batch
-from gptjax.data.prepare import notices, prepare, training_texts
+from gptjax.data.prepare import notices, prepare, progress_bar, training_texts
 from gptjax.data.scan import scan_for_training
 from gptjax.data.sources import is_here, open_source
 from gptjax.data.validation import (
@@ -26,6 +26,7 @@ from gptjax.data.validation import (
     data_changed,
     extra_validation_sets,
 )
+from gptjax.runtime.status import entry
 from gptjax.tokenizer import Tokenizer, make_tokenizer, open_tokenizer
 
 SHARED_TOKENIZER = "shared-tokenizer"  # no name of a source: those have no dash
@@ -34,11 +35,11 @@ Say = Callable[[str], None]
 
 
 class PreparedData:
-    """The data of a run, from prepared corpora: the rows that a step reads are a pure function of the step.
+    """The data of a run, from prepared corpora: each row is a pure function of its number.
 
-    The state after some batches is {"step", "names", "corpus", "tokens"}: by source, what it was called when the run
-    began, the SHA-256 of its corpus and the weighted targets trained on so far; a single source has the name "". Where
-    damaged pages were skipped, "corrupt" lists them.
+    The state after some batches is {"rows", "names", "corpus", "tokens"}: the rows read, and by source what it was
+    called when the run began, the SHA-256 of its corpus and the weighted targets trained on so far; a single source has
+    the name "". Where damaged pages were skipped, "corrupt" lists them.
     """
 
     def __init__(self, corpora: dict[str, Corpus], config: TrainConfig, training: bool, say: Say):
@@ -62,7 +63,7 @@ class PreparedData:
         """The state before the first batch."""
         hashes = {name: corpus.sha256 for name, corpus in self._corpora.items()}
         names = self._config.data.sources
-        return {"step": 0, "names": names, "corpus": hashes, "tokens": dict.fromkeys(hashes, 0)}
+        return {"rows": 0, "names": names, "corpus": hashes, "tokens": dict.fromkeys(hashes, 0)}
 
     def check(self, state: DataState) -> None:
         """Raises InputError where a checkpoint's state of the data is not one of this data."""
@@ -79,29 +80,28 @@ class PreparedData:
         """
         data = self._config.data
         read = ALL_ROWS if data.max_corrupt else part
-        with contextlib.closing(batches(self._mixture, state["step"], read, data.workers)) as steps:
+        with contextlib.closing(batches(self._mixture, state["rows"], read, data.workers)) as steps:
             for batch, after in steps:
                 state = self._advance(state, batch) | after
                 yield (slice_rows(batch, part) if data.max_corrupt else batch), state
 
-    def batch(self, step: int, part: RowSlice = ALL_ROWS) -> Batch:
-        """The batch that is trained on after `step` steps, or some of its rows."""
-        return self._mixture.batch(step, part)
+    def batch(self, first: int, part: RowSlice = ALL_ROWS) -> Batch:
+        """The batch that begins with row `first`, or some of its rows."""
+        return self._mixture.batch(first, part)
 
-    def sources(self, step: int) -> list[str]:
+    def sources(self, first: int) -> list[str]:
         """The name of the source of each row of a batch."""
-        return [list(self._corpora)[i] for i in self._mixture.assign(step)[0].tolist()]
+        return [list(self._corpora)[i] for i in self._mixture.assign(first)[0].tolist()]
 
     def describe(self) -> str:
         """The sizes of the splits in a line, and one for each source of a mixture."""
         cfg, schedule = self._config.data, self._mixture.schedule
         train = [corpus.split("train").num_tokens for corpus in self._corpora.values()]
         validation = [corpus.split("validation").num_tokens for corpus in self._corpora.values()]
-        lines = [
-            f"{sum(train):,} tokens to train on, {sum(validation):,} held out "
-            f"({sum(validation) / (sum(train) + sum(validation)):.1%}); "
-            f"{cfg.batch_size * cfg.length:,} tokens a step"
-        ]
+        one = self._config.steps * cfg.batch_size / self._mixture.samplers[0].rows_per_epoch
+        epochs = f"; {self._config.steps:,} steps are {one:.3g} epochs" if len(train) == 1 else ""
+        share = sum(validation) / (sum(train) + sum(validation))
+        lines = [f"{sum(train):,} tokens to train on, {sum(validation):,} held out ({share:.1%}){epochs}"]
         for name, tokens, count, sampler in zip(self._corpora, train, schedule.counts, self._mixture.samplers):
             share = count / schedule.total
             passes = self._config.steps * cfg.batch_size * share / sampler.rows_per_epoch
@@ -114,12 +114,12 @@ class PreparedData:
 
     def _advance(self, state: DataState, batch: Batch) -> DataState:
         """The state with the tokens of the batch after it, and with the damaged pages that it would have read."""
-        source_B, index_B = self._mixture.assign(state["step"])
+        source_B, index_B = self._mixture.assign(state["rows"])
         if len(batch["weights_BL"]) == len(source_B):
             targets_B = np.count_nonzero(batch["weights_BL"], axis=1)
             counts = np.bincount(source_B, targets_B, minlength=len(self._corpora)).astype(int).tolist()
         else:  # the rows of other hosts count too
-            counts = self._mixture.num_targets(state["step"])
+            counts = self._mixture.num_targets(state["rows"])
         state = {**state, "tokens": {name: state["tokens"][name] + n for name, n in zip(self._corpora, counts)}}
         for i, (name, corpus) in enumerate(self._corpora.items()):
             split = corpus.split("train")
@@ -216,12 +216,14 @@ def _prepare_texts(
     for name, source in texts.items():
         out = folder / name
         if new := not is_corpus(out):
-            say(f"preparing {source} with a tokenizer of {tokenizer.vocab_size:,} ids into {out}")
+            place = os.path.relpath(out) if out.is_relative_to(Path.cwd()) else str(out)
+            say(entry("preparing", f"{source} with a tokenizer of {tokenizer.vocab_size:,} ids, into {place}"))
         cfg = PrepareConfig(
             source=source, out=str(out), validation_fraction=data.validation_fraction, text_field=data.text_field,
             max_corrupt=data.max_corrupt, tokenizer=tokenizer,
         )  # fmt: skip
-        prepared[name] = prepare(cfg, otherwise=another_run(config))
+        with progress_bar() as progress:
+            prepared[name] = prepare(cfg, progress, otherwise=another_run(config))
         for line in notices(prepared[name]) if new else ():
             say(f"{source}: {line}")
     return prepared

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import os
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 
 import numpy as np
 
@@ -42,9 +42,9 @@ _END_BYTES = 1 << 16  # of each end of a file, which its content is compared by
 class StreamedData:
     """The data of a run, read and tokenised as it is trained on.
 
-    The state after some batches is {"step", "names", "tokenizer", "sources", "content", "tokens"}: by source, what it
-    was called when the run began, where its next row begins, a hash of its content, and the weighted targets trained on
-    so far; a single source has the name "".
+    The state after some batches is {"rows", "names", "tokenizer", "sources", "content", "tokens"}: the rows read, and
+    by source what it was called when the run began, where its next row begins, a hash of its content, and the weighted
+    targets trained on so far; a single source has the name "".
     Where corrupt files were skipped, "corrupt" lists them. The batches that follow are the same for any number of
     workers.
     """
@@ -109,7 +109,7 @@ class StreamedData:
     def start(self) -> DataState:
         """The state before the first batch."""
         return {
-            "step": 0,
+            "rows": 0,
             "names": {name: spec.source for name, spec in self._specs.items()},
             "tokenizer": self.tokenizer.sha256,
             "sources": {name: start_state() for name in self._specs},
@@ -146,32 +146,34 @@ class StreamedData:
         All of the text is tokenised whatever the rows: where one begins is known only by the tokens before it. So each
         of several hosts does the work of one. Closing it ends the thread and the workers.
         """
-        steps = self._steps(state, self._config.data.workers)
+        steps = self._steps(state, self._config.data.workers, itertools.repeat(self._config.data.batch_size))
         packed = prefetch(itertools.repeat(functools.partial(next, steps)))
         with contextlib.closing(steps), contextlib.closing(packed):
             for batch, after in packed:
                 yield slice_rows(batch, part), after
 
-    def batch(self, step: int, part: RowSlice = ALL_ROWS) -> Batch:
-        """The batch that is trained on after `step` steps, or some of its rows; the text before is tokenised again."""
-        with contextlib.closing(self._steps(self.start, 0)) as steps:
-            return slice_rows(next(itertools.islice(steps, step, None))[0], part)
+    def batch(self, first: int, part: RowSlice = ALL_ROWS) -> Batch:
+        """The batch that begins with row `first`, or some of its rows; the text before is tokenised again."""
+        size = self._config.data.batch_size
+        before = [size] * (first // size) + [first % size] * (first % size > 0)
+        with contextlib.closing(self._steps(self.start, 0, [*before, size])) as steps:
+            return slice_rows(next(itertools.islice(steps, len(before), None))[0], part)
 
-    def sources(self, step: int) -> list[str]:
+    def sources(self, first: int) -> list[str]:
         """The name of the source of each row of a batch."""
-        source_B, _ = self._schedule.assign(row_numbers(self._config.data, step))
+        source_B, _ = self._schedule.assign(row_numbers(self._config.data, first))
         return [list(self._specs)[i] for i in source_B.tolist()]
 
     def describe(self) -> str:
         """The sources in a line, and the processes that tokenise them."""
         cfg = self._config.data
         by = f"by {cfg.workers} processes for each source" if cfg.workers else "here"
-        return (
-            f"a stream of {', '.join(spec.source for spec in self._specs.values())}, tokenised {by}; "
-            f"{cfg.batch_size * cfg.length:,} tokens a step"
-        )
+        return f"a stream of {', '.join(spec.source for spec in self._specs.values())}, tokenised {by}"
 
-    def _steps(self, state: DataState, workers: int) -> Generator[tuple[Batch, DataState], None, None]:
+    def _steps(
+        self, state: DataState, workers: int, sizes: Iterable[int]
+    ) -> Generator[tuple[Batch, DataState], None, None]:
+        """Batches of so many rows each, one after the other."""
         cfg = self._config.data
         state = {**state, "content": self.start["content"]}
         with contextlib.ExitStack() as stack:
@@ -179,11 +181,11 @@ class StreamedData:
             for name, spec in self._specs.items():
                 chunks = open_chunks(spec, cursor_of(state["sources"][name]), workers)
                 streams.append(StreamRows(stack.enter_context(contextlib.closing(chunks)), state["sources"][name], cfg))
-            while True:
-                source_B, _ = self._schedule.assign(row_numbers(cfg, state["step"]))
+            for size in sizes:
+                source_B, _ = self._schedule.assign(state["rows"] + np.arange(size))
                 counts = np.bincount(source_B, minlength=len(streams)).tolist()
                 parts = {i: streams[i].take(count) for i, count in enumerate(counts) if count}
-                state = self._advance(state, streams, parts)
+                state = self._advance(state, streams, parts) | {"rows": state["rows"] + size}
                 yield join_rows(source_B, parts), state
 
     def _advance(self, state: DataState, streams: list[StreamRows], parts: dict[int, Batch]) -> DataState:
@@ -197,7 +199,7 @@ class StreamedData:
                 if line not in corrupt:
                     corrupt.append(line)
                     self._count_corrupt(corrupt)
-        state = {**state, "step": state["step"] + 1, "sources": cursors, "tokens": tokens}
+        state = {**state, "sources": cursors, "tokens": tokens}
         return state | ({"corrupt": corrupt} if corrupt else {})
 
     def _count_corrupt(self, corrupt: list[str]) -> None:

@@ -57,13 +57,13 @@ def select_kernel(cfg: ModelConfig, length: int, on: Device) -> str:
 def describe(cfg: ModelConfig, length: int, packed: bool) -> str:
     """One line on the attention that rows of this length take on these devices; raises what `select_kernel` raises."""
     name = select_kernel(cfg, length, device())
-    chosen = f"attention: {name}" + (" (chosen by model.attention=auto)" if cfg.attention == "auto" else "")
+    chosen = f"{name}, the best for this device" if cfg.attention == "auto" else name
     if (shards := num_shards(length)) > 1:
-        chosen += f", each row over {shards} devices in zigzag order"
+        chosen += f"; each row over {shards} devices"
     if not packed:
-        return f"{chosen}, each row one document"
-    cost = f"a mask of {2 * length * length / 2**20:,.1f} MiB a row" if name == "cudnn" else "segments"
-    return f"{chosen}, documents of a row kept apart by {cost}"
+        return chosen
+    cost = f", by a mask of {2 * length * length / 2**20:,.1f} MiB a row" if name == "cudnn" else ""
+    return f"{chosen}; documents in one row do not see each other{cost}"
 
 
 def attention(

@@ -17,6 +17,11 @@ class Device(NamedTuple):
     memory: float = 16e9
     """Bytes of a GPU or TPU; for one that isn't known, those of a small one."""
 
+    @property
+    def tiled(self) -> bool:
+        """True where arrays are padded to whole tiles."""
+        return self.platform == "tpu"
+
 
 def device() -> Device:
     """The devices of the mesh that is set (jax.set_mesh), present or only compiled for; without one, this process's."""

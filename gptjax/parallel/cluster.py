@@ -92,6 +92,16 @@ def find_cluster(environment: Mapping[str, str] = os.environ, timeout: float = 3
     return Cluster(kind, f"{host}:{port}", processes, process, detected.local_devices, detected.hosts)
 
 
+def given_rank(environment: Mapping[str, str] = os.environ) -> int | None:
+    """The number of this process as a launcher's variable gives it, asking nobody; None where there is none.
+
+    It decides what is said before the processes meet, nothing else.
+    """
+    names = ("GPTJAX_PROCESS", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "JOB_COMPLETION_INDEX", "TPU_WORKER_ID")
+    numbers = [environment[name] for name in names if environment.get(name, "").isdecimal()]
+    return int(numbers[0]) if numbers and environment.get("GPTJAX_PROCESSES") != "1" else None
+
+
 def _of_jobset(environment: Mapping[str, str]) -> _Detected | None:
     """Reads the variables that a JobSet's template fills with the downward API; see launch/gke_jobset.yaml.
 

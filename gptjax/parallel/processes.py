@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gptjax.config.section import InputError, one_line
-from gptjax.parallel.cluster import Cluster, find_cluster
+from gptjax.parallel.cluster import Cluster, find_cluster, given_rank
 from gptjax.runtime.process import expected_platform
+from gptjax.runtime.status import status, write_line
 from gptjax.runtime.versions import versions
 
 T = TypeVar("T")
@@ -62,7 +63,7 @@ def join_processes(settings: Mapping[str, Any], folder: str | Path | None = None
         try:
             jax.devices()
         except (RuntimeError, AssertionError) as e:  # its platform is missing, or the driver is
-            raise InputError(_no_devices(str(e))) from e
+            raise InputError(no_devices(str(e))) from e
         return
     _cluster = cluster
     from gptjax.parallel.preflight import preflight
@@ -83,7 +84,7 @@ def join_processes(settings: Mapping[str, Any], folder: str | Path | None = None
         print(f"{cluster.processes} processes, found by {cluster.kind}", file=sys.stderr, flush=True)
 
 
-def _no_devices(reason: str) -> str:
+def no_devices(reason: str) -> str:
     """The error message for a jax without devices, with the extra that installs the plugin of the wanted platform."""
     asked = os.environ.get("JAX_PLATFORMS", "")
     extra = "" if asked == "rocm" else {"gpu": "cuda12", "tpu": "tpu"}.get(expected_platform(), "")
@@ -106,7 +107,13 @@ def is_main_process() -> bool:
 def say(line: str) -> None:
     """Prints a line to stderr, in the main process alone."""
     if is_main_process():
-        print(line, file=sys.stderr, flush=True)
+        write_line(line)
+
+
+def working(text: str) -> contextlib.AbstractContextManager[None]:
+    """Says what is being done meanwhile, in the main process alone; see runtime.status."""
+    first = is_main_process() and (is_multi_process() or not given_rank())
+    return status(text) if first else contextlib.nullcontext()
 
 
 def process_label() -> str:

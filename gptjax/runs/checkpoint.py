@@ -10,7 +10,6 @@ steps whose manifests were lost.
 import contextlib
 import json
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -22,17 +21,17 @@ import jax
 from gptjax.config import CheckpointConfig
 from gptjax.config.section import InputError, one_line
 from gptjax.parallel.processes import all_agree, barrier, broadcast_from_main, process_label
-from gptjax.runs.digest import (
+from gptjax.runs.digest import digests, named_leaves
+from gptjax.runs.manifest import (
     MANIFEST,
     PENDING,
     check_manifest,
     committed_steps,
-    digests,
     folder_files,
-    named_leaves,
     unsealed_steps,
     write_manifest,
 )
+from gptjax.runtime.status import write_line
 from gptjax.storage import PROBE, TRASH, StorageError, filesystem, resolve_path
 
 UNSOUND = ".unsound"
@@ -251,7 +250,7 @@ class Checkpoints:
             if problems:  # each process reports its own
                 where = f"{process_label()}: " if process_label() else ""
                 line = f"warning: {where}checkpoint {self.path(candidate)} is not sound: {shown}"
-                print(line, file=sys.stderr, flush=True)
+                write_line(line)
         raise InputError(f"{self.folder}: no sound checkpoint ({' | '.join(tried)}); give another --run-dir, or a copy")
 
     def _set_aside(self, steps: list[int]) -> None:
@@ -263,7 +262,7 @@ class Checkpoints:
                 self._mark_pending(step)
                 self.store.move(self.path(step), aside, MANIFEST)
                 self.store.remove(self._pending(step))
-                print(f"warning: it was set aside as {aside}", file=sys.stderr, flush=True)
+                write_line(f"warning: it was set aside as {aside}")
         barrier("unsound checkpoints set aside")
 
     def _load(self, path: str, step: int, abstract_state: Any, partial: bool) -> tuple[Any, Any, Any, list[str]]:

@@ -27,3 +27,15 @@ def read_events(path: Path) -> list[dict[str, Any]]:
         except ValueError as e:
             raise InputError(f"{path}:{number}: not valid JSON; remove the line") from e
     return events
+
+
+def rows_of_step(path: Path, step: int, batch_size: int) -> tuple[int, int]:
+    """The first row of a training step, counted from 1, and the rows of its batch, by the events of the run.
+
+    A start from a step sets what follows it; where an event says nothing, batches had `batch_size` rows.
+    """
+    rows, after, size = 0, 0, batch_size
+    for event in read_events(path):
+        if event["kind"] in ("started", "resumed") and event["step"] < step:
+            rows, after, size = event["rows"], event["step"], event["batch_size"]
+    return rows + (step - 1 - after) * size, size

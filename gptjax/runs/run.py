@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gptjax.config import EXTENDABLE, SCHEMA, STAGES, TrainConfig, frozen_changes
+from gptjax.config import CHANGEABLE, SCHEMA, STAGES, TrainConfig, frozen_changes
 from gptjax.config.section import InputError, build, leaves
-from gptjax.runs.digest import committed_steps, unsealed_steps
+from gptjax.runs.manifest import committed_steps, unsealed_steps
 from gptjax.runtime.versions import versions
 from gptjax.storage import PROBE, filesystem, resolve_path, write_json
 
@@ -112,7 +112,7 @@ class Run:
                     files.remove(run.folder / name)
             if not files.is_file(run.config_path):
                 files.clear(run.folder)
-        changes = _changes(run, config)
+        changes = changed_settings(run, config)
         if not committed_steps(run.checkpoints):
             run.write_settings(config, provenance)
         if jax.process_index() == 0:
@@ -229,7 +229,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _changes(run: Run, config: TrainConfig) -> tuple[str, ...]:
+def changed_settings(run: Run, config: TrainConfig) -> tuple[str, ...]:
     """The settings that differ from those in config.json; raises InputError where a checkpoint forbids it."""
     unsealed_steps(run.checkpoints)  # whose manifests were lost could have been trained with other settings
     steps = committed_steps(run.checkpoints)
@@ -244,16 +244,16 @@ def _changes(run: Run, config: TrainConfig) -> tuple[str, ...]:
     if frozen := frozen_changes(old, config):
         raise InputError(
             f"{run.folder} was trained with other settings: {'; '.join(frozen)}; "
-            "keep the old values, or give another --run-dir"
+            f"keep the old values, or train another run: --run-dir FOLDER, from these weights with --init {run.folder}"
         )
     if config.steps < steps[-1]:
         raise InputError(
             f"steps={config.steps}: {run.folder} is at step {steps[-1]} already; wanted --steps {steps[-1]} or more, "
             "or another --run-dir"
         )
-    before, then = dict(leaves(old)), ": the learning-rate schedule changes with it"
+    before = dict(leaves(old))
     return tuple(
-        f"{name} was {before[name]!r}, now {value!r}{then if name in EXTENDABLE else ''}"
+        f"{name} was {before[name]!r}, now {value!r}{': ' * bool(then := CHANGEABLE.get(name, ''))}{then}"
         for name, value in leaves(config)
         if value != before[name] and name != "run_dir"
     )

@@ -15,30 +15,12 @@ from gptjax.config.plugins import optional
 from gptjax.config.section import InputError
 from gptjax.parallel.sharding import shardings
 from gptjax.runs.digest import named_leaves
-from gptjax.runs.load import LoadedModel, load_model, open_checkpoints
-from gptjax.runs.run import load_config
+from gptjax.runs.load import LoadedModel, load_model
 from gptjax.tokenizer import Tokenizer
 from gptjax.training.step import TrainState
 
 # Leaves that may have more rows than before, and what their rows are.
 GROWING = {"embed_VD": "tokenizer.vocab_size", "head_VD": "tokenizer.vocab_size", "position_TD": "data.length"}
-
-# Settings under which weights of the same shapes mean something else: always, and unless rows become longer, as they
-# may with another reach of attention or other rotary positions.
-MEANING = ("positions", "norm", "activation", "biases", "qk_norm", "attention_softcap", "logit_softcap", "parallel",
-           "tied", "mup_base_width")  # fmt: skip
-REACH = ("rope_theta", "rope_scaling", "rope_factor", "rope_original_length", "window", "global_every")
-
-
-def check_init(config: TrainConfig) -> None:
-    """Raises InputError where config.init is no run with a checkpoint, or its weights would mean something else here.
-
-    It reads settings alone, so that a wrong one is refused before a text is prepared and a model made.
-    """
-    old = load_config(config.init)
-    if open_checkpoints(config.init).newest() is None:
-        raise InputError(f"init={config.init!r} has no checkpoint; wanted a run that was trained")
-    _check_settings(old, config)
 
 
 def warm_start(
@@ -46,8 +28,8 @@ def warm_start(
 ) -> TrainState:
     """`state`, a new one, with the weights of the run in config.init, and an optimizer that has seen nothing yet.
 
-    Call `check_init` before. Raises InputError where the run's tokens have other meanings here, and where a weight
-    does not fit.
+    Call `init_check.check_init` before. Raises InputError where the run's tokens have other meanings here, and where
+    a weight does not fit.
     """
     # The old run's block is not read from its folder: it is the one that this run was given.
     old = load_model(config.init, config.mesh, block=optional(config.model.block, "model.block"))
@@ -84,18 +66,6 @@ def _check_tokens(old: LoadedModel, tokenizer: Tokenizer) -> None:
             f"init={str(old.run.folder)!r} has another tokenizer, whose {before.vocab_size} ids mean other tokens; "
             f"wanted the same one, or one that begins with it; e.g. --tokenizer.path {old.run.tokenizer}"
         )
-
-
-def _check_settings(old: TrainConfig, config: TrainConfig) -> None:
-    """Raises InputError unless the old weights mean what they meant."""
-    names = [*MEANING, *(() if config.data.length > old.data.length else REACH)]
-    if config.model.positions != "rope":  # else they say nothing
-        names = [name for name in names if not name.startswith("rope_")]
-    pairs = {name: (getattr(old.model, name), getattr(config.model, name)) for name in names}
-    if other := {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}:
-        shown = "; ".join(f"model.{name} was {was!r}, got {got!r}" for name, (was, got) in other.items())
-        advice = "; with a longer data.length it may differ" if other.keys() <= set(REACH) else ""
-        raise InputError(f"init={config.init!r}: its weights are of another model: {shown}; wanted what was{advice}")
 
 
 def _check_shapes(old: LoadedModel, params: Any, config: TrainConfig) -> None:

@@ -5,12 +5,12 @@ Speeds and sizes are from the makers' data sheets. Prices are list prices on dem
 
 import difflib
 import math
-import time
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from gptjax.config.section import InputError
 
@@ -110,24 +110,34 @@ def chip_of(kind: str) -> Chip | None:
     return None
 
 
-def peak_flops(dtype: str) -> tuple[float, str]:
-    """FLOP/s of one device in this type, and where the number is from: "data sheet", or "measured" with a product."""
-    device = jax.local_devices()[0]
-    known = sheet_flops(device.device_kind, dtype)
-    if known is not None:
-        return known, "data sheet"
-    size = 1024 if device.platform == "cpu" else 4096
-    x = jnp.ones((size, size), dtype)
-    product = jax.jit(lambda a, b: a @ b)
-    product(x, x).block_until_ready()
-    best, until = math.inf, time.perf_counter() + 0.15
-    while time.perf_counter() < until:
-        start = time.perf_counter()
-        product(x, x).block_until_ready()
-        best = min(best, time.perf_counter() - start)
-    # CPU devices, of which XLA makes as many as it is told to, share the cores.
-    shared = jax.local_device_count() if device.platform == "cpu" else 1
-    return 2 * size**3 / best / shared, "measured"
+def device_memory() -> int:
+    """Bytes that a device of this process can use: its own, or for CPU devices a share of what the host has free."""
+    local = jax.local_devices()
+    sizes = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in local]
+    return min(sizes) or host_memory()[1] // len(local)
+
+
+def host_memory() -> tuple[int, int]:
+    """(total, free) bytes of memory, of the machine or the container."""
+    try:
+        lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+        sizes = {words[0]: int(words[1]) * 1024 for words in lines}
+        total, free = sizes["MemTotal:"], sizes["MemAvailable:"]
+    except (OSError, KeyError):
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        free = total
+    limit, used = first_line("/sys/fs/cgroup/memory.max"), first_line("/sys/fs/cgroup/memory.current")
+    if limit.isdecimal() and used.isdecimal():
+        total, free = min(total, int(limit)), min(free, int(limit) - int(used))
+    return total, free
+
+
+def first_line(path: str) -> str:
+    """The first line of a file of the system; empty where there is none."""
+    try:
+        return Path(path).read_text().split("\n")[0]
+    except OSError:
+        return ""
 
 
 def describe_devices() -> dict[str, Any]:

@@ -11,6 +11,8 @@ from gptjax.config.section import InputError
 
 STARTED = time.monotonic()  # about when the process began: the command line imports this first
 
+BACKGROUND = "background"  # the name of threads whose work a failed verb does not wait for
+
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # parameters of mallopt, from glibc's malloc.h
 
 

@@ -12,12 +12,15 @@ from gptjax.data.pipeline import kept_texts, open_pipeline
 from gptjax.evals.loss import evaluate, make_eval_step
 from gptjax.generation.engine import generate
 from gptjax.ops.attention import describe
-from gptjax.parallel.processes import barrier, is_main_process, main_process_first, say
+from gptjax.parallel.processes import barrier, is_main_process, main_process_first, say, working
 from gptjax.parallel.sharding import abstract
-from gptjax.runs.digest import committed_steps
+from gptjax.runs.init_check import check_init
+from gptjax.runs.manifest import committed_steps
 from gptjax.runs.run import Provenance, Run
-from gptjax.runs.warm_start import check_init, warm_start
+from gptjax.runs.warm_start import warm_start
+from gptjax.runtime.status import entry
 from gptjax.stages.runner import Runner, join
+from gptjax.stages.summary import describe_memory
 from gptjax.tokenizer import Tokenizer
 from gptjax.training.build import build_components
 from gptjax.training.step import TrainState, compile_step, init_state, run_in_background
@@ -36,7 +39,10 @@ def pretrain(config: TrainConfig, provenance: Provenance) -> Path:
         decoder, tx, init, step = build_components(config)
         shapes = abstract(jax.eval_shape(init, 0), mesh)
         example = abstract(example_batch(config.data.batch_size, config.data.length), mesh)
-        attention = describe(config.model, config.data.length, config.data.several_documents)
+        if group.dtype_reason:
+            say(entry("dtype", f"{config.model.dtype}: {group.dtype_reason}"))
+        say(entry("attention", describe(config.model, config.data.length, config.data.several_documents)))
+        say(entry("memory", describe_memory(config, shapes, mesh.shape)))
 
         # -- Run folder. The run to start from is checked before, so that a refused start leaves no folder;
         # of one that goes on, that its text is here or in its folder.
@@ -51,7 +57,8 @@ def pretrain(config: TrainConfig, provenance: Provenance) -> Path:
 
         # -- Compilation, in a thread while text is tokenised. Traced here: tracing imports, and no other thread may
         # while tensorflow_datasets is imported (to prepare text), since that replaces Python's own import.
-        lowered = compile_step(step, mesh, shapes, {}, example).lower(shapes, {}, example)
+        with working("tracing the training step"):
+            lowered = compile_step(step, mesh, shapes, {}, example).lower(shapes, {}, example)
         compiled = run_in_background(lowered.compile, mesh)
 
         # -- Data. One process prepares it; the others read what that one wrote.
@@ -61,7 +68,7 @@ def pretrain(config: TrainConfig, provenance: Provenance) -> Path:
             if is_main_process():
                 data.tokenizer.save(run.tokenizer)
                 run.push(run.data, run.tokenizer)
-        say(data.describe())
+        say(entry("data", data.describe()))
         barrier("ready")
 
         # -- State. A checkpoint comes before config.init: the same command goes on with a run that was begun.
@@ -69,7 +76,8 @@ def pretrain(config: TrainConfig, provenance: Provenance) -> Path:
             state, cursor = restored
             data.check(cursor)
         else:
-            state, cursor = init_state(init, config.seed, mesh), data.start
+            with working("making the first weights"):
+                state, cursor = jax.block_until_ready(init_state(init, config.seed, mesh)), data.start
             if config.init:
                 state = warm_start(config, data.tokenizer, state, tx, mesh)
                 say(f"weights from {config.init}")
@@ -78,10 +86,8 @@ def pretrain(config: TrainConfig, provenance: Provenance) -> Path:
         # -- Train. Damaged data is reported now, not after the wait for a long compilation; Gloo waits 30 s where
         # processes first meet, and compiling may differ by more, so they meet once it is done.
         data.batch(0, runner.rows.numbers)
-        if group.dtype_reason:
-            say(f"dtype {config.model.dtype}: {group.dtype_reason}")
-        say(attention)
-        train_step = compiled.result()
+        with working("compiling the training step"):
+            train_step = compiled.result()
         barrier("compiled")
         eval_step = make_eval_step(decoder, mesh, state.params, example)
         batches = group.cleanup.enter_context(contextlib.closing(data.batches(cursor, runner.rows.numbers)))
@@ -99,7 +105,9 @@ def pretrain(config: TrainConfig, provenance: Provenance) -> Path:
         )  # fmt: skip
 
         # -- A sample, so that the first thing a newcomer sees of a model is text.
-        if sampling and (text := sample(state)) and is_main_process():
+        with working("writing a sample"):
+            text = sample(state)
+        if sampling and text and is_main_process():
             print(f"\nsample of {sampling.max_new_tokens} tokens:\n{sampling.prompt[0]}{text}\n", flush=True)
     return run.folder
 

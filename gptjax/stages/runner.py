@@ -11,12 +11,12 @@ from jax.sharding import Mesh
 
 from gptjax.config import MeshConfig, TrainConfig, check_divisible
 from gptjax.config.section import leaves, one_line
-from gptjax.parallel.processes import barrier, broadcast_from_main, is_main_process, join_processes, say
+from gptjax.parallel.processes import barrier, broadcast_from_main, is_main_process, join_processes, say, working
 from gptjax.parallel.sharding import local_rows, make_mesh
 from gptjax.runs.checkpoint import Checkpoints
-from gptjax.runs.digest import committed_steps
 from gptjax.runs.events import write_event
 from gptjax.runs.load import load_model
+from gptjax.runs.manifest import committed_steps
 from gptjax.runs.report import write_page
 from gptjax.runs.run import Provenance, Run, load_config
 from gptjax.runtime.compile_cache import enable_compile_cache
@@ -49,12 +49,14 @@ def join(config: TrainConfig, provenance: Provenance) -> Generator[ProcessGroup]
     """Joins the job's processes and sets the mesh. At the end everything on `cleanup` is closed, whatever fails."""
     with stop_on_signals() as signals, contextlib.ExitStack() as cleanup:
         check_sinks(config.sinks)
-        join_processes(dict(leaves(config)) | {"recipe": provenance.sha256}, config.run_dir)
+        with working("starting the devices"):
+            join_processes(dict(leaves(config)) | {"recipe": provenance.sha256}, config.run_dir)
         if config.compile_cache:
             enable_compile_cache()
         mesh = make_mesh(config.mesh)
         check_divisible(config, mesh.shape)
-        config, reason = resolve_dtype(config)
+        with working("measuring products"):
+            config, reason = resolve_dtype(config)
         with jax.set_mesh(mesh):
             yield ProcessGroup(mesh, signals, cleanup, config, reason)
 
@@ -90,11 +92,15 @@ class Runner:
 
     def restore(self, shapes: TrainState) -> tuple[TrainState, dict] | None:
         """The state and the data's state of the newest sound checkpoint; None where the run has none."""
-        if broadcast_from_main("newest", self.checkpoints.newest()) is None:
-            return None
-        step, state, data_state, _ = self.checkpoints.restore(shapes)
-        say(f"resumed {self.run.folder} after step {step}")
-        return state, data_state
+        step, restored, rows = 0, None, 0
+        if broadcast_from_main("newest", self.checkpoints.newest()) is not None:
+            with working("reading the checkpoint"):
+                step, state, data_state, _ = self.checkpoints.restore(shapes)
+            say(f"resumed {self.run.folder} after step {step}")
+            restored, rows = (state, data_state), data_state["rows"]
+        kind, size = "started" if restored is None else "resumed", self.config.data.batch_size
+        self._event(step, kind, rows=rows, batch_size=size, changes=self.run.changes)
+        return restored
 
     def train(
         self,
@@ -113,7 +119,6 @@ class Runner:
         signal or near the time limit, with everything saved, Diverged, and CheckpointError where a save fails.
         """
         config, start = self.config, int(state.step)
-        self._event(start, "resumed" if start else "started", changes=self.run.changes)
         self.group.cleanup.callback(self._report)
         metrics = Metrics(self.run.metrics_path, config, vocab_size, resumed_step=start)
         self.group.cleanup.callback(metrics.close)
@@ -152,6 +157,8 @@ class Runner:
     def _log(self, metrics: Metrics, i: int, values: dict, data_state: dict) -> None:
         self.checkpoints.check()  # a save that failed in the background ends the run at the next step
         by_source = {f"tokens_{name}": count for name, count in data_state.get("tokens", {}).items() if name}
+        if "rows" in data_state:  # of batches that are made from the state there are none to count
+            values = {"tokens": data_state["rows"] * self.config.data.length} | values
         metrics.log_step(i, values | by_source)
         self._logged = i
 
@@ -161,8 +168,12 @@ class Runner:
         self.checkpoints.save(i, state, data_state, dict(leaves(self.config)), first=self.run.push_logs)
 
     def _evaluate(self, metrics: Metrics, evaluate: Callable, sample: Callable, i: int, state: TrainState) -> None:
-        metrics.log_evaluation(i, evaluate(state))
-        if text := sample(state):
+        with metrics.status("evaluating"):
+            values = evaluate(state)
+        metrics.log_evaluation(i, values)
+        with metrics.status("writing a sample"):
+            text = sample(state)
+        if text:
             metrics.log_sample(i, self.config.generate.prompt[0], text)
         self._retain(metrics)  # decided after the evaluation, which may make this step one of the best
         self._report()

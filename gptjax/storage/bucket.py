@@ -18,8 +18,6 @@ from typing import Any, NamedTuple
 
 from gptjax.config.section import InputError, one_line
 from gptjax.storage.disk import StorageError, probe_in
-from gptjax.storage.lease import Lease
-from gptjax.storage.mirror import Mirror, mirror_of
 
 READ_BYTES = 32 << 20  # of one request when a large object is read sequentially
 
@@ -66,8 +64,8 @@ class Bucket:
     def __init__(self, scheme: str):
         self._scheme = SCHEMES[scheme]
         self.direct = self._scheme.direct
-        self._leases: dict[str, Lease] = {}
-        self._mirrors: dict[str, Mirror] = {}
+        self._leases: dict[str, Any] = {}
+        self._mirrors: dict[str, Any] = {}
 
     @functools.cached_property
     def fs(self) -> Any:
@@ -190,7 +188,7 @@ class Bucket:
     def stage(self, folder: Path) -> Path:
         if self.direct:
             return folder
-        staged = mirror_of(folder) / folder.name
+        staged = self.local(folder) / folder.name
         shutil.rmtree(staged.parent, ignore_errors=True)
         staged.parent.mkdir(parents=True)
         return staged
@@ -207,6 +205,8 @@ class Bucket:
     # Owning.
 
     def lock(self, folder: Path) -> None:
+        from gptjax.storage.lease import Lease  # only for a run in a bucket, as the mirror
+
         if str(folder) not in self._leases:
             self._leases[str(folder)] = Lease(self, folder)
 
@@ -223,7 +223,7 @@ class Bucket:
     # Parts that must be files.
 
     def local(self, folder: Path) -> Path:
-        return mirror_of(folder)
+        return self._mirror(folder).local
 
     def clear(self, folder: Path) -> None:
         self._mirror(folder).clear()
@@ -237,7 +237,9 @@ class Bucket:
     def keep_pushing(self, folder: Path, *names: str) -> None:
         self._mirror(folder).keep_pushing(*names)
 
-    def _mirror(self, folder: Path) -> Mirror:
+    def _mirror(self, folder: Path) -> Any:
+        from gptjax.storage.mirror import Mirror
+
         return self._mirrors.setdefault(str(folder), Mirror(self, folder))
 
     def _key(self, path: Path) -> str:

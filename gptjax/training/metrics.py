@@ -1,10 +1,13 @@
-"""Reports of a run while it trains: metrics.jsonl, sinks, a progress bar, tokens/s and MFU."""
+"""Reports of a run while it trains: metrics.jsonl, sinks, tokens/s and MFU, which the progress bar shows."""
 
 import collections
+import contextlib
+import functools
 import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,11 @@ import jax
 from gptjax.config import TrainConfig
 from gptjax.config.section import leaves
 from gptjax.model.counts import flops_per_token
-from gptjax.runtime.hardware import describe_devices, peak_flops
+from gptjax.runtime.hardware import describe_devices
+from gptjax.runtime.peaks import MEASURED, keep_peak, peak_flops
+from gptjax.runtime.status import entry, status, write_line
 from gptjax.training.metrics_file import MetricsFile, number
+from gptjax.training.progress import ProgressBar
 from gptjax.training.sinks import Sinks
 
 FIRST_KEYS = ("step", "updates", "loss", "tokens", "tokens_per_second", "learning_rate", "grad_norm")
@@ -24,13 +30,17 @@ CONVENTIONS = ("6n", "causal", "palm")
 class Throughput:
     """Tokens/s and MFU (Chowdhery et al. 2022) over the last steps, whatever is no training left out.
 
-    `flops` gives the FLOPs of a token by convention, `peak` the FLOP/s of all devices together.
+    `flops` gives the FLOPs of a token by convention, `peak` the FLOP/s of all devices together. A measured peak comes
+    with `keep`: what training reaches beyond it is the peak from then on, and is kept by keep(peak).
     """
 
     WINDOW = 20  # steps that a rate is taken over
+    STEADY = 5  # and may raise a measured peak: the first steps may seem short, whose reports came late
 
-    def __init__(self, tokens_a_step: int, flops: dict[str, float], peak: float):
-        self._tokens, self._flops, self._peak = tokens_a_step, flops, peak
+    def __init__(
+        self, tokens_a_step: int, flops: dict[str, float], peak: float, keep: Callable[[float], None] | None = None
+    ):
+        self._tokens, self._flops, self._peak, self._keep = tokens_a_step, flops, peak, keep
         self._laps: collections.deque[float] = collections.deque(maxlen=self.WINDOW)
         self._last: float | None = None
 
@@ -49,51 +59,17 @@ class Throughput:
         """tokens_per_second, mfu_6n, mfu_causal and mfu_palm; None before there are two laps."""
         # The median, so that a step which also waited for a checkpoint does not count as slow training.
         rate = self._tokens / max(statistics.median(self._laps), 1e-9) if self._laps else None
-        mfu = {f"mfu_{c}": None if rate is None else rate * self._flops[c] / self._peak for c in CONVENTIONS}
+        known = 0.0 if rate is None or (self._keep and len(self._laps) < self.STEADY) else rate
+        # The products that are needed ("causal") were made; PaLM's count has some that never are.
+        if self._keep and known * self._flops["causal"] > self._peak:
+            self._peak = known * self._flops["causal"]
+            self._keep(self._peak)
+        mfu = {f"mfu_{c}": known * self._flops[c] / self._peak if known else None for c in CONVENTIONS}
         return {"tokens_per_second": rate, **mfu}
 
     def seconds(self, steps: int) -> float | None:
         """Seconds that so many steps take; None before there are two laps."""
         return steps * sum(self._laps) / len(self._laps) if self._laps else None
-
-
-class ProgressBar:
-    """A bar on a terminal, otherwise a line every `every` steps, both on stderr."""
-
-    def __init__(self, total: int, start: int, every: int):
-        self.total, self.every = total, every
-        self._bar = None
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            shape = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
-            self._bar = tqdm(total=total, initial=start, file=sys.stderr, bar_format=shape, dynamic_ncols=True)
-
-    def step(self, line: dict[str, Any], seconds_left: float | None) -> None:
-        loss, rate = line["loss"], line["tokens_per_second"]
-        parts = [f"loss {loss:.4f}"]
-        if rate is not None:
-            shares = "/".join(f"{100 * line[f'mfu_{c}']:.1f}" for c in CONVENTIONS)
-            parts += [f"{rate:,.0f} tokens/s", f"mfu {shares} %"]
-        if seconds_left is not None:
-            parts.append(f"{duration(seconds_left)} left")
-        step = line["step"]
-        if self._bar is not None:
-            self._bar.set_postfix_str("  ".join(parts), refresh=False)
-            self._bar.update(step - self._bar.n)
-        elif step % self.every == 0 or step == self.total or step == 1:
-            self.note(f"step {step}/{self.total}  " + "  ".join(parts))
-
-    def note(self, text: str) -> None:
-        """Prints a line, above the bar if there is one."""
-        if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
-        else:
-            print(text, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
 
 
 class Metrics:
@@ -117,16 +93,19 @@ class Metrics:
         self._seconds_before = max((line.get("seconds", 0.0) for line in lines), default=0.0)
         self._start = time.perf_counter()
         devices = describe_devices()
-        peak, source = peak_flops(cfg.model.dtype)
+        with status("measuring the device's peak"):  # where it isn't known yet
+            peak, source = peak_flops(cfg.model.dtype)
         self._tokens_a_step = cfg.data.batch_size * cfg.data.length
         flops = flops_per_token(cfg.model, vocab_size, cfg.data.length)
-        self._throughput = Throughput(self._tokens_a_step, flops, devices["count"] * peak)
+        keep = functools.partial(self._keep_peak, devices["count"]) if source == MEASURED else None
+        self._throughput = Throughput(self._tokens_a_step, flops, devices["count"] * peak, keep)
+        each = "" if devices["count"] == 1 else f" on each of {devices['count']} devices"
+        write_line(entry("mfu", f"a share of {peak / 1e12:.4g} TFLOP/s{each} ({cfg.model.dtype}, {source})"))
         self.progress = ProgressBar(cfg.steps, resumed_step, cfg.log_every)
-        self.progress.note(
-            f"mfu is by 6N/causal/PaLM, a share of {peak / 1e12:.4g} TFLOP/s ({cfg.model.dtype}, {source}) "
-            f"on each of {devices['count']} x {devices['kind']}"
-        )
         self._sinks = Sinks(cfg.sinks, path.parent, dict(leaves(cfg)), resumed_step, self.progress.note)
+
+    def _keep_peak(self, devices: int, peak: float) -> None:
+        keep_peak(self._cfg.model.dtype, peak / devices)
 
     def log_step(self, step: int, metrics: dict[str, Any]) -> None:
         """Reports a training step: `loss`, `learning_rate`, `grad_norm`, `updates` and whatever else is in `metrics`.
@@ -161,12 +140,8 @@ class Metrics:
         self._throughput.skip()
         line = {"step": step} | {k: number(v) for k, v in metrics.items()}
         self.file.write(line)
-        shown = "  ".join(
-            f"{k.removeprefix('eval_').replace('_', ' ')} {v:.4f}" if isinstance(v, float) else f"{v:,} {k[5:]}"
-            for k, v in line.items()
-            if k != "step"
-        )
-        self.progress.note(f"step {step}  evaluation: {shown}")
+        shown = (f"{k.removeprefix('eval_').replace('_', ' ')} {v:.4f}" for k, v in line.items() if type(v) is float)
+        self.progress.note(f"step {step}  evaluation: {'  '.join(shown)}")
         self._sinks.scalars(step, "validation", line)
 
     def log_sample(self, step: int, prompt: str, text: str) -> None:
@@ -174,6 +149,10 @@ class Metrics:
         if self._active:
             self._samples.write({"step": step, "prompt": prompt, "text": text})
             self._sinks.text(step, "sample", prompt + text)
+
+    def status(self, text: str) -> contextlib.AbstractContextManager[None]:
+        """Says on the screen what is being done meanwhile."""
+        return self.progress.status(text) if self._active else contextlib.nullcontext()
 
     def close(self) -> None:
         if not self._active:
@@ -189,11 +168,3 @@ def peak_memory() -> int:
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     most = max((s.get("peak_bytes_in_use", 0) for s in stats), default=0)
     return most or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def duration(seconds: float) -> str:
-    """'45s', '3m10s' or '2h05m'."""
-    s = round(seconds)
-    if s < 60:
-        return f"{s}s"
-    return f"{s // 60}m{s % 60:02d}s" if s < 3600 else f"{s // 3600}h{s % 3600 // 60:02d}m"

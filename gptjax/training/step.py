@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from gptjax.parallel.sharding import constrain, shardings, suffix
+from gptjax.runtime.process import BACKGROUND
 
 T = TypeVar("T")
 
@@ -146,14 +147,14 @@ def compile_step(step: Callable, mesh: Mesh, state: Any, frozen: Any, batch: Any
 def run_in_background(make: Callable[[], T], mesh: Mesh) -> Future[T]:
     """Calls make() in a thread under the mesh, e.g. to compile while text is prepared: XLA works without Python's lock.
 
-    The process does not end before the thread does.
+    The process does not end before the thread does, unless its verb failed (__main__.console).
     """
 
     def under_mesh() -> T:
         with jax.set_mesh(mesh):
             return make()
 
-    executor = ThreadPoolExecutor(1, "background")
+    executor = ThreadPoolExecutor(1, BACKGROUND)
     future = executor.submit(under_mesh)
     executor.shutdown(wait=False)
     return future

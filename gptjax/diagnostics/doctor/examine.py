@@ -67,6 +67,7 @@ def probes(cfg: DoctorConfig) -> Iterator[tuple[str, Probe]]:
 
     yield "devices", lambda: [machine.devices()]
     yield "arithmetic", lambda: [machine.arithmetic()]
+    yield "peak", lambda: [machine.peak()]
     yield "collectives", collectives.check_collectives
     yield "host", lambda: [machine.host()]
     yield "cache", lambda: [machine.compile_cache()]

@@ -16,6 +16,8 @@ import numpy as np
 
 from gptjax.diagnostics.doctor.finding import Finding, Level
 from gptjax.runtime.compile_cache import compile_cache_folder, others_can_write
+from gptjax.runtime.hardware import first_line, host_memory
+from gptjax.runtime.peaks import peak_flops
 from gptjax.runtime.process import expected_platform, usable_cores
 
 GIB = 2**30
@@ -64,9 +66,16 @@ def arithmetic() -> Finding:
     return Finding("arithmetic", "ok", text)
 
 
+def peak() -> Finding:
+    """The peak of one device in both types, measured anew where no data sheet says it: MFU is a share of it."""
+    found = {dtype: peak_flops(dtype, refresh=True) for dtype in ("float32", "bfloat16")}
+    text = ", ".join(f"{flops / 1e12:.4g} TFLOP/s in {dtype}" for dtype, (flops, _) in found.items())
+    return Finding("peak", "ok", f"{text} ({found['float32'][1]})", data={d: flops for d, (flops, _) in found.items()})
+
+
 def host() -> Finding:
     """Cores and memory that this process may use."""
-    cores, (total, free) = _cores(), _memory()
+    cores, (total, free) = _cores(), host_memory()
     data = {"cores": cores, "bytes": total, "free_bytes": free}
     text = f"{cores:g} cores, {total / GIB:.1f} GiB of memory, {free / GIB:.1f} GiB free"
     advice = ""
@@ -80,30 +89,8 @@ def host() -> Finding:
 def _cores() -> float:
     """Cores that the scheduler and the container allow."""
     allowed = float(usable_cores())
-    quota, _, period = _first_line("/sys/fs/cgroup/cpu.max").partition(" ")
+    quota, _, period = first_line("/sys/fs/cgroup/cpu.max").partition(" ")
     return min(allowed, int(quota) / int(period)) if quota.isdecimal() and period.isdecimal() else allowed
-
-
-def _memory() -> tuple[int, int]:
-    """(total, free) bytes of memory, of the machine or the container."""
-    try:
-        lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
-        sizes = {words[0]: int(words[1]) * 1024 for words in lines}
-        total, free = sizes["MemTotal:"], sizes["MemAvailable:"]
-    except (OSError, KeyError):
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        free = total
-    limit, used = _first_line("/sys/fs/cgroup/memory.max"), _first_line("/sys/fs/cgroup/memory.current")
-    if limit.isdecimal() and used.isdecimal():
-        total, free = min(total, int(limit)), min(free, int(limit) - int(used))
-    return total, free
-
-
-def _first_line(path: str) -> str:
-    try:
-        return Path(path).read_text().split("\n")[0]
-    except OSError:
-        return ""
 
 
 def compile_cache() -> Finding:

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from gptjax.config import TrainConfig
-from gptjax.diagnostics.plan.memory import Memory, item_size, local_sizes, saved_by_layer, score_count
 from gptjax.model.counts import parameters, token_flops
 from gptjax.runtime.hardware import Topology
+from gptjax.training.memory import Memory, item_size, local_sizes, saved_by_layer, score_count
 
 # An assumption, not measured by us: well-shaped products of good programs reach 0.5 to 0.8 of the data sheet.
 EFFICIENCY = 0.6

@@ -16,7 +16,6 @@ import jax
 from gptjax.config import TrainConfig, check_divisible
 from gptjax.config.section import InputError
 from gptjax.diagnostics.plan.compiled import Compiled
-from gptjax.diagnostics.plan.memory import BY_CHIP, Memory, Temporaries, state_bytes, step_memory
 from gptjax.diagnostics.plan.roofline import Speed, speed
 from gptjax.model.counts import padded_vocab
 from gptjax.ops.attention import select_kernel
@@ -25,6 +24,7 @@ from gptjax.parallel.sharding import AXES, axis_sizes, filled
 from gptjax.runtime.dtype import preferred_dtype
 from gptjax.runtime.hardware import Topology
 from gptjax.training.build import build_components
+from gptjax.training.memory import BY_CHIP, Memory, Temporaries, state_bytes, step_memory
 
 # The share of memory that a count may reach without a compiler's check: the rest covers its error and other needs.
 SAFE = 0.9

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gptjax.config import TrainConfig, frozen_settings
+from gptjax.config import TrainConfig, defining_settings
 from gptjax.config.command_line import Recipe, given_names, parse
 from gptjax.config.section import InputError
 from gptjax.config.sweep import SweepConfig
@@ -60,7 +60,7 @@ class Point:
     @property
     def settings(self) -> str:
         """A digest of the settings that define the run, without its seed and length."""
-        same = {name: value for name, value in frozen_settings(self.config).items() if name != "seed"}
+        same = {n: v for n, v in defining_settings(self.config).items() if n not in ("seed", "steps")}
         same["evaluate.max_rows"] = self.config.evaluate.max_rows  # the same run, but another loss
         return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
 

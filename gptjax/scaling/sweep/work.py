@@ -31,7 +31,7 @@ from gptjax.scaling.sweep.jobs import Job, add_points, check_recipe, read_jobs, 
 from gptjax.scaling.sweep.points import Point, make_points, split_entries
 from gptjax.scaling.sweep.table import Results, run_dir, write_table
 from gptjax.storage import StorageError
-from gptjax.training.metrics import duration
+from gptjax.training.progress import duration
 
 Say = Callable[[str], None]
 

@@ -1,6 +1,6 @@
 """Memory of a training step on each device, computed from its settings without compiling.
 
-Arrays are counted by their shapes, sharded as sharding.py does and, on a TPU, padded to whole tiles. The number of
+Arrays are counted by their shapes, sharded by their names and, on a TPU, padded to whole tiles. The number of
 temporaries that the compiler keeps at the same time follows from no shape: `Temporaries` holds it, fitted to libtpu's
 reports. benchmarks/plan.py measures the error of this model, also on settings that were not used for the fit.
 """
@@ -16,6 +16,7 @@ import jax
 
 from gptjax.config import ModelConfig, TrainConfig
 from gptjax.model.counts import VOCAB_MULTIPLE, padded_vocab
+from gptjax.ops.attention import select_kernel
 from gptjax.ops.device import Device
 from gptjax.ops.linear import count_chunks
 from gptjax.parallel.sharding import AXES, shardings
@@ -96,6 +97,14 @@ class Memory:
         return self.gradients + self.weights + self.activations + self.logits
 
 
+def count_memory(config: TrainConfig, shapes: Any, sizes: Mapping[str, int], device: Device) -> int:
+    """Bytes on each device of a mesh of these sizes during a step; `shapes` is jax.eval_shape of the state's init."""
+    kernel = select_kernel(config.model, config.data.length, device)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=kernel))
+    state = state_bytes(config, shapes, sizes, tiles=device.tiled)
+    return step_memory(config, state, sizes, device=device).total
+
+
 class StateBytes(NamedTuple):
     """Bytes of a run's state on each device."""
 
@@ -136,7 +145,7 @@ def step_memory(
 
     `device` is the kind of device that the step is for.
     """
-    cfg, size, tiles = config.model, local_sizes(config, sizes), device.platform == "tpu"
+    cfg, size, tiles = config.model, local_sizes(config, sizes), device.tiled
     item, fast = item_size(cfg), FAST if tiles else 0
     rows, V, D, layers = size["B"], size["V"], cfg.width, state.layers
     stream = item * rows * size["L"] * D

@@ -1,0 +1,80 @@
+"""Checks of what a run needs, made before jax is imported: a wrong path is told at once."""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import os
+from pathlib import Path
+
+from gptjax.config import TrainConfig
+from gptjax.config.data import parse_sources
+from gptjax.config.section import InputError
+from gptjax.data.corpus import is_corpus, open_corpus
+from gptjax.data.records import HF, TFDS
+from gptjax.data.sources import is_function, source_paths
+from gptjax.parallel.cluster import given_rank
+from gptjax.parallel.processes import no_devices
+from gptjax.runs.init_check import check_init
+from gptjax.runs.manifest import committed_steps
+from gptjax.runs.run import Run, changed_settings, load_config
+from gptjax.runtime.process import expected_platform
+from gptjax.tokenizer import open_tokenizer
+
+
+def check_early(config: TrainConfig) -> None:
+    """Raises InputError for devices, a run folder, a source, a tokenizer or an --init that can't be used.
+
+    What only jax or a look into the text can tell comes later. In a job of several processes all of it does: process 0
+    may see what the others do not, and ends them where it fails.
+    """
+    if given_rank() is not None:
+        return
+    check_plugin()
+    run = Run.at(config.run_dir)
+    _check_folder(run)
+    begun = bool(committed_steps(run.checkpoints))
+    if begun and config.model.dtype == "auto":  # which becomes what the run began with
+        dtype = load_config(run.folder).model.dtype
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
+    changed_settings(run, config)
+    if config.init and not begun:
+        check_init(config)
+    if config.tokenizer.path and not Path(config.tokenizer.path).exists():
+        open_tokenizer(Path(config.tokenizer.path), config.tokenizer.kind, config.tokenizer.pattern)
+    for name, source in (config.data.sources | parse_sources(config.data.validation)).items():
+        if not is_corpus(run.data / name):  # else it is prepared already, and may have gone
+            _check_source(source)
+
+
+def check_plugin() -> None:
+    """Raises InputError where JAX_PLATFORMS asks for a GPU or a TPU, and jax has no plugin for it here."""
+    kind = expected_platform()
+    if not os.environ.get("JAX_PLATFORMS") or kind == "cpu":
+        return
+    if kind == "tpu":
+        there = importlib.util.find_spec("libtpu") is not None
+    else:
+        found = importlib.util.find_spec("jax_plugins")
+        folders = [Path(folder) for folder in (found and found.submodule_search_locations) or ()]
+        there = any(list(folder.glob("xla_*")) for folder in folders)
+        there = there or bool(importlib.metadata.entry_points(group="jax_plugins"))
+    if not there:
+        raise InputError(no_devices(""))
+
+
+def _check_folder(run: Run) -> None:
+    """Raises InputError where the run's folder can't be made; nothing is made."""
+    if "://" in str(run.folder):  # of a bucket only a request can tell
+        return
+    asked = Path(run.folder)
+    place = next(p for p in (asked, *asked.parents) if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        reason = "is no folder" if not place.is_dir() else "can't be written"
+        raise InputError(f"{asked}: a run can't be written there ({place} {reason}); give another --run-dir")
+
+
+def _check_source(source: str) -> None:
+    if is_corpus(source):
+        open_corpus(source)
+    elif not source.startswith((TFDS, HF)) and not is_function(source):
+        source_paths(source)
