@@ -102,8 +102,8 @@ def test_the_page_is_below_2_mb_however_long_the_run_is(tmp_path):
     run = make_run(tmp_path / "run", steps=30_000)
     samples = MetricsFile(run.samples_path)
     for step in range(2000):
-        long = step % 50 == 0
-        samples.write({"step": step, "prompt": "p" * 10_000 if long else "", "text": "<" * 100_000 if long else ""})
+        if step % 20 == 19:
+            samples.write({"step": step, "prompt": "p" * 10_000, "text": "<" * 100_000})
         write_event(run.events_path, step, "saved")
     samples.close()
     text = html_page(run)
@@ -111,6 +111,16 @@ def test_the_page_is_below_2_mb_however_long_the_run_is(tmp_path):
     seen = Page(text)
     assert "step 1,999" in seen.words and "running at step 30,000" in seen.words
     assert "validation 0.0003" in seen.words, "the last evaluation is always drawn"
+
+
+def test_the_first_steps_after_a_start_do_not_hide_the_speed_of_the_others(tmp_path):
+    run = make_run(tmp_path / "run", steps=30)
+    file = MetricsFile(run.metrics_path)
+    for step in range(31, 61):
+        rate = None if step == 31 else 9e9 if step < 35 else 2000.0
+        file.write({"step": step, "loss": 1.0, "tokens": step, "tokens_per_second": rate})
+    speed = html_page(run).partition("<b>Speed</b>")[2].partition("</figure>")[0]
+    assert "2k</text>" in speed and "G</text>" not in speed and "M</text>" not in speed
 
 
 def test_torn_lines_numbers_that_are_none_and_a_run_without_lines_are_drawn(tmp_path):

@@ -17,6 +17,7 @@ from gptjax.runs.run import Run, load_config, read_config
 from gptjax.storage import filesystem, write_file
 from gptjax.training.metrics_file import SPECIAL, MetricsFile
 
+UNSETTLED = 5  # steps after a start, whose reports may come late and all at once, so that a step seems short
 MOST_POINTS, MOST_SAMPLES, MOST_EVENTS, MOST_LETTERS = 1000, 30, 100, 4000
 
 STYLE = """
@@ -36,6 +37,7 @@ table { border-collapse: collapse; font-size: .93rem; width: 100%; max-width: 58
 th, td { padding: .2rem .9rem .2rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { font-weight: 600; color: var(--soft); } td { width: 100%; overflow-wrap: anywhere; }
 th, td:first-child, td + td + td { width: auto; white-space: nowrap; } details + details { margin-top: .6rem; }
+@media (max-width: 40rem) { td + td + td { white-space: normal; min-width: 6.5rem; } }
 """
 
 
@@ -93,11 +95,13 @@ def _thinned(path: Path) -> tuple[list[dict[str, Any]], int]:
         return [], 1
     left = collections.Counter(evaluates for evaluates, _ in whole())
     stride = {evaluates: -(-count // MOST_POINTS) for evaluates, count in left.items()}
-    lines = []
+    lines, since = [], 0
     for evaluates, raw in whole():
         left[evaluates] -= 1
+        since = 0 if b'"tokens_per_second": null' in raw else since + (not evaluates)
         if left[evaluates] % stride[evaluates] == 0:
-            lines.append({k: SPECIAL.get(v, v) if isinstance(v, str) else v for k, v in json.loads(raw).items()})
+            line = {k: SPECIAL.get(v, v) if isinstance(v, str) else v for k, v in json.loads(raw).items()}
+            lines.append(line | {"settled": since > UNSETTLED})
     return lines, stride.get(False, 1)
 
 
@@ -118,7 +122,8 @@ def _charts(steps: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any
         chart.chart("Learning rate", "as scheduled", [curve("", "learning_rate", "{:.3g}".format)]),
         chart.chart("Gradient norm", "before clipping, logarithmic", [
             curve("", "grad_norm", "{:.3f}".format, noisy=True)], log=True),
-        chart.chart("Speed", "tokens a second", [curve("", "tokens_per_second", "{:,.0f}".format)]),
+        chart.chart("Speed", "tokens a second", [
+            curve("", "tokens_per_second", "{:,.0f}".format, of=[line for line in steps if line["settled"]])]),
         chart.chart("Wait for input", "milliseconds a step, logarithmic", [
             curve("", "input_seconds", "{:.2g} ms".format, 1000, noisy=True)], log=True),
     ]  # fmt: skip

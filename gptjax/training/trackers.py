@@ -92,7 +92,7 @@ class WandB:
         import wandb  # pyright: ignore[reportMissingImports]
 
         # Silent: no questions for a key on the terminal of a run, and no lines over its bar.
-        options = wandb.Settings(silent=True, console="off", init_timeout=60, finish_timeout=10)
+        options = wandb.Settings(silent=True, console="off", init_timeout=30, finish_timeout=10)
         wandb.setup(options)
         self._html = wandb.Html
         self._run = wandb.init(
