@@ -24,6 +24,7 @@ from gptjax.api import recipe
 from gptjax.config.plugins import register
 from gptjax.data.packing import example_batch
 from gptjax.parallel.sharding import make_mesh, to_global
+from gptjax.stages.runner import resolve_dtype
 from gptjax.training.build import build_components
 from gptjax.training.metrics import Metrics
 from gptjax.training.step import compile_step, init_state
@@ -75,7 +76,7 @@ def main() -> int:
 def measure(kinds: dict[str, tuple[str, ...]], steps: int, settings: dict[str, Any]) -> tuple[dict, dict]:
     """Seconds and losses of each kind's steps, the first WARM_UP of the seconds left out."""
     given = {name: int(value) for name, value in settings.items()} | {"steps": steps + WARM_UP, "log_every": 1}
-    cfg = recipe("quickstart", given)
+    cfg, _ = resolve_dtype(recipe("quickstart", given))
     mesh = make_mesh(cfg.mesh)
     decoder, _, init, step = build_components(cfg)
     rng = np.random.default_rng(0)
