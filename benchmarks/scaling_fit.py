@@ -2,6 +2,7 @@
 
     python benchmarks/scaling_fit.py --out benchmarks/results             # speed, about 5 minutes on 2 cores
     python benchmarks/scaling_fit.py --out benchmarks/results --coverage  # and 400 replicas, about 10 more
+    python benchmarks/scaling_fit.py --out benchmarks/results --exponents # IsoFLOP and envelope alone, about 10
 
 The runs are made: losses of the law of Hoffmann et al. 2022 at 10 budgets from 1e17 to 1e21 FLOPs, 25 token counts each
 from D_opt / 8 to 8 D_opt, times exp(0.01 z) with z normal.
@@ -17,9 +18,15 @@ bootstrap).
 
 coverage: 400 tables at 5 budgets of 16 runs, noise of 1 %, each fitted with 400 bootstraps; the share of replicas whose
 95 % interval holds the true coefficient. --replicas and --bootstraps make it shorter.
+
+exponents: the share of 95 % intervals of IsoFLOP and the envelope that hold the true exponent of N_opt, on tables whose
+sizes range over three decades, of laws whose losses rise more steeply on one side of the optimum than on the other.
+"own": 6 budgets, each with 12 sizes of its own around the optimum; "shared": 12 budgets and 18 sizes for all of them,
+as in Porian et al. 2024; "curves": whole curves of 12 sizes, each run off by the noise, its evaluations by a tenth.
 """
 
 import argparse
+import itertools
 import os
 import platform
 import sys
@@ -32,11 +39,17 @@ import numpy as np
 from report import facts, write_report
 
 from gptjax.scaling import fits
+from gptjax.scaling.approaches import envelope, isoflop
 from gptjax.scaling.families import CHINCHILLA
 from gptjax.scaling.fits import Fitted, fit_law, redraw, refit
-from gptjax.scaling.laws import HOFFMANN
+from gptjax.scaling.laws import HOFFMANN, Chinchilla
 
 DELTA, NOISE, BOOTSTRAPS, SEED = 1e-3, 0.01, 1000, 0
+SKEWED = {
+    "Hoffmann et al.": HOFFMANN,
+    "steep in N": Chinchilla(E=1.7, A=2000.0, B=200.0, alpha=0.5, beta=0.25),
+    "steep in D": Chinchilla(E=1.5, A=60.0, B=6000.0, alpha=0.22, beta=0.45),
+}
 GRID_STRIDE, SCIPY_BOOTSTRAPS, WHOLE_GRID_BOOTSTRAPS = 50, 10, 1
 
 
@@ -44,6 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the dated report")
     parser.add_argument("--coverage", action="store_true", help="measure the intervals too")
+    parser.add_argument("--exponents", action="store_true", help="measure the intervals of IsoFLOP and envelope alone")
     parser.add_argument("--replicas", type=int, default=400)
     parser.add_argument("--bootstraps", type=int, default=400)
     args = parser.parse_args()
@@ -53,6 +67,10 @@ def main() -> None:
 
     device = f"{platform.machine()} {jax.default_backend()}, {os.cpu_count()} cores"
     report = facts(device, "jax", "scipy", "numpy") | {"noise": NOISE, "delta": DELTA, "seed": SEED}
+    if args.exponents:
+        report["exponents"] = exponents(args.replicas, min(args.bootstraps, 60))
+        print(f"wrote {write_report(report, args.out, 'scaling_exponents')}")
+        return
     report["speed"] = speed()
     print(report["speed"])
     if args.coverage:
@@ -179,6 +197,62 @@ def coverage(replicas: int, bootstraps: int) -> dict[str, Any]:
         "share_that_hold": dict(zip(names, share.tolist())), "relative_width": dict(zip(names, width.tolist())),
         "unconverged": unconverged, "seconds": time.perf_counter() - began,
     }  # fmt: skip
+
+
+def wide_table(layout: str, law: Chinchilla, noise: float, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+    """budget, N, D and noisy loss of runs whose sizes range over three decades."""
+    budgets = np.logspace(17, 20.3, 12 if layout == "shared" else 6)
+    best, _ = law.optimal(budgets)
+    if layout == "shared":
+        sizes = np.geomspace(best[0] / 4, best[-1] * 4, 18)
+        near = [sizes[np.abs(np.log(sizes / n)) < np.log(30)] for n in best]
+    else:
+        near = [n * np.geomspace(1 / 30, 30, 12) * np.exp(rng.uniform(-0.3, 0.3)) for n in best]
+    budget, N = np.repeat(budgets, [len(sizes) for sizes in near]), np.concatenate(near)
+    D = budget / 6 / N
+    return budget, N, D, law.loss(N, D) * np.exp(noise * rng.normal(size=len(N)))
+
+
+def wide_curves(law: Chinchilla, noise: float, rng: np.random.Generator) -> list[tuple[float, np.ndarray, np.ndarray]]:
+    """N, tokens and noisy loss along the runs of 12 sizes over three decades, around the budgets where each is best."""
+    curves, budgets = [], np.logspace(12, 26, 3000)
+    best, _ = law.optimal(budgets)
+    for N in np.geomspace(1e7, 1e10, 12):
+        D = budgets[np.argmin(np.abs(np.log(best / N)))] * np.geomspace(1 / 60, 30, 80) / 6 / N
+        curves.append((N, D, law.loss(N, D) * np.exp(noise * (rng.normal() + 0.1 * rng.normal(size=len(D))))))
+    return curves
+
+
+def exponents(replicas: int, bootstraps: int) -> dict[str, Any]:
+    """Rows, one a case: share of intervals that hold the true exponent, mean error and median width; pooled shares."""
+    rows = []
+    for (name, law), layout, noise in itertools.product(SKEWED.items(), ("own", "shared", "curves"), (0.002, 0.005)):
+        rng, true, found = np.random.default_rng(SEED), float(law.exponents[0]), []
+        for seed in range(replicas):
+            again = {"bootstraps": bootstraps, "seed": seed}
+            if layout == "curves":
+                fitted = envelope(wide_curves(law, noise, rng), **again)
+            else:
+                fitted = isoflop(*wide_table(layout, law, noise, rng), **again)
+            low, high = fitted.interval("a")
+            found.append((low <= true <= high, fitted.a - true, high - low))
+        holds, error, width = np.array(found).T
+        rows.append(
+            {
+                "law": name,
+                "approach": fitted.approach,
+                "layout": layout,
+                "noise": noise,
+                "share": float(holds.mean()),
+                "mean_error": error.mean(),
+                "scatter": error.std(),
+                "median_width": float(np.median(width)),
+            }
+        )
+        print(rows[-1], flush=True)
+    pooled = {way: float(np.mean([row["share"] for row in rows if row["approach"] == way]))
+              for way in ("isoflop", "envelope")}  # fmt: skip
+    return {"replicas": replicas, "bootstraps": bootstraps, "share": pooled, "rows": rows}
 
 
 if __name__ == "__main__":

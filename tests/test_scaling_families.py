@@ -123,8 +123,8 @@ def test_the_report_says_which_law_and_shows_what_it_reads(name, folder):
     assert set(document["coefficients"]) == set(vars(LAWS[name]))
     for way in ("isoflop", "parametric"):
         assert document["approaches"][way]["exponents"]["N"] == pytest.approx(LAWS[name].exponents[0], abs=0.05)
-    for best in document["approaches"]["isoflop"]["parabolas"]:  # of new tokens, or they would lie 1.6 % high
-        assert best["loss"] == pytest.approx(LAWS[name].loss(*LAWS[name].optimal(best["budget"])), rel=0.01)
+    for best in document["approaches"]["isoflop"]["minima"]:  # of new tokens, or they would lie 1.6 % high
+        assert best["N"]["loss"] == pytest.approx(LAWS[name].loss(*LAWS[name].optimal(best["budget"])), rel=0.01)
     page = (folder / "fit" / "report.html").read_text()
     assert f"{name} law of t.csv" in page and bool(re.search(" D +U +FLOPs", page)) == (name == "data_constrained")
     assert any("30 runs that repeat" in note for note in document["notes"]) == (name == "data_constrained")

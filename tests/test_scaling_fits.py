@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import os
 import types
 from functools import partial
 from pathlib import Path
@@ -13,12 +14,14 @@ import pytest
 import scaling_fit
 
 from gptjax.config.section import InputError
-from gptjax.scaling import fits
-from gptjax.scaling.approaches import envelope, isoflop, leave_one_budget_out, parametric
+from gptjax.scaling import approaches, fits
+from gptjax.scaling.approaches import envelope, isoflop, leave_one_budget_out, minimum, parametric
 from gptjax.scaling.descent import Problem, minimize
 from gptjax.scaling.families import CHINCHILLA, OVERTRAINING, POWER
 from gptjax.scaling.fits import Fitted, fit_law, redraw, refit
+from gptjax.scaling.fitting import curves_of
 from gptjax.scaling.laws import HOFFMANN, Chinchilla, PowerLaw
+from gptjax.scaling.table import read_table
 
 FIXTURES = Path(__file__).parent / "fixtures"
 BUDGETS = np.logspace(17, 21, 5)
@@ -81,12 +84,12 @@ def test_five_small_runs_on_redpajama_give_the_published_law_and_errors():
     assert error["rpj-open_lm_7b-1.0"] == pytest.approx(0.7320, abs=5e-5)
 
 
-def test_isoflop_parabolas_have_the_right_exponent_and_the_known_bias():
-    """Noise-free, and still off: D_opt at 1e24 comes out 2.881 % low."""
+def test_isoflop_minima_have_the_right_exponent_and_little_bias():
+    """A parabola through all losses of these runs is 2.881 % off at 1e24, without any noise."""
     found = isoflop(*runs(16))
-    assert found.b == pytest.approx(0.548387, abs=1e-5) and found.a == pytest.approx(1 - 0.548387, abs=1e-5)
+    assert found.b == pytest.approx(0.548387, abs=1e-4) and found.a == pytest.approx(1 - 0.548387, abs=1e-4)
     N, D = HOFFMANN.optimal(1e24)
-    assert 100 * (found.optimal(1e24)["D"][0] / D - 1) == pytest.approx(-2.881, abs=5e-4)
+    assert found.optimal(1e24)["D"][0] == pytest.approx(float(D), rel=5e-3)
     assert found.optimal(1e24)["N"][0] * found.optimal(1e24)["D"][0] == pytest.approx(1e24 / 6)
     assert found.optimal(1e24)["loss"][0] == pytest.approx(float(HOFFMANN.loss(N, D)), rel=1e-3)
 
@@ -113,15 +116,64 @@ def test_the_envelope_of_training_curves_grows_as_the_law_says():
 def test_noise_in_the_losses_gives_the_isoflop_exponent_its_interval():
     found = isoflop(*runs(16, 0.002), bootstraps=50)
     low, high = found.interval("b")
-    assert low < HOFFMANN.exponents[1] < high and high - low < 0.05
+    assert low < HOFFMANN.exponents[1] < high and high - low < 0.08
     best, low, high = found.optimal(1e22)["loss"]
     assert low < best < high
 
 
-def test_three_sizes_a_budget_give_no_interval_and_say_so():
-    found = isoflop(*runs(3), bootstraps=10)
-    assert found.samples == {} and any("no intervals" in note for note in found.notes)
-    assert np.isnan(found.interval("a")).all()
+def test_a_line_through_two_budgets_has_no_interval_and_says_so():
+    columns = np.array(runs(6))
+    two = isoflop(*columns[:, columns[0] < 1e19], bootstraps=10)
+    assert two.samples == {} and any("no intervals" in note for note in two.notes)
+    assert np.isnan(two.interval("a")).all()
+
+
+def test_intervals_of_a_line_are_students():
+    """scipy's for log y over log x, to what 16,000 draws leave; those of y and 1 / y mirror each other."""
+    stats = pytest.importorskip("scipy.stats")
+    x = np.geomspace(1e17, 1e20, 6)
+    y = x**0.6 * np.exp(0.1 * np.random.default_rng(0).normal(size=6))
+    lines = approaches._line(x, [y, 1 / y], 1000, 0)
+    fitted = stats.linregress(np.log(x), np.log(y))
+    half = stats.t.ppf(0.975, 4) * fitted.stderr
+    assert lines[0, :, 0] == pytest.approx([fitted.intercept, fitted.slope])
+    edges = np.percentile(lines[1:, 1, 0], [2.5, 97.5])
+    assert edges == pytest.approx([fitted.slope - half, fitted.slope + half], abs=0.06 * half)
+    np.testing.assert_allclose(lines[:, :, 0], -lines[:, :, 1], rtol=1e-9)
+
+
+def test_a_minimum_rests_on_the_sizes_near_it_whatever_the_losses_far_away():
+    N = np.geomspace(1e6, 1e9, 16)
+    loss = 3 + 0.05 * np.log(N / 3e7) ** 2
+    far = np.where(np.abs(np.log(N / 3e7)) > np.log(10), loss * 2, loss)
+    near, wild = (minimum(N, losses) for losses in (loss, far))
+    assert near and near == wild and near.best == pytest.approx(3e7, rel=0.01) and near.sizes == 7
+    assert near.low < near.best < near.high and near.loss == pytest.approx(3, rel=1e-3)
+    few = minimum(N[7:10], loss[7:10])
+    assert few and few.sizes == 3 and len(few.coefficients) == 3  # a parabola through 3 sizes
+    assert minimum(N[10:], loss[10:]) is None and minimum(N, 2 / loss) is None
+
+
+def test_a_budget_whose_minimum_lies_outside_of_its_sizes_is_left_out_and_named():
+    budget, N, D, loss = runs(16)
+    kept = (budget != 1e19) | (N > 1.2 * HOFFMANN.optimal(1e19)[0])
+    found = isoflop(budget[kept], N[kept], D[kept], loss[kept])
+    assert list(found.points["budget"]) == [1e17, 1e18, 1e20, 1e21]
+    assert any(note.startswith("Budget 1e+19 is left out: its least loss lies outside") for note in found.notes)
+    assert found.a == pytest.approx(HOFFMANN.exponents[0], abs=1e-3)
+    assert any("The minima of 4 budgets rest on 10 sizes each." in note for note in found.notes)
+
+
+def test_noise_about_a_takeover_does_not_make_it_several():
+    """Every second evaluation is too high by more than neighbours differ."""
+    sizes = np.geomspace(1e7, 3e9, 9)
+    tokens = [np.geomspace(n, 200 * n, 200) for n in sizes]
+    rng = np.random.default_rng(0)
+    curves = [(n, t, HOFFMANN.loss(n, t) * np.exp(1e-3 * rng.normal(size=200))) for n, t in zip(sizes, tokens)]
+    found = envelope(curves, bootstraps=100)
+    assert len(found.points["N"]) <= 8 and found.a == pytest.approx(HOFFMANN.exponents[0], abs=0.02)
+    low, high = found.interval("a")
+    assert low < HOFFMANN.exponents[0] < high and high - low < 0.1
 
 
 def test_intervals_hold_the_truth_and_narrow_without_the_scatter_of_a_run(noisy):
@@ -271,6 +323,34 @@ def test_isoflop_refuses_one_budget_and_negative_losses():
         isoflop(budget[one], N[one], D[one], loss[one])
     with pytest.raises(InputError, match="loss=-1 at point"):
         isoflop(budget, N, D, np.where(N == N[0], -1.0, loss))
+
+
+PORIAN = Path(os.environ.get("GPTJAX_DATA", "")) / "scaling" / "porian_owt2.csv"
+
+
+@pytest.mark.skipif(not PORIAN.is_file(), reason="GPTJAX_DATA names no folder with scaling/porian_owt2.csv")
+@pytest.mark.parametrize(("setting", "exponent"), [*enumerate((0.870, 0.700, 0.602, 0.569, 0.518))])
+def test_isoflop_and_envelope_find_the_exponents_of_porian_et_al(setting, exponent):
+    """Porian et al. 2024, OpenWebText2: sizes over three decades; a parabola through all gives 1.2 for the first."""
+    table = read_table([PORIAN], where=[f"setting={setting}"])
+    columns = (table.budget, table.parameters, table.tokens, table.loss)
+    for found in (isoflop(*columns, bootstraps=1000), envelope(curves_of(table)[0], bootstraps=1000)):
+        low, high = found.interval("a")
+        assert found.a == pytest.approx(exponent, abs=0.03) and low < exponent < high and high - low < 0.15
+
+
+@pytest.mark.slow
+def test_intervals_of_the_exponents_hold_the_truth_about_as_often_as_they_say():
+    """18 cases of 4 replicas; the long test below has 100."""
+    share = scaling_fit.exponents(4, 20)["share"]
+    assert 0.83 <= share["isoflop"] <= 1 and 0.9 <= share["envelope"] <= 1
+
+
+@pytest.mark.exhaustive
+def test_intervals_of_isoflop_exponents_hold_the_truth_in_90_to_98_percent():
+    """Those of the envelope hold it more often: what is off in one run moves two takeovers apart, not all one way."""
+    share = scaling_fit.exponents(100, 60)["share"]
+    assert 0.90 <= share["isoflop"] <= 0.98 and share["envelope"] >= 0.95
 
 
 @pytest.mark.slow

@@ -2,10 +2,17 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import html.parser
 import io
 import json
+import os
 import re
+import struct
+import subprocess
+import sys
+import termios
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +25,7 @@ from gptjax.scaling import plots, report
 from gptjax.scaling.fitting import approaches, curves_of, two_point
 from gptjax.scaling.laws import Chinchilla
 from gptjax.scaling.predicting import summary
-from gptjax.scaling.saved import KEYS, open_fit, strict
+from gptjax.scaling.saved import KEYS, Fit, open_fit, strict
 from gptjax.scaling.table import Curve, read_table
 
 LAW = Chinchilla(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
@@ -318,6 +325,53 @@ def test_a_folder_that_can_not_be_written_is_told(fitted, table, tmp_path, capsy
     assert "can't be written" in line
     line = refused(capsys, "fit", table, "--out", tmp_path / "file")
     assert "there is a file of that name" in line
+
+
+def test_approaches_that_disagree_beyond_their_intervals_are_the_first_line(fitted):
+    document = load(fitted[0] / "fit.json")
+    assert not report.screen(open_fit(fitted[0]))[0].startswith("warning")
+    ways = document["approaches"]
+    ways["isoflop"] |= {"exponents": {"N": 0.9, "D": 0.1}, "intervals": {"N": [0.85, 0.95], "D": [0.05, 0.15]}}
+    ways["parametric"]["intervals"] = {"N": [0.4, 0.849], "D": [0.3, 0.6]}
+    fit = Fit(document)
+    first = report.screen(fit)[0]
+    assert first.startswith("warning: the approaches disagree") and "C^0.900 [0.850, 0.950] by isoflop" in first
+    assert "warning: the approaches disagree" in report.page(fit, {})
+    ways["parametric"]["intervals"]["N"][1] = 0.851
+    assert not report.screen(Fit(document))[0].startswith("warning")
+
+
+def test_the_page_says_what_approaches_assume_and_how_many_sizes_a_minimum_rests_on(fitted):
+    document, page = load(fitted[0] / "fit.json"), report.page(open_fit(fitted[0]), {})
+    assert "isoflop assumes: " in page and "parametric assumes: " in page and "envelope assumes" not in page
+    minima = document["approaches"]["isoflop"]["minima"]
+    assert [minimum["budget"] for minimum in minima] == pytest.approx(BUDGETS[:3])
+    assert all(minimum["N"]["sizes"] == 5 for minimum in minima) and "sizes used" in page
+    assert any(
+        "The minima of 3 budgets rest on 5 sizes each." in note for note in document["approaches"]["isoflop"]["notes"]
+    )
+
+
+def test_a_fit_on_a_terminal_is_not_silent(table, tmp_path):
+    """A bar with a clock: every 2 seconds something is written, also before jax is there."""
+    code, gaps, text = on_a_terminal("fit", table, "--out", tmp_path, "--bootstraps", 200)
+    assert code == 0 and "approach: isoflop" in text and "leaving each of 4 budgets out" in text
+    assert max(gaps) < max(2, sum(gaps) / 4)  # beside other work imports alone may take longer
+
+
+def on_a_terminal(*words):
+    """The exit code of a command under a terminal of 80 columns, seconds between its outputs, and these."""
+    begin, end = os.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    command = [sys.executable, "-m", "gptjax", *map(str, words)]
+    process = subprocess.Popen(command, stdout=end, stderr=end, stdin=subprocess.DEVNULL)
+    os.close(end)
+    times, text = [time.monotonic()], b""
+    with contextlib.suppress(OSError), open(begin, "rb", buffering=0) as terminal:
+        while chunk := terminal.read(65536):
+            times.append(time.monotonic())
+            text += chunk
+    return process.wait(), np.diff(times), text.decode()
 
 
 def test_labels_of_the_plots_do_not_overlap():

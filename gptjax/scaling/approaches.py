@@ -1,13 +1,17 @@
 """The three approaches of Hoffmann et al. 2022 to the optimal N and D of a budget, and leave-one-budget-out errors.
 
     envelope(curves)                      approach 1: the lower envelope of whole training curves
-    isoflop(budget, N, D, loss)           approach 2: a parabola through the losses of each budget
+    isoflop(budget, N, D, loss)           approach 2: the minimum of each budget's losses
     parametric(fit_law(CHINCHILLA, ...))  approach 3: the optimum of a fitted L(N, D), in closed form
     leave_one_budget_out(fit, budget, N, D, loss)
 
-Approach 2 is biased even without noise, since a budget's losses are no parabola: vertices are off by a factor that the
-regression carries to every budget, and that grows with the range of sizes and the difference of alpha and beta. With
-the law of Hoffmann et al. and 16 points from D_opt / 8 to 8 D_opt, D_opt comes out 2.88 % low and N_opt 2.97 % high.
+ASSUMES says what each takes for granted: 1 and 2 that the optimum is a power of C over all budgets, 3 that the law
+holds for every run, also for those far from the optimum, where it is often wrong. Intervals of 1 and 2 are those of a
+straight line in logarithms: they rest on how far minima, or takeovers, scatter about it, whatever scatters them.
+
+Hoffmann et al. fit a parabola through all losses of a budget. That is biased even without noise, since losses are no
+parabola, and the more the wider the sizes range: over three decades (Porian et al. 2024) it gives N ~ C^1.2 where
+interpolation gives C^0.87. Here a cubic is fitted to log loss near the minimum alone.
 """
 
 import dataclasses
@@ -20,15 +24,25 @@ from gptjax.config.section import InputError
 from gptjax.scaling.families import POWER
 from gptjax.scaling.fits import Fitted, check_columns, ends, fit_law
 
+NEAR_FACTOR, NEAR_SIZES = 4.0, 3  # a minimum rests on the sizes within this factor, and on 3 to each side of it
+LOGS = ("log_k_N", "a", "log_k_D", "b")
+CUBIC_SIZES = 5  # sizes that a cubic takes; fewer have a parabola
+DRAWS = 16  # draws of a line for each bootstrap asked for: they cost nothing, and 1,000 leave a rough edge
+ASSUMES = {
+    "envelope": "N-opt is a power of C; each size has a curve of finished runs around its takeovers",
+    "isoflop": "N-opt is a power of C; each budget has sizes on both sides of its minimum; log loss is cubic nearby",
+    "parametric": "the law holds for all runs, also for those far from the optimum",
+}
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Allocation:
     """N_opt = k_N C^a and D_opt = k_D C^b, by one approach.
 
-    samples: the same four of each bootstrap, [bootstraps]; empty without bootstraps. loss_law: a fits.Fitted whose
+    samples: LOGS of each draw (k itself may overflow); empty without bootstraps. loss_law: a fits.Fitted whose
     predict(C) (a PowerLaw), or predict(N, D) at the optimum (approach 3), is the least loss; None with fewer than 3
     budgets. points: the points that the two lines are fitted to, budget, N and D, each [budgets] (empty for
-    approach 3). notes: caveats, one sentence each; show all of them.
+    approach 3). notes: caveats, one sentence each; show all of them. minima: of approach 2 by budget, over N and D.
     """
 
     approach: str
@@ -41,10 +55,14 @@ class Allocation:
     points: dict[str, np.ndarray]
     level: float
     notes: tuple[str, ...]
+    minima: dict[float, tuple["Minimum", "Minimum"]] = dataclasses.field(default_factory=dict)
 
     def interval(self, name: str) -> tuple[float, float]:
         """Percentile interval of k_N, a, k_D or b; (nan, nan) without bootstraps."""
-        return self._edges(self.samples[name]) if self.samples else (float("nan"), float("nan"))
+        if not self.samples:
+            return float("nan"), float("nan")
+        edges = self._edges(self.samples[f"log_{name}" if name[0] == "k" else name])
+        return (float(np.exp(edges[0])), float(np.exp(edges[1]))) if name[0] == "k" else edges
 
     def optimal(self, flops: float) -> dict[str, tuple[float, float, float]]:
         """{"N": (best, low, high), "D": ..., "loss": ...} for a budget in FLOPs; NaN for unknown values.
@@ -57,8 +75,8 @@ class Allocation:
             best = getattr(self, k) * flops ** getattr(self, exponent)
             edges = unknown
             if self.samples:
-                edges = self._edges(np.exp(np.log(self.samples[k]) + self.samples[exponent] * np.log(flops)))
-            optimum[name] = (float(best), edges[0], edges[1])
+                edges = self._edges(self.samples[f"log_{k}"] + self.samples[exponent] * np.log(flops))
+            optimum[name] = (float(best), float(np.exp(edges[0])), float(np.exp(edges[1])))
         if self.loss_law is None:
             return optimum | {"loss": (float("nan"), *unknown)}
         if self.approach == "parametric":
@@ -82,129 +100,136 @@ def parametric(fitted: Fitted, flops_per: float = 6.0) -> Allocation:
         N, D = law.optimal(1.0, flops_per)
         return {"k_N": N, "a": a, "k_D": D, "b": b}
 
-    best = {name: float(value) for name, value in lines(fitted.law).items()}
-    samples = {k: np.ravel(v) for k, v in lines(fitted.sampled).items()} if fitted.samples else {}
+    best: dict[str, Any] = {name: float(value) for name, value in lines(fitted.law).items()}
+    samples = {}
+    if fitted.samples:
+        of = lines(fitted.sampled)
+        samples = {name: np.ravel(np.log(of[name[4:]]) if name[4:] in of else of[name]) for name in LOGS}
     return Allocation("parametric", **best, samples=samples, loss_law=fitted, points={}, level=fitted.level, notes=())
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Parabola:
-    """loss = c_2 x^2 + c_1 x + c_0 in x = log10 D (or N): coefficients [3], highest power first, and its vertex."""
+@dataclasses.dataclass(frozen=True)
+class Minimum:
+    """The minimum of one budget's losses over a size, N or D.
 
-    budget: float
-    coefficients: np.ndarray
+    best; loss there; sizes: the different ones that it rests on, from `low` to `high`. log loss is the polynomial with
+    `coefficients`, highest power first, of log(size / centre).
+    """
+
     best: float
     loss: float
+    sizes: int
+    low: float
+    high: float
+    centre: float
+    coefficients: tuple[float, ...]
 
 
-def parabola(budget: float, size: np.ndarray, loss: np.ndarray) -> Parabola:
-    """The least-squares parabola through one budget's losses; `best` is NaN where it has no minimum."""
-    x = np.log10(size)
-    c = np.polyfit(x - x.mean(), loss, 2)  # centred: log10 D is about 10, and its square takes digits
-    if c[0] <= 0:
-        return Parabola(budget, c, float("nan"), float("nan"))
-    vertex = -c[1] / (2 * c[0])
-    shifted = np.array([c[0], c[1] - 2 * c[0] * x.mean(), c[2] - c[1] * x.mean() + c[0] * x.mean() ** 2])
-    return Parabola(budget, shifted, float(10 ** (vertex + x.mean())), float(np.polyval(c, vertex)))
+def minimum(size: np.ndarray, loss: np.ndarray) -> Minimum | None:
+    """The minimum of a cubic in log size through the log losses near it; None where it is not among the sizes.
+
+    size, loss: [points]. Near are NEAR_SIZES sizes to each side of the best one and all within NEAR_FACTOR of it, first
+    of the run of least loss, then of the minimum found, until they stay. Below CUBIC_SIZES it is a parabola.
+    """
+    x, y = np.log(size), np.log(loss)
+    sizes = np.unique(x)
+    best = sizes[np.argmin([y[x == at].mean() for at in sizes])]
+    near = np.zeros(len(sizes), bool)
+    for _ in range(8):
+        ranks = np.abs(np.arange(len(sizes)) - np.argmin(np.abs(sizes - best)))
+        before, near = near, (ranks <= NEAR_SIZES) | (np.abs(sizes - best) <= np.log(NEAR_FACTOR))
+        if np.array_equal(near, before):
+            break
+        (low, high), used = sizes[near][[0, -1]], np.isin(x, sizes[near])
+        centre = (low + high) / 2
+        c = np.polyfit(x[used] - centre, y[used], 3 if near.sum() >= CUBIC_SIZES else 2)
+        turns = np.roots(np.polyder(c))
+        turns = np.real(turns)[np.isreal(turns) & (np.polyval(np.polyder(c, 2), np.real(turns)) > 0)]
+        turns = turns[np.abs(turns) < (high - low) / 2]
+        if not len(turns):
+            return None
+        best = centre + turns[np.argmin(np.polyval(c, turns))]
+    exact = (float(v) for v in np.exp([best, np.polyval(c, best - centre), low, high, centre]))
+    at, least, low, high, centre = exact
+    return Minimum(at, least, int(near.sum()), low, high, centre, tuple(map(float, c)))
 
 
 def isoflop(budget, N, D, loss, *, bootstraps: int = 0, seed: int = 0, level: float = 0.95) -> Allocation:
-    """Approach 2: the vertex of each budget's parabola in log D and in log N, and a line through the vertices.
+    """Approach 2: the minimum of each budget's losses over N and over D, and a line through the minima.
 
     budget, N, D, loss: [points]; points of one budget have equal `budget`. A budget with fewer than 3 different sizes,
-    or whose losses don't curve upward, is left out, with a note. Raises InputError where fewer than 2 are left.
-
-    Intervals are of noise in the losses: each bootstrap adds to every fitted parabola the deviations of all runs from
-    their parabolas, drawn again and widened for the 3 coefficients of each, and repeats the fit. (Drawing runs again
-    would leave many a budget of 3 or 4 runs with too few.) They know nothing of the bias of the method.
+    or whose losses have no minimum among the sizes, is left out, with a note. Raises InputError where fewer than 2 are
+    left. Intervals are those of the line (_line): of noise, and of whatever else scatters the minima.
     """
     check_columns({"budget": budget, "N": N, "D": D, "loss": loss})
     budget, N, D, loss = (np.asarray(x, float) for x in (budget, N, D, loss))
-
-    notes, groups = [], []
+    notes, found = [], {}
     for value in np.unique(budget):
-        rows = np.flatnonzero(budget == value)
-        if min(len(np.unique(N[rows])), len(np.unique(D[rows]))) < 3:
-            notes.append(f"Budget {value:.3g} is left out: {len(rows)} points of fewer than 3 different sizes.")
-        elif not all(np.isfinite(parabola(value, size[rows], loss[rows]).best) for size in (N, D)):
-            notes.append(f"Budget {value:.3g} is left out: its losses don't curve upward.")
+        of = budget == value
+        if min(len(np.unique(N[of])), len(np.unique(D[of]))) < 3:
+            notes.append(f"Budget {value:.3g} is left out: {of.sum()} points of fewer than 3 different sizes.")
+            continue
+        by_N, by_D = (minimum(size[of], loss[of]) for size in (N, D))
+        if by_N and by_D:
+            found[float(value)] = by_N, by_D
         else:
-            groups.append(rows)
-    if len(groups) < 2:
+            notes.append(f"Budget {value:.3g} is left out: its least loss lies outside of the sizes that were run.")
+    if len(found) < 2:
         what = "; ".join(notes) or "there is one budget"
-        raise InputError(f"{len(groups)} budgets with a best size: wanted at least 2, with 3 sizes each ({what})")
-    if len(groups) < 4:
-        notes.append(f"The lines go through {len(groups)} budgets: their exponents rest on little.")
-    edge = [
-        budget[rows[0]] for rows in groups
-        if not D[rows].min() < parabola(0, D[rows], loss[rows]).best < D[rows].max()
-    ]  # fmt: skip
-    notes += [f"Budget {value:.3g}: the best size lies outside the sizes that were run." for value in edge]
-
-    flops = np.array([budget[rows[0]] for rows in groups])
-    best = _vertices(groups, N, D, loss)
-    lines = _lines(flops, best["N"], best["D"])
-    freedom = sum(len(rows) - 3 for rows in groups)
-    samples: dict[str, np.ndarray] = {}
-    redrawn = None
-    if bootstraps and not freedom:
-        notes.append("Every parabola goes through its 3 points exactly: there are no intervals.")
-    elif bootstraps:
-        samples, redrawn, lost = _isoflop_samples(groups, flops, N, D, loss, bootstraps, np.random.default_rng(seed))
-        if freedom < 10:
-            notes.append(f"The intervals rest on {freedom} deviations from the parabolas.")
-        if lost:
-            notes.append(f"{lost} of {bootstraps} resamples had a budget without a minimum; they are left out.")
-        if lost == bootstraps:
-            samples, redrawn = {}, None
-    loss_law = _least_losses(flops, best["loss"], notes, level, redrawn)
-    points = {"budget": flops, "N": best["N"], "D": best["D"], "loss": best["loss"]}
-    return Allocation(
-        "isoflop", **lines, samples=samples, loss_law=loss_law, points=points, level=level, notes=tuple(notes)
+        raise InputError(f"{len(found)} budgets with a best size: wanted at least 2, with 3 sizes each ({what})")
+    if len(found) < 4:
+        notes.append(f"The lines go through {len(found)} budgets: their exponents rest on little.")
+    flops = np.array(list(found))
+    best_N, best_D, least, sizes = (
+        np.array(v) for v in zip(*((n.best, d.best, n.loss, n.sizes) for n, d in found.values()))
     )
+    notes.append(f"The minima of {len(found)} budgets rest on {_numbers(sizes)} sizes each.")
+    lines = _line(flops, [best_N, best_D], bootstraps, seed)
+    if bootstraps and len(lines) == 1:
+        notes.append("The line goes through 2 budgets exactly: there are no intervals.")
+    return Allocation(
+        "isoflop", **_best_and_samples(lines[:, 0, 0], lines[:, 1, 0], lines[:, 0, 1], lines[:, 1, 1]), minima=found,
+        loss_law=_least_losses(flops, least, notes, level, bootstraps, seed),
+        points={"budget": flops, "N": best_N, "D": best_D, "loss": least}, level=level, notes=tuple(notes),
+    )  # fmt: skip
 
 
-def _vertices(groups: list[np.ndarray], N: np.ndarray, D: np.ndarray, loss: np.ndarray) -> dict[str, np.ndarray]:
-    of_N, of_D = ([parabola(0, size[rows], loss[rows]) for rows in groups] for size in (N, D))
-    best = {"N": [p.best for p in of_N], "D": [p.best for p in of_D], "loss": [p.loss for p in of_D]}
-    return {name: np.array(values) for name, values in best.items()}
+def _numbers(values: np.ndarray) -> str:
+    low, high = values.min(), values.max()
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
-def _isoflop_samples(groups, flops, N, D, loss, bootstraps, rng) -> tuple[dict[str, np.ndarray], np.ndarray, int]:
-    """Lines through the vertices of parabolas with redrawn noise, their losses, and the number without a minimum."""
-    fitted, scatter = loss.copy(), []
-    for rows in groups:
-        fit = parabola(0, D[rows], loss[rows])
-        fitted[rows] = np.polyval(fit.coefficients, np.log10(D[rows]))
-        scatter += list(loss[rows] - fitted[rows])
-    freedom = sum(len(rows) - 3 for rows in groups)
-    wide = np.array(scatter) * np.sqrt(len(scatter) / freedom)
-    kept, least = [], []
-    for _ in range(bootstraps):
-        best = _vertices(groups, N, D, fitted + rng.choice(wide, len(loss)))
-        if np.all(np.isfinite(best["N"]) & np.isfinite(best["D"])):
-            kept.append(_lines(flops, best["N"], best["D"]))
-            least.append(best["loss"])
-    lines = {k: np.array([line[k] for line in kept]) for k in ("k_N", "a", "k_D", "b")}
-    return lines, np.array(least), bootstraps - len(kept)
+def _best_and_samples(log_k_N: np.ndarray, a: np.ndarray, log_k_D: np.ndarray, b: np.ndarray) -> dict[str, Any]:
+    """Fields of an Allocation of lines whose first is the fitted one and whose others are draws."""
+    samples = {name: values[1:] for name, values in zip(LOGS, (log_k_N, a, log_k_D, b))} if len(a) > 1 else {}
+    best = {"k_N": np.exp(log_k_N[0]), "a": a[0], "k_D": np.exp(log_k_D[0]), "b": b[0]}
+    return {name: float(value) for name, value in best.items()} | {"samples": samples}
 
 
-def _lines(flops: np.ndarray, N: np.ndarray, D: np.ndarray) -> dict[str, float]:
-    middle, x = np.log(flops).mean(), np.log(flops)
-    lines = {}
-    for k, exponent, size in (("k_N", "a", N), ("k_D", "b", D)):
-        slope, height = np.polyfit(x - middle, np.log(size), 1)
-        lines |= {k: float(np.exp(height - slope * middle)), exponent: float(slope)}
+def _line(x: np.ndarray, ys: Sequence[np.ndarray], bootstraps: int, seed: int) -> np.ndarray:
+    """y = k x^slope for each of ys, and draws of it: [1 + DRAWS * bootstraps, (log k, slope), ys].
+
+    Least squares in logarithms. Percentiles of the draws are Student's t intervals, which hold whatever the number of
+    points, and draws of several ys move together as their residuals do. Without bootstraps, or with 2 points, none.
+    """
+    middle, points = np.log(x).mean(), len(x)
+    design = np.stack([np.ones(points), np.log(x) - middle], axis=1)
+    Q, R = np.linalg.qr(design, mode="complete")
+    turned = Q.T @ np.log(np.stack(ys, axis=1))  # the first 2 rows give the lines, the others are the residuals
+    rng, number = np.random.default_rng(seed), DRAWS * bootstraps if points > 2 else 0
+    chance = rng.normal(size=(number, 2, points - 2)) / np.sqrt(rng.chisquare(max(points - 2, 1), (number, 1, 1)))
+    lines = np.linalg.solve(R[:2], turned[:2] + np.concatenate([np.zeros((1, 2, len(ys))), chance @ turned[2:]]))
+    lines[:, 0] -= middle * lines[:, 1]
     return lines
 
 
 def _least_losses(
-    flops: np.ndarray, loss: np.ndarray, notes: list[str], level: float, redrawn: np.ndarray | None = None
+    flops: np.ndarray, loss: np.ndarray, notes: list[str], level: float, bootstraps: int = 0, seed: int = 0
 ) -> Fitted | None:
     if len(np.unique(flops)) < 3:
         notes.append("Fewer than 3 budgets: no law for the least loss of a budget.")
         return None
-    fitted = fit_law(POWER, flops, loss, level=level, redrawn=redrawn)
+    fitted = fit_law(POWER, flops, loss, level=level, bootstraps=bootstraps, seed=seed)
     notes += [f"The law of the least loss: {note}" for note in fitted.notes]
     return fitted
 
@@ -216,13 +241,14 @@ def envelope(
     """Approach 1: the size with the least loss at each budget, along whole training curves.
 
     curves: (N, tokens [steps], loss [steps]) of each run; a size may have several. Losses are compared at `budgets`
-    budgets, evenly spaced in log C. The line is fitted to the takeovers: where the best size changes to a larger one, N
-    is their geometric mean. (Hoffmann et al. fit all 1,500 budgets; with few sizes that flattens the line, since below
-    its first takeover the smallest size is best only because no smaller one was run.) Smooth noisy curves first, and
-    use curves of finished schedules: one at its peak learning rate lies too high.
+    budgets, evenly spaced in log C, between whose points they are straight in log loss and log C. The line is fitted to
+    the takeovers: where the best size changes to a larger one, N is their geometric mean. (Hoffmann et al. fit all
+    1,500 budgets; with few sizes that flattens the line, since below its first takeover the smallest size is best only
+    because no smaller one was run.) A takeover's N is exact and its C is not, so the line is log C over log N. Smooth
+    noisy curves first, and use curves of finished schedules: one at its peak learning rate lies too high.
 
-    Intervals: sizes resampled, as whole curves. Raises InputError for a curve that is not finite and above 0, or
-    fewer than 2 takeovers (which take 3 sizes).
+    Intervals are those of the line (_line). Raises InputError for a curve that is not finite and above 0, or fewer than
+    2 takeovers (which take 3 sizes).
     """
     for N, tokens, loss in curves:
         values = np.concatenate([[N], np.ravel(tokens), np.ravel(loss)])
@@ -231,42 +257,51 @@ def envelope(
     best = _takeovers(curves, flops_per, budgets)
     if (takeovers := len(best["N"])) < 2:
         raise InputError(f"the best size changes {takeovers} times along the curves: wanted at least 2, of 3 sizes")
-    notes: list[str] = []
-    if takeovers < 4:
-        notes.append(f"The lines go through {takeovers} takeovers: their exponents rest on little.")
-    rng, sizes, kept = np.random.default_rng(seed), np.unique([N for N, _, _ in curves]), []
-    for _ in range(bootstraps):
-        drawn = set(rng.choice(sizes, len(sizes)))
-        sample = _takeovers([curve for curve in curves if curve[0] in drawn], flops_per, budgets)
-        if len(sample["N"]) > 1:
-            kept.append(_lines(sample["budget"], sample["N"], sample["D"]))
-    if lost := bootstraps - len(kept):
-        notes.append(f"{lost} of {bootstraps} resamples had fewer than 2 takeovers; they are left out.")
-    samples = {k: np.array([line[k] for line in kept]) for k in ("k_N", "a", "k_D", "b")} if kept else {}
-    loss_law = _least_losses(best["budget"], best["loss"], notes, level)
-    lines = _lines(best["budget"], best["N"], best["D"])
+    notes = [
+        f"The line goes through {takeovers} takeovers" + (": its exponents rest on little." if takeovers < 4 else ".")
+    ]
+    lines = _line(best["N"], [best["budget"]], bootstraps, seed)
+    if bootstraps and len(lines) == 1:
+        notes.append("The line goes through 2 takeovers exactly: there are no intervals.")
+    log_k, slope = lines[lines[:, 1, 0] > 0, :, 0].T  # a C that falls over N is no optimum
+    if len(slope) < len(lines):
+        notes.append(f"{1 - len(slope) / len(lines):.1%} of the line's draws fall; they are left out of the intervals.")
+    log_k_N = -log_k / slope  # C = k N^slope, and C = flops_per N D
     return Allocation(
-        "envelope", **lines, samples=samples, loss_law=loss_law, points=best, level=level, notes=tuple(notes)
-    )
+        "envelope", **_best_and_samples(log_k_N, 1 / slope, -np.log(flops_per) - log_k_N, 1 - 1 / slope),
+        loss_law=_least_losses(best["budget"], best["loss"], notes, level), points=best, level=level,
+        notes=tuple(notes),
+    )  # fmt: skip
 
 
 def _takeovers(curves, flops_per: float, budgets: int) -> dict[str, np.ndarray]:
-    """The points where a larger size becomes best: budget, N (geometric mean of both), D and loss, each [takeovers]."""
+    """The points where larger sizes become best: budget, N (geometric mean of both), D and loss, each [takeovers].
+
+    A size is taken over where the fewest budgets are exceptions: below, no larger size is best, above, a larger one.
+    With noise the best size may change to and fro about it. A size that is never best shares its neighbour's point.
+    """
     reach = [flops_per * N * np.ravel(tokens) for N, tokens, _ in curves]
     flops = np.geomspace(min(C.min() for C in reach), max(C.max() for C in reach), budgets)
-    loss = np.full((len(curves), budgets), np.inf)
-    for row, (C, (_, _, values)) in enumerate(zip(reach, curves)):
+    sizes = np.unique([N for N, _, _ in curves])
+    loss = np.full((len(sizes), budgets), np.inf)
+    for C, (N, _, values) in zip(reach, curves):
         order, inside = np.argsort(C), (flops >= C.min()) & (flops <= C.max())
-        loss[row, inside] = np.interp(np.log(flops[inside]), np.log(C[order]), np.ravel(values)[order])
-    # A takeover counts only where both sizes have a loss, not where a curve ends.
+        along = np.exp(np.interp(np.log(flops[inside]), np.log(C[order]), np.log(np.ravel(values)[order])))
+        row = np.searchsorted(sizes, N)
+        loss[row, inside] = np.minimum(loss[row, inside], along)
     best = np.argmin(loss, axis=0)
-    at = [
-        i for i in range(budgets - 1)
-        if curves[best[i]][0] < curves[best[i + 1]][0] and np.all(np.isfinite(loss[best[i : i + 2]][:, i : i + 2]))
-    ]  # fmt: skip
-    N = np.array([np.sqrt(curves[best[i]][0] * curves[best[i + 1]][0]) for i in at])
-    C = np.array([np.sqrt(flops[i] * flops[i + 1]) for i in at])
-    return {"budget": C, "N": N, "D": C / flops_per / N, "loss": np.array([loss[best[i], i] for i in at])}
+    larger = best > np.arange(len(sizes) - 1)[:, None]  # [sizes - 1, budgets]
+    exceptions = np.cumsum(np.pad(2 * larger - 1, ((0, 0), (1, 0))), axis=1)
+    fewest = exceptions == exceptions.min(axis=1, keepdims=True)
+    at = np.round([np.flatnonzero(row).mean() for row in fewest]).astype(int)
+    takeovers = []
+    for i in np.unique(at[(at > 0) & (at < budgets)]):
+        below, above = np.flatnonzero(at == i)[0], np.flatnonzero(at == i)[-1] + 1
+        # It counts only where both sizes have a loss, not where a curve ends.
+        if np.all(np.isfinite(loss[best[i - 1 : i + 1]][:, i - 1 : i + 1])):
+            C, N = (flops[i - 1] * flops[i]) ** 0.5, (sizes[below] * sizes[above]) ** 0.5
+            takeovers.append((C, N, C / (flops_per * N), loss[:, i - 1 : i + 1].min(axis=0).mean()))
+    return dict(zip(("budget", "N", "D", "loss"), np.array(takeovers).reshape(-1, 4).T))
 
 
 def leave_one_budget_out(fit: Callable[..., Fitted], budget, N, D, *more) -> list[dict[str, Any]]:

@@ -127,15 +127,12 @@ class Fitted:
 
 
 def fit_law(
-    family: Family, *columns, delta: float = 1e-3, bootstraps: int = 0, seed: int = 0, level: float = 0.95,
-    redrawn: np.ndarray | None = None,
-) -> Fitted:  # fmt: skip
+    family: Family, *columns, delta: float = 1e-3, bootstraps: int = 0, seed: int = 0, level: float = 0.95
+) -> Fitted:
     """Fits a law to its inputs and, last, the losses in nats a token, each [points].
 
-    redrawn: [bootstraps, points], alternative losses of the points; the samples are then fits to these, and
-    `bootstraps` and `seed` are unused. Raises InputError for arrays that differ in length, values that are not finite
-    and above 0, fewer points than coefficients, inputs that can't determine them (Family.check), and a coefficient on
-    which no loss depends.
+    Raises InputError for arrays that differ in length, values that are not finite and above 0, fewer points than
+    coefficients, inputs that can't determine them (Family.check), and a coefficient on which no loss depends.
     """
     named = dict(zip((*family.inputs, "loss"), (np.asarray(x, float) for x in columns), strict=True))
     check_columns(named, family.size)
@@ -160,13 +157,12 @@ def fit_law(
             f"Only one of the {len(minimum.turns_B)} best starts ended in the optimum: there may be a lower one."
         )
     samples, unconverged = {}, 0
-    if redrawn is None and bootstraps and points == size:
+    if bootstraps and points == size:
         notes.append(f"{points} points fit {size} coefficients exactly: there are no intervals.")
-    elif redrawn is None and bootstraps:
+    elif bootstraps:
         if points < 2 * size:
             notes.append(f"{points} points for {size} coefficients: the intervals are rough at best.")
         redrawn = redraw(problem, theta_P, bootstraps, np.random.default_rng(seed))
-    if redrawn is not None:
         near_SP = neighbours(problem, starts)
         resampled = refit(problem, np.vstack([theta_P, near_SP]), redrawn)
         with np.errstate(over="ignore"):

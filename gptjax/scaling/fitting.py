@@ -1,9 +1,12 @@
 """`gptjax fit`: fits a law with intervals and the three approaches to a table, and writes a report."""
 
+import contextlib
 import dataclasses
 import functools
 import platform
-from collections.abc import Callable, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +15,7 @@ from gptjax.config.scaling import FitConfig
 from gptjax.config.section import InputError
 from gptjax.runtime.versions import version
 from gptjax.scaling import report
-from gptjax.scaling.approaches import Allocation, envelope, isoflop, leave_one_budget_out, parabola, parametric
+from gptjax.scaling.approaches import ASSUMES, Allocation, envelope, isoflop, leave_one_budget_out, parametric
 from gptjax.scaling.families import FAMILIES
 from gptjax.scaling.fits import Fitted, fit_law
 from gptjax.scaling.laws import TwoPoint
@@ -36,8 +39,11 @@ def fit_table(
     check_enough(table, cfg.law)
     if filesystem(resolve_path(cfg.out)).is_file(resolve_path(cfg.out)):
         raise InputError(f"out={cfg.out!r}: there is a file of that name; wanted a folder")
-    result = Fit(strict(fit_document(table, cfg, left_out)), source=f"{cfg.out}/fit.json")
-    written = report.write_report(result, resolve_path(cfg.out))
+    # The three approaches, the law, each budget left out, the report.
+    with _progress(3 + 1 + len(table.budgets) + 1) as doing:
+        result = Fit(strict(fit_document(table, cfg, left_out, doing)), source=f"{cfg.out}/fit.json")
+        doing("drawing the report")
+        written = report.write_report(result, resolve_path(cfg.out))
     for line in report.screen(result):
         show(line)
     say(f"wrote {', '.join(f'{cfg.out}/{name}' for name in written)}")
@@ -48,8 +54,38 @@ def fit_table(
     return ["predict", cfg.out, "--flops", f"{3 * result.document['range']['flops'][1]:.2g}"]
 
 
-def fit_document(table: Table, cfg: FitConfig, left_out: int) -> dict[str, Any]:
-    """Fits the law and the approaches; returns the document of fit.json (saved.KEYS)."""
+@contextlib.contextmanager
+def _progress(steps: int) -> Iterator[Callable[[str], None]]:
+    """A bar on a terminal, with a clock that goes on within a step; what it yields names the step that begins."""
+    if not sys.stderr.isatty():
+        yield lambda what: None
+        return
+    from tqdm import tqdm
+
+    shape = "{desc} |{bar}| {n_fmt}/{total_fmt} {elapsed}"
+    with tqdm(total=steps, file=sys.stderr, leave=False, dynamic_ncols=True, bar_format=shape) as bar:
+
+        def tick() -> None:
+            while not ended.wait(0.5):
+                bar.refresh()
+
+        def doing(what: str) -> None:
+            bar.update(min(1, steps - bar.n) if bar.desc else 0)
+            bar.set_description_str(what)
+
+        ended, clock = threading.Event(), threading.Thread(target=tick, daemon=True)
+        clock.start()
+        try:
+            yield doing
+        finally:
+            ended.set()
+            clock.join()
+
+
+def fit_document(
+    table: Table, cfg: FitConfig, left_out: int, doing: Callable[[str], None] = lambda what: None
+) -> dict[str, Any]:
+    """Fits the law and the approaches; returns the document of fit.json (saved.KEYS). `doing` hears of each step."""
     family = FAMILIES[cfg.law]
     inputs, loss = table.inputs(family.inputs), table.loss
     per = float(np.median(table.flops / (table.parameters * table.tokens)))
@@ -57,12 +93,13 @@ def fit_document(table: Table, cfg: FitConfig, left_out: int) -> dict[str, Any]:
 
     @functools.cache
     def fit_all() -> Fitted:
+        doing(f"fitting {cfg.law} with {cfg.bootstraps:,} resamples")
         try:
             return fit(*inputs, loss, bootstraps=cfg.bootstraps, seed=cfg.seed, level=cfg.level)
         except InputError as e:
             raise InputError(f"{table.source}: --law {cfg.law}: {e}") from e
 
-    ways = approaches(table, fit_all, per, cfg)  # before the law, which takes longer: may raise
+    ways = approaches(table, fit_all, per, cfg, doing)  # before the law, which takes longer: may raise
     fitted = fit_all()
     predicted = fitted.law.loss(*inputs)
     off = loss / predicted - 1
@@ -86,7 +123,7 @@ def fit_document(table: Table, cfg: FitConfig, left_out: int) -> dict[str, Any]:
         "level": cfg.level,
         "range": {k: [getattr(table, k).min(), getattr(table, k).max()] for k in (*fields, "flops")},
         "approaches": ways,
-        "leave_one_out": leave_out(table, fit, inputs),
+        "leave_one_out": leave_out(table, fit, inputs, doing),
         "baseline": _baseline(table),
         "points": {"name": table.names, "seed": table.seeds, **dict(zip(fields, inputs)), "flops": table.flops,
                    "budget": table.budget, "loss": loss, "predicted": predicted},
@@ -99,7 +136,10 @@ def fit_document(table: Table, cfg: FitConfig, left_out: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def approaches(table: Table, fit_all: Callable[[], Fitted], flops_per: float, cfg: FitConfig) -> dict[str, Any]:
+def approaches(
+    table: Table, fit_all: Callable[[], Fitted], flops_per: float, cfg: FitConfig,
+    doing: Callable[[str], None] = lambda what: None,
+) -> dict[str, Any]:  # fmt: skip
     """Each approach as JSON: done or the reason why not, exponents and coefficients of N-opt and D-opt, intervals.
 
     `fit_all` returns the fitted law, for the parametric approach. Raises InputError where the approach that
@@ -129,14 +169,13 @@ def approaches(table: Table, fit_all: Callable[[], Fitted], flops_per: float, cf
         if cfg.approach not in ("all", name):
             results[name] = {"done": False, "why": f"not asked for (--approach {cfg.approach})"}
             continue
+        doing(f"approach: {name}")
         try:
             results[name] = _allocation(make(), table.flops)
         except InputError as e:
             if cfg.approach == name:
                 raise InputError(f"{table.source}: --approach {name}: {e}") from e
             results[name] = {"done": False, "why": str(e)}
-    if results["isoflop"]["done"]:
-        results["isoflop"]["parabolas"] = _parabolas(*columns, results["isoflop"]["budgets"])
     return results
 
 
@@ -178,27 +217,25 @@ def _allocation(allocation: Allocation, flops: np.ndarray) -> dict[str, Any]:
         "intervals": {"N": interval(allocation.interval("a")), "D": interval(allocation.interval("b"))},
         "band": {"flops": over} | band if allocation.samples else None,
         "least_loss": least_losses.coefficients if least_losses and allocation.approach != "parametric" else None,
-        "budgets": np.unique(allocation.points["budget"]) if allocation.approach == "isoflop" else [],
+        "minima": [{"budget": c, "N": dataclasses.asdict(n), "D": dataclasses.asdict(d)}
+                   for c, (n, d) in allocation.minima.items()],
+        "assumes": ASSUMES[allocation.approach],
         "notes": _short(allocation.notes),
-    }
+    }  # fmt: skip
 
 
-def _parabolas(budget_P, N_P, D_P, loss_P, budgets) -> list[dict[str, Any]]:
-    """The parabolas in log10 N and log10 D of the budgets that approach 2 used; coefficients, highest power first."""
-    parabolas = []
-    for value in budgets:
-        of = budget_P == value
-        by_N, by_D = parabola(value, N_P[of], loss_P[of]), parabola(value, D_P[of], loss_P[of])
-        parabolas.append({"budget": value, "parameters": by_N.best, "tokens": by_D.best, "loss": by_N.loss,
-                      "of_parameters": by_N.coefficients, "of_tokens": by_D.coefficients})  # fmt: skip
-    return parabolas
-
-
-def leave_out(table: Table, fit: Callable[..., Fitted], inputs: Sequence[np.ndarray]) -> dict[str, Any]:
+def leave_out(
+    table: Table, fit: Callable[..., Fitted], inputs: Sequence[np.ndarray], doing: Callable[[str], None]
+) -> dict[str, Any]:
     """Errors of a law fitted without each budget on its runs, or the reason why there are none."""
     if len(table.budgets) < 2:
         return {"done": False, "why": f"{len(table.budgets)} budget(s) in the table, wanted at least 2"}
-    rows = leave_one_budget_out(fit, table.budget, *inputs, table.loss)
+
+    def fit_others(*columns: np.ndarray) -> Fitted:
+        doing(f"leaving each of {len(table.budgets)} budgets out")
+        return fit(*columns)
+
+    rows = leave_one_budget_out(fit_others, table.budget, *inputs, table.loss)
     if all(np.isnan(row["error"]) for row in rows):
         return {"done": False, "why": "without any one budget too little is left to fit"}
     return {"done": True, "why": "", "budgets": rows}

@@ -1,4 +1,4 @@
-"""The four plots of a fit, as PNG: losses, IsoFLOP parabolas, N-opt and D-opt, residuals. Needs matplotlib."""
+"""The four plots of a fit, as PNG: losses, IsoFLOP minima, N-opt and D-opt, residuals. Needs matplotlib."""
 
 import importlib.util
 import io
@@ -84,26 +84,27 @@ def _losses(fit: Fit) -> Any:
 
 
 def _isoflop(fit: Fit) -> Any:
-    """Loss over N for each budget, the parabola in log N and its minimum."""
+    """Loss over N for each budget, the curve through the losses near the minimum, and the minimum."""
     isoflop = fit.approaches["isoflop"]
     if not isoflop["done"]:
         return None
     from matplotlib import colormaps
 
     figure, (ax,) = _figure()
-    budgets, tokens = isoflop["parabolas"], fit.points["tokens"]
+    minima, tokens = isoflop["minima"], fit.points["tokens"]
     new = fit.points.get("unique_tokens", tokens) >= tokens
-    colours = colormaps["viridis"](np.linspace(0, 0.88, len(budgets)))
-    for parabola, colour in zip(budgets, colours):
-        of = new & (np.abs(np.log(fit.points["budget"] / parabola["budget"])) < 1e-6)
+    colours = colormaps["viridis"](np.linspace(0, 0.88, len(minima)))
+    for found, colour in zip(minima, colours):
+        of, best = new & (np.abs(np.log(fit.points["budget"] / found["budget"])) < 1e-6), found["N"]
         ax.scatter(fit.points["parameters"][of], fit.points["loss"][of], color=colour, s=20, zorder=3)
-        n = fit.points["parameters"][of]
-        over = np.geomspace(n.min() / 1.15, n.max() * 1.15, 80)
-        ax.plot(over, np.polyval(parabola["of_parameters"], np.log10(over)), color=colour, linewidth=1.2,
-                label=f"{parabola['budget']:.3g}", zorder=2)  # fmt: skip
-        ax.plot(parabola["parameters"], parabola["loss"], marker="*", color=colour, markeredgecolor="black",
-                markeredgewidth=0.6, markersize=12, zorder=4)  # fmt: skip
-    ax.set(xscale="log", xlabel="parameters", ylabel="loss (nats a token)", title="IsoFLOP parabolas; stars are minima")
+        over = np.geomspace(best["low"], best["high"], 80)
+        near = np.exp(np.polyval(best["coefficients"], np.log(over / best["centre"])))
+        ax.plot(over, near, color=colour, linewidth=1.2, label=f"{found['budget']:.3g}", zorder=2)
+        ax.plot(best["best"], best["loss"], marker="*", color=colour, markeredgecolor="black", markeredgewidth=0.6,
+                markersize=12, zorder=4)  # fmt: skip
+    ax.set(xscale="log", yscale="log", xlabel="parameters", ylabel="loss (nats a token)",
+           title="Losses of each budget; stars are minima, curves what they rest on")  # fmt: skip
+    _plain_loss_ticks(ax)
     ax.legend(title="FLOPs", frameon=False, fontsize=8, title_fontsize=9)
     return figure
 
@@ -123,8 +124,8 @@ def _optimum(fit: Fit) -> Any:
             if approach["band"]:
                 band = approach["band"]
                 ax.fill_between(band["flops"], band[key][0], band[key][1], color=COLOURS[name], alpha=0.15, linewidth=0)
-            for spot in approach.get("parabolas", ()):
-                ax.plot(spot["budget"], spot[label], marker="*", color=COLOURS[name], markersize=10, zorder=4)
+            for spot in approach["minima"]:
+                ax.plot(spot["budget"], spot[key]["best"], marker="*", color=COLOURS[name], markersize=10, zorder=4)
         ax.axvline(c.max(), color=GREY, linewidth=0.8, linestyle=":")
         ax.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel=label, title=f"Best {label} for a budget")
         ax.legend(frameon=False, fontsize=9)

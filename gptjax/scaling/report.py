@@ -42,6 +42,7 @@ def screen(fit: Fit, notes: int | None = SHOWN) -> list[str]:
     doc, table = fit.document, fit.document["table"]
     low, high = doc["range"]["flops"]
     lines = [
+        *_disagreement(fit),
         f"{doc['law']}: {doc['formula']}",
         f"{table['points']} points of {table['source']}"
         + (f", {table['left_out']} left out" if table["left_out"] else "")
@@ -82,13 +83,39 @@ def page(fit: Fit, plots: dict[str, bytes]) -> str:
         for name, alt in IMAGES.items()
         if name in plots
     ]
-    body = [_section("", screen(fit, notes=None)), *images, _section("Points", _points(fit)),
+    body = [_section("", screen(fit, notes=None)), *images, _section("Approaches", _approaches(fit)),
+            _section("Points", _points(fit)),
             _section("Settings", _settings(fit.document))]  # fmt: skip
     return (
         "<!doctype html>\n<html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>{title}</title><style>{STYLE}</style></head><body>\n<h1>{title}</h1>\n" + "\n".join(body)
         + "\n</body></html>\n"
     )  # fmt: skip
+
+
+def _disagreement(fit: Fit) -> list[str]:
+    """A line where the intervals of the approaches' exponents have nothing in common, or none."""
+    done = {name: approach for name, approach in fit.approaches.items() if approach["done"]}
+    exponents = {name: (a["exponents"]["N"], *a["intervals"]["N"]) for name, a in done.items() if a["intervals"]["N"]}
+    lows, highs = ([edges[i] for edges in exponents.values()] for i in (1, 2))
+    if not exponents or max(lows) <= min(highs):
+        return []
+    words = ", ".join(f"C^{a:.3f} [{low:.3f}, {high:.3f}] by {name}" for name, (a, low, high) in exponents.items())
+    return [f"warning: the approaches disagree beyond their {fit.level:.0%} intervals, N ~ {words}: one of their "
+            "assumptions (report.html) fails here"]  # fmt: skip
+
+
+def _approaches(fit: Fit) -> Iterator[str]:
+    done = {name: approach for name, approach in fit.approaches.items() if approach["done"]}
+    yield from (f"{name} assumes: {approach['assumes']}" for name, approach in done.items())
+    if minima := done.get("isoflop", {}).get("minima"):
+        yield "\nisoflop budget" + "".join(
+            f"{word:>13}" for word in ("N", "D", "least loss", "sizes used", "from", "to")
+        )
+        for c, n, d in (minimum.values() for minimum in minima):
+            values = (f"{n['best']:.4g}", f"{d['best']:.4g}", f"{n['loss']:.4f}", n["sizes"], f"{n['low']:.4g}",
+                      f"{n['high']:.4g}")  # fmt: skip
+            yield f"{c:<14.4g}" + "".join(f"{value:>13}" for value in values)
 
 
 def _section(title: str, lines: Iterable[str]) -> str:
