@@ -24,7 +24,7 @@ from gptjax.config.command_line import (
 from gptjax.config.section import InputError
 from gptjax.parallel.cluster import RetryableError
 from gptjax.parallel.processes import exit_all, is_main_process, join_processes, process_label, say, working
-from gptjax.runtime.process import tune_process
+from gptjax.runtime.process import require_platform, tune_process
 from gptjax.runtime.status import write_line
 from gptjax.runtime.versions import __version__
 from gptjax.storage.bucket import is_transient
@@ -117,7 +117,7 @@ def pretrain(args: list[str]) -> int:
     return 0
 
 
-PLAN = "[--size SIZE] [--topology KIND:SIZE] [--json FILE] [--out FILE] [--compiles N]"
+PLAN = "[--size SIZE] [--topology KIND:SIZE] [--json FILE] [--out FILE] [--compiles N] [--prices FILE]"
 
 
 def plan(args: list[str]) -> int:
@@ -127,7 +127,7 @@ def plan(args: list[str]) -> int:
     if name == "RECIPE":
         parse(TrainConfig(), args, f"gptjax plan RECIPE {PLAN}")
     recipe, given = load_recipe(name), {}
-    for flag in ("topology", "json", "out", "compiles", "size"):
+    for flag in ("topology", "json", "out", "compiles", "size", "prices"):
         given[flag], args = take(args, flag)
     place, out, size = given["topology"], given["out"], given["size"]
     written = recipe.config("pretrain", size)
@@ -141,7 +141,7 @@ def plan(args: list[str]) -> int:
     for path in filter(None, (out, given["json"])):
         check_file(path)
     if place:
-        found, best = report.plan(cfg, place, report.check_compiles(given["compiles"]), print)
+        found, best = report.plan(cfg, place, report.check_compiles(given["compiles"]), given["prices"], print)
         settings = {} if best is None else report.changes(written, best)
         if out:
             report.write_recipe(out, str(recipe.path), size, settings, place, best is not None)
@@ -150,7 +150,7 @@ def plan(args: list[str]) -> int:
         else:
             _next("pretrain", *([out] if out else [*recipe_words, *report.to_flags(settings)]))
     else:
-        found = report.compare_topologies(cfg, print)
+        found = report.compare_topologies(cfg, given["prices"], print)
         _next("plan", *recipe_words, "--topology", "v5e:4x4")
     if given["json"]:
         write_json(given["json"], found)
@@ -238,7 +238,8 @@ def fit(args: list[str]) -> int:
     from gptjax.config.scaling import FitConfig
 
     cfg = parse(FitConfig(), args, "gptjax fit TABLE")
-    from gptjax.scaling.fitting import fit_table
+    with working("importing jax"):
+        from gptjax.scaling.fitting import fit_table
 
     _next(*fit_table(tables, cfg, _print, say))
     return 0
@@ -336,6 +337,7 @@ def main(argv: list[str] | None = None) -> int:
     0 done, 2 bad input, 3 failed for good, 75 interrupted, by a store's outage too (run the same command again).
     """
     try:
+        require_platform()
         verb, args = _find_verb(sys.argv[1:] if argv is None else argv)
         code = verb(args)
         print(end="", flush=True)

@@ -30,7 +30,7 @@ DOORS = {
     "wandb": {"training.trackers"},
     "trackio": {"training.trackers"},
     "mlflow": {"training.trackers"},
-    "tqdm": {"training.progress", "data", "scaling.fitting"},
+    "tqdm": {"training.progress", "data"},
     "tyro": {"config.command_line"},
     "safetensors": {"interop"},
     "pyarrow": {"data"},

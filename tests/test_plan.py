@@ -15,7 +15,7 @@ from gptjax.config import MeshConfig
 from gptjax.config.command_line import load_recipe
 from gptjax.config.section import InputError
 from gptjax.diagnostics.plan import report, search
-from gptjax.diagnostics.plan.compiled import Compiled, Target, compile_for, has_libtpu, memory_of
+from gptjax.diagnostics.plan.compiled import Compiled, Target, UnknownTopology, compile_for, has_libtpu, memory_of
 from gptjax.diagnostics.plan.search import SAFE, Planner
 from gptjax.ops.device import Device
 from gptjax.ops.linear import count_chunks
@@ -34,8 +34,8 @@ def test_a_topology_is_a_kind_and_a_size():
     assert (topology("h100:8").devices, topology("h100:8").libtpu, topology("H100:16").hosts) == (8, "", 2)
     assert topology("cpu:8").chip is None
     for kind in (*SLICES, *NODES[:-1]):
-        chip = topology(f"{kind}:2x2x2" if kind in ("v4", "v5p") else f"{kind}:2x2").chip
-        assert chip.memory and chip.bandwidth and chip.link
+        three = kind in ("v4", "v5p", "tpu7x")
+        assert topology(f"{kind}:2x2x2" if three else f"{kind}:2x2").chips == (8 if three else 4)
 
 
 @pytest.mark.parametrize(
@@ -203,6 +203,23 @@ def test_the_plan_is_one_screen_a_json_file_and_a_recipe_that_loads(tmp_path, ca
     config = load_recipe(str(out)).config("pretrain")
     assert config.data.batch_size == 64 and vars(config.mesh) == found["found"]["mesh"] | {"slices": 1}
     assert config.optim.accumulate == found["found"]["accumulate"]
+
+
+def test_a_plan_counts_where_libtpu_is_older_than_the_chip(tmp_path, capsys, monkeypatch):
+    def compile_it(config, target, seconds):
+        raise UnknownTopology(f"libtpu knows no topology {target.tpu}: INVALID_ARGUMENT")
+
+    monkeypatch.setattr(report, "has_libtpu", lambda: True)
+    monkeypatch.setattr(report, "compile_for", compile_it)
+    (tmp_path / "prices.csv").write_text("tpu7x,12\n")
+    words = "plan gpt2 --size 124m --topology tpu7x:2x2x1 --compiles 6".split()
+    assert main([*words, "--json", str(tmp_path / "p.json"), "--prices", str(tmp_path / "prices.csv")]) == 0
+    out, found = capsys.readouterr().out, json.loads((tmp_path / "p.json").read_text())
+    assert "libtpu knows no topology tpu7x:2x2x1" in out and "counted and not compiled" in out and "(counted)" in out
+    assert found["devices"] == 8 and found["found"] and found["compiles"] == []
+    estimate = found["estimate"]
+    assert estimate["dollars"] == pytest.approx(estimate["days"] * 24 * 4 * 12)  # a chip, of 2 devices, has the price
+    assert str(tmp_path / "prices.csv") in estimate["price_sources"]
 
 
 def test_what_can_not_fit_is_said_with_what_is_missing_and_the_next_command_compares_topologies(

@@ -353,7 +353,7 @@ def test_the_page_says_what_approaches_assume_and_how_many_sizes_a_minimum_rests
 
 
 def test_a_fit_on_a_terminal_is_not_silent(table, tmp_path):
-    """A bar with a clock: every 2 seconds something is written, also before jax is there."""
+    """A line with a clock: every 2 seconds something is written, also before jax is there."""
     code, gaps, text = on_a_terminal("fit", table, "--out", tmp_path, "--bootstraps", 200)
     assert code == 0 and "approach: isoflop" in text and "leaving each of 4 budgets out" in text
     assert max(gaps) < max(2, sum(gaps) / 4)  # beside other work imports alone may take longer

@@ -15,6 +15,7 @@ from gptjax.runtime import process as startup
         ({"JAX_PLATFORMS": "cuda,cpu"}, [], "gpu"),
         ({}, ["nvidia0"], "gpu"),
         ({}, ["nvidiactl"], "cpu"),
+        ({}, ["dxg"], "gpu"),
         ({}, ["accel0"], "tpu"),
         ({"TPU_WORKER_ID": "0"}, [], "tpu"),
         ({}, [], "cpu"),

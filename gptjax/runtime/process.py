@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,7 +31,15 @@ def expected_platform(environment: Mapping[str, str] = os.environ, devices: Path
     tpu_names = ("TPU_NAME", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_ID")
     if any(environment.get(name) for name in tpu_names) or any(devices.glob("accel[0-9]*")):
         return "tpu"
-    return "gpu" if any(devices.glob("nvidia[0-9]*")) or (devices / "kfd").exists() else "cpu"
+    # kfd is of AMD; dxg is the GPU that Windows lends to WSL2, whose other devices are not there.
+    found = any(devices.glob("nvidia[0-9]*")) or any((devices / name).exists() for name in ("kfd", "dxg"))
+    return "gpu" if found else "cpu"
+
+
+def require_platform() -> None:
+    """Raises InputError on Windows itself."""
+    if sys.platform == "win32":
+        raise InputError("Windows itself is not supported: wanted Linux, macOS, or WSL2 (wsl --install, then there)")
 
 
 def default_workers() -> int:

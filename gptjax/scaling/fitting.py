@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import platform
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from gptjax.config.scaling import FitConfig
 from gptjax.config.section import InputError
+from gptjax.runtime.status import status
 from gptjax.runtime.versions import version
 from gptjax.scaling import report
 from gptjax.scaling.approaches import ASSUMES, Allocation, envelope, isoflop, leave_one_budget_out, parametric
@@ -39,8 +39,7 @@ def fit_table(
     check_enough(table, cfg.law)
     if filesystem(resolve_path(cfg.out)).is_file(resolve_path(cfg.out)):
         raise InputError(f"out={cfg.out!r}: there is a file of that name; wanted a folder")
-    # The three approaches, the law, each budget left out, the report.
-    with _progress(3 + 1 + len(table.budgets) + 1) as doing:
+    with _progress() as doing:
         result = Fit(strict(fit_document(table, cfg, left_out, doing)), source=f"{cfg.out}/fit.json")
         doing("drawing the report")
         written = report.write_report(result, resolve_path(cfg.out))
@@ -55,31 +54,15 @@ def fit_table(
 
 
 @contextlib.contextmanager
-def _progress(steps: int) -> Iterator[Callable[[str], None]]:
-    """A bar on a terminal, with a clock that goes on within a step; what it yields names the step that begins."""
-    if not sys.stderr.isatty():
-        yield lambda what: None
-        return
-    from tqdm import tqdm
-
-    shape = "{desc} |{bar}| {n_fmt}/{total_fmt} {elapsed}"
-    with tqdm(total=steps, file=sys.stderr, leave=False, dynamic_ncols=True, bar_format=shape) as bar:
-
-        def tick() -> None:
-            while not ended.wait(0.5):
-                bar.refresh()
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Yields a function that says on a terminal what is being done, until it is called again."""
+    with contextlib.ExitStack() as shown:
 
         def doing(what: str) -> None:
-            bar.update(min(1, steps - bar.n) if bar.desc else 0)
-            bar.set_description_str(what)
+            shown.close()
+            shown.enter_context(status(what))
 
-        ended, clock = threading.Event(), threading.Thread(target=tick, daemon=True)
-        clock.start()
-        try:
-            yield doing
-        finally:
-            ended.set()
-            clock.join()
+        yield doing if sys.stderr.isatty() else lambda what: None
 
 
 def fit_document(

@@ -31,6 +31,10 @@ TPU_ENVIRONMENT = {
 _MODULE = "jit_train_step"
 
 
+class UnknownTopology(InputError):
+    """This libtpu does not know the topology, as one that is older than the chip."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """The target of a compilation: a TPU topology by libtpu's name (v5e:4x4), or a number of fake CPU devices."""
@@ -71,7 +75,8 @@ def has_libtpu() -> bool:
 def compile_for(config: TrainConfig, target: Target, *, seconds: float = 600, code: bool = False) -> Compiled:
     """Compiles the step of these settings, with all mesh sizes given, within `seconds`, and reads its memory.
 
-    Raises InputError where compiling takes longer, or fails for another reason than too little memory.
+    Raises InputError where compiling takes longer, or fails for another reason than too little memory, UnknownTopology
+    where libtpu can't.
     """
     with tempfile.TemporaryDirectory(prefix="gptjax-plan-") as folder:
         flags = f"--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re={_MODULE}"
@@ -98,7 +103,7 @@ def compile_for(config: TrainConfig, target: Target, *, seconds: float = 600, co
         raise InputError(f"the step can't be compiled: {last}")
     result = json.loads(lines[-1])
     if "input_error" in result:
-        raise InputError(result["input_error"])
+        raise (UnknownTopology if result["unknown"] else InputError)(result["input_error"])
     return Compiled(**result | {"findings": tuple(result.get("findings", ())), "seconds": round(taken, 2)})
 
 
@@ -109,7 +114,7 @@ def main() -> None:
     try:
         result = _compile(config, target, Path(request["folder"]), request["code"])
     except InputError as e:
-        result = {"input_error": str(e)}
+        result = {"input_error": str(e), "unknown": isinstance(e, UnknownTopology)}
     print(json.dumps(result), flush=True)
     os._exit(0)  # the compiler may still run in a thread that can't be stopped
 
@@ -169,7 +174,7 @@ def _devices(target: Target) -> Any:
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=target.tpu, **more).devices
     except Exception as e:
-        raise InputError(f"libtpu knows no topology {target.tpu}: {one_line(e)}") from e
+        raise UnknownTopology(f"libtpu knows no topology {target.tpu}: {one_line(e)}") from e
 
 
 def _memory_error(message: str) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 
 from gptjax.config import TrainConfig
 from gptjax.config.section import InputError, leaves
-from gptjax.diagnostics.plan.compiled import Compiled, Target, compile_for, has_libtpu
+from gptjax.diagnostics.plan.compiled import Compiled, Target, UnknownTopology, compile_for, has_libtpu
+from gptjax.diagnostics.plan.prices import Prices, read_prices
 from gptjax.diagnostics.plan.search import (
     MOST_COMPILES,
     MOST_SECONDS,
@@ -19,7 +20,7 @@ from gptjax.diagnostics.plan.search import (
     SearchResult,
 )
 from gptjax.model.counts import parameters
-from gptjax.runtime.hardware import PRICE_DATE, PRICE_SOURCES, Topology, topology
+from gptjax.runtime.hardware import Topology, topology
 from gptjax.storage import write_file
 
 GIB = 2**30
@@ -30,13 +31,14 @@ NO_LIBTPU = "libtpu is not installed, so memory is counted and not compiled; pip
 
 
 def plan(
-    config: TrainConfig, name: str, compiles: int, say: Callable[[str], None]
+    config: TrainConfig, name: str, compiles: int, price_file: str, say: Callable[[str], None]
 ) -> tuple[dict[str, Any], TrainConfig | None]:
     """A JSON object on the settings' needs on a topology, and the best settings for it; None where nothing fits.
 
     Each line of one screen goes to `say`.
     """
-    target = topology(name)
+    prices = read_prices(price_file)
+    target = topology(name, prices.by_kind)
     planner = Planner(config, target)
     report: dict[str, Any] = {"topology": target.name, "devices": target.devices, "hosts": target.hosts}
     say(_headline(config, target))
@@ -47,10 +49,14 @@ def plan(
     compiler = _compiler(target) if compiles > 0 and target.libtpu and has_libtpu() else None
     if target.libtpu and not has_libtpu():
         say(NO_LIBTPU)
-    written = _as_written(planner, compiler, say)
+    try:
+        written = _as_written(planner, compiler, say)
+        used = int(written is not None and written.compiled is not None)
+        result = planner.search(compiler, compiles - used, MOST_SECONDS)
+    except UnknownTopology as e:
+        say(f"{e}; memory is counted and not compiled; a newer one may know it: pip install -U libtpu")
+        compiler, written, result = None, _as_written(planner, None, say), planner.search(None)
     report["as_written"] = written and as_json(written)
-    used = int(written is not None and written.compiled is not None)
-    result = planner.search(compiler, compiles - used, MOST_SECONDS)
     best = result.best
     report |= {"candidates": result.counted, "compiles": [as_json(c) for c in result.tried]}
     report["found"] = best and as_json(best)
@@ -65,7 +71,7 @@ def plan(
         say(f"  did not: {shlex.join(to_flags(changes(config, c.config)))}: {_why(c)}")
     for line in _memory_lines(best, limit, target):
         say(line)
-    report["estimate"] = _estimate(config, best, target, say)
+    report["estimate"] = _estimate(config, best, target, prices, say)
     if best.compiled:
         say(f"sharding lint: {'; '.join(best.compiled.findings) or 'nothing'}")
     else:
@@ -74,12 +80,12 @@ def plan(
     return report, dataclasses.replace(best.config, model=dataclasses.replace(best.config.model, **auto))
 
 
-def compare_topologies(config: TrainConfig, say: Callable[[str], None]) -> dict[str, Any]:
+def compare_topologies(config: TrainConfig, price_file: str, say: Callable[[str], None]) -> dict[str, Any]:
     """Compares OFFERS, a line each: the fastest settings that fit by the count, their time and price."""
-    rows = []
+    rows, prices = [], read_prices(price_file)
     say("where         GiB of  tokens/s  MFU   days       dollars  settings (counted and estimated; nothing compiled)")
     for name in OFFERS:
-        where = topology(name)
+        where = topology(name, prices.by_kind)
         assert where.chip is not None
         try:
             best = Planner(config, where).search(None).best
@@ -97,7 +103,7 @@ def compare_topologies(config: TrainConfig, say: Callable[[str], None]) -> dict[
             f"{costs['tokens_per_second']:9,.0f} {best.speed.mfu:4.0%} {costs['days']:6,.1f} "
             f"{_dollars(costs['dollars']):>13}  {shlex.join(to_flags(changes(config, best.config)))}"
         )
-    say(_prices())
+    say(prices.sentence)
     return {"offers": rows}
 
 
@@ -171,6 +177,8 @@ def _as_written(planner: Planner, compiler: Any, say: Callable[[str], None]) -> 
         written = planner.as_written()
         if compiler is not None:
             written.compiled = compiler(written.config, MOST_SECONDS / 2)
+    except UnknownTopology:
+        raise
     except InputError as e:
         say(f"as written: {e}")
         return None
@@ -214,11 +222,13 @@ def _costs(config: TrainConfig, c: Candidate, where: Topology) -> dict[str, floa
     seconds = config.steps * c.speed.seconds
     return {
         "tokens_per_second": c.speed.tokens_per_second, "mfu": c.speed.mfu, "days": seconds / 86400,
-        "dollars": seconds / 3600 * where.devices * where.chip.price,
+        "dollars": seconds / 3600 * where.chips * where.chip.price,
     }  # fmt: skip
 
 
-def _estimate(config: TrainConfig, c: Candidate, where: Topology, say: Callable[[str], None]) -> dict[str, Any]:
+def _estimate(
+    config: TrainConfig, c: Candidate, where: Topology, prices: Prices, say: Callable[[str], None]
+) -> dict[str, Any]:
     costs, fast = _costs(config, c, where), c.speed
     assert fast is not None
     say(
@@ -226,16 +236,12 @@ def _estimate(config: TrainConfig, c: Candidate, where: Topology, say: Callable[
         f"{fast.seconds:.3g} s a step (compute {fast.compute:.3g}, memory {fast.memory:.3g}, network "
         f"{fast.network:.3g}, tensor {fast.tensor:.3g})"
     )
-    say(f"{config.steps:,} steps: {costs['days']:,.1f} days, {_dollars(costs['dollars'])}. {_prices()}")
-    return costs | {"price_date": PRICE_DATE, "price_sources": PRICE_SOURCES}
+    say(f"{config.steps:,} steps: {costs['days']:,.1f} days, {_dollars(costs['dollars'])}. {prices.sentence}")
+    return costs | {"price_date": prices.date, "price_sources": prices.source}
 
 
 def _dollars(amount: float) -> str:
     return f"${amount:,.0f}" if amount else "no price"
-
-
-def _prices() -> str:
-    return f"List prices on demand as known in {PRICE_DATE}; check yours"
 
 
 def _nothing(result: SearchResult, limit: float) -> str:

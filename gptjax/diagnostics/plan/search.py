@@ -15,7 +15,7 @@ import jax
 
 from gptjax.config import TrainConfig, check_divisible
 from gptjax.config.section import InputError
-from gptjax.diagnostics.plan.compiled import Compiled
+from gptjax.diagnostics.plan.compiled import Compiled, UnknownTopology
 from gptjax.diagnostics.plan.roofline import Speed, speed
 from gptjax.model.counts import padded_vocab
 from gptjax.ops.attention import select_kernel
@@ -126,6 +126,8 @@ class Planner:
             result.tried.append(c)
             try:
                 c.compiled = compile_it(c.config, left)
+            except UnknownTopology:
+                raise
             except InputError as e:
                 c.failure = str(e)
                 continue
@@ -169,7 +171,8 @@ class Planner:
 
     def _fits_torus(self, sizes: list[int]) -> bool:
         """True where each axis can take whole dimensions of the torus."""
-        shape = list(self.topology.shape) if self.tiles else []
+        where = self.topology
+        shape = [*where.shape, where.chip.devices] if where.chip and where.chip.torus else []
         return not shape or _assigned([n for n in sizes if n > 1], [n for n in shape if n > 1])
 
 
@@ -194,7 +197,7 @@ def device_of(topology: Topology) -> Device:
         return Device("cpu")
     if topology.libtpu:
         return Device("tpu", memory=topology.chip.memory)
-    return Device("gpu", capability=9.0, memory=topology.chip.memory)
+    return Device("gpu", capability=9.0 if topology.chip.cuda else 0.0, memory=topology.chip.memory)
 
 
 def _rank(c: Candidate) -> tuple[float, int]:
