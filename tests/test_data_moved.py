@@ -9,6 +9,7 @@ from commands import refused, said
 from corpora import BYTES, prepared, write_jsonl
 
 import gptjax
+from gptjax.cli import main
 from gptjax.config import TrainTokenizerConfig
 from gptjax.config.section import InputError
 from gptjax.data.prepare import train_tokenizer
@@ -27,8 +28,18 @@ pytestmark = pytest.mark.usefixtures("compile_cache")
 def train(folder: Path, steps: int, **settings) -> list[float]:
     """The losses of all steps of a run that is trained, or goes on, up to a step."""
     more = {name.replace("__", "."): str(value) for name, value in settings.items()}
-    config = gptjax.recipe("quickstart", SMALL | PIECES | more | {"run_dir": str(folder), "steps": steps})
-    return [line["loss"] for line in MetricsFile(gptjax.train(config).run.metrics_path).read() if "loss" in line]
+    gptjax.train(gptjax.recipe("quickstart", SMALL | PIECES | more | {"run_dir": str(folder), "steps": steps}))
+    return losses_of(folder)
+
+
+def losses_of(run: Path) -> list[float]:
+    return [line["loss"] for line in MetricsFile(run / "metrics.jsonl").read() if "loss" in line]
+
+
+def flags(settings: dict) -> list[str]:
+    """The words of a command line with small settings and these."""
+    values = {n: v for n, v in {**SMALL, **settings}.items() if n not in ("sample", "sinks")}
+    return [*(f"--{n.replace('_', '-')}={v}" for n, v in values.items()), "--no-sample", "--sinks"]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +82,9 @@ def test_a_run_goes_on_bit_for_bit_where_its_data_was_moved(tmp_path, home, kind
 
 def test_a_run_goes_on_without_the_text_that_it_keeps_the_tokens_of(tmp_path, home, capfd):
     shutil.copytree(home / "run text", tmp_path / "run")
-    assert train(tmp_path / "run", 8, data__source="/gone/text", tokenizer__path="/gone/tok") == losses["text"]
+    gone = {"data.source": "/gone/text", "tokenizer.path": "/gone/tok"}
+    assert main(["pretrain", "quickstart", *flags({**PIECES, **gone, "steps": 8, "run_dir": tmp_path / "run"})]) == 0
+    assert losses_of(tmp_path / "run") == losses["text"]
     told = capfd.readouterr().err
     assert f"source /gone/text is not here; going on with the tokens of it in {tmp_path}/run/data" in told
     assert "tokenizer.path /gone/tok is not here; going on with the run's own" in told
@@ -104,13 +117,11 @@ def test_a_corpus_that_is_gone_is_told_with_the_way_out(tmp_path, home, capsys):
 
 def test_a_command_that_names_a_corpus_takes_its_tokenizer(tmp_path, home, capsys):
     corpus = prepared(home / "text", tmp_path / "bytes", tokenizer=BYTES).folder
-    more = {**SMALL, "steps": 1, "run_dir": tmp_path / "run", "data.source": corpus}
-    flags = [f"--{n.replace('_', '-')}={v}" for n, v in more.items() if n not in ("sample", "sinks")]
-    flags += ["--no-sample", "--sinks"]
-    said(capsys, "pretrain", "quickstart", *flags)
+    words = flags({"steps": 1, "run_dir": tmp_path / "run", "data.source": corpus})
+    said(capsys, "pretrain", "quickstart", *words)
     taken = load_config(tmp_path / "run").tokenizer
     assert (taken.kind, taken.vocab_size, taken.path) == ("bytes", 258, "")
     for setting, value in (("vocab-size", 300), ("kind", "sentencepiece")):
-        line = refused(capsys, "pretrain", "quickstart", *flags, f"--tokenizer.{setting}", value)
+        line = refused(capsys, "pretrain", "quickstart", *words, f"--tokenizer.{setting}", value)
         assert "but " in line and f"{corpus} was prepared with" in line and "leave it out" in line
     assert gptjax.recipe("gpt2", {"data.source": str(corpus)}).tokenizer == taken

@@ -171,6 +171,9 @@ def test_a_validation_split_is_what_is_held_out_and_other_splits_are_named(tmp_p
     assert "held out is the split validation" in told and "splits that are not read: extra, test" in told
     assert "HELD OUT" not in told and corpus.manifest.report.duplicates == 1
     assert prepared(folder, tmp_path / "out", validation_fraction=0.1).sha256 == corpus.sha256  # of no effect
+    further = DataConfig(source=str(tmp_path / "out"), validation=(f"more={prefix}{folder}",), length=32)
+    more = open_pipeline(TrainConfig(data=further, tokenizer=BYTES), Path("none"), training=True).validation[1]
+    assert (more.split.num_documents, more.split.num_bytes) == (2, len("".join(held)))
     alone = prepared(f"{prefix}{folder}:extra", tmp_path / "alone")
     assert "splits that are not read: train, test, validation" in report(alone)
     stream = DataConfig(source=f"{prefix}{folder}", loading="stream", batch_size=4, length=32)

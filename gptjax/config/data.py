@@ -31,7 +31,7 @@ class DataConfig(Section):
     weights_are: Literal["epochs", "shares"] = "epochs"
     """Passes over each source in one pass over the mixture, or its share of the tokens."""
     validation: tuple[str, ...] = ()
-    """Further validation sets, each as NAME=SOURCE (its whole text, or the validation split of a prepared folder)."""
+    """Further validation sets, each as NAME=SOURCE (its validation split if it has one, else its whole text)."""
     text_field: str = "text"
     """Name of the text in records of JSONL, Parquet, TFDS and Hugging Face datasets."""
     loading: Literal["prepared", "stream"] = "prepared"

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -16,7 +16,7 @@ from gptjax.data.corpus import is_corpus, open_corpus
 from gptjax.data.encode import Encoder, segments_of
 from gptjax.data.formats import Document
 from gptjax.data.packing import Batch, MemorySplit
-from gptjax.data.sources import documents, is_function
+from gptjax.data.sources import documents, is_function, open_source
 from gptjax.tokenizer import Tokenizer
 
 _BATCH = 64  # segments of text tokenised at a time
@@ -86,7 +86,7 @@ def refuse_code(source: str) -> str:
 
 
 def extra_validation_sets(config: TrainConfig, tokenizer: Tokenizer, training: bool) -> list[ValidationSet]:
-    """The validation sets of data.validation: the validation split of a prepared folder, or a whole text.
+    """The validation sets of data.validation: the validation split of a folder or dataset that has one, or all text.
 
     A text is tokenised into memory at each start, as much of it as evaluate.max_rows rows need (0: all of it; 4 bytes
     a token). Raises InputError for a folder of another tokenizer, and for a function where this is not training.
@@ -104,7 +104,10 @@ def extra_validation_sets(config: TrainConfig, tokenizer: Tokenizer, training: b
             split = corpus.split("validation")
         else:
             source = source if training else refuse_code(source)
-            split = tokenize_into_memory(documents(source, config.data.text_field), tokenizer, row_tokens(config))
+            opened = open_source(source, config.data.text_field)
+            if opened.has_validation:
+                opened = replace(opened, files=tuple(file for file in opened.files if file.validation))
+            split = tokenize_into_memory(documents(opened), tokenizer, row_tokens(config))
         if not split.num_documents or not split.num_bytes:
             raise InputError(f"data.validation {name}={source} holds no text; wanted at least one document with some")
         sets.append(ValidationSet(name, split, config, own=False))
