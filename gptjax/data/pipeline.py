@@ -5,11 +5,11 @@ from pathlib import Path
 
 from gptjax.config import TrainConfig
 from gptjax.data.batches import DataState
-from gptjax.data.prepared import PreparedData, Say, kept_texts, open_corpora
+from gptjax.data.prepared import PreparedData, Say, open_corpora
 from gptjax.data.streamed import StreamedData
 from gptjax.data.validation import ValidationSet
 
-__all__ = ["DataPipeline", "DataState", "ValidationSet", "kept_texts", "open_pipeline"]
+__all__ = ["DataPipeline", "DataState", "ValidationSet", "open_pipeline"]
 
 DataPipeline = PreparedData | StreamedData
 """Both have the same methods: tokenizer, validation, start, check(state), batches(state, part), batch(row, part),

@@ -36,7 +36,7 @@ def open_source(source: str | Source, text_field: str = "text") -> Source:
         return open_tfds(source, text_field)
     if source.startswith(HF):
         return open_hf(source, text_field)
-    if _is_saved(source):
+    if is_saved_source(source):
         return open_hf(HF + source, text_field)
     if is_function(source):
         return open_function(source, text_field)
@@ -59,11 +59,11 @@ def is_here(source: str) -> bool:
 def is_function(source: str) -> bool:
     """True for the name of a function, whose module is imported to read the source."""
     return is_name(source) and not (
-        source.startswith((BUILTIN, TFDS, HF)) or Path(source).exists() or _is_saved(source)
+        source.startswith((BUILTIN, TFDS, HF)) or Path(source).exists() or is_saved_source(source)
     )
 
 
-def _is_saved(source: str) -> bool:
+def is_saved_source(source: str) -> bool:
     """True for a folder that save_to_disk wrote, also as FOLDER:SPLIT."""
     head, colon, _ = source.rpartition(":")
     return is_saved(Path(source)) or bool(colon and is_saved(Path(head)))

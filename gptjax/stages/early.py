@@ -10,8 +10,9 @@ from gptjax.config import TrainConfig
 from gptjax.config.data import parse_sources
 from gptjax.config.section import InputError
 from gptjax.data.corpus import is_corpus, open_corpus
+from gptjax.data.prepared import kept_texts
 from gptjax.data.records import HF, TFDS
-from gptjax.data.sources import is_function, source_paths
+from gptjax.data.sources import is_function, is_saved_source, open_source
 from gptjax.parallel.cluster import given_rank
 from gptjax.parallel.processes import no_devices
 from gptjax.runs.init_check import check_init
@@ -36,13 +37,16 @@ def check_early(config: TrainConfig) -> None:
     if begun and config.model.dtype == "auto":  # which becomes what the run began with
         dtype = load_config(run.folder).model.dtype
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
+    sources = config.data.sources
+    # What a bucket keeps is known once it is pulled.
+    elsewhere = (kept_texts(run.data, sources) if run.local == run.folder else sources) if begun else {}
     changed_settings(run, config)
     if config.init and not begun:
         check_init(config)
-    if config.tokenizer.path and not Path(config.tokenizer.path).exists():
+    if config.tokenizer.path and not begun and not Path(config.tokenizer.path).exists():  # else it keeps its own
         open_tokenizer(Path(config.tokenizer.path), config.tokenizer.kind, config.tokenizer.pattern)
-    for name, source in (config.data.sources | parse_sources(config.data.validation)).items():
-        if not is_corpus(run.data / name):  # else it is prepared already, and may have gone
+    for name, source in (sources | parse_sources(config.data.validation)).items():
+        if name not in elsewhere:
             _check_source(source)
 
 
@@ -76,5 +80,5 @@ def _check_folder(run: Run) -> None:
 def _check_source(source: str) -> None:
     if is_corpus(source):
         open_corpus(source)
-    elif not source.startswith((TFDS, HF)) and not is_function(source):
-        source_paths(source)
+    elif not source.startswith((TFDS, HF)) and not is_saved_source(source) and not is_function(source):
+        open_source(source)

@@ -8,7 +8,7 @@ import jax
 
 from gptjax.config import GenerateConfig, TrainConfig
 from gptjax.data.packing import example_batch
-from gptjax.data.pipeline import kept_texts, open_pipeline
+from gptjax.data.pipeline import open_pipeline
 from gptjax.evals.loss import evaluate, make_eval_step
 from gptjax.generation.engine import generate
 from gptjax.ops.attention import describe
@@ -44,14 +44,10 @@ def pretrain(config: TrainConfig, provenance: Provenance) -> Path:
         say(entry("attention", describe(config.model, config.data.length, config.data.several_documents)))
         say(entry("memory", describe_memory(config, shapes, mesh.shape)))
 
-        # -- Run folder. The run to start from is checked before, so that a refused start leaves no folder;
-        # of one that goes on, that its text is here or in its folder.
-        before = Run.at(config.run_dir)
-        resumes = bool(committed_steps(before.checkpoints))
+        # -- Run folder. The run to start from is checked before, so that a refused start leaves no folder.
+        resumes = bool(committed_steps(Run.at(config.run_dir).checkpoints))
         if config.init and not resumes:
             check_init(config)
-        if resumes and before.local == before.folder:  # what a bucket keeps is pulled below
-            kept_texts(before.data, config.data.sources)
         runner = Runner(group, config, provenance)
         run = runner.run
 
