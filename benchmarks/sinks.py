@@ -3,9 +3,10 @@
     python benchmarks/sinks.py --out benchmarks/results
 
 All runs train from the same weights on the same rows in this process and take turns, a step at a time and in an order
-that goes round, so that whatever else the machine does falls on all alike. A step is timed from its start until its
-line is written, every line goes to the sinks, and losses must be equal, bit for bit. Ratios are of medians; each comes
-with its 95 % interval, over steps drawn again (bootstrap).
+that is drawn anew each time, so that whatever else the machine does falls on all alike. A step is timed from its start
+until its line is written, every line goes to the sinks, and losses must be equal, bit for bit. Ratios are of medians;
+each comes with its 95 % interval, over steps drawn again (bootstrap). `report` is the part of a step that writes its
+line and gives it to the sinks, in milliseconds.
 """
 
 import argparse
@@ -60,28 +61,31 @@ def main() -> int:
     args = parser.parse_args()
     kinds = {"none": (), "tensorboard": ("tensorboard",), "blocking": (register(Blocking),),
              "raising": (register(Raising),)}  # fmt: skip
-    seconds, losses = measure(kinds, args.steps, dict(pair.split("=", 1) for pair in args.set))
+    seconds, reports, losses = measure(kinds, args.steps, dict(pair.split("=", 1) for pair in args.set))
     equal = all(np.array_equal(losses[kind], losses["none"]) for kind in kinds)
     report = facts({"platform": jax.default_backend(), "cpu": cpu()}, "jax", "jaxlib") | {
         "steps": args.steps, "losses_equal": equal,
         "milliseconds": {kind: spread([1000 * s for s in of]) for kind, of in seconds.items()},
+        "report": {kind: spread([1000 * s for s in of]) for kind, of in reports.items()},
         "over_none": {kind: ratio(of, seconds["none"]) for kind, of in seconds.items() if kind != "none"},
     }  # fmt: skip
     for kind, of in report["over_none"].items():
-        print(f"{kind:12} median step {of['ratio']:.4f} of none's, 95 % interval {of['low']:.4f} to {of['high']:.4f}")
+        print(
+            f"{kind:12} median step {of['ratio']:.4f} of none's, 95 % interval {of['low']:.4f} to {of['high']:.4f}; "
+            f"report {report['report'][kind]['median']:.3f} ms, none's {report['report']['none']['median']:.3f}"
+        )
     print(f"losses are {'equal' if equal else 'NOT equal'}; wrote {write_report(report, args.out, 'sinks')}")
     return 0 if equal else 1
 
 
-def measure(kinds: dict[str, tuple[str, ...]], steps: int, settings: dict[str, Any]) -> tuple[dict, dict]:
-    """Seconds and losses of each kind's steps, the first WARM_UP of the seconds left out."""
+def measure(kinds: dict[str, tuple[str, ...]], steps: int, settings: dict[str, Any]) -> tuple[dict, dict, dict]:
+    """Seconds of each kind's steps and of their reports, the first WARM_UP left out, and the losses."""
     given = {name: int(value) for name, value in settings.items()} | {"steps": steps + WARM_UP, "log_every": 1}
     cfg, _ = resolve_dtype(recipe("quickstart", given))
     mesh = make_mesh(cfg.mesh)
     decoder, _, init, step = build_components(cfg)
     rng = np.random.default_rng(0)
-    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
-    losses: dict[str, list[float]] = {kind: [] for kind in kinds}
+    seconds, reported, losses = ({kind: [] for kind in kinds} for _ in range(3))
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
         states = {kind: init_state(init, cfg.seed, mesh) for kind in kinds}
         rows = dict(example_batch(cfg.data.batch_size, cfg.data.length))
@@ -93,22 +97,22 @@ def measure(kinds: dict[str, tuple[str, ...]], steps: int, settings: dict[str, A
             (Path(folder) / kind).mkdir()
             with_sinks = dataclasses.replace(cfg, sinks=sinks)
             reports[kind] = Metrics(Path(folder) / kind / "metrics.jsonl", with_sinks, decoder.vocab_size)
-        order = list(kinds)
         for i in range(1, cfg.steps + 1):
             text_BL = rng.integers(4, decoder.vocab_size, rows["inputs_BL"].shape, np.int32)
             batch = to_global({**rows, "inputs_BL": text_BL, "targets_BL": np.roll(text_BL, -1, 1)}, mesh, None)
-            order.append(order.pop(0))
-            for kind in order:
+            for kind in rng.permutation(list(kinds)):
                 begin = time.perf_counter()
                 states[kind], values = train(states[kind], {}, batch)
                 values = jax.device_get(values)
+                trained = time.perf_counter()
                 reports[kind].log_step(i, values)
                 if i > WARM_UP:
                     seconds[kind].append(time.perf_counter() - begin)
+                    reported[kind].append(time.perf_counter() - trained)
                 losses[kind].append(float(values["loss"]))
         for report in reports.values():
             report.close()
-    return seconds, losses
+    return seconds, reported, losses
 
 
 def ratio(of: list[float], base: list[float]) -> dict[str, float]:

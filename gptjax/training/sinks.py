@@ -129,10 +129,11 @@ class _Feed:
         if lost := self._given - self._written:
             self._note(f"sink {self.name}: {lost:,} of {self._given:,} lines were not written; metrics.jsonl has all")
 
-    def _tell(self, what: str) -> None:
+    def _tell(self, what: str, error: BaseException | None = None) -> None:
         if not self._told:
             self._told = True
-            self._note(f"sink {self.name}: {what}; the run goes on without it")
+            why = f" ({type(error).__name__}: {one_line(error)})" if error else ""
+            self._note(f"sink {self.name}: {what}{why}; the run goes on without it")
 
     def _run(self) -> None:
         try:
@@ -140,7 +141,7 @@ class _Feed:
             sink.start(*self._start)
         except BaseException as e:  # libraries exit where nobody is logged in
             self._dead = True
-            self._tell(f"can't be started ({type(e).__name__}: {one_line(e)})")
+            self._tell("can't be started", e)
             return
         while (line := self._queue.get()) is not None:
             self._taken += 1
@@ -152,11 +153,11 @@ class _Feed:
                     sink.scalars(step, scalars(name, value))
                 self._written += 1
             except Exception as e:  # the next line may go through: a disk has room again, a server is back
-                self._tell(f"step {line[1]} was not written ({type(e).__name__}: {one_line(e)})")
+                self._tell(f"step {line[1]} was not written", e)
         try:
             sink.close()
         except BaseException as e:
-            self._tell(f"was not closed ({type(e).__name__}: {one_line(e)})")
+            self._tell("was not closed", e)
 
 
 def scalars(split: str, line: Mapping[str, Any]) -> dict[str, float]:
