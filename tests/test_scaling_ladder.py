@@ -85,7 +85,7 @@ def test_the_law_of_least_rolling_origin_error_uses_fitted_runs_alone(tmp_path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fit", ["scaling_ladder/fit", "scaling_ladder_muon/law"])
+@pytest.mark.parametrize("fit", ["scaling_ladder/fit", "scaling_ladder_muon/fit", "scaling_ladder_muon/law"])
 def test_a_committed_fit_is_what_its_command_gives_today(fit, tmp_path):
     folder = scaling_ladder.ROOT / "benchmarks" / "results" / fit
     then = open_fit(folder)
@@ -97,3 +97,10 @@ def test_a_committed_fit_is_what_its_command_gives_today(fit, tmp_path):
         for key in ("value", "interval"):
             assert found[key] == pytest.approx(coefficient[key], rel=1e-2, abs=1e-6), (name, key)
     assert now.points["predicted"] == pytest.approx(then.points["predicted"], rel=1e-6)
+    for name, approach in then.approaches.items():
+        found = now.approaches[name]
+        assert found["done"] == approach["done"] and found.get("notes") == approach.get("notes"), name
+        if approach["done"]:
+            assert found["exponents"] == pytest.approx(approach["exponents"], rel=1e-4), name
+            for key, edges in approach["intervals"].items():
+                assert found["intervals"][key] == (edges and pytest.approx(edges, rel=1e-2, abs=1e-3)), (name, key)
