@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import curve, finish, pretrain
+from commands import GPTJAX, curve, environment, finish, pretrain, start
 
 STEPS = 240
 SETTINGS = f"""
@@ -70,6 +70,7 @@ def test_sigterm_saves_and_exits_with_75_and_the_run_goes_on(tmp_path, words, un
     assert "run the same command again" in errors
     reached = json.loads(metrics(run).splitlines()[-1])["step"]
     assert (run / "checkpoints" / f"{reached:08d}" / "manifest.json").is_file()
-    code, errors = finish(pretrain(run, words, SETTINGS))
+    again = start([*GPTJAX, "pretrain", str(run)], env=environment(words.parent / "cache"))  # and so by its folder
+    code, errors = finish(again)
     assert code == 0 and f"after step {reached}" in errors, errors
     assert curve(metrics(run)) == uninterrupted

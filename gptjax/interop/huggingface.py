@@ -62,7 +62,8 @@ def import_huggingface(source: Path) -> tuple[ModelConfig, int, int, dict[str, A
     """
     source = Path(source)
     if not (source / CONFIG).is_file():
-        raise InputError(f"{source} holds no {CONFIG}; wanted a Hugging Face folder with {CONFIG} and {WEIGHTS}")
+        get = "" if source.exists() else f"; download one with: hf download {source} --local-dir {source.name}"
+        raise InputError(f"{source} holds no {CONFIG}; wanted a Hugging Face folder with {CONFIG} and {WEIGHTS}{get}")
     settings = ForeignConfig(source / CONFIG, _read_json(source / CONFIG))
     with contextlib.ExitStack() as stack:
         return assemble(settings, functools.partial(Tensors, source, stack))

@@ -166,7 +166,8 @@ def _read(path: Path, size: int = -1) -> bytes:
 
 
 def _unreadable(path: Path, error: OSError) -> InputError:
-    return InputError(f"tokenizer file {path} cannot be read ({error.strerror}); wanted the file or its folder")
+    get = f"; download one with: hf download {path} --local-dir {path.name}" if not path.suffix else ""
+    return InputError(f"tokenizer file {path} cannot be read ({error.strerror}); wanted the file or its folder{get}")
 
 
 def _other_kind(path: Path, has: str, wanted: str) -> InputError:
