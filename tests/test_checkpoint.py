@@ -380,8 +380,11 @@ print(c.steps())
 
 
 def test_a_full_disk_is_an_error_in_the_main_thread_and_costs_only_that_step(tmp_path):
-    lines = run_python(FULL, tmp_path / "c").stdout.splitlines()
+    done = run_python(FULL, tmp_path / "c")
+    lines = done.stdout.splitlines()
     assert lines[0].startswith("ERROR checkpoint of step 2 could not be written")
+    assert lines[0].endswith("; mend that, then run the same command again to go on")
+    assert "Traceback" not in done.stderr, done.stderr
     assert lines[1:] == ["[1] ['00000001']", "[1, 3]"]
 
 

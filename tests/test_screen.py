@@ -55,7 +55,7 @@ def test_a_run_fits_its_terminal_and_says_what_is_trained_and_what_it_does(colum
     frames = frames_on_a_terminal([*GPTJAX, *SMALL], columns, tmp_path, cache)
     sample = frames.index("sample of 5 tokens:")
     assert max(len(frame) for frame in frames[:sample]) <= columns
-    header = " ".join(frames[:40])
+    header = " ".join(frames[:sample])
     for said in ("20.9k parameters: 1 layers x 32, 2 heads", "8 rows of 32 = 256 tokens; 25 steps", "adamw", "dtype ",
                  "run/report.html, and by tensorboard", "attention  plain", "memory     about ",
                  "tokens to train on", "epochs", "importing jax ..."):  # fmt: skip

@@ -9,6 +9,7 @@ steps whose manifests were lost.
 
 import contextlib
 import json
+import logging
 import re
 import threading
 import time
@@ -36,6 +37,7 @@ from gptjax.storage import PROBE, TRASH, StorageError, filesystem, resolve_path
 
 UNSOUND = ".unsound"
 JSON_ITEMS = ("data", "config", "digests")
+AGAIN = "mend that, then run the same command again to go on"
 
 
 class CheckpointError(RuntimeError):
@@ -316,8 +318,14 @@ def _orbax(partial: bool = False):
     context.checkpointables.registry = registry
     context.array.saving.use_compression = False
     context.pytree.loading.partial_load = partial
+    # Orbax's threads log each failure with its traceback; here it is raised, and told in one line.
+    logging.getLogger("absl").addFilter(_not_of_orbax)
     with context:
         yield
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname
 
 
 def _nested(leaves: dict[str, Any]) -> dict:
@@ -338,6 +346,6 @@ def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _failed(step: int, error: Exception) -> CheckpointError:
-    failed = CheckpointError(f"checkpoint of step {step} could not be written: {one_line(error)}")
+    failed = CheckpointError(f"checkpoint of step {step} could not be written: {one_line(error)}; {AGAIN}")
     failed.__cause__ = error  # it may be raised by another thread
     return failed
