@@ -325,10 +325,10 @@ def test_isoflop_refuses_one_budget_and_negative_losses():
         isoflop(budget, N, D, np.where(N == N[0], -1.0, loss))
 
 
-PORIAN = Path(os.environ.get("GPTJAX_DATA", "")) / "scaling" / "porian_owt2.csv"
+PORIAN = Path(os.environ.get("GPTJAX_SHARED_DATA", "")) / "scaling" / "porian_owt2.csv"
 
 
-@pytest.mark.skipif(not PORIAN.is_file(), reason="GPTJAX_DATA names no folder with scaling/porian_owt2.csv")
+@pytest.mark.skipif(not PORIAN.is_file(), reason="GPTJAX_SHARED_DATA names no folder with scaling/porian_owt2.csv")
 @pytest.mark.parametrize(("setting", "exponent"), [*enumerate((0.870, 0.700, 0.602, 0.569, 0.518))])
 def test_isoflop_and_envelope_find_the_exponents_of_porian_et_al(setting, exponent):
     """Porian et al. 2024, OpenWebText2: sizes over three decades; a parabola through all gives 1.2 for the first."""
