@@ -22,7 +22,7 @@ class DataConfig(Section):
 
     source: str = "builtin:shakespeare"
     """A text file, .jsonl(.gz, .zst), .parquet, a folder of them, a folder made by `gptjax prepare` or save_to_disk,
-    builtin:shakespeare, tfds:NAME[:SPLIT], hf:NAME[@CONFIG][:SPLIT], a function module:name, or mixture: those that
+    builtin:shakespeare, `tfds:NAME[:SPLIT]`, `hf:NAME[@CONFIG][:SPLIT]`, a function module:name, or mixture: those that
     data.mixture lists."""
     mixture: tuple[str, ...] = ()
     """The sources of a mixture, each as NAME=SOURCE; NAME is what its losses and token counts are called."""

@@ -42,7 +42,7 @@ class SourceConfig(Section):
 
     source: str = "builtin:shakespeare"
     """A text file, .jsonl(.gz, .zst), .parquet, a folder of them, builtin:shakespeare,
-    tfds:NAME[/CONFIG][:VERSION][:SPLIT], hf:NAME[@CONFIG][:SPLIT], either with a folder for the name, a function
+    `tfds:NAME[/CONFIG][:VERSION][:SPLIT]`, `hf:NAME[@CONFIG][:SPLIT]`, either with a folder for the name, a function
     MODULE:NAME that yields texts, or token ids of nanoGPT or Megatron (FILE.bin; for `prepare`)."""
     out: str
     """Folder to make."""
