@@ -69,6 +69,7 @@ def test_a_fit_that_was_changed_after_its_prediction_is_told(tmp_path, shift):
         assert scaling_ladder.summarise(tmp_path)["runs"][0]["bits_per_byte"] == 1.5
 
 
+@pytest.mark.slow
 def test_the_law_of_least_rolling_origin_error_uses_fitted_runs_alone(tmp_path, monkeypatch):
     lines = ["budget,parameters,parameters_non_embedding,tokens,flops,loss"]
     for budget in (1e12, 2e12, 4e12, 8e12, 16e12):
