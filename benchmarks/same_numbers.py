@@ -30,6 +30,8 @@ CASES = {
     "mixture": (1, f"quickstart {SMALL} --data.source mixture --data.weights 3 1 --data.mixture"),
 }
 
+DTYPE = ("--model.dtype", "bfloat16")  # named: what auto takes is measured
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -53,7 +55,9 @@ def main() -> int:
                     f" a={text / 'a.jsonl'} b={text / 'b.jsonl'}" if name == "mixture" else f" --data.source {text}"
                 )
             found = [
-                trained(checkout.resolve(), Path(work) / f"{name.replace(' ', '-')}-{i}", devices, flags.split())
+                trained(
+                    checkout.resolve(), Path(work) / f"{name.replace(' ', '-')}-{i}", devices, [*flags.split(), *DTYPE]
+                )
                 for i, checkout in enumerate((args.before, args.after))
             ]
             different += report(name, *found)
