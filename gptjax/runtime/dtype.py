@@ -3,6 +3,7 @@
 import functools
 import math
 import time
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -30,15 +31,21 @@ def preferred_dtype() -> tuple[str, str]:
     return ("float32", "this GPU has no units for bfloat16") if old else ("bfloat16", "as fast as this device computes")
 
 
-def _measured_gain() -> float:
-    inputs = [jnp.ones((SIZE, SIZE), dtype) for dtype in ("float32", "bfloat16")]
+def product_seconds(size: int, dtypes: Iterable[str], seconds: float) -> dict[str, float]:
+    """The shortest time of a product of two matrices of this side by type; `seconds` of products, the types in turn."""
     product = jax.jit(lambda a, b: a @ b)
-    for x in inputs:
+    inputs = {dtype: jnp.ones((size, size), dtype) for dtype in dtypes}
+    for x in inputs.values():
         product(x, x).block_until_ready()  # compiles
-    best, until = [math.inf, math.inf], time.perf_counter() + SECONDS
+    shortest, until = dict.fromkeys(inputs, math.inf), time.perf_counter() + seconds
     while time.perf_counter() < until:
-        for i, x in enumerate(inputs):
+        for dtype, x in inputs.items():
             start = time.perf_counter()
             product(x, x).block_until_ready()
-            best[i] = min(best[i], time.perf_counter() - start)
-    return best[0] / best[1]
+            shortest[dtype] = min(shortest[dtype], time.perf_counter() - start)
+    return shortest
+
+
+def _measured_gain() -> float:
+    shortest = product_seconds(SIZE, ("float32", "bfloat16"), SECONDS)
+    return shortest["float32"] / shortest["bfloat16"]

@@ -5,12 +5,11 @@ import json
 import math
 import os
 import platform
-import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
+from gptjax.runtime.dtype import product_seconds
 from gptjax.runtime.hardware import sheet_flops
 from gptjax.runtime.process import usable_cores
 from gptjax.runtime.versions import cache_folder, version
@@ -50,20 +49,10 @@ def keep_peak(dtype: str, flops: float, refresh: bool = False) -> None:
 
 def _measured(dtype: str) -> float:
     """FLOP/s of the fastest product, also of float32: a device that is slow at a type can compute it in that one."""
-    best = 0.0
-    on_cpu = jax.local_devices()[0].platform == "cpu"
-    for size in (512, 1024) if on_cpu else (4096, 8192):
-        for kind in {dtype, "float32"}:
-            x = jnp.ones((size, size), kind)
-            product = jax.jit(lambda a, b: a @ b)
-            product(x, x).block_until_ready()
-            shortest, until = math.inf, time.perf_counter() + SECONDS
-            while time.perf_counter() < until:
-                start = time.perf_counter()
-                product(x, x).block_until_ready()
-                shortest = min(shortest, time.perf_counter() - start)
-            best = max(best, 2 * size**3 / shortest)
-    return best
+    dtypes, on_cpu = {dtype, "float32"}, jax.local_devices()[0].platform == "cpu"
+    sizes = (512, 1024) if on_cpu else (4096, 8192)
+    times = {size: product_seconds(size, dtypes, SECONDS * len(dtypes)).values() for size in sizes}
+    return max(2 * size**3 / min(shortest) for size, shortest in times.items())
 
 
 def _sharing() -> int:

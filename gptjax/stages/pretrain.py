@@ -89,8 +89,13 @@ def pretrain(config: TrainConfig, provenance: Provenance) -> Path:
         batches = group.cleanup.enter_context(contextlib.closing(data.batches(cursor, runner.rows.numbers)))
         sampling = sample_settings(config, data.tokenizer)
 
+        samples: dict[int, str] = {}  # by step: the last evaluation's is printed at the end
+
         def sample(state: TrainState) -> str:
-            return generate(decoder, state.eval_params, data.tokenizer, sampling)[0] if sampling else ""
+            step = int(state.step)
+            if sampling and step not in samples:
+                samples[step] = generate(decoder, state.eval_params, data.tokenizer, sampling)[0]
+            return samples.get(step, "")
 
         state = runner.train(
             train_step, state, {}, batches, vocab_size=decoder.vocab_size,
