@@ -227,7 +227,7 @@ YARN = {"rope_theta": 1e4} | SCALED["yarn"]
         (1, {"hidden_act": "gelu"}, "hidden_act='gelu'"),
         (1, {"attention_bias": True}, "mlp_bias=False is not supported; wanted the same as attention_bias=True"),
         (1, {"attention_bias": True, "mlp_bias": True}, r"tensor model.layers.0.*\.bias is missing"),
-        (1, {"head_dim": 32}, r"k_proj.weight has shape \[32, 64\]; wanted \[64, 64\]"),
+        (1, {"head_dim": 32}, r"q_proj.weight has shape \[64, 64\]; wanted \[128, 64\]"),
         (1, {"head_dim": 15}, "model.head_dim=15: wanted an even head size"),
         (1, {"num_key_value_heads": 3}, "num_key_value_heads=3"),
         (1, {"num_key_value_heads": 4}, r"k_proj.weight has shape \[32, 64\]; wanted \[64, 64\]"),

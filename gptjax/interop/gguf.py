@@ -14,7 +14,9 @@ import numpy as np
 
 from gptjax.config import ModelConfig
 from gptjax.config.section import InputError, one_line
-from gptjax.interop.huggingface import HEAD, ForeignConfig, assemble
+from gptjax.interop.families import HEAD
+from gptjax.interop.foreign import ForeignConfig
+from gptjax.interop.huggingface import assemble
 from gptjax.tokenizer import Tokenizer
 from gptjax.tokenizer.huggingface import HuggingFaceTokenizer
 from gptjax.tokenizer.interface import JSON_FILE
@@ -100,7 +102,7 @@ class _Reader:
         self.architecture = str(self.keys.get("general.architecture"))
         if self.architecture not in ARCHITECTURES:
             raise InputError(f"{path}: architecture {self.architecture!r}; wanted {' or '.join(ARCHITECTURES)}")
-        self.files = {self._foreign(name): name for name in self.tensors}
+        self.names = {self._foreign(name): name for name in self.tensors}
 
     def settings(self) -> dict[str, Any]:
         """The values of a config.json; raises InputError for a key of the architecture that has no counterpart."""
@@ -128,9 +130,9 @@ class _Reader:
 
     def take(self, name: str, shape: Sequence[int]) -> np.ndarray:
         """The tensor as float32; raises InputError where it is missing, of an unknown type, or of another shape."""
-        if name not in self.files:
+        if name not in self.names:
             raise InputError(f"{self.folder}: tensor {name} is missing; wanted it with shape {list(shape)}")
-        tensor = self.tensors[self.files[name]]
+        tensor = self.tensors[self.names[name]]
         stored = [int(n) for n in reversed(tensor.shape)]
         if stored != list(shape):
             raise InputError(f"{self.folder}: tensor {tensor.name} has shape {stored}; wanted {list(shape)}")

@@ -55,6 +55,14 @@ def layer_params(cfg: ModelConfig) -> dict[str, str]:
     return names | ({"norm_q_NK": "ones", "norm_k_NK": "ones"} if cfg.qk_norm else {})
 
 
+def top_params(cfg: ModelConfig) -> dict[str, str]:
+    """Every parameter outside the layers and how it starts."""
+    top = {"embed_VD": "normal", "norm_final_D": "ones"}
+    top |= {"norm_final_bias_D": "zeros"} if cfg.biases and cfg.norm == "layernorm" else {}
+    top |= {"position_TD": "normal"} if cfg.positions == "learned" else {}
+    return top | ({} if cfg.tied else {"head_VD": "normal"})
+
+
 def windows(cfg: ModelConfig) -> jax.Array | int | None:
     """window_N where the layers differ, else the window that they share, None where they attend to everything."""
     if len(set(cfg.layer_windows)) == 1:
@@ -168,10 +176,7 @@ class Decoder(nn.Module):
                 for (n, s), k in zip(names.items(), keys, strict=True)
             }
 
-        top = {"embed_VD": "normal", "norm_final_D": "ones"}
-        top |= {"norm_final_bias_D": "zeros"} if cfg.biases and cfg.norm == "layernorm" else {}
-        top |= {"position_TD": "normal"} if cfg.positions == "learned" else {}
-        top |= {} if cfg.tied else {"head_VD": "normal"}
+        top = top_params(cfg)
         self.top = {name: self.param(name, lambda key, n=name: make(key, {n: top[n]})[n]) for name in top}
         declared = getattr(self.block, "layer_params", layer_params)(cfg)
         for name in declared:

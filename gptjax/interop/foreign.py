@@ -1,0 +1,51 @@
+"""A config.json of transformers, whose values are checked as they are read."""
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from gptjax.config.section import InputError
+
+
+class ForeignConfig:
+    """The values of a config.json; a missing one is its default."""
+
+    def __init__(self, path: Path, values: dict[str, Any], prefix: str = ""):
+        self.path, self.values, self.prefix = path, values, prefix
+
+    def error(self, name: str, value: Any, wanted: str) -> InputError:
+        return InputError(f"{self.path}: {self.prefix}{name}={value!r} is not supported; wanted {wanted}")
+
+    def stated(self, name: str) -> Any:
+        """The value, which may be null but not missing."""
+        if name not in self.values:
+            raise InputError(f"{self.path}: {self.prefix}{name} is missing; wanted its value, or null")
+        return self.values[name]
+
+    def only(self, name: str, *allowed: Any) -> Any:
+        """The value, which is one of those allowed; the first of them where it is missing."""
+        value = self.values.get(name, allowed[0])
+        if not any(value == a and type(value) is type(a) for a in allowed):
+            raise self.error(name, value, " or ".join(map(repr, allowed)))
+        return value
+
+    def size(self, name: str, default: int | None = None) -> int:
+        """A whole number above 0."""
+        value = self.values.get(name)
+        value = default if value is None else value
+        if type(value) is not int or value < 1:
+            raise self.error(name, value, "a whole number above 0")
+        return value
+
+    def number(self, name: str, default: float) -> float:
+        """A finite number above 0."""
+        value = self.values.get(name, default)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise self.error(name, value, "a number above 0")
+        return float(value)
+
+    def dtype(self) -> Literal["float32", "bfloat16"]:
+        """The type that the model computes in: bfloat16 where that is what it is stored in."""
+        name = "dtype" if "dtype" in self.values else "torch_dtype"
+        value = self.only(name, "float32", "float16", "bfloat16", None)
+        return "bfloat16" if value == "bfloat16" else "float32"

@@ -1,0 +1,140 @@
+"""One leaf of a decoder against the tensors of a family, in both directions: names, transposes, what lies side by side.
+
+Where an export's family has no setting for a scale of ours (muP's), the scale is multiplied into a tensor; where it has
+a tensor that the decoder has not, that is filled with what changes nothing. All else is moved, bit by bit.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from gptjax.config import ModelConfig
+from gptjax.interop.families import HEAD, Family
+from gptjax.model.decoder import Decoder, dims, layer_params, top_params
+from gptjax.model.mup import attention_scale, logits_factor
+from gptjax.parallel.sharding import matrix, suffix
+
+
+class TensorSource(Protocol):
+    """The tensors of a file or folder, read one at a time."""
+
+    @property
+    def names(self) -> Collection[str]: ...
+
+    def take(self, name: str, shape: Sequence[int]) -> np.ndarray:
+        """The tensor as float32; raises InputError where it is missing, of an unknown type, or of another shape."""
+        ...
+
+
+def read_slice(tensors: TensorSource, family: Family, decoder: Decoder, leaf: str, n: int | None = None) -> np.ndarray:
+    """A leaf of the decoder as float32: outside the layers whole, its vocabulary padded with zeros, or that of layer n.
+
+    `leaf` is its name in the tree of parameters, as q_NDHK, whose slice is q_DHK. Raises InputError as `take` does.
+    """
+    prefix = family.prefix if any(name.startswith(family.prefix) for name in tensors.names) else ""
+    shape = _shape(decoder, leaf)
+    if n is None:
+        rows = decoder.vocab_size if suffix(leaf).startswith("V") else shape[0]
+        x = tensors.take(HEAD if leaf == "head_VD" else prefix + family.top[leaf], (rows, *shape[1:]))
+        return x if rows == shape[0] else np.pad(x, [(0, shape[0] - rows), *((0, 0) for _ in shape[1:])])
+    stem, part = _parts(leaf)
+    side = _beside(family, stem)
+    flat, stored = _flat(leaf, shape), _stored(family, leaf, shape)
+    x = tensors.take(f"{prefix}{family.layer[stem].format(n=n)}.{part}", stored)
+    if len(side) > 1:
+        x = np.split(x, len(side), axis=-1 if family.inputs_first else 0)[side.index(stem)]
+    return (x if family.inputs_first or len(flat) == 1 else x.T).reshape(shape)
+
+
+def written_tensors(
+    family: Family, decoder: Decoder, params: dict[str, Any]
+) -> Iterator[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]:
+    """Every tensor of a family's file: its name, its shape, and a function that makes it, as float32.
+
+    `params` may lie on any mesh: a tensor is fetched when it is made. Raises InputError where a scale of the decoder
+    has no place in the family.
+    """
+    cfg = decoder.cfg
+    target = decoder.clone(cfg=family.exported(cfg, decoder.vocab_size, decoder.context))
+    scales = _scales(family, cfg, target.cfg)
+    ours = functools.partial(_ours, decoder, target, params, scales)
+    for leaf in top_params(target.cfg):
+        shape = _shape(target, leaf)
+        rows = decoder.vocab_size if suffix(leaf).startswith("V") else shape[0]
+        name = HEAD if leaf == "head_VD" else family.prefix + family.top[leaf]
+        yield name, (rows, *shape[1:]), functools.partial(lambda leaf, rows: ours(leaf)[:rows], leaf, rows)
+    for n in range(cfg.num_layers):
+        for leaf in layer_params(target.cfg):
+            stem, part = _parts(leaf)
+            side = _beside(family, stem)
+            if stem == side[0]:
+                leaves = [one for one in layer_params(target.cfg) if _parts(one)[1] == part and _parts(one)[0] in side]
+                name = f"{family.prefix}{family.layer[stem].format(n=n)}.{part}"
+                make = functools.partial(_joined, family, leaves, functools.partial(ours, n=n))
+                yield name, _stored(family, leaf, _shape(target, leaf)), make
+
+
+def _shape(decoder: Decoder, leaf: str) -> tuple[int, ...]:
+    """The shape of a leaf, of one layer where it is stacked."""
+    size = dims(decoder.cfg, decoder.vocab_size, decoder.context)
+    return tuple(size[letter] for letter in suffix(leaf).removeprefix("N"))
+
+
+def _parts(leaf: str) -> tuple[str, str]:
+    """The stem of a leaf's name, and weight or bias: those of q_bias_NHK are q and bias."""
+    stem = leaf.removesuffix(f"_{suffix(leaf)}")
+    return stem.removesuffix("_bias"), "bias" if stem.endswith("_bias") else "weight"
+
+
+def _beside(family: Family, stem: str) -> list[str]:
+    """The stems that lie side by side with this one in a tensor, in order; most lie alone."""
+    return [other for other, name in family.layer.items() if name == family.layer[stem]]
+
+
+def _flat(leaf: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a layer's leaf as [in, out], or as [out] for biases and norms."""
+    sides = matrix(leaf)
+    if sides is None:
+        return (math.prod(shape),)
+    return math.prod(shape[: len(sides[0])]), math.prod(shape[len(sides[0]) :])
+
+
+def _stored(family: Family, leaf: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the tensor that holds a layer's leaf."""
+    *inputs, outputs = _flat(leaf, shape)
+    whole = (*inputs, outputs * len(_beside(family, _parts(leaf)[0])))
+    return whole if family.inputs_first else whole[::-1]
+
+
+def _joined(family: Family, leaves: list[str], ours: Callable[[str], np.ndarray]) -> np.ndarray:
+    """The tensor that holds a layer's leaves side by side."""
+    found = []
+    for leaf in leaves:
+        x = ours(leaf)
+        x = x.reshape(_flat(leaf, x.shape))
+        found.append(x if family.inputs_first else x.T)
+    if len(found) == 1:
+        return np.ascontiguousarray(found[0])
+    return np.concatenate(found, axis=-1 if family.inputs_first else 0)
+
+
+def _scales(family: Family, cfg: ModelConfig, target: ModelConfig) -> dict[str, float]:
+    """Factors of leaves, by stem: those of attention's scores and of the logits that the family has no setting for."""
+    scores, logits = attention_scale(cfg) / attention_scale(target), logits_factor(cfg) / logits_factor(target)
+    last = "norm_final" if cfg.tied else "head"
+    return {stem: x for stem, x in (("norm_q" if cfg.qk_norm else "q", scores), (last, logits)) if x != 1}
+
+
+def _ours(
+    decoder: Decoder, target: Decoder, params: dict[str, Any], scales: dict[str, float], leaf: str, n: int | None = None
+) -> np.ndarray:
+    """The leaf, of layer n or outside the layers, as the target decoder would have it for the same logits."""
+    tree, (stem, part) = params if n is None else params["layers"], _parts(leaf)
+    if leaf in tree:
+        x = np.asarray(tree[leaf] if n is None else tree[leaf][n], np.float32)
+    else:
+        x = np.full(_shape(target, leaf), 1 if part == "weight" else 0, np.float32)
+    return x * np.float32(scales[stem]) if stem in scales else x
