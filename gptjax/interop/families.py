@@ -22,7 +22,7 @@ Sizes = tuple[ModelConfig, int, int]  # with the vocabulary's size and the conte
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Family:
+class ModelFamily:
     """One of transformers' architectures: how its config.json is read and written, and the names of its tensors."""
 
     model_type: str
@@ -70,7 +70,7 @@ class Family:
         return head | self.settings(cfg, vocab_size, context)
 
 
-def family_of(cfg: ModelConfig, vocab_size: int, context: int) -> Family:
+def family_of(cfg: ModelConfig, vocab_size: int, context: int) -> ModelFamily:
     """The first family that can express a decoder; raises InputError with what stands in the way of the nearest."""
     found = {family: family.obstacles(cfg, vocab_size, context) for family in FAMILIES.values()}
     for family, obstacles in found.items():
@@ -219,16 +219,16 @@ GPT2_LAYER = {
 }  # fmt: skip
 
 
-def _llama(model_type: str, architecture: str, read: Callable, write: Callable, **more: Any) -> Family:
+def _llama(model_type: str, architecture: str, read: Callable, write: Callable, **more: Any) -> ModelFamily:
     names = {"prefix": "model.", "top": LLAMA_TOP, "layer": LLAMA_LAYER} | more
-    return Family(model_type=model_type, architecture=architecture, read=read, settings=write, **names)
+    return ModelFamily(model_type=model_type, architecture=architecture, read=read, settings=write, **names)
 
 
 # In the order in which an export tries them.
-FAMILIES: dict[str, Family] = {
+FAMILIES: dict[str, ModelFamily] = {
     family.model_type: family
     for family in (
-        Family(model_type="gpt2", architecture="GPT2LMHeadModel", read=_read_gpt2, settings=_write_gpt2,
+        ModelFamily(model_type="gpt2", architecture="GPT2LMHeadModel", read=_read_gpt2, settings=_write_gpt2,
                prefix="transformer.", top=GPT2_TOP, layer=GPT2_LAYER, inputs_first=True),
         _llama("llama", "LlamaForCausalLM", _read_llama, _write_llama),
         _llama("mistral", "MistralForCausalLM", _read_mistral, _write_mistral),
@@ -237,7 +237,7 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 
 
-def read_config(s: ForeignConfig) -> tuple[Family, ModelConfig, int, int]:
+def read_model(s: ForeignConfig) -> tuple[ModelFamily, ModelConfig, int, int]:
     """The family of a config.json and the settings, vocabulary size and context that it names.
 
     Raises InputError for an unknown model_type and for values that have no counterpart here.

@@ -15,7 +15,7 @@ import numpy as np
 
 from gptjax.config import ModelConfig
 from gptjax.config.section import InputError
-from gptjax.interop.families import HEAD, Family, read_config
+from gptjax.interop.families import HEAD, ModelFamily, read_model
 from gptjax.interop.foreign import ForeignConfig
 from gptjax.interop.layout import read_slice
 from gptjax.model.decoder import Decoder, dims, layer_params, top_params
@@ -46,7 +46,7 @@ def import_huggingface(source: Path) -> tuple[ModelConfig, int, int, dict[str, A
 
 def assemble(settings: ForeignConfig, tensors: Callable[[], Any]) -> tuple[ModelConfig, int, int, dict[str, Any]]:
     """A model of these settings and of the tensors, opened once the settings are known to be supported."""
-    family, cfg, vocab_size, context = read_config(settings)
+    family, cfg, vocab_size, context = read_model(settings)
     return cfg, vocab_size, context, _params(tensors(), family, Decoder(cfg, vocab_size, context))
 
 
@@ -67,7 +67,7 @@ def set_conventions(tokenizer: Tokenizer, source: Path) -> None:
     )
 
 
-def _params(tensors: "Tensors", family: Family, decoder: Decoder) -> dict[str, Any]:
+def _params(tensors: "Tensors", family: ModelFamily, decoder: Decoder) -> dict[str, Any]:
     """Every parameter that the decoder declares, read from the files; raises InputError for tensors left over."""
     params: dict[str, Any] = {name: read_slice(tensors, family, decoder, name) for name in top_params(decoder.cfg)}
     size = dims(decoder.cfg, decoder.vocab_size, decoder.context)

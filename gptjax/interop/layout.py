@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gptjax.config import ModelConfig
-from gptjax.interop.families import HEAD, Family
+from gptjax.interop.families import HEAD, ModelFamily
 from gptjax.model.decoder import Decoder, dims, layer_params, top_params
 from gptjax.model.mup import attention_scale, logits_factor
 from gptjax.parallel.sharding import matrix, suffix
@@ -29,7 +29,9 @@ class TensorSource(Protocol):
         ...
 
 
-def read_slice(tensors: TensorSource, family: Family, decoder: Decoder, leaf: str, n: int | None = None) -> np.ndarray:
+def read_slice(
+    tensors: TensorSource, family: ModelFamily, decoder: Decoder, leaf: str, n: int | None = None
+) -> np.ndarray:
     """A leaf of the decoder as float32: outside the layers whole, its vocabulary padded with zeros, or that of layer n.
 
     `leaf` is its name in the tree of parameters, as q_NDHK, whose slice is q_DHK. Raises InputError as `take` does.
@@ -50,7 +52,7 @@ def read_slice(tensors: TensorSource, family: Family, decoder: Decoder, leaf: st
 
 
 def written_tensors(
-    family: Family, decoder: Decoder, params: dict[str, Any]
+    family: ModelFamily, decoder: Decoder, params: dict[str, Any]
 ) -> Iterator[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]:
     """Every tensor of a family's file: its name, its shape, and a function that makes it, as float32.
 
@@ -89,7 +91,7 @@ def _parts(leaf: str) -> tuple[str, str]:
     return stem.removesuffix("_bias"), "bias" if stem.endswith("_bias") else "weight"
 
 
-def _beside(family: Family, stem: str) -> list[str]:
+def _beside(family: ModelFamily, stem: str) -> list[str]:
     """The stems that lie side by side with this one in a tensor, in order; most lie alone."""
     return [other for other, name in family.layer.items() if name == family.layer[stem]]
 
@@ -102,14 +104,14 @@ def _flat(leaf: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return math.prod(shape[: len(sides[0])]), math.prod(shape[len(sides[0]) :])
 
 
-def _stored(family: Family, leaf: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _stored(family: ModelFamily, leaf: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of the tensor that holds a layer's leaf."""
     *inputs, outputs = _flat(leaf, shape)
     whole = (*inputs, outputs * len(_beside(family, _parts(leaf)[0])))
     return whole if family.inputs_first else whole[::-1]
 
 
-def _joined(family: Family, leaves: list[str], ours: Callable[[str], np.ndarray]) -> np.ndarray:
+def _joined(family: ModelFamily, leaves: list[str], ours: Callable[[str], np.ndarray]) -> np.ndarray:
     """The tensor that holds a layer's leaves side by side."""
     found = []
     for leaf in leaves:
@@ -121,7 +123,7 @@ def _joined(family: Family, leaves: list[str], ours: Callable[[str], np.ndarray]
     return np.concatenate(found, axis=-1 if family.inputs_first else 0)
 
 
-def _scales(family: Family, cfg: ModelConfig, target: ModelConfig) -> dict[str, float]:
+def _scales(family: ModelFamily, cfg: ModelConfig, target: ModelConfig) -> dict[str, float]:
     """Factors of leaves, by stem: those of attention's scores and of the logits that the family has no setting for."""
     scores, logits = attention_scale(cfg) / attention_scale(target), logits_factor(cfg) / logits_factor(target)
     last = "norm_final" if cfg.tied else "head"
