@@ -19,8 +19,10 @@ from worker_pool import serve
 
 from gptjax.config import TrainConfig
 from gptjax.config.section import build
-from gptjax.interop.huggingface import HEAD, LAYER, PREFIX, TOP
-from gptjax.parallel.sharding import make_mesh, suffix
+from gptjax.interop.families import FAMILIES
+from gptjax.interop.layout import written_tensors
+from gptjax.model.decoder import Decoder
+from gptjax.parallel.sharding import make_mesh
 from gptjax.runtime.compile_cache import enable_compile_cache
 from gptjax.runtime.process import tune_process
 from gptjax.training.build import build_components
@@ -91,8 +93,10 @@ class Ours(JaxCompetitor):
             self.state = init_state(self.parts.init, self.config.seed, self.mesh)
             self.step = compile_step(self.parts.step, self.mesh, self.state, {}, self.batches[0])
         if setting.get("weights"):
-            named = huggingface_names(setting["family"], self.state.params)
-            np.savez(setting["weights"], **named)  # pyright: ignore[reportArgumentType]
+            params = self.state.params
+            decoder = Decoder(self.config.model, len(params["embed_VD"]), self.config.data.length)
+            written = written_tensors(FAMILIES[setting["family"]], decoder, params)
+            np.savez(setting["weights"], **{name: make() for name, _, make in written})  # pyright: ignore[reportArgumentType]
 
     def run(self, steps: int) -> Rows:
         """So many steps of the training loop; the loss and the norm of the gradient of each."""
@@ -126,29 +130,6 @@ class Plain(JaxCompetitor):
         rows = self.decoder.run([next(given)[0] for _ in range(steps)])
         self.done += steps
         return rows
-
-
-def huggingface_names(family: str, params: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Our parameters by the names, and in the layouts, of a Hugging Face model: the way back of interop.huggingface."""
-    named = {PREFIX[family] + there: np.asarray(params[name]) for name, there in TOP[family].items() if name in params}
-    if "head_VD" in params:
-        named[HEAD] = np.asarray(params["head_VD"])
-    if "position_TD" in params:
-        named[PREFIX[family] + "wpe.weight"] = np.asarray(params["position_TD"])
-    # GPT-2 has queries, keys and values side by side in this order; a tree from jax is in that of the alphabet.
-    for name, stack in sorted(params["layers"].items(), key=lambda item: "qkv".find(item[0].split("_")[0])):
-        letters = suffix(name)[1:]
-        stem = name.removesuffix(f"_N{letters}")
-        part, stem = ("bias" if stem.endswith("_bias") else "weight"), stem.removesuffix("_bias")
-        for n, x in enumerate(np.asarray(stack)):
-            if part == "bias" or stem.startswith("norm_"):
-                x = x.reshape(-1)
-            else:
-                x = x.reshape(-1, x.shape[-1]) if letters.endswith("D") else x.reshape(x.shape[0], -1)
-                x = x if family == "gpt2" else x.T
-            there = f"{PREFIX[family]}{LAYER[family][stem].format(n=n)}.{part}"
-            named[there] = np.concatenate([named[there], x], axis=-1) if there in named else x
-    return named
 
 
 def competitor(setting: dict[str, Any]) -> JaxCompetitor:
