@@ -22,7 +22,7 @@ from gptjax.model.counts import padded_vocab
 from gptjax.model.head import logits
 from gptjax.model.mup import init_factor, logits_factor
 from gptjax.ops.linear import embed
-from gptjax.ops.reference import cached, causal, dropout
+from gptjax.ops.reference import cached, causal, dropout, tree
 from gptjax.parallel.context import from_zigzag, to_zigzag
 from gptjax.parallel.sharding import constrain, num_shards, suffix
 
@@ -194,6 +194,7 @@ class Decoder(nn.Module):
         positions_BL: jax.Array,
         segments_BL: jax.Array | None = None,
         *,
+        until_BL: jax.Array | None = None,
         cache: list[Cache] | None = None,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, list[Cache] | None]:
@@ -201,12 +202,13 @@ class Decoder(nn.Module):
 
         Training gives segments_BL (documents of a packed row; 0 is padding) and may give a key, which turns dropout on;
         decoding a cache from `empty_cache`: see `extend`, which a loop calls itself, with parameters unstacked once.
+        Scoring may give until_BL in place of segments, for rows that hold a `tree` of texts.
         """
         if cache is not None:
             params = unstacked({**self.top, "layers": self.layers}, self.cfg.dtype)
             return extend(self, params, tokens_BL, positions_BL, cache)
-        assert segments_BL is not None, "without a cache, segments say which positions see each other"
-        return self._run(tokens_BL, positions_BL, segments_BL, key)[0], None
+        assert (segments_BL is None) != (until_BL is None), "without a cache, one of them says who sees whom"
+        return self._run(tokens_BL, positions_BL, segments_BL, key, until_BL=until_BL)[0], None
 
     def with_norms(
         self, tokens_BL: jax.Array, positions_BL: jax.Array, segments_BL: jax.Array, *, key: jax.Array | None = None
@@ -214,14 +216,14 @@ class Decoder(nn.Module):
         """Hidden states x_BLD as in training, and rms_N, the root mean square of the stream after each layer."""
         return self._run(tokens_BL, positions_BL, segments_BL, key, norms=True)
 
-    def _run(self, tokens_BL, positions_BL, segments_BL, key, norms=False):
+    def _run(self, tokens_BL, positions_BL, segments_BL, key, norms=False, until_BL=None):
         # A block of the user's own may look at its neighbours, so only ours is given rows in another order.
-        cfg, shards = self.cfg, num_shards(tokens_BL.shape[1]) if self.block is block else 1
+        cfg, shards = self.cfg, num_shards(tokens_BL.shape[1]) if self.block is block and until_BL is None else 1
         if shards > 1:
             tokens_BL, positions_BL, segments_BL = (
                 to_zigzag(x, shards) for x in (tokens_BL, positions_BL, segments_BL)
             )
-        mask = causal(segments_BL, self.packed, shards)
+        mask = causal(segments_BL, self.packed, shards) if until_BL is None else tree(until_BL)
         x_BLD = embed_tokens(cfg, self.top, tokens_BL, positions_BL)
         layer_keys = None
         if key is not None and cfg.dropout:

@@ -80,11 +80,11 @@ def attention(
     """out_BLHK of attention.attend, computed as cfg.attention says; a key turns dropout on.
 
     The output bears the name "attention" for remat. A cache's queries, which are no rows of their own, take the plain
-    product or, several of them on many keys, blocks.
+    product or, several of them on many keys, blocks. A tree of texts takes the plain product.
     """
     L, M, on = q_BLHK.shape[1], k_BMGK.shape[1], device()
     seen = {"scale": scale, "window": window, "softcap": cfg.attention_softcap}
-    if L == 1:
+    if L == 1 or mask.until_BM is not None:
         # One query's scores are M numbers a head: for it the plain product already is linear in memory.
         name = "plain"
     elif mask.of_rows:

@@ -9,20 +9,22 @@ import jax.numpy as jnp
 from gptjax.parallel import context
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["query_BL", "query_segments_BL", "key_segments_BM"],
-                   meta_fields=["aligned", "shards"])  # fmt: skip
+@functools.partial(jax.tree_util.register_dataclass, meta_fields=["aligned", "shards"],
+                   data_fields=["query_BL", "query_segments_BL", "key_segments_BM", "until_BM"])  # fmt: skip
 @dataclasses.dataclass(frozen=True)
 class AttentionMask:
     """Mask of attention without an L x M array: a query sees keys at places m <= query_BL in its segment.
 
     query_BL is the place of each query among the keys. Segments are None where all keys belong to one document. Known
     before anything runs is, of rows with as many keys as queries, whether query l is at place l (aligned), or else how
-    many context shards' zigzag order both stand in (shards, see parallel/context.py).
+    many context shards' zigzag order both stand in (shards, see parallel/context.py). In a row that holds a tree of
+    texts (see `tree`), until_BM is the place from which on a key is seen no more.
     """
 
     query_BL: jax.Array
     query_segments_BL: jax.Array | None = None
     key_segments_BM: jax.Array | None = None
+    until_BM: jax.Array | None = None
     aligned: bool = False
     shards: int = 1
 
@@ -46,6 +48,15 @@ def causal(segments_BL: jax.Array, packed: bool = True, shards: int = 1) -> Atte
     return AttentionMask(places_BL, segments, segments, aligned=shards == 1, shards=shards)
 
 
+def tree(until_BL: jax.Array) -> AttentionMask:
+    """A row that holds texts with common beginnings once: a tree, its tokens depth first.
+
+    The token at place m is seen by its own descendants, which are the places m .. until_BL[m] - 1.
+    """
+    places_BL = jnp.broadcast_to(jnp.arange(until_BL.shape[1], dtype=jnp.int32), until_BL.shape)
+    return AttentionMask(places_BL, until_BM=until_BL, aligned=True)
+
+
 def cached(positions_BL: jax.Array) -> AttentionMask:
     """Cached decoding: the token at position p sees the slots 0..p, which is all that was written."""
     return AttentionMask(positions_BL)
@@ -60,6 +71,8 @@ def dense_mask(mask: AttentionMask, keys: int, window: jax.typing.ArrayLike | No
         mask_BLM &= behind_BLM < window
     if mask.query_segments_BL is not None and mask.key_segments_BM is not None:
         mask_BLM &= mask.query_segments_BL[:, :, None] == mask.key_segments_BM[:, None, :]
+    if mask.until_BM is not None:
+        mask_BLM &= mask.query_BL[:, :, None] < mask.until_BM[:, None, :]
     return mask_BLM
 
 

@@ -1,0 +1,30 @@
+"""Texts as the ids that are scored, cut where lm-eval cuts them."""
+
+from collections.abc import Sequence
+
+from gptjax.config.section import InputError
+from gptjax.tokenizer import Tokenizer
+
+
+def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+    """The ids of each (context, continuation).
+
+    As in lm-eval, white space at the end of the context goes to the continuation, both are encoded as one text, and
+    what is behind the context's own ids is the continuation. The id that begins a document stands in front where the
+    tokenizer's prompts begin with it, or the context is empty. Raises InputError for a continuation without ids.
+    """
+    moved = []
+    for context, continuation in pairs:
+        kept = context.rstrip()
+        moved.append((kept, context[len(kept) :] + continuation))
+    wholes = tokenizer.encode_batch([context + continuation for context, continuation in moved])
+    contexts = tokenizer.encode_batch([context for context, _ in moved])
+    encoded = []
+    for (context, continuation), whole, ids in zip(moved, wholes, contexts, strict=True):
+        if len(whole) <= len(ids):
+            raise InputError(
+                f"the continuation {continuation[:40]!r} adds no token to {context[-40:]!r}; wanted a text that does"
+            )
+        front = [tokenizer.bos_id] if tokenizer.begins or not ids else []
+        encoded.append(([*front, *ids], whole[len(ids) :]))
+    return encoded
