@@ -24,19 +24,19 @@ def digests(tree: Any) -> dict[str, int]:
     summed modulo 2^32; so neither the order of the sum nor the layout over devices matters, and exchanging two
     elements is seen but for a chance of 2^-32.
     """
-    leaves = named_leaves(tree)
-    meshes = [x.sharding.mesh for x in leaves.values() if isinstance(getattr(x, "sharding", None), NamedSharding)]
-    # Several processes can each read the result only if every device has the whole of it.
-    numbers = _compiled(NamedSharding(meshes[0], P()) if meshes else None)(list(leaves.values()))
-    return dict(zip(leaves, map(int, np.asarray(numbers)), strict=True))
+    # One leaf after the other: XLA on a CPU keeps the mixed numbers of a whole leaf in memory before it sums them.
+    return {name: int(np.asarray(_compiled(_replicated(leaf))(leaf))) for name, leaf in named_leaves(tree).items()}
+
+
+def _replicated(leaf: Any) -> NamedSharding | None:
+    """The sharding of a leaf's digest: several processes can each read it only if every device has it."""
+    sharding = getattr(leaf, "sharding", None)
+    return NamedSharding(sharding.mesh, P()) if isinstance(sharding, NamedSharding) else None
 
 
 @functools.cache
 def _compiled(out_sharding: NamedSharding | None):
-    def all_leaves(leaves):
-        return jnp.stack([_digest(x) for x in leaves])
-
-    return jax.jit(all_leaves, out_shardings=out_sharding)
+    return jax.jit(_digest, out_shardings=out_sharding)
 
 
 def _digest(x: jax.Array) -> jax.Array:
