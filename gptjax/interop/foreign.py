@@ -1,10 +1,28 @@
 """A config.json of transformers, whose values are checked as they are read."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any, Literal
 
-from gptjax.config.section import InputError
+from gptjax.config.section import InputError, one_line
+
+MOST_JSON = 32 * 2**20
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises InputError where it is none, or larger than any that comes with a model."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(MOST_JSON + 1)
+        if len(content) > MOST_JSON:
+            raise ValueError(f"it has more than {MOST_JSON:,} bytes")
+        values = json.loads(content.decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} can't be read as JSON ({one_line(error)})") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: wanted a JSON object, got a {type(values).__name__}")
+    return values
 
 
 class ForeignConfig:

@@ -11,18 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
-from gptjax.config import ModelConfig
 from gptjax.config.section import InputError, one_line
 from gptjax.interop.families import HEAD
+from gptjax.interop.folder import check_shape
 from gptjax.interop.foreign import ForeignConfig
-from gptjax.interop.huggingface import assemble
+from gptjax.interop.gguf_file import MAGIC, GGUFFile
+from gptjax.interop.huggingface import Imported, assemble
 from gptjax.tokenizer import Tokenizer
 from gptjax.tokenizer.huggingface import HuggingFaceTokenizer
 from gptjax.tokenizer.interface import JSON_FILE
 from gptjax.tokenizer.splitting import COMPLETE, PATTERNS
 
-MAGIC = b"GGUF"
 # llama.cpp's architecture: the model_type that its checkpoints have in transformers.
 ARCHITECTURES = {"llama": "llama", "qwen3": "qwen3"}
 TOP = {
@@ -60,49 +61,41 @@ CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 def is_gguf(path: Path) -> bool:
     """True for a file that begins as GGUF does."""
     try:
+        if not path.is_file():
+            return False
         with path.open("rb") as file:
             return file.read(4) == MAGIC
     except OSError:
         return False
 
 
-def import_gguf(path: Path) -> tuple[tuple[ModelConfig, int, int, dict[str, Any]], Tokenizer | None, str]:
+def import_gguf(path: Path, mesh: Mesh | None = None) -> tuple[Imported, Tokenizer | None, str]:
     """The result of import_huggingface for a file, its tokenizer, and the reason where that is None.
 
     Raises InputError where the file is damaged, or holds what the decoder can't represent.
     """
-    file = _Reader(path)
-    vocab_size = file.tensors["token_embd.weight"].shape[1] if "token_embd.weight" in file.tensors else 0
-    settings = ForeignConfig(path, file.settings() | {"vocab_size": int(vocab_size)})
-    imported = assemble(settings, lambda: file)
+    file = _Tensors(path)
+    vocab_size = file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else 0
+    settings = ForeignConfig(path, file.settings() | {"vocab_size": vocab_size})
+    imported = assemble(settings, lambda: file, mesh)
     try:
         return imported, file.tokenizer(), ""
     except InputError as error:
         return imported, None, str(error)
 
 
-class _Reader:
-    """The keys and tensors of a GGUF file; the tensors by the names that they have in transformers."""
+class _Tensors:
+    """The tensors of a GGUF file by the names, and with the order of rows, that they have in transformers."""
 
     def __init__(self, path: Path):
-        try:
-            import gguf
-        except ImportError:
-            raise InputError(f"reading {path.name} needs a package more: pip install 'gptjax[gguf]'") from None
-        self.folder, self._gguf, self.taken = path, gguf, set[str]()
-        version = int.from_bytes(path.open("rb").read(8)[4:], "little")
-        if version not in (2, 3):  # of a big-endian file gguf sees no tensors, and says nothing
-            raise InputError(f"{path}: GGUF version {version}; wanted a little-endian file of version 2 or 3")
-        try:
-            reader = gguf.GGUFReader(str(path))
-            self.keys = {name: field.contents() for name, field in reader.fields.items()}
-            self.tensors = {tensor.name: tensor for tensor in reader.tensors}
-        except Exception as error:  # of many kinds, for a file that is damaged
-            raise InputError(f"{path} can't be read as GGUF ({one_line(error, 100)}); download it again") from None
+        self.path, self._file = path, GGUFFile(path)
+        self.keys, self.tensors = self._file.keys, self._file.tensors
         self.architecture = str(self.keys.get("general.architecture"))
         if self.architecture not in ARCHITECTURES:
-            raise InputError(f"{path}: architecture {self.architecture!r}; wanted {' or '.join(ARCHITECTURES)}")
-        self.names = {self._foreign(name): name for name in self.tensors}
+            raise InputError(
+                f"{path}: architecture {one_line(self.architecture, 40)!r}; wanted {' or '.join(ARCHITECTURES)}"
+            )
+        self.names = {self._foreign(name): tensor for name, tensor in self.tensors.items()}
 
     def settings(self) -> dict[str, Any]:
         """The values of a config.json; raises InputError for a key of the architecture that has no counterpart."""
@@ -116,34 +109,36 @@ class _Reader:
                 values[KEYS[name]] = float(str(np.float32(value))) if isinstance(value, float) else value
             elif name not in FIXED or FIXED[name] not in (None, value):
                 wanted = f"{FIXED[name]!r}" if name in FIXED else "no such key"
-                raise InputError(f"{self.folder}: {key}={one_line(value, 40)} is not supported; wanted {wanted}")
-        heads = values.get("num_attention_heads")
-        if not isinstance(heads, int):
-            raise InputError(
-                f"{self.folder}: {self.architecture}.attention.head_count={heads!r}; wanted a whole number"
-            )
-        rotated = self.keys.get(f"{self.architecture}.rope.dimension_count")
-        size = values.get("head_dim", values.get("hidden_size", 0) // max(1, heads))
+                raise InputError(f"{self.path}: {key}={one_line(value, 40)} is not supported; wanted {wanted}")
+        rotated, heads = self.keys.get(f"{self.architecture}.rope.dimension_count"), self._heads()
+        size = values.get("head_dim", self._whole("embedding_length") // heads)
         if rotated not in (None, size):
-            raise InputError(f"{self.folder}: rope.dimension_count={rotated} with heads of {size}; wanted whole heads")
+            raise InputError(f"{self.path}: rope.dimension_count={rotated} with heads of {size}; wanted whole heads")
         return values | {"tie_word_embeddings": "output.weight" not in self.tensors}
+
+    def _heads(self, kind: str = "") -> int:
+        """The number of heads, with kind="_kv" of those of keys and values, which are as many where none is given."""
+        missing = kind and f"{self.architecture}.attention.head_count{kind}" not in self.keys
+        return self._whole("attention.head_count" + ("" if missing else kind))
+
+    def _whole(self, name: str) -> int:
+        value = self.keys.get(f"{self.architecture}.{name}")
+        if type(value) is not int or value < 1:
+            shown = one_line(str(value), 40)
+            raise InputError(f"{self.path}: {self.architecture}.{name}={shown}; wanted a whole number above 0")
+        return value
+
+    def check(self, name: str, shape: Sequence[int]) -> None:
+        """Raises InputError unless the tensor is there and of this shape."""
+        check_shape(self.path, self.names, name, shape)
 
     def take(self, name: str, shape: Sequence[int]) -> np.ndarray:
         """The tensor as float32; raises InputError where it is missing, of an unknown type, or of another shape."""
-        if name not in self.names:
-            raise InputError(f"{self.folder}: tensor {name} is missing; wanted it with shape {list(shape)}")
-        tensor = self.tensors[self.names[name]]
-        stored = [int(n) for n in reversed(tensor.shape)]
-        if stored != list(shape):
-            raise InputError(f"{self.folder}: tensor {tensor.name} has shape {stored}; wanted {list(shape)}")
-        try:
-            x = np.asarray(self._gguf.dequantize(tensor.data, tensor.tensor_type), np.float32).reshape(stored)
-        except Exception as error:  # NotImplementedError for a type, ValueError for damaged data
-            raise InputError(f"{self.folder}: tensor {tensor.name} of type {tensor.tensor_type.name} can't be read "
-                             f"({one_line(error, 80)})") from None  # fmt: skip
-        self.taken.add(name)
-        if self.architecture == "llama" and (part := re.search(r"\.attn_([qk])\.", tensor.name)):
-            heads = self.keys["llama.attention.head_count" + ("_kv" if part[1] == "k" else "")]
+        self.check(name, shape)
+        stored = self.names[name].name
+        x = self._file.read(stored)
+        if self.architecture == "llama" and (part := re.search(r"\.attn_([qk])\.", stored)):
+            heads = self._heads("_kv" if part[1] == "k" else "")
             # llama.cpp's rotary positions turn neighbouring rows of a head, transformers' those of its two halves.
             x = x.reshape(heads, -1, 2, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
         return x
@@ -176,7 +171,7 @@ class _Reader:
             if i is not None and not 0 <= i < len(tokens):
                 raise InputError(f"{end}_token_id={i}; wanted one of {len(tokens)} tokens")
             ends[end] = "" if i is None else tokens[i]
-        made = HuggingFaceTokenizer({JSON_FILE: json.dumps(content).encode()}, **ends, name=self.folder.name)
+        made = HuggingFaceTokenizer({JSON_FILE: json.dumps(content).encode()}, **ends, name=self.path.name)
         made.begins = bool(self.keys.get(f"{key}add_bos_token", False))
         more = (self.keys.get(f"{key}{name}_token_id") for name in ("eot", "eom"))
         made.stop_ids = tuple(i for i in more if i is not None and 0 <= i < len(tokens) and i != made.eos_id)

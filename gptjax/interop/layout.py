@@ -36,19 +36,28 @@ def read_slice(
 
     `leaf` is its name in the tree of parameters, as q_NDHK, whose slice is q_DHK. Raises InputError as `take` does.
     """
+    name, stored = stored_tensor(tensors, family, decoder, leaf, n)
+    x, shape = tensors.take(name, stored), _shape(decoder, leaf)
+    if n is None:
+        return x if stored == shape else np.pad(x, [(0, shape[0] - stored[0]), *((0, 0) for _ in shape[1:])])
+    stem, _ = _parts(leaf)
+    side = _beside(family, stem)
+    if len(side) > 1:
+        x = np.split(x, len(side), axis=-1 if family.inputs_first else 0)[side.index(stem)]
+    return (x if family.inputs_first or x.ndim == 1 else x.T).reshape(shape)
+
+
+def stored_tensor(
+    tensors: TensorSource, family: ModelFamily, decoder: Decoder, leaf: str, n: int | None = None
+) -> tuple[str, tuple[int, ...]]:
+    """The name and the shape of the tensor that holds a leaf, or a layer of it: those that `read_slice` takes."""
     prefix = family.prefix if any(name.startswith(family.prefix) for name in tensors.names) else ""
     shape = _shape(decoder, leaf)
     if n is None:
         rows = decoder.vocab_size if suffix(leaf).startswith("V") else shape[0]
-        x = tensors.take(HEAD if leaf == "head_VD" else prefix + family.top[leaf], (rows, *shape[1:]))
-        return x if rows == shape[0] else np.pad(x, [(0, shape[0] - rows), *((0, 0) for _ in shape[1:])])
+        return HEAD if leaf == "head_VD" else prefix + family.top[leaf], (rows, *shape[1:])
     stem, part = _parts(leaf)
-    side = _beside(family, stem)
-    flat, stored = _flat(leaf, shape), _stored(family, leaf, shape)
-    x = tensors.take(f"{prefix}{family.layer[stem].format(n=n)}.{part}", stored)
-    if len(side) > 1:
-        x = np.split(x, len(side), axis=-1 if family.inputs_first else 0)[side.index(stem)]
-    return (x if family.inputs_first or len(flat) == 1 else x.T).reshape(shape)
+    return f"{prefix}{family.layer[stem].format(n=n)}.{part}", _stored(family, leaf, shape)
 
 
 def written_tensors(

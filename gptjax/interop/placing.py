@@ -1,0 +1,108 @@
+"""The parameters of a decoder, from the tensors of a file straight onto a mesh: one tensor at a time on the host.
+
+A stacked leaf is made on the devices and filled there layer by layer, each device with its own part. So no process
+holds the model a second time, and no device more than its share of it.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from gptjax.config.section import InputError
+from gptjax.interop.families import HEAD, ModelFamily
+from gptjax.interop.layout import TensorSource, read_slice, stored_tensor
+from gptjax.model.decoder import Decoder, dims, layer_params, top_params
+from gptjax.parallel.sharding import sharding_of, suffix
+
+P = jax.P
+
+# Constants that older versions of transformers saved beside the weights.
+CONSTANTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+
+
+class CheckedSource(TensorSource, Protocol):
+    """Tensors whose types and shapes are known before their numbers are read; `path` is that of the file or folder."""
+
+    path: Any
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises InputError unless the tensor is there, of a type that is read, and of this shape."""
+        ...
+
+
+def place(tensors: CheckedSource, family: ModelFamily, decoder: Decoder, mesh: Mesh) -> dict[str, Any]:
+    """Every parameter that the decoder declares, as float32 on the mesh, the vocabulary padded with zeros.
+
+    All names, types and shapes are checked before the first number is read. Raises InputError for tensors that are
+    missing, left over, or of another type or shape, and for weights that are not finite.
+    """
+    _check(tensors, family, decoder)
+    size = dims(decoder.cfg, decoder.vocab_size, decoder.context)
+
+    def read(leaf: str, n: int | None = None) -> np.ndarray:
+        x = read_slice(tensors, family, decoder, leaf, n)
+        if not np.isfinite(x).all():
+            name, _ = stored_tensor(tensors, family, decoder, leaf, n)
+            raise InputError(f"{tensors.path}: tensor {name} holds weights that are not finite; download it again")
+        return x
+
+    def whole(leaf: str) -> jax.Array:
+        x = read(leaf)
+        if leaf == "embed_VD" and decoder.cfg.tied and HEAD in tensors.names:
+            _check_tied(tensors, x[: decoder.vocab_size])
+        return jax.make_array_from_callback(x.shape, sharding_of(leaf, x.shape, mesh), x.__getitem__)
+
+    def stacked(leaf: str) -> jax.Array:
+        shape = tuple(size[letter] for letter in suffix(leaf))
+        sharding = sharding_of(leaf, shape, mesh)
+        of_layer = NamedSharding(mesh, P(*sharding.spec[1:]))
+        fill = _filling(sharding)
+        x = jnp.zeros(shape, jnp.float32, device=sharding)
+        for n in range(shape[0]):
+            layer = read(leaf, n)
+            x = fill(x, jax.make_array_from_callback(shape[1:], of_layer, layer.__getitem__), np.int32(n))
+        return x
+
+    # The large leaves first, while there is little else in memory.
+    params: dict[str, Any] = {leaf: whole(leaf) for leaf in sorted(top_params(decoder.cfg), key=suffix, reverse=True)}
+    return params | {"layers": {leaf: stacked(leaf) for leaf in layer_params(decoder.cfg)}}
+
+
+@functools.cache
+def _filling(sharding: NamedSharding) -> Callable[[jax.Array, jax.Array, np.int32], jax.Array]:
+    """The function that puts layer n into a stack, whose memory it takes over."""
+
+    def fill(stack: jax.Array, layer: jax.Array, n: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(stack, layer, n, 0)
+
+    return jax.jit(fill, out_shardings=sharding, donate_argnums=0)
+
+
+def _check(tensors: CheckedSource, family: ModelFamily, decoder: Decoder) -> None:
+    left = set(tensors.names)
+    for leaves, layers in (
+        (top_params(decoder.cfg), [None]),
+        (layer_params(decoder.cfg), range(decoder.cfg.num_layers)),
+    ):
+        for n in layers:  # a model of too many layers ends at the first that is missing
+            for leaf in leaves:
+                name, shape = stored_tensor(tensors, family, decoder, leaf, n)
+                tensors.check(name, shape)
+                left.discard(name)
+    if decoder.cfg.tied:
+        left.discard(HEAD)
+    if left := sorted(name for name in left if not name.endswith(CONSTANTS)):
+        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        plain = f"wanted a plain {family.model_type} model"
+        raise InputError(f"{tensors.path}: no place for tensor {', '.join(left[:3])}{more}; {plain}")
+
+
+def _check_tied(tensors: CheckedSource, embed_VD: np.ndarray) -> None:
+    """Raises InputError where a file repeats the tied head, and it is another."""
+    if not np.array_equal(tensors.take(HEAD, embed_VD.shape), embed_VD):
+        raise InputError(f"{tensors.path}: tie_word_embeddings is true, but {HEAD} differs from the embedding")
