@@ -17,7 +17,7 @@ from corpora import run_python
 from gptjax.config import CheckpointConfig, MeshConfig
 from gptjax.config.section import InputError
 from gptjax.parallel.sharding import make_mesh, shardings, to_global
-from gptjax.runs import checkpoint
+from gptjax.runs import checkpoint, digest
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.digest import digests, named_leaves
 from gptjax.runs.manifest import MANIFEST, write_manifest
@@ -321,7 +321,7 @@ def test_a_listing_that_fails_is_not_taken_for_a_folder_without_checkpoints(fold
 KILLED = """
 import os, shutil, signal, sys, threading
 import jax.numpy as jnp
-from gptjax.runs import checkpoint
+from gptjax.runs import checkpoint, digest
 from gptjax.runs import manifest
 from gptjax.config import CheckpointConfig
 c = checkpoint.Checkpoints(sys.argv[1], CheckpointConfig(keep_newest=1))
@@ -358,7 +358,7 @@ def test_a_kill_during_a_save_or_a_delete_leaves_the_last_committed_step(tmp_pat
 FULL = """
 import resource, signal, sys
 import jax.numpy as jnp
-from gptjax.runs import checkpoint
+from gptjax.runs import checkpoint, digest
 from gptjax.config import CheckpointConfig
 c = checkpoint.Checkpoints(sys.argv[1], CheckpointConfig())
 c.save(1, {"w_D": jnp.zeros(4)}, {}, {})
@@ -434,11 +434,19 @@ def test_another_program_can_read_the_state(folder):
 # Digests.
 
 
-def test_a_digest_does_not_depend_on_the_mesh():
+def test_a_digest_depends_neither_on_the_mesh_nor_on_the_blocks_it_is_read_in(monkeypatch):
     meshes = [make_mesh(MeshConfig(**m)) for m in ({"fsdp": 8, "data": 1}, {"fsdp": 2, "tensor": 4, "data": 1})]
     plain = digests(make_params())
     assert all(digests(to_global(make_params(), mesh)) == plain for mesh in meshes)
     assert list(plain) == ["embed_VD", "layers.q_NDHK", "layers.scale_ND"]
+    monkeypatch.setattr(digest, "LARGE", 1)
+    trees = [make_params(), *(to_global(make_params(), mesh) for mesh in meshes)]
+    assert all(digests(tree) == plain for tree in trees)
+    with jax.enable_x64(True):  # whose elements are two numbers each
+        x = np.random.default_rng(0).standard_normal((6, 5))
+        in_blocks = digests({"x": jnp.asarray(x)})
+        monkeypatch.setattr(digest, "LARGE", 2**40)
+        assert digests({"x": jnp.asarray(x)}) == in_blocks
 
 
 DTYPES = ["float32", "bfloat16", "float16", "int32", "uint32", "int8", "uint8", "bool", "int64", "float64"]
