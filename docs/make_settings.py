@@ -27,6 +27,7 @@ VERBS: dict[str, Any] = {
     "sweep": SweepConfig,
     "fit": FitConfig,
     "predict": PredictConfig,
+    "import": config.ImportConfig,
     "verify": VerifyConfig,
     "doctor": DoctorConfig,
 }
@@ -60,6 +61,8 @@ def page() -> str:
             if group:
                 parts.append(f"\n### {group}\n\n{_sentence(of.__doc__)}\n")
             resume = verb == "pretrain"
+            if all("." in name for name, _ in leaves(of())):
+                continue
             parts.append("\n| setting | values | default | meaning |" + (" resume |" if resume else ""))
             parts.append("\n|---|---|---|---|" + ("---|" if resume else "") + "\n")
             docs = field_docs(of)

@@ -9,7 +9,15 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
-from gptjax.config import ContinueConfig, EvalConfig, PrepareConfig, ShowConfig, TrainConfig, TrainTokenizerConfig
+from gptjax.config import (
+    ContinueConfig,
+    EvalConfig,
+    ImportConfig,
+    PrepareConfig,
+    ShowConfig,
+    TrainConfig,
+    TrainTokenizerConfig,
+)
 from gptjax.config.command_line import (
     HELP,
     given_names,
@@ -258,13 +266,14 @@ def predict(args: list[str]) -> int:
 
 
 def import_run(args: list[str]) -> int:
-    """import SOURCE RUN        make a run of a Hugging Face GPT-2, Llama, Mistral or Qwen3 folder, or of a GGUF file"""
+    """import SOURCE RUN        make a run of a Hugging Face folder, a GGUF file, or a name of the hub (ORG/NAME)"""
     source, args = positional(args, "SOURCE", "gptjax import SOURCE RUN")
     run, args = positional(args, "RUN", "gptjax import SOURCE RUN")
-    nothing_left(args, "gptjax import SOURCE RUN")
-    from gptjax.commands import import_run
+    cfg = parse(ImportConfig(), args, f"gptjax import {source} {run}")
+    tune_process()
+    from gptjax.interop.importing import import_run
 
-    say(import_run(source, run))
+    say(import_run(source, run, cfg))
     _next("checkpoint", "verify", run)
     return 0
 

@@ -1,6 +1,6 @@
-"""Verbs on a run: evaluate it, continue prompts, show its data, make one of foreign weights.
+"""Verbs on a run: evaluate it, continue prompts, show its data.
 
-Each imports its own room: continuing a prompt needs none of data, interop or evals.
+Each imports its own room: continuing a prompt needs none of data or evals.
 """
 
 import dataclasses
@@ -11,14 +11,12 @@ from typing import Any
 
 import jax
 
-from gptjax.config import ContinueConfig, DataConfig, EvalConfig, TokenizerConfig, TrainConfig
-from gptjax.config.section import InputError, leaves
+from gptjax.config import ContinueConfig, EvalConfig
+from gptjax.config.section import leaves
 from gptjax.parallel.processes import join_processes
 from gptjax.parallel.sharding import abstract
 from gptjax.runs.load import LoadedModel, load_model, open_checkpoints
-from gptjax.runs.run import Provenance, Run, load_config
-from gptjax.storage import filesystem, resolve_path
-from gptjax.tokenizer import open_tokenizer
+from gptjax.runs.run import Run, load_config
 
 
 def evaluate_run(run_dir: str | Path, cfg: EvalConfig) -> dict[str, Any]:
@@ -86,47 +84,3 @@ def show_step(run_dir: str | Path, step: int, rows: int) -> str:
     if (newest := checkpoints.newest()) is not None:
         data.check(checkpoints.data_state(newest))
     return show(data.batch(first), data.tokenizer, range(min(rows, batch_size)), data.sources(first))
-
-
-def import_run(source: str | Path, run_dir: str | Path) -> str:
-    """Makes a run of a Hugging Face folder (GPT-2, Llama, Mistral, Qwen3) or a GGUF file; returns a line about it.
-
-    Raises InputError where the source is neither, holds what the decoder can't represent, or run_dir is a run already.
-    """
-    from gptjax.interop.gguf import import_gguf, is_gguf
-    from gptjax.interop.huggingface import import_huggingface, set_conventions
-    from gptjax.runs.checkpoint import Checkpoints
-
-    if filesystem(resolve_path(run_dir)).is_file(Run.at(run_dir).config_path):
-        raise InputError(f"{run_dir} is a run already; give another folder")
-    tokenizer, reason = None, ""
-    if is_gguf(Path(source)):
-        (model, vocab_size, context, params), tokenizer, reason = import_gguf(Path(source))
-    else:
-        model, vocab_size, context, params = import_huggingface(Path(source))
-        try:
-            tokenizer = open_tokenizer(Path(source))
-            set_conventions(tokenizer, Path(source))
-        except InputError as error:
-            reason = str(error)
-    note = f"; it takes no text: {reason}" if reason else ""
-    config = TrainConfig(
-        run_dir=str(run_dir),
-        model=model,
-        tokenizer=TokenizerConfig(
-            kind=tokenizer.kind if tokenizer else "sentencepiece",  # pyright: ignore[reportArgumentType]
-            vocab_size=vocab_size,
-            path=str(Path(source).absolute()) if tokenizer else "",
-        ),
-        data=DataConfig(source=str(source), length=context),
-    )
-    run = Run.open(run_dir, config, Provenance(str(source)))
-    if tokenizer is not None:
-        tokenizer.save(run.tokenizer)
-        run.push(run.tokenizer)
-    checkpoints = Checkpoints(run.checkpoints, config.checkpoint)
-    checkpoints.save(0, {"params": params}, {"rows": 0}, dict(leaves(config)))
-    checkpoints.wait()
-    run.close()
-    count = sum(x.size for x in jax.tree.leaves(params))
-    return f"imported {count:,} parameters (vocabulary padded) into {run.folder}{note}"

@@ -33,6 +33,8 @@ DOORS = {
     "tqdm": {"training.progress", "data"},
     "tyro": {"config.command_line"},
     "safetensors": {"interop"},
+    "huggingface_hub": {"interop.hub"},
+    "gguf": {"interop"},
     "pyarrow": {"data"},
     "packaging": {"diagnostics.doctor.versions"},
     "datasets": {"data"},

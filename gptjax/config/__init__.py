@@ -16,6 +16,7 @@ from gptjax.config.training import (
     CheckpointConfig,
     EvalConfig,
     EvaluateConfig,
+    ImportConfig,
     MeshConfig,
     TrainConfig,
     check_divisible,
@@ -26,7 +27,7 @@ from gptjax.config.training import (
 
 __all__ = [
     "CHANGEABLE", "SCHEMA", "STAGES", "CheckpointConfig", "ContinueConfig", "DataConfig", "EvalConfig",
-    "EvaluateConfig", "GenerateConfig", "MeshConfig", "ModelConfig", "OptimConfig",
+    "EvaluateConfig", "GenerateConfig", "ImportConfig", "MeshConfig", "ModelConfig", "OptimConfig",
     "PrepareConfig", "ShowConfig", "TokenizerConfig", "TrainConfig", "TrainTokenizerConfig",
     "check_divisible", "defining_settings", "frozen_settings", "frozen_changes",
 ]  # fmt: skip

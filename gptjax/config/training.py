@@ -122,6 +122,13 @@ class EvalConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImportConfig(Section):
+    """Make a run of weights from elsewhere; unless told otherwise, each device holds a part of them."""
+
+    mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1, fsdp=-1))
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig(Section):
     """Pretraining from start to end."""
 
