@@ -9,15 +9,7 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
-from gptjax.config import (
-    ContinueConfig,
-    EvalConfig,
-    ImportConfig,
-    PrepareConfig,
-    ShowConfig,
-    TrainConfig,
-    TrainTokenizerConfig,
-)
+from gptjax.config import ContinueConfig, EvalConfig, PrepareConfig, ShowConfig, TrainConfig, TrainTokenizerConfig
 from gptjax.config.command_line import (
     HELP,
     given_names,
@@ -30,6 +22,7 @@ from gptjax.config.command_line import (
     unknown_verb,
 )
 from gptjax.config.section import InputError
+from gptjax.config.training import ImportConfig
 from gptjax.parallel.cluster import RetryableError
 from gptjax.parallel.processes import exit_all, is_main_process, join_processes, process_label, say, working
 from gptjax.runtime.process import require_platform, tune_process
