@@ -91,7 +91,7 @@ def test_a_loss_of_the_users_own_is_trained(tmp_path, text):
         def loss_fn(params, frozen, batch, key):
             inputs = (batch["inputs_BL"], batch["positions_BL"], batch["segments_BL"])
             x_BLD, _ = decoder.apply({"params": params}, *inputs, key=key)
-            log_p_BL = token_log_probs(x_BLD, head(params), batch["targets_BL"], decoder.vocab_size)
+            log_p_BL, _ = token_log_probs(x_BLD, head(params), batch["targets_BL"], decoder.vocab_size)
             weight = batch["weights_BL"].sum()
             loss = (batch["weights_BL"] * (1 - jnp.exp(log_p_BL)) ** 2 * -log_p_BL).sum() / weight
             return loss, {"loss": loss, "weight": weight}

@@ -90,11 +90,56 @@ def test_chunks_of_rows_that_devices_share_stay_where_they_lie(monkeypatch):
     assert not re.search("all-gather|all-to-all|collective-permute", compiled.as_text())
 
 
-@pytest.mark.parametrize("softcap", [0.0, 3.0])
-def test_token_log_probs_sum_to_the_cross_entropy(softcap):
+def plain_log_probs(x_BLD, head_VD, targets_BL, temperature, softcap):
+    """log p of the targets and the entropy, written down directly."""
+    logits_BLV = jnp.einsum("BLD,VD->BLV", x_BLD, head_VD)[..., :VOCAB]
+    if softcap:
+        logits_BLV = softcap * jnp.tanh(logits_BLV / softcap)
+    log_p_BLV = jax.nn.log_softmax(logits_BLV / temperature)
+    picked_BL = jnp.take_along_axis(log_p_BLV, targets_BL[..., None], axis=-1)[..., 0]
+    return picked_BL, -(jnp.exp(log_p_BLV) * log_p_BLV).sum(-1)
+
+
+@pytest.mark.parametrize(("temperature", "softcap"), [(1.0, 0.0), (0.7, 3.0)])
+@pytest.mark.parametrize("rows_a_chunk", [1, 8])
+def test_token_log_probs_and_entropies_in_chunks_are_the_plain_ones(monkeypatch, rows_a_chunk, temperature, softcap):
+    hold(monkeypatch, 4 * B * rows_a_chunk * V)
     x, head, targets, weights = arrays()
-    total = -(token_log_probs(x, head, targets, VOCAB, softcap) * weights).sum()
-    np.testing.assert_allclose(total, cross_entropy(x, head, targets, weights, VOCAB, softcap=softcap), rtol=1e-6)
+    more = jax.random.normal(jax.random.key(1), (B, L))
+
+    def weighted(function):  # other factors for each token and for both results
+        def value(x, head):
+            log_p, entropy = function(x, head)
+            return (log_p * weights).sum() + (entropy * more).sum(), (log_p, entropy)
+
+        return jax.value_and_grad(value, argnums=(0, 1), has_aux=True)
+
+    chunked = lambda x, h: token_log_probs(x, h, targets, VOCAB, softcap, temperature)  # noqa: E731
+    direct = lambda x, h: plain_log_probs(x, h, targets, temperature, softcap)  # noqa: E731
+    with jax.default_matmul_precision("highest"):
+        (_, got), got_grads = weighted(chunked)(x, head)
+        (_, want), want_grads = weighted(direct)(x, head)
+    for a, b in zip((*got, *got_grads), (*want, *want_grads), strict=True):
+        assert a.shape == b.shape and a.dtype == jnp.float32
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * abs(b).max())
+    np.testing.assert_array_equal(got_grads[1][VOCAB:], 0)
+
+
+def test_token_log_probs_sum_to_the_cross_entropy():
+    x, head, targets, weights = arrays()
+    total = -(token_log_probs(x, head, targets, VOCAB)[0] * weights).sum()
+    np.testing.assert_allclose(total, cross_entropy(x, head, targets, weights, VOCAB), rtol=1e-6)
+
+
+def test_token_log_probs_hold_no_array_of_all_logits(monkeypatch):
+    hold(monkeypatch, 4 * B * V)
+    x, head, targets, _ = arrays()
+    step = jax.jit(jax.grad(lambda x, h: sum(a.sum() for a in token_log_probs(x, h, targets, VOCAB)), argnums=(0, 1)))
+    lowered = step.lower(x, head)
+    assert f"tensor<{B}x1x{V}xf32>" in lowered.as_text()
+    shapes = [set(shape.split(",")) for shape in re.findall(r"f32\[([\d,]+)\]", lowered.compile().as_text())]
+    assert {str(B), "1", str(V)} in shapes, "a chunk of logits"
+    assert not any({str(B), str(L), str(V)} <= shape for shape in shapes)
 
 
 def test_a_soft_cap_bounds_the_logits_and_leaves_the_masked_ids_masked():

@@ -36,12 +36,30 @@ def language_model_loss(decoder: Decoder, z_loss: float = 0.0, norms: bool = Fal
 
 
 def token_log_probs(
-    x_BLD: jax.Array, head_VD: jax.Array, targets_BL: jax.Array, vocab_size: int, softcap: float = 0.0
-) -> jax.Array:
-    """log p(target) at every position, shape BL, in nats."""
-    logits_BLV = logits(x_BLD, head_VD, vocab_size, softcap)
-    picked_BL = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0]
-    return picked_BL - jax.nn.logsumexp(logits_BLV, axis=-1)
+    x_BLD: jax.Array,
+    head_VD: jax.Array,
+    targets_BL: jax.Array,
+    vocab_size: int,
+    softcap: float = 0.0,
+    temperature: float = 1.0,
+) -> tuple[jax.Array, jax.Array]:
+    """(log p(target), entropy of p) at every position, both of shape BL and in nats, p = softmax(logits / temperature).
+
+    The length is cut into chunks, and each chunk's logits are computed again for its gradient: only one chunk of them
+    is ever held. temperature > 0; `softcap` as in `logits`.
+    """
+    chunks = loss_chunks(targets_BL.shape, head_VD.shape)
+
+    # Gradients of the head are added up over the chunks in its own type, float32: the chunk casts it.
+    @jax.checkpoint
+    def one(chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        x_BCD, targets_BC = chunk
+        log_p_BCV = jax.nn.log_softmax(logits(x_BCD, head_VD, vocab_size, softcap) / temperature)
+        picked_BC = jnp.take_along_axis(log_p_BCV, targets_BC[..., None], axis=-1)[..., 0]
+        return picked_BC, -(jnp.exp(log_p_BCV) * log_p_BCV).sum(axis=-1)
+
+    log_p, entropy = jax.lax.map(one, _split(chunks, x_BLD, targets_BL))
+    return _join(chunks, log_p), _join(chunks, entropy)
 
 
 def cross_entropy(
@@ -78,6 +96,12 @@ def _split(chunks: tuple[int, int], *arrays: jax.Array) -> tuple[jax.Array, ...]
     count, shards = chunks
     cut = (jnp.moveaxis(a.reshape(a.shape[0], shards, count, -1, *a.shape[2:]), 2, 0) for a in arrays)
     return tuple(a.reshape(count, a.shape[1], -1, *a.shape[4:]) for a in cut)
+
+
+def _join(chunks: tuple[int, int], parts: jax.Array) -> jax.Array:
+    """The inverse of _split: (chunks) BC... to BL..."""
+    count, B, _, *rest = parts.shape
+    return jnp.moveaxis(parts.reshape(count, B, chunks[1], -1, *rest), 0, 2).reshape(B, -1, *rest)
 
 
 def _chunk_loss(x_BCD, targets_BC, weights_BC, head_DV, vocab_size, extras):
@@ -117,9 +141,7 @@ def _forward(x_BLD, head_VD, targets_BL, weights_BL, vocab_size, extras, chunks)
 
     start = (jnp.zeros(()), jnp.zeros(head_DV.shape, jnp.float32))
     (total, dhead_DV), dx = jax.lax.scan(add, start, _split(chunks, x_BLD, targets_BL, weights_BL))
-    # The inverse of _split.
-    dx = jnp.moveaxis(dx.reshape(len(dx), dx.shape[1], chunks[1], -1, dx.shape[-1]), 0, 2)
-    return total, (dx.reshape(x_BLD.shape), dhead_DV.T.astype(head_VD.dtype))
+    return total, (_join(chunks, dx), dhead_DV.T.astype(head_VD.dtype))
 
 
 def _backward(vocab_size, extras, chunks, kept, g):
