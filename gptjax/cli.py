@@ -38,7 +38,7 @@ def tokenizer_train(args: list[str]) -> int:
     cfg = parse(TrainTokenizerConfig(), args, "gptjax tokenizer train")
     from gptjax.data.prepare import train_tokenizer
 
-    trained = train_tokenizer(cfg)
+    trained = train_tokenizer(cfg, say)
     say(f"wrote {cfg.out}/tokenizer.model: {trained.vocab_size:,} ids")
     _next("prepare", "--source", cfg.source, "--out", "FOLDER", "--tokenizer.vocab-size", trained.vocab_size,
           "--tokenizer.path", f"{cfg.out}/tokenizer.model")  # fmt: skip

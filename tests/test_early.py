@@ -42,17 +42,25 @@ def test_what_needs_no_jax_is_refused_without_it_and_leaves_no_folder(tmp_path):
         ("--data.validation", "more=/nope"): "source '/nope' does not exist",
         ("--tokenizer.path", "/nope/t.model"): "tokenizer file /nope/t.model cannot be read",
         ("--tokenizer.kind", "huggingface", "--tokenizer.path", "gpt2"): "hf download gpt2 --local-dir gpt2",
+        ("--tokenizer.kind", "tiktoken"): "none is trained of tokenizer.kind='tiktoken'; add --tokenizer.path",
+        ("--mesh.tensor", "3"): "mesh.tensor=3, mesh.context=1 does not cover the 1 device(s) here",
         ("--init", "runs/nope"): "runs/nope: no folder; wanted the folder of a run",
         ("--run-dir", str(tmp_path / "file" / "run")): "a run can't be written there",
     }
     asked = [([*quickstart, *more], CPU) for more in wrong]
     asked.append((["pretrain", str(run.folder), "--model.num-layers", "3"], CPU))
+    asked.append((["pretrain", str(run.folder)], CPU))  # this process has it
     asked.append((["pretrain", str(tmp_path / "nope")], CPU))
     asked += [(quickstart, {"JAX_PLATFORMS": platform}) for platform in PLUGINS]
     command = [sys.executable, "-c", REFUSED, json.dumps(asked)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(tmp_path), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    said = [*wrong.values(), "model.num_layers was 12, got 3", "no such recipe; wanted a Python file, a run, or one of"]
+    said = [
+        *wrong.values(),
+        "model.num_layers was 12, got 3",
+        "is being trained by process",
+        "no such recipe; wanted a Python file, a run, or one of",
+    ]
     said += [f"pip install 'gptjax[{extra}" for extra in PLUGINS.values()]
     for (words, _), (code, errors, jax), part in zip(asked, json.loads(done.stdout), said, strict=True):
         assert code == 2 and not jax, (words, errors)

@@ -104,8 +104,10 @@ def test_windows_is_told_of_wsl2(capsys, monkeypatch):
 
 
 def test_doctor_knows_that_wsl2_has_a_gpu(tmp_path, monkeypatch):
-    """Windows lends its GPU as /dev/dxg alone; jax runs on a CPU here."""
-    (tmp_path / "dxg").touch()
+    """Windows lends its GPU as /dev/dxg, with a libcuda of its own; jax runs on a CPU here."""
+    for file in ("dev/dxg", "usr/lib/wsl/lib/libcuda.so.1"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).touch()
     monkeypatch.setattr(machine, "expected_platform", lambda: expected_platform({}, tmp_path))
     finding = machine.devices()
     assert finding.level == "PROBLEM" and "this machine has a gpu" in finding.text and "jax[cuda12]" in finding.advice

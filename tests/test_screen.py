@@ -101,6 +101,14 @@ def test_a_wait_is_told_once_in_a_log_and_a_short_one_not_at_all(monkeypatch, ca
     assert not [thread for thread in threading.enumerate() if thread.name == "status"]
 
 
+def test_a_long_wait_in_a_log_is_told_again_each_time_it_has_doubled(monkeypatch, capsys):
+    monkeypatch.setattr("gptjax.runtime.status.SILENT_SECONDS", 0.02)
+    monkeypatch.setattr("gptjax.runtime.status.AGAIN_SECONDS", 0.4)
+    with status("long"):
+        time.sleep(1.2)
+    assert capsys.readouterr().err == "long ...\nlong (0 s) ...\nlong (1 s) ...\n"
+
+
 def test_a_wait_on_a_terminal_ticks_and_leaves_no_trace(monkeypatch):
     monkeypatch.setattr(sys, "stderr", out := io.StringIO())
     monkeypatch.setattr(out, "isatty", lambda: True)

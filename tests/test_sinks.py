@@ -1,10 +1,12 @@
 """Sinks have every number of metrics.jsonl, go on after a resume, and neither stall nor end a run."""
 
+import collections
 import errno
 import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -22,7 +24,7 @@ from gptjax.training import metrics, sinks
 from gptjax.training.metrics import Metrics
 from gptjax.training.metrics_file import MetricsFile
 from gptjax.training.sinks import Sinks, check_sinks, scalars
-from gptjax.training.trackers import TRACKERS, TensorBoard
+from gptjax.training.trackers import TRACKERS, Sent, TensorBoard
 
 SETTINGS = {"run_dir": "runs/a", "model.width": 8}
 
@@ -96,16 +98,25 @@ def config(*names: str, **more) -> TrainConfig:
     )  # fmt: skip
 
 
-def run_with(folder: Path, cfg: TrainConfig, first: int = 1, last: int = 30, resumed: int = 0, pause: float = 0.0):
-    """A run's metrics from one step to another, with an evaluation and a sample at the last."""
+def run_with(
+    folder: Path, cfg: TrainConfig, first: int = 1, last: int = 30, resumed: int = 0, pause: float = 0.0,
+    evaluated: int = 0, killed: float = 0.0,
+) -> list[dict]:  # fmt: skip
+    """A run's metrics from one step to another, with an evaluation and a sample at the last; killed then, or ended."""
     folder.mkdir(exist_ok=True)
     report = Metrics(folder / "metrics.jsonl", cfg, 258, resumed_step=resumed)
     for step in range(first, last + 1):
         values = {"loss": np.float32(1 / step), "learning_rate": 1e-3 / 3, "grad_norm_N": np.ones(2, np.float32) / step}
         report.log_step(step, values)
         time.sleep(pause)
-    report.log_evaluation(last, {"eval_loss": 1.1, "eval_bits_per_byte": 2.2, "eval_loss_books": 3.3})
+        if step in (last, evaluated):
+            report.log_evaluation(step, {"eval_loss": 1.1, "eval_bits_per_byte": 2.2, "eval_loss_books": 3.3})
     report.log_sample(last, "Once", f" upon\n<{last}>")
+    if killed:
+        while report._sinks._feeds[0]._written < last - first + 3:
+            time.sleep(0.05)
+        time.sleep(killed)  # clients send from threads of their own
+        os.kill(os.getpid(), signal.SIGKILL)
     report.close()
     return MetricsFile(folder / "metrics.jsonl").read()
 
@@ -333,11 +344,23 @@ def test_a_full_file_system_is_one_line_and_the_run_goes_on(tmp_path, capsys):
         subprocess.run(["umount", run / "tensorboard"], check=True)
 
 
+def test_steps_that_a_place_has_are_not_sent_again_unless_the_settings_changed():
+    settings = {"sinks": ("mlflow",), "model.width": 8}
+    sent = Sent(settings, {"sinks": "['mlflow']", "model.width": "8"}, {"train": [1, 10, 30], "validation": []})
+    assert [sent.new(step, {"loss/train": 1.0}) for step in (16, 30, 31)] == [False, False, True]
+    assert sent.new(30, {"loss/validation": 1.0}) and Sent({}, {}, {}).new(0, {"loss/train": 1.0})
+    assert Sent(settings, {"model.width": "16"}, {"train": [30]}).new(16, {"loss/train": 1.0})
+
+
 # The real clients, in their local modes.
 
 
 def overlaid(found: dict[str, dict[int, float]], name: str, step: int, value: float) -> None:
     found.setdefault(name, {})[int(step)] = value  # what is written last wins
+    POINTS[name, int(step)] += 1
+
+
+POINTS: collections.Counter = collections.Counter()  # how often a store holds a step of a quantity
 
 
 def wandb_records(path: Path):
@@ -368,7 +391,7 @@ def read_wandb(run: Path) -> tuple[dict, dict, dict]:
             for name, value in items.items():
                 if name == "sample.path":
                     texts[items["step"]] = (folder / "files" / value).read_text()
-                elif not name.startswith("sample.") and not name.startswith("_") and name != "step":
+                elif not name.startswith(("sample.", "_")) and name != "step":
                     overlaid(found, name, items["step"], float(value))
     assert len(ids) == 1, "one run of two parts"
     return found, texts, configs
@@ -432,25 +455,34 @@ def test_the_real_client_has_every_number_and_goes_on_with_one_curve(name, tmp_p
     }.items():  # fmt: skip
         monkeypatch.setenv(variable, value)
     pytest.importorskip(name)  # after that: trackio reads its variable once
-    monkeypatch.setattr(sinks, "CLOSE_SECONDS", 60.0)  # the first import of a client on a busy machine
-    run, cfg = tmp_path / "run", config(name, log_norms_every=10, run_dir="runs/a")
-    before = curves(run_with(run, cfg))
-    # Another process's, as at a resume: clients remember runs. Step 26 to 30 are not made again.
-    code = f"import test_sinks, pathlib, jax; test_sinks.metrics.peak_flops = lambda dtype: (1e12, 'measured')\n" \
-           f"test_sinks.sinks.CLOSE_SECONDS = 60.0\n" \
-           f"test_sinks.run_with(pathlib.Path({str(run)!r}), test_sinks.config({name!r}, log_norms_every=10, " \
-           f"run_dir='runs/a'), first=16, last=25, resumed=15)"  # fmt: skip
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
+    POINTS.clear()
+    run = tmp_path / "run"
+
+    def part(**more) -> None:  # in a process of its own: clients remember runs
+        code = f"import test_sinks, pathlib; test_sinks.metrics.peak_flops = lambda dtype: (1e12, 'measured')\n" \
+               f"test_sinks.sinks.CLOSE_SECONDS = 60.0\n" \
+               f"test_sinks.run_with(pathlib.Path({str(run)!r}), test_sinks.config({name!r}, log_norms_every=10, " \
+               f"run_dir='runs/a'), **{more})"  # fmt: skip
+        done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent)
+        assert done.returncode == (-signal.SIGKILL if "killed" in more else 0)
+
+    part(last=30, killed=3.0)
+    before = curves(MetricsFile(run / "metrics.jsonl").read())
+    part(first=16, last=40, resumed=15, evaluated=30)  # saved at 15
     wanted = curves(MetricsFile(run / "metrics.jsonl").read())
     found, texts, settings = READERS[name](run)
-    if name == "tensorboard":  # the one client that cuts
+    measured = {metric for metric in wanted if metric.startswith(("seconds", "tokens_per", "mfu", "peak_memory"))}
+    assert all(wanted[m].get(s, x) == x for m, of in before.items() for s, x in of.items() if m not in measured)
+    if name == "tensorboard":  # the one client that drops what lies beyond the step resumed from
         assert as_singles(found) == as_singles(wanted)
-    else:  # they overwrite a step's numbers: what the first part alone wrote stays
-        names = before.keys() | wanted.keys()
-        merged = {metric: before.get(metric, {}) | wanted.get(metric, {}) for metric in names}
-        assert found == {metric: {s: float(x) for s, x in of.items()} for metric, of in merged.items()}
-    assert {25, 30} - set(texts) <= ({30} if name == "tensorboard" else set())
-    shown = texts[25].replace("&lt;", "<").replace("&gt;", ">")
-    assert "Once upon\n<25>" in shown
+    else:  # what was written before the kill stays: the same numbers, and what was measured then
+        exact = {m: {s: float(x) for s, x in of.items()} for m, of in wanted.items() if m not in measured}
+        assert {m: of for m, of in found.items() if m not in measured} == exact
+        assert all(found[m].keys() >= wanted[m].keys() for m in measured)
+    twice = {step for (_, step), times in POINTS.items() if times > 1}
+    assert twice <= (set(range(16, 31)) if name == "wandb" else set())
+    assert 40 in texts
+    shown = texts[40].replace("&lt;", "<").replace("&gt;", ">")
+    assert "Once upon\n<40>" in shown
     width = settings["model.width"]
     assert (width.get("value") if isinstance(width, dict) else width) in (8, "8")

@@ -11,18 +11,20 @@ from gptjax.runtime import process as startup
 @pytest.mark.parametrize(
     ("environment", "devices", "wanted"),
     [
-        ({"JAX_PLATFORMS": "cpu"}, ["nvidia0"], "cpu"),
+        ({"JAX_PLATFORMS": "cpu"}, ["dev/nvidia0"], "cpu"),
         ({"JAX_PLATFORMS": "cuda,cpu"}, [], "gpu"),
-        ({}, ["nvidia0"], "gpu"),
-        ({}, ["nvidiactl"], "cpu"),
-        ({}, ["dxg"], "gpu"),
-        ({}, ["accel0"], "tpu"),
+        ({}, ["dev/nvidia0"], "gpu"),
+        ({}, ["dev/nvidiactl"], "cpu"),
+        ({}, ["dev/dxg"], "cpu"),  # of Intel
+        ({}, ["dev/dxg", "usr/lib/wsl/lib/libcuda.so.1"], "gpu"),
+        ({}, ["dev/accel0"], "tpu"),
         ({"TPU_WORKER_ID": "0"}, [], "tpu"),
         ({}, [], "cpu"),
     ],
 )
 def test_the_platform_is_known_without_jax(tmp_path, environment, devices, wanted):
     for name in devices:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     assert startup.expected_platform(environment, tmp_path) == wanted
 

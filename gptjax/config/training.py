@@ -59,13 +59,33 @@ class MeshConfig(Section):
     """Slices (or nodes) joined by a slower network, over which the data axis alone is cut."""
 
     def __post_init__(self):
-        sizes = {name: size for name, size in dataclasses.asdict(self).items() if name != "slices"}
+        sizes = self.sizes
         for name, size in sizes.items():
             self.require(size == -1 or size >= 1, name, "a number of devices, or -1 for all that are left")
         self.require(list(sizes.values()).count(-1) <= 1, "data", "at most one mesh size of -1")
         self.require(self.slices >= 1, "slices", "at least 1")
         cut = self.data == -1 or self.data % self.slices == 0
         self.require(cut, "data", f"a multiple of mesh.slices={self.slices}, over which it is cut")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The configured size of each axis, by name."""
+        return {axis: size for axis, size in dataclasses.asdict(self).items() if axis != "slices"}
+
+    def filled(self, count: int) -> dict[str, int]:
+        """The size of each axis with -1 filled in for `count` devices; the sizes may still not cover them."""
+        left = max(1, count // math.prod(n for n in self.sizes.values() if n != -1))
+        return {axis: left if n == -1 else n for axis, n in self.sizes.items()}
+
+    def covering(self, count: int) -> dict[str, int]:
+        """The size of each axis on `count` devices; raises InputError where the sizes do not cover them."""
+        sizes = self.filled(count)
+        if math.prod(sizes.values()) != count:
+            raise InputError(
+                f"{', '.join(f'mesh.{axis}={n}' for axis, n in self.sizes.items())} does not cover the {count} "
+                f"device(s) here; make the product of the sizes {count}, or set one of them to -1"
+            )
+        return sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +209,10 @@ class TrainConfig(Section):
             first, _ = self.profile_steps or (0, 0)
             self.require(first > 0, "profile", "FIRST:LAST with 1 <= FIRST <= LAST, e.g. 10:15")
             self.require(first <= self.steps, "profile", f"a FIRST of at most steps={self.steps}")
+
+    def with_dtype(self, dtype: str) -> "TrainConfig":
+        """These settings with another model.dtype."""
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, dtype=dtype))
 
     @property
     def time_limit_seconds(self) -> float:

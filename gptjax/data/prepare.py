@@ -30,6 +30,7 @@ from gptjax.data.scan import Filters, ScanResult, changed, load_scan, scan, scan
 from gptjax.data.sources import LOCK_FILE, open_source, source_sha256
 from gptjax.data.tokens import check_settings, is_tokens, write_tokens
 from gptjax.runtime.process import default_workers
+from gptjax.runtime.status import status
 from gptjax.runtime.versions import __version__
 from gptjax.storage import Disk
 from gptjax.tokenizer import (
@@ -134,12 +135,15 @@ def progress_bar() -> Iterator[Progress]:
         close()
 
 
-def train_tokenizer(cfg: TrainTokenizerConfig) -> Tokenizer:
+def train_tokenizer(cfg: TrainTokenizerConfig, say: Callable[[str], None] = lambda line: None) -> Tokenizer:
     """Trains a SentencePiece tokenizer on the training split of a source and writes it to cfg.out.
 
-    It is the one that `prepare` would train. Raises InputError where the folder holds another one already.
+    It is the one that `prepare` would train. `say` hears of what is not read. Raises InputError where the folder
+    holds another one already.
     """
     source = open_source(cfg.source, cfg.text_field)
+    for note in source.notes:
+        say(note)
     scan_result = scan_for_training(source, cfg.validation_fraction, cfg.max_corrupt)
     tokenizer = train_sentencepiece(training_texts(source, scan_result), cfg.vocab_size, "vocab_size")
     path = Path(cfg.out) / MODEL_FILE
@@ -330,5 +334,9 @@ def _writing(folder: Path) -> Iterator[None]:
 def _locked(folder: Path) -> Iterator[None]:
     """Waits until no other process prepares this folder; the lock goes with its process, however that ends."""
     with (folder / LOCK_FILE).open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with status(f"waiting for another process, which prepares {folder}"):
+                fcntl.flock(file, fcntl.LOCK_EX)
         yield

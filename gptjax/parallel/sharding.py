@@ -69,32 +69,13 @@ def spec(letters: str) -> jax.sharding.PartitionSpec:
     return P(*entries)
 
 
-def axis_sizes(cfg: MeshConfig) -> dict[str, int]:
-    """The configured size of each axis, by name."""
-    return {axis: getattr(cfg, axis) for axis in AXES}
-
-
-def filled(cfg: MeshConfig, count: int) -> dict[str, int]:
-    """The size of each axis with -1 filled in for `count` devices; the sizes may still not cover them."""
-    sizes = axis_sizes(cfg)
-    left = max(1, count // math.prod(n for n in sizes.values() if n != -1))
-    return {axis: left if n == -1 else n for axis, n in sizes.items()}
-
-
 def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of all devices, or of those given, with -1 filled in, laid out for the network.
 
     Raises InputError where the sizes do not cover the devices, or the devices do not form cfg.slices slices.
     """
     devices = jax.devices() if devices is None else devices
-    count = len(devices)
-    sizes = list(filled(cfg, count).values())
-    if math.prod(sizes) != count:
-        shown = ", ".join(f"mesh.{a}={n}" for a, n in axis_sizes(cfg).items())
-        raise InputError(
-            f"{shown} does not cover the {count} device(s) here; "
-            f"make the product of the sizes {count}, or set one of them to -1"
-        )
+    sizes = list(cfg.covering(len(devices)).values())
     # Auto: XLA propagates shardings from our constraints.
     return Mesh(_device_grid(sizes, cfg.slices, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

@@ -235,7 +235,8 @@ class Checkpoints:
         """
         steps = broadcast_from_main("steps", self.steps())
         if not steps or (step is not None and step not in steps):
-            has = f"there are steps {', '.join(map(str, steps))}" if steps else "there is none"
+            none = "it was not saved yet, or its checkpoints were removed; train it (again), or name another run"
+            has = f"there are steps {', '.join(map(str, steps))}" if steps else none
             raise InputError(f"{self.folder}: no checkpoint{'' if step is None else f' of step {step}'}; {has}")
         tried = []
         for candidate in [step] if step is not None else reversed(steps):

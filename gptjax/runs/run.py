@@ -166,6 +166,11 @@ class Run:
         """The run in `folder`, to read; raises InputError where there is none."""
         run, files = Run.at(folder), filesystem(resolve_path(folder))
         if not files.is_file(run.config_path):
+            if files.is_folder(run.checkpoints):
+                raise InputError(
+                    f"{run.folder} holds checkpoints but no config.json, so their settings are unknown; "
+                    "restore that file, or give another --run-dir"
+                )
             is_a = "a folder without config.json" if files.is_folder(run.folder) else "no folder"
             raise InputError(f"{folder}: {is_a}; wanted the folder of a run, as given to --run-dir when it was trained")
         return run
@@ -235,11 +240,6 @@ def changed_settings(run: Run, config: TrainConfig) -> tuple[str, ...]:
     steps = committed_steps(run.checkpoints)
     if not steps:
         return ()  # nothing is lost by starting afresh
-    if not filesystem(run.folder).is_file(run.config_path):
-        raise InputError(
-            f"{run.folder} holds checkpoints but no config.json, so their settings are unknown; "
-            "restore that file, or give another --run-dir"
-        )
     old = load_config(run.folder)
     if frozen := frozen_changes(old, config):
         raise InputError(

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -23,17 +24,24 @@ def tune_process() -> None:
         keep_freed_memory()
 
 
-def expected_platform(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> str:
+def expected_platform(environment: Mapping[str, str] = os.environ, root: Path = Path("/")) -> str:
     """cpu, gpu or tpu, as jax will choose it: by JAX_PLATFORMS, else by the devices of this machine; without jax."""
     asked = environment.get("JAX_PLATFORMS", "").split(",")[0]
     if asked:
         return {"cuda": "gpu", "rocm": "gpu", "gpu": "gpu", "tpu": "tpu"}.get(asked, "cpu")
     tpu_names = ("TPU_NAME", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_ID")
-    if any(environment.get(name) for name in tpu_names) or any(devices.glob("accel[0-9]*")):
+    if any(environment.get(name) for name in tpu_names) or any((root / "dev").glob("accel[0-9]*")):
         return "tpu"
-    # kfd is of AMD; dxg is the GPU that Windows lends to WSL2, whose other devices are not there.
-    found = any(devices.glob("nvidia[0-9]*")) or any((devices / name).exists() for name in ("kfd", "dxg"))
-    return "gpu" if found else "cpu"
+    # kfd is of AMD. Windows lends WSL2 any GPU as dxg, and NVIDIA's with CUDA, for which jax has a plugin.
+    found = any((root / "dev").glob("nvidia[0-9]*")) or (root / "dev/kfd").exists()
+    lent = (root / "dev/dxg").exists() and (root / "usr/lib/wsl/lib/libcuda.so.1").exists()
+    return "gpu" if found or lent else "cpu"
+
+
+def cpu_devices(environment: Mapping[str, str] = os.environ) -> int:
+    """The devices that jax makes of this machine's CPU; without jax."""
+    forced = re.findall(r"--xla_force_host_platform_device_count=(\d+)", environment.get("XLA_FLAGS", ""))
+    return int(environment.get("JAX_NUM_CPU_DEVICES") or 0) or int(forced[-1] if forced else 1)
 
 
 def require_platform() -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 
 SILENT_SECONDS = 1.0  # that pass in a log before it is said what takes so long
+AGAIN_SECONDS = 10.0  # that pass before it is said again, with the seconds; then twice as many, each time
 TICK_SECONDS = 0.5
 
 _lock = threading.RLock()
@@ -44,15 +45,18 @@ def wrapped(text: str, indent: int = 2) -> str:
 def status(text: str, show: Callable[[str], None] | None = None) -> Iterator[None]:
     """Says what is being done meanwhile: on a terminal with its seconds, in a line that goes when it is done.
 
-    A log gets one line, after SILENT_SECONDS. `show` takes the text in place of a line of its own: a bar's.
+    A log gets a line after SILENT_SECONDS, after AGAIN_SECONDS, and whenever the time has doubled. `show` takes the
+    text in place of a line of its own: a bar's.
     """
     done = threading.Event()
 
     def tick() -> None:
         began = time.monotonic()
         if not sys.stderr.isatty():
-            if not done.wait(SILENT_SECONDS):
-                write_line(f"{text} ...")
+            due = SILENT_SECONDS
+            while not done.wait(began + due - time.monotonic()):
+                write_line(f"{text} ..." if due == SILENT_SECONDS else f"{text} ({due:.0f} s) ...")
+                due = max(AGAIN_SECONDS, 2 * due)
             return
         while True:
             seconds = time.monotonic() - began

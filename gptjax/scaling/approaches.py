@@ -27,6 +27,8 @@ from gptjax.scaling.fits import Fitted, check_columns, ends, fit_law
 NEAR_FACTOR, NEAR_SIZES = 4.0, 3  # a minimum rests on the sizes within this factor, and on 3 to each side of it
 LOGS = ("log_k_N", "a", "log_k_D", "b")
 CUBIC_SIZES = 5  # sizes that a cubic takes; fewer have a parabola
+NEIGHBOURS = tuple(np.linspace(0, -0.49, 21))  # correlations of two takeovers that have a run in common
+CLEAR = 2.0  # standard deviations that the line at a takeover is away from the ends of the budgets
 DRAWS = 16  # draws of a line for each bootstrap asked for: they cost nothing, and 1,000 leave a rough edge
 ASSUMES = {
     "envelope": "N-opt is a power of C; each size has a curve of finished runs around its takeovers",
@@ -206,19 +208,37 @@ def _best_and_samples(log_k_N: np.ndarray, a: np.ndarray, log_k_D: np.ndarray, b
     return {name: float(value) for name, value in best.items()} | {"samples": samples}
 
 
-def _line(x: np.ndarray, ys: Sequence[np.ndarray], bootstraps: int, seed: int) -> np.ndarray:
+def _line(
+    x: np.ndarray, ys: Sequence[np.ndarray], bootstraps: int, seed: int, correlations: Sequence[float] = (0.0,)
+) -> np.ndarray:
     """y = k x^slope for each of ys, and draws of it: [1 + DRAWS * bootstraps, (log k, slope), ys].
 
     Least squares in logarithms. Percentiles of the draws are Student's t intervals, which hold whatever the number of
     points, and draws of several ys move together as their residuals do. Without bootstraps, or with 2 points, none.
+    correlations: those that the noise of neighbouring points may have, equally likely beforehand; each is drawn as
+    often as the residuals bear it out (the restricted likelihood), and gives its own variance of the same line.
     """
     middle, points = np.log(x).mean(), len(x)
-    design = np.stack([np.ones(points), np.log(x) - middle], axis=1)
-    Q, R = np.linalg.qr(design, mode="complete")
-    turned = Q.T @ np.log(np.stack(ys, axis=1))  # the first 2 rows give the lines, the others are the residuals
-    rng, number = np.random.default_rng(seed), DRAWS * bootstraps if points > 2 else 0
-    chance = rng.normal(size=(number, 2, points - 2)) / np.sqrt(rng.chisquare(max(points - 2, 1), (number, 1, 1)))
-    lines = np.linalg.solve(R[:2], turned[:2] + np.concatenate([np.zeros((1, 2, len(ys))), chance @ turned[2:]]))
+    design, log_y = np.stack([np.ones(points), np.log(x) - middle], axis=1), np.log(np.stack(ys, axis=1))
+    line = np.linalg.lstsq(design, log_y)[0]
+    number, free = DRAWS * bootstraps if points > 2 else 0, max(points - 2, 1)
+    residuals, factors, likelihoods = [], [], []
+    for correlation in correlations:
+        root = np.linalg.cholesky(np.eye(points) + correlation * (np.eye(points, k=1) + np.eye(points, k=-1)))
+        Q, R = np.linalg.qr(np.linalg.solve(root, design), mode="complete")
+        residuals.append((Q.T @ np.linalg.solve(root, log_y))[2:])
+        half = np.linalg.pinv(design) @ root  # half @ half.T is the covariance of the line
+        factors.append(np.linalg.cholesky(half @ half.T))
+        scale = np.linalg.slogdet(residuals[-1].T @ residuals[-1])[1] if points > 2 else 0.0
+        likelihoods.append(-np.log(np.abs(np.diag(root))).sum() - np.log(np.abs(np.diag(R))).sum() - free / 2 * scale)
+    rng = np.random.default_rng(seed)
+    of = np.zeros(number, int)
+    if len(correlations) > 1:
+        weights = np.exp(np.array(likelihoods) - max(likelihoods))
+        of = rng.choice(len(correlations), number, p=weights / weights.sum())
+    chance = rng.normal(size=(number, 2, points - 2)) / np.sqrt(rng.chisquare(free, (number, 1, 1)))
+    off = np.array(factors)[of] @ (chance @ np.array(residuals)[of])
+    lines = line + np.concatenate([np.zeros((1, 2, len(ys))), off])
     lines[:, 0] -= middle * lines[:, 1]
     return lines
 
@@ -236,31 +256,40 @@ def _least_losses(
 
 def envelope(
     curves: Sequence[tuple[float, np.ndarray, np.ndarray]], *, flops_per: float = 6.0, budgets: int = 1500,
-    bootstraps: int = 0, seed: int = 0, level: float = 0.95,
+    whole: bool = True, bootstraps: int = 0, seed: int = 0, level: float = 0.95,
 ) -> Allocation:  # fmt: skip
     """Approach 1: the size with the least loss at each budget, along whole training curves.
 
-    curves: (N, tokens [steps], loss [steps]) of each run; a size may have several. Losses are compared at `budgets`
+    curves: (N, tokens [steps], loss [steps]) of each run; a size may have several. whole: a curve is one run; else its
+    points are runs of their own. Losses are compared at `budgets`
     budgets, evenly spaced in log C, between whose points they are straight in log loss and log C. The line is fitted to
     the takeovers: where the best size changes to a larger one, N is their geometric mean. (Hoffmann et al. fit all
     1,500 budgets; with few sizes that flattens the line, since below its first takeover the smallest size is best only
     because no smaller one was run.) A takeover's N is exact and its C is not, so the line is log C over log N. Smooth
     noisy curves first, and use curves of finished schedules: one at its peak learning rate lies too high.
 
-    Intervals are those of the line (_line). Raises InputError for a curve that is not finite and above 0, or fewer than
-    2 takeovers (which take 3 sizes).
+    A takeover that noise moves beyond the ends of the budgets is not seen, and one that it moves back is: only those
+    are used where the line itself is CLEAR of the ends, else it is too steep in N.
+
+    Intervals are those of the line (_line). A whole curve that lies too low is taken over too late, and takes over too
+    early: its two takeovers err in opposite directions, so that the line errs less than independent ones would let it.
+    Raises InputError for a curve that is not finite and above 0, or fewer than 2 takeovers (which take 3 sizes).
     """
     for N, tokens, loss in curves:
         values = np.concatenate([[N], np.ravel(tokens), np.ravel(loss)])
         if len(np.ravel(tokens)) != len(np.ravel(loss)) or not np.all(np.isfinite(values) & (values > 0)):
             raise InputError(f"the curve of N={N:g}: wanted as many tokens as losses, all finite numbers above 0")
     best = _takeovers(curves, flops_per, budgets)
+    found = len(best["N"])
+    best = _clear_of_ends(best, [flops_per * N * tokens for N, tokens, _ in curves])
     if (takeovers := len(best["N"])) < 2:
         raise InputError(f"the best size changes {takeovers} times along the curves: wanted at least 2, of 3 sizes")
     notes = [
         f"The line goes through {takeovers} takeovers" + (": its exponents rest on little." if takeovers < 4 else ".")
     ]
-    lines = _line(best["N"], [best["budget"]], bootstraps, seed)
+    if takeovers < found:
+        notes.append(f"{found - takeovers} takeovers near the ends of the budgets are left out.")
+    lines = _line(best["N"], [best["budget"]], bootstraps, seed, NEIGHBOURS if whole else (0.0,))
     if bootstraps and len(lines) == 1:
         notes.append("The line goes through 2 takeovers exactly: there are no intervals.")
     log_k, slope = lines[lines[:, 1, 0] > 0, :, 0].T  # a C that falls over N is no optimum
@@ -272,6 +301,24 @@ def envelope(
         loss_law=_least_losses(best["budget"], best["loss"], notes, level), points=best, level=level,
         notes=tuple(notes),
     )  # fmt: skip
+
+
+def _clear_of_ends(best: dict[str, np.ndarray], reach: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """The takeovers at whose N the line through them is CLEAR of the ends of the budgets, at least 3."""
+    x, y = np.log(best["N"]), np.log(best["budget"])
+    ends = np.log([min(C.min() for C in reach), max(C.max() for C in reach)])
+    used = np.ones(len(x), bool)
+    for _ in range(8):
+        if used.sum() < 3:
+            break
+        line = np.polyfit(x[used], y[used], 1)
+        scatter = np.sqrt(np.sum((y[used] - np.polyval(line, x[used])) ** 2) / (used.sum() - 2))
+        expected, margin = np.polyval(line, x), CLEAR * scatter
+        clear = (expected > ends[0] + margin) & (expected < ends[1] - margin)
+        if clear.sum() < 3 or np.array_equal(clear, used):
+            break
+        used = clear
+    return {name: values[used] for name, values in best.items()}
 
 
 def _takeovers(curves, flops_per: float, budgets: int) -> dict[str, np.ndarray]:

@@ -133,8 +133,8 @@ def approaches(
     columns = (table.budget[of], table.parameters[of], table.tokens[of], table.loss[of])
 
     def by_envelope() -> Allocation:
-        curves, source = curves_of(table.keep(table.new))
-        allocation = envelope(curves, flops_per=flops_per, **again)
+        curves, whole, source = curves_of(table.keep(table.new))
+        allocation = envelope(curves, flops_per=flops_per, whole=whole, **again)
         return dataclasses.replace(allocation, notes=(f"curves: {source}", *allocation.notes))
 
     def by_isoflop() -> Allocation:
@@ -162,15 +162,16 @@ def approaches(
     return results
 
 
-def curves_of(table: Table) -> tuple[list[tuple[float, np.ndarray, np.ndarray]], str]:
-    """(N, tokens [T], loss [T]) of curves for the envelope, and their description; raises InputError for none.
+def curves_of(table: Table) -> tuple[list[tuple[float, np.ndarray, np.ndarray]], bool, str]:
+    """(N, tokens [T], loss [T]) of curves for the envelope, whether each is one run, and their description.
 
     In order of preference: evaluations along the runs; finished runs of one size at several token counts, each with its
-    cooldown; training losses, which at the peak learning rate lie above those after a cooldown.
+    cooldown; training losses, which at the peak learning rate lie above those after a
+    cooldown. Raises InputError where there are none.
     """
     runs = [(float(n), c.tokens_T, c.loss_T) for n, c in zip(table.parameters, table.curves) if c is not None]
     if runs and table.evaluated:
-        return runs, f"the evaluations along {len(runs)} runs"
+        return runs, True, f"the evaluations along {len(runs)} runs"
     finished = []
     for size in np.unique(table.parameters):
         of = table.parameters == size
@@ -179,9 +180,9 @@ def curves_of(table: Table) -> tuple[list[tuple[float, np.ndarray, np.ndarray]],
             losses = np.array([table.loss[of & (table.tokens == t)].mean() for t in tokens])
             finished.append((float(size), tokens, losses))
     if len(finished) >= 3:
-        return finished, f"through the finished runs of each of {len(finished)} sizes, at several token counts"
+        return finished, False, f"through the finished runs of each of {len(finished)} sizes, at several token counts"
     if runs:
-        return runs, f"the training losses along {len(runs)} runs, which end above what a cooldown would reach"
+        return runs, True, f"the training losses along {len(runs)} runs, which end above what a cooldown would reach"
     raise InputError(
         "no training curves; wanted run folders, a sweep with its run_dirs there, or 3 sizes with several token counts"
     )

@@ -1,12 +1,11 @@
 """Checks of what a run needs, made before jax is imported: a wrong path is told at once."""
 
-import dataclasses
 import importlib.metadata
 import importlib.util
 import os
 from pathlib import Path
 
-from gptjax.config import TrainConfig
+from gptjax.config import TrainConfig, check_divisible
 from gptjax.config.data import parse_sources
 from gptjax.config.section import InputError
 from gptjax.data.corpus import is_corpus, open_corpus
@@ -18,8 +17,9 @@ from gptjax.parallel.processes import no_devices
 from gptjax.runs.init_check import check_init
 from gptjax.runs.manifest import committed_steps
 from gptjax.runs.run import Run, changed_settings, load_config
-from gptjax.runtime.process import expected_platform
-from gptjax.tokenizer import open_tokenizer
+from gptjax.runtime.process import cpu_devices, expected_platform
+from gptjax.storage import filesystem
+from gptjax.tokenizer import check_trainable, open_tokenizer
 
 
 def check_early(config: TrainConfig) -> None:
@@ -31,18 +31,23 @@ def check_early(config: TrainConfig) -> None:
     if given_rank() is not None:
         return
     check_plugin()
+    if expected_platform() == "cpu":  # of others only jax knows the number
+        check_divisible(config, config.mesh.covering(cpu_devices()))
     run = Run.at(config.run_dir)
     _check_folder(run)
     begun = bool(committed_steps(run.checkpoints))
     if begun and config.model.dtype == "auto":  # which becomes what the run began with
-        dtype = load_config(run.folder).model.dtype
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
+        config = config.with_dtype(load_config(run.folder).model.dtype)
     sources = config.data.sources
     # What a bucket keeps is known once it is pulled.
     elsewhere = (kept_texts(run.data, sources) if run.local == run.folder else sources) if begun else {}
     changed_settings(run, config)
+    if "://" not in str(run.folder) and (run.folder / ".lock").is_file():
+        filesystem(run.folder).lock(run.folder)  # until this process ends; raises InputError where another has it
     if config.init and not begun:
         check_init(config)
+    if not begun:
+        check_trainable(config.tokenizer)
     if config.tokenizer.path and not begun and not Path(config.tokenizer.path).exists():  # else it keeps its own
         open_tokenizer(Path(config.tokenizer.path), config.tokenizer.kind, config.tokenizer.pattern)
     for name, source in (sources | parse_sources(config.data.validation)).items():

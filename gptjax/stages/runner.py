@@ -70,7 +70,7 @@ def resolve_dtype(config: TrainConfig) -> tuple[TrainConfig, str]:
         begun = committed_steps(Run.at(config.run_dir).checkpoints)
         chosen = (load_config(config.run_dir).model.dtype, "as this run began") if begun else preferred_dtype()
     dtype, reason = broadcast_from_main("dtype", chosen)  # pyright: ignore[reportGeneralTypeIssues]
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype)), reason
+    return config.with_dtype(dtype), reason
 
 
 class Runner:

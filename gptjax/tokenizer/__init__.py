@@ -5,7 +5,7 @@ the text is encoded as ordinary pieces. This is the only package that imports se
 """
 
 from gptjax.tokenizer.bytes import BytesTokenizer
-from gptjax.tokenizer.files import load_sentencepiece, load_tokenizer, make_tokenizer, open_tokenizer
+from gptjax.tokenizer.files import check_trainable, load_sentencepiece, load_tokenizer, make_tokenizer, open_tokenizer
 from gptjax.tokenizer.interface import FILES, META_FILE, MODEL_FILE, Tokenizer, last_safe_cut
 from gptjax.tokenizer.sentencepiece import SentencePieceTokenizer, train_sentencepiece
 
@@ -16,6 +16,7 @@ __all__ = [
     "BytesTokenizer",
     "SentencePieceTokenizer",
     "Tokenizer",
+    "check_trainable",
     "last_safe_cut",
     "load_tokenizer",
     "load_sentencepiece",

@@ -107,6 +107,15 @@ def open_tokenizer(path: str | Path, kind: str = "", pattern: str = "") -> Token
     return load_sentencepiece(files[kind])
 
 
+def check_trainable(cfg: TokenizerConfig) -> None:
+    """Raises InputError for a kind that is not trained here and has no path."""
+    if not cfg.path and cfg.kind not in ("bytes", "sentencepiece"):
+        raise InputError(
+            f"tokenizer.path is empty, and none is trained of tokenizer.kind={cfg.kind!r}; "
+            "add --tokenizer.path with its file or folder, or --tokenizer.kind sentencepiece to train one"
+        )
+
+
 def make_tokenizer(cfg: TokenizerConfig, texts: Iterator[str]) -> Tokenizer:
     """The tokenizer of the settings: bytes, the one at tokenizer.path, or one trained on the texts.
 
@@ -114,13 +123,9 @@ def make_tokenizer(cfg: TokenizerConfig, texts: Iterator[str]) -> Tokenizer:
     """
     if cfg.kind == "bytes":
         return BytesTokenizer()
-    if not cfg.path and cfg.kind == "sentencepiece":
-        return train_sentencepiece(texts, cfg.vocab_size)
+    check_trainable(cfg)
     if not cfg.path:
-        raise InputError(
-            f"tokenizer.path is empty, and none is trained of tokenizer.kind={cfg.kind!r}; "
-            "add --tokenizer.path with its file or folder, or --tokenizer.kind sentencepiece to train one"
-        )
+        return train_sentencepiece(texts, cfg.vocab_size)
     tokenizer = open_tokenizer(cfg.path, cfg.kind, cfg.pattern)
     if tokenizer.vocab_size != cfg.vocab_size:
         raise InputError(

@@ -1,6 +1,5 @@
 """A run's decoder, loss, optimizer, initial state and training step, built from its settings; nothing runs yet."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,7 +32,7 @@ def build_components(config: TrainConfig) -> TrainComponents:
     found, or optim.z_loss is set beside a loss of the user's.
     """
     if config.model.dtype == "auto":
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=preferred_dtype()[0]))
+        config = config.with_dtype(preferred_dtype()[0])
     decoder = make_decoder(config, optional(config.model.block, "model.block"))
     norms, ema = config.log_norms_every > 0, config.optim.ema
     if config.loss:

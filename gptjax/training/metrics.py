@@ -87,7 +87,11 @@ class Metrics:
         if not self._active:
             return
         self._cfg = cfg
-        self.file.truncate_after(resumed_step)
+        last = self.file.truncate_after(resumed_step)
+        if last and not resumed_step:
+            write_line(f"no checkpoint of this run is there: it had come to step {last}, and begins again")
+        if resumed_step and not last:
+            write_line(f"{path} is not there: its curves begin after step {resumed_step}")
         self._samples.truncate_after(resumed_step)
         lines = self.file.read()
         self._seconds_before = max((line.get("seconds", 0.0) for line in lines), default=0.0)

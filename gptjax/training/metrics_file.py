@@ -46,19 +46,24 @@ class MetricsFile:
         """All lines, less a torn last one; empty where there is no file."""
         return [line for _, line in self._lines()]
 
-    def truncate_after(self, step: int) -> None:
-        """Drops the lines of later steps and a torn last line, so that a resumed run goes on where it was restored."""
+    def truncate_after(self, step: int) -> int:
+        """Drops the lines of later steps and a torn last line, so that a resumed run goes on where it was restored.
+
+        Returns the last step that the file had a line of; 0 where it had none.
+        """
         self.close()
         lines = list(self._lines())
+        last = max((line["step"] for _, line in lines), default=0)
         kept = [(raw, line) for raw, line in lines if line["step"] <= step]
         if not self.path.is_file():
-            return
+            return last
         if kept == lines[: len(kept)]:
             os.truncate(self.path, sum(len(raw) for raw, _ in kept))
         else:
             temporary = self.path.with_name(f".{self.path.name}.new")
             temporary.write_bytes(b"".join(raw for raw, _ in kept))
             os.replace(temporary, self.path)
+        return last
 
     def best_steps(self, count: int, among: Collection[int] | None = None) -> list[int]:
         """The `count` steps of lowest evaluation loss (of those `among`), the best first; of equals the earlier."""

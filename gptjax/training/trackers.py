@@ -2,7 +2,9 @@
 
 A library is imported once its sink starts. Its own variables (WANDB_MODE, WANDB_PROJECT, TRACKIO_PROJECT,
 MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME, ...) tell it where to send to. The id of a run there is kept in sinks.json,
-so that a resume goes on with its curves.
+so that a resume goes on with its curves. A run that was killed has more there than it saved. These steps are made
+again, to the same losses: TensorBoard drops what it had of them; MLflow and trackio, which can't, are not given them a
+second time (Sent); W&B, which in its offline mode does not tell what it has, holds two equal points of each.
 """
 
 import html
@@ -12,7 +14,7 @@ import struct
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,21 @@ from gptjax.storage import write_json
 PROJECT = "gptjax"
 IDS = "sinks.json"
 SPLITS = ("train", "validation")
+LONGEST = 6000  # characters of a setting: the most that MLflow takes
 _ids = threading.Lock()  # the sinks' threads write one file
+
+
+class Sent:
+    """Steps that a run has in a place already, by split; none where its settings were others, by which they differ."""
+
+    def __init__(self, settings: Mapping[str, Any], before: Mapping[str, Any], steps: Mapping[str, Iterable[int]]):
+        same = all(_text(before.get(name, value)) == _text(value) for name, value in settings.items())
+        self._last = {split: max(of, default=-1) for split, of in steps.items()} if same else {}
+
+    def new(self, step: int, values: Mapping[str, float]) -> bool:
+        """Returns True where a line of numbers, all of one split, is not there yet."""
+        split = next(iter(values), "").rpartition("/")[2]
+        return step > self._last.get(split, -1)
 
 
 class TensorBoard:
@@ -120,16 +136,22 @@ class Trackio:
 
     def start(self, run: Path, settings: Mapping[str, Any], resumed_step: int) -> None:
         import trackio  # pyright: ignore[reportMissingImports]
+        from trackio.sqlite_storage import SQLiteStorage  # pyright: ignore[reportMissingImports]
 
+        project = os.environ.get("TRACKIO_PROJECT", PROJECT)
         self._markdown = trackio.Markdown
         name = _new_id(run, "trackio", f"{run_name(settings)}-{uuid.uuid4().hex[:8]}")  # by which it finds a run again
+        lines = SQLiteStorage.get_logs(project, name) if resumed_step else []
+        steps = {split: [x["step"] for x in lines if f"loss/{split}" in x] for split in SPLITS}
+        self._sent = Sent(settings, SQLiteStorage.get_run_config(project, name) or {} if lines else {}, steps)
         self._run = trackio.init(
-            project=os.environ.get("TRACKIO_PROJECT", PROJECT), name=name, resume="allow", config=dict(settings),
+            project=project, name=name, resume="allow", config=dict(settings),
             auto_log_gpu=False, auto_log_cpu=False, embed=False,
         )  # fmt: skip
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step)
+        if self._sent.new(step, values):
+            self._run.log(dict(values), step)
 
     def text(self, step: int, name: str, text: str) -> None:
         self._run.log({name: self._markdown(text)}, step)
@@ -147,23 +169,28 @@ class MLflow:
         from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
         from mlflow.entities import Metric, Param  # pyright: ignore[reportMissingImports]
 
-        self._metric, self._client = Metric, MlflowClient()
+        self._metric, self._client, self._sent = Metric, MlflowClient(), Sent({}, {}, {})
         if known := _read_ids(run).get("mlflow"):
             self._id = known
             self._client.update_run(known, status="RUNNING")
+            if resumed_step:
+                curves = {split: self._client.get_metric_history(known, f"loss/{split}") for split in SPLITS}
+                steps = {split: [point.step for point in curve] for split, curve in curves.items()}
+                self._sent = Sent(settings, self._client.get_run(known).data.params, steps)
             return
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
         experiment = self._client.get_experiment_by_name(name)
         experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(name)
         self._id = self._client.create_run(experiment_id, run_name=run_name(settings)).info.run_id
-        params = [Param(key, str(value)[:6000]) for key, value in settings.items()]  # the most that MLflow takes
+        params = [Param(key, _text(value)) for key, value in settings.items()]
         for i in range(0, len(params), 100):
             self._client.log_batch(self._id, params=params[i : i + 100])
         _new_id(run, "mlflow", self._id)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         now = int(time.time() * 1000)
-        self._client.log_batch(self._id, [self._metric(name, float(x), now, step) for name, x in values.items()])
+        if self._sent.new(step, values):
+            self._client.log_batch(self._id, [self._metric(name, float(x), now, step) for name, x in values.items()])
 
     def text(self, step: int, name: str, text: str) -> None:
         self._client.log_text(self._id, text, f"{name}/{step:08d}.txt")
@@ -178,6 +205,10 @@ TRACKERS: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WandB, "trackio
 def run_name(settings: Mapping[str, Any]) -> str:
     """The name of a run for its readers: that of its folder."""
     return Path(settings["run_dir"]).name
+
+
+def _text(setting: Any) -> str:
+    return str(list(setting) if isinstance(setting, tuple) else setting)[:LONGEST]
 
 
 def _read_ids(run: Path) -> dict[str, str]:

@@ -20,7 +20,7 @@ from gptjax.diagnostics.plan.roofline import Speed, speed
 from gptjax.model.counts import padded_vocab
 from gptjax.ops.attention import select_kernel
 from gptjax.ops.device import Device
-from gptjax.parallel.sharding import AXES, axis_sizes, filled
+from gptjax.parallel.sharding import AXES
 from gptjax.runtime.dtype import preferred_dtype
 from gptjax.runtime.hardware import Topology
 from gptjax.training.build import build_components
@@ -45,7 +45,7 @@ class Candidate:
 
     @property
     def sizes(self) -> dict[str, int]:
-        return axis_sizes(self.config.mesh)
+        return self.config.mesh.sizes
 
 
 @dataclass(kw_only=True)
@@ -76,7 +76,7 @@ class Planner:
 
     def candidate(self, config: TrainConfig) -> Candidate:
         """These settings with their memory and speed; raises InputError where a dimension does not divide."""
-        sizes = axis_sizes(config.mesh)
+        sizes = config.mesh.sizes
         check_divisible(config, sizes)
         kept = BY_CHIP.get(self.topology.kind, Temporaries())
         state = self._state(*sizes.values())
@@ -87,7 +87,7 @@ class Planner:
 
     def as_written(self) -> Candidate:
         """The settings as they are; raises InputError where their mesh does not cover the topology."""
-        sizes = axis_sizes(self.config.mesh)
+        sizes = self.config.mesh.sizes
         shown = ", ".join(f"mesh.{a}={n}" for a, n in sizes.items())
         if math.prod(sizes.values()) != self.topology.devices:
             raise InputError(f"{shown} does not cover the {self.topology.devices} devices of {self.topology.name}")
@@ -178,17 +178,16 @@ class Planner:
 
 def with_mesh(config: TrainConfig, topology: Topology) -> TrainConfig:
     """The settings with a mesh size of -1 filled in; the mesh may still not cover the topology."""
-    return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **filled(config.mesh, topology.devices)))
+    return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **config.mesh.filled(topology.devices)))
 
 
 def with_devices(config: TrainConfig, topology: Topology) -> TrainConfig:
     """The settings with the dtype and kernel that the topology's devices select; raises InputError where none fits."""
-    model = config.model
-    if model.dtype == "auto":
-        model = dataclasses.replace(model, dtype="bfloat16" if topology.chip else preferred_dtype()[0])
+    if config.model.dtype == "auto":
+        config = config.with_dtype("bfloat16" if topology.chip else preferred_dtype()[0])
     device = device_of(topology)._replace(shares_rows=config.mesh.context > 1)
-    model = dataclasses.replace(model, attention=select_kernel(model, config.data.length, device))
-    return dataclasses.replace(config, model=model)
+    kernel = select_kernel(config.model, config.data.length, device)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention=kernel))
 
 
 def device_of(topology: Topology) -> Device:

@@ -8,7 +8,7 @@ from gptjax.config import MeshConfig, ModelConfig
 from gptjax.config.attention import KERNELS
 from gptjax.ops.attention import unsupported_reason
 from gptjax.ops.device import device
-from gptjax.parallel.sharding import AXES, axis_sizes
+from gptjax.parallel.sharding import AXES
 
 GPT2 = ModelConfig(num_layers=2, width=32, num_heads=4, attention_block=5, dtype="float32")
 MODELS = {
@@ -60,7 +60,7 @@ def mesh_name(mesh: MeshConfig | None) -> str:
 
 
 def sizes(mesh: MeshConfig) -> tuple[int, ...]:
-    return tuple(axis_sizes(mesh).values())
+    return tuple(mesh.sizes.values())
 
 
 def meshes(count: int, slices: int = 1) -> list[MeshConfig]:
