@@ -14,7 +14,7 @@ COMMIT = hashlib.sha1(b"main").hexdigest()
 
 @contextlib.contextmanager
 def serve(models: dict[str, Path], gated: str = "") -> Iterator[tuple[str, list[str]]]:
-    """Serves folders as models by name, each with the branch main and the tag v1; yields the address and the requests."""
+    """Serves folders as models by name, with the branch main and the tag v1; yields the address and the requests."""
     requests: list[str] = []
 
     class Hub(BaseHTTPRequestHandler):

@@ -32,7 +32,9 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with serve({"org/tiny": folder}, gated="org/closed") as (address, requests):
         monkeypatch.setattr(constants, "ENDPOINT", address)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
+        )
         yield requests
 
 
@@ -78,7 +80,9 @@ def test_without_a_network_what_was_fetched_is_used_and_all_else_is_one_line(hub
     path, _ = fetch("org/tiny")
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     assert fetch("org/tiny").path == path
-    with pytest.raises(InputError, match="org/other is not here, and could not be fetched .*refused.*; check the network"):
+    with pytest.raises(
+        InputError, match="org/other is not here, and could not be fetched .*refused.*; check the network"
+    ):
         fetch("org/other")
 
 

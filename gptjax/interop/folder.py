@@ -84,11 +84,14 @@ def _header(path: Path) -> dict[str, StoredTensor]:
     try:
         with path.open("rb") as file:
             start = file.read(8)
-        if start.startswith(PICKLES):
-            raise InputError(f"{path} is a pickle, which is never read; save the model as safetensors")
-        length = int.from_bytes(start, "little")
-        if not 2 <= length <= MOST_HEADER:
-            raise InputError(f"{path}: a header of {length:,} bytes; wanted a safetensors file, download it again")
+    except OSError as error:
+        raise InputError(f"{path} can't be read ({one_line(error)})") from None
+    if start.startswith(PICKLES):
+        raise InputError(f"{path} is a pickle, which is never read; save the model as safetensors")
+    length = int.from_bytes(start, "little")
+    if not 2 <= length <= MOST_HEADER:
+        raise InputError(f"{path}: a header of {length:,} bytes; wanted a safetensors file, download it again")
+    try:
         with safe_open(path, framework="numpy"):  # which checks that the tensors lie end to end and fill the file
             pass
         with path.open("rb") as file:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from gptjax.config.section import InputError, one_line
 
 MOST_JSON = 32 * 2**20
+LAYERS, MOST_LAYERS, MOST_SIZE = ("n_layer", "num_hidden_layers"), 10_000, 2**31 - 1
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -51,8 +52,10 @@ class ForeignConfig:
         """A whole number above 0."""
         value = self.values.get(name)
         value = default if value is None else value
-        if type(value) is not int or value < 1:
-            raise self.error(name, value, "a whole number above 0")
+        most = MOST_LAYERS if name in LAYERS else MOST_SIZE
+        if type(value) is not int or not 1 <= value <= most:
+            large = type(value) is int and value > most
+            raise self.error(name, value, f"at most {most:,}" if large else "a whole number above 0")
         return value
 
     def number(self, name: str, default: float) -> float:

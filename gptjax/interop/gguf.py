@@ -124,7 +124,7 @@ class _Tensors:
     def _whole(self, name: str) -> int:
         value = self.keys.get(f"{self.architecture}.{name}")
         if type(value) is not int or value < 1:
-            shown = one_line(str(value), 40)
+            shown = one_line(repr(value), 40)
             raise InputError(f"{self.path}: {self.architecture}.{name}={shown}; wanted a whole number above 0")
         return value
 

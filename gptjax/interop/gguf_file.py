@@ -17,7 +17,7 @@ from gptjax.config.section import InputError, one_line
 from gptjax.interop.folder import read_numbers
 
 MAGIC = b"GGUF"
-MOST_HEADER = 32 * 2**20  # a vocabulary of 262,144 tokens takes about 7
+MOST_HEADER = 24 * 2**20  # a vocabulary of 200,000 tokens and 440,000 merges takes about 11
 MOST_TENSORS, MOST_KEYS = 100_000, 10_000
 ALIGNMENT = 32  # of tensors, where general.alignment is not given
 BLOCK = 16 * 2**20  # bytes of float32 that are dequantised at a time
@@ -96,7 +96,7 @@ class GGUFFile:
         found = [self._tensor(file) for _ in range(num_tensors)]
         alignment = keys.get("general.alignment", ALIGNMENT)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
-            raise ValueError(f"general.alignment={one_line(str(alignment), 40)}")
+            raise ValueError(f"general.alignment={one_line(repr(alignment), 40)}")
         begin = -(-file.position // alignment) * alignment
         found = sorted((t._replace(offset=begin + t.offset) for t in found), key=lambda t: t.offset)
         end = begin

@@ -51,7 +51,9 @@ def fetch(source: str) -> Fetched:
         raise InputError(f"{source}: {repo} has no revision {revision}; wanted a branch, tag or commit of it") from None
     except Exception as error:  # of many kinds: no network, a full disk, a server's error
         reason = one_line(str(error.__cause__ or error), 200)
-        raise InputError(f"{source} is not here, and could not be fetched from the hub: {reason}; check the network") from None
+        raise InputError(
+            f"{source} is not here, and could not be fetched from the hub: {reason}; check the network"
+        ) from None
     name = f"{repo}@{folder.name}"
     if file is None:
         return Fetched(folder, name)

@@ -40,7 +40,10 @@ def import_huggingface(source: Path, mesh: Mesh | None = None) -> Imported:
 
 def assemble(settings: ForeignConfig, tensors: Callable[[], CheckedSource], mesh: Mesh | None) -> Imported:
     """A model of these settings and of the tensors, opened once the settings are known to be supported."""
-    family, cfg, vocab_size, context = read_model(settings)
+    try:
+        family, cfg, vocab_size, context = read_model(settings)
+    except InputError as error:  # of our own settings, which know no file
+        raise error if str(settings.path) in str(error) else InputError(f"{settings.path}: {error}") from None
     mesh = mesh or make_mesh(MeshConfig(), jax.local_devices()[:1])
     return cfg, vocab_size, context, place(tensors(), family, Decoder(cfg, vocab_size, context), mesh)
 
