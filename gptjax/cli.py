@@ -173,15 +173,21 @@ def sweep(args: list[str]) -> int:
 
 
 def evaluate(args: list[str]) -> int:
-    """eval RUN                 loss, perplexity and bits per byte on the validation split"""
+    """eval RUN [--tasks FILE]  loss and bits per byte on the validation split, or tasks: accuracy, perplexity ..."""
     run, args = positional(args, "RUN", "gptjax eval RUN")
     cfg = parse(EvalConfig(), args, f"gptjax eval {run}")
     tune_process()
-    from gptjax.commands import evaluate_run
+    from gptjax.commands import evaluate_run, evaluate_tasks
 
-    results = evaluate_run(run, cfg)
-    for name, value in results.items():
-        _print(f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}")
+    if cfg.tasks:
+        results = evaluate_tasks(run, cfg, say)
+        from gptjax.evals.report import table
+
+        for line in table(results):
+            _print(line)
+    else:
+        for name, value in evaluate_run(run, cfg).items():
+            _print(f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}")
     _next("generate", run)
     return 0
 

@@ -7,16 +7,20 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from gptjax.config import ContinueConfig, EvalConfig
 from gptjax.config.section import leaves
-from gptjax.parallel.processes import join_processes
+from gptjax.parallel.processes import is_main_process, join_processes
 from gptjax.parallel.sharding import abstract
 from gptjax.runs.load import LoadedModel, load_model, open_checkpoints
 from gptjax.runs.run import Run, load_config
+from gptjax.storage import check_file, write_json
+
+if TYPE_CHECKING:
+    from gptjax.evals.measure import Result
 
 
 def evaluate_run(run_dir: str | Path, cfg: EvalConfig) -> dict[str, Any]:
@@ -24,6 +28,36 @@ def evaluate_run(run_dir: str | Path, cfg: EvalConfig) -> dict[str, Any]:
     join_processes({"run": str(run_dir), **dict(leaves(cfg))})
     model = load_model(run_dir, cfg.mesh, cfg.step)
     return evaluate_trained(model, cfg.max_rows)
+
+
+def evaluate_tasks(run_dir: str | Path, cfg: EvalConfig, note: Callable[[str], None]) -> "list[Result]":
+    """Evaluates a run on cfg.tasks, which are all read first; `note` is told of each that begins.
+
+    Raises InputError where a task's file is no good. Writes cfg.json and cfg.items, where they are set.
+    """
+    from gptjax.evals.measure import measure
+    from gptjax.evals.report import as_json, write_records
+    from gptjax.evals.score import Scorer
+    from gptjax.evals.tasks import load_task
+
+    join_processes({"run": str(run_dir), **dict(leaves(cfg))})
+    tasks = [load_task(spec) for spec in cfg.tasks]
+    for path in filter(None, (cfg.json, cfg.items)):
+        check_file(path)
+    model = load_model(run_dir, cfg.mesh, cfg.step)
+    tokenizer, results = model.tokenizer, []
+    scorer = Scorer(model.decoder, model.params, model.mesh, batch_tokens=cfg.batch_tokens)
+    for task in tasks:
+        used = min(cfg.limit or len(task.items), len(task.items))
+        note(f"{task.name}: {used:,} of {len(task.items):,} items, shots={task.config.shots}")
+        results.append(measure(task, scorer, tokenizer, limit=cfg.limit, seed=cfg.seed))
+    if is_main_process():
+        if cfg.json:
+            settings = {"run": str(run_dir), "step": model.step, "limit": cfg.limit, "seed": cfg.seed}
+            write_json(cfg.json, settings | as_json(results))
+        if cfg.items:
+            write_records(cfg.items, results)
+    return results
 
 
 def evaluate_trained(model: LoadedModel, max_rows: int = 0) -> dict[str, Any]:

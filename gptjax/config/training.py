@@ -129,8 +129,21 @@ class EvaluateConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(Section):
-    """Evaluate a run on its validation split."""
+    """Evaluate a run on its validation split or, with --tasks, on files of questions and texts."""
 
+    tasks: tuple[str, ...] = ()
+    """Task files, each as FILE or as FILE:SETTING=VALUE:... with settings that replace those of the file's head
+    (quiz.jsonl:shots=5); a .txt is a task, too. None: the run's own validation split."""
+    limit: int = 0
+    """Items of each task to use, from its start; 0: all."""
+    seed: int = 0
+    """Seed by which the examples in front of an item are drawn."""
+    json: str = ""
+    """File for the tasks' numbers."""
+    items: str = ""
+    """File for what came of each item, a JSON object a line: the texts scored, their log-probabilities, the choice."""
+    batch_tokens: int = 2048
+    """Tokens of tasks that each device computes at once."""
     step: int = 0
     """Checkpoint to use; 0: the newest."""
     max_rows: int = 0
@@ -138,7 +151,11 @@ class EvalConfig(Section):
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self):
-        self.require_numbers(0, math.inf, "step", "max_rows")
+        self.require_numbers(0, math.inf, "step", "max_rows", "limit", "seed")
+        self.require_positive("batch_tokens")
+        for name in ("limit", "json", "items"):
+            self.require(bool(self.tasks) or not getattr(self, name), name, "--tasks beside it")
+        self.require(not self.tasks or not self.max_rows, "max_rows", "0 with --tasks", "use --limit")
 
 
 @dataclass(frozen=True, kw_only=True)

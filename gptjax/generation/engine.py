@@ -38,25 +38,42 @@ DecodeState = dict[str, Any]
 CHUNK = 16  # tokens a call of the loop while text is streamed or searched for a stop text
 
 
-def generate(decoder: Decoder, params: Params, tokenizer: Tokenizer, cfg: GenerateConfig) -> list[str]:
+def generate(
+    decoder: Decoder,
+    params: Params,
+    tokenizer: Tokenizer,
+    cfg: GenerateConfig,
+    prompts: Sequence[Sequence[int]] = (),
+) -> list[str]:
     """The text that continues each prompt: what `stream` yields, joined."""
-    texts = [""] * len(cfg.prompt)
-    for row, piece in stream(decoder, params, tokenizer, cfg, chunk=CHUNK if cfg.stop else cfg.max_new_tokens):
+    texts = [""] * len(prompts or cfg.prompt)
+    chunk = CHUNK if cfg.stop else cfg.max_new_tokens
+    for row, piece in stream(decoder, params, tokenizer, cfg, prompts, chunk=chunk):
         texts[row] += piece
     return texts
 
 
 def stream(
-    decoder: Decoder, params: Params, tokenizer: Tokenizer, cfg: GenerateConfig, *, chunk: int = CHUNK
+    decoder: Decoder,
+    params: Params,
+    tokenizer: Tokenizer,
+    cfg: GenerateConfig,
+    prompts: Sequence[Sequence[int]] = (),
+    *,
+    chunk: int = CHUNK,
 ) -> Iterator[tuple[int, str]]:
     """Yields (row, piece of its text) as the tokens come, at most `chunk` of them at a time.
+
+    The prompts are texts, in cfg, or are given as ids, which go on with a document.
 
     No piece splits a character, shows a stop text or anything behind it; joined, the pieces of a row are its text
     whatever `chunk` is. A character that the last token leaves incomplete comes out as U+FFFD. Parameters that lie
     sharded on a mesh need that mesh set (jax.set_mesh). Raises InputError where a prompt does not fit.
     """
-    prompts, stops = [tokenizer.prompt_ids(prompt) for prompt in cfg.prompt], (tokenizer.eos_id, *tokenizer.stop_ids)
-    texts = [TextStream(tokenizer, cfg.stop, starts_document=not prompt) for prompt in cfg.prompt]
+    begun = [True] * len(prompts) if prompts else [bool(prompt) for prompt in cfg.prompt]
+    prompts = prompts or [tokenizer.prompt_ids(prompt) for prompt in cfg.prompt]
+    stops = (tokenizer.eos_id, *tokenizer.stop_ids)
+    texts = [TextStream(tokenizer, cfg.stop, starts_document=not one) for one in begun]
     finished: set[int] = set()
     left = [cfg.max_new_tokens] * len(prompts)
     for news in stream_ids(decoder, params, prompts, cfg, stop_ids=stops, chunk=chunk, finished=finished):

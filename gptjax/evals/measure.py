@@ -1,0 +1,139 @@
+"""A task's items given to a model: what it makes of each, and the task's numbers."""
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from gptjax.config import GenerateConfig
+from gptjax.config.section import InputError
+from gptjax.evals.metrics import (
+    Metric,
+    choice_metrics,
+    cloze_metrics,
+    generation_metrics,
+    normalised,
+    text_metrics,
+)
+from gptjax.evals.requests import encode_pairs
+from gptjax.evals.score import Scorer
+from gptjax.evals.tasks import Item, Task
+from gptjax.generation.engine import generate
+from gptjax.tokenizer import Tokenizer
+
+ROWS = 16  # prompts that are generated from at once
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """The numbers of a task, the first metric its own, and a record of each item."""
+
+    task: Task
+    metrics: dict[str, Metric]
+    records: list[Record]
+    truncated: int
+    """Prompts that lost tokens on their left, for the model's context is shorter."""
+    tokens: int
+    """Tokens that were computed."""
+    seconds: float
+
+
+def measure(task: Task, scorer: Scorer, tokenizer: Tokenizer, *, limit: int = 0, seed: int = 0) -> Result:
+    """Measures a task on its first `limit` items (0: all); `seed` draws the examples.
+
+    Each record holds the item's number, the texts that were scored, as they were, and what came of them.
+    """
+    start, before = time.perf_counter(), (scorer.tokens, scorer.truncated)
+    items = task.items[:limit] if limit else task.items
+    try:
+        records = _KINDS[task.config.kind](task, items, scorer, tokenizer, seed)
+    except InputError as error:
+        raise InputError(f"{task.path}: {error}") from None
+    metrics = {
+        "text": text_metrics,
+        "multiple_choice": lambda of: choice_metrics(of, task.config.metric or "acc_norm"),
+        "cloze": cloze_metrics,
+        "generation": generation_metrics,
+    }[task.config.kind](records)
+    tokens, truncated = scorer.tokens - before[0], scorer.truncated - before[1]
+    return Result(task, metrics, records, truncated, tokens, time.perf_counter() - start)
+
+
+def _record(task: Task, item: Item, **found: Any) -> Record:
+    return {"task": task.name, "shots": task.config.shots, "item": item.number, "kind": task.config.kind, **found}
+
+
+def _texts(task: Task, items: Sequence[Item], scorer: Scorer, tokenizer: Tokenizer, seed: int) -> list[Record]:
+    del seed  # nothing is drawn
+    found = scorer.rolling(tokenizer.encode_batch([item.prompt for item in items]), tokenizer.bos_id)
+    return [
+        _record(task, item, text=item.prompt, score=one.total, tokens=len(one.log_probs),
+                bytes=len(item.prompt.encode()), words=len(re.split(r"\s+", item.prompt)))
+        for item, one in zip(items, found, strict=True)
+    ]  # fmt: skip
+
+
+def _choices(task: Task, items: Sequence[Item], scorer: Scorer, tokenizer: Tokenizer, seed: int) -> list[Record]:
+    prompts = [task.prompt(item, seed) for item in items]
+    pairs = [(prompt, task.config.separator + a) for item, prompt in zip(items, prompts) for a in item.answers]
+    found = iter(scorer.loglikelihoods(encode_pairs(tokenizer, pairs)))
+    records = []
+    for item, prompt in zip(items, prompts, strict=True):
+        likelihoods = [next(found) for _ in item.answers]
+        scores, tokens = np.array([one.total for one in likelihoods]), [len(one.log_probs) for one in likelihoods]
+        characters = [len(answer) for answer in item.answers]
+        best = {"choice": scores / characters, "choice_sum": scores, "choice_token": scores / tokens}
+        records.append(
+            _record(task, item, context=prompt, continuations=[task.config.separator + a for a in item.answers],
+                    scores=scores.tolist(), tokens=tokens, characters=characters, gold=list(item.gold),
+                    **{name: int(np.argmax(by)) for name, by in best.items()})
+        )  # fmt: skip
+    return records
+
+
+def _cloze(task: Task, items: Sequence[Item], scorer: Scorer, tokenizer: Tokenizer, seed: int) -> list[Record]:
+    pairs = [(task.prompt(item, seed), task.config.separator + item.answer) for item in items]
+    found = scorer.loglikelihoods(encode_pairs(tokenizer, pairs))
+    return [
+        _record(task, item, context=context, continuations=[text], score=one.total, tokens=len(one.log_probs),
+                greedy=one.greedy)
+        for item, (context, text), one in zip(items, pairs, found, strict=True)
+    ]  # fmt: skip
+
+
+def _generated(task: Task, items: Sequence[Item], scorer: Scorer, tokenizer: Tokenizer, seed: int) -> list[Record]:
+    cfg = GenerateConfig(max_new_tokens=task.config.max_new_tokens, temperature=0.0, stop=task.config.stop)
+    most = scorer.decoder.context - cfg.max_new_tokens
+    if most < 1:
+        raise InputError(
+            f"max_new_tokens={cfg.max_new_tokens}: wanted less than the model's context of {scorer.decoder.context}"
+        )
+    prompts = [task.prompt(item, seed) for item in items]
+    ids = [tokenizer.prompt_ids(prompt) for prompt in prompts]
+    scorer.truncated += sum(len(row) > most for row in ids)
+    scorer.tokens += sum(min(len(row), most) for row in ids)
+    texts = [""] * len(items)
+    order = sorted(range(len(items)), key=lambda n: len(ids[n]))
+    with jax.set_mesh(scorer.mesh):
+        for start in range(0, len(order), ROWS):
+            rows = order[start : start + ROWS]
+            new = generate(scorer.decoder, scorer.params, tokenizer, cfg, [ids[n][-most:] for n in rows])
+            for n, text in zip(rows, new, strict=True):
+                texts[n] = text
+    how = task.config.normalise
+    return [
+        _record(task, item, context=prompt, text=text, answers=list(item.answers),
+                match=normalised(text, how) in [normalised(answer, how) for answer in item.answers])
+        for item, prompt, text in zip(items, prompts, texts, strict=True)
+    ]  # fmt: skip
+
+
+_KINDS: dict[str, Callable[..., list[Record]]] = {
+    "text": _texts, "multiple_choice": _choices, "cloze": _cloze, "generation": _generated,
+}  # fmt: skip
