@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import textwrap
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from gptjax.config.checks import DoctorConfig, VerifyConfig
 from gptjax.config.scaling import FitConfig, PredictConfig
 from gptjax.config.section import leaves
 from gptjax.config.sweep import SweepConfig
+from gptjax.config.tasks import TaskConfig
 from gptjax.config.training import BY_CONTENT, CHANGEABLE, frozen_settings
 
 PAGE = Path(__file__).parent / "settings.md"
@@ -63,19 +65,27 @@ def page() -> str:
             resume = verb == "pretrain"
             if all("." in name for name, _ in leaves(of())):
                 continue
-            parts.append("\n| setting | values | default | meaning |" + (" resume |" if resume else ""))
-            parts.append("\n|---|---|---|---|" + ("---|" if resume else "") + "\n")
-            docs = field_docs(of)
-            for name, default in leaves(of()):
-                if "." in name:
-                    continue  # a group of its own
-                dotted = f"{group}.{name}" if group else name
-                row = [f"`{dotted}`", _values(_kind(of, name)), _show(default), docs[name]]
-                if resume:
-                    fixed = "by content" if dotted in BY_CONTENT else ""
-                    row.append(fixed if dotted in frozen else "changeable" if dotted in CHANGEABLE else "free")
-                parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n")
+            parts += _table(of, group, frozen if resume else None)
+        if verb == "eval":
+            parts.append(f"\n### The head of a task's file\n\n{_sentence(TaskConfig.__doc__)}\n")
+            parts += _table(TaskConfig)
     return "".join(parts)
+
+
+def _table(of: Any, group: str = "", frozen: set[str] | None = None) -> Iterator[str]:
+    """Yields the lines of a table of settings; `frozen` names those that may not change on resume."""
+    yield "\n| setting | values | default | meaning |" + ("" if frozen is None else " resume |")
+    yield "\n|---|---|---|---|" + ("" if frozen is None else "---|") + "\n"
+    docs = field_docs(of)
+    for name, default in leaves(of()):
+        if "." in name:
+            continue  # a group of its own
+        dotted = f"{group}.{name}" if group else name
+        row = [f"`{dotted}`", _values(_kind(of, name)), _show(default), docs[name]]
+        if frozen is not None:
+            fixed = "by content" if dotted in BY_CONTENT else ""
+            row.append(fixed if dotted in frozen else "changeable" if dotted in CHANGEABLE else "free")
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n"
 
 
 def field_docs(cls: Any) -> dict[str, str]:
@@ -108,7 +118,8 @@ def _values(kind: Any) -> str:
 def _show(default: Any) -> str:
     if default in ("", ()):
         return "empty"
-    return f"`{' '.join(map(str, default)) or repr('')}`" if isinstance(default, tuple) else f"`{default}`"
+    shown = " ".join(map(str, default)) or repr("") if isinstance(default, tuple) else str(default)
+    return f"`{shown if shown.strip() else repr(shown)}`"
 
 
 def _sentence(doc: str | None) -> str:

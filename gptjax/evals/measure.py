@@ -38,7 +38,7 @@ class Result:
     metrics: dict[str, Metric]
     records: list[Record]
     truncated: int
-    """Prompts that lost tokens on their left, for the model's context is shorter."""
+    """Items that lost tokens on their left, for the model's context is shorter."""
     tokens: int
     """Tokens that were computed."""
     seconds: float
@@ -49,7 +49,7 @@ def measure(task: Task, scorer: Scorer, tokenizer: Tokenizer, *, limit: int = 0,
 
     Each record holds the item's number, the texts that were scored, as they were, and what came of them.
     """
-    start, before = time.perf_counter(), (scorer.tokens, scorer.truncated)
+    start, before = time.perf_counter(), scorer.tokens
     items = task.items[:limit] if limit else task.items
     try:
         records = _KINDS[task.config.kind](task, items, scorer, tokenizer, seed)
@@ -61,8 +61,8 @@ def measure(task: Task, scorer: Scorer, tokenizer: Tokenizer, *, limit: int = 0,
         "cloze": cloze_metrics,
         "generation": generation_metrics,
     }[task.config.kind](records)
-    tokens, truncated = scorer.tokens - before[0], scorer.truncated - before[1]
-    return Result(task, metrics, records, truncated, tokens, time.perf_counter() - start)
+    truncated = sum(record["truncated"] > 0 for record in records)
+    return Result(task, metrics, records, truncated, scorer.tokens - before, time.perf_counter() - start)
 
 
 def _record(task: Task, item: Item, **found: Any) -> Record:
@@ -74,7 +74,7 @@ def _texts(task: Task, items: Sequence[Item], scorer: Scorer, tokenizer: Tokeniz
     found = scorer.rolling(tokenizer.encode_batch([item.prompt for item in items]), tokenizer.bos_id)
     return [
         _record(task, item, text=item.prompt, score=one.total, tokens=len(one.log_probs),
-                bytes=len(item.prompt.encode()), words=len(re.split(r"\s+", item.prompt)))
+                bytes=len(item.prompt.encode()), words=len(re.split(r"\s+", item.prompt)), truncated=one.truncated)
         for item, one in zip(items, found, strict=True)
     ]  # fmt: skip
 
@@ -92,7 +92,8 @@ def _choices(task: Task, items: Sequence[Item], scorer: Scorer, tokenizer: Token
         records.append(
             _record(task, item, context=prompt, continuations=[task.config.separator + a for a in item.answers],
                     scores=scores.tolist(), tokens=tokens, characters=characters, gold=list(item.gold),
-                    **{name: int(np.argmax(by)) for name, by in best.items()})
+                    **{name: int(np.argmax(by)) for name, by in best.items()},
+                    truncated=max(one.truncated for one in likelihoods))
         )  # fmt: skip
     return records
 
@@ -102,7 +103,7 @@ def _cloze(task: Task, items: Sequence[Item], scorer: Scorer, tokenizer: Tokeniz
     found = scorer.loglikelihoods(encode_pairs(tokenizer, pairs))
     return [
         _record(task, item, context=context, continuations=[text], score=one.total, tokens=len(one.log_probs),
-                greedy=one.greedy)
+                greedy=one.greedy, truncated=one.truncated)
         for item, (context, text), one in zip(items, pairs, found, strict=True)
     ]  # fmt: skip
 
@@ -116,7 +117,6 @@ def _generated(task: Task, items: Sequence[Item], scorer: Scorer, tokenizer: Tok
         )
     prompts = [task.prompt(item, seed) for item in items]
     ids = [tokenizer.prompt_ids(prompt) for prompt in prompts]
-    scorer.truncated += sum(len(row) > most for row in ids)
     scorer.tokens += sum(min(len(row), most) for row in ids)
     texts = [""] * len(items)
     order = sorted(range(len(items)), key=lambda n: len(ids[n]))
@@ -129,8 +129,9 @@ def _generated(task: Task, items: Sequence[Item], scorer: Scorer, tokenizer: Tok
     how = task.config.normalise
     return [
         _record(task, item, context=prompt, text=text, answers=list(item.answers),
-                match=normalised(text, how) in [normalised(answer, how) for answer in item.answers])
-        for item, prompt, text in zip(items, prompts, texts, strict=True)
+                match=normalised(text, how) in [normalised(answer, how) for answer in item.answers],
+                truncated=max(0, len(row) - most))
+        for item, prompt, text, row in zip(items, prompts, texts, ids, strict=True)
     ]  # fmt: skip
 
 

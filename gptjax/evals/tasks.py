@@ -78,12 +78,12 @@ class Task:
 def load_task(spec: str) -> Task:
     """The task of FILE or FILE:SETTING=VALUE:..., where the settings replace those of its head.
 
-    The file is JSONL, plain or .gz, whose first line may be the head {"task": {...}}; a .json file that is only the
+    FILE may be the name of a shipped task (capitals). The file is JSONL, plain or .gz, whose first line may be the head {"task": {...}}; a .json file that is only the
     head, and names its `items`; or a text (.txt, .md), which is one item. Raises InputError, in one line that names the
     file and the line, for whatever is wrong with it.
     """
     file, *settings = re.split(r":(?=\w+=)", spec)
-    path = resolve_path(file)
+    path = _shipped().get(file, resolve_path(file))
     given = dict(_setting(spec, setting) for setting in settings)
     lines: Sequence[tuple[int, dict[str, Any]]] = ()
     if path.suffix in (".txt", ".md"):
@@ -121,6 +121,12 @@ def load_task(spec: str) -> Task:
     return Task(config, path, digest, items, examples)
 
 
+def _shipped() -> dict[str, Path]:
+    """The files of the tasks that come with the package, by name."""
+    folders = [folder / "configs" / "tasks" for folder in Path(__file__).parents[1:3]]
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.jsonl"))}
+
+
 def _setting(spec: str, setting: str) -> tuple[str, Any]:
     """A setting of the command line, of the type of its field; a list has one member."""
     name, _, value = setting.partition("=")
@@ -143,7 +149,10 @@ def _content(path: Path) -> bytes:
     except (EOFError, zlib.error, gzip.BadGzipFile):
         raise InputError(f"{path} can't be unpacked; the file is damaged or no gzip") from None
     except OSError as error:
-        raise InputError(f"{path} can't be read: {error.strerror or one_line(error)}; wanted a task file") from None
+        raise InputError(
+            f"{path} can't be read: {error.strerror or one_line(error)}; wanted the file of a task, or one of "
+            f"{', '.join(_shipped())}"
+        ) from None
 
 
 def _decoded(path: Path, data: bytes) -> str:
