@@ -37,7 +37,7 @@ def table(results: Sequence[Result]) -> Iterator[str]:
         yield "  ".join(cells).rstrip()
     for r in results:
         if r.truncated:
-            yield f"{r.task.name}: {r.truncated} items are longer than the model's context and lost tokens on their left"
+            yield f"{r.task.name}: {r.truncated} items are longer than the model's context and lost tokens on the left"
     summary = centred_mean(results)
     if summary is not None:
         count = sum(next(iter(r.metrics.values())).chance is not None for r in results)

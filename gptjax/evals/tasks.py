@@ -78,9 +78,9 @@ class Task:
 def load_task(spec: str) -> Task:
     """The task of FILE or FILE:SETTING=VALUE:..., where the settings replace those of its head.
 
-    FILE may be the name of a shipped task (capitals). The file is JSONL, plain or .gz, whose first line may be the head {"task": {...}}; a .json file that is only the
-    head, and names its `items`; or a text (.txt, .md), which is one item. Raises InputError, in one line that names the
-    file and the line, for whatever is wrong with it.
+    FILE is JSONL, plain or .gz, whose first line may be the head {"task": {...}}; a .json file that is only the head,
+    and names its `items`; a text (.txt, .md), which is one item; or the name of a shipped task (capitals). Raises
+    InputError, in one line that names the file and the line, for whatever is wrong with it.
     """
     file, *settings = re.split(r":(?=\w+=)", spec)
     path = _shipped().get(file, resolve_path(file))
