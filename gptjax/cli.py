@@ -177,17 +177,9 @@ def evaluate(args: list[str]) -> int:
     run, args = positional(args, "RUN", "gptjax eval RUN")
     cfg = parse(EvalConfig(), args, f"gptjax eval {run}")
     tune_process()
-    from gptjax.commands import evaluate_run, evaluate_tasks
+    from gptjax.commands import show_evaluation
 
-    if cfg.tasks:
-        results = evaluate_tasks(run, cfg, say)
-        from gptjax.evals.report import table
-
-        for line in table(results):
-            _print(line)
-    else:
-        for name, value in evaluate_run(run, cfg).items():
-            _print(f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}")
+    show_evaluation(run, cfg, _print, say)
     _next("generate", run)
     return 0
 

@@ -20,7 +20,19 @@ from gptjax.runs.run import Run, load_config
 from gptjax.storage import check_file, write_json
 
 if TYPE_CHECKING:
-    from gptjax.evals.measure import Result
+    from gptjax.evals.measure import TaskResult
+
+
+def show_evaluation(run_dir: str | Path, cfg: EvalConfig, write: Callable[[str], None], note: Callable[[str], None]):
+    """Writes, line by line, a run's numbers on cfg.tasks or, without any, on its validation split."""
+    if cfg.tasks:
+        from gptjax.evals.report import table
+
+        for line in table(evaluate_tasks(run_dir, cfg, note)):
+            write(line)
+        return
+    for name, value in evaluate_run(run_dir, cfg).items():
+        write(f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}")
 
 
 def evaluate_run(run_dir: str | Path, cfg: EvalConfig) -> dict[str, Any]:
@@ -30,13 +42,13 @@ def evaluate_run(run_dir: str | Path, cfg: EvalConfig) -> dict[str, Any]:
     return evaluate_trained(model, cfg.max_rows)
 
 
-def evaluate_tasks(run_dir: str | Path, cfg: EvalConfig, note: Callable[[str], None]) -> "list[Result]":
+def evaluate_tasks(run_dir: str | Path, cfg: EvalConfig, note: Callable[[str], None]) -> "list[TaskResult]":
     """Evaluates a run on cfg.tasks, which are all read first; `note` is told of each that begins.
 
     Raises InputError where a task's file is no good. Writes cfg.json and cfg.items, where they are set.
     """
     from gptjax.evals.measure import measure
-    from gptjax.evals.report import as_json, write_records
+    from gptjax.evals.report import results_json, write_records
     from gptjax.evals.score import Scorer
     from gptjax.evals.tasks import load_task
 
@@ -54,7 +66,7 @@ def evaluate_tasks(run_dir: str | Path, cfg: EvalConfig, note: Callable[[str], N
     if is_main_process():
         if cfg.json:
             settings = {"run": str(run_dir), "step": model.step, "limit": cfg.limit, "seed": cfg.seed}
-            write_json(cfg.json, settings | as_json(results))
+            write_json(cfg.json, settings | results_json(results))
         if cfg.items:
             write_records(cfg.items, results)
     return results

@@ -15,7 +15,7 @@ from gptjax.config import DataConfig, GenerateConfig, MeshConfig, TokenizerConfi
 from gptjax.config.section import InputError, leaves
 from gptjax.evals.measure import measure
 from gptjax.evals.metrics import Metric, choice_metrics, exponential, mean, normalised, ratio
-from gptjax.evals.report import as_json, centred_mean, table
+from gptjax.evals.report import results_json, centred_mean, table
 from gptjax.evals.score import Scorer
 from gptjax.evals.tasks import load_task
 from gptjax.generation.engine import generate_ids
@@ -251,7 +251,9 @@ def test_a_text_longer_than_the_context_is_said(tiny, tmp_path):
     items = [{"query": "word " * 40, "choices": ["a", "b"], "gold": 0}, CHOICES[0]]
     result = measure(load_task(write(tmp_path / "q.jsonl", items)), tiny[2], TOKENIZER)
     assert result.truncated == 1
-    assert "q: 1 items are longer" in "\n".join(table([result])) and as_json([result])["tasks"][0]["truncated"] == 1
+    assert (
+        "q: 1 items are longer" in "\n".join(table([result])) and results_json([result])["tasks"][0]["truncated"] == 1
+    )
     assert centred_mean([result]) == result.metrics["acc_norm"].centred
 
 

@@ -31,7 +31,7 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Result:
+class TaskResult:
     """The numbers of a task, the first metric its own, and a record of each item."""
 
     task: Task
@@ -44,7 +44,7 @@ class Result:
     seconds: float
 
 
-def measure(task: Task, scorer: Scorer, tokenizer: Tokenizer, *, limit: int = 0, seed: int = 0) -> Result:
+def measure(task: Task, scorer: Scorer, tokenizer: Tokenizer, *, limit: int = 0, seed: int = 0) -> TaskResult:
     """Measures a task on its first `limit` items (0: all); `seed` draws the examples.
 
     Each record holds the item's number, the texts that were scored, as they were, and what came of them.
@@ -62,7 +62,7 @@ def measure(task: Task, scorer: Scorer, tokenizer: Tokenizer, *, limit: int = 0,
         "generation": generation_metrics,
     }[task.config.kind](records)
     truncated = sum(record["truncated"] > 0 for record in records)
-    return Result(task, metrics, records, truncated, scorer.tokens - before, time.perf_counter() - start)
+    return TaskResult(task, metrics, records, truncated, scorer.tokens - before, time.perf_counter() - start)
 
 
 def _record(task: Task, item: Item, **found: Any) -> Record:

@@ -74,7 +74,7 @@ def generation_metrics(records: Sequence[dict[str, Any]]) -> dict[str, Metric]:
 
 
 def normalised(text: str, how: str) -> str:
-    """What of a text is compared; see TaskConfig.normalise. SQuAD: Rajpurkar et al. 2016."""
+    """The part of a text that is compared; see TaskConfig.normalise. SQuAD: Rajpurkar et al. 2016."""
     if how == "last_number":
         kept = "".join(c if c.isdigit() or c in "-." else " " for c in text.replace(",", ""))
         numbers = [

@@ -5,13 +5,13 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from gptjax.evals.measure import Result
+from gptjax.evals.measure import TaskResult
 from gptjax.storage import write_file
 
 COLUMNS = ("task", "shots", "items", "metric", "value", "stderr", "chance", "centred")
 
 
-def centred_mean(results: Sequence[Result]) -> float | None:
+def centred_mean(results: Sequence[TaskResult]) -> float | None:
     """The mean of the tasks' centred accuracies, of each its first metric; None without any.
 
     As CORE averages its tasks (Li et al. 2024, DataComp-LM). Texts, which have no chance level, are left out.
@@ -20,7 +20,7 @@ def centred_mean(results: Sequence[Result]) -> float | None:
     return sum(centred) / len(centred) if centred else None
 
 
-def table(results: Sequence[Result]) -> Iterator[str]:
+def table(results: Sequence[TaskResult]) -> Iterator[str]:
     """Yields the lines of a table of all metrics, and of what there is to say about them."""
     rows: list[tuple[str, ...]] = [COLUMNS]
     for r in results:
@@ -46,7 +46,7 @@ def table(results: Sequence[Result]) -> Iterator[str]:
     yield f"{tokens:,} tokens in {seconds:.1f} s ({tokens / max(seconds, 1e-9):,.0f} a second)"
 
 
-def _items(result: Result) -> str:
+def _items(result: TaskResult) -> str:
     used, total = len(result.records), len(result.task.items)
     return f"{used:,}" if used == total else f"{used:,} of {total:,}"
 
@@ -55,7 +55,7 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def as_json(results: Sequence[Result]) -> dict[str, Any]:
+def results_json(results: Sequence[TaskResult]) -> dict[str, Any]:
     """All numbers, by task in the order given, and the summary; those that are not finite are null."""
 
     def finite(value: float | None) -> float | None:
@@ -80,7 +80,7 @@ def as_json(results: Sequence[Result]) -> dict[str, Any]:
     return {"tasks": tasks, "centred_accuracy": centred_mean(results)}
 
 
-def write_records(path: str, results: Sequence[Result]) -> None:
+def write_records(path: str, results: Sequence[TaskResult]) -> None:
     """Writes a JSON line for every item."""
     lines = (json.dumps(record, ensure_ascii=False) for r in results for record in r.records)
     write_file(path, "".join(line + "\n" for line in lines).encode())
