@@ -15,7 +15,7 @@ from gptjax.config import DataConfig, GenerateConfig, MeshConfig, TokenizerConfi
 from gptjax.config.section import InputError, leaves
 from gptjax.evals.measure import measure
 from gptjax.evals.metrics import Metric, choice_metrics, exponential, mean, normalised, ratio
-from gptjax.evals.report import results_json, centred_mean, table
+from gptjax.evals.report import centred_mean, results_json, table
 from gptjax.evals.score import Scorer
 from gptjax.evals.tasks import load_task
 from gptjax.generation.engine import generate_ids
