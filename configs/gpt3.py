@@ -52,16 +52,16 @@ class Size(NamedTuple):
 
 
 # Two rows contradict themselves in the paper. 1.3B lists 24 heads of 128, which together are wider than its width of
-# 2,048 and would make 1.5B parameters: the heads stay 24, of size 80. 13B lists a width of 5,140, which 40 heads of 128
-# do not fill (5,120): both are kept.
+# 2,048 and would make 1.5B parameters: here they are 16. 13B lists a width of 5,140, which 40 heads of 128 do not fill:
+# here it is 5,120. So every size is a GPT-2 to the programs that open what is exported.
 SIZES = {
     "125m": Size(12, 768, 12, 64, 256, 6.0e-4, MeshConfig(), "none", 1),
     "350m": Size(24, 1024, 16, 64, 256, 3.0e-4, MeshConfig(), "none", 4),
     "760m": Size(24, 1536, 16, 96, 256, 2.5e-4, MeshConfig(fsdp=8), "dots", 4),
-    "1.3b": Size(24, 2048, 24, 80, 512, 2.0e-4, MeshConfig(fsdp=8), "dots", 8),
+    "1.3b": Size(24, 2048, 16, 128, 512, 2.0e-4, MeshConfig(fsdp=8), "dots", 8),
     "2.7b": Size(32, 2560, 32, 80, 512, 1.6e-4, MeshConfig(fsdp=16), "dots", 2),
     "6.7b": Size(32, 4096, 32, 128, 1024, 1.2e-4, MeshConfig(fsdp=32), "dots", 4),
-    "13b": Size(40, 5140, 40, 128, 1024, 1.0e-4, MeshConfig(fsdp=4, tensor=8), "full", 8),
+    "13b": Size(40, 5120, 40, 128, 1024, 1.0e-4, MeshConfig(fsdp=4, tensor=8), "full", 8),
     "175b": Size(96, 12288, 96, 128, 1536, 0.6e-4, MeshConfig(fsdp=64, tensor=8), "full", 3),
 }
 

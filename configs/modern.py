@@ -2,10 +2,11 @@
 
 gptjax pretrain configs/modern.py --size 12 --data.source FOLDER --tokenizer.vocab-size 32768
 
-In the manner of nanochat (Karpathy 2025): rotary positions, RMSNorm, queries and keys normalised, ReLU squared, a head
-of its own with a soft cap, a sliding window in three of four layers, Muon, and a trapezoid schedule. Learning rate and
-initial scale are those of size 4, which muP carries over to the width of every other. FOLDER is a corpus made by
-`gptjax prepare`. Sizes: even numbers from 4 (a laptop) to 32, the large ones laid out for eight 80 GB GPUs:
+In the manner of nanochat (Karpathy 2025), and as transformers' NanoChat has it: rotary positions, RMSNorm without
+weights, of the embedding too, queries and keys normalised, ReLU squared, a head of its own with a soft cap; Muon, and a
+trapezoid schedule. Learning rate and initial scale are those of size 4, which muP carries over to the width of every
+other. FOLDER is a corpus made by `gptjax prepare`. Sizes: even numbers from 4 (a laptop) to 32, the large ones laid out
+for eight 80 GB GPUs:
 
     gptjax plan configs/modern.py --size 12 --topology h100:8
     gptjax plan configs/modern.py --size 32 --topology h100:8
@@ -33,9 +34,9 @@ def pretrain(size: int = 12) -> TrainConfig:
     if size % 2 or not 4 <= size <= 32:
         raise InputError(f"--size {size}: wanted an even depth from 4 to 32")
     model = ModelConfig(
-        num_layers=size, width=64 * size, num_heads=size // 2, head_dim=128, positions="rope", norm="rmsnorm",
-        activation="relu2", biases=False, tied=False, qk_norm=True, logit_softcap=15.0, window=LENGTH // 2,
-        global_every=4, rope_theta=100_000.0, mup_base_width=256, dtype="bfloat16" if size > 8 else "auto",
+        num_layers=size, width=64 * size, num_heads=size // 2, head_dim=128, embedding="normed", positions="rope",
+        norm="rmsnorm", norm_weights="none", activation="relu2", biases=False, tied=False, qk_norm=True,
+        logit_softcap=15.0, rope_theta=100_000.0, mup_base_width=256, dtype="bfloat16" if size > 8 else "auto",
         remat="names", remat_names=("attention", "mlp"),
     )  # fmt: skip
     rows = 256 if size > 8 else 64

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from shipped import EVERY, recipe
 from test_interop import FAMILIES, FIXTURES, logits
 from test_model_options import random_params
 
 from gptjax.config import ModelConfig
 from gptjax.config.section import InputError
-from gptjax.interop.families import family_of
+from gptjax.interop.families import ModelFamily, family_of
 from gptjax.interop.huggingface import import_huggingface
 from gptjax.interop.layout import written_tensors
 from gptjax.model.decoder import Decoder
@@ -22,10 +23,10 @@ PLAIN = ModelConfig(num_layers=2, width=16, num_heads=4, dtype="float32", init_s
 LLAMA = dataclasses.replace(PLAIN, positions="rope", norm="rmsnorm", activation="swiglu", biases=False)
 
 
-def save(folder: Path, imported) -> Path:
-    """Writes a model as a folder of the family that can express it."""
+def save(folder: Path, imported, family: ModelFamily | None = None) -> Path:
+    """Writes a model as a folder of a family, or else of the first one that can express it."""
     cfg, vocab_size, context, params = imported
-    family, decoder = family_of(cfg, vocab_size, context), Decoder(cfg, vocab_size, context)
+    family, decoder = family or family_of(cfg, vocab_size, context), Decoder(cfg, vocab_size, context)
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(family.write(cfg, vocab_size, context)))
     tensors = {}
@@ -71,7 +72,7 @@ def test_an_exported_model_has_the_logits_of_the_decoder(tmp_path, name, highest
     ("change", "message"),
     [
         ({"logit_softcap": 5.0}, "LlamaForCausalLM without model.logit_softcap=5.0"),
-        ({"window": 4, "global_every": 2}, "MistralForCausalLM without model.global_every=2"),
+        ({"window": 4, "global_every": 2, "biases": True}, "Qwen2ForCausalLM without model.biases=True"),
         ({"block": "mine:block"}, "without model.block='mine:block'"),
         ({"activation": "gelu", "biases": True}, "LlamaForCausalLM without model.activation='gelu'"),
         ({"head_dim": 10, "positions": "learned", "norm": "layernorm", "activation": "gelu"},
@@ -81,3 +82,14 @@ def test_an_exported_model_has_the_logits_of_the_decoder(tmp_path, name, highest
 def test_what_no_architecture_has_is_refused_by_name(change, message):
     with pytest.raises(InputError, match=message):
         family_of(dataclasses.replace(LLAMA, **change), VOCAB, LENGTH)
+
+
+@pytest.mark.parametrize("words", EVERY)
+def test_every_shipped_recipe_exports_to_an_architecture_of_transformers(words):
+    config, (name, *_) = recipe(words), words.split()
+    sizes = (config.tokenizer.vocab_size, config.data.length)
+    family = family_of(config.model, *sizes)
+    wanted = {"gpt2": "gpt2", "gpt3": "gpt2", "shakespeare_char": "gpt2", "modern": "nanochat", "ladder": "qwen3"}
+    assert family.model_type == wanted.get(name, "llama")
+    values = family.write(config.model, *sizes)
+    assert values["architectures"] == [family.architecture] and "float32" == values["dtype"]

@@ -36,6 +36,12 @@ OPTIONS = {
     "logit_softcap": (GPT2, {"logit_softcap": 3.0}),
     "parallel": (GPT2, {"parallel": True}),
     "relu2, head_dim": (LLAMA, {"activation": "relu2", "head_dim": 6}),
+    "qkv_biases, geglu": (LLAMA, {"qkv_biases": True, "activation": "geglu"}),
+    "gemma": (LLAMA, {"norm_weights": "offset", "post_norms": True, "embedding": "scaled", "attention_divisor": 9.0,
+                      "qk_norm": True, "window": 3, "global_every": 2, "rope_theta_local": 10.0,
+                      "rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_length": 16}),
+    "nanochat": (LLAMA, {"norm_weights": "none", "embedding": "normed", "qk_norm": True, "activation": "relu2"}),
+    "logit_scale": (GPT2, {"logit_scale": 0.5, "norm_weights": "none", "post_norms": True}),
     "blockwise": (LLAMA, {"attention": "blockwise", "attention_block": 4, "window": 4, "attention_softcap": 2.0}),
     "all": (
         LLAMA,
@@ -62,7 +68,7 @@ def ids(seed: int) -> np.ndarray:
 ROW = (ids(1), POSITION_L, np.ones(LENGTH, int))  # tokens, positions and segments of one document
 
 
-def random_params(cfg: ModelConfig):
+def random_params(cfg: ModelConfig, vocab_size: int = VOCAB, context: int = LENGTH):
     """Parameters that depend on their names alone; biases and scales are not 0 and 1, where one forgotten is unseen."""
 
     def one(path, leaf):
@@ -70,7 +76,7 @@ def random_params(cfg: ModelConfig):
         noise = np.random.default_rng(zlib.crc32(name.encode())).normal(size=leaf.shape).astype(np.float32)
         return (1.0 if name.startswith("norm_") and "bias" not in name else 0.0) + 0.3 * noise
 
-    shapes = jax.eval_shape(init_params(Decoder(cfg, VOCAB, LENGTH)), jax.random.key(0))
+    shapes = jax.eval_shape(init_params(Decoder(cfg, vocab_size, context)), jax.random.key(0))
     return jax.tree_util.tree_map_with_path(one, shapes)
 
 
@@ -280,8 +286,11 @@ def test_offloading_writes_what_is_kept_to_the_memory_of_the_host():
             "mlp_ratio": st.sampled_from([2.0, 3.5]),
             "positions": st.sampled_from(["learned", "rope"]),
             "norm": st.sampled_from(["layernorm", "rmsnorm"]),
-            "activation": st.sampled_from(["gelu", "swiglu", "relu2"]),
+            "norm_weights": st.sampled_from(["scale", "offset", "none"]),
+            "post_norms": st.booleans(),
+            "activation": st.sampled_from(["gelu", "geglu", "swiglu", "relu2"]),
             "biases": st.booleans(),
+            "qkv_biases": st.booleans(),
             "tied": st.booleans(),
             "qk_norm": st.booleans(),
             "parallel": st.booleans(),
@@ -289,7 +298,7 @@ def test_offloading_writes_what_is_kept_to_the_memory_of_the_host():
     )
 )
 def test_the_count_is_that_of_the_decoder_with_any_options(values):
-    cfg = ModelConfig(width=16, **values)
+    cfg = ModelConfig(width=16, **values | {"qkv_biases": values["qkv_biases"] and not values["biases"]})
     shapes = jax.eval_shape(init_params(Decoder(cfg, 70, 9)), jax.random.key(0))
     assert sum(x.size for x in jax.tree.leaves(shapes)) == parameters(cfg, padded_vocab(70), 9)["total"]
     size = dims(cfg, 70, 9)
@@ -330,6 +339,9 @@ def test_flops_with_windows_are_the_sum_over_tokens_and_layers(length):
             "model.rope_theta=1.0: wanted more than 1",
         ),
         ({"global_every": 2}, "model.global_every=2: wanted 0 .*set --model.window"),
+        ({"qkv_biases": True}, "model.qkv_biases=True: wanted False where model.biases=True has them"),
+        ({"positions": "rope", "rope_theta_local": 1e4}, "model.rope_theta_local=10000.0: .*set --model.window"),
+        ({"logit_scale": 0.0}, "model.logit_scale=0.0"),
         ({"window": 4, "global_every": 3}, "model.global_every=3: wanted at most model.num_layers=2"),
         ({"remat_names": ("attention", "keys")}, "model.remat_names=.*wanted one or more of query, key, value"),
         ({"remat_names": ()}, "model.remat_names=.*wanted one or more"),

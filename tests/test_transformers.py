@@ -176,6 +176,95 @@ def test_a_model_with_an_option_of_its_family_has_their_logits(tmp_path, family,
         assert abs(our_logits((other, *imported[1:]), token_ids()) - want).max() > least
 
 
+# Random models of every family, both ways
+
+
+def random_settings(kind: str, rng: np.random.Generator) -> dict:
+    """Values of a small config.json of this family, with its options drawn."""
+    from gptjax.interop.families import FAMILIES as KNOWN
+
+    assert kind in KNOWN
+    pick = lambda *values: values[rng.integers(len(values))]  # noqa: E731
+    heads, layers, context = pick(1, 2, 4), int(rng.integers(1, 5)), 64
+    width, vocab = heads * pick(4, 6, 8), int(rng.integers(40, 80))
+    tied = pick(True, False)
+    if kind == "gpt2":
+        return {"n_embd": width, "n_layer": layers, "n_head": heads, "n_inner": pick(None, 40), "n_positions": context,
+                "vocab_size": vocab, "tie_word_embeddings": tied}  # fmt: skip
+    values = {
+        "hidden_size": width, "intermediate_size": pick(24, 40), "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": pick(*(n for n in (1, 2, 4) if heads % n == 0)),
+        "vocab_size": vocab, "max_position_embeddings": context, "tie_word_embeddings": tied, "pad_token_id": None,
+    }  # fmt: skip
+    if kind not in ("qwen2", "cohere", "nanochat"):  # whose heads are width / heads
+        values["head_dim"] = pick(4, 6, 8)
+    theta, scaled = pick(1e4, 5e5), pick("default", *SCALED)
+    scaled = "default" if kind == "nanochat" and scaled == "yarn" else scaled
+    parameters = {"rope_type": scaled, "rope_theta": theta} | SCALED.get(scaled, {})
+    values["rope_parameters"] = parameters
+    types = pick(["full_attention"] * layers, ["sliding_attention"] * layers,
+                 ["full_attention" if n % 2 else "sliding_attention" for n in range(layers)])  # fmt: skip
+    if kind == "llama":
+        values |= dict.fromkeys(("attention_bias", "mlp_bias"), pick(True, False))
+    if kind == "mistral":
+        values["sliding_window"] = pick(None, 7)
+    if kind in ("qwen2", "qwen3"):
+        local = "sliding_attention" in types
+        values |= {"layer_types": types, "use_sliding_window": local, "sliding_window": 7 if local else None}
+    if kind == "nanochat":
+        values["final_logit_softcapping"] = pick(15.0, 2.0, None)
+    if kind == "cohere":
+        values["logit_scale"] = pick(0.0625, 0.3)
+    if kind.startswith("gemma"):
+        values |= {"layer_types": types, "sliding_window": 7, "query_pre_attn_scalar": pick(8, 10)}
+        values["final_logit_softcapping"] = pick(2.0, 30.0, None)
+    if kind == "gemma2":
+        values["attn_logit_softcapping"] = pick(2.0, 50.0, None)
+    if kind == "gemma3_text":
+        near = {"rope_type": "default", "rope_theta": pick(1e3, theta)}
+        values["rope_parameters"] = {"full_attention": parameters, "sliding_attention": near}
+    return values
+
+
+@pytest.mark.parametrize("number", range(54))
+def test_a_random_model_has_their_logits_and_opens_there_again(tmp_path, number):
+    """Theirs read by us; its tensors written again, equal bit by bit; and ours, with parameters drawn, read by them."""
+    import torch
+    from safetensors.numpy import load_file
+    from test_families import save
+    from test_model_options import random_params
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from gptjax.interop.families import FAMILIES as KNOWN
+
+    kind, rng = list(KNOWN)[number % len(KNOWN)], np.random.default_rng(number)
+    config = AutoConfig.for_model(kind, **random_settings(kind, rng))
+    theirs = save_model(tmp_path / "theirs", config)
+    imported = cfg, vocab_size, context, _ = import_huggingface(tmp_path / "theirs")
+    ids_BL = rng.integers(0, vocab_size, (2, 30))
+    relative(our_logits(imported, ids_BL), their_logits(theirs, ids_BL))
+
+    again = load_file(save(tmp_path / "again", imported, KNOWN[kind]) / "model.safetensors")
+    stored = load_file(tmp_path / "theirs" / "model.safetensors")
+    assert again.keys() == stored.keys()
+    for name, x in stored.items():
+        np.testing.assert_array_equal(again[name], x, err_msg=name)
+
+    drawn = random_params(cfg, vocab_size, context)
+    smaller = jax.tree_util.tree_map_with_path(lambda path, x: x if "norm" in path[-1].key else x / 2, drawn)
+    ours = (cfg, vocab_size, context, smaller)
+    folder = save(tmp_path / "ours", ours)
+    with torch.no_grad():
+        opened = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    relative(their_logits(opened, ids_BL), our_logits(ours, ids_BL))
+
+
+def relative(got: np.ndarray, want: np.ndarray) -> None:
+    difference, largest = np.abs(got - want).max(), np.abs(want).max()
+    print(f"max abs difference {difference:.2e} of logits up to {largest:.2f}: {difference / largest:.1e}")
+    assert difference <= 1e-5 * largest and want.std() > 0.01
+
+
 # What the tests without torch read
 
 

@@ -13,7 +13,7 @@ REMAT_NAMES = ("query", "key", "value", "attention", "mlp")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Section):
-    """Shape of the decoder; GPT-2 and the Llama family are settings of it."""
+    """Shape of the decoder; GPT-2, Llama, Qwen, Gemma, NanoChat and Cohere are settings of it."""
 
     section: ClassVar[str] = "model"
 
@@ -29,18 +29,29 @@ class ModelConfig(Section):
     """Size of each head; 0: width / num_heads."""
     mlp_ratio: float = 4.0
     """Width of the MLP as a multiple of the model's width; see mlp_width for how a fraction is rounded."""
+    embedding: Literal["plain", "scaled", "normed"] = "plain"
+    """Token embeddings enter as they are, times sqrt(width) rounded to dtype (Gemma), or normed without weights
+    (NanoChat)."""
     positions: Literal["learned", "rope"] = "learned"
     """A learned position table (GPT-2), or rotary positions (Llama)."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """LayerNorm (GPT-2) or RMSNorm (Llama), computed in float32."""
-    activation: Literal["gelu", "swiglu", "relu2"] = "gelu"
-    """GELU in its tanh form (GPT-2), a SiLU gate (Llama), or ReLU squared (Primer)."""
+    norm_weights: Literal["scale", "offset", "none"] = "scale"
+    """Weights of norms: the scale, its difference from 1 (Gemma), or none (NanoChat)."""
+    post_norms: bool = False
+    """Norms of the outputs of attention and MLP too, before they join the stream (Gemma 2)."""
+    activation: Literal["gelu", "geglu", "swiglu", "relu2"] = "gelu"
+    """GELU in its tanh form (GPT-2), the same as a gate (Gemma), a SiLU gate (Llama), or ReLU squared (Primer)."""
     biases: bool = True
     """Biases in every projection and norm (GPT-2)."""
+    qkv_biases: bool = False
+    """Biases in the projections to queries, keys and values alone (Qwen 2); without biases."""
     tied: bool = True
     """The output head is the embedding."""
     rope_theta: float = 10_000.0
     """Base wavelength of rotary positions."""
+    rope_theta_local: float = 0.0
+    """The same in layers with a sliding window, where rope_scaling has no effect then (Gemma 3); 0: as elsewhere."""
     rope_scaling: Literal["none", "linear", "yarn", "llama3"] = "none"
     """How rotary positions reach beyond the context they were trained for."""
     rope_factor: float = 1.0
@@ -53,8 +64,12 @@ class ModelConfig(Section):
     """With a window, every so many-th layer attends to everything; 0: none does."""
     qk_norm: bool = False
     """RMSNorm of each query and key head before the rotation."""
+    attention_divisor: float = 0.0
+    """Attention scores are divided by the root of this (Gemma); 0: of the size of a head."""
     attention_softcap: float = 0.0
     """Attention scores s become c tanh(s / c) with this c; 0: they stay."""
+    logit_scale: float = 1.0
+    """Factor of the logits, before their soft cap (Cohere)."""
     logit_softcap: float = 0.0
     """Logits z become c tanh(z / c) with this c; 0: they stay."""
     parallel: bool = False
@@ -92,7 +107,7 @@ class ModelConfig(Section):
 
     def __post_init__(self):
         self.require_positive("num_layers", "width", "num_heads", "queries_per_kv", "mlp_ratio", "rope_theta",
-                              "norm_epsilon", "init_std")  # fmt: skip
+                              "norm_epsilon", "init_std", "logit_scale")  # fmt: skip
         self.require(
             self.head_dim > 0 or self.width % self.num_heads == 0,
             "width",
@@ -104,7 +119,8 @@ class ModelConfig(Section):
         even, owner = self.positions != "rope" or self.head_size % 2 == 0, "head_dim" if self.head_dim else "width"
         self.require(even, owner, f"an even head size for rotary positions; model.num_heads={self.num_heads}")
         self.require_numbers(0, math.inf, "head_dim", "rope_original_length", "window", "global_every",
-                             "attention_softcap", "logit_softcap", "mup_base_width")  # fmt: skip
+                             "attention_divisor", "attention_softcap", "logit_softcap", "mup_base_width",
+                             "rope_theta_local")  # fmt: skip
         self.require_positive("attention_block")
         self._require_rope()
         local = self.window > 0 or self.global_every == 0
@@ -115,6 +131,8 @@ class ModelConfig(Section):
         if found:
             advice = f"set --model.{found.field.replace('_', '-')} {found.value} or --model.attention auto"
             self.require(False, found.field, f"{found.wanted} with model.attention={self.attention}", advice)
+        once = not (self.biases and self.qkv_biases)
+        self.require(once, "qkv_biases", "False where model.biases=True has them", "set --model.no-biases")
         known = set(self.remat_names) <= set(REMAT_NAMES) and len(set(self.remat_names)) == len(self.remat_names)
         each = f"one or more of {', '.join(REMAT_NAMES)}, each once"
         self.require(known and len(self.remat_names) > 0, "remat_names", each)
@@ -132,6 +150,8 @@ class ModelConfig(Section):
         else:
             unused = f"0 where {named}, which has no use for it"
             self.require(self.rope_original_length == 0, "rope_original_length", unused)
+        near = self.rope_theta_local == 0 or (self.window > 0 and self.positions == "rope")
+        self.require(near, "rope_theta_local", "0 without rotary positions and a window", "set --model.window")
         self.require(self.rope_scaling != "yarn" or self.rope_theta > 1, "rope_theta", f"more than 1 with {named}")
 
     @property
@@ -141,6 +161,11 @@ class ModelConfig(Section):
     @property
     def num_kv_heads(self) -> int:
         return self.num_heads // self.queries_per_kv
+
+    @property
+    def gated(self) -> bool:
+        """True where the MLP's hidden layer is a product of two projections."""
+        return self.activation in ("swiglu", "geglu")
 
     @property
     def layer_windows(self) -> tuple[int | None, ...]:

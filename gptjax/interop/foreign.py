@@ -65,6 +65,20 @@ class ForeignConfig:
             raise self.error(name, value, "a number above 0")
         return float(value)
 
+    def whole(self, name: str, default: int) -> int:
+        """A whole number from 0 on."""
+        value = self.values.get(name, default)
+        return value if value == 0 and type(value) is int else self.size(name, default)
+
+    def softcap(self, name: str, default: float | None) -> float:
+        """A number above 0; 0 for null."""
+        return 0.0 if self.values.get(name, default) is None else self.number(name, default or 0.0)
+
+    def default(self, name: str, value: Any) -> None:
+        """Gives a value that is missing or null the one that the family has then."""
+        if self.values.get(name) is None:
+            self.values = self.values | {name: value}
+
     def dtype(self) -> Literal["float32", "bfloat16"]:
         """The type that the model computes in: bfloat16 where that is what it is stored in."""
         name = "dtype" if "dtype" in self.values else "torch_dtype"

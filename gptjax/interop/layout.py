@@ -11,10 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gptjax.config import ModelConfig
-from gptjax.interop.families import HEAD, ModelFamily
+from gptjax.interop.families import HEAD, ModelFamily, folded
 from gptjax.model.decoder import Decoder, dims, layer_params, top_params
-from gptjax.model.mup import attention_scale, logits_factor
 from gptjax.parallel.sharding import matrix, suffix
 
 
@@ -44,7 +42,9 @@ def read_slice(
     side = _beside(family, stem)
     if len(side) > 1:
         x = np.split(x, len(side), axis=-1 if family.inputs_first else 0)[side.index(stem)]
-    return (x if family.inputs_first or x.ndim == 1 else x.T).reshape(shape)
+    x = (x if family.inputs_first or x.ndim == 1 else x.T).reshape(shape)
+    place_K = _pairs(family, leaf, shape[-1])
+    return x if place_K is None else x[..., place_K]
 
 
 def stored_tensor(
@@ -70,8 +70,7 @@ def written_tensors(
     """
     cfg = decoder.cfg
     target = decoder.clone(cfg=family.exported(cfg, decoder.vocab_size, decoder.context))
-    scales = _scales(family, cfg, target.cfg)
-    ours = functools.partial(_ours, decoder, target, params, scales)
+    ours = functools.partial(_ours, decoder, target, params)
     for leaf in top_params(target.cfg):
         shape = _shape(target, leaf)
         rows = decoder.vocab_size if suffix(leaf).startswith("V") else shape[0]
@@ -125,6 +124,8 @@ def _joined(family: ModelFamily, leaves: list[str], ours: Callable[[str], np.nda
     found = []
     for leaf in leaves:
         x = ours(leaf)
+        place_K = _pairs(family, leaf, x.shape[-1])
+        x = x if place_K is None else x[..., np.argsort(place_K)]
         x = x.reshape(_flat(leaf, x.shape))
         found.append(x if family.inputs_first else x.T)
     if len(found) == 1:
@@ -132,20 +133,24 @@ def _joined(family: ModelFamily, leaves: list[str], ours: Callable[[str], np.nda
     return np.concatenate(found, axis=-1 if family.inputs_first else 0)
 
 
-def _scales(family: ModelFamily, cfg: ModelConfig, target: ModelConfig) -> dict[str, float]:
-    """Factors of leaves, by stem: those of attention's scores and of the logits that the family has no setting for."""
-    scores, logits = attention_scale(cfg) / attention_scale(target), logits_factor(cfg) / logits_factor(target)
-    last = "norm_final" if cfg.tied else "head"
-    return {stem: x for stem, x in (("norm_q" if cfg.qk_norm else "q", scores), (last, logits)) if x != 1}
-
-
-def _ours(
-    decoder: Decoder, target: Decoder, params: dict[str, Any], scales: dict[str, float], leaf: str, n: int | None = None
-) -> np.ndarray:
-    """The leaf, of layer n or outside the layers, as the target decoder would have it for the same logits."""
-    tree, (stem, part) = params if n is None else params["layers"], _parts(leaf)
+def _ours(decoder: Decoder, target: Decoder, params: dict[str, Any], leaf: str, n: int | None = None) -> np.ndarray:
+    """The leaf, of layer n or outside the layers, as the target decoder has it for the same logits."""
+    tree, (stem, part), one = params if n is None else params["layers"], _parts(leaf), np.float32(1)
+    factor = folded(decoder.cfg, target.cfg).get(stem, 1.0)
+    ours, theirs = (d.cfg.norm_weights == "offset" and stem.startswith("norm") and part == "weight"
+                    for d in (decoder, target))  # fmt: skip
     if leaf in tree:
         x = np.asarray(tree[leaf] if n is None else tree[leaf][n], np.float32)
     else:
-        x = np.full(_shape(target, leaf), 1 if part == "weight" else 0, np.float32)
-    return x * np.float32(scales[stem]) if stem in scales else x
+        x = np.full(_shape(target, leaf), part == "weight" and not ours, np.float32)
+    if factor == 1 and ours == theirs:
+        return x
+    return (x + one * ours) * np.float32(factor) - one * theirs
+
+
+def _pairs(family: ModelFamily, leaf: str, size: int) -> np.ndarray | None:
+    """The places, in a head of the family's, of the numbers of ours; None where they are the same."""
+    if family.pairs == "halves" or _parts(leaf)[0] not in ("q", "k"):
+        return None
+    place_K = np.arange(size)
+    return np.roll(place_K, size // 2) if family.pairs == "swapped" else place_K.reshape(-1, 2).T.reshape(-1)

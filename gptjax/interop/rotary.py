@@ -60,6 +60,34 @@ def read_rope(s: ForeignConfig, default: float = 10_000.0) -> dict[str, Any]:
     return settings
 
 
+def read_ropes(s: ForeignConfig, *, local: bool) -> dict[str, Any]:
+    """Settings of rotary positions where rope_parameters has those of each kind of layer (Gemma 3).
+
+    `local` says that there are layers with a window; older files hold their base in rope_local_base_freq.
+    """
+    given = s.values.get("rope_parameters") or {}
+    if not isinstance(given, dict) or not given.keys() <= {"full_attention", "sliding_attention"}:
+        raise s.error("rope_parameters", given, "null, or those of full_attention and of sliding_attention")
+    moved = s.values | {"rope_parameters": given.get("full_attention")}
+    settings = read_rope(ForeignConfig(s.path, moved, s.prefix), 1_000_000.0)
+    theta, near = s.number("rope_local_base_freq", 10_000.0), given.get("sliding_attention")
+    if not local or (near is not None and near == given.get("full_attention")):
+        return settings
+    found = read_rope(ForeignConfig(s.path, {"rope_theta": theta, "rope_parameters": near}, s.prefix))
+    if "rope_scaling" in found:
+        raise s.error("rope_parameters", given, "sliding_attention not scaled, or as full_attention is")
+    return settings | {"rope_theta_local": found["rope_theta"]}
+
+
+def write_ropes(cfg: ModelConfig) -> dict[str, Any]:
+    """The values that `read_ropes` reads."""
+    written = write_rope(cfg)
+    full, theta = written["rope_parameters"], cfg.rope_theta_local
+    near = {"rope_type": "default", "rope_theta": theta} if theta else full
+    more = {"rope_local_base_freq": theta} if theta else {}
+    return written | more | {"rope_parameters": {"full_attention": full, "sliding_attention": near}}
+
+
 def write_rope(cfg: ModelConfig) -> dict[str, Any]:
     """The values that `read_rope` reads, in the newer place and in the one that transformers 4 knows."""
     kind = "default" if cfg.rope_scaling == "none" else cfg.rope_scaling

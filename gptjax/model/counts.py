@@ -23,22 +23,25 @@ def parameters(cfg: ModelConfig, vocab_size: int, context: int) -> dict[str, int
     """
     d, f, layers = cfg.width, cfg.mlp_width, cfg.num_layers
     heads, kv_heads = cfg.num_heads * cfg.head_size, cfg.num_kv_heads * cfg.head_size
-    gated = cfg.activation == "swiglu"
 
     attention = 2 * d * heads + 2 * d * kv_heads
-    mlp = (3 if gated else 2) * d * f
+    mlp = (3 if cfg.gated else 2) * d * f
     matrices = layers * (attention + mlp) + d * vocab_size
     if cfg.biases:
         attention += heads + 2 * kv_heads + d
-        mlp += (2 if gated else 1) * f + d
-    norm = 2 * d if cfg.biases and cfg.norm == "layernorm" else d
+        mlp += (2 if cfg.gated else 1) * f + d
+    elif cfg.qkv_biases:
+        attention += heads + 2 * kv_heads
+    weights = cfg.norm_weights != "none"
+    norm = d * (weights + (cfg.biases and cfg.norm == "layernorm"))
+    norms = (1 if cfg.parallel else 2) + (2 if cfg.post_norms else 0)
 
     parts = {
         "embed": vocab_size * d,
         "positions": context * d if cfg.positions == "learned" else 0,
         "attention": layers * attention,
         "mlp": layers * mlp,
-        "norms": ((1 if cfg.parallel else 2) * layers + 1) * norm + (2 * layers * cfg.head_size if cfg.qk_norm else 0),
+        "norms": (norms * layers + 1) * norm + (2 * layers * cfg.head_size if cfg.qk_norm and weights else 0),
         "head": 0 if cfg.tied else d * vocab_size,
     }
     total, embedding = sum(parts.values()), parts["embed"] + parts["positions"]

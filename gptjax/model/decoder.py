@@ -1,4 +1,4 @@
-"""The decoder: GPT-2 and the Llama family as settings of one model, its key-value cache an argument and a result.
+"""The decoder: GPT-2, Llama, Gemma and others as settings of one model, its key-value cache an argument and a result.
 
 Training scans over the stacked layers (`Decoder`). Decoding takes them one by one (`unstacked`), each with a cache of
 its own (`extend`), so that a step reads every weight once, where it lies, and writes its tokens in place.
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from gptjax.config import ModelConfig, TrainConfig
 from gptjax.config.section import InputError
-from gptjax.model.block import Params, block, norm
+from gptjax.model.block import NO_WINDOW, Params, block, norm
 from gptjax.model.cache import Cache
 from gptjax.model.counts import padded_vocab
 from gptjax.model.head import logits
@@ -26,8 +26,8 @@ from gptjax.ops.reference import cached, causal, dropout, tree
 from gptjax.parallel.context import from_zigzag, to_zigzag
 from gptjax.parallel.sharding import constrain, num_shards, suffix
 
-# A layer that attends to everything, in the list of windows: more places than any text has.
-NO_WINDOW = 2**31 - 1
+# How the weight of a norm starts, by model.norm_weights.
+NORM_STARTS = {"scale": "ones", "offset": "zeros"}
 
 
 def dims(cfg: ModelConfig, vocab_size: int, context: int) -> dict[str, int]:
@@ -42,22 +42,25 @@ def layer_params(cfg: ModelConfig) -> dict[str, str]:
     """Every parameter of the stacked layers and how it starts: 'normal', 'residual', 'ones' or 'zeros'."""
     names = {"q_NDHK": "normal", "k_NDGK": "normal", "v_NDGK": "normal", "o_NHKD": "residual"}
     names |= {"w_in_NDF": "normal", "w_out_NFD": "residual"}
-    if cfg.activation == "swiglu":
+    if cfg.gated:
         names["w_gate_NDF"] = "normal"
-    names |= {"norm_attn_ND": "ones"} | ({} if cfg.parallel else {"norm_mlp_ND": "ones"})
+    norms = ["norm_attn", *([] if cfg.parallel else ["norm_mlp"])]
+    norms += ["norm_attn_out", "norm_mlp_out"] if cfg.post_norms else []
+    start = NORM_STARTS.get(cfg.norm_weights)
+    # A bias is named after its weight and has the weight's output dimensions.
+    outputs = {"q": "NHK", "k": "NGK", "v": "NGK"} if cfg.biases or cfg.qkv_biases else {}
     if cfg.biases:
-        # A bias is named after its weight and has the weight's output dimensions.
-        outputs = {"q": "NHK", "k": "NGK", "v": "NGK", "o": "ND", "w_in": "NF", "w_gate": "NF", "w_out": "ND"}
-        if cfg.norm == "layernorm":
-            outputs |= {"norm_attn": "ND", "norm_mlp": "ND"}
-        stems = [name.rsplit("_", 1)[0] for name in names]
-        names |= {f"{stem}_bias_{outputs[stem]}": "zeros" for stem in stems if stem in outputs}
-    return names | ({"norm_q_NK": "ones", "norm_k_NK": "ones"} if cfg.qk_norm else {})
+        outputs |= {"o": "ND", "w_in": "NF", "w_out": "ND"} | ({"w_gate": "NF"} if cfg.gated else {})
+        outputs |= dict.fromkeys(norms, "ND") if cfg.norm == "layernorm" else {}
+    names |= {f"{stem}_ND": start for stem in norms if start}
+    names |= {f"{stem}_bias_{letters}": "zeros" for stem, letters in outputs.items()}
+    return names | ({"norm_q_NK": start, "norm_k_NK": start} if cfg.qk_norm and start else {})
 
 
 def top_params(cfg: ModelConfig) -> dict[str, str]:
     """Every parameter outside the layers and how it starts."""
-    top = {"embed_VD": "normal", "norm_final_D": "ones"}
+    start = NORM_STARTS.get(cfg.norm_weights)
+    top = {"embed_VD": "normal"} | ({"norm_final_D": start} if start else {})
     top |= {"norm_final_bias_D": "zeros"} if cfg.biases and cfg.norm == "layernorm" else {}
     top |= {"position_TD": "normal"} if cfg.positions == "learned" else {}
     return top | ({} if cfg.tied else {"head_VD": "normal"})
@@ -112,6 +115,10 @@ def extend(
 def embed_tokens(cfg: ModelConfig, top: Params, tokens_BL: jax.Array, positions_BL: jax.Array) -> jax.Array:
     """The stream x_BLD that the first layer reads; `top` holds the parameters outside the layers."""
     x_BLD: jax.Array = embed(top["embed_VD"], tokens_BL, cfg.dtype)
+    if cfg.embedding == "scaled":
+        x_BLD = x_BLD * jnp.asarray(cfg.width**0.5, x_BLD.dtype)
+    elif cfg.embedding == "normed":
+        x_BLD = norm(x_BLD, None, None, cfg)
     if cfg.positions == "rope":
         return x_BLD
     learned_BLD: jax.Array = embed(top["position_TD"], positions_BL, cfg.dtype)
@@ -120,7 +127,7 @@ def embed_tokens(cfg: ModelConfig, top: Params, tokens_BL: jax.Array, positions_
 
 def final_norm(cfg: ModelConfig, top: Params, x_BLD: jax.Array) -> jax.Array:
     """The stream behind the last layer as every head reads it: normed, and divided where muP divides the logits."""
-    return logits_factor(cfg) * norm(x_BLD, top["norm_final_D"], top.get("norm_final_bias_D"), cfg)
+    return logits_factor(cfg) * norm(x_BLD, top.get("norm_final_D"), top.get("norm_final_bias_D"), cfg)
 
 
 def one_layer(tree: Params) -> Params:

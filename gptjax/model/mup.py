@@ -50,9 +50,12 @@ def rate_factor(cfg: ModelConfig, name: str, spectral: bool = False) -> float:
 
 def logits_factor(cfg: ModelConfig) -> float:
     """Factor of the logits, or of the hidden states that they are computed from."""
-    return 1 / _ratio(cfg)
+    return cfg.logit_scale / _ratio(cfg)
 
 
 def attention_scale(cfg: ModelConfig) -> float:
-    """The scale of attention scores: 1 / sqrt(head size), and muP's own where the head size grows with the width."""
-    return cfg.head_size**-0.5 * (1.0 if cfg.head_dim else _ratio(cfg) ** -0.5)
+    """The scale of attention scores: 1 / sqrt(head size), and muP's own where the head size grows with the width.
+
+    cfg.attention_divisor is in place of the head size where it is set.
+    """
+    return (cfg.attention_divisor or cfg.head_size) ** -0.5 * (1.0 if cfg.head_dim else _ratio(cfg) ** -0.5)

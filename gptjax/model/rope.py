@@ -17,16 +17,25 @@ YARN_FAST, YARN_SLOW = 32.0, 1.0
 LLAMA3_FAST, LLAMA3_SLOW = 4.0, 1.0
 
 
-def rope(cfg: ModelConfig) -> tuple[jax.Array, float]:
-    """The frequencies (K/2 of them) of the model's rotary positions, and the temperature of its cosines and sines."""
+def rope(cfg: ModelConfig, local: bool | jax.Array = False) -> tuple[jax.Array, float | jax.Array]:
+    """The frequencies (K/2 of them) of the model's rotary positions, and the temperature of its cosines and sines.
+
+    `local` is true in a layer with a window, whose positions may be others (cfg.rope_theta_local).
+    """
     size, theta, factor, original = cfg.head_size, cfg.rope_theta, cfg.rope_factor, cfg.rope_original_length
+    if cfg.rope_theta_local and local is True:
+        return frequencies(size, cfg.rope_theta_local), 1.0
+    frequency, temperature = frequencies(size, theta), 1.0
     if cfg.rope_scaling == "linear":
-        return frequencies(size, theta) / factor, 1.0  # position interpolation (Chen et al. 2023)
+        frequency = frequency / factor  # position interpolation (Chen et al. 2023)
     if cfg.rope_scaling == "llama3":
-        return llama3(frequencies(size, theta), factor, original), 1.0
+        frequency = llama3(frequency, factor, original)
     if cfg.rope_scaling == "yarn":
-        return yarn(size, theta, factor, original), yarn_temperature(factor)
-    return frequencies(size, theta), 1.0
+        frequency, temperature = yarn(size, theta, factor, original), yarn_temperature(factor)
+    if cfg.rope_theta_local and local is not False:
+        frequency = jnp.where(local, frequencies(size, cfg.rope_theta_local), frequency)
+        temperature = 1.0 if temperature == 1.0 else jnp.where(local, 1.0, temperature)
+    return frequency, temperature
 
 
 def frequencies(size: int, theta: float) -> jax.Array:
@@ -70,7 +79,9 @@ def llama3(frequency: jax.Array, factor: float, original: int) -> jax.Array:
     return (1 - kept) * frequency / factor + kept * frequency
 
 
-def rotate(x_BLHK: jax.Array, positions_BL: jax.Array, frequency: jax.Array, temperature: float = 1.0) -> jax.Array:
+def rotate(
+    x_BLHK: jax.Array, positions_BL: jax.Array, frequency: jax.Array, temperature: float | jax.Array = 1.0
+) -> jax.Array:
     """Turns the pair (x_i, x_{i + K/2}) by the angle position x frequency_i, in queries and keys alike.
 
     Su et al. 2021, RoFormer, in the half-split form of the Llama checkpoints. Computed in float32: in bfloat16 the
@@ -78,7 +89,7 @@ def rotate(x_BLHK: jax.Array, positions_BL: jax.Array, frequency: jax.Array, tem
     """
     angle = positions_BL[:, :, None, None].astype(jnp.float32) * frequency
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    if temperature != 1.0:
+    if not isinstance(temperature, float) or temperature != 1.0:
         cos, sin = cos * temperature, sin * temperature
     first, second = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

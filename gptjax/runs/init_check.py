@@ -7,9 +7,11 @@ from gptjax.runs.run import Run, load_config
 
 # Settings under which weights of the same shapes mean something else: always, and unless rows become longer, as they
 # may with another reach of attention or other rotary positions.
-MEANING = ("positions", "norm", "activation", "biases", "qk_norm", "attention_softcap", "logit_softcap", "parallel",
-           "tied", "mup_base_width")  # fmt: skip
-REACH = ("rope_theta", "rope_scaling", "rope_factor", "rope_original_length", "window", "global_every")
+MEANING = ("embedding", "positions", "norm", "norm_weights", "post_norms", "activation", "biases", "qkv_biases",
+           "qk_norm", "attention_divisor", "attention_softcap", "logit_scale", "logit_softcap", "parallel", "tied",
+           "mup_base_width")  # fmt: skip
+REACH = ("rope_theta", "rope_theta_local", "rope_scaling", "rope_factor", "rope_original_length", "window",
+         "global_every")  # fmt: skip
 
 
 def check_init(config: TrainConfig) -> None:

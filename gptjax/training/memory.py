@@ -208,7 +208,7 @@ def saved_by_layer(config: TrainConfig, size: Mapping[str, int], item: int, tile
     """Bytes that the forward pass of one layer saves for its gradient, by model.remat."""
     cfg = config.model
     tokens, head = size["B"] * size["L"], _head(config, size, tiles)
-    stream, gated = tokens * cfg.width, cfg.activation == "swiglu"
+    stream, gated = tokens * cfg.width, cfg.gated
     products = tokens * size["F"] * (2 if gated else 1)
     query, key = tokens * size["H"] * head, tokens * size["G"] * head
     named = {"query": query, "key": key, "value": key, "attention": query, "mlp": products}
@@ -222,9 +222,11 @@ def saved_by_layer(config: TrainConfig, size: Mapping[str, int], item: int, tile
         return item * (2 * stream + query + 2 * key + products)
     # Each norm saves two float32 arrays; GELU, computed in float32, four and the input of the next product. With
     # products in float32 the stream is among these. The products of a TPU read bfloat16 in either case.
-    norms, also = 4 * stream * 2 * (1 if cfg.parallel else 2), 0 if item == 4 else 1
+    count = (1 if cfg.parallel else 2) + (2 if cfg.post_norms else 0)
+    norms, also = 4 * stream * 2 * count, 0 if item == 4 else 1
     read = 2 if tiles else item
-    each = {"swiglu": 6 * item, "relu2": 3 * item, "gelu": 16 + (2 if tiles else item * also)}[cfg.activation]
+    gelu = 16 + (2 if tiles else item * also)
+    each = {"swiglu": 6 * item, "geglu": gelu + 3 * item, "relu2": 3 * item, "gelu": gelu}[cfg.activation]
     inside = each * tokens * size["F"]
     kernel = item * stream if cfg.attention == "splash" else 0
     kept = norms + 2 * item * also * stream + inside + 2 * item * (query + key) + kernel
@@ -264,7 +266,7 @@ def _layer_gradient(
         own += 2 * item * rows * size["M"] * size["G"] * width  # keys and values of the whole row
     if cfg.attention == "cudnn" and config.data.several_documents:
         own += 2 * rows * size["L"] * size["M"]  # its mask
-    gated = cfg.activation == "swiglu"
+    gated = cfg.gated
     arrays = kept.gated if gated else kept.hidden_pieces if in_pieces else kept.hidden
     if cfg.remat in ("none", "dots") or (cfg.remat == "names" and "mlp" in cfg.remat_names):
         arrays -= 2 if gated else 1

@@ -86,7 +86,7 @@ def memory_traffic(config: TrainConfig, sizes: Mapping[str, int], memory: Memory
     cfg, size, item = config.model, local_sizes(config, sizes), item_size(config.model)
     tokens, N = size["B"] * size["L"], cfg.num_layers
     layer = parameters(cfg, config.tokenizer.vocab_size, 0)["matrices"] * item / sizes["tensor"]
-    forward = item * tokens * (10 * cfg.width + (6 if cfg.activation == "swiglu" else 4) * size["F"]) * N
+    forward = item * tokens * (10 * cfg.width + (6 if cfg.gated else 4) * size["F"]) * N
     again = 0.0 if cfg.remat == "none" else 1.0
     # Scores, float32 and in the type of products: the softmax and its product, and as much twice in the backward pass.
     scores = (2 * 4 + 2 * item) * score_count(config, size) * N * (3 + again)
