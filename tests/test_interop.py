@@ -18,7 +18,10 @@ from gptjax.interop.huggingface import import_huggingface
 from gptjax.model.decoder import Decoder
 
 FIXTURES = Path(__file__).parent / "fixtures"
-FAMILIES = ("tiny_random_gpt2", "tiny_random_llama", "tiny_random_mistral", "tiny_random_qwen3")
+FAMILIES = ("tiny_random_gpt2", "tiny_random_llama", "tiny_random_mistral", "tiny_random_qwen3", "tiny_random_qwen2",
+            "tiny_random_nanochat", "tiny_random_cohere", "tiny_random_gemma2", "tiny_random_gemma3_text")  # fmt: skip
+WINDOWS = {"mistral": 7, "qwen2": 7, "gemma2": 7, "gemma3_text": 7}
+NORMED = ("qwen3", "nanochat", "gemma3_text")
 
 
 def logits(imported, ids_BL: np.ndarray) -> np.ndarray:
@@ -63,8 +66,13 @@ def assert_same(a, b):
 def test_an_imported_model_has_the_logits_of_the_original(family):
     reference = np.load(FIXTURES / family / "reference.npz")
     imported = cfg, *sizes, params = import_huggingface(FIXTURES / family)
-    assert (cfg.num_layers, cfg.width, *sizes) == ((2, 64, 512, 64) if family in FAMILIES[:2] else (2, 32, 64, 64))
-    assert (cfg.window, cfg.qk_norm) == (7 * family.endswith("mistral"), family.endswith("qwen3"))
+    width, kind = 64 if family in FAMILIES[:2] else 32 if family in FAMILIES[:4] else 16, family[12:]
+    assert (cfg.width, *sizes) == (width, 512 if width == 64 else 64, 64)
+    assert (cfg.num_layers, cfg.window, cfg.qk_norm) == (
+        2 + (kind in ("qwen2", "gemma3_text")),
+        WINDOWS.get(kind, 0),
+        kind in NORMED,
+    )
     assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype("float32")}
     got_BLV = logits(imported, reference["ids"])
     difference = np.abs(got_BLV - reference["logits"]).max()
@@ -159,6 +167,20 @@ def test_older_and_newer_places_of_the_rotary_base_and_a_window_of_null_are_read
         assert import_huggingface(variant(tmp_path, FAMILIES[1], settings))[0].rope_theta == theta
 
 
+def test_older_files_of_gemma3_say_the_same_of_their_positions_and_windows(tmp_path):
+    """In keys of their own, as the first checkpoints have them; defaults are those of transformers."""
+    family = FAMILIES[8]
+    older = {"rope_parameters": "absent", "rope_theta": 1e5, "rope_local_base_freq": 1e3,
+             "rope_scaling": {"rope_type": "linear", "factor": 4.0}}  # fmt: skip
+    assert_same(import_huggingface(variant(tmp_path, family, older)), import_huggingface(FIXTURES / family))
+    pattern = import_huggingface(
+        variant(tmp_path, family, {"layer_types": "absent", "sliding_window_pattern": 2, "rope_parameters": None})
+    )[0]
+    assert (pattern.global_every, pattern.rope_theta, pattern.rope_theta_local) == (2, 1e6, 1e4)
+    every = import_huggingface(variant(tmp_path, family, {"layer_types": "absent", "rope_parameters": None}))[0]
+    assert every.layer_windows == (7, 7, 7)  # the sixth would be the first without
+
+
 SCALED = {
     "linear": {"factor": 4.0},
     "llama3": {
@@ -191,7 +213,7 @@ YARN = {"rope_theta": 1e4} | SCALED["yarn"]
 @pytest.mark.parametrize(
     "family, settings, message",
     [
-        (0, {"model_type": "bert"}, "model_type='bert' .* wanted 'gpt2' or 'llama' or 'mistral' or 'qwen3'"),
+        (0, {"model_type": "bert"}, "model_type='bert' .* wanted 'gpt2' or 'llama' or 'mistral' or 'qwen3' or "),
         (0, {"model_type": None}, "model_type=None"),
         (0, {"activation_function": "gelu"}, "activation_function='gelu' is not supported; wanted 'gelu_new'"),
         (0, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
@@ -239,7 +261,45 @@ YARN = {"rope_theta": 1e4} | SCALED["yarn"]
         (2, {"num_key_value_heads": None}, "num_key_value_heads=None"),
         (2, {"layer_types": ["full_attention"] * 2}, "layer_types="),
         (3, {"head_dim": None}, "head_dim=None"),
-        (3, {"use_sliding_window": True}, "use_sliding_window=True"),
+        (
+            3,
+            {"use_sliding_window": True, "layer_types": None, "max_window_layers": 1},
+            "layer_types=.*in every k-th one",
+        ),
+        (
+            3,
+            {"use_sliding_window": True, "layer_types": ["chunked"] * 2},
+            "layer_types=.*for each layer 'full_attention'",
+        ),
+        (4, {"num_key_value_heads": None}, "num_key_value_heads=None"),
+        (4, {"sliding_window": None}, "sliding_window=None"),
+        (5, {"hidden_act": "silu"}, "hidden_act='silu' is not supported; wanted 'relu2'"),
+        (5, {"attention_bias": True}, "attention_bias=True"),
+        (
+            5,
+            rope("yarn", **{"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}),
+            "wanted no yarn",
+        ),
+        (6, {"use_qk_norm": True}, "use_qk_norm=True"),
+        (6, {"logit_scale": 0}, "logit_scale=0 is not supported; wanted a number above 0"),
+        (6, {"attention_bias": True}, "attention_bias=True"),
+        (7, {"hidden_activation": "gelu"}, "hidden_activation='gelu'"),
+        (7, {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        (7, {"attention_bias": True}, "attention_bias=True"),
+        (7, {"final_logit_softcapping": 0.0}, "final_logit_softcapping=0.0"),
+        (7, {"query_pre_attn_scalar": -1}, "query_pre_attn_scalar=-1"),
+        (8, {"attn_logit_softcapping": 2.0}, "attn_logit_softcapping=2.0 is not supported; wanted None"),
+        (
+            8,
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            "rope_parameters=.*those of full_attention",
+        ),
+        (
+            8,
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            "sliding_attention not sc",
+        ),
+        (8, {"model_type": "gemma3"}, "model_type='gemma3' .* or 'gemma3_text'"),
         (3, {"attention_bias": True}, "attention_bias=True"),
         (3, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types="),
         (3, {"model_type": "llama"}, "no place for tensor model.layers.0.self_attn.k_norm.weight"),

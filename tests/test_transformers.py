@@ -95,7 +95,7 @@ def save_model(folder: Path, config, scale: float = 8.0):
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, x in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name or ".ln_" in name:
                 x += 0.1 * torch.randn_like(x)
             else:
                 x *= scale
@@ -287,16 +287,40 @@ def values() -> dict:
     }
 
 
+SLIDING_FULL = ["sliding_attention", "full_attention", "sliding_attention"]
+SMALLER = {
+    "qwen2": {"tie_word_embeddings": True, "num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 7,
+              "layer_types": SLIDING_FULL},
+    "nanochat": {"final_logit_softcapping": 2.0},
+    "cohere": {"logit_scale": 0.3},
+    "gemma2": {"head_dim": 6, "query_pre_attn_scalar": 10, "sliding_window": 7, "attn_logit_softcapping": 2.0,
+               "final_logit_softcapping": 2.0},
+    "gemma3_text": {
+        "head_dim": 6, "query_pre_attn_scalar": 10, "sliding_window": 7, "num_hidden_layers": 3,
+        "layer_types": SLIDING_FULL, "tie_word_embeddings": False,
+        "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5},
+                            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3}},
+    },
+}  # fmt: skip
+
+
+def write_fixture(family: str, config, ids_BL: np.ndarray) -> None:
+    folder = FIXTURES / f"tiny_random_{family}"
+    model = save_model(folder, config)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    np.savez(folder / "reference.npz", ids=ids_BL, logits=their_logits(model, ids_BL))
+
+
 def main() -> None:
-    """Writes the fixtures: values of functions, two small models, and logits of a third with scaled positions."""
+    """Writes the fixtures: values of functions, small models, and logits of another with scaled positions."""
     import transformers
 
     VALUES.write_text(json.dumps({"transformers": transformers.__version__} | values()))
     for family, more in (("mistral", {"sliding_window": 7}), ("qwen3", {"tie_word_embeddings": True})):
-        folder = FIXTURES / f"tiny_random_{family}"
-        model = save_model(folder, small(family, head_dim=12, **more))
-        (folder / "generation_config.json").unlink(missing_ok=True)
-        np.savez(folder / "reference.npz", ids=token_ids(), logits=their_logits(model, token_ids()))
+        write_fixture(family, small(family, head_dim=12, **more), token_ids())
+    for family, more in SMALLER.items():
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "pad_token_id": None}
+        write_fixture(family, small(family, **sizes | more), token_ids(20))
     llama = FIXTURES / "tiny_random_llama"
     ids_BL = np.load(llama / "reference.npz")["ids"]
     scaled = {}
