@@ -228,6 +228,7 @@ def read_gemma3(s: ForeignConfig) -> Sizes:
 
 def write_gemma2(cfg: ModelConfig, vocab_size: int, context: int) -> dict[str, Any]:
     return _write_like_llama(cfg, vocab_size, context) | _write_windows(cfg) | {
+        "sliding_window": cfg.window or context,  # transformers makes a mask of it even where no layer has one
         "hidden_activation": "gelu_pytorch_tanh", "hidden_act": "gelu_pytorch_tanh", "attention_bias": False,
         "query_pre_attn_scalar": round(cfg.attention_divisor) or cfg.head_size,
         "attn_logit_softcapping": cfg.attention_softcap or None, "final_logit_softcapping": cfg.logit_softcap or None,
