@@ -11,6 +11,7 @@ from typing import Any
 
 from gptjax import config
 from gptjax.config.checks import DoctorConfig, VerifyConfig
+from gptjax.config.export import ExportConfig
 from gptjax.config.scaling import FitConfig, PredictConfig
 from gptjax.config.section import leaves
 from gptjax.config.sweep import SweepConfig
@@ -26,6 +27,7 @@ VERBS: dict[str, Any] = {
     "data show": config.ShowConfig,
     "eval": config.EvalConfig,
     "generate": config.ContinueConfig,
+    "export": ExportConfig,
     "sweep": SweepConfig,
     "fit": FitConfig,
     "predict": PredictConfig,

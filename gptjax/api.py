@@ -1,4 +1,4 @@
-"""The Python API, for notebooks and scripts: train, load, generate, evaluate. `import gptjax` gives all of it.
+"""The Python API, for notebooks and scripts: train, load, generate, evaluate, export. `import gptjax` gives all of it.
 
 config = gptjax.recipe("quickstart", {"steps": 200, "model.width": 128})
 model = gptjax.train(config)
@@ -15,10 +15,12 @@ import jax
 from gptjax.commands import evaluate_trained
 from gptjax.config import GenerateConfig, TrainConfig
 from gptjax.config.command_line import load_recipe, origins
+from gptjax.config.export import ExportConfig
 from gptjax.config.plugins import optional, register
 from gptjax.config.section import InputError, build, leaves, unknown_name
 from gptjax.data.manifest import with_corpus_tokenizer
 from gptjax.generation.engine import generate as generate_texts
+from gptjax.interop.export import export_model
 from gptjax.runs.load import LoadedModel, load_model
 from gptjax.runs.run import Provenance
 from gptjax.stages.early import check_early
@@ -96,6 +98,16 @@ def generate(model: LoadedModel, prompt: str | list[str] = "", **settings: Any) 
     with jax.set_mesh(model.mesh):
         texts = generate_texts(model.decoder, model.params, model.tokenizer, cfg)
     return texts[0] if isinstance(prompt, str) else texts
+
+
+def export(model: LoadedModel, folder: str | Path, **settings: Any) -> str:
+    """Writes a new folder that transformers opens, or a GGUF file in it, with a model card; returns a line about it.
+
+    `settings` are those of config.export.ExportConfig: format, dtype. Raises InputError where the folder holds
+    something, or where no architecture can express the model, and leaves nothing then.
+    """
+    cfg = build(ExportConfig, dict(leaves(ExportConfig(step=model.step))) | settings)
+    return export_model(model, folder, cfg)
 
 
 def evaluate(model: LoadedModel, max_rows: int = 0) -> dict[str, Any]:

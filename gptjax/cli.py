@@ -21,6 +21,7 @@ from gptjax.config.command_line import (
     take,
     unknown_verb,
 )
+from gptjax.config.export import GGUF_FILE, ExportConfig
 from gptjax.config.section import InputError
 from gptjax.config.training import ImportConfig
 from gptjax.parallel.cluster import RetryableError
@@ -130,31 +131,14 @@ def plan(args: list[str]) -> int:
     recipe, given = load_recipe(name), {}
     for flag in ("topology", "json", "out", "compiles", "size", "prices"):
         given[flag], args = take(args, flag)
-    place, out, size = given["topology"], given["out"], given["size"]
-    written = recipe.config("pretrain", size)
-    recipe_words = [name, *(["--size", size] if size else [])]
+    written = recipe.config("pretrain", given["size"])
+    recipe_words = [name, *(["--size", given["size"]] if given["size"] else [])]
     parsed = parse(written, args, f"gptjax plan {name} {PLAN}", recipe.doc)
     from gptjax.data.manifest import with_corpus_tokenizer
-    from gptjax.diagnostics.plan import report
-    from gptjax.storage import check_file, write_json
+    from gptjax.diagnostics.plan.verb import plan
 
     cfg = with_corpus_tokenizer(parsed, given_names(args))
-    for path in filter(None, (out, given["json"])):
-        check_file(path)
-    if place:
-        found, best = report.plan(cfg, place, report.check_compiles(given["compiles"]), given["prices"], print)
-        settings = {} if best is None else report.changes(written, best)
-        if out:
-            report.write_recipe(out, str(recipe.path), size, settings, place, best is not None)
-        if "found" in found and best is None:  # nothing fits: the comparison shows where it would
-            _next("plan", *recipe_words)
-        else:
-            _next("pretrain", *([out] if out else [*recipe_words, *report.to_flags(settings)]))
-    else:
-        found = report.compare_topologies(cfg, given["prices"], print)
-        _next("plan", *recipe_words, "--topology", "v5e:4x4")
-    if given["json"]:
-        write_json(given["json"], found)
+    _next(*plan(written, cfg, recipe_words, str(recipe.path), given, print))
     return 0
 
 
@@ -269,6 +253,20 @@ def import_run(args: list[str]) -> int:
     return 0
 
 
+def export(args: list[str]) -> int:
+    """export RUN DIR           write a run's model as transformers opens it, with a model card"""
+    run, args = positional(args, "RUN", "gptjax export RUN DIR")
+    folder, args = positional(args, "DIR", "gptjax export RUN DIR")
+    cfg = parse(ExportConfig(), args, f"gptjax export {run} {folder}")
+    os.environ["JAX_PLATFORMS"] = "cpu"  # a GPU or TPU that is here is not taken: a run may train on it
+    from gptjax.interop.export import export_run
+
+    say(export_run(run, folder, cfg))
+    exported = f"{folder}/{GGUF_FILE}" if cfg.format == "gguf" else folder
+    _next("import", exported, "runs/NAME")
+    return 0
+
+
 def verify(args: list[str]) -> int:
     """verify                   prove on these devices that every mesh and setting gives the same numbers"""
     from gptjax.config.checks import VerifyConfig
@@ -312,6 +310,7 @@ VERBS: dict[str, Verb] = {
     "fit": fit,
     "predict": predict,
     "import": import_run,
+    "export": export,
     "verify": verify,
     "doctor": doctor,
 }

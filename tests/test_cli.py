@@ -256,7 +256,7 @@ def test_a_run_that_was_not_saved_yet_has_nothing_to_list_or_to_verify(tmp_path,
 
 def test_what_is_no_verb_and_no_run_is_refused(tmp_path, capsys):
     assert "did you mean 'pretrain'?" in refusal(capsys, "pertrain", "quickstart")
-    assert refusal(capsys, "export", "x") == "gptjax: there is no verb 'export'; see gptjax --help"
+    assert refusal(capsys, "convert", "x") == "gptjax: there is no verb 'convert'; see gptjax --help"
     assert "RUN is missing" in refusal(capsys, "eval")
     assert "wanted the folder of a run" in refusal(capsys, "eval", tmp_path)
     assert "no such recipe" in refusal(capsys, "pretrain", "nowhere.py")

@@ -166,7 +166,9 @@ def check_verb(args: list[str]) -> None:
     if "--help" in rest:
         return
     configs = make_settings().VERBS
-    words = 0 if verb in ("prepare", "tokenizer train", "verify", "doctor") else 2 if verb == "import" else 1
+    words = (
+        0 if verb in ("prepare", "tokenizer train", "verify", "doctor") else 2 if verb in ("import", "export") else 1
+    )
     assert len(rest) >= words and not any(word.startswith("-") for word in rest[:words]), "a word is missing"
     names, rest = rest[:words], rest[words:]
     if verb == "fit":

@@ -104,10 +104,15 @@ class CheckpointConfig(Section):
     """Also keep each checkpoint whose step is a multiple of this; 0: none."""
     keep_best: int = 0
     """Also keep this many of the lowest evaluation loss."""
+    export_every: int = 0
+    """Steps between exports (as by `gptjax export`) into the run's exports/step_N, with one of the last step; a
+    multiple of `every`, 0: none."""
 
     def __post_init__(self):
         self.require_positive("every", "keep_newest")
-        self.require_numbers(0, math.inf, "keep_every", "keep_best")
+        self.require_numbers(0, math.inf, "keep_every", "keep_best", "export_every")
+        saved = self.export_every % self.every == 0
+        self.require(saved, "export_every", f"a multiple of checkpoint.every={self.every}")
         self.require(all(step > 0 for step in self.at), "at", "steps above 0")
 
 

@@ -111,12 +111,21 @@ class Checkpoints:
 
     # Writing.
 
-    def save(self, step: int, state: Any, data: dict, config: dict, first: Callable[[], None] = lambda: None) -> None:
+    def save(
+        self,
+        step: int,
+        state: Any,
+        data: dict,
+        config: dict,
+        first: Callable[[], None] = lambda: None,
+        then: Callable[[], None] = lambda: None,
+    ) -> None:
         """Saves in the background; `state` may be donated as soon as this returns.
 
         `data` (the position in the data) and `config` hold what JSON can hold. A step that is already committed is
         left as it is. `first` is called by process 0 before the step is committed, to bring what a committed step
-        promises to be there. Waits for the save before it, and raises CheckpointError where that one failed.
+        promises to be there, and `then` once it is. Waits for the save before it, and raises CheckpointError where that
+        one failed.
         """
         assert not self.readonly, "these checkpoints were opened for reading"
         self.wait()
@@ -136,7 +145,7 @@ class Checkpoints:
             self._remove_partial(step)
             raise _failed(step, e) from e
         self._began = time.monotonic()
-        commit = (step, response, staged, first)
+        commit = (step, response, staged, first, then)
         self._thread = threading.Thread(target=self._commit, args=commit, name=f"checkpoint {step}")
         self._thread.start()
 
@@ -162,7 +171,7 @@ class Checkpoints:
                 barrier("checkpoint committed")
         self.check()
 
-    def _commit(self, step: int, response: Any, staged: Path, first: Callable[[], None]) -> None:
+    def _commit(self, step: int, response: Any, staged: Path, first: Callable[[], None], then: Callable) -> None:
         try:
             response.result()
             self.store.check(self.folder, now=True)
@@ -172,6 +181,7 @@ class Checkpoints:
                 self.store.check(self.folder, now=True)
                 write_manifest(self.path(step), step)
                 self.store.remove(self._pending(step))
+                then()
             self.seconds = max(self.seconds, time.monotonic() - self._began)
         except Exception as e:
             self._error = _failed(step, e)

@@ -84,6 +84,10 @@ class Run:
         return self.local / "data"
 
     @property
+    def exports(self) -> Path:
+        return self.local / "exports"
+
+    @property
     def profile(self) -> Path:
         return self.local / "profile"
 

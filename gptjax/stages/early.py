@@ -7,11 +7,13 @@ from pathlib import Path
 
 from gptjax.config import TrainConfig, check_divisible
 from gptjax.config.data import parse_sources
+from gptjax.config.export import ExportConfig
 from gptjax.config.section import InputError
 from gptjax.data.corpus import is_corpus, open_corpus
 from gptjax.data.prepared import kept_texts
 from gptjax.data.records import HF, TFDS
 from gptjax.data.sources import is_function, is_saved_source, open_source
+from gptjax.interop.export_check import check_export
 from gptjax.parallel.cluster import given_rank
 from gptjax.parallel.processes import no_devices
 from gptjax.runs.init_check import check_init
@@ -48,6 +50,8 @@ def check_early(config: TrainConfig) -> None:
         check_init(config)
     if not begun:
         check_trainable(config.tokenizer)
+    if config.checkpoint.export_every:
+        check_export(config, ExportConfig())
     if config.tokenizer.path and not begun and not Path(config.tokenizer.path).exists():  # else it keeps its own
         open_tokenizer(Path(config.tokenizer.path), config.tokenizer.kind, config.tokenizer.pattern)
     for name, source in (sources | parse_sources(config.data.validation)).items():

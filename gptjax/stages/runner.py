@@ -22,6 +22,7 @@ from gptjax.runs.run import Provenance, Run, load_config
 from gptjax.runtime.compile_cache import enable_compile_cache
 from gptjax.runtime.dtype import preferred_dtype
 from gptjax.runtime.process import STARTED
+from gptjax.stages.exports import Exports
 from gptjax.training.loop import Batches, Diverged, Hooks, fit
 from gptjax.training.metrics import Metrics
 from gptjax.training.sinks import check_sinks
@@ -87,6 +88,7 @@ class Runner:
         for line in self.run.changes:
             say(line)
         self.checkpoints = Checkpoints(self.run.checkpoints, config.checkpoint)
+        self.exports = Exports(self.run, config.checkpoint.export_every, config.steps)
         self.rows = local_rows(config.data.batch_size, group.mesh)
         self._logged, self._no_report = 0, False
 
@@ -122,7 +124,9 @@ class Runner:
         self.group.cleanup.callback(self._report)
         metrics = Metrics(self.run.metrics_path, config, vocab_size, resumed_step=start)
         self.group.cleanup.callback(metrics.close)
+        self.group.cleanup.enter_context(self.exports)
         self.group.cleanup.callback(self.checkpoints.wait, all_processes=False)
+        self.exports.begin(start)  # the run may have ended before that was done
         evaluation = functools.partial(self._evaluate, metrics, evaluate, sample)
         due = start > 0 and (start % config.evaluate.every == 0 or start == config.steps)
         missing = due and is_main_process() and metrics.file.evaluation(start) is None
@@ -150,6 +154,7 @@ class Runner:
                 )
             except (Interrupted, Diverged) as e:
                 self._event(self._logged, type(e).__name__.lower(), reason=str(e))
+                self.exports.stop()
                 raise
             self._event(config.steps, "finished")
             return state
@@ -165,7 +170,8 @@ class Runner:
     def _save(self, metrics: Metrics, i: int, state: TrainState, data_state: dict) -> None:
         self._retain(metrics)
         self._event(i, "saved")
-        self.checkpoints.save(i, state, data_state, dict(leaves(self.config)), first=self.run.push_logs)
+        then = functools.partial(self.exports.begin, i)
+        self.checkpoints.save(i, state, data_state, dict(leaves(self.config)), first=self.run.push_logs, then=then)
 
     def _evaluate(self, metrics: Metrics, evaluate: Callable, sample: Callable, i: int, state: TrainState) -> None:
         with metrics.status("evaluating"):
@@ -194,7 +200,7 @@ class Runner:
         self.checkpoints.wait()  # the save that it may refer to is on the disk
         if is_main_process():  # which has the metrics, and deletes
             best = metrics.file.best_steps(self.config.checkpoint.keep_best, among=self.checkpoints.steps())
-            self.checkpoints.retain(best)
+            self.checkpoints.retain([*best, *self.exports.steps])
 
 
 def load_frozen(runs: Mapping[str, str], mesh: MeshConfig) -> dict[str, Any]:
