@@ -5,7 +5,7 @@ Each imports its own room: continuing a prompt needs none of data or evals.
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,25 +91,36 @@ def evaluate_trained(model: LoadedModel, max_rows: int = 0) -> dict[str, Any]:
 
 
 def generate_run(run_dir: str | Path, cfg: ContinueConfig, write: Callable[[str], None]) -> None:
-    """Continues cfg.prompt with a run, writing text as it comes; several prompts are written one after the other."""
+    """Continues cfg.prompt with a run, or answers it, writing text as it comes; several prompts one after the other."""
     from gptjax.generation.engine import stream
 
     join_processes({"run": str(run_dir), **dict(leaves(cfg))})
     model = load_model(run_dir, None, cfg.step)
     with jax.set_mesh(model.mesh):
-        pieces = stream(model.decoder, model.params, model.tokenizer, cfg)
+        pieces = _answers(model, cfg) if cfg.chat else stream(model.decoder, model.params, model.tokenizer, cfg)
         first = list(itertools.islice(pieces, 1))  # a prompt that does not fit is refused before anything is written
-        if len(cfg.prompt) == 1:
-            write(cfg.prompt[0])
+        texts = [""] * len(cfg.prompt) if cfg.chat else list(cfg.prompt)
+        if len(texts) == 1:
+            write(texts[0])
             for _, piece in itertools.chain(first, pieces):
                 write(piece)
             write("\n")
             return
-        texts = list(cfg.prompt)
         for row, piece in itertools.chain(first, pieces):
             texts[row] += piece
         for text in texts:
             write(f"{text}\n")
+
+
+def _answers(model: LoadedModel, cfg: ContinueConfig) -> Iterator[tuple[int, str]]:
+    from gptjax.generation.chat import stream_answers
+    from gptjax.tokenizer import set_template
+
+    tokenizer = model.tokenizer
+    set_template(tokenizer, cfg.template)
+    system = [{"role": "system", "content": cfg.system}] if cfg.system else []
+    chats = [[*system, {"role": "user", "content": prompt}] for prompt in cfg.prompt]
+    return stream_answers(model.decoder, model.params, tokenizer, chats, cfg)
 
 
 def show_step(run_dir: str | Path, step: int, rows: int) -> str:

@@ -405,7 +405,7 @@ class SpacedTokenizer(BytesTokenizer):
 
 @pytest.mark.parametrize("starts, want", [(True, "ab c"), (False, " ab c")])
 def test_the_space_before_a_document_is_dropped_and_the_one_after_a_prompt_kept(starts, want):
-    texts = TextStream(SpacedTokenizer(), starts_document=starts)
+    texts = TextStream(SpacedTokenizer(), drops_space=starts)
     assert "".join(texts.push([i]) for i in b" ab c") == want
 
 

@@ -2,11 +2,14 @@
 
 import json
 import os
+import random
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from awkward_texts import AWKWARD, sentencepiece_model
+from awkward_texts import SHAKESPEARE as TEXT
 from byte_pairs import END, MERGES, TWO_FILES, VOCAB
 from safetensors.numpy import load_file
 from test_interop import FIXTURES, assert_same
@@ -15,11 +18,14 @@ from gptjax.api import load
 from gptjax.cli import main
 from gptjax.config import GenerateConfig
 from gptjax.config.section import InputError
+from gptjax.generation import chat
 from gptjax.generation.engine import generate_ids
 from gptjax.interop.gguf import KEYS, LAYER, TOP, import_gguf, is_gguf
-from gptjax.interop.huggingface import import_huggingface, set_conventions
-from gptjax.tokenizer import load_tokenizer
+from gptjax.interop.gguf_tokenizer import read_tokenizer
+from gptjax.interop.huggingface import import_huggingface
+from gptjax.tokenizer import SentencePieceTokenizer, load_tokenizer
 from gptjax.tokenizer.huggingface import HuggingFaceTokenizer
+from gptjax.tokenizer.known_templates import template_of
 
 gguf = pytest.importorskip("gguf", reason="GGUF files: pip install 'gptjax[gguf]'")
 
@@ -107,14 +113,130 @@ def test_the_tokenizer_its_beginning_and_its_ends_come_with_the_file(tmp_path, c
     assert begins is not None and begins.prompt_ids("a")[0] == 509
 
 
-def test_a_folder_says_how_prompts_begin_and_what_ends_a_text(tmp_path):
-    tokenizer = HuggingFaceTokenizer(TWO_FILES, END, END)
-    set_conventions(tokenizer, tmp_path)
-    assert tokenizer.begins and tokenizer.stop_ids == ()
-    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.eos_id, 7, 10**6]}))
-    set_conventions(tokenizer, tmp_path)
-    assert not tokenizer.begins and tokenizer.stop_ids == (7,)
+def sentencepiece_keys(content: bytes, **more) -> dict:
+    """The keys that llama.cpp's converter makes of a SentencePiece model."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(content)  # pyright: ignore[reportAttributeAccessIssue]
+    pieces = list(proto.pieces)
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [piece.piece for piece in pieces],
+        "tokenizer.ggml.scores": [float(piece.score) for piece in pieces],
+        "tokenizer.ggml.token_type": [int(piece.type) for piece in pieces],
+        "tokenizer.ggml.bos_token_id": proto.trainer_spec.bos_id,
+        "tokenizer.ggml.eos_token_id": proto.trainer_spec.eos_id,
+    } | {f"tokenizer.ggml.{key}": value for key, value in more.items()}
+
+
+def same_ids(made, original) -> None:
+    rng = random.Random(0)
+    texts = [*AWKWARD, "", TEXT[:3000]]
+    texts += ["".join(rng.choices(AWKWARD, k=rng.randint(2, 12))) for _ in range(200)]
+    texts += ["".join(chr(rng.randrange(0x20, 0xD800)) for _ in range(20)) for _ in range(200)]
+    assert made.encode_batch(texts) == original.encode_batch(texts)
+    assert (made.specials, made.bos_id, made.eos_id) == (original.specials, original.bos_id, original.eos_id)
+
+
+@pytest.mark.parametrize("space", [True, False])
+def test_a_sentencepiece_tokenizer_from_keys_has_the_ids_of_its_model(space):
+    model = sentencepiece_model(add_dummy_prefix=space, user_defined_symbols=["<turn>"])
+    made = read_tokenizer(sentencepiece_keys(model, add_space_prefix=space), "model.gguf")
+    same_ids(made, SentencePieceTokenizer(model))
+    assert made.begins and made.prompt_ids("a")[0] == made.bos_id and made.adds_space == space
+
+
+def test_mistrals_tokenizer_from_keys_has_the_ids_of_its_model():
+    path = Path(os.environ.get("GPTJAX_SHARED_DATA", "")) / "tokenizers" / "mistral_v1.model"
+    if not path.is_file():
+        pytest.skip("GPTJAX_SHARED_DATA names no folder with tokenizers/mistral_v1.model")
+    model = path.read_bytes()
+    same_ids(read_tokenizer(sentencepiece_keys(model), "mistral.gguf"), SentencePieceTokenizer(model))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model": "t5"}, "tokenizer t5 is not known"),
+        ({"scores": [0.0]}, "400 tokens of 1 scores"),
+        ({"scores": None}, "tokenizer.ggml.scores is missing"),
+        ({"token_type": [99] * 400}, "no SentencePiece model|not a SentencePiece model"),
+        ({"tokens": ["a"] * 400}, "no SentencePiece model|not a SentencePiece model"),
+        ({"eos_token_id": 400}, "eos_token_id=400; wanted one of 400 tokens"),
+    ],
+)
+def test_keys_that_make_no_tokenizer_are_one_line(changes, said):
+    with pytest.raises(InputError, match=said) as error:
+        read_tokenizer(sentencepiece_keys(sentencepiece_model(), **changes), "model.gguf")
+    assert "\n" not in str(error.value)
+
+
+CHAT = {"tokens": [*pieces()["tokens"][:509], "<|im_start|>", "<|im_end|>", "<|endoftext|>"], "eos_token_id": 510}
+JINJA = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + "
+    "'\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list:
+    """The prompts and stop ids that a chat asks the model to go on from; it answers "Yes."."""
+    asked = []
+
+    def stream_text(decoder, params, prompts, texts, cfg, *, stop_ids, chunk):
+        asked.append((prompts, stop_ids))
+        return iter([(row, "Yes.") for row in range(len(prompts))])
+
+    monkeypatch.setattr(chat, "stream_text", stream_text)
+    return asked
+
+
+def test_a_chat_goes_through_the_runs_template_or_the_one_that_is_named(tmp_path, capsys, asked):
+    keys = pieces(**CHAT) | {"eot_token_id": 510}
+
+    def imported(name: str, jinja: str, *flags: str) -> str:
+        path = write(tmp_path / f"{name}.gguf", "llama", tokenizer=keys, keys={"tokenizer.chat_template": jinja})
+        assert main(["import", str(path), str(tmp_path / name), *flags]) == 0
+        return capsys.readouterr().err
+
+    assert "; chat template: chatml" in imported("run", JINJA)
+    assert "; chat template: none that is known" in imported("unknown", JINJA + "?")
+    imported("named", JINJA + "?", "--template", "chatml")
+    tokenizer = load_tokenizer(tmp_path / "named" / "tokenizer")
+    assert tokenizer.template == "chatml"
+    said = [{"role": "system", "content": "a"}, {"role": "user", "content": "the cat"}]
+    ids, _ = template_of(tokenizer).render(tokenizer, said, add_generation_prompt=True)
+    flags = ["--chat", "--system", "a", "--prompt", "the cat"]
+    for run, more in (("run", []), ("named", []), ("unknown", ["--template", "chatml"])):
+        assert main(["generate", str(tmp_path / run), *flags, *more]) == 0
+        assert capsys.readouterr().out == "Yes.\n" and asked.pop() == ([ids], (510, 511))
+    unknown = str(tmp_path / "unknown")
+    for command, says in (
+        (["generate", unknown, *flags], "name one with --template, one of chatml"),
+        (["generate", unknown, *flags, "--template", "gemma"], "needs the special token '<start_of_turn>'"),
+        (["generate", unknown, *flags, "--template", "x"], "no chat template 'x'"),
+        (["generate", unknown, *flags[1:]], "system='a': wanted none without --chat"),
+        (["generate", unknown, "--chat"], "wanted a message with --chat"),
+        (["import", f"{unknown}.gguf", str(tmp_path / "other"), "--template", "x"], "no chat template 'x'"),
+    ):
+        assert main(command) == 2
+        error = capsys.readouterr().err.strip()
+        assert says in error and "\n" not in error, error
+
+
+def test_where_a_key_is_missing_the_defaults_of_its_kind_hold(tmp_path):
+    def made(**more):
+        keys = {f"tokenizer.ggml.{key}": value for key, value in (pieces() | more).items()}
+        return read_tokenizer(keys, "model.gguf")
+
+    assert (
+        not made(pre="qwen2").begins and made(pre="llama-bpe").begins and made(pre="qwen2", add_bos_token=True).begins
+    )
+    named = pieces()["tokens"][:509] + ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+    ends = made(tokens=named, eos_token_id=510, eot_token_id=510)
+    assert ends.stop_ids == (511,)
+    with pytest.raises(InputError, match="splits text as 'bloom'"):
+        made(pre="bloom")
 
 
 def test_a_character_without_a_token_is_refused_and_never_lost():

@@ -50,7 +50,16 @@ class ContinueConfig(GenerateConfig):
 
     step: int = 0
     """Checkpoint to use; 0: the newest."""
+    chat: bool = False
+    """Answer each prompt as a message of a user, through the run's chat template; the answers alone are printed."""
+    system: str = ""
+    """System message in front of each message; empty: the template's own, where it has one."""
+    template: str = ""
+    """Chat template to use instead of the run's."""
 
     def __post_init__(self):
         super().__post_init__()
+        for name in ("system", "template"):
+            self.require(self.chat or not getattr(self, name), name, "none without --chat")
+        self.require(not self.chat or all(self.prompt), "prompt", "a message with --chat", "add --prompt")
         self.require_numbers(0, math.inf, "step")

@@ -23,6 +23,8 @@ class TokenizerConfig(Section):
     """The tokenizer's file, or the folder that holds it; empty: train a SentencePiece model on the training split."""
     pattern: Literal["", "gpt2", "cl100k", "o200k"] = ""
     """Published pattern by which a .tiktoken file of one's own splits text into words; empty: a file that is known."""
+    template: str = ""
+    """The chat template's name, such as chatml or llama3; empty: that of the tokenizer at `path`, if it has one."""
 
     BYTES_VOCAB: ClassVar[int] = 258  # 256 bytes, beginning and end of document
 

@@ -20,7 +20,7 @@ SCHEMA = 1  # version of config.json; raise it when a saved file needs translati
 FREE = ("run_dir", "log_every", "log_norms_every", "sinks", "sample", "profile", "compile_cache", "time_limit",
         "mesh", "checkpoint", "evaluate", "generate", "model.remat", "model.remat_names", "model.unroll",
         "model.attention", "model.attention_block", "data.workers", "data.validation", "data.max_corrupt",
-        "data.exact_resume")  # fmt: skip
+        "data.exact_resume", "tokenizer.template")  # fmt: skip
 # What may change, and changes the curve from there on. Everything else is frozen: it would make another run.
 CHANGEABLE = {
     "steps": "the schedule changes with it",
@@ -167,6 +167,8 @@ class EvalConfig(Section):
 class ImportConfig(Section):
     """Make a run of weights from elsewhere; unless told otherwise, each device holds a part of them."""
 
+    template: str = ""
+    """The chat template's name, such as chatml or llama3; empty: the source's, where that is known."""
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1, fsdp=-1))
 
 

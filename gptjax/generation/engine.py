@@ -72,16 +72,32 @@ def stream(
     """
     begun = [True] * len(prompts) if prompts else [bool(prompt) for prompt in cfg.prompt]
     prompts = prompts or [tokenizer.prompt_ids(prompt) for prompt in cfg.prompt]
+    # Some tokenizers (Llama's) begin each document with a space that is no part of its text.
+    spaced = tokenizer.decode_bytes(tokenizer.encode("x")).startswith(b" ")
+    texts = [TextStream(tokenizer, cfg.stop, drops_space=spaced and not one) for one in begun]
     stops = (tokenizer.eos_id, *tokenizer.stop_ids)
-    texts = [TextStream(tokenizer, cfg.stop, starts_document=not one) for one in begun]
+    return stream_text(decoder, params, prompts, texts, cfg, stop_ids=stops, chunk=chunk)
+
+
+def stream_text(
+    decoder: Decoder,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    texts: Sequence[TextStream],
+    cfg: GenerateConfig,
+    *,
+    stop_ids: Sequence[int],
+    chunk: int = CHUNK,
+) -> Iterator[tuple[int, str]]:
+    """Yields what `stream` does for prompts of ids, each with the TextStream that makes text of what continues it."""
     finished: set[int] = set()
     left = [cfg.max_new_tokens] * len(prompts)
-    for news in stream_ids(decoder, params, prompts, cfg, stop_ids=stops, chunk=chunk, finished=finished):
+    for news in stream_ids(decoder, params, prompts, cfg, stop_ids=stop_ids, chunk=chunk, finished=finished):
         for row, ids in enumerate(news):
             if row in finished:
                 continue
             left[row] -= len(ids)
-            ended = left[row] == 0 or (len(ids) > 0 and ids[-1] in stops)
+            ended = left[row] == 0 or (len(ids) > 0 and ids[-1] in stop_ids)
             piece = texts[row].push(ids, final=ended)
             if piece:
                 yield row, piece

@@ -11,16 +11,16 @@ class TextStream:
 
     Held back are the bytes of an unfinished character, and an ending that may grow into a stop text. Of several stop
     texts the one that is completed first counts, so where the text was cut into pushes makes no difference.
+    `drops_space` leaves out a space that the text begins with.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, starts_document: bool = False):
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, drops_space: bool = False):
         self.stopped = False
         self._tokenizer = tokenizer
         self._stop = stop
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
-        # Some tokenizers (Llama's) begin each document with a space that is no part of its text.
-        self._drop_space = starts_document and tokenizer.decode_bytes(tokenizer.encode("x")).startswith(b" ")
+        self._drop_space = drops_space
 
     def push(self, ids: Sequence[int], final: bool = False) -> str:
         """The text that the ids make certain; `final` lets go of all that is held. Nothing follows a stop text."""

@@ -4,7 +4,6 @@ A file is read as the Hugging Face folder that it was made from: its keys become
 tensors get the names that huggingface.py reads, so that one table of names and one set of checks serve both.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,11 +17,9 @@ from gptjax.interop.families import HEAD
 from gptjax.interop.folder import check_shape
 from gptjax.interop.foreign import ForeignConfig
 from gptjax.interop.gguf_file import MAGIC, GGUFFile
+from gptjax.interop.gguf_tokenizer import read_tokenizer
 from gptjax.interop.huggingface import Imported, assemble
 from gptjax.tokenizer import Tokenizer
-from gptjax.tokenizer.huggingface import HuggingFaceTokenizer
-from gptjax.tokenizer.interface import JSON_FILE
-from gptjax.tokenizer.splitting import COMPLETE, PATTERNS
 
 # llama.cpp's architecture: the model_type that its checkpoints have in transformers.
 ARCHITECTURES = {"llama": "llama", "qwen3": "qwen3"}
@@ -47,16 +44,6 @@ KEYS = {
 # Keys that may be there with these values alone; others of an architecture are refused by name.
 FIXED = {"vocab_size": None, "rope.dimension_count": None, "attention.value_length": None, "rope.scaling.type": "none"}
 
-_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-# tokenizer.ggml.pre: the way in which a byte-level tokenizer cuts text into words.
-SPLITS = {
-    "gpt-2": [_BYTES | {"use_regex": True}],
-    "smollm": [{"type": "Digits", "individual_digits": True}, _BYTES | {"use_regex": True}],
-    "llama-bpe": [PATTERNS["cl100k"], _BYTES | {"use_regex": False}],
-    "qwen2": [next(p for p in COMPLETE if p not in PATTERNS.values()), _BYTES | {"use_regex": False}],
-}
-CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
-
 
 def is_gguf(path: Path) -> bool:
     """True for a file that begins as GGUF does."""
@@ -79,7 +66,7 @@ def import_gguf(path: Path, mesh: Mesh | None = None) -> tuple[Imported, Tokeniz
     settings = ForeignConfig(path, file.settings() | {"vocab_size": vocab_size})
     imported = assemble(settings, lambda: file, mesh)
     try:
-        return imported, file.tokenizer(), ""
+        return imported, read_tokenizer(file.keys, path.name), ""
     except InputError as error:
         return imported, None, str(error)
 
@@ -142,46 +129,6 @@ class _Tensors:
             # llama.cpp's rotary positions turn neighbouring rows of a head, transformers' those of its two halves.
             x = x.reshape(heads, -1, 2, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
         return x
-
-    def tokenizer(self) -> Tokenizer:
-        """The file's tokenizer; raises InputError where it is none that is known, or would lose text."""
-        key = "tokenizer.ggml."
-        kind, pre = self.keys.get(f"{key}model"), self.keys.get(f"{key}pre", "gpt-2")
-        if kind != "gpt2" or pre not in SPLITS:
-            raise InputError(f"tokenizer {kind}, {pre} is not known; wanted gpt2 with {' or '.join(SPLITS)}")
-        tokens, types = self._list(f"{key}tokens", str), self._list(f"{key}token_type", int)
-        if len(types) != len(tokens):
-            raise InputError(f"{len(tokens)} tokens of {len(types)} types; wanted a type for each")
-        added = [
-            {"content": token, "id": i, "special": types[i] == CONTROL}
-            for i, token in enumerate(tokens)
-            if types[i] in (CONTROL, USER_DEFINED)
-        ]
-        split = {"type": "Split", "behavior": "Isolated", "invert": False}
-        steps = [split | {"pattern": {"Regex": s}} if isinstance(s, str) else s for s in SPLITS[pre]]
-        vocab = {token: i for i, token in enumerate(tokens)}
-        content = {
-            "added_tokens": added,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
-            "model": {"type": "BPE", "vocab": vocab, "merges": self._list(f"{key}merges", str)},
-        }
-        ends = {}
-        for end in ("bos", "eos"):
-            i = self.keys.get(f"{key}{end}_token_id")
-            if i is not None and not 0 <= i < len(tokens):
-                raise InputError(f"{end}_token_id={i}; wanted one of {len(tokens)} tokens")
-            ends[end] = "" if i is None else tokens[i]
-        made = HuggingFaceTokenizer({JSON_FILE: json.dumps(content).encode()}, **ends, name=self.path.name)
-        made.begins = bool(self.keys.get(f"{key}add_bos_token", False))
-        more = (self.keys.get(f"{key}{name}_token_id") for name in ("eot", "eom"))
-        made.stop_ids = tuple(i for i in more if i is not None and 0 <= i < len(tokens) and i != made.eos_id)
-        return made
-
-    def _list(self, key: str, kind: type) -> list[Any]:
-        values = self.keys.get(key)
-        if not isinstance(values, list) or not all(type(value) is kind for value in values):
-            raise InputError(f"{key} is missing or no list of {kind.__name__}; wanted the tokenizer's")
-        return values
 
     @staticmethod
     def _foreign(name: str) -> str:

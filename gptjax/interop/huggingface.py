@@ -19,7 +19,6 @@ from gptjax.interop.foreign import ForeignConfig, read_json
 from gptjax.interop.placing import CheckedSource, place
 from gptjax.model.decoder import Decoder
 from gptjax.parallel.sharding import make_mesh
-from gptjax.tokenizer import Tokenizer
 
 Imported = tuple[ModelConfig, int, int, dict[str, Any]]
 
@@ -46,20 +45,3 @@ def assemble(settings: ForeignConfig, tensors: Callable[[], CheckedSource], mesh
         raise error if str(settings.path) in str(error) else InputError(f"{settings.path}: {error}") from None
     mesh = mesh or make_mesh(MeshConfig(), jax.local_devices()[:1])
     return cfg, vocab_size, context, place(tensors(), family, Decoder(cfg, vocab_size, context), mesh)
-
-
-def set_conventions(tokenizer: Tokenizer, source: Path) -> None:
-    """Sets if prompts begin with the tokenizer's first token, and the ids beside its last one that end a text.
-
-    From add_bos_token of tokenizer_config.json and eos_token_id of generation_config.json, where these are.
-    """
-    named, ends = (
-        read_json(source / name) if (source / name).is_file() else {}
-        for name in ("tokenizer_config.json", "generation_config.json")
-    )
-    tokenizer.begins = named.get("add_bos_token") is not False
-    ids = ends.get("eos_token_id")
-    ids = ids if isinstance(ids, list) else [ids]
-    tokenizer.stop_ids = tuple(
-        i for i in dict.fromkeys(ids) if type(i) is int and 0 <= i < tokenizer.vocab_size and i != tokenizer.eos_id
-    )

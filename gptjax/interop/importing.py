@@ -10,13 +10,14 @@ from gptjax.config import DataConfig, ImportConfig, TokenizerConfig, TrainConfig
 from gptjax.config.section import InputError, leaves, one_line
 from gptjax.interop.gguf import import_gguf, is_gguf
 from gptjax.interop.hub import fetch
-from gptjax.interop.huggingface import import_huggingface, set_conventions
+from gptjax.interop.huggingface import import_huggingface
 from gptjax.parallel.processes import barrier, is_main_process, join_processes, main_process_first
 from gptjax.parallel.sharding import make_mesh
 from gptjax.runs.checkpoint import CheckpointError, Checkpoints
 from gptjax.runs.run import Provenance, Run
 from gptjax.storage import filesystem, resolve_path
-from gptjax.tokenizer import open_tokenizer
+from gptjax.tokenizer import open_tokenizer, set_template
+from gptjax.tokenizer.conventions import set_conventions
 
 AS_IS = ImportConfig()
 
@@ -44,7 +45,11 @@ def import_run(source: str | Path, run_dir: str | Path, cfg: ImportConfig = AS_I
             set_conventions(tokenizer, path)
         except InputError as error:
             reason = str(error)
-    note = f"; it takes no text: {reason}" if reason else ""
+    if tokenizer is not None:
+        set_template(tokenizer, cfg.template)
+        reason = f"chat template: {tokenizer.template or 'none that is known'}"
+    else:
+        reason = f"it takes no text: {reason}"
     config = TrainConfig(
         run_dir=str(run_dir),
         model=model,
@@ -52,6 +57,7 @@ def import_run(source: str | Path, run_dir: str | Path, cfg: ImportConfig = AS_I
             kind=tokenizer.kind if tokenizer else "sentencepiece",  # pyright: ignore[reportArgumentType]
             vocab_size=vocab_size,
             path=str(path.absolute()) if tokenizer else "",
+            template=cfg.template,
         ),
         data=DataConfig(source=str(source), length=context),
     )
@@ -66,7 +72,7 @@ def import_run(source: str | Path, run_dir: str | Path, cfg: ImportConfig = AS_I
         checkpoints.wait()
         run.close()
     count = sum(x.size for x in jax.tree.leaves(params))
-    return f"imported {count:,} parameters (vocabulary padded) into {run.folder}{note}"
+    return f"imported {count:,} parameters (vocabulary padded) into {run.folder}; {reason}"
 
 
 @contextlib.contextmanager

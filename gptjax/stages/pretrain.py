@@ -21,7 +21,7 @@ from gptjax.runs.warm_start import warm_start
 from gptjax.runtime.status import entry
 from gptjax.stages.runner import Runner, join
 from gptjax.stages.summary import describe_memory
-from gptjax.tokenizer import Tokenizer
+from gptjax.tokenizer import Tokenizer, set_template
 from gptjax.training.build import build_components
 from gptjax.training.step import TrainState, compile_step, init_state, run_in_background
 
@@ -62,6 +62,7 @@ def pretrain(config: TrainConfig, provenance: Provenance) -> Path:
             run.pull(run.data, run.tokenizer)
             data = open_pipeline(config, run.data, training=True, resumes=resumes, say=say)
             if is_main_process():
+                set_template(data.tokenizer, config.tokenizer.template)
                 data.tokenizer.save(run.tokenizer)
                 run.push(run.data, run.tokenizer)
         say(entry("data", data.describe()))

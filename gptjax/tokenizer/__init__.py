@@ -5,7 +5,14 @@ the text is encoded as ordinary pieces. This is the only package that imports se
 """
 
 from gptjax.tokenizer.bytes import BytesTokenizer
-from gptjax.tokenizer.files import check_trainable, load_sentencepiece, load_tokenizer, make_tokenizer, open_tokenizer
+from gptjax.tokenizer.files import (
+    check_trainable,
+    load_sentencepiece,
+    load_tokenizer,
+    make_tokenizer,
+    open_tokenizer,
+    set_template,
+)
 from gptjax.tokenizer.interface import FILES, META_FILE, MODEL_FILE, Tokenizer, last_safe_cut
 from gptjax.tokenizer.sentencepiece import SentencePieceTokenizer, train_sentencepiece
 
@@ -22,5 +29,6 @@ __all__ = [
     "load_sentencepiece",
     "make_tokenizer",
     "open_tokenizer",
+    "set_template",
     "train_sentencepiece",
 ]

@@ -62,7 +62,18 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if not isinstance(stops, list) or not all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in stops):
         raise InputError(f"{path}: stop_ids={stops!r}; wanted ids below {tokenizer.vocab_size}; the file was changed")
     tokenizer.stop_ids = tuple(stops)
+    set_template(tokenizer, str(meta.get("template", "")))
     return tokenizer
+
+
+def set_template(tokenizer: Tokenizer, name: str) -> None:
+    """Gives the tokenizer the chat template of that name, if one is given; InputError where it lacks a token of it."""
+    if not name:
+        return
+    from gptjax.tokenizer.known_templates import named_template
+
+    named_template(name).check(tokenizer)
+    tokenizer.template = name
 
 
 def load_sentencepiece(path: Path) -> SentencePieceTokenizer:

@@ -28,7 +28,7 @@ ENDINGS = ("<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|endoftext|>")
 _LARGEST = 1 << 23  # ids beyond any vocabulary in use; a table of them is held in memory
 
 # Texts that a tokenizer which loses something is likely to lose something of.
-_PROBES = (
+PROBES = (
     "", " ", "  ", "\n", "\r\n", "\t\n \n", " a", "a ", "a  b", "A\u00c4a\u0308\u212b", "\u4e2d\u6587\uff0c\u3002",
     "\ufb01 \u2460 \uff21", "\U0001f469\u200d\U0001f680", "\ufeffx\u200b", "\u2581", " \u2581x ", "\ufffd", "<0x41>",
     "don't DON'T", "1234567", "...\n\n\n  x", "\0\x01\x1f\x7f\x85\xa0", "\u2028\u3000\u0301", "\U0010ffff",
@@ -75,9 +75,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self.bos_id, self.eos_id = spec.ids[bos], spec.ids[eos]
         self.vocab_size = max(spec.ids.values()) + 1
         self._bytes = spec.table(self.vocab_size)
-        self._missing = spec.missing
+        self.missing = spec.missing
         self._atoms = spec.atoms
-        self._adds_space = spec.adds_space
+        self.adds_space, self.adds_space_once = spec.adds_space, spec.adds_space_once
+        self.strips = {i: sides for i, sides in spec.strips.items() if sides and i in self.specials.values()}
         self.safe_cut = spec.safe_cut(self._bytes)
         self._content = content
         self._ends = {"bos": bos, "eos": eos}
@@ -88,18 +89,16 @@ class HuggingFaceTokenizer(Tokenizer):
         except Exception as error:  # the library raises no narrower type
             raise InputError(f"{name} can't be used by the library tokenizers: {one_line(error)}") from None
         never = set(self.specials.values())
-        probes = [
-            "".join(c for c in text if not {*c.encode()} & {*self._missing}) for text in (*_PROBES, *self.specials)
-        ]
+        probes = ["".join(c for c in text if not {*c.encode()} & {*self.missing}) for text in (*PROBES, *self.specials)]
         for text, ids in zip(probes, self.encode_batch(probes)):
             if self.decode(ids) != text or not never.isdisjoint(ids):
                 raise spec.error(f"gives {text[:40]!r} back as {self.decode(ids)[:40]!r}")
 
     def encode_batch(self, texts: Sequence[str], starts: Sequence[bool] = ()) -> list[list[int]]:
-        for text in texts if self._missing else ():
+        for text in texts if self.missing else ():
             data = utf8(text)
-            if len(data.translate(None, self._missing)) < len(data):
-                lost = next(c for c in text if {*c.encode()} & {*self._missing})
+            if len(data.translate(None, self.missing)) < len(data):
+                lost = next(c for c in text if {*c.encode()} & {*self.missing})
                 raise InputError(f"text has U+{ord(lost):04X}, of which this tokenizer has no token; leave it out")
         return super().encode_batch(texts, starts)
 
@@ -108,6 +107,10 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _described(self) -> dict[str, str]:
         return self._ends
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of a tokenizer.json: that which was given, or what the two files say in its form."""
+        return _read(self._content, next(iter(self._content)))
 
 
 def read_huggingface(path: Path) -> HuggingFaceTokenizer:
@@ -148,7 +151,8 @@ class _Spec:
         self.normalizer = _steps(values.get("normalizer"), "normalizers", name)
         self.splits = _steps(values.get("pre_tokenizer"), "pretokenizers", name)
         self.byte_level = any(step.get("type") == "ByteLevel" for step in self.splits)
-        self.adds_space = False
+        self.adds_space = self.adds_space_once = False
+        self.strips: dict[int, str] = {}
         self._check_normalizer()
         self._check_splits()
         self._check_model()
@@ -188,6 +192,7 @@ class _Spec:
                 marks = True
                 scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
                 self.adds_space |= scheme != "never"
+                self.adds_space_once = scheme == "first"
             elif kind in ("Split", "Punctuation") and step.get("behavior") == "Removed":
                 if not (step.get("invert") and _regex(step) in COMPLETE):
                     raise self.error(f"leaves out what it splits at (pre_tokenizer {kind})")
@@ -225,6 +230,7 @@ class _Spec:
         if not isinstance(content, str) or not content or type(i) is not int or not 0 <= i < _LARGEST:
             raise InputError(f"{self.name}: wanted added_tokens with a content and an id, got {str(token)[:80]}")
         self.ids[content] = i
+        self.strips[i] = "".join(flag[0] for flag in ("lstrip", "rstrip") if token.get(flag))
         if token.get("special") or not is_text(content if self.byte_level else content.replace(SPACE_SYMBOL, " ")):
             self.specials[content] = i
         elif any(token.get(flag) for flag in ("lstrip", "rstrip", "single_word")):

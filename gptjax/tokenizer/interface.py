@@ -32,8 +32,7 @@ class Tokenizer:
     match nowhere.
 
     A subclass encodes text without special tokens. `_bytes` are the bytes of each id, empty for special ones; `_atoms`
-    are strings that a model can't be given and the ids they stand for; `_adds_space` is True where documents get a
-    space in front that is no part of their text.
+    are strings that a model can't be given and the ids they stand for.
     """
 
     kind: ClassVar[str]
@@ -49,7 +48,16 @@ class Tokenizer:
     """A prompt begins with bos_id; False for imported models that were trained without."""
     stop_ids: tuple[int, ...] = ()
     """Ids beside eos_id that end a text, of imported models."""
-    _adds_space: bool = False
+    template: str = ""
+    """The name of the chat template, one of known_templates.TEMPLATES; empty where there is none."""
+    adds_space: bool = False
+    """Documents get a space in front that is no part of their text."""
+    adds_space_once: bool = False
+    """Of the texts between special tokens only one at the very beginning gets the space in front."""
+    strips: Mapping[int, str] = {}
+    """Special tokens that take the white space on their left (l), on their right (r) or on both sides with them."""
+    missing: bytes = b""
+    """Bytes that have no token: a text with one of them is refused."""
     _atoms: Mapping[str, list[int]] = {}
 
     def _encode_parts(self, parts: list[str]) -> list[list[int]]:
@@ -72,7 +80,7 @@ class Tokenizer:
         """Encodes each text for itself, on all cores; starts[i] is False where texts[i] goes on with a document."""
         for text in texts:
             utf8(text)
-        if self._adds_space:
+        if self.adds_space:
             begins = starts or [True] * len(texts)
             texts = [" " + text if text and first else text for text, first in zip(texts, begins, strict=True)]
         if not self._atoms:
@@ -98,7 +106,7 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text; special ids render as nothing, bytes that are not UTF-8 as U+FFFD."""
         text = self.decode_bytes(ids).decode("utf-8", errors="replace")
-        return text[1:] if self._adds_space and text.startswith(" ") else text
+        return text[1:] if self.adds_space and text.startswith(" ") else text
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of the text; decode_bytes(a + b) == decode_bytes(a) + decode_bytes(b)."""
@@ -110,7 +118,7 @@ class Tokenizer:
         for name, content in self._content.items():
             (folder / name).write_bytes(content)
         meta = {"schema": SCHEMA, "kind": self.kind, "vocab_size": self.vocab_size, "sha256": self.sha256}
-        meta |= {"begins": self.begins, "stop_ids": list(self.stop_ids)}
+        meta |= {"begins": self.begins, "stop_ids": list(self.stop_ids), "template": self.template}
         text = json.dumps(meta | self._described(), indent=1) + "\n"
         (folder / META_FILE).write_text(text, encoding="utf-8")
 

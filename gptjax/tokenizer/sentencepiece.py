@@ -3,10 +3,10 @@
 import hashlib
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from gptjax.config.section import InputError
+from gptjax.config.section import InputError, one_line
 from gptjax.tokenizer.interface import MODEL_FILE, NOWHERE, SPACE_SYMBOL, Tokenizer, is_text, utf8
 
 # Characters that the trainer refuses in a sentence or gives another meaning; each is a byte piece of its own, or three.
@@ -27,11 +27,14 @@ class SentencePieceTokenizer(Tokenizer):
         import sentencepiece
 
         proto = _read_model(model, name)
-        self._adds_space, proto.normalizer_spec.add_dummy_prefix = proto.normalizer_spec.add_dummy_prefix, False
+        self.adds_space, proto.normalizer_spec.add_dummy_prefix = proto.normalizer_spec.add_dummy_prefix, False
         self._bytes, self.specials = _table(proto)
-        self._content = {MODEL_FILE: model}
+        self.model, self._content = model, {MODEL_FILE: model}
         self.sha256 = hashlib.sha256(model).hexdigest()
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())  # pyright: ignore[reportCallIssue]
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())  # pyright: ignore[reportCallIssue]
+        except RuntimeError as error:
+            raise InputError(f"{name} can't be used by SentencePiece: {one_line(error, 100)}") from None
         self.vocab_size = len(self._bytes)
         self.bos_id = self._processor.bos_id()
         self.eos_id = self._processor.eos_id()
@@ -44,6 +47,12 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _encode_parts(self, parts: list[str]) -> list[list[int]]:
         return self._processor.encode(parts, out_type=int)
+
+    def proto(self) -> Any:
+        """The model's protocol buffer, in which pieces that never come from text are control pieces."""
+        proto = _read_model(self.model, "the SentencePiece model")
+        _table(proto)
+        return proto
 
 
 def cuts_between_pieces(pieces: list[bytes]) -> re.Pattern[str]:
@@ -108,6 +117,28 @@ def _sentences(texts: Iterator[str]) -> Iterator[str]:
                 yield line[start : start + _MAX_SENTENCE]
 
 
+def sentencepiece_model(
+    pieces: Sequence[str], scores: Sequence[float], kinds: Sequence[int], bos: int, eos: int, *, adds_space: bool
+) -> bytes:
+    """A .model file of these byte pairs: pieces by id, their scores, and their types by SentencePiece's numbers.
+
+    The model has byte fallback, changes no character, and begins a text with a space where `adds_space` is True.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto: Any = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
+    for i, (piece, score, kind) in enumerate(zip(pieces, scores, kinds, strict=True)):
+        proto.pieces.add(piece=piece, score=score, type=proto.SentencePiece.CONTROL if i in (bos, eos) else kind)
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    trainer.model_type, trainer.byte_fallback, trainer.vocab_size = trainer.BPE, True, len(pieces)
+    trainer.bos_id, trainer.bos_piece, trainer.eos_id, trainer.eos_piece = bos, pieces[bos], eos, pieces[eos]
+    unknown = next((i for i, kind in enumerate(kinds) if kind == proto.SentencePiece.UNKNOWN), -1)
+    trainer.unk_id, trainer.unk_piece = unknown, pieces[unknown] if unknown >= 0 else ""
+    normalizer.name, normalizer.add_dummy_prefix = "identity", adds_space
+    normalizer.remove_extra_whitespaces, normalizer.escape_whitespaces = False, True
+    return proto.SerializeToString()
+
+
 def _training_error(message: str, vocab_size: int, setting: str) -> str:
     """SentencePiece's message as one line that names our setting."""
     got, flag = f"{setting}={vocab_size}", f"--{setting.replace('_', '-')}"
@@ -133,7 +164,8 @@ def _read_model(model: bytes, name: str) -> Any:
         proto.ParseFromString(model)
     except DecodeError:
         proto.Clear()
-    if not proto.pieces:
+    spelt = [piece.piece for piece in proto.pieces if piece.type == proto.SentencePiece.BYTE]
+    if not proto.pieces or any(re.fullmatch("<0x[0-9A-F]{2}>", piece) is None for piece in spelt):
         raise InputError(f"{name} is not a SentencePiece model; wanted the .model file that its trainer writes")
     normalizer = proto.normalizer_spec
     losses = {

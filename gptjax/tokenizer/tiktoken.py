@@ -109,6 +109,10 @@ class TiktokenTokenizer(Tokenizer):
     def _described(self) -> dict[str, str]:
         return {"pattern": self.pattern}
 
+    def ranks(self) -> dict[bytes, int]:
+        """Token -> rank, in the order of ranks."""
+        return {token: i for i, token in enumerate(self._bytes) if token}
+
 
 def looks_like_ranks(start: bytes) -> bool:
     """True where a file that begins so is a file of ranks."""

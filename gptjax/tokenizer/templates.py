@@ -1,0 +1,198 @@
+"""Chat templates: how a conversation becomes token ids, from parts that are known by name.
+
+A model's Jinja text is never run: known_templates.py names the template that renders as it does. Ids are built from the
+template's parts: a special token of the parts is its id, the text between two of them is encoded as one, and the text
+of a message can become no special token.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from gptjax.config.section import InputError, one_line
+from gptjax.tokenizer.interface import Tokenizer
+
+Message = Mapping[str, Any]
+ROLES = ("system", "user", "assistant")
+
+
+class Piece(NamedTuple):
+    """A special token by its name ({bos} and {eos} are the tokenizer's), or text; the loss counts it by its weight.
+
+    `spaced` is True for a text whose first space is a part's: it stands for the one that some tokenizers put in front.
+    """
+
+    text: str
+    is_token: bool
+    weight: int
+    spaced: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """The parts of a template. In them {bos}, {eos} and `tokens` are special tokens, all else is text.
+
+    A conversation is `begin`, a system message if there is one, and turns of the user and the assistant. An answer
+    stands behind `header`, which is what a model is given to go on from; the model writes `lead`, its text, and `end`
+    up to its first token. Where system messages have no place of their own they open the first turn of the user.
+    """
+
+    name: str
+    tokens: tuple[str, ...] = ()
+    begin: str = ""
+    system: tuple[str, str] = ("", "")
+    default_system: str | None = None
+    """The system message of a conversation without one; None: it has none."""
+    system_in_user: bool = False
+    user: tuple[str, str]
+    header: str = ""
+    lead: str = ""
+    end: str
+    trim: tuple[str, ...] = ()
+    """Roles whose messages lose their white space at both ends."""
+    trims_joined: bool = False
+    """The first turn of the user is trimmed with the system message in it, not before."""
+    alternate: bool = False
+    """Turns must alternate, the user's first."""
+
+    @property
+    def stop(self) -> str:
+        """The special token that ends an answer."""
+        return next(piece.text for piece in self._split(self.end, 1) if piece.is_token)
+
+    def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """The ids that end an answer: of the template first, and those that end any text of the tokenizer."""
+        return tuple(dict.fromkeys((self._id(tokenizer, self.stop), tokenizer.eos_id, *tokenizer.stop_ids)))
+
+    def spaced(self, tokenizer: Tokenizer) -> bool:
+        """True where an answer begins with a space that is no part of its text."""
+        ids, _ = self.render(tokenizer, [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}])
+        begun, _ = self.render(tokenizer, [{"role": "user", "content": "x"}], add_generation_prompt=True)
+        return tokenizer.decode_bytes(ids[len(begun) :]).startswith(b" ")
+
+    def check(self, tokenizer: Tokenizer) -> None:
+        """Raises InputError where the tokenizer lacks a token of the template, or has one that is text in it."""
+        for token in self.tokens:
+            self._id(tokenizer, token)
+        parts = [self.begin, *self.system, *self.user, self.header, self.lead, self.end]
+        text = "\n".join(piece.text for part in parts for piece in self._split(part, 0) if not piece.is_token)
+        if wrong := next((name for name in tokenizer.specials if name in text), ""):
+            raise InputError(
+                f"the template {self.name} writes {wrong!r} as text, which is a special token of this tokenizer; name "
+                "another template with --template"
+            )
+
+    def render(
+        self, tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """The ids of a conversation, and for each id 1 where the assistant writes it, its end included, else 0.
+
+        With `add_generation_prompt` the ids end where an answer begins. The ids of the first messages up to where an
+        answer begins, and up to its end, are a prefix of those of all messages. Raises InputError where the messages
+        are not of the form that the template has, or the tokenizer lacks a token of it.
+        """
+        pieces = self.pieces(messages, add_generation_prompt)
+        texts, starts = [], []
+        for i, piece in enumerate(pieces):
+            if piece.is_token:
+                continue
+            before, after = (
+                tokenizer.strips.get(self._id(tokenizer, pieces[n].text), "")
+                if 0 <= n < len(pieces) and pieces[n].is_token
+                else ""
+                for n in (i - 1, i + 1)
+            )
+            text = piece.text.lstrip() if "r" in before else piece.text
+            texts.append(text.rstrip() if "l" in after else text)
+            begins = i == 0 or (pieces[i - 1].is_token and not tokenizer.adds_space_once)
+            starts.append(begins and not piece.spaced)
+        encoded = iter(tokenizer.encode_batch(texts, starts))
+        ids, weights = [], []
+        for piece in pieces:
+            new = [self._id(tokenizer, piece.text)] if piece.is_token else next(encoded)
+            ids += new
+            weights += [piece.weight] * len(new)
+        return ids, weights
+
+    def pieces(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[Piece]:
+        """The conversation as special tokens and the texts between them.
+
+        A text is cut where an answer begins, so that its ids are those that a model goes on from.
+        """
+        turns = self._checked(messages, add_generation_prompt)
+        system = turns.pop(0)[1] if turns and turns[0][0] == "system" else self.default_system
+        pieces = self._split(self.begin, 0)
+        opening = ""
+        if system is not None:
+            system = system.strip() if "system" in self.trim else system
+            if self.system_in_user:
+                opening = self.system[0] + system + self.system[1]
+            else:
+                pieces += [*self._split(self.system[0], 0), Piece(system, False, 0), *self._split(self.system[1], 0)]
+        for role, content in turns:
+            trims = role in self.trim
+            if role == "assistant":
+                end = self._split(self.end, 1)
+                stop = next(i for i, piece in enumerate(end) if piece.is_token)
+                end[stop + 1 :] = [piece._replace(weight=0) for piece in end[stop + 1 :]]
+                pieces += self._split(self.header, 0)
+                answer = self.lead + (content.strip() if trims else content)
+                pieces += [Piece(answer, False, 1, self.lead.startswith(" ")), *end]
+                continue
+            if self.trims_joined:
+                content = (opening + content).strip() if trims else opening + content
+            else:
+                content = opening + (content.strip() if trims else content)
+            opening = ""
+            pieces += [*self._split(self.user[0], 0), Piece(content, False, 0), *self._split(self.user[1], 0)]
+        if add_generation_prompt:
+            pieces += self._split(self.header, 0)
+        joined: list[Piece] = []
+        for piece in pieces:
+            if joined and not piece.is_token and not joined[-1].is_token and joined[-1].weight == piece.weight:
+                joined[-1] = joined[-1]._replace(text=joined[-1].text + piece.text)
+            elif piece.text:
+                joined.append(piece)
+        return joined
+
+    def _checked(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[tuple[str, str]]:
+        turns: list[tuple[str, str]] = []
+        if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
+            raise InputError('a conversation has no messages; wanted a list of {"role": ..., "content": ...}')
+        for i, message in enumerate(messages):
+            role, content = (message.get(k) if isinstance(message, Mapping) else None for k in ("role", "content"))
+            if role not in ROLES or (role == "system" and i):
+                wanted = "user or assistant" if i else "system, user or assistant"
+                raise InputError(f"message {i} has role {one_line(repr(role), 40)}; wanted {wanted}")
+            if not isinstance(content, str):
+                raise InputError(f"message {i} has content {one_line(repr(content), 40)}; wanted a text")
+            turns.append((role, content))
+        said = [role for role, _ in turns if role != "system"]
+        if self.alternate and any(role != ROLES[1 + i % 2] for i, role in enumerate(said)):
+            raise InputError(
+                f"messages have the roles {', '.join(said)}; wanted user and assistant in turns, as the template "
+                f"{self.name} has them"
+            )
+        if self.system_in_user and turns[0][0] == "system" and said[:1] != ["user"]:
+            raise InputError(
+                f"a system message alone; wanted one of the user behind it, as template {self.name} has it"
+            )
+        if add_generation_prompt and turns[-1][0] == "assistant":
+            raise InputError("the last message is an answer already; wanted one of the user, to be answered")
+        return turns
+
+    def _split(self, part: str, weight: int) -> list[Piece]:
+        names = sorted((*self.tokens, "{bos}", "{eos}"), key=len, reverse=True)
+        split = re.split("(" + "|".join(map(re.escape, names)) + ")", part)
+        return [Piece(text, i % 2 == 1, weight, text.startswith(" ")) for i, text in enumerate(split) if text]
+
+    def _id(self, tokenizer: Tokenizer, name: str) -> int:
+        if name in ("{bos}", "{eos}"):
+            return tokenizer.bos_id if name == "{bos}" else tokenizer.eos_id
+        if name not in tokenizer.specials:
+            raise InputError(
+                f"the template {self.name} needs the special token {name!r}, which this tokenizer lacks; name another "
+                "template with --template, or give a tokenizer that has it"
+            )
+        return tokenizer.specials[name]
