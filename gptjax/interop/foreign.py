@@ -14,11 +14,9 @@ LAYERS, MOST_LAYERS, MOST_SIZE = ("n_layer", "num_hidden_layers"), 10_000, 2**31
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; raises InputError where it is none, or larger than any that comes with a model."""
     try:
-        with path.open("rb") as file:
-            content = file.read(MOST_JSON + 1)
-        if len(content) > MOST_JSON:
-            raise ValueError(f"it has more than {MOST_JSON:,} bytes")
-        values = json.loads(content.decode("utf-8"))
+        if (size := path.stat().st_size) > MOST_JSON:
+            raise ValueError(f"it has {size:,} bytes")
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} can't be read as JSON ({one_line(error)})") from None
     if not isinstance(values, dict):

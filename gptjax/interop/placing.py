@@ -55,7 +55,7 @@ def place(tensors: CheckedSource, family: ModelFamily, decoder: Decoder, mesh: M
         x = read(leaf)
         if leaf == "embed_VD" and decoder.cfg.tied and HEAD in tensors.names:
             _check_tied(tensors, x[: decoder.vocab_size])
-        return jax.make_array_from_callback(x.shape, sharding_of(leaf, x.shape, mesh), x.__getitem__)
+        return _put(x, sharding_of(leaf, x.shape, mesh))
 
     def stacked(leaf: str) -> jax.Array:
         shape = tuple(size[letter] for letter in suffix(leaf))
@@ -64,13 +64,20 @@ def place(tensors: CheckedSource, family: ModelFamily, decoder: Decoder, mesh: M
         fill = _filling(sharding)
         x = jnp.zeros(shape, jnp.float32, device=sharding)
         for n in range(shape[0]):
-            layer = read(leaf, n)
-            x = fill(x, jax.make_array_from_callback(shape[1:], of_layer, layer.__getitem__), np.int32(n))
+            x = fill(x, _put(read(leaf, n), of_layer), np.int32(n))
         return x
 
     # The large leaves first, while there is little else in memory.
     params: dict[str, Any] = {leaf: whole(leaf) for leaf in sorted(top_params(decoder.cfg), key=suffix, reverse=True)}
     return params | {"layers": {leaf: stacked(leaf) for leaf in layer_params(decoder.cfg)}}
+
+
+def _put(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """The array on its devices, of which this process copies its own parts; the host's memory is free afterwards."""
+    # Not make_array_from_callback, which keeps the whole until Python collects its garbage.
+    parts = sharding.addressable_devices_indices_map(x.shape).items()
+    arrays = jax.block_until_ready([jax.device_put(x[index], device) for device, index in parts])
+    return jax.make_array_from_single_device_arrays(x.shape, sharding, arrays)
 
 
 @functools.cache
