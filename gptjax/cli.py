@@ -254,7 +254,7 @@ def import_run(args: list[str]) -> int:
 
 
 def export(args: list[str]) -> int:
-    """export RUN DIR           write a run's model as transformers opens it, with a model card"""
+    """export RUN DIR           write a run's model as transformers (or llama.cpp) opens it, with a model card"""
     run, args = positional(args, "RUN", "gptjax export RUN DIR")
     folder, args = positional(args, "DIR", "gptjax export RUN DIR")
     cfg = parse(ExportConfig(), args, f"gptjax export {run} {folder}")

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import yaml
-from awkward_texts import SHAKESPEARE
+from awkward_texts import AWKWARD, SHAKESPEARE
 from safetensors.numpy import load_file, save_file
 from test_interop import FAMILIES, FIXTURES
 
@@ -25,6 +25,8 @@ from gptjax.config.export import ExportConfig
 from gptjax.config.section import InputError
 from gptjax.interop.card import source_name
 from gptjax.interop.export import export_model
+from gptjax.interop.export_check import check_export
+from gptjax.interop.gguf import import_gguf
 from gptjax.interop.huggingface import import_huggingface
 from gptjax.interop.weights_file import Tensor, check_weights, write_weights
 from gptjax.model.decoder import init_params, make_decoder
@@ -32,7 +34,8 @@ from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.events import read_events
 from gptjax.runs.run import Run
 from gptjax.stages import exports
-from gptjax.tokenizer import train_sentencepiece
+from gptjax.tokenizer import BytesTokenizer, train_sentencepiece
+from gptjax.tokenizer.huggingface import HuggingFaceTokenizer
 from gptjax.training.metrics_file import MetricsFile
 
 SMALL = {"model.num_layers": 2, "model.width": 32, "model.num_heads": 2, "data.length": 16, "model.dtype": "float32",
@@ -76,6 +79,12 @@ def assert_same_weights(got, want, vocab_size: int):
         np.testing.assert_array_equal(np.asarray(a)[:rows], np.asarray(b)[:rows], err_msg=str(path))
 
 
+def byte_pairs() -> HuggingFaceTokenizer:
+    from byte_pairs import END, TWO_FILES
+
+    return HuggingFaceTokenizer(TWO_FILES, END, END)
+
+
 # Round trips
 
 
@@ -105,6 +114,15 @@ def test_weights_stored_in_half_precision_come_back_bit_for_bit(tmp_path, dtype)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
 
 
+GGUF = {
+    "quickstart": ("quickstart", {}, None),
+    "gpt2": ("gpt2", {"tokenizer.kind": "huggingface", "tokenizer.vocab_size": 448}, byte_pairs),
+    "bytes, queries normalised": (
+        "quickstart", {"tokenizer.kind": "bytes", "tokenizer.vocab_size": 258, "model.qk_norm": True,
+                       "model.queries_per_kv": 2, "model.tied": False}, BytesTokenizer,
+    ),
+    "biases of qwen2": ("quickstart", {"model.qkv_biases": True}, None),
+}  # fmt: skip
 RECIPES = {"quickstart": {}, "gpt2": {}, "llama_1b": {"model.queries_per_kv": 2, "model.head_dim": 0}}
 
 
@@ -116,6 +134,51 @@ def test_what_is_imported_of_an_export_is_what_the_run_holds(tmp_path, name):
     cfg, *sizes, params = import_huggingface(tmp_path / "out")
     assert sizes == [400, 16]
     assert_same_weights(params, model.params, 400)
+
+
+@pytest.mark.parametrize("name", GGUF)
+def test_what_is_imported_of_a_gguf_file_is_what_the_run_holds(tmp_path, name):
+    recipe, settings, make = GGUF[name]
+    if make is not None:
+        settings = settings | {"tokenizer.vocab_size": make().vocab_size}
+    run = make_run(tmp_path / "run", recipe, settings, tokenizer=make and make())
+    model = load(run.folder)
+    for dtype in ("float32", "auto"):
+        gptjax.export(model, tmp_path / dtype, format="gguf", dtype=dtype)
+        (_, vocab_size, context, params), tokenizer, reason = import_gguf(tmp_path / dtype / "model.gguf")
+        assert (vocab_size, context) == (model.tokenizer.vocab_size, 16)
+        want = jax.tree_util.tree_map_with_path(functools.partial(stored, dtype), model.params)
+        assert_same_weights(params, want, vocab_size)
+        assert tokenizer is not None, reason
+        ours = model.tokenizer
+        assert [tokenizer.prompt_ids(text) for text in AWKWARD] == [ours.prompt_ids(text) for text in AWKWARD]
+        assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.begins) == (ours.bos_id, ours.eos_id, ours.begins)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"model.window": 4}, "a MistralForCausalLM can't be exported as GGUF here; wanted a model of llama or"),
+        ({"model.window": 4, "model.qk_norm": True}, "a Qwen3ForCausalLM with model.window=4"),
+        ({"model.biases": True}, "a LlamaForCausalLM with model.biases=True can't be exported as GGUF"),
+        (
+            {"model.rope_scaling": "linear", "model.rope_factor": 2.0},
+            "with model.rope_scaling='linear' and model.rope_f",
+        ),
+    ],
+)
+def test_what_a_gguf_file_would_lose_is_refused_by_name(tmp_path, settings, said):
+    config = override(recipe("quickstart"), SMALL | settings)
+    with pytest.raises(InputError, match=said):
+        check_export(config, ExportConfig(format="gguf"))
+    assert check_export(config, ExportConfig())
+
+
+def stored(dtype: str, path, x) -> np.ndarray:
+    """A leaf as a GGUF file has it: in float16 matrices alone, but for the position table."""
+    letters = str(path[-1].key).rsplit("_", 1)[-1].lstrip("N")
+    matrix = len(letters) > 1 and letters not in ("TD", "NK", "HK", "GK")
+    return np.asarray(x, np.float16 if matrix and dtype == "auto" else np.float32).astype(np.float32)
 
 
 def test_averaged_weights_are_those_that_are_exported_and_a_step_may_be_named(tmp_path):

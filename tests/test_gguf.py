@@ -20,7 +20,8 @@ from gptjax.config import GenerateConfig
 from gptjax.config.section import InputError
 from gptjax.generation import chat
 from gptjax.generation.engine import generate_ids
-from gptjax.interop.gguf import KEYS, LAYER, TOP, import_gguf, is_gguf
+from gptjax.interop.gguf import import_gguf, is_gguf
+from gptjax.interop.gguf_names import ARCHITECTURES
 from gptjax.interop.gguf_tokenizer import read_tokenizer
 from gptjax.interop.huggingface import import_huggingface
 from gptjax.tokenizer import SentencePieceTokenizer, load_tokenizer
@@ -35,7 +36,7 @@ def write(path: Path, family: str, *, kind=None, tokenizer: dict | None = None, 
     folder, arch = FIXTURES / f"tiny_random_{family}", family
     config = json.loads((folder / "config.json").read_text())
     writer = gguf.GGUFWriter(path, arch)
-    for key, name in KEYS.items():
+    for key, name in ARCHITECTURES[family].keys.items():
         value = config.get(name)
         if name == "rope_theta":
             value = (config.get("rope_parameters") or {}).get("rope_theta", value)
@@ -49,18 +50,12 @@ def write(path: Path, family: str, *, kind=None, tokenizer: dict | None = None, 
             type(value)
         ]
         add(f"tokenizer.ggml.{key}", value)
-    names = {foreign: name for name, foreign in TOP.items()}
-    inner = {foreign: name for name, foreign in LAYER.items()}
     for name, x in load_file(folder / "model.safetensors").items():
         x = np.asarray(x, np.float32)
-        if name.startswith("model.layers."):
-            _, _, n, *stem, _ = name.split(".")
-            name = f"blk.{n}.{inner['.'.join(stem)]}.weight"
-            if family == "llama" and (".attn_q." in name or ".attn_k." in name):
-                heads = config["num_attention_heads" if ".attn_q." in name else "num_key_value_heads"]
-                x = x.reshape(heads, 2, -1, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
-        else:
-            name = names[name]
+        name = ARCHITECTURES[family].stored(name)
+        if family == "llama" and (".attn_q." in name or ".attn_k." in name):
+            heads = config["num_attention_heads" if ".attn_q." in name else "num_key_value_heads"]
+            x = x.reshape(heads, 2, -1, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
         if kind is not None and x.ndim == 2:
             writer.add_tensor(name, gguf.quantize(x, kind), raw_dtype=kind)
         else:

@@ -1,4 +1,4 @@
-"""Export of a run's model: the folder that transformers opens, with a model card.
+"""Export of a run's model: the folder that transformers opens, or a GGUF file, each with a model card.
 
 A folder gets its name once it is whole and was read back; what a kill leaves is hidden (`partial_of`).
 """
@@ -7,19 +7,22 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gptjax.config.export import ExportConfig
+from gptjax.config.export import GGUF_FILE, ExportConfig
 from gptjax.config.section import InputError, one_line
 from gptjax.interop.card import model_card
 from gptjax.interop.export_check import check_export, check_new_folder, partial_of
+from gptjax.interop.families import ModelFamily
 from gptjax.interop.layout import written_tensors
 from gptjax.interop.weights_file import MOST_BYTES, Tensor, check_weights, write_weights
 from gptjax.runs.load import LoadedModel, load_model
 from gptjax.runs.run import load_config
 from gptjax.tokenizer import META_FILE, Tokenizer
+from gptjax.tokenizer.export import write_tokenizer
 
 
 def export_run(run_dir: str | Path, folder: str | Path, cfg: ExportConfig) -> str:
@@ -41,13 +44,16 @@ def export_model(model: LoadedModel, folder: str | Path, cfg: ExportConfig, most
     tensors = [Tensor(*written) for written in written_tensors(family, model.decoder, model.params)]
     tokenizer = _tokenizer(model)
     with _whole(path) as partial:
-        files = write_weights(partial, tensors, cfg.weights_dtype, most_bytes)
-        check_weights(files, tensors, cfg.weights_dtype)
-        ends = _ends(tokenizer) if tokenizer else {}
-        _write_json(partial / "config.json", settings | ends | {"dtype": cfg.weights_dtype})
-        if tokenizer is not None:
-            _write_json(partial / "generation_config.json", ends)
-            tokenizer.save(partial)
+        if cfg.format == "gguf":
+            files = _write_gguf(partial, family, settings, tensors, tokenizer, cfg, model.run.folder.name)
+        else:
+            files = write_weights(partial, tensors, cfg.weights_dtype, most_bytes)
+            check_weights(files, tensors, cfg.weights_dtype)
+            ends = _ends(tokenizer) if tokenizer else {}
+            _write_json(partial / "config.json", settings | ends | {"dtype": cfg.weights_dtype})
+            if tokenizer is not None:
+                _write_json(partial / "generation_config.json", ends)
+                write_tokenizer(tokenizer, partial)
         card = model_card(model.run, config, model.step, family.architecture, cfg)
         (partial / "README.md").write_text(card, encoding="utf-8")
     count, several = sum(tensor.size for tensor in tensors), "s" * (len(files) > 1)
@@ -55,6 +61,22 @@ def export_model(model: LoadedModel, folder: str | Path, cfg: ExportConfig, most
         f"wrote step {model.step:,} of {model.run.folder} into {path}: {family.architecture}, {count:,} parameters as "
         f"{cfg.weights_dtype} in {len(files)} file{several}" + ("" if tokenizer else ", without a tokenizer")
     )
+
+
+def _write_gguf(
+    folder: Path, family: ModelFamily, settings: dict[str, Any], tensors: Sequence[Tensor],
+    tokenizer: Tokenizer | None, cfg: ExportConfig, name: str,
+) -> list[Path]:  # fmt: skip
+    from gptjax.interop.gguf_keys import tokenizer_keys
+    from gptjax.interop.gguf_writer import write_gguf
+
+    if tokenizer is None:
+        raise InputError("the run has no tokenizer, and a GGUF file is none without; wanted --format huggingface")
+    with tempfile.TemporaryDirectory() as files:
+        write_tokenizer(tokenizer, Path(files))
+        keys = tokenizer_keys(tokenizer, Path(files), settings["vocab_size"])
+    write_gguf(folder / GGUF_FILE, family, settings, tensors, keys, cfg.weights_dtype, name)
+    return [folder / GGUF_FILE]
 
 
 def _tokenizer(model: LoadedModel) -> Tokenizer | None:

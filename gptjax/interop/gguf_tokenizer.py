@@ -29,6 +29,8 @@ SPLITS = {
 # They look up whole words first, and begin a prompt with bos.
 WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3")
 CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type, which has SentencePiece's numbers
+# Of a vocabulary without merges, one that never applies: llama.cpp asks for a list that is not empty.
+NO_MERGES = ["\u0100\u0100 \u0100\u0100"]
 # Control tokens that end a text in every model that has them, named by a key or not.
 ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_text|>", "<|endoftext|>")
 
@@ -72,6 +74,7 @@ def _byte_level(keys: Mapping[str, Any], tokens: list[str], types: list[int], na
         raise InputError(f"tokenizer gpt2 splits text as {pre!r}, which is not known; wanted {' or '.join(SPLITS)}")
     split = {"type": "Split", "behavior": "Isolated", "invert": False}
     steps = [split | {"pattern": {"Regex": s}} if isinstance(s, str) else s for s in SPLITS[pre]]
+    merges = _list(keys, "merges", str)
     content = {
         "added_tokens": [
             {"content": token, "id": i, "special": types[i] == CONTROL}
@@ -82,7 +85,7 @@ def _byte_level(keys: Mapping[str, Any], tokens: list[str], types: list[int], na
         "model": {
             "type": "BPE",
             "vocab": {token: i for i, token in enumerate(tokens)},
-            "merges": _list(keys, "merges", str),
+            "merges": [] if merges == NO_MERGES else merges,
             "ignore_merges": pre in WHOLE_WORDS,
         },
     }
