@@ -1,5 +1,6 @@
 """Laws of exports: what is written is what the run holds, whole or not at all, and opens with the same numbers."""
 
+import functools
 import json
 import signal
 import subprocess

@@ -67,11 +67,12 @@ def _cuts(steps: list[Any]) -> list[str]:
     """The expression, or else the whole step as JSON, by which each step cuts text, if it does."""
     cuts = []
     for step in steps:
-        kind = step if isinstance(step, str) else step.get("type")
-        if kind == "ByteLevel" and not step["add_prefix_space"]:
+        if isinstance(step, str):
+            cuts.append(step)
+        elif step.get("type") == "ByteLevel" and not step["add_prefix_space"]:
             cuts += [PATTERNS["gpt2"]] if step.get("use_regex", True) else []
-        elif kind == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
+        elif step.get("type") == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
             cuts.append(step["pattern"].get("Regex", "") or json.dumps(step))
         else:
-            cuts.append(step if isinstance(step, str) else json.dumps(step, sort_keys=True))
+            cuts.append(json.dumps(step, sort_keys=True))
     return cuts
