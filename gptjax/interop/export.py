@@ -23,6 +23,7 @@ from gptjax.runs.load import LoadedModel, load_model
 from gptjax.runs.run import load_config
 from gptjax.tokenizer import META_FILE, Tokenizer
 from gptjax.tokenizer.export import write_tokenizer
+from gptjax.tokenizer.known_templates import template_of
 
 
 def export_run(run_dir: str | Path, folder: str | Path, cfg: ExportConfig) -> str:
@@ -86,8 +87,9 @@ def _tokenizer(model: LoadedModel) -> Tokenizer | None:
 
 
 def _ends(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The ids that begin and end a text, under transformers' names."""
-    ends = [tokenizer.eos_id, *tokenizer.stop_ids]
+    """The ids that begin and end a text, or an answer where there is a chat template, under transformers' names."""
+    answers = template_of(tokenizer).stop_ids(tokenizer) if tokenizer.template else ()
+    ends = list(dict.fromkeys([tokenizer.eos_id, *tokenizer.stop_ids, *answers]))
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if len(ends) > 1 else ends[0]}
 
 
