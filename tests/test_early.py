@@ -45,6 +45,7 @@ def test_what_needs_no_jax_is_refused_without_it_and_leaves_no_folder(tmp_path):
         ("--tokenizer.kind", "tiktoken"): "none is trained of tokenizer.kind='tiktoken'; add --tokenizer.path",
         ("--mesh.tensor", "3"): "mesh.tensor=3, mesh.context=1 does not cover the 1 device(s) here",
         ("--init", "runs/nope"): "runs/nope: no folder; wanted the folder of a run",
+        ("--evaluate.tasks", "/nope.jsonl:shots=1"): "/nope.jsonl can't be read: No such file or directory",
         ("--run-dir", str(tmp_path / "file" / "run")): "a run can't be written there",
     }
     asked = [([*quickstart, *more], CPU) for more in wrong]

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import os
 import re
 import signal
@@ -417,7 +418,11 @@ MARKS = [pytest.mark.slow, *[pytest.mark.exhaustive] * 4]
 )
 def test_several_processes_train_as_one(tmp_path, words, count, devices, mesh):
     one, many = tmp_path / "one", tmp_path / "many"
+    tasks = [tmp_path / "text.txt", tmp_path / "choices.jsonl"]
+    tasks[0].write_text(words.read_text()[:200])
+    tasks[1].write_text(json.dumps({"query": "ab", "choices": ["cab", "dab"], "gold": 0}))
     more = ("--steps", "6", "--evaluate.every", "6", "--checkpoint.every", "4")
+    more += ("--evaluate.tasks", *map(str, tasks))
     sizes = [x for axis, size in zip(("data", "fsdp", "tensor"), mesh) for x in (f"--mesh.{axis}", str(size))]
     running = start(count, many, words, *more, *sizes, devices=devices)
     assert codes(finish(start(1, one, words, *more, "--no-sample"))) == [0]
@@ -426,7 +431,8 @@ def test_several_processes_train_as_one(tmp_path, words, count, devices, mesh):
     assert all(rest[1:] == ("", "") for rest in ended[1:]), "only process 0 speaks"
     assert "sample of 4 tokens" in ended[0][1] and "Gloo" not in ended[0][1]
     same(losses(many), losses(one))
-    same([lines(many)[-1]["eval_loss"]], [lines(one)[-1]["eval_loss"]])
+    names = ("eval_loss", "task_text", "task_choices")
+    same([lines(many)[-1][name] for name in names], [lines(one)[-1][name] for name in names])
 
 
 @pytest.mark.exhaustive

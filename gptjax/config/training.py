@@ -118,7 +118,7 @@ class CheckpointConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Section):
-    """Times and rows of the evaluations on the validation split."""
+    """Times and rows of the evaluations on the validation split, and tasks that are evaluated with them."""
 
     section: ClassVar[str] = "evaluate"
 
@@ -126,10 +126,14 @@ class EvaluateConfig(Section):
     """Steps between evaluations; the last step is always evaluated."""
     max_rows: int = 0
     """Rows of the validation split to use, from its start; 0: all of them, of a streamed source the first 1,024."""
+    tasks: tuple[str, ...] = ()
+    """Task files to evaluate as well, each as FILE or FILE:SETTING=VALUE:..., as in `gptjax eval --tasks`."""
+    limit: int = 0
+    """Items of each task to use, from its start; 0: all."""
 
     def __post_init__(self):
         self.require_positive("every")
-        self.require_numbers(0, math.inf, "max_rows")
+        self.require_numbers(0, math.inf, "max_rows", "limit")
 
 
 @dataclass(frozen=True, kw_only=True)

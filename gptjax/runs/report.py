@@ -112,6 +112,7 @@ def _charts(steps: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any
 
     nats = "{:.4f}".format
     named = [k for k in (lines[-1] if lines else {}) if k.startswith("eval_loss_")]
+    tasks = {k: None for line in lines for k in line if k.startswith("task_") and not k.endswith("_stderr")}
     charts = [
         chart.chart("Loss", "nats a token", [
             curve("training", "loss", nats, noisy=True), curve("validation", "eval_loss", nats, of=lines, dots=True)]),
@@ -119,6 +120,7 @@ def _charts(steps: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any
             curve("", "eval_bits_per_byte", nats, of=lines, dots=True)]),
         *(chart.chart(f"Loss on {key.removeprefix('eval_loss_')}", "nats a token", [
             curve("", key, nats, of=lines, dots=True)]) for key in named),
+        *(chart.chart(key.removeprefix("task_"), "task", [curve("", key, nats, of=lines, dots=True)]) for key in tasks),
         chart.chart("Learning rate", "as scheduled", [curve("", "learning_rate", "{:.3g}".format)]),
         chart.chart("Gradient norm", "before clipping, logarithmic", [
             curve("", "grad_norm", "{:.3f}".format, noisy=True)], log=True),

@@ -13,6 +13,7 @@ from gptjax.data.corpus import is_corpus, open_corpus
 from gptjax.data.prepared import kept_texts
 from gptjax.data.records import HF, TFDS
 from gptjax.data.sources import is_function, is_saved_source, open_source
+from gptjax.evals.during import named_tasks
 from gptjax.interop.export_check import check_export
 from gptjax.parallel.cluster import given_rank
 from gptjax.parallel.processes import no_devices
@@ -25,7 +26,7 @@ from gptjax.tokenizer import check_trainable, open_tokenizer
 
 
 def check_early(config: TrainConfig) -> None:
-    """Raises InputError for devices, a run folder, a source, a tokenizer or an --init that can't be used.
+    """Raises InputError for devices, a run folder, a source, a tokenizer, an --init or a task that can't be used.
 
     What only jax or a look into the text can tell comes later. In a job of several processes all of it does: process 0
     may see what the others do not, and ends them where it fails.
@@ -44,6 +45,7 @@ def check_early(config: TrainConfig) -> None:
     # What a bucket keeps is known once it is pulled.
     elsewhere = (kept_texts(run.data, sources) if run.local == run.folder else sources) if begun else {}
     changed_settings(run, config)
+    named_tasks(config.evaluate.tasks)
     if "://" not in str(run.folder) and (run.folder / ".lock").is_file():
         filesystem(run.folder).lock(run.folder)  # until this process ends; raises InputError where another has it
     if config.init and not begun:

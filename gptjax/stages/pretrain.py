@@ -9,6 +9,7 @@ import jax
 from gptjax.config import GenerateConfig, TrainConfig
 from gptjax.data.packing import example_batch
 from gptjax.data.pipeline import open_pipeline
+from gptjax.evals.during import measure_tasks, named_tasks
 from gptjax.evals.loss import evaluate, make_eval_step
 from gptjax.generation.engine import generate
 from gptjax.ops.attention import describe
@@ -36,6 +37,7 @@ def pretrain(config: TrainConfig, provenance: Provenance) -> Path:
         mesh, config = group.mesh, group.config
 
         # -- Model, optimizer and step. Functions and shapes alone: nothing is allocated while settings may be wrong.
+        tasks = named_tasks(config.evaluate.tasks)
         decoder, tx, init, step = build_components(config)
         shapes = abstract(jax.eval_shape(init, 0), mesh)
         example = abstract(example_batch(config.data.batch_size, config.data.length), mesh)
@@ -98,13 +100,12 @@ def pretrain(config: TrainConfig, provenance: Provenance) -> Path:
                 samples[step] = generate(decoder, state.eval_params, data.tokenizer, sampling)[0]
             return samples.get(step, "")
 
-        state = runner.train(
-            train_step, state, {}, batches, vocab_size=decoder.vocab_size,
-            evaluate=lambda state: evaluate(
-                eval_step, state.eval_params, data.validation, config.evaluate.max_rows, mesh
-            ),
-            sample=sample,
-        )  # fmt: skip
+        def evaluation(state: TrainState) -> dict[str, float]:
+            params, cfg = state.eval_params, config.evaluate
+            losses = evaluate(eval_step, params, data.validation, cfg.max_rows, mesh)
+            return losses | measure_tasks(tasks, decoder, params, data.tokenizer, mesh, cfg.limit)
+
+        state = runner.train(train_step, state, {}, batches, evaluation, sample, vocab_size=decoder.vocab_size)
 
         # -- A sample, so that the first thing a newcomer sees of a model is text.
         with working("writing a sample"):
