@@ -38,6 +38,7 @@ DOORS = {
     "pyarrow": {"data"},
     "packaging": {"diagnostics.doctor.versions"},
     "datasets": {"data"},
+    "lm_eval": {"interop.lm_eval"},
 }
 
 

@@ -145,6 +145,8 @@ def check(words: list[str]) -> None:
         check_extras(words)
     elif first == "python" and args[:2] == ["-m", "venv"]:
         assert len(args) == 3, "wanted one folder"
+    elif first == "python" and args[0] == "-m" and args[1].startswith("gptjax."):
+        assert (ROOT / args[1].replace(".", "/")).with_suffix(".py").is_file(), f"there is no {args[1]}"
     elif first in ("python", "bash", "sbatch"):
         check_script(first, args)
     elif first == "pytest":
