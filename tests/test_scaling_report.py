@@ -270,6 +270,7 @@ def test_finished_runs_of_a_size_are_curves_before_training_losses_are(table):
     d = np.array([1e9] * 9 + [4e9] * 9 + [1e9, 1e9])
     points = dataclasses.replace(points, parameters=np.append(n, [3e8, 5e8]), tokens=d)
     curves, whole, how = curves_of(points)
+    assert not whole
     assert [size for size, _, _ in curves] == [1e8, 2e8, 4e8] and "finished runs of each of 3 sizes" in how
     of = (points.parameters == 2e8) & (points.tokens == 4e9)  # several seeds are one point
     assert list(curves[1][1]) == [1e9, 4e9] and curves[1][2][1] == pytest.approx(points.loss[of].mean())
