@@ -40,6 +40,7 @@ MODELS = {
     "gpt2": ("gpt2", LONG | PAIRS),
     "modern": ("modern", LONG | PAIRS | {"model.head_dim": 32, "model.mup_base_width": 32}),
     "llama_1b": ("llama_1b", LONG | PAIRS | {"model.queries_per_kv": 2, "model.head_dim": 0}),
+    "biases of queries": ("quickstart", LONG | {"model.qkv_biases": True}),
     "queries normalised": ("quickstart", LONG | PAIRS | {"model.qk_norm": True, "model.queries_per_kv": 2}),
 }
 LLAMA_CPP = [name for name in MODELS if name not in ("modern", "llama_1b")]

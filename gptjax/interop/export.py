@@ -17,13 +17,13 @@ from gptjax.config.section import InputError, one_line
 from gptjax.interop.card import model_card
 from gptjax.interop.export_check import check_export, check_new_folder, partial_of
 from gptjax.interop.families import ModelFamily
+from gptjax.interop.gguf_keys import answer_ends, tokenizer_keys
 from gptjax.interop.layout import written_tensors
 from gptjax.interop.weights_file import MOST_BYTES, Tensor, check_weights, write_weights
 from gptjax.runs.load import LoadedModel, load_model
 from gptjax.runs.run import load_config
 from gptjax.tokenizer import META_FILE, Tokenizer
 from gptjax.tokenizer.export import write_tokenizer
-from gptjax.tokenizer.known_templates import template_of
 
 
 def export_run(run_dir: str | Path, folder: str | Path, cfg: ExportConfig) -> str:
@@ -68,7 +68,6 @@ def _write_gguf(
     folder: Path, family: ModelFamily, settings: dict[str, Any], tensors: Sequence[Tensor],
     tokenizer: Tokenizer | None, cfg: ExportConfig, name: str,
 ) -> list[Path]:  # fmt: skip
-    from gptjax.interop.gguf_keys import tokenizer_keys
     from gptjax.interop.gguf_writer import write_gguf
 
     if tokenizer is None:
@@ -88,8 +87,7 @@ def _tokenizer(model: LoadedModel) -> Tokenizer | None:
 
 def _ends(tokenizer: Tokenizer) -> dict[str, Any]:
     """The ids that begin and end a text, or an answer where there is a chat template, under transformers' names."""
-    answers = template_of(tokenizer).stop_ids(tokenizer) if tokenizer.template else ()
-    ends = list(dict.fromkeys([tokenizer.eos_id, *tokenizer.stop_ids, *answers]))
+    ends = answer_ends(tokenizer)
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if len(ends) > 1 else ends[0]}
 
 

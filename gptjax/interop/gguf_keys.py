@@ -7,10 +7,18 @@ from typing import Any
 from gptjax.config.section import InputError
 from gptjax.interop.gguf_tokenizer import CONTROL, ENDS, NO_MERGES, SPLITS, USER_DEFINED
 from gptjax.tokenizer import SentencePieceTokenizer, Tokenizer
+from gptjax.tokenizer.export import CONFIG_FILE
 from gptjax.tokenizer.interface import JSON_FILE
+from gptjax.tokenizer.known_templates import template_of
 from gptjax.tokenizer.splitting import PATTERNS
 
 NORMAL, UNUSED = 1, 5  # tokenizer.ggml.token_type, which has SentencePiece's numbers
+
+
+def answer_ends(tokenizer: Tokenizer) -> list[int]:
+    """The ids that end a text, or an answer where there is a chat template, eos_id first."""
+    answers = template_of(tokenizer).stop_ids(tokenizer) if tokenizer.template else ()
+    return list(dict.fromkeys([tokenizer.eos_id, *tokenizer.stop_ids, *answers]))
 
 
 def tokenizer_keys(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> dict[str, Any]:
@@ -29,12 +37,15 @@ def tokenizer_keys(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> dict[
         "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "add_bos_token": tokenizer.begins,
         "add_eos_token": False,
     }  # fmt: skip
-    unnamed = [i for i in tokenizer.stop_ids if rows[i][0] not in ENDS or rows[i][1] != CONTROL]
-    named = [i for i in tokenizer.stop_ids if i not in unnamed]
+    config = json.loads((folder / CONFIG_FILE).read_bytes())
+    template = {name: config[name] for name in ("chat_template",) if name in config}
+    ends = [i for i in answer_ends(tokenizer) if i != tokenizer.eos_id]
+    unnamed = [i for i in ends if rows[i][0] not in ENDS or rows[i][1] != CONTROL]
+    named = [i for i in ends if i not in unnamed]
     if len(unnamed) > 2:
         raise InputError(f"{1 + len(unnamed)} ids end a text, but a GGUF file has room for 3")
     values |= {f"{end}_token_id": i for end, i in zip(("eot", "eom"), [*unnamed, *named])}
-    return {f"ggml.{key}": value for key, value in values.items()}
+    return {f"ggml.{key}": value for key, value in values.items()} | template
 
 
 def _pieces(tokenizer: SentencePieceTokenizer, vocab_size: int) -> tuple[dict[int, tuple[str, int]], dict[str, Any]]:
