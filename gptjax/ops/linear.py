@@ -6,6 +6,7 @@ and so leaves its fast path: in bfloat16, on cores with matrix units, such a pro
 
 import functools
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,10 +23,19 @@ def linear(x: jax.Array, p: Mapping[str, jax.Array], **equations: str) -> Any:
 
     The letters of an equation end the weight's name in p, and the output's letters but B and L that of its bias
     (`q_bias_HK`). One name gives an array, several a tuple in their order, whose gradients share what they need of x.
+    Where p has `q_a_DR` and `q_b_RHK` (LoRA), (x a) b is added to q's.
     """
     letters = {name: e.split(",")[1].split("->") for name, e in equations.items()}
     weights = tuple(p[f"{name}_{w}"].astype(x.dtype) for name, (w, _) in letters.items())
     ys: tuple[jax.Array, ...] = products(tuple(equations.values()), x, weights)
+    for i, (name, equation) in enumerate(equations.items()):
+        x_letters, w, y = re.split(",|->", equation)
+        inputs = x_letters.removeprefix("BL")
+        if (a := p.get(f"{name}_a_{inputs}R")) is not None:
+            b = p[f"{name}_b_R{w.removeprefix(inputs)}"]
+            (x_BLR,) = products((f"{x_letters},{inputs}R->BLR",), x, (a.astype(x.dtype),))
+            (y_low,) = products((f"BLR,R{w.removeprefix(inputs)}->{y}",), x_BLR, (b.astype(x.dtype),))
+            ys = (*ys[:i], ys[i] + y_low, *ys[i + 1 :])
     biases = [f"{name}_bias_{y.removeprefix('BL')}" for name, (_, y) in letters.items()]
     ys = tuple(add_bias(y, p[bias]) if bias in p else y for y, bias in zip(ys, biases, strict=True))
     return ys[0] if len(equations) == 1 else ys

@@ -4,6 +4,7 @@
     D model width           F MLP width           V vocabulary          N layers (stacked)
     H query heads           G key-value heads     J query heads that share a key-value head (H = G J)
     K head size             C positions of one chunk of the loss                    W words of a random key
+    R rank of LoRA          S answers of one prompt
 
 `q_NDHK` is the stack of query projections; `inputs_BL` is a batch of token ids. The same names shard parameters,
 optimizer state, batches, activations and caches.
