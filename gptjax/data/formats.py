@@ -6,6 +6,7 @@ Nothing is held in memory but one document of a JSONL file or a batch of rows of
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import mmap
 import zlib
@@ -182,20 +183,28 @@ def _whole(path: Path) -> Iterator[Document]:
 
 def _lines(path: Path, kind: str, field: str) -> Iterator[Document]:
     number = offset = 0
+    for number, line in enumerate(read_lines(path, kind), 1):
+        yield _parse_line(line, f"{path}:{number}", offset, field)
+        offset += len(line)
+    if number == 0:
+        raise CorruptData(f"{path} is empty; {_wanted(field)} on each line")
+
+
+def read_lines(path: Path, kind: str) -> Iterator[bytes]:
+    """Yields the lines of a file, unpacked where its kind (see `kind_of`) is .jsonl.gz or .jsonl.zst.
+
+    Raises CorruptData, which names the line, for one that can't be unpacked.
+    """
     with open_file(path) as raw:
         file = {".jsonl.gz": _ungzip, ".jsonl.zst": _unzstd}.get(kind, lambda file: file)(raw)
-        while True:
-            number += 1
+        for number in itertools.count(1):
             try:
                 line = file.readline()
             except (OSError, EOFError, zlib.error) as error:
                 raise CorruptData(f"{path}: line {number} cannot be unpacked ({error}); the file is damaged") from None
             if not line:
-                break
-            yield _parse_line(line, f"{path}:{number}", offset, field)
-            offset += len(line)
-    if number == 1:
-        raise CorruptData(f"{path} is empty; {_wanted(field)} on each line")
+                return
+            yield line
 
 
 def _parse_line(line: bytes, origin: str, offset: int, field: str) -> Document:

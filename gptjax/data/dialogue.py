@@ -1,0 +1,131 @@
+"""Conversations for fine-tuning: records to messages, and rows of whole conversations with a weight for each token.
+
+A template turns messages into ids and weights (1 where the assistant writes, its end included). A row holds whole
+conversations, each with a segment of its own; none is cut, so that no answer loses its question.
+"""
+
+import bisect
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptjax.config.section import InputError, one_line
+from gptjax.data.formats import CorruptData, kind_of, read_lines
+from gptjax.data.packing import Batch, MemorySplit, Spans, cut
+from gptjax.data.permutation import permute
+
+Messages = list[dict[str, str]]
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+
+
+def messages_of(record: Any, origin: str) -> Messages:
+    """The messages of a record, in the forms that Hugging Face's datasets have.
+
+    "messages" is a list of {"role", "content"}, "conversations" one of {"from", "value"}; "prompt" and "completion"
+    are two texts. Raises InputError, which names `origin`, where a record has another form.
+    """
+    if isinstance(record, Mapping) and isinstance(record.get("prompt"), str):
+        if not isinstance(record.get("completion"), str):
+            raise InputError(f"{origin} has a prompt and no completion; wanted both as texts, or messages")
+        return [{"role": "user", "content": record["prompt"]}, {"role": "assistant", "content": record["completion"]}]
+    for name, role, content in (("messages", "role", "content"), ("conversations", "from", "value")):
+        if not isinstance(record, Mapping) or not isinstance(turns := record.get(name), list):
+            continue
+        for i, turn in enumerate(turns):
+            if not isinstance(turn, Mapping) or turn.get(role) not in ROLES or not isinstance(turn.get(content), str):
+                raise InputError(
+                    f'{origin}: {name}[{i}] is {one_line(json.dumps(turn), 80)}; wanted {{"{role}": one of '
+                    f'{", ".join(ROLES)}, "{content}": a text}}'
+                )
+        return [{"role": ROLES[turn[role]], "content": turn[content]} for turn in turns]
+    fields = f"the fields {', '.join(map(str, record))}" if isinstance(record, Mapping) else one_line(repr(record), 80)
+    raise InputError(f"{origin} has {fields}; wanted messages, conversations, or prompt and completion")
+
+
+def read_conversations(path: Path) -> Iterator[Messages]:
+    """Yields the messages of each line of a JSONL file (also .gz, .zst); raises InputError, which names the line."""
+    for number, line in enumerate(read_lines(path, kind_of(path)), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as e:
+            raise CorruptData(f"{path}:{number} is no JSON: {one_line(e)}") from None
+        yield messages_of(record, f"{path}:{number}")
+
+
+def pack_best_fit(sizes: Sequence[int], length: int) -> list[list[int]]:
+    """Rows of at most `length` as the numbers of what they hold: the largest first, each where the least room is left.
+
+    Best-fit decreasing needs at most 11/9 of the fewest rows, and one more (Johnson et al. 1974).
+    """
+    assert max(sizes, default=0) <= length, "what does not fit is dropped before"
+    rows: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (room, row), by room
+    for number in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        at = bisect.bisect_left(free, (sizes[number], -1))
+        room, row = free.pop(at) if at < len(free) else (length, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(number)
+        bisect.insort(free, (room - sizes[number], row))
+    return rows
+
+
+class ConversationRows:
+    """Rows of `length` predictions that hold whole conversations, in another order each epoch.
+
+    `rendered` holds ids and a weight for each, as a template gives them. Conversations of more than length + 1 ids are
+    left out and counted in `too_long`, those without an answer to learn in `unanswered`. Raises InputError where
+    nothing is left.
+    """
+
+    def __init__(self, rendered: Sequence[tuple[Sequence[int], Sequence[int]]], length: int, seed: int = 0):
+        fits = [len(ids) <= length + 1 for ids, _ in rendered]
+        answered = [any(weights[1:]) for _, weights in rendered]
+        kept = [pair for pair, fit, answer in zip(rendered, fits, answered, strict=True) if fit and answer]
+        self.length, self.seed = length, seed
+        self.too_long, self.unanswered = fits.count(False), sum(f and not a for f, a in zip(fits, answered))
+        if not kept:
+            raise InputError(
+                f"none of {len(rendered)} conversations can be learned: {self.too_long} have more than "
+                f"data.length + 1 = {length + 1} tokens, {self.unanswered} no answer; raise --data.length"
+            )
+        self._tokens = MemorySplit.of([ids for ids, _ in kept])
+        self._weights = MemorySplit.of([weights for _, weights in kept])
+        self._counts = [len(ids) - 1 for ids, _ in kept]
+        self._rows = pack_best_fit(self._counts, length)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of an epoch."""
+        return len(self._rows)
+
+    def batch(self, first: int, count: int) -> Batch:
+        """Rows [first, first + count) of all epochs' rows, one epoch after the other: see `packing.cut`.
+
+        weights_BL is 1 where the target is the assistant's, and 0 elsewhere.
+        """
+        epochs, places = np.divmod(np.arange(first, first + count), self.num_rows)
+        chosen = [int(permute(np.array([n]), self.num_rows, self.seed, int(e))[0]) for e, n in zip(epochs, places)]
+        numbers = [self._rows[row] for row in chosen]
+        counts = [[self._counts[number] for number in row] for row in numbers]
+        spans = Spans(
+            np.repeat(np.arange(count), [len(row) for row in numbers]),
+            np.concatenate([np.cumsum(row) - row for row in counts]),
+            self._tokens.starts[np.concatenate(numbers)],
+            np.concatenate(counts),
+        )
+        batch = cut(self._tokens, spans, count, self.length)
+        for row, column, start, n in zip(*(x.tolist() for x in spans)):
+            batch["weights_BL"][row, column : column + n] *= self._weights.tokens(start + 1, start + n + 1)
+        return batch
+
+    def batches(self, batch_size: int, step: int = 0) -> Iterator[tuple[Batch, dict[str, int]]]:
+        """Yields (batch, {"rows": rows read}) without end, from behind `step` batches."""
+        while True:
+            yield self.batch(step * batch_size, batch_size), {"rows": (step + 1) * batch_size}
+            step += 1
