@@ -11,7 +11,7 @@ from gptjax.config import DataConfig, MeshConfig, TokenizerConfig, TrainConfig
 from gptjax.config.lora import LoraConfig
 from gptjax.config.section import InputError
 from gptjax.model.decoder import dims, init_params, make_decoder
-from gptjax.model.lora import adapted, init_lora, join, merge
+from gptjax.model.lora import adapted, init_lora, join_lora, merge_lora
 from gptjax.parallel.sharding import abstract, make_mesh, on_host, suffix, to_global
 from gptjax.training.losses import language_model_loss
 from gptjax.training.step import compile_step, init_state, make_init, make_train_step
@@ -55,13 +55,13 @@ def test_leaves_are_named_by_their_shape_and_b_begins_as_zero(made):
 def test_an_adaptation_whose_b_is_0_is_the_base_bit_for_bit(made):
     decoder, base, lora, _ = made
     apply = jax.jit(lambda params: decoder.apply({"params": params}, *inputs())[0])
-    np.testing.assert_array_equal(apply(join(base, lora, LORA.scale)), apply(base))
+    np.testing.assert_array_equal(apply(join_lora(base, lora, LORA.scale)), apply(base))
 
 
 def test_a_merged_adaptation_is_the_joined_one(made, highest_precision):
     decoder, base, _, moved = made
     apply = jax.jit(lambda params: decoder.apply({"params": params}, *inputs())[0])
-    joined, merged = join(base, moved, LORA.scale), merge(base, moved, LORA.scale)
+    joined, merged = join_lora(base, moved, LORA.scale), merge_lora(base, moved, LORA.scale)
     assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, base)
     a, b, plain = apply(joined), apply(merged), apply(base)
     np.testing.assert_allclose(a, b, atol=2e-5)

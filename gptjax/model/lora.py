@@ -50,13 +50,13 @@ def init_lora(cfg: LoraConfig, model: ModelConfig) -> Callable[[jax.Array], Para
     return init
 
 
-def join(base: Params, lora: Params, scale: float) -> Params:
+def join_lora(base: Params, lora: Params, scale: float) -> Params:
     """The parameters with the leaves among them, b times `scale`, as the decoder and `linear` read them."""
     layers = {name: x * scale if "_b_" in name else x for name, x in lora["layers"].items()}
     return base | {"layers": base["layers"] | layers}
 
 
-def merge(base: Params, lora: Params, scale: float) -> Params:
+def merge_lora(base: Params, lora: Params, scale: float) -> Params:
     """The parameters with scale x a b added to their matrices, in the base's names and types: to export and decode."""
     layers = dict(base["layers"])
     for name, w in base["layers"].items():
@@ -74,6 +74,6 @@ def adapted(loss_fn: Callable, scale: float, base: str = "base") -> Callable:
     """The loss function of the leaves alone, whose frozen[base] holds the model's parameters."""
 
     def of_lora(params: Params, frozen: Any, batch: dict[str, jax.Array], key: jax.Array):
-        return loss_fn(join(frozen[base], params, scale), frozen, batch, key)
+        return loss_fn(join_lora(frozen[base], params, scale), frozen, batch, key)
 
     return of_lora

@@ -33,9 +33,9 @@ def linear(x: jax.Array, p: Mapping[str, jax.Array], **equations: str) -> Any:
         inputs = x_letters.removeprefix("BL")
         if (a := p.get(f"{name}_a_{inputs}R")) is not None:
             b = p[f"{name}_b_R{w.removeprefix(inputs)}"]
-            (x_BLR,) = products((f"{x_letters},{inputs}R->BLR",), x, (a.astype(x.dtype),))
-            (y_low,) = products((f"BLR,R{w.removeprefix(inputs)}->{y}",), x_BLR, (b.astype(x.dtype),))
-            ys = (*ys[:i], ys[i] + y_low, *ys[i + 1 :])
+            low: tuple[jax.Array, ...] = products((f"{x_letters},{inputs}R->BLR",), x, (a.astype(x.dtype),))
+            low = products((f"BLR,R{w.removeprefix(inputs)}->{y}",), low[0], (b.astype(x.dtype),))
+            ys = (*ys[:i], ys[i] + low[0], *ys[i + 1 :])
     biases = [f"{name}_bias_{y.removeprefix('BL')}" for name, (_, y) in letters.items()]
     ys = tuple(add_bias(y, p[bias]) if bias in p else y for y, bias in zip(ys, biases, strict=True))
     return ys[0] if len(equations) == 1 else ys
