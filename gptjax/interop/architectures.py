@@ -48,7 +48,7 @@ def write_gpt2(cfg: ModelConfig, vocab_size: int, context: int) -> dict[str, Any
 
 
 def _read_like_llama(s: ForeignConfig, **more: Any) -> Sizes:
-    """What all of these have in common; `more` are the settings of one, in place of Llama's."""
+    """The settings that all of these have in common; `more` are the settings of one, in place of Llama's."""
     width, heads = s.size("hidden_size"), s.size("num_attention_heads")
     kv_heads = s.size("num_key_value_heads")
     if heads % kv_heads:
