@@ -5,6 +5,7 @@ import json
 import pytest
 from awkward_texts import sentencepiece_model
 
+from gptjax.cli import main
 from gptjax.config.section import InputError
 from gptjax.tokenizer import SentencePieceTokenizer, load_tokenizer, open_tokenizer
 from gptjax.tokenizer.conventions import set_conventions
@@ -117,6 +118,17 @@ def test_a_template_that_was_saved_is_checked_when_it_is_loaded(tmp_path):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"template": name}))
         with pytest.raises(InputError, match=says.replace("|", "\\|")):
             load_tokenizer(tmp_path / "saved")
+
+
+@pytest.mark.slow
+def test_a_run_of_ones_own_keeps_the_template_that_its_settings_name(tmp_path, capsys):
+    flags = ["--steps", "1", "--model.num-layers", "1", "--model.width", "32", "--model.num-heads", "2"]
+    flags += ["--data.batch-size", "8", "--data.length", "32", "--evaluate.max-rows", "8", "--tokenizer.kind", "bytes"]
+    flags += ["--tokenizer.vocab-size", "258", "--tokenizer.template"]
+    assert main(["pretrain", "quickstart", "--run-dir", str(tmp_path / "run"), *flags, "llama2"]) == 0
+    assert load_tokenizer(tmp_path / "run" / "tokenizer").template == "llama2"
+    assert main(["pretrain", "quickstart", "--run-dir", str(tmp_path / "other"), *flags, "chatml"]) == 2
+    assert "the template chatml needs the special token '<|im_start|>'" in capsys.readouterr().err
 
 
 def open_tokenizer_of(folder):

@@ -3,6 +3,7 @@
 Jinja texts of real models are read from the folder that GPTJAX_JINJA names, where it is set (*.jinja).
 """
 
+import json
 import os
 import random
 from pathlib import Path
@@ -17,12 +18,11 @@ from gptjax.tokenizer import BytesTokenizer, SentencePieceTokenizer, set_templat
 from gptjax.tokenizer.known_templates import KNOWN, TEMPLATES, jinja_sha256, named_template, template_of
 from gptjax.tokenizer.templates import Piece, Template
 
-pytest.importorskip("tokenizers", reason="needs the extra gptjax[bpe]")
-sandbox = pytest.importorskip("jinja2.sandbox", reason="renders the Jinja texts that the parts are held against")
+tokenizers = pytest.importorskip("tokenizers", reason="needs the extra gptjax[bpe]")
 
 from byte_pairs import byte_level_json, from_json, llama_json, llama_model  # noqa: E402 : after what it needs
 
-from gptjax.tokenizer.export import jinja_of  # noqa: E402
+from gptjax.tokenizer.export import jinja_of, write_tokenizer  # noqa: E402
 
 TOKENS = sorted({token for template in TEMPLATES.values() for token in template.tokens})
 FORGED = [*TOKENS, "{bos}", "{eos}", "<s>", "</s>", "<BOS>", "<EOS>"]
@@ -175,6 +175,8 @@ class Refused(Exception):
 def rendered(jinja: str, messages: list[dict], add: bool, **more) -> str:
     """The text that transformers would make, with its settings of Jinja."""
 
+    sandbox = pytest.importorskip("jinja2.sandbox", reason="renders the Jinja texts that the parts are held against")
+
     def raise_exception(message):
         raise Refused(message)
 
@@ -210,6 +212,44 @@ def test_the_jinja_text_that_is_written_renders_as_the_parts_do(template):
     for wrong in ([*user("a"), {"role": "system", "content": "b"}], *([user("a") * 2] if template.alternate else [])):
         with pytest.raises(Refused):
             rendered(jinja, wrong, False)
+
+
+@pytest.mark.parametrize("kind", ["byte level", "sentencepiece"])
+@every_template
+def test_the_library_gives_the_ids_of_the_jinja_text_that_is_written(template, kind, tmp_path):
+    tokenizer = TOKENIZERS[kind]
+    if not template.tokens:  # its [INST] is text
+        tokenizer = {
+            "byte level": from_json(plain_json()),
+            "sentencepiece": SentencePieceTokenizer(sentencepiece_model()),
+        }[kind]
+    tokenizer.template = template.name
+    write_tokenizer(tokenizer, tmp_path)
+    made = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    names = {"<BOS>": config["bos_token"], "<EOS>": config["eos_token"]}
+    equal = 0
+    for messages in some_dialogues():
+        add, said = messages[-1]["role"] == "user", "".join(m["content"] for m in messages)
+        answers = [m["content"] for m in messages if m["role"] == "assistant"]
+        if (
+            "<s>" in said
+            or not all(m["content"].strip() for m in messages)
+            or any(answer.startswith(("\n", " ")) for answer in answers)
+        ):
+            continue  # a token that is named; no text at all; an answer whose white space the prompt's would join
+        text = rendered(config["chat_template"], messages, add)
+        for name, token in names.items():
+            text = text.replace(name, token)
+        ids, _ = template.render(tokenizer, messages, add)
+        assert made.encode(text, add_special_tokens=False).ids == ids, messages
+        equal += 1
+    assert equal >= 10
+
+
+def plain_json() -> dict:
+    values = byte_level_json()
+    return values | {"added_tokens": [token for token in values["added_tokens"] if token["content"] != "[INST]"]}
 
 
 def differs(name: str, jinja: str, messages: list[dict]) -> bool:

@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+import unicodedata
 
 import pytest
 from awkward_texts import AWKWARD
@@ -145,7 +146,6 @@ ISOLATED = byte_level_json()["pre_tokenizer"]["pretokenizers"][0]
     ("changes", "says"),
     [
         ({"normalizer": {"type": "NFKC"}}, "normalizer NFKC"),
-        ({"normalizer": {"type": "NFC"}}, 'normalizer NFC.*"normalizer": null'),
         ({"normalizer": {"type": "Lowercase"}}, "normalizer Lowercase"),
         ({"normalizer": {"type": "BertNormalizer", "lowercase": False}}, "normalizer BertNormalizer"),
         ({"normalizer": SEQUENCE}, "normalizer Replace"),
@@ -176,6 +176,30 @@ def test_a_tokenizer_json_that_loses_text_is_refused_and_says_why(changes, says)
     with pytest.raises(InputError, match=says) as error:
         from_json(byte_level_json(**changes))
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("normalizer", [{"type": "NFC"}, {"type": "Sequence", "normalizers": [{"type": "NFC"}]}])
+def test_composing_is_left_out_text_comes_back_and_composed_text_has_the_same_ids(normalizer):
+    values = byte_level_json(normalizer=normalizer)
+    ours, theirs = from_json(values), tokenizers.Tokenizer.from_str(json.dumps(values))
+    for text in ("A\u0308 e\u0301", "\u00c4 \u00e9 \u4e2d\u6587", TEXT[:3000]):
+        assert ours.decode(ours.encode(text)) == text
+        composed = unicodedata.normalize("NFC", text)
+        assert ours.encode(composed) == theirs.encode(text, add_special_tokens=False).ids
+
+
+def test_added_tokens_beside_a_sentencepiece_model_are_not_lost(tmp_path):
+    values = llama_json(LLAMA, legacy=False)
+    size = max(values["model"]["vocab"].values()) + 1
+    (tmp_path / "tokenizer.model").write_bytes(LLAMA)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    assert open_tokenizer(tmp_path).kind == "sentencepiece"
+    values["added_tokens"] += [{"id": size, "content": "<|user|>", "special": True}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    assert open_tokenizer(tmp_path).specials["<|user|>"] == size
+    assert open_tokenizer(tmp_path, "sentencepiece").kind == "sentencepiece"
+    (tmp_path / "tokenizer.json").write_text("{")
+    assert open_tokenizer(tmp_path).kind == "sentencepiece"
 
 
 def test_what_looks_harmless_and_loses_text_is_found_by_trying():

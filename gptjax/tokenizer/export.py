@@ -148,6 +148,9 @@ def _content(tokenizer: Tokenizer) -> dict[str, Any]:
     for name, i in tokenizer.specials.items():
         added[name] = flags | {"id": i} | added.get(name, {}) | {"content": name, "special": True}
     values["added_tokens"] = sorted(added.values(), key=lambda token: token["id"])
+    if isinstance(values["model"]["vocab"], dict):  # a token that is not in it would get the next free id
+        more = {token["content"]: token["id"] for token in values["added_tokens"]}
+        values["model"] = values["model"] | {"vocab": values["model"]["vocab"] | more}
     bos = next(name for name, i in tokenizer.specials.items() if i == tokenizer.bos_id)
     text = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
     first = [{"SpecialToken": {"id": bos, "type_id": 0}}] if tokenizer.begins else []

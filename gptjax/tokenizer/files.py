@@ -85,8 +85,8 @@ def open_tokenizer(path: str | Path, kind: str = "", pattern: str = "") -> Token
     """The tokenizer in a file or folder, one that `save` wrote or one made elsewhere.
 
     `kind` is one of tokenizer.kind; where empty, it is detected, and of several in a folder a SentencePiece model is
-    taken first, then ranks. `pattern` is tokenizer.pattern. Raises InputError where there is no tokenizer, one of
-    another kind, or one that would lose text.
+    taken first, but where a tokenizer.json adds tokens to it, then ranks. `pattern` is tokenizer.pattern. Raises
+    InputError where there is no tokenizer, one of another kind, or one that would lose text.
     """
     from gptjax.tokenizer.huggingface import PAIRS, read_huggingface
     from gptjax.tokenizer.tiktoken import TiktokenTokenizer
@@ -105,6 +105,8 @@ def open_tokenizer(path: str | Path, kind: str = "", pattern: str = "") -> Token
     if not files:
         names = f"{MODEL_FILE}, *.tiktoken, {JSON_FILE} or {' and '.join(PAIRS[0])}"
         raise InputError(f"tokenizer.path={str(path)!r} holds no tokenizer; wanted {names} in it")
+    if not kind and {"sentencepiece", "huggingface"} <= files.keys() and _adds_tokens(path, files["sentencepiece"]):
+        kind = "huggingface"
     kind = kind or next(iter(files))
     if kind not in files:
         raise _other_kind(path, " or a ".join(files), kind)
@@ -144,6 +146,16 @@ def make_tokenizer(cfg: TokenizerConfig, texts: Iterator[str]) -> Tokenizer:
             f"add --tokenizer.vocab-size {tokenizer.vocab_size}"
         )
     return tokenizer
+
+
+def _adds_tokens(folder: Path, model: Path) -> bool:
+    """True where a tokenizer.json has added tokens behind the pieces of the .model file beside it, as of a chat."""
+    try:
+        added = json.loads(_read(folder / JSON_FILE)).get("added_tokens") or []
+        most = max((token["id"] for token in added), default=0)
+        return most >= load_sentencepiece(model).vocab_size
+    except (InputError, ValueError, KeyError, TypeError, AttributeError):  # said where that file is read
+        return False
 
 
 def _tokenizers_in(path: Path) -> dict[str, Path]:

@@ -55,7 +55,8 @@ class HuggingFaceTokenizer(Tokenizer):
     token serves as both where there is no other. Added tokens other than white space and single characters are
     special. Ids are those of the library with these taken out, but for what it would lose: a document's leading space
     and U+2581 are kept, as SentencePiece keeps them. Raises InputError where text would be lost; where single bytes
-    have no token, which is so for some control characters in some vocabularies, a text that has one is refused.
+    have no token, which is so for some control characters in some vocabularies, a text that has one is refused. Where
+    the file composes characters (NFC, as Qwen's does), text is taken as it is: composed text has the same ids.
     """
 
     kind = "huggingface"
@@ -174,8 +175,6 @@ class _Spec:
         for step in self.normalizer:
             if step.get("type") == "Prepend" and step.get("prepend") == SPACE_SYMBOL:
                 self.adds_space = True
-            elif step.get("type") == "NFC":
-                raise self.error("composes characters (normalizer NFC)", 'give a copy of it with "normalizer": null')
             elif step.get("pattern") != {"String": " "} or step.get("content") != SPACE_SYMBOL:
                 raise self.error(f"changes characters (normalizer {step.get('type')})")
         if self.byte_level and self.normalizer:
@@ -314,7 +313,9 @@ def _read(content: dict[str, bytes], name: str) -> dict[str, Any]:
         values = _parse(content[JSON_FILE], name)
         if not isinstance(values.get("model"), dict):
             raise InputError(f'{name} is no tokenizer.json: wanted a JSON object with a "model"')
-        return values
+        steps = _steps(values.get("normalizer"), "normalizers", name)
+        kept = [step for step in steps if step["type"] != "NFC"]
+        return values if kept == steps else values | {"normalizer": {"type": "Sequence", "normalizers": kept}}
     vocab = _parse(content[VOCAB_FILE], name)
     merges = []
     ordinary = set(BYTE_CHARACTERS)
