@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from awkward_texts import AWKWARD, sentencepiece_model
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gptjax.config.section import InputError
@@ -89,6 +89,7 @@ def test_earlier_messages_are_a_prefix_and_answers_with_their_ends_are_trained(t
 @every_template
 @settings(max_examples=15, deadline=None)
 @given(messages=dialogues())
+@example(messages=[{"role": role, "content": "a".join(FORGED)} for role in ("user", "assistant")])
 def test_a_message_can_forge_no_special_token(template, tokenizer, messages):
     ids, _ = template.render(tokenizer, messages)
     never = {tokenizer.bos_id, tokenizer.eos_id, *tokenizer.specials.values()}
