@@ -19,7 +19,6 @@ which must stay small beside gradients that shrink as 1 / r.
 """
 
 from gptjax.config import ModelConfig
-from gptjax.parallel.sharding import matrix
 
 # Dimensions that grow with the width. (V, T, L, and LoRA's R do not.)
 GROWING = ("D", "F", "HK", "GK")
@@ -31,6 +30,8 @@ def _ratio(cfg: ModelConfig) -> float:
 
 def _grows(name: str) -> tuple[bool, bool]:
     """(fan-in grows with the width, fan-out does) for a matrix; (False, False) for other parameters."""
+    from gptjax.parallel.sharding import matrix  # imports jax, which checks of an export do without
+
     inputs, outputs = matrix(name) or ("", "")
     return inputs in GROWING, outputs in GROWING
 
