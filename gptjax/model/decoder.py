@@ -66,13 +66,6 @@ def top_params(cfg: ModelConfig) -> dict[str, str]:
     return top | ({} if cfg.tied else {"head_VD": "normal"})
 
 
-def windows(cfg: ModelConfig) -> jax.Array | int | None:
-    """window_N where the layers differ, else the window that they share, None where they attend to everything."""
-    if len(set(cfg.layer_windows)) == 1:
-        return cfg.layer_windows[0]
-    return jnp.array([NO_WINDOW if w is None else w for w in cfg.layer_windows], jnp.int32)
-
-
 def unstacked(params: Params, dtype: str) -> Params:
     """The parameters as decoding reads them: each layer's in arrays of their own, in the type they are used in.
 
@@ -238,12 +231,14 @@ class Decoder(nn.Module):
             x_BLD = dropout(x_BLD, cfg.dropout, key_embed)
             layer_keys = jax.random.split(key_layers, cfg.num_layers)
 
-        shared = windows(cfg)
-        window_N = shared if isinstance(shared, jax.Array) else None
+        # One window that all layers share is known to the compiler; the layers of a scan differ in arrays alone.
+        layer_windows = cfg.layer_windows
+        differ = len(set(layer_windows)) > 1
+        window_N = jnp.array([NO_WINDOW if w is None else w for w in layer_windows], jnp.int32) if differ else None
 
         def body(x_BLD, layer):
             p, layer_key, layer_window = layer
-            window = shared if layer_window is None else layer_window
+            window = layer_windows[0] if layer_window is None else layer_window
             x_BLD, _ = self.block(cfg, p, x_BLD, positions_BL, mask, None, layer_key, window)
             # Without this line FSDP's sharded weights make XLA replicate every activation on every device.
             x_BLD = constrain(x_BLD, "BLD")
