@@ -90,7 +90,7 @@ def test_records_in_the_forms_of_hugging_face_are_read(tmp_path):
         {"prompt": "a?", "completion": "b."},
     ]
     path = tmp_path / "chat.jsonl.gz"
-    path.write_bytes(gzip.compress("\n\n".join(map(json.dumps, records)).encode()))
+    path.write_bytes(gzip.compress("\n".join(map(json.dumps, records)).encode()))
     assert list(read_conversations(path)) == [said] * 3
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gptjax.config.section import InputError, one_line
-from gptjax.data.formats import CorruptData, kind_of, read_lines
+from gptjax.data.formats import read_records
 from gptjax.data.packing import Batch, MemorySplit, Spans, cut
 from gptjax.data.permutation import permute
 
@@ -46,15 +46,9 @@ def messages_of(record: Any, origin: str) -> Messages:
 
 
 def read_conversations(path: Path) -> Iterator[Messages]:
-    """Yields the messages of each line of a JSONL file (also .gz, .zst); raises InputError, which names the line."""
-    for number, line in enumerate(read_lines(path, kind_of(path)), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as e:
-            raise CorruptData(f"{path}:{number} is no JSON: {one_line(e)}") from None
-        yield messages_of(record, f"{path}:{number}")
+    """Yields the messages of each record of a file (see `read_records`); raises InputError, which names the place."""
+    for origin, record in read_records(path):
+        yield messages_of(record, origin)
 
 
 def pack_best_fit(sizes: Sequence[int], length: int) -> list[list[int]]:

@@ -190,6 +190,30 @@ def _lines(path: Path, kind: str, field: str) -> Iterator[Document]:
         raise CorruptData(f"{path} is empty; {_wanted(field)} on each line")
 
 
+def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (file with the line or row, record) of a JSONL (also .gz, .zst) or Parquet file, all its columns.
+
+    Raises CorruptData for a file that can't be unpacked or is no UTF-8 or JSON, and InputError for one of another kind
+    or without records; both name the file and the line or row.
+    """
+    kind, found = kind_of(path), False
+    if kind == "text":
+        raise InputError(f"{path} holds no records; wanted {', '.join(RECORDS)}")
+    if kind == ".parquet":
+        for first, batch in _batches(path):
+            for row, record in enumerate(batch.to_pylist(), first):
+                found = True
+                yield f"{path}:{row}", record
+    else:
+        offset = 0
+        for number, line in enumerate(read_lines(path, kind), 1):
+            found = True
+            yield f"{path}:{number}", _parse_object(line, f"{path}:{number}", offset, "wanted one record a line")
+            offset += len(line)
+    if not found:
+        raise CorruptData(f"{path} is empty; wanted records")
+
+
 def read_lines(path: Path, kind: str) -> Iterator[bytes]:
     """Yields the lines of a file, unpacked where its kind (see `kind_of`) is .jsonl.gz or .jsonl.zst.
 
@@ -209,21 +233,25 @@ def read_lines(path: Path, kind: str) -> Iterator[bytes]:
 
 def _parse_line(line: bytes, origin: str, offset: int, field: str) -> Document:
     """The text of one line of JSONL."""
+    value = _parse_object(line, origin, offset, _wanted(field))
+    if field not in value:
+        raise no_field(origin, field, list(value))
+    return document_of(value[field], origin, field)
+
+
+def _parse_object(line: bytes, origin: str, offset: int, wanted: str) -> dict[str, Any]:
+    """The object of one line of JSONL."""
     try:
         value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         at = offset + error.start
-        raise CorruptData(
-            f"{origin}: byte 0x{line[error.start]:02x} at offset {at} is not UTF-8; {_wanted(field)}"
-        ) from None
+        raise CorruptData(f"{origin}: byte 0x{line[error.start]:02x} at offset {at} is not UTF-8; {wanted}") from None
     except (ValueError, RecursionError) as error:
         problem = "a blank line" if not line.strip() else f"no JSON ({error})"
-        raise CorruptData(f"{origin}: found {problem}; {_wanted(field)}") from None
+        raise CorruptData(f"{origin}: found {problem}; {wanted}") from None
     if not isinstance(value, dict):
-        raise InputError(f"{origin}: found a JSON {type(value).__name__}; {_wanted(field)}")
-    if field not in value:
-        raise no_field(origin, field, list(value))
-    return document_of(value[field], origin, field)
+        raise InputError(f"{origin}: found a JSON {type(value).__name__}; {wanted}")
+    return value
 
 
 def _ungzip(raw: io.BufferedReader) -> io.BufferedReader:
@@ -238,7 +266,13 @@ def _unzstd(raw: io.BufferedReader) -> io.BufferedReader:
 
 
 def _table(path: Path, field: str) -> Iterator[Document]:
-    """Reads only the text column of a Parquet file, a few rows at a time."""
+    """Reads only the text column of a Parquet file."""
+    for first, batch in _batches(path, field):
+        yield from rows_of_table(batch, field, str(path), first)
+
+
+def _batches(path: Path, field: str = "") -> Iterator[tuple[int, Any]]:
+    """Yields (number of the first row, record batch) of a Parquet file, a few rows at a time; one column or all."""
     import pyarrow
     from pyarrow import parquet
 
@@ -246,10 +280,10 @@ def _table(path: Path, field: str) -> Iterator[Document]:
         first = 1
         try:
             file = parquet.ParquetFile(raw, buffer_size=_BLOCK, pre_buffer=False, page_checksum_verification=True)
-            if field not in file.schema_arrow.names:
+            if field and field not in file.schema_arrow.names:
                 raise no_field(str(path), field, file.schema_arrow.names)
-            for batch in file.iter_batches(_ROWS, columns=[field], use_threads=False):
-                yield from rows_of_table(batch, field, str(path), first)
+            for batch in file.iter_batches(_ROWS, columns=[field] if field else None, use_threads=False):
+                yield first, batch
                 first += batch.num_rows
         except (pyarrow.ArrowException, OSError) as error:
             reason = one_line(error, 160)
