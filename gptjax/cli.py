@@ -21,7 +21,6 @@ from gptjax.config.command_line import (
     take,
     unknown_verb,
 )
-from gptjax.config.export import GGUF_FILE, ExportConfig
 from gptjax.config.section import InputError
 from gptjax.config.training import ImportConfig
 from gptjax.parallel.cluster import RetryableError
@@ -257,6 +256,8 @@ def export(args: list[str]) -> int:
     """export RUN DIR           write a run's model as transformers (or llama.cpp) opens it, with a model card"""
     run, args = positional(args, "RUN", "gptjax export RUN DIR")
     folder, args = positional(args, "DIR", "gptjax export RUN DIR")
+    from gptjax.config.export import GGUF_FILE, ExportConfig
+
     cfg = parse(ExportConfig(), args, f"gptjax export {run} {folder}")
     os.environ["JAX_PLATFORMS"] = "cpu"  # a GPU or TPU that is here is not taken: a run may train on it
     from gptjax.interop.export import export_run
