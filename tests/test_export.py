@@ -347,7 +347,7 @@ def test_a_failed_export_is_an_event_and_a_line_and_a_full_one_is_not_made_again
 def test_a_run_exports_its_checkpoints_while_it_trains(tmp_path):
     run, flags = tmp_path / "run", []
     settings = SMALL | {"steps": 5, "checkpoint.every": 2, "checkpoint.export_every": 2, "checkpoint.keep_newest": 1,
-                        "data.batch_size": 4, "evaluate.max_rows": 4}  # fmt: skip
+                        "data.batch_size": 8, "evaluate.max_rows": 8}  # fmt: skip
     for name, value in settings.items():
         flags += [f"--{name.replace('_', '-')}", str(value)]
     assert main(["pretrain", "quickstart", "--run-dir", str(run), *flags]) == 0
