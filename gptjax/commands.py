@@ -51,6 +51,7 @@ def evaluate_tasks(run_dir: str | Path, cfg: EvalConfig, note: Callable[[str], N
     from gptjax.evals.report import results_json, write_records
     from gptjax.evals.score import Scorer
     from gptjax.evals.tasks import load_task
+    from gptjax.tokenizer import set_template
 
     join_processes({"run": str(run_dir), **dict(leaves(cfg))})
     tasks = [load_task(spec) for spec in cfg.tasks]
@@ -58,14 +59,15 @@ def evaluate_tasks(run_dir: str | Path, cfg: EvalConfig, note: Callable[[str], N
         check_file(path)
     model = load_model(run_dir, cfg.mesh, cfg.step)
     tokenizer, results = model.tokenizer, []
+    set_template(tokenizer, cfg.template)
     scorer = Scorer(model.decoder, model.params, model.mesh, batch_tokens=cfg.batch_tokens)
     for task in tasks:
         used = min(cfg.limit or len(task.items), len(task.items))
         note(f"{task.name}: {used:,} of {len(task.items):,} items, shots={task.config.shots}")
-        results.append(measure(task, scorer, tokenizer, limit=cfg.limit, seed=cfg.seed))
+        results.append(measure(task, scorer, tokenizer, limit=cfg.limit, seed=cfg.seed, chat=cfg.chat))
     if is_main_process():
         if cfg.json:
-            settings = {"run": str(run_dir), "step": model.step, "limit": cfg.limit, "seed": cfg.seed}
+            settings = {"run": str(run_dir), "step": model.step, "limit": cfg.limit, "seed": cfg.seed, "chat": cfg.chat}
             write_json(cfg.json, settings | results_json(results))
         if cfg.items:
             write_records(cfg.items, results)

@@ -16,12 +16,14 @@ from gptjax.config.section import InputError, leaves
 from gptjax.evals.measure import measure
 from gptjax.evals.metrics import Metric, choice_metrics, exponential, mean, normalised, ratio
 from gptjax.evals.report import centred_mean, results_json, table
+from gptjax.evals.requests import encode_answers
 from gptjax.evals.score import Scorer
 from gptjax.evals.tasks import load_task
 from gptjax.generation.engine import generate_ids
 from gptjax.parallel.sharding import make_mesh
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.run import Provenance, Run
+from gptjax.tokenizer import BytesTokenizer
 
 CONTEXT = 96
 CHOICES = [
@@ -146,6 +148,35 @@ def test_generated_texts_are_those_of_the_engine_up_to_a_stop(tiny, tmp_path):
         (new,) = generate_ids(decoder, params, [ids], greedy, stop_ids=[TOKENIZER.eos_id])
         assert record["text"] == TOKENIZER.decode(new).partition("\n")[0]
         assert record["match"] == (record["text"].strip() in item.answers)
+
+
+class ChatTokenizer(BytesTokenizer):
+    specials = {"<|im_start|>": 256, "<|im_end|>": 257}
+    template = "chatml"
+
+
+def test_a_chat_scores_the_answer_to_a_message(tiny, tmp_path):
+    tokenizer, asked = ChatTokenizer(), "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+
+    def ids(text: str) -> list[int]:
+        parts = re.split(r"(<\|\w+\|>)", text)
+        return [i for part in parts for i in ([tokenizer.specials[part]] if part.startswith("<|") else part.encode())]
+
+    assert encode_answers(tokenizer, [("Two?", "one")]) == [(ids(asked.format("Two?")), ids("one"))]
+    result = measure(load_task(write(tmp_path / "quiz.jsonl", CHOICES)), tiny[2], tokenizer, limit=2, chat=True)
+    for fields, record in zip(CHOICES, result.records):
+        front = ids(asked.format(fields["query"]))
+        for choice, score in zip(fields["choices"], record["scores"], strict=True):
+            log_p = full(tiny, [*front, *choice.encode()])[np.arange(len(choice)) + len(front) - 1, [*choice.encode()]]
+            assert score == pytest.approx(log_p.sum(), abs=1e-4)
+        assert record["continuations"] == fields["choices"]
+    task = load_task(write(tmp_path / "g.jsonl", GENERATION, max_new_tokens=4, stop=["\0"]))
+    greedy = GenerateConfig(max_new_tokens=4, temperature=0.0)
+    (record,) = measure(task, tiny[2], tokenizer, limit=1, chat=True).records
+    (new,) = generate_ids(tiny[0], tiny[1], [ids(asked.format("0+1="))], greedy, stop_ids=[257])
+    assert record["text"] == tokenizer.decode(new).partition("\0")[0]
+    with pytest.raises(InputError, match="quiz.jsonl: .*template"):
+        measure(load_task(str(tmp_path / "quiz.jsonl")), tiny[2], TOKENIZER, limit=1, chat=True)
 
 
 def test_examples_are_drawn_from_the_others_by_seed_and_item(tmp_path):
@@ -313,6 +344,7 @@ def test_other_bad_input_is_refused_in_one_line(tmp_path, capsys):
         ("--tasks", str(tmp_path)): "Is a directory",
         ("--tasks", f"{quiz}:kind=text"): "line 1 has no field 'text'",
         ("--limit", "5"): "limit=5: wanted --tasks beside it",
+        ("--tasks", quiz, "--template", "chatml"): "template='chatml': wanted none without --chat",
         ("--tasks", quiz, "--max-rows", "4"): "use --limit",
     }.items():
         assert wanted in refused(capsys, "eval", tmp_path / "none", *arguments)

@@ -151,6 +151,10 @@ class EvalConfig(Section):
     """File for the tasks' numbers."""
     items: str = ""
     """File for what came of each item, a JSON object a line: the texts scored, their log-probabilities, the choice."""
+    chat: bool = False
+    """Give each prompt as a message of a user, through the run's chat template, and score or read the answer to it."""
+    template: str = ""
+    """Chat template to use instead of the run's."""
     batch_tokens: int = 2048
     """Tokens of tasks that each device computes at once."""
     step: int = 0
@@ -162,8 +166,9 @@ class EvalConfig(Section):
     def __post_init__(self):
         self.require_numbers(0, math.inf, "step", "max_rows", "limit", "seed")
         self.require_positive("batch_tokens")
-        for name in ("limit", "json", "items"):
+        for name in ("limit", "json", "items", "chat"):
             self.require(bool(self.tasks) or not getattr(self, name), name, "--tasks beside it")
+        self.require(self.chat or not self.template, "template", "none without --chat")
         self.require(not self.tasks or not self.max_rows, "max_rows", "0 with --tasks", "use --limit")
 
 

@@ -19,11 +19,13 @@ from gptjax.evals.metrics import (
     normalised,
     text_metrics,
 )
-from gptjax.evals.requests import encode_pairs
+from gptjax.evals.requests import encode_answers, encode_pairs
 from gptjax.evals.score import Scorer
 from gptjax.evals.tasks import Item, Task
-from gptjax.generation.engine import generate
+from gptjax.generation.engine import stream_text
+from gptjax.generation.text_stream import TextStream
 from gptjax.tokenizer import Tokenizer
+from gptjax.tokenizer.known_templates import template_of
 
 ROWS = 16  # prompts that are generated from at once
 
@@ -44,15 +46,19 @@ class TaskResult:
     seconds: float
 
 
-def measure(task: Task, scorer: Scorer, tokenizer: Tokenizer, *, limit: int = 0, seed: int = 0) -> TaskResult:
+def measure(
+    task: Task, scorer: Scorer, tokenizer: Tokenizer, *, limit: int = 0, seed: int = 0, chat: bool = False
+) -> TaskResult:
     """Measures a task on its first `limit` items (0: all); `seed` draws the examples.
 
-    Each record holds the item's number, the texts that were scored, as they were, and what came of them.
+    With `chat` a prompt, its examples in it, is a user's message in the tokenizer's chat template, and what is scored
+    the answer to it, without a separator; texts stay as they are. Each record holds the item's number, the texts that
+    were scored, as they were, and what came of them.
     """
     start, before = time.perf_counter(), scorer.tokens
     items = task.items[:limit] if limit else task.items
     try:
-        records = _KINDS[task.config.kind](task, items, scorer, tokenizer, seed)
+        records = _KINDS[task.config.kind](task, items, scorer, tokenizer, seed, chat)
     except InputError as error:
         raise InputError(f"{task.path}: {error}") from None
     metrics = {
@@ -69,8 +75,7 @@ def _record(task: Task, item: Item, **found: Any) -> Record:
     return {"task": task.name, "shots": task.config.shots, "item": item.number, "kind": task.config.kind, **found}
 
 
-def _texts(task: Task, items: Sequence[Item], scorer: Scorer, tokenizer: Tokenizer, seed: int) -> list[Record]:
-    del seed  # nothing is drawn
+def _texts(task: Task, items: Sequence[Item], scorer: Scorer, tokenizer: Tokenizer, *_) -> list[Record]:
     found = scorer.rolling(tokenizer.encode_batch([item.prompt for item in items]), tokenizer.bos_id)
     return [
         _record(task, item, text=item.prompt, score=one.total, tokens=len(one.log_probs),
@@ -79,10 +84,13 @@ def _texts(task: Task, items: Sequence[Item], scorer: Scorer, tokenizer: Tokeniz
     ]  # fmt: skip
 
 
-def _choices(task: Task, items: Sequence[Item], scorer: Scorer, tokenizer: Tokenizer, seed: int) -> list[Record]:
+def _choices(
+    task: Task, items: Sequence[Item], scorer: Scorer, tokenizer: Tokenizer, seed: int, chat: bool
+) -> list[Record]:
     prompts = [task.prompt(item, seed) for item in items]
-    pairs = [(prompt, task.config.separator + a) for item, prompt in zip(items, prompts) for a in item.answers]
-    found = iter(scorer.loglikelihoods(encode_pairs(tokenizer, pairs)))
+    separator = "" if chat else task.config.separator
+    pairs = [(prompt, separator + a) for item, prompt in zip(items, prompts) for a in item.answers]
+    found = iter(scorer.loglikelihoods((encode_answers if chat else encode_pairs)(tokenizer, pairs)))
     records = []
     for item, prompt in zip(items, prompts, strict=True):
         likelihoods = [next(found) for _ in item.answers]
@@ -90,7 +98,7 @@ def _choices(task: Task, items: Sequence[Item], scorer: Scorer, tokenizer: Token
         characters = [len(answer) for answer in item.answers]
         best = {"choice": scores / characters, "choice_sum": scores, "choice_token": scores / tokens}
         records.append(
-            _record(task, item, context=prompt, continuations=[task.config.separator + a for a in item.answers],
+            _record(task, item, context=prompt, continuations=[separator + a for a in item.answers],
                     scores=scores.tolist(), tokens=tokens, characters=characters, gold=list(item.gold),
                     **{name: int(np.argmax(by)) for name, by in best.items()},
                     truncated=max(one.truncated for one in likelihoods))
@@ -98,9 +106,11 @@ def _choices(task: Task, items: Sequence[Item], scorer: Scorer, tokenizer: Token
     return records
 
 
-def _cloze(task: Task, items: Sequence[Item], scorer: Scorer, tokenizer: Tokenizer, seed: int) -> list[Record]:
-    pairs = [(task.prompt(item, seed), task.config.separator + item.answer) for item in items]
-    found = scorer.loglikelihoods(encode_pairs(tokenizer, pairs))
+def _cloze(
+    task: Task, items: Sequence[Item], scorer: Scorer, tokenizer: Tokenizer, seed: int, chat: bool
+) -> list[Record]:
+    pairs = [(task.prompt(item, seed), ("" if chat else task.config.separator) + item.answer) for item in items]
+    found = scorer.loglikelihoods((encode_answers if chat else encode_pairs)(tokenizer, pairs))
     return [
         _record(task, item, context=context, continuations=[text], score=one.total, tokens=len(one.log_probs),
                 greedy=one.greedy, truncated=one.truncated)
@@ -108,7 +118,9 @@ def _cloze(task: Task, items: Sequence[Item], scorer: Scorer, tokenizer: Tokeniz
     ]  # fmt: skip
 
 
-def _generated(task: Task, items: Sequence[Item], scorer: Scorer, tokenizer: Tokenizer, seed: int) -> list[Record]:
+def _generated(
+    task: Task, items: Sequence[Item], scorer: Scorer, tokenizer: Tokenizer, seed: int, chat: bool
+) -> list[Record]:
     cfg = GenerateConfig(max_new_tokens=task.config.max_new_tokens, temperature=0.0, stop=task.config.stop)
     most = scorer.decoder.context - cfg.max_new_tokens
     if most < 1:
@@ -116,16 +128,24 @@ def _generated(task: Task, items: Sequence[Item], scorer: Scorer, tokenizer: Tok
             f"max_new_tokens={cfg.max_new_tokens}: wanted less than the model's context of {scorer.decoder.context}"
         )
     prompts = [task.prompt(item, seed) for item in items]
-    ids = [tokenizer.prompt_ids(prompt) for prompt in prompts]
+    stops, spaced = (tokenizer.eos_id, *tokenizer.stop_ids), False
+    if chat:
+        template = template_of(tokenizer)
+        messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        ids = [template.render(tokenizer, one, add_generation_prompt=True)[0] for one in messages]
+        stops, spaced = template.stop_ids(tokenizer), template.spaced(tokenizer)
+    else:
+        ids = [tokenizer.prompt_ids(prompt) for prompt in prompts]
     scorer.tokens += sum(min(len(row), most) for row in ids)
     texts = [""] * len(items)
     order = sorted(range(len(items)), key=lambda n: len(ids[n]))
     with jax.set_mesh(scorer.mesh):
         for start in range(0, len(order), ROWS):
             rows = order[start : start + ROWS]
-            new = generate(scorer.decoder, scorer.params, tokenizer, cfg, [ids[n][-most:] for n in rows])
-            for n, text in zip(rows, new, strict=True):
-                texts[n] = text
+            streams = [TextStream(tokenizer, cfg.stop, drops_space=spaced) for _ in rows]
+            cut = [ids[n][-most:] for n in rows]
+            for row, piece in stream_text(scorer.decoder, scorer.params, cut, streams, cfg, stop_ids=stops):
+                texts[rows[row]] += piece
     how = task.config.normalise
     return [
         _record(task, item, context=prompt, text=text, answers=list(item.answers),

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from gptjax.config.section import InputError
 from gptjax.tokenizer import Tokenizer
+from gptjax.tokenizer.known_templates import template_of
 
 
 def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
@@ -27,4 +28,19 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list
             )
         front = [tokenizer.bos_id] if tokenizer.begins or not ids else []
         encoded.append(([*front, *ids], whole[len(ids) :]))
+    return encoded
+
+
+def encode_answers(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+    """The ids of each (message of a user, answer) through the tokenizer's chat template, without the answer's end."""
+    template = template_of(tokenizer)
+    encoded = []
+    for message, answer in pairs:
+        messages = [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]
+        begun, _ = template.render(tokenizer, messages[:1], add_generation_prompt=True)
+        whole, written = template.render(tokenizer, messages)
+        stop = next(i for i, one in reversed([*enumerate(written)]) if one)  # the last that the assistant writes
+        if stop <= len(begun):
+            raise InputError(f"the answer {answer[:40]!r} has no token behind {message[-40:]!r}; wanted a text")
+        encoded.append((begun, whole[len(begun) : stop]))
     return encoded

@@ -38,43 +38,27 @@ DecodeState = dict[str, Any]
 CHUNK = 16  # tokens a call of the loop while text is streamed or searched for a stop text
 
 
-def generate(
-    decoder: Decoder,
-    params: Params,
-    tokenizer: Tokenizer,
-    cfg: GenerateConfig,
-    prompts: Sequence[Sequence[int]] = (),
-) -> list[str]:
+def generate(decoder: Decoder, params: Params, tokenizer: Tokenizer, cfg: GenerateConfig) -> list[str]:
     """The text that continues each prompt: what `stream` yields, joined."""
-    texts = [""] * len(prompts or cfg.prompt)
-    chunk = CHUNK if cfg.stop else cfg.max_new_tokens
-    for row, piece in stream(decoder, params, tokenizer, cfg, prompts, chunk=chunk):
+    texts = [""] * len(cfg.prompt)
+    for row, piece in stream(decoder, params, tokenizer, cfg, chunk=CHUNK if cfg.stop else cfg.max_new_tokens):
         texts[row] += piece
     return texts
 
 
 def stream(
-    decoder: Decoder,
-    params: Params,
-    tokenizer: Tokenizer,
-    cfg: GenerateConfig,
-    prompts: Sequence[Sequence[int]] = (),
-    *,
-    chunk: int = CHUNK,
+    decoder: Decoder, params: Params, tokenizer: Tokenizer, cfg: GenerateConfig, *, chunk: int = CHUNK
 ) -> Iterator[tuple[int, str]]:
     """Yields (row, piece of its text) as the tokens come, at most `chunk` of them at a time.
-
-    The prompts are texts, in cfg, or are given as ids, which go on with a document.
 
     No piece splits a character, shows a stop text or anything behind it; joined, the pieces of a row are its text
     whatever `chunk` is. A character that the last token leaves incomplete comes out as U+FFFD. Parameters that lie
     sharded on a mesh need that mesh set (jax.set_mesh). Raises InputError where a prompt does not fit.
     """
-    begun = [True] * len(prompts) if prompts else [bool(prompt) for prompt in cfg.prompt]
-    prompts = prompts or [tokenizer.prompt_ids(prompt) for prompt in cfg.prompt]
+    prompts = [tokenizer.prompt_ids(prompt) for prompt in cfg.prompt]
     # Some tokenizers (Llama's) begin each document with a space that is no part of its text.
     spaced = tokenizer.decode_bytes(tokenizer.encode("x")).startswith(b" ")
-    texts = [TextStream(tokenizer, cfg.stop, drops_space=spaced and not one) for one in begun]
+    texts = [TextStream(tokenizer, cfg.stop, drops_space=spaced and not prompt) for prompt in cfg.prompt]
     stops = (tokenizer.eos_id, *tokenizer.stop_ids)
     return stream_text(decoder, params, prompts, texts, cfg, stop_ids=stops, chunk=chunk)
 
