@@ -17,8 +17,9 @@ from gptjax.interop.foreign import ForeignConfig
 from gptjax.model.mup import attention_scale, logits_factor
 
 HEAD = "lm_head.weight"
-# A family may have these where a decoder has not: their tensors are filled with what changes nothing.
-FILLED = ("biases", "qkv_biases", "norm_weights")
+# A family may have these where a decoder has not: tensors are filled with what changes nothing, and model.positions
+# says already that there are no rotary ones.
+FILLED = ("biases", "qkv_biases", "norm_weights", "rope_theta", "rope_scaling")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
