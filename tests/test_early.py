@@ -125,7 +125,7 @@ def test_settings_of_other_programs_are_named_as_they_are_called_here(words, cap
         ("train x", "there is no verb 'train'; did you mean 'pretrain'?"),
         ("pretrain quickstart --resume", "the same command, run again, goes on, and so does gptjax pretrain RUN"),
         ("pretrain gpt-2", "no such recipe, the nearest is gpt2; wanted a Python file, a run, or one of "),
-        ("import gpt2 runs/x", "hf download gpt2 --local-dir gpt2"),
+        ("import gpt2 runs/x", "gpt2 is not here; wanted a Hugging Face folder, a .gguf file, or a name of the hub"),
     ],
 )
 def test_words_of_other_programs_are_answered_with_ours(words, wanted, capsys, tmp_path, monkeypatch):

@@ -57,7 +57,9 @@ def test_a_file_of_a_model_is_fetched_alone(hub):
 def test_what_lies_here_wins_over_the_hub(hub, tmp_path):
     (tmp_path / "org" / "tiny").mkdir(parents=True)
     assert fetch("org/tiny") == (tmp_path.joinpath("org", "tiny").relative_to(tmp_path), "org/tiny") and not hub
-    assert fetch("no_name_of_the_hub").path.name == "no_name_of_the_hub" and not hub
+    with pytest.raises(InputError, match="is not here; wanted a Hugging Face folder, a .gguf file, or a name"):
+        fetch("no_name_of_the_hub")
+    assert not hub
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,11 @@ def fetch(source: str) -> Fetched:
     Raises InputError where there is neither, and where the hub does not give it: gated, no network, no such revision.
     """
     parts = NAME.fullmatch(source)
-    if Path(source).exists() or parts is None:
+    if Path(source).exists():
         return Fetched(Path(source), source)
+    if parts is None:
+        named = "a name of the hub with its owner (ORG/NAME), such as openai-community/gpt2"
+        raise InputError(f"{source} is not here; wanted a Hugging Face folder, a .gguf file, or {named}")
     try:
         from huggingface_hub import errors, snapshot_download
     except ImportError:
