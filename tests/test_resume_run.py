@@ -146,7 +146,7 @@ def test_what_may_not_change_is_refused_at_once_and_names_the_way_to_another_run
     assert "goes on in its own folder" in refusal(capsys, run, "--run-dir", "elsewhere")
     assert "there is no setting --size" in refusal(capsys, run, "--size", 4)
     (run / "config.json").unlink()
-    assert "a folder without config.json" in refusal(capsys, run)
+    assert "holds checkpoints but no config.json" in refusal(capsys, run)
     assert "holds checkpoints but no config.json" in refusal(capsys, recipe, *SMALL, "--run-dir", run)
 
 
