@@ -247,8 +247,9 @@ def import_run(args: list[str]) -> int:
     tune_process()
     from gptjax.interop.importing import import_run
 
-    say(import_run(source, run, cfg))
-    _next("checkpoint", "verify", run)
+    said, following = import_run(source, run, cfg)
+    say(said)
+    _next(*following)
     return 0
 
 

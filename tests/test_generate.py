@@ -428,6 +428,14 @@ def test_streamed_pieces_join_to_the_generated_text(gpt2: Model):
     assert len(list(stream(*gpt2, TOKENIZER, TEXTS, chunk=1))) > len(list(stream(*gpt2, TOKENIZER, TEXTS, chunk=NEW)))
 
 
+def test_ids_that_the_tokenizer_has_not_are_never_drawn(gpt2: Model):
+    decoder, params = gpt2
+    cfg = sampled(prompt=("a", "bc"), temperature=3.0)
+    assert generate(decoder.clone(vocab_size=TOKENIZER.vocab_size + 40), params, TOKENIZER, cfg) == generate(
+        decoder, params, TOKENIZER, cfg
+    )
+
+
 def test_a_stop_text_cuts_its_row_in_the_generated_text(gpt2: Model):
     free = generate(*gpt2, TOKENIZER, TEXTS)
     stop = free[0][3:6]

@@ -74,6 +74,8 @@ def stream_text(
     chunk: int = CHUNK,
 ) -> Iterator[tuple[int, str]]:
     """Yields what `stream` does for prompts of ids, each with the TextStream that makes text of what continues it."""
+    # Published models have rows of the embedding that no token of their tokenizer has: these are never drawn.
+    decoder = decoder.clone(vocab_size=min([decoder.vocab_size, *(text.vocab_size for text in texts)]))
     finished: set[int] = set()
     left = [cfg.max_new_tokens] * len(prompts)
     for news in stream_ids(decoder, params, prompts, cfg, stop_ids=stop_ids, chunk=chunk, finished=finished):

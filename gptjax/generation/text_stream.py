@@ -22,6 +22,11 @@ class TextStream:
         self._held = ""
         self._drop_space = drops_space
 
+    @property
+    def vocab_size(self) -> int:
+        """Ids that have a text: the tokenizer's."""
+        return self._tokenizer.vocab_size
+
     def push(self, ids: Sequence[int], final: bool = False) -> str:
         """The text that the ids make certain; `final` lets go of all that is held. Nothing follows a stop text."""
         if self.stopped:

@@ -22,8 +22,8 @@ from gptjax.tokenizer.conventions import set_conventions
 AS_IS = ImportConfig()
 
 
-def import_run(source: str | Path, run_dir: str | Path, cfg: ImportConfig = AS_IS) -> str:
-    """Makes a run of a model, its weights straight on the mesh of `cfg`, and saves it; returns a line about it.
+def import_run(source: str | Path, run_dir: str | Path, cfg: ImportConfig = AS_IS) -> tuple[str, tuple[str, ...]]:
+    """Makes a run of a model, its weights straight on the mesh of `cfg`; returns a line about it, and the next command.
 
     The source is a folder as Hugging Face stores it, a GGUF file, or a name of the hub (see hub.py). Raises InputError
     where it is none, holds what the decoder can't represent, run_dir is a run already, or it can't be saved; nothing is
@@ -72,7 +72,12 @@ def import_run(source: str | Path, run_dir: str | Path, cfg: ImportConfig = AS_I
         checkpoints.wait()
         run.close()
     count = sum(x.size for x in jax.tree.leaves(params))
-    return f"imported {count:,} parameters (vocabulary padded) into {run.folder}; {reason}"
+    said = f"imported {count:,} parameters (vocabulary padded) into {run.folder}; {reason}"
+    if tokenizer is None:
+        return said, ("checkpoint", "verify", str(run_dir))
+    if tokenizer.template:
+        return said, ("generate", str(run_dir), "--chat", "--prompt", "What is the capital of France?")
+    return said, ("generate", str(run_dir), "--prompt", "The capital of France is")
 
 
 @contextlib.contextmanager
