@@ -231,7 +231,7 @@ def test_with_no_sound_step_the_error_says_what_is_wrong_with_each(folder):
     with pytest.raises(InputError, match=r"step 20: _CHECKPOINT_METADATA is missing.*step 10: _CHECK") as e:
         Checkpoints(folder, CFG).restore(abstract(make_state()))
     assert "\n" not in str(e.value)
-    with pytest.raises(InputError, match="no checkpoint; there is none"):
+    with pytest.raises(InputError, match="no checkpoint; it was not saved yet"):
         Checkpoints(folder / "nothing", CFG, readonly=True).restore(abstract(make_state()))
     with pytest.raises(InputError, match="no checkpoint of step 15; there are steps 10, 20"):
         Checkpoints(folder, CFG).restore(abstract(make_state()), step=15)

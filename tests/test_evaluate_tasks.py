@@ -63,6 +63,7 @@ def lines(run) -> list[dict]:
     return [{k: v for k, v in line.items() if not any(c in k for c in clock)} for line in read]
 
 
+@pytest.mark.slow
 def test_tasks_are_measured_at_each_evaluation_and_change_nothing(tmp_path, words, tasks):
     without = pretrain(settings(tmp_path / "without", words), Provenance())
     run = pretrain(settings(tmp_path / "run", words, tasks, steps=2), Provenance())

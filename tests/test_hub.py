@@ -28,6 +28,7 @@ def hub(tmp_path, monkeypatch):
         (folder / name).write_bytes(b"not to be read")
     from huggingface_hub import constants
 
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # datasets without a network set it for a whole process
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     with serve({"org/tiny": folder}, gated="org/closed") as (address, requests):

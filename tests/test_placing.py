@@ -96,6 +96,7 @@ def test_the_host_holds_less_than_the_two_largest_tensors(tmp_path):
     assert_in_parts(params, mesh)
 
 
+@pytest.mark.slow
 def test_training_begins_from_an_imported_model_in_parts(tmp_path, words):
     path = write(tmp_path / "model.gguf", "llama", tokenizer=pieces())
     assert main(["import", str(path), str(tmp_path / "run"), "--mesh.data", "2", "--mesh.fsdp", "4"]) == 0
