@@ -22,6 +22,7 @@ PAGE = Path(__file__).parent / "settings.md"
 # The settings of each verb; a verb that is not here has none. `plan` takes those of the recipe, as `pretrain` does.
 VERBS: dict[str, Any] = {
     "pretrain": config.TrainConfig,
+    "sft": config.SftConfig,
     "prepare": config.PrepareConfig,
     "tokenizer train": config.TrainTokenizerConfig,
     "data show": config.ShowConfig,
@@ -35,6 +36,7 @@ VERBS: dict[str, Any] = {
     "verify": VerifyConfig,
     "doctor": DoctorConfig,
 }
+FIRST = [field.name for field in dataclasses.fields(config.TrainConfig)]  # the groups that have a table under pretrain
 HEAD = """<!-- Made by `python docs/make_settings.py` from the docstrings in gptjax/config; do not edit. -->
 
 # Settings
@@ -53,21 +55,20 @@ corpus that was moved), and a change of any other is refused, since it would mak
 def page() -> str:
     """The text of docs/settings.md."""
     parts = [HEAD]
-    frozen = set(frozen_settings(config.TrainConfig()))
     for verb, cls in VERBS.items():
+        frozen = set(frozen_settings(cls())) if verb in config.STAGES else None
         parts.append(f"\n## gptjax {verb}\n\n{_sentence(cls.__doc__)}\n")
         names = [field.name for field in dataclasses.fields(cls)]
         for group in ["", *(name for name in names if dataclasses.is_dataclass(_kind(cls, name)))]:
             of = _kind(cls, group) if group else cls
-            if group and verb != "pretrain":
+            if group in FIRST and verb != "pretrain":
                 parts.append(f"\n`{group}.*`: as [above](#{group}).\n")
                 continue
             if group:
                 parts.append(f"\n### {group}\n\n{_sentence(of.__doc__)}\n")
-            resume = verb == "pretrain"
             if all("." in name for name, _ in leaves(of())):
                 continue
-            parts += _table(of, group, frozen if resume else None)
+            parts += _table(of, group, frozen)
         if verb == "eval":
             parts.append(f"\n### The head of a task's file\n\n{_sentence(TaskConfig.__doc__)}\n")
             parts += _table(TaskConfig)

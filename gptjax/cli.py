@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
-from gptjax.config import ContinueConfig, EvalConfig, PrepareConfig, ShowConfig, TrainConfig, TrainTokenizerConfig
+from gptjax.config import STAGES, ContinueConfig, EvalConfig, PrepareConfig, ShowConfig, TrainTokenizerConfig
 from gptjax.config.command_line import (
     HELP,
     given_names,
@@ -20,7 +20,7 @@ from gptjax.config.command_line import (
     positionals,
     take,
     unknown_verb,
-)
+)  # fmt: skip
 from gptjax.config.section import InputError
 from gptjax.config.training import ImportConfig
 from gptjax.parallel.cluster import RetryableError
@@ -85,37 +85,12 @@ def data_verify(args: list[str]) -> int:
 
 def pretrain(args: list[str]) -> int:
     """pretrain RECIPE|RUN      train a model, or go on with its run"""
-    name, args = positional(args, "RECIPE", "gptjax pretrain quickstart")
-    if name == "RECIPE":
-        parse(TrainConfig(), args, "gptjax pretrain RECIPE|RUN [--size SIZE]")
-    from gptjax.runs.resume import settings_of
+    return _train("pretrain", "quickstart", args)
 
-    cfg, provenance = settings_of(name, args)
-    from gptjax.stages.early import check_early
-    from gptjax.stages.summary import print_summary
 
-    check_early(cfg)
-    print_summary(cfg, provenance.origins)
-    tune_process()
-    with working("importing jax"):
-        from gptjax.runs.checkpoint import CheckpointError
-        from gptjax.stages.pretrain import pretrain
-        from gptjax.training.loop import Diverged
-        from gptjax.training.stop import Interrupted
-
-    try:
-        folder = pretrain(cfg, provenance)
-    except Interrupted:
-        again = shlex.join(["gptjax", "pretrain", cfg.run_dir])
-        say(f"interrupted, with everything saved; run the same command again to go on, or: {again}")
-        return 75
-    except (CheckpointError, Diverged) as e:
-        _fail(e)
-        return 75 if is_transient(e) else 3
-    say(f"run folder: {folder}")
-    prompt = cfg.generate.prompt[0].strip()
-    _next("generate", cfg.run_dir, *(["--prompt", prompt] if prompt else []))
-    return 0
+def sft(args: list[str]) -> int:
+    """sft RECIPE|RUN           fine-tune the run in --init on conversations (chat), or go on with that"""
+    return _train("sft", "chat", args)
 
 
 PLAN = "[--size SIZE] [--topology KIND:SIZE] [--json FILE] [--out FILE] [--compiles N] [--prices FILE]"
@@ -126,7 +101,7 @@ def plan(args: list[str]) -> int:
     name, args = positional(args, "RECIPE", "gptjax plan llama_8b --topology v5p:4x4x4")
     os.environ["JAX_PLATFORMS"] = "cpu"  # a GPU or TPU that is here is not taken
     if name == "RECIPE":
-        parse(TrainConfig(), args, f"gptjax plan RECIPE {PLAN}")
+        parse(STAGES["pretrain"](), args, f"gptjax plan RECIPE {PLAN}")
     recipe, given = load_recipe(name), {}
     for flag in ("topology", "json", "out", "compiles", "size", "prices"):
         given[flag], args = take(args, flag)
@@ -304,6 +279,7 @@ VERBS: dict[str, Verb] = {
     "data verify": data_verify,
     "plan": plan,
     "pretrain": pretrain,
+    "sft": sft,
     "sweep": sweep,
     "eval": evaluate,
     "generate": generate,
@@ -382,6 +358,24 @@ def _start(cfg: Any) -> None:
 
     tune_process()
     join_processes(dict(leaves(cfg)))
+
+
+def _train(stage: str, example: str, args: list[str]) -> int:
+    name, args = positional(args, "RECIPE", f"gptjax {stage} {example}")
+    if name == "RECIPE":
+        parse(STAGES[stage](), args, f"gptjax {stage} RECIPE|RUN [--size SIZE]")
+    from gptjax.runs.resume import settings_of
+
+    cfg, provenance = settings_of(stage, name, args)
+    from gptjax.stages.verb import train
+
+    code, folder = train(cfg, provenance, _fail)
+    if code:
+        return code
+    say(f"run folder: {folder}")
+    prompt, chat = cfg.generate.prompt[0].strip(), ["--chat"] if stage == "sft" else []
+    _next("generate", cfg.run_dir, *([*chat, "--prompt", prompt] if prompt else []))
+    return 0
 
 
 def _print(text: str, end: str = "\n") -> None:

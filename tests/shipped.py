@@ -5,7 +5,8 @@ from pathlib import Path
 from gptjax.config import TrainConfig
 from gptjax.config.command_line import load_recipe, parse, take
 
-NAMES = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").glob("*.py"))
+FOLDER = Path(__file__).parent.parent / "configs"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if "def pretrain(" in path.read_text())
 SIZES = {"gpt2": "124m 355m 774m 1.5b", "gpt3": "125m 350m 760m 1.3b 2.7b 6.7b 13b 175b"}
 EVERY = [f"{name} --size {size}" for name in SIZES for size in SIZES[name].split()]
 EVERY += [name for name in NAMES if name not in SIZES]

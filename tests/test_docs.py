@@ -175,14 +175,14 @@ def check_verb(args: list[str]) -> None:
     names, rest = rest[:words], rest[words:]
     if verb == "fit":
         rest = rest[next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest)) :]
-    if verb in ("pretrain", "plan", "sweep") and not names[0].startswith("runs/"):  # a run goes on
+    if verb in ("pretrain", "sft", "plan", "sweep") and not names[0].startswith("runs/"):  # a run goes on
         recipe = load_recipe(names[0])
         size = ""
         for flag in ("size", "topology", "json", "out", "compiles") if verb == "plan" else ("size",):
             value, rest = take(rest, flag)
             size = value if flag == "size" else size
         if verb != "sweep":
-            parse(recipe.config("pretrain", size), rest, "")
+            parse(recipe.config("sft" if verb == "sft" else "pretrain", size), rest, "")
             return
     if verb in configs:
         parse(configs[verb](), rest, "")

@@ -52,6 +52,7 @@ def test_what_needs_no_jax_is_refused_without_it_and_leaves_no_folder(tmp_path):
     asked.append((["pretrain", str(run.folder), "--model.num-layers", "3"], CPU))
     asked.append((["pretrain", str(run.folder)], CPU))  # this process has it
     asked.append((["pretrain", str(tmp_path / "nope")], CPU))
+    asked.append((["sft", "chat", "--init", str(run.folder)], CPU))
     asked += [(quickstart, {"JAX_PLATFORMS": platform}) for platform in PLUGINS]
     command = [sys.executable, "-c", REFUSED, json.dumps(asked)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(tmp_path), cwd=tmp_path)
@@ -61,6 +62,7 @@ def test_what_needs_no_jax_is_refused_without_it_and_leaves_no_folder(tmp_path):
         "model.num_layers was 12, got 3",
         "is being trained by process",
         "no such recipe; wanted a Python file, a run, or one of",
+        "source 'chats.jsonl' does not exist",
     ]
     said += [f"pip install 'gptjax[{extra}" for extra in PLUGINS.values()]
     for (words, _), (code, errors, jax), part in zip(asked, json.loads(done.stdout), said, strict=True):
@@ -119,7 +121,7 @@ def test_settings_of_other_programs_are_named_as_they_are_called_here(words, cap
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [
-        ("sft x", "there is no verb 'sft'; see gptjax --help"),
+        ("ppo x", "there is no verb 'ppo'; see gptjax --help"),
         ("resume x", "there is no verb 'resume'; did you mean 'pretrain RUN'?"),
         ("finetune x", "there is no verb 'finetune'; did you mean 'pretrain RECIPE --init RUN'?"),
         ("train x", "there is no verb 'train'; did you mean 'pretrain'?"),

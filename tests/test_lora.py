@@ -7,8 +7,7 @@ import optax
 import pytest
 from test_golden import SHAPES, batch
 
-from gptjax.config import DataConfig, MeshConfig, TokenizerConfig, TrainConfig
-from gptjax.config.lora import LoraConfig
+from gptjax.config import DataConfig, LoraConfig, MeshConfig, TokenizerConfig, TrainConfig
 from gptjax.config.section import InputError
 from gptjax.model.decoder import dims, init_params, make_decoder
 from gptjax.model.lora import adapted, init_lora, join_lora, merge_lora

@@ -17,7 +17,9 @@ from gptjax.config.training import (
     EvalConfig,
     EvaluateConfig,
     ImportConfig,
+    LoraConfig,
     MeshConfig,
+    SftConfig,
     TrainConfig,
     check_divisible,
     defining_settings,
@@ -27,7 +29,7 @@ from gptjax.config.training import (
 
 __all__ = [
     "CHANGEABLE", "SCHEMA", "STAGES", "CheckpointConfig", "ContinueConfig", "DataConfig", "EvalConfig",
-    "EvaluateConfig", "GenerateConfig", "ImportConfig", "MeshConfig", "ModelConfig", "OptimConfig",
-    "PrepareConfig", "ShowConfig", "TokenizerConfig", "TrainConfig", "TrainTokenizerConfig",
+    "EvaluateConfig", "GenerateConfig", "ImportConfig", "LoraConfig", "MeshConfig", "ModelConfig", "OptimConfig",
+    "PrepareConfig", "SftConfig", "ShowConfig", "TokenizerConfig", "TrainConfig", "TrainTokenizerConfig",
     "check_divisible", "defining_settings", "frozen_settings", "frozen_changes",
 ]  # fmt: skip

@@ -24,6 +24,7 @@ FREE = ("run_dir", "log_every", "log_norms_every", "sinks", "sample", "profile",
 # What may change, and changes the curve from there on. Everything else is frozen: it would make another run.
 CHANGEABLE = {
     "steps": "the schedule changes with it",
+    "epochs": "the steps and the schedule change with it",
     "data.batch_size": "the data go on with the next row; the schedule counts steps, as before",
     "optim.accumulate": "",
     "optim.learning_rate": "",
@@ -186,6 +187,7 @@ class TrainConfig(Section):
     """Pretraining from start to end."""
 
     stage: ClassVar[str] = "pretrain"
+    LEAST_STEPS: ClassVar[int] = 1
 
     run_dir: str = "runs/unnamed"
     """Folder of the run, also as gs://BUCKET/FOLDER or s3://BUCKET/FOLDER; the same command on it resumes."""
@@ -222,7 +224,7 @@ class TrainConfig(Section):
 
     def __post_init__(self):
         self.require(bool(self.run_dir), "run_dir", "a folder")
-        self.require_numbers(1, 2**31 - 1, "steps")
+        self.require_numbers(self.LEAST_STEPS, 2**31 - 1, "steps")
         self.require_positive("log_every")
         self.require_numbers(0, 2**31 - 1, "seed")
         self.require_numbers(0, math.inf, "log_norms_every")
@@ -241,7 +243,7 @@ class TrainConfig(Section):
         if self.profile:
             first, _ = self.profile_steps or (0, 0)
             self.require(first > 0, "profile", "FIRST:LAST with 1 <= FIRST <= LAST, e.g. 10:15")
-            self.require(first <= self.steps, "profile", f"a FIRST of at most steps={self.steps}")
+            self.require(first <= self.steps or not self.steps, "profile", f"a FIRST of at most steps={self.steps}")
 
     def with_dtype(self, dtype: str) -> "TrainConfig":
         """These settings with another model.dtype."""
@@ -265,7 +267,60 @@ class TrainConfig(Section):
         return ()
 
 
-STAGES: dict[str, type[TrainConfig]] = {cls.stage: cls for cls in (TrainConfig,)}
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(Section):
+    """Low-rank adaptation (Hu et al. 2021): weights W + alpha / rank x a b, of which a and b alone are trained."""
+
+    section: ClassVar[str] = "lora"
+
+    rank: int = 0
+    """Rank of the products that are added to the weights; 0: none, all weights are trained."""
+    alpha: float = 32.0
+    """Scale of the products: they are added times alpha / rank."""
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "w_in", "w_gate", "w_out")
+    """Matrices of the layers that get one, by the names before their letters; those that a model lacks are left out."""
+
+    @property
+    def scale(self) -> float:
+        """Factor of the product a b."""
+        return self.alpha / self.rank
+
+    def __post_init__(self):
+        self.require_numbers(0, 2**31 - 1, "rank")
+        self.require_positive("alpha")
+        known = {"q", "k", "v", "o", "w_in", "w_gate", "w_out"}
+        self.require(
+            len(self.targets) > 0 and set(self.targets) <= known, "targets", f"some of {', '.join(sorted(known))}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftConfig(TrainConfig):
+    """Supervised fine-tuning of the run in `init` on conversations, whose model and tokenizer it has.
+
+    Of `model` dropout, dtype, attention, attention_block, remat, remat_names and unroll are its own, of `tokenizer` the
+    template; data.source is a file of conversations, or a folder of them.
+    """
+
+    stage: ClassVar[str] = "sft"
+    LEAST_STEPS: ClassVar[int] = 0
+
+    steps: int = 0
+    """Training steps; 0: those of `epochs`."""
+    epochs: float = 16.0
+    """Passes over the conversations that are trained on, where `steps` is 0."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_positive("epochs")
+        for f in dataclasses.fields(DataConfig):
+            value = getattr(self.data, f.name)
+            ours = f.name in ("source", "batch_size", "length", "validation_fraction")
+            self.data.require(ours or value == f.default, f.name, f"{f.default!r} with conversations")
+
+
+STAGES: dict[str, type[TrainConfig]] = {cls.stage: cls for cls in (TrainConfig, SftConfig)}
 """The settings of each stage, by the name of its function in a recipe and of its stage in a run's config.json."""
 
 

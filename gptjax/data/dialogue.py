@@ -69,20 +69,32 @@ def pack_best_fit(sizes: Sequence[int], length: int) -> list[list[int]]:
     return rows
 
 
+Rendered = tuple[Sequence[int], Sequence[int]]
+"""The ids of a conversation, and a weight for each, as a template gives them."""
+
+
+def fits(rendered: Rendered, length: int) -> bool:
+    """True for a conversation that a row of `length` predictions can hold."""
+    return len(rendered[0]) <= length + 1
+
+
+def is_answered(rendered: Rendered) -> bool:
+    """True for a conversation with an answer to learn: its first token is predicted from nothing."""
+    return any(rendered[1][1:])
+
+
 class ConversationRows:
     """Rows of `length` predictions that hold whole conversations, in another order each epoch.
 
-    `rendered` holds ids and a weight for each, as a template gives them. Conversations of more than length + 1 ids are
-    left out and counted in `too_long`, those without an answer to learn in `unanswered`. Raises InputError where
-    nothing is left.
+    Conversations that do not fit are left out and counted in `too_long`, those without an answer to learn in
+    `unanswered`. Raises InputError where nothing is left.
     """
 
-    def __init__(self, rendered: Sequence[tuple[Sequence[int], Sequence[int]]], length: int, seed: int = 0):
-        fits = [len(ids) <= length + 1 for ids, _ in rendered]
-        answered = [any(weights[1:]) for _, weights in rendered]
-        kept = [pair for pair, fit, answer in zip(rendered, fits, answered, strict=True) if fit and answer]
+    def __init__(self, rendered: Sequence[Rendered], length: int, seed: int = 0):
+        short = [pair for pair in rendered if fits(pair, length)]
+        kept = [pair for pair in short if is_answered(pair)]
         self.length, self.seed = length, seed
-        self.too_long, self.unanswered = fits.count(False), sum(f and not a for f, a in zip(fits, answered))
+        self.too_long, self.unanswered = len(rendered) - len(short), len(short) - len(kept)
         if not kept:
             raise InputError(
                 f"none of {len(rendered)} conversations can be learned: {self.too_long} have more than "
@@ -105,21 +117,32 @@ class ConversationRows:
         """
         epochs, places = np.divmod(np.arange(first, first + count), self.num_rows)
         chosen = [int(permute(np.array([n]), self.num_rows, self.seed, int(e))[0]) for e, n in zip(epochs, places)]
-        numbers = [self._rows[row] for row in chosen]
-        counts = [[self._counts[number] for number in row] for row in numbers]
-        spans = Spans(
-            np.repeat(np.arange(count), [len(row) for row in numbers]),
-            np.concatenate([np.cumsum(row) - row for row in counts]),
-            self._tokens.starts[np.concatenate(numbers)],
-            np.concatenate(counts),
-        )
-        batch = cut(self._tokens, spans, count, self.length)
-        for row, column, start, n in zip(*(x.tolist() for x in spans)):
-            batch["weights_BL"][row, column : column + n] *= self._weights.tokens(start + 1, start + n + 1)
-        return batch
+        return self._cut([self._rows[row] for row in chosen])
 
     def batches(self, batch_size: int, step: int = 0) -> Iterator[tuple[Batch, dict[str, int]]]:
         """Yields (batch, {"rows": rows read}) without end, from behind `step` batches."""
         while True:
             yield self.batch(step * batch_size, batch_size), {"rows": (step + 1) * batch_size}
             step += 1
+
+    def in_order(self, batch_size: int, max_rows: int = 0) -> Iterator[Batch]:
+        """Yields each row once, or the first max_rows (0: all), in batches of which the last one is padded."""
+        rows = self._rows[:max_rows] if max_rows else self._rows
+        for first in range(0, len(rows), batch_size):
+            some = rows[first : first + batch_size]
+            yield self._cut([*some, *([[]] * (batch_size - len(some)))])
+
+    def _cut(self, rows: Sequence[Sequence[int]]) -> Batch:
+        """A batch of rows, each as the numbers of its conversations."""
+        numbers = [number for row in rows for number in row]
+        counts = [np.array([self._counts[number] for number in row], np.int64) for row in rows]
+        spans = Spans(
+            np.repeat(np.arange(len(rows)), [len(row) for row in rows]),
+            np.concatenate([np.cumsum(row) - row for row in counts]),
+            self._tokens.starts[numbers],
+            np.concatenate(counts),
+        )
+        batch = cut(self._tokens, spans, len(rows), self.length)
+        for row, column, start, n in zip(*(x.tolist() for x in spans)):
+            batch["weights_BL"][row, column : column + n] *= self._weights.tokens(start + 1, start + n + 1)
+        return batch

@@ -3,16 +3,17 @@
 import dataclasses
 from pathlib import Path
 
-from gptjax.config import TrainConfig
+from gptjax.config import SftConfig, TrainConfig
 from gptjax.data.batches import DataState
+from gptjax.data.chats import ChatData
 from gptjax.data.prepared import PreparedData, Say, open_corpora
 from gptjax.data.streamed import StreamedData
 from gptjax.data.validation import ValidationSet
 
 __all__ = ["DataPipeline", "DataState", "ValidationSet", "open_pipeline"]
 
-DataPipeline = PreparedData | StreamedData
-"""Both have the same methods: tokenizer, validation, start, check(state), batches(state, part), batch(row, part),
+DataPipeline = PreparedData | StreamedData | ChatData
+"""All have the same methods: tokenizer, validation, start, check(state), batches(state, part), batch(row, part),
 sources(row) and describe(). `part` are the indices of the rows that this host must give, all where they are left out.
 The state after each batch is JSON, to be saved with what was trained on it."""
 
@@ -25,7 +26,7 @@ def open_pipeline(
     resumes: bool = False,
     say: Say = lambda line: None,
 ) -> DataPipeline:
-    """The data of a run: prepared corpora, text that is prepared into `folder`, or a stream of text.
+    """The data of a run: prepared corpora, text that is prepared into `folder`, a stream of text, or conversations.
 
     Only for training is text prepared, and code imported that the settings name; else both must be there. `say` gets
     lines that report progress. A run that `resumes` goes on with its own tokenizer and tokens, beside and in `folder`,
@@ -37,6 +38,8 @@ def open_pipeline(
         own = folder.with_name("tokenizer")
         say(f"tokenizer.path {path} is not here; going on with the run's own tokenizer in {own}")
         config = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, path=str(own)))
+    if isinstance(config, SftConfig):
+        return ChatData(config, folder, training)
     if config.data.loading == "stream":
         pipeline = StreamedData(config, training, say)
     else:

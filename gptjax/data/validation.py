@@ -29,6 +29,20 @@ class TextSplit(TokenSplit, Protocol):
     num_documents: int
 
 
+class MeasuredSet(Protocol):
+    """The parts of a validation set that an evaluation reads: see ValidationSet."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def config(self) -> TrainConfig: ...
+    @property
+    def own(self) -> bool: ...
+    @property
+    def bytes_per_target(self) -> float: ...
+    def batches(self, max_rows: int, part: RowSlice = ALL_ROWS) -> Iterator[Batch]: ...
+
+
 @dataclass(frozen=True)
 class ValidationSet:
     """A validation set: its batches in order, and the bytes of text that a predicted token stands for."""

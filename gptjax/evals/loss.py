@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from gptjax.config.section import InputError
-from gptjax.data.pipeline import ValidationSet
+from gptjax.data.validation import MeasuredSet
 from gptjax.model.decoder import Decoder, head
 from gptjax.parallel.sharding import local_rows, shardings, to_global
 from gptjax.training.losses import cross_entropy
@@ -26,7 +26,7 @@ def make_eval_step(decoder: Decoder, mesh: Mesh, params: Any, batch: Any) -> Cal
 
 
 def evaluate(
-    eval_step: Callable, params: Any, validation: Sequence[ValidationSet], max_rows: int, mesh: Mesh
+    eval_step: Callable, params: Any, validation: Sequence[MeasuredSet], max_rows: int, mesh: Mesh
 ) -> dict[str, Any]:
     """Means over every weighted token of the validation sets, or of the first max_rows rows of each (0: all).
 

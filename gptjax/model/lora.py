@@ -11,8 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gptjax.config import ModelConfig
-from gptjax.config.lora import LoraConfig
+from gptjax.config import LoraConfig, ModelConfig
 from gptjax.config.section import InputError
 from gptjax.model.decoder import Params, dims, layer_params
 from gptjax.parallel.sharding import matrix, suffix

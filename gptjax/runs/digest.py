@@ -1,6 +1,8 @@
 """Array digests that are the same on any mesh."""
 
 import functools
+import hashlib
+import json
 from typing import Any
 
 import jax
@@ -27,6 +29,11 @@ def digests(tree: Any) -> dict[str, int]:
     elements is seen but for a chance of 2^-32.
     """
     return {name: int(np.asarray(_compiled(*_layout(leaf))(leaf))) for name, leaf in named_leaves(tree).items()}
+
+
+def tree_sha256(tree: Any) -> str:
+    """A SHA-256 of the digests of all leaves, in hex."""
+    return hashlib.sha256(json.dumps(digests(tree), sort_keys=True).encode()).hexdigest()
 
 
 def _layout(leaf: Any) -> tuple[NamedSharding | None, int]:

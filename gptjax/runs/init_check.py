@@ -1,6 +1,9 @@
-"""Settings of `--init RUN` against those of the run whose weights it takes. Imports no jax."""
+"""Settings of `--init RUN` against those of the run whose weights it takes, or as taken from it. Imports no jax."""
 
-from gptjax.config import TrainConfig
+import dataclasses
+from collections.abc import Collection, Iterator
+
+from gptjax.config import ModelConfig, SftConfig, TokenizerConfig, TrainConfig
 from gptjax.config.section import InputError
 from gptjax.runs.manifest import committed_steps
 from gptjax.runs.run import Run, load_config
@@ -12,6 +15,48 @@ MEANING = ("embedding", "positions", "norm", "norm_weights", "post_norms", "acti
            "mup_base_width")  # fmt: skip
 REACH = ("rope_theta", "rope_theta_local", "rope_scaling", "rope_factor", "rope_original_length", "window",
          "global_every")  # fmt: skip
+
+# What fine-tuning has of its own; the rest of the model is the base's.
+OWN = ("dropout", "dtype", "attention", "attention_block", "remat", "remat_names", "unroll", "block")
+
+
+def with_init(config: SftConfig, given: Collection[str] = ()) -> SftConfig:
+    """The settings with the model and tokenizer of the run in config.init, or of config.run_dir once that was begun.
+
+    Raises InputError where there is no such run, and where a setting of the model or the tokenizer, given by name or
+    other than the default, differs from the run's.
+    """
+    begun = bool(committed_steps(Run.at(config.run_dir).checkpoints))
+    if not config.init:
+        raise InputError("init='': wanted the run to fine-tune, pretrained or imported; add --init RUN")
+    base = load_config(config.run_dir if begun else config.init)
+    if base.model.block != config.model.block:
+        raise InputError(
+            f"init={config.init!r} was trained with the block {base.model.block!r}, code that a run's folder can't "
+            f"name; got model.block={config.model.block!r}"
+        )
+    for name, got, wanted in _taken(config, base, given):
+        raise InputError(f"{name}={got!r}: wanted {wanted!r}, as in init={config.init!r}; leave it out")
+    tokenizer = TokenizerConfig(
+        kind=base.tokenizer.kind,
+        vocab_size=base.tokenizer.vocab_size,
+        path="" if base.tokenizer.kind == "bytes" else str(Run.at(config.init).tokenizer),
+        pattern=base.tokenizer.pattern,
+        template=config.tokenizer.template or base.tokenizer.template,
+    )
+    model = dataclasses.replace(base.model, **{name: getattr(config.model, name) for name in OWN})
+    return dataclasses.replace(config, init=str(Run.at(config.init).folder), model=model, tokenizer=tokenizer)
+
+
+def _taken(config: SftConfig, base: TrainConfig, given: Collection[str]) -> Iterator[tuple[str, object, object]]:
+    """Yields (name, value, the base's) of the settings that are taken from the base, and were set to another value."""
+    for group, own, default in (("model", OWN, ModelConfig()), ("tokenizer", ("template", "path"), TokenizerConfig())):
+        for f in dataclasses.fields(default):
+            name = f"{group}.{f.name}"
+            got, wanted = (getattr(getattr(c, group), f.name) for c in (config, base))
+            set_here = name in given or got != getattr(default, f.name)
+            if f.name not in own and set_here and got != wanted:
+                yield name, got, wanted
 
 
 def check_init(config: TrainConfig) -> None:

@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 
-from gptjax.config import MeshConfig, TrainConfig
+from gptjax.config import MeshConfig, SftConfig, TrainConfig
 from gptjax.config.section import InputError
 from gptjax.model.decoder import Decoder, init_params, make_decoder
-from gptjax.parallel.sharding import abstract, make_mesh, num_slices
+from gptjax.parallel.sharding import abstract, make_mesh, num_slices, shardings
 from gptjax.runs.checkpoint import Checkpoints
+from gptjax.runs.digest import tree_sha256
 from gptjax.runs.run import Run, load_config
 from gptjax.tokenizer import Tokenizer, load_tokenizer
 
@@ -42,9 +43,10 @@ def load_model(
 
     None is a mesh of all devices, whose data axis is cut over the slices that they form.
 
-    Its weights are the averaged ones where the run keeps those (optim.ema). Raises InputError where the folder is no
-    run, has no sound checkpoint, or was trained with a block of the user's own and `block` is not given: neither the
-    recipe nor what config.json names is ever executed.
+    Its weights are the averaged ones where the run keeps those (optim.ema), and with its base's added where it trained
+    an adaptation of one (lora.rank). Raises InputError where the folder is no run, has no sound checkpoint, its base is
+    not what it was, or it was trained with a block of the user's own and `block` is not given: neither the recipe nor
+    what config.json names is ever executed.
     """
     run, config = Run.existing(run_dir), load_config(run_dir)
     if config.model.block and block is None:
@@ -56,11 +58,43 @@ def load_model(
     decoder = make_decoder(config, block)
     # It is read on devices, and given rows, that its training may not have known.
     decoder = decoder.clone(cfg=decoder.cfg.anywhere(), packed=True)
-    shapes = jax.eval_shape(init_params(decoder), jax.random.key(0))
+    adapts = config if isinstance(config, SftConfig) and config.lora.rank else None
+    if adapts:
+        from gptjax.model.lora import init_lora, merge_lora  # which most runs have no use for
+
+        init = init_lora(adapts.lora, config.model)
+    else:
+        init = init_params(decoder)
     item = "ema" if config.optim.ema else "params"
-    wanted = {item: abstract(shapes, mesh)}
+    wanted = {item: abstract(jax.eval_shape(init, jax.random.key(0)), mesh)}
     restored, state, data_state, _ = open_checkpoints(run_dir).restore(wanted, step or None, partial=True)
-    return LoadedModel(run, config, decoder, state[item], mesh, restored, data_state)
+    params = state[item]
+    if adapts:
+        base = _base(adapts, data_state["base"], mesh_cfg, block)
+        with jax.set_mesh(mesh):
+            params = jax.jit(merge_lora, out_shardings=shardings(base, mesh))(base, params, adapts.lora.scale)
+    return LoadedModel(run, config, decoder, params, mesh, restored, data_state)
+
+
+def _base(
+    config: SftConfig, mark: dict[str, Any], mesh_cfg: MeshConfig | None, block: Callable[..., Any] | None
+) -> Any:
+    """The weights beside which a run trained its adaptation; raises InputError where they are not those of `mark`."""
+    try:
+        base = load_model(config.init, mesh_cfg, mark["step"], block).params
+    except InputError as e:
+        raise InputError(f"{config.run_dir} adapts step {mark['step']} of {config.init}, its base: {e}") from e
+    check_base(config, base, mark)
+    return base
+
+
+def check_base(config: SftConfig, params: Any, mark: dict[str, Any]) -> None:
+    """Raises InputError where the weights of config.init at step mark["step"] are not those of mark["sha256"]."""
+    if tree_sha256(params) != mark["sha256"]:
+        raise InputError(
+            f"{config.run_dir} adapts step {mark['step']} of {config.init}, whose weights are not what they were; "
+            "restore that run"
+        )
 
 
 def open_checkpoints(run_dir: str | Path) -> Checkpoints:

@@ -6,26 +6,44 @@ Then no recipe is run, and no code that the folder names.
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from gptjax.config import TrainConfig
+from gptjax.config import STAGES, SftConfig, TrainConfig
 from gptjax.config.command_line import given_names, load_recipe, origins, parse, take
 from gptjax.config.section import InputError, leaves
+from gptjax.runs.init_check import with_init
 from gptjax.runs.run import Provenance, Run, load_config, read_config
 from gptjax.storage import filesystem, resolve_path
 
 
-def settings_of(name: str, args: list[str]) -> tuple[TrainConfig, Provenance]:
-    """The settings of a recipe, or of a run that goes on, changed by the words of a command line, and their sources."""
+def settings_of(stage: str, name: str, args: list[str]) -> tuple[TrainConfig, Provenance]:
+    """The settings of a recipe, or of a run that goes on, changed by the words of a command line, and their sources.
+
+    Raises InputError for a run of another stage.
+    """
+    given = given_names(args)
     if is_run(name):
-        config = parse(saved_settings(name, args), args, f"gptjax pretrain {name}")
+        saved = saved_settings(name, args)
+        if saved.stage != stage:
+            raise InputError(f"{name} is a run of gptjax {saved.stage}, which goes on by: gptjax {saved.stage} {name}")
+        if "epochs" in given and "steps" not in given:
+            saved = dataclasses.replace(saved, steps=0)  # they are those of the epochs
+        config = parse(saved, args, f"gptjax {stage} {name}")
         return config, saved_provenance(name, config)
     from gptjax.data.manifest import with_corpus_tokenizer
 
     recipe = load_recipe(name)
     size, args = take(args, "size")
-    written = recipe.config("pretrain", size)
-    config = parse(written, args, f"gptjax pretrain {name} [--size SIZE]", recipe.doc)
-    config = with_corpus_tokenizer(config, given_names(args))
-    return config, Provenance(str(recipe.path), recipe.sha256, origins(TrainConfig(), written, config))
+    written = recipe.config(stage, size)
+    config = parse(written, args, f"gptjax {stage} {name} [--size SIZE]", recipe.doc)
+    sources = origins(STAGES[stage](), written, config)
+    if isinstance(config, SftConfig):
+        taken = with_init(config, given)
+        before = dict(leaves(config))
+        sources |= {n: "init" for n, value in leaves(taken) if value != before[n] and n != "init"}
+        config = taken
+    else:
+        config = with_corpus_tokenizer(config, given)
+        sources = origins(TrainConfig(), written, config)
+    return config, Provenance(str(recipe.path), recipe.sha256, sources)
 
 
 def is_run(name: str) -> bool:

@@ -250,7 +250,7 @@ def changed_settings(run: Run, config: TrainConfig) -> tuple[str, ...]:
             f"{run.folder} was trained with other settings: {'; '.join(frozen)}; "
             f"keep the old values, or train another run: --run-dir FOLDER, from these weights with --init {run.folder}"
         )
-    if config.steps < steps[-1]:
+    if 0 < config.steps < steps[-1]:  # 0: not known before the data is read
         raise InputError(
             f"steps={config.steps}: {run.folder} is at step {steps[-1]} already; wanted --steps {steps[-1]} or more, "
             "or another --run-dir"

@@ -7,10 +7,11 @@ that the old weights do not have begin as in a new model.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from gptjax.config import TrainConfig
+from gptjax.config import SftConfig, TrainConfig
 from gptjax.config.plugins import optional
 from gptjax.config.section import InputError
 from gptjax.parallel.sharding import shardings
@@ -51,6 +52,22 @@ def warm_start(
     shapes = jax.eval_shape(merge, state.params, old.params)
     params, opt_state, ema = jax.jit(merge, out_shardings=shardings(shapes, mesh))(state.params, old.params)
     return state.replace(params=params, opt_state=opt_state, ema=ema)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def load_base(config: SftConfig, tokenizer: Tokenizer, shapes: Any, step: int = 0) -> LoadedModel:
+    """The run in config.init at a step (0: the newest), whose weights stay as they are beside those of config.lora.
+
+    `shapes` are those of the model's parameters. Raises InputError as `warm_start` does, and where a row is missing.
+    """
+    base = load_model(config.init, config.mesh, step, block=optional(config.model.block, "model.block"))
+    _check_tokens(base, tokenizer)
+    _check_shapes(base, shapes, config)
+    if jax.tree.map(jnp.shape, base.params) != jax.tree.map(jnp.shape, shapes):
+        raise InputError(
+            f"data.length={config.data.length}: the positions of init={config.init!r} can't become more beside "
+            f"lora.rank={config.lora.rank}; wanted --data.length {base.config.data.length}, or --lora.rank 0"
+        )
+    return base
 
 
 def _check_tokens(old: LoadedModel, tokenizer: Tokenizer) -> None:

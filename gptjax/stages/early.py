@@ -5,10 +5,11 @@ import importlib.util
 import os
 from pathlib import Path
 
-from gptjax.config import TrainConfig, check_divisible
+from gptjax.config import SftConfig, TrainConfig, check_divisible
 from gptjax.config.data import parse_sources
 from gptjax.config.export import ExportConfig
 from gptjax.config.section import InputError
+from gptjax.data.chats import chat_files, chat_tokenizer
 from gptjax.data.corpus import is_corpus, open_corpus
 from gptjax.data.prepared import kept_texts
 from gptjax.data.records import HF, TFDS
@@ -23,6 +24,7 @@ from gptjax.runs.run import Run, changed_settings, load_config
 from gptjax.runtime.process import cpu_devices, expected_platform
 from gptjax.storage import filesystem
 from gptjax.tokenizer import check_trainable, open_tokenizer
+from gptjax.tokenizer.known_templates import template_of
 
 
 def check_early(config: TrainConfig) -> None:
@@ -54,6 +56,11 @@ def check_early(config: TrainConfig) -> None:
         check_trainable(config.tokenizer)
     if config.checkpoint.export_every:
         check_export(config, ExportConfig())
+    if isinstance(config, SftConfig):
+        for source in {} if begun else sources.values():
+            chat_files(source)
+        template_of(chat_tokenizer(config, run.tokenizer))
+        return
     if config.tokenizer.path and not begun and not Path(config.tokenizer.path).exists():  # else it keeps its own
         open_tokenizer(Path(config.tokenizer.path), config.tokenizer.kind, config.tokenizer.pattern)
     for name, source in (sources | parse_sources(config.data.validation)).items():

@@ -1,12 +1,12 @@
 """Pretraining, from text to a trained run: read `pretrain` from top to bottom."""
 
 import contextlib
-import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from gptjax.config import GenerateConfig, TrainConfig
+from gptjax.config import TrainConfig
 from gptjax.data.packing import example_batch
 from gptjax.data.pipeline import open_pipeline
 from gptjax.evals.during import measure_tasks, named_tasks
@@ -20,9 +20,9 @@ from gptjax.runs.manifest import committed_steps
 from gptjax.runs.run import Provenance, Run
 from gptjax.runs.warm_start import warm_start
 from gptjax.runtime.status import entry
-from gptjax.stages.runner import Runner, join
+from gptjax.stages.runner import Runner, join, once_a_step, print_sample, sample_settings
 from gptjax.stages.summary import describe_memory
-from gptjax.tokenizer import Tokenizer, set_template
+from gptjax.tokenizer import set_template
 from gptjax.training.build import build_components
 from gptjax.training.step import TrainState, compile_step, init_state, run_in_background
 
@@ -90,39 +90,19 @@ def pretrain(config: TrainConfig, provenance: Provenance) -> Path:
         barrier("compiled")
         eval_step = make_eval_step(decoder, mesh, state.params, example)
         batches = group.cleanup.enter_context(contextlib.closing(data.batches(cursor, runner.rows.numbers)))
-        sampling = sample_settings(config, data.tokenizer)
+        sampling = sample_settings(config, len(data.tokenizer.encode(config.generate.prompt[0])) + 1)
 
-        samples: dict[int, str] = {}  # by step: the last evaluation's is printed at the end
-
-        def sample(state: TrainState) -> str:
-            step = int(state.step)
-            if sampling and step not in samples:
-                samples[step] = generate(decoder, state.eval_params, data.tokenizer, sampling)[0]
-            return samples.get(step, "")
+        def write(params: Any) -> str:
+            return generate(decoder, params, data.tokenizer, sampling)[0] if sampling else ""
 
         def evaluation(state: TrainState) -> dict[str, float]:
             params, cfg = state.eval_params, config.evaluate
             losses = evaluate(eval_step, params, data.validation, cfg.max_rows, mesh)
             return losses | measure_tasks(tasks, decoder, params, data.tokenizer, mesh, cfg.limit)
 
+        sample = once_a_step(write)
         state = runner.train(train_step, state, {}, batches, evaluation, sample, vocab_size=decoder.vocab_size)
-
-        # -- A sample, so that the first thing a newcomer sees of a model is text.
         with working("writing a sample"):
             text = sample(state)
-        if sampling and text and is_main_process():
-            print(f"\nsample of {sampling.max_new_tokens} tokens:\n{sampling.prompt[0]}{text}\n", flush=True)
+        print_sample(sampling, text)
     return run.folder
-
-
-def sample_settings(config: TrainConfig, tokenizer: Tokenizer) -> GenerateConfig | None:
-    """The recipe's first prompt, continued as far as its settings and the context allow; None where none is wanted."""
-    prompt = config.generate.prompt[0]
-    room = config.data.length - len(tokenizer.encode(prompt)) - 1
-    if config.sample and room < 1:
-        say(f"no sample: generate.prompt fills the context of {config.data.length} tokens")
-    if not config.sample or room < 1:
-        return None
-    return dataclasses.replace(
-        config.generate, prompt=(prompt,), max_new_tokens=min(room, config.generate.max_new_tokens)
-    )

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from gptjax.config import MeshConfig, TrainConfig, check_divisible
+from gptjax.config import GenerateConfig, MeshConfig, TrainConfig, check_divisible
 from gptjax.config.section import leaves, one_line
 from gptjax.parallel.processes import barrier, broadcast_from_main, is_main_process, join_processes, say, working
 from gptjax.parallel.sharding import local_rows, make_mesh
@@ -201,6 +201,39 @@ class Runner:
         if is_main_process():  # which has the metrics, and deletes
             best = metrics.file.best_steps(self.config.checkpoint.keep_best, among=self.checkpoints.steps())
             self.checkpoints.retain([*best, *self.exports.steps])
+
+
+def once_a_step(write: Callable[[Any], str]) -> Callable[[TrainState], str]:
+    """`write`, called with the weights to evaluate, whose text of a step is kept: the last is printed at the end."""
+    texts: dict[int, str] = {}
+
+    def sample(state: TrainState) -> str:
+        step = int(state.step)
+        if step not in texts:
+            texts[step] = write(state.eval_params)
+        return texts[step]
+
+    return sample
+
+
+def sample_settings(config: TrainConfig, size: int) -> GenerateConfig | None:
+    """The settings by which the recipe's first prompt, of `size` tokens, is continued as far as the context allows.
+
+    None where no sample is wanted.
+    """
+    room = config.data.length - size
+    if config.sample and room < 1:
+        say(f"no sample: generate.prompt fills the context of {config.data.length} tokens")
+    if not config.sample or room < 1:
+        return None
+    prompt, most = config.generate.prompt[:1], min(room, config.generate.max_new_tokens)
+    return dataclasses.replace(config.generate, prompt=prompt, max_new_tokens=most)
+
+
+def print_sample(sampling: GenerateConfig | None, text: str, between: str = "") -> None:
+    """Prints the last sample, so that the first thing that a newcomer sees of a model is text."""
+    if sampling and text and is_main_process():
+        print(f"\nsample of {sampling.max_new_tokens} tokens:\n{sampling.prompt[0]}{between}{text}\n", flush=True)
 
 
 def load_frozen(runs: Mapping[str, str], mesh: MeshConfig) -> dict[str, Any]:

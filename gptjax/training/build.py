@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from gptjax.config import TrainConfig
+from gptjax.config import LoraConfig, TrainConfig
 from gptjax.config.plugins import optional, resolve
 from gptjax.config.section import InputError
 from gptjax.model.decoder import Decoder, init_params, make_decoder
@@ -25,9 +25,10 @@ class TrainComponents(NamedTuple):
     step: Callable  # (state, frozen, batch) -> (state, metrics)
 
 
-def build_components(config: TrainConfig) -> TrainComponents:
+def build_components(config: TrainConfig, lora: LoraConfig | None = None) -> TrainComponents:
     """The decoder, optimizer, initial state and training step of a run, with the user's own loss and block.
 
+    With `lora` the state holds its leaves alone, and the step reads the model's parameters in frozen["base"].
     Where model.dtype is auto it is that of this process's devices. Raises InputError where loss or model.block can't be
     found, or optim.z_loss is set beside a loss of the user's.
     """
@@ -46,8 +47,13 @@ def build_components(config: TrainConfig) -> TrainComponents:
         loss_fn = language_model_loss(decoder, config.optim.z_loss, norms)
     schedule = make_schedule(config.optim, config.steps)
     tx = make_optimizer(config.optim, schedule, config.model)
+    params = init_params(decoder)
+    if lora is not None:
+        from gptjax.model.lora import adapted, init_lora
+
+        loss_fn, params = adapted(loss_fn, lora.scale), init_lora(lora, config.model)
     step = make_train_step(loss_fn, tx, schedule, config.optim.accumulate, ema, norms)
-    return TrainComponents(decoder, tx, make_init(init_params(decoder), tx, ema), step)
+    return TrainComponents(decoder, tx, make_init(params, tx, ema), step)
 
 
 def _checked(loss_fn: LossFn, name: str) -> LossFn:

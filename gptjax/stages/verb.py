@@ -1,0 +1,40 @@
+"""The verbs that train, one a stage: what needs no jax is checked before that is imported."""
+
+import importlib
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+from gptjax.config import TrainConfig
+from gptjax.parallel.processes import say, working
+from gptjax.runs.run import Provenance
+from gptjax.runtime.process import tune_process
+from gptjax.stages.early import check_early
+from gptjax.stages.summary import print_summary
+from gptjax.storage.bucket import is_transient
+
+
+def train(config: TrainConfig, provenance: Provenance, fail: Callable[[Exception], None]) -> tuple[int, Path]:
+    """Runs the stage of the settings; returns the exit code of `cli.main` and the run's folder.
+
+    Raises InputError for bad input; `fail` is told what ended the run for good.
+    """
+    check_early(config)
+    print_summary(config, provenance.origins)
+    tune_process()
+    with working("importing jax"):
+        from gptjax.runs.checkpoint import CheckpointError
+        from gptjax.training.loop import Diverged
+        from gptjax.training.stop import Interrupted
+
+        stage = getattr(importlib.import_module(f"gptjax.stages.{config.stage}"), config.stage)
+
+    try:
+        return 0, stage(config, provenance)
+    except Interrupted:
+        again = shlex.join(["gptjax", config.stage, config.run_dir])
+        say(f"interrupted, with everything saved; run the same command again to go on, or: {again}")
+        return 75, Path(config.run_dir)
+    except (CheckpointError, Diverged) as e:
+        fail(e)
+        return 75 if is_transient(e) else 3, Path(config.run_dir)
