@@ -10,7 +10,7 @@ The requests go through lm-eval with our model class, too, whose answers must be
 some passages transformers gives the log-likelihoods in float64 as well, which tells whose rounding a difference is.
 
 Seconds are those of whole processes on the MMLU items, ours and theirs in turn, and of the scoring alone; theirs at the
-best of BATCHES, found before on its first items, and without the time in which lm-eval reads the tasks that it ships.
+best of --batches, found before on its first items, and without the time in which lm-eval reads the tasks that it ships.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from report import facts, write_report
 
-BATCHES, TRIED = (1, 2, 4, 8, 16), 24
+TRIED = 24
 EXACT = 8  # passages in float64
 MARGIN = 1e-3  # nats: where two answers are closer, rounding may choose
 FAMILY, SHOTS = "general_knowledge", (0, 1, 4)
@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=200, help="MMLU items, those that are timed")
     parser.add_argument("--few", type=int, default=40, help="items of the family, passages, MMLU items by our class")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--batches", type=int, nargs="+", default=(1, 2, 4, 8, 16), help="sizes that lm-eval tries")
     parser.add_argument("--work", type=Path, help="folder for the run and the converted model, kept for the next time")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -59,7 +60,7 @@ def compare(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     files = prepare_items(args.data, args.items, args.few, work)
     report = facts(processor(), "jax", "gptjax", "torch", "transformers", "lm_eval")
     report["choices"], report["seconds"] = {}, {"gptjax eval": [], "lm_eval --model hf": []}
-    batch = best_batch(work, files["mmlu"])
+    batch = best_batch(work, files["mmlu"], args.batches)
     report["batch_size"] = batch["best"]
     report["batch_sizes_tried"] = batch["seconds"]
     for name, path in files.items():
@@ -177,13 +178,13 @@ def answers(
     return child(work, job | {"batch_size": batch_size, "rolling": rolling, "dtype": dtype})
 
 
-def best_batch(work: Path, path: Path) -> dict[str, Any]:
+def best_batch(work: Path, path: Path, sizes: Sequence[int]) -> dict[str, Any]:
     """The batch size by which transformers answers the first items soonest, and the seconds of each that was tried."""
     read = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[1 : TRIED + 1]]
     rows = [
         {"context": f"Question: {x['input']}\nAnswer:", "continuations": [f" {c}" for c in x["choices"]]} for x in read
     ]
-    seconds = {size: answers(work, "hf", rows, size)["scoring"] for size in BATCHES}
+    seconds = {size: answers(work, "hf", rows, size)["scoring"] for size in sizes}
     return {"best": min(seconds, key=lambda size: seconds[size]), "seconds": seconds}
 
 
