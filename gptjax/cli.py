@@ -20,7 +20,7 @@ from gptjax.config.command_line import (
     positionals,
     take,
     unknown_verb,
-)  # fmt: skip
+)
 from gptjax.config.section import InputError
 from gptjax.config.training import ImportConfig
 from gptjax.parallel.cluster import RetryableError

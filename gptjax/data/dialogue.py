@@ -15,7 +15,7 @@ import numpy as np
 from gptjax.config.section import InputError, one_line
 from gptjax.data.formats import read_records
 from gptjax.data.packing import Batch, MemorySplit, Spans, cut
-from gptjax.data.permutation import permute
+from gptjax.data.permutation import shuffled
 
 Messages = list[dict[str, str]]
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
@@ -115,9 +115,7 @@ class ConversationRows:
 
         weights_BL is 1 where the target is the assistant's, and 0 elsewhere.
         """
-        epochs, places = np.divmod(np.arange(first, first + count), self.num_rows)
-        chosen = [int(permute(np.array([n]), self.num_rows, self.seed, int(e))[0]) for e, n in zip(epochs, places)]
-        return self._cut([self._rows[row] for row in chosen])
+        return self._cut([self._rows[row] for row in shuffled(first, count, self.num_rows, self.seed)])
 
     def batches(self, batch_size: int, step: int = 0) -> Iterator[tuple[Batch, dict[str, int]]]:
         """Yields (batch, {"rows": rows read}) without end, from behind `step` batches."""

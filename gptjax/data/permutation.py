@@ -30,6 +30,12 @@ def permute(indices: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray
     return out.astype(np.int64)
 
 
+def shuffled(first: int, count: int, size: int, seed: int) -> list[int]:
+    """Members [first, first + count) of range(size), epoch after epoch, each in an order of its own."""
+    epochs, places = np.divmod(np.arange(first, first + count), size)
+    return [int(permute(np.array([place]), size, seed, int(epoch))[0]) for epoch, place in zip(epochs, places)]
+
+
 @functools.lru_cache(maxsize=256)
 def mix_integers(*values: int) -> int:
     """64 pseudo-random bits of small integers, mixed one after another by splitmix64 (Steele, Lea & Flood 2014)."""

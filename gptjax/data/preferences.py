@@ -14,7 +14,7 @@ from gptjax.config.section import InputError
 from gptjax.data.dialogue import Messages, messages_of
 from gptjax.data.formats import read_records
 from gptjax.data.packing import Batch, pad_documents
-from gptjax.data.permutation import permute
+from gptjax.data.permutation import shuffled
 from gptjax.tokenizer.interface import Tokenizer
 from gptjax.tokenizer.templates import Template
 
@@ -114,10 +114,9 @@ class PreferenceRows:
         inputs_BSL, targets_BSL, positions_BSL, segments_BSL and weights_BSL as packing.cut has them, S the answers from
         the best to the worst; a prompt with fewer than others has rows of padding, and 0 in answers_BS.
         """
-        epochs, places = np.divmod(np.arange(first, first + count), self.num_rows)
         batch: dict[str, list[np.ndarray]] = {}
-        for epoch, place in zip(epochs, places):
-            answers = self._prompts[int(permute(np.array([place]), self.num_rows, self.seed, int(epoch))[0])]
+        for number in shuffled(first, count, self.num_rows, self.seed):
+            answers = self._prompts[number]
             rows = pad_documents([ids for ids, _ in answers], self.length)
             for row, (_, weights) in enumerate(answers):
                 rows["weights_BL"][row, : len(weights) - 1] *= weights[1:]

@@ -22,8 +22,7 @@ from gptjax.evals.metrics import (
 from gptjax.evals.requests import encode_answers, encode_pairs
 from gptjax.evals.score import Scorer
 from gptjax.evals.tasks import Item, Task
-from gptjax.generation.engine import stream_text
-from gptjax.generation.text_stream import TextStream
+from gptjax.generation.chat import continue_ids
 from gptjax.tokenizer import Tokenizer
 from gptjax.tokenizer.known_templates import template_of
 
@@ -123,17 +122,11 @@ def _generated(
 ) -> list[Record]:
     cfg = GenerateConfig(max_new_tokens=task.config.max_new_tokens, temperature=0.0, stop=task.config.stop)
     most = scorer.decoder.context - cfg.max_new_tokens
-    if most < 1:
-        raise InputError(
-            f"max_new_tokens={cfg.max_new_tokens}: wanted less than the model's context of {scorer.decoder.context}"
-        )
     prompts = [task.prompt(item, seed) for item in items]
-    stops, spaced = (tokenizer.eos_id, *tokenizer.stop_ids), False
     if chat:
         template = template_of(tokenizer)
         messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
         ids = [template.render(tokenizer, one, add_generation_prompt=True)[0] for one in messages]
-        stops, spaced = template.stop_ids(tokenizer), template.spaced(tokenizer)
     else:
         ids = [tokenizer.prompt_ids(prompt) for prompt in prompts]
     scorer.tokens += sum(min(len(row), most) for row in ids)
@@ -142,10 +135,9 @@ def _generated(
     with jax.set_mesh(scorer.mesh):
         for start in range(0, len(order), ROWS):
             rows = order[start : start + ROWS]
-            streams = [TextStream(tokenizer, cfg.stop, drops_space=spaced) for _ in rows]
-            cut = [ids[n][-most:] for n in rows]
-            for row, piece in stream_text(scorer.decoder, scorer.params, cut, streams, cfg, stop_ids=stops):
-                texts[rows[row]] += piece
+            some = [ids[n] for n in rows]
+            for n, text in zip(rows, continue_ids(scorer.decoder, scorer.params, tokenizer, some, cfg, chat=chat)):
+                texts[n] = text
     how = task.config.normalise
     return [
         _record(task, item, context=prompt, text=text, answers=list(item.answers),

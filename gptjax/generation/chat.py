@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from gptjax.config import GenerateConfig
+from gptjax.config.section import InputError
 from gptjax.generation.engine import CHUNK, stream_text
 from gptjax.generation.text_stream import TextStream
 from gptjax.model.decoder import Decoder, Params
@@ -27,7 +28,48 @@ def stream_answers(
     """
     template = template_of(tokenizer)
     prompts = [template.render(tokenizer, messages, add_generation_prompt=True)[0] for messages in conversations]
-    # The space with which answers begin is the template's, or the tokenizer's.
-    texts = [TextStream(tokenizer, cfg.stop, drops_space=template.spaced(tokenizer)) for _ in prompts]
-    stops = template.stop_ids(tokenizer)
+    return _stream(decoder, params, tokenizer, prompts, cfg, chat=True, chunk=chunk)
+
+
+def continue_ids(
+    decoder: Decoder,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    cfg: GenerateConfig,
+    *,
+    chat: bool,
+) -> list[str]:
+    """The text that continues each prompt of ids, or with `chat` answers it, where a template has made the prompts.
+
+    Of a prompt that leaves no room for cfg.max_new_tokens in the context the beginning is not read; cfg.prompt is read
+    by nobody. Raises InputError where max_new_tokens alone fills the context.
+    """
+    most = decoder.context - cfg.max_new_tokens
+    if most < 1:
+        raise InputError(
+            f"max_new_tokens={cfg.max_new_tokens}: wanted less than the model's context of {decoder.context}"
+        )
+    texts = [""] * len(prompts)
+    cut = [ids[-most:] for ids in prompts]
+    for row, piece in _stream(decoder, params, tokenizer, cut, cfg, chat=chat, chunk=CHUNK):
+        texts[row] += piece
+    return texts
+
+
+def _stream(
+    decoder: Decoder,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    cfg: GenerateConfig,
+    *,
+    chat: bool,
+    chunk: int,
+) -> Iterator[tuple[int, str]]:
+    stops, spaced = (tokenizer.eos_id, *tokenizer.stop_ids), False
+    if chat:  # the space with which answers begin is the template's, or the tokenizer's
+        template = template_of(tokenizer)
+        stops, spaced = template.stop_ids(tokenizer), template.spaced(tokenizer)
+    texts = [TextStream(tokenizer, cfg.stop, drops_space=spaced) for _ in prompts]
     return stream_text(decoder, params, prompts, texts, cfg, stop_ids=stops, chunk=chunk)

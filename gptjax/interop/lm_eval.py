@@ -15,8 +15,7 @@ import jax
 from gptjax.config import GenerateConfig
 from gptjax.config.section import InputError
 from gptjax.evals.score import Scorer
-from gptjax.generation.engine import stream_text
-from gptjax.generation.text_stream import TextStream
+from gptjax.generation.chat import continue_ids
 from gptjax.runs.load import LoadedModel, load_model
 from gptjax.tokenizer.known_templates import template_of
 
@@ -133,10 +132,6 @@ class GptjaxLM(TemplateLM):
         ids = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
         settings = [_settings(request.args[1]) for request in requests]
         texts = [""] * len(requests)
-        stops, spaced = (self._tokens.eos_id, *self._tokens.stop_ids), False
-        if self._chats:
-            template = template_of(self._tokens)
-            stops, spaced = template.stop_ids(self._tokens), template.spaced(self._tokens)
         # Rows of one call share their settings, and are padded to the longest.
         order = sorted(range(len(requests)), key=lambda i: (repr(settings[i]), -len(ids[i])))
         while order:
@@ -146,12 +141,11 @@ class GptjaxLM(TemplateLM):
             if most >= self.max_length:
                 raise InputError(f"max_gen_toks={most}: wanted fewer than the model's {self.max_length} positions")
             cfg = GenerateConfig(**settings[rows[0]])
-            cut = [ids[i][-(self.max_length - most) :] for i in rows]
-            streams = [TextStream(self._tokens, cfg.stop, drops_space=spaced) for _ in rows]
-            with jax.set_mesh(self.model.mesh):
-                for row, piece in stream_text(self.model.decoder, self.model.params, cut, streams, cfg, stop_ids=stops):
-                    texts[rows[row]] += piece
-            for i in rows:
+            some, model = [ids[i] for i in rows], self.model
+            with jax.set_mesh(model.mesh):
+                found = continue_ids(model.decoder, model.params, self._tokens, some, cfg, chat=bool(self._chats))
+            for i, text in zip(rows, found, strict=True):
+                texts[i] = text
                 self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
         return texts
 

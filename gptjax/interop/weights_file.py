@@ -9,18 +9,16 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from gptjax.config.section import InputError
+from gptjax.interop.folder import DTYPES as STORED
+from gptjax.interop.folder import INDEX, WEIGHTS
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MOST_BYTES = 5 * 10**9  # of a file; the largest that the hub takes without care
 # By the name of a type: NumPy's, and the one of the format.
 DTYPES: dict[str, tuple[Any, str]] = {
-    "float32": (np.float32, "F32"),
-    "bfloat16": (ml_dtypes.bfloat16, "BF16"),
-    "float16": (np.float16, "F16"),
+    name: (STORED[stored], stored) for name, stored in (("float32", "F32"), ("bfloat16", "BF16"), ("float16", "F16"))
 }
 
 

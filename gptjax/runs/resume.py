@@ -34,16 +34,13 @@ def settings_of(stage: str, name: str, args: list[str]) -> tuple[TrainConfig, Pr
     size, args = take(args, "size")
     written = recipe.config(stage, size)
     config = parse(written, args, f"gptjax {stage} {name} [--size SIZE]", recipe.doc)
-    sources = origins(STAGES[stage](), written, config)
+    taken: dict[str, str] = {}
     if isinstance(config, SftConfig):
-        taken = with_init(config, given)
-        before = dict(leaves(config))
-        sources |= {n: "init" for n, value in leaves(taken) if value != before[n] and n != "init"}
-        config = taken
+        before, config = dict(leaves(config)), with_init(config, given)
+        taken = {n: "init" for n, value in leaves(config) if value != before[n] and n != "init"}
     else:
         config = with_corpus_tokenizer(config, given)
-        sources = origins(TrainConfig(), written, config)
-    return config, Provenance(str(recipe.path), recipe.sha256, sources)
+    return config, Provenance(str(recipe.path), recipe.sha256, origins(STAGES[stage](), written, config) | taken)
 
 
 def is_run(name: str) -> bool:

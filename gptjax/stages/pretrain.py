@@ -12,7 +12,6 @@ from gptjax.data.pipeline import open_pipeline
 from gptjax.evals.during import measure_tasks, named_tasks
 from gptjax.evals.loss import evaluate, make_eval_step
 from gptjax.generation.engine import generate
-from gptjax.ops.attention import describe
 from gptjax.parallel.processes import barrier, is_main_process, main_process_first, say, working
 from gptjax.parallel.sharding import abstract
 from gptjax.runs.init_check import check_init
@@ -21,7 +20,6 @@ from gptjax.runs.run import Provenance, Run
 from gptjax.runs.warm_start import warm_start
 from gptjax.runtime.status import entry
 from gptjax.stages.runner import Runner, join, once_a_step, print_sample, sample_settings
-from gptjax.stages.summary import describe_memory
 from gptjax.tokenizer import set_template
 from gptjax.training.build import build_components
 from gptjax.training.step import TrainState, compile_step, init_state, run_in_background
@@ -41,10 +39,7 @@ def pretrain(config: TrainConfig, provenance: Provenance) -> Path:
         decoder, tx, init, step = build_components(config)
         shapes = abstract(jax.eval_shape(init, 0), mesh)
         example = abstract(example_batch(config.data.batch_size, config.data.length), mesh)
-        if group.dtype_reason:
-            say(entry("dtype", f"{config.model.dtype}: {group.dtype_reason}"))
-        say(entry("attention", describe(config.model, config.data.length, config.data.several_documents)))
-        say(entry("memory", describe_memory(config, shapes, mesh.shape)))
+        group.describe_step(config, shapes)
 
         # -- Run folder. The run to start from is checked before, so that a refused start leaves no folder.
         resumes = bool(committed_steps(Run.at(config.run_dir).checkpoints))

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from gptjax.config import GenerateConfig, MeshConfig, TrainConfig, check_divisible
 from gptjax.config.section import leaves, one_line
+from gptjax.ops.attention import describe
 from gptjax.parallel.processes import barrier, broadcast_from_main, is_main_process, join_processes, say, working
 from gptjax.parallel.sharding import local_rows, make_mesh
 from gptjax.runs.checkpoint import Checkpoints
@@ -22,7 +23,9 @@ from gptjax.runs.run import Provenance, Run, load_config
 from gptjax.runtime.compile_cache import enable_compile_cache
 from gptjax.runtime.dtype import preferred_dtype
 from gptjax.runtime.process import STARTED
+from gptjax.runtime.status import entry
 from gptjax.stages.exports import Exports
+from gptjax.stages.summary import describe_memory
 from gptjax.training.loop import Batches, Diverged, Hooks, fit
 from gptjax.training.metrics import Metrics
 from gptjax.training.sinks import check_sinks
@@ -43,6 +46,13 @@ class ProcessGroup:
     """The stage's settings, in which no dtype is auto."""
     dtype_reason: str
     """The reason for the dtype that auto became; "" where the settings name one."""
+
+    def describe_step(self, config: TrainConfig, shapes: TrainState) -> None:
+        """Prints what is known of a stage's step once its devices are: dtype, attention, memory."""
+        if self.dtype_reason:
+            say(entry("dtype", f"{config.model.dtype}: {self.dtype_reason}"))
+        say(entry("attention", describe(config.model, config.data.length, config.data.several_documents)))
+        say(entry("memory", describe_memory(config, shapes, self.mesh.shape)))
 
 
 @contextlib.contextmanager

@@ -15,7 +15,6 @@ from gptjax.evals.loss import evaluate, make_eval_step
 from gptjax.generation.chat import stream_answers
 from gptjax.model.decoder import init_params
 from gptjax.model.lora import merge_lora
-from gptjax.ops.attention import describe
 from gptjax.parallel.processes import barrier, is_main_process, main_process_first, say, working
 from gptjax.parallel.sharding import abstract, shardings
 from gptjax.runs.digest import tree_sha256
@@ -26,7 +25,6 @@ from gptjax.runs.run import Provenance, Run
 from gptjax.runs.warm_start import load_base, warm_start
 from gptjax.runtime.status import entry
 from gptjax.stages.runner import Runner, join, once_a_step, print_sample, sample_settings
-from gptjax.stages.summary import describe_memory
 from gptjax.tokenizer.known_templates import template_of
 from gptjax.training.build import build_components
 from gptjax.training.step import TrainState, compile_step, init_state
@@ -59,10 +57,7 @@ def sft(config: SftConfig, provenance: Provenance) -> Path:
         shapes = abstract(jax.eval_shape(init, 0), mesh)
         weight_shapes = abstract(jax.eval_shape(init_params(decoder), jax.random.key(0)), mesh)
         example = abstract(example_batch(config.data.batch_size, config.data.length), mesh)
-        if group.dtype_reason:
-            say(entry("dtype", f"{config.model.dtype}: {group.dtype_reason}"))
-        say(entry("attention", describe(config.model, config.data.length, config.data.several_documents)))
-        say(entry("memory", describe_memory(config, shapes, mesh.shape)))
+        group.describe_step(config, shapes)
         say(entry("data", data.describe()))
 
         # -- Run folder, and the state: a checkpoint comes before config.init.
@@ -86,7 +81,8 @@ def sft(config: SftConfig, provenance: Provenance) -> Path:
                 base = load_base(config, data.tokenizer, weight_shapes, cursor["base"]["step"] if restored else 0)
             if restored:
                 check_base(config, base.params, cursor["base"])
-            cursor = {**cursor, "base": {"step": base.step, "sha256": tree_sha256(base.params)}}
+            else:
+                cursor = {**cursor, "base": {"step": base.step, "sha256": tree_sha256(base.params)}}
             frozen = {"base": base.params}
         runner.run.write_settings(config, provenance)
 

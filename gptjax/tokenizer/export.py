@@ -3,9 +3,9 @@
 import dataclasses
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gptjax.config.section import InputError, one_line
 from gptjax.tokenizer.bytes import BytesTokenizer
@@ -16,6 +16,8 @@ from gptjax.tokenizer.sentencepiece import SentencePieceTokenizer
 from gptjax.tokenizer.splitting import PATTERNS
 from gptjax.tokenizer.templates import Template
 from gptjax.tokenizer.tiktoken import TiktokenTokenizer
+
+T = TypeVar("T", str, bytes)
 
 CONFIG_FILE = "tokenizer_config.json"
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -186,16 +188,19 @@ def _byte_level(vocab: dict[str, int], merges: list[tuple[str, str]], pattern: s
     }
 
 
+def _merges(tokens: Iterable[T], ids: Mapping[T, int]) -> Iterator[tuple[T, T]]:
+    """Yields every way to make each token, in their order, of two that have ids; the ways of one by these ids."""
+    for token in tokens:
+        pairs = ((token[:i], token[i:]) for i in range(1, len(token)))
+        yield from sorted(((a, b) for a, b in pairs if a in ids and b in ids), key=lambda p: (ids[p[0]], ids[p[1]]))
+
+
 def _of_ranks(tokenizer: TiktokenTokenizer) -> dict[str, Any]:
     """Every way to make a token of two, by the rank of the token: tiktoken merges the pair of the lowest rank."""
     characters = {byte: c for c, byte in BYTE_CHARACTERS.items()}
     ranks = tokenizer.ranks()
-    merges: list[tuple[str, str]] = []
     spelt = {token: "".join(characters[byte] for byte in token) for token in ranks}
-    for token in ranks:  # in their order
-        pairs = ((token[:i], token[i:]) for i in range(1, len(token)))
-        whole = [(a, b) for a, b in pairs if a in ranks and b in ranks]
-        merges += [(spelt[a], spelt[b]) for a, b in sorted(whole, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))]
+    merges = [(spelt[a], spelt[b]) for a, b in _merges(ranks, ranks)]
     return _byte_level({spelt[token]: i for token, i in ranks.items()}, merges, PATTERNS[tokenizer.pattern])
 
 
@@ -230,11 +235,7 @@ def _of_sentencepiece(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
         model = {"type": "Unigram", "vocab": vocab, "unk_id": unknown, "byte_fallback": True}
         return values | {"pre_tokenizer": cut, "model": model}
     normal = {p.piece: i for i, p in enumerate(pieces) if p.type == kinds.NORMAL}
-    merges: list[tuple[str, str]] = []
-    for piece in sorted(normal, key=lambda p: -pieces[normal[p]].score):
-        pairs = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
-        whole = [(a, b) for a, b in pairs if a in normal and b in normal]
-        merges += sorted(whole, key=lambda pair: (normal[pair[0]], normal[pair[1]]))
+    merges = list(_merges(sorted(normal, key=lambda p: -pieces[normal[p]].score), normal))
     return values | {
         "model": {
             "type": "BPE",
