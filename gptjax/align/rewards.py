@@ -2,9 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 
-def end_of_text_rule(score_B: jax.Array, ended_B: jax.Array, fixed: float = -1.0) -> jax.Array:
+def end_of_text_rule(score_B: ArrayLike, ended_B: ArrayLike, fixed: float = -1.0) -> jax.Array:
     """The score where an answer ended by itself, `fixed` where it was cut off (Stiennon et al. 2020; "EOS trick").
 
     A reward model that never saw unfinished answers may like them; the fixed reward must lie below the usual score.

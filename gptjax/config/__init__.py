@@ -8,6 +8,7 @@ from gptjax.config.data import DataConfig, PrepareConfig, ShowConfig
 from gptjax.config.generation import ContinueConfig, GenerateConfig
 from gptjax.config.model import ModelConfig
 from gptjax.config.optim import OptimConfig
+from gptjax.config.rewards import RewardsConfig
 from gptjax.config.tokenizer import TokenizerConfig, TrainTokenizerConfig
 from gptjax.config.training import (
     CHANGEABLE,
@@ -30,6 +31,6 @@ from gptjax.config.training import (
 __all__ = [
     "CHANGEABLE", "SCHEMA", "STAGES", "CheckpointConfig", "ContinueConfig", "DataConfig", "EvalConfig",
     "EvaluateConfig", "GenerateConfig", "ImportConfig", "LoraConfig", "MeshConfig", "ModelConfig", "OptimConfig",
-    "PrepareConfig", "SftConfig", "ShowConfig", "TokenizerConfig", "TrainConfig", "TrainTokenizerConfig",
-    "check_divisible", "defining_settings", "frozen_settings", "frozen_changes",
+    "PrepareConfig", "RewardsConfig", "SftConfig", "ShowConfig", "TokenizerConfig", "TrainConfig",
+    "TrainTokenizerConfig", "check_divisible", "defining_settings", "frozen_settings", "frozen_changes",
 ]  # fmt: skip
