@@ -194,9 +194,15 @@ def do_job(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def convert(job: dict[str, Any]) -> dict[str, Any]:
-    """Writes the model of a GGUF file, dequantised to float32 by transformers, as a folder."""
+    """Writes the model of a GGUF file, dequantised to float32 by transformers, as a folder.
+
+    transformers 5.24 cuts text into words as GPT-2 does, whatever tokenizer.ggml.pre says; for smollm, the digits
+    that SmolLM2's own tokenizer and llama.cpp cut off are cut off here, too.
+    """
     import torch  # pyright: ignore[reportMissingImports]
     import transformers  # pyright: ignore[reportMissingImports]
+    from gguf import GGUFReader
+    from tokenizers.pre_tokenizers import Digits, Sequence
 
     source = {"pretrained_model_name_or_path": str(Path(job["gguf"]).parent), "gguf_file": Path(job["gguf"]).name}
     read = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
@@ -205,7 +211,12 @@ def convert(job: dict[str, Any]) -> dict[str, Any]:
     model = type(read)(read.config)
     model.load_state_dict(read.state_dict())
     model.save_pretrained(job["folder"])
-    transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(job["folder"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+    pre = GGUFReader(job["gguf"]).fields.get("tokenizer.ggml.pre")
+    if pre is not None and pre.contents() == "smollm":
+        words = tokenizer.backend_tokenizer.pre_tokenizer
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), words])
+    tokenizer.save_pretrained(job["folder"])
     return {}
 
 
