@@ -83,16 +83,6 @@ def data_verify(args: list[str]) -> int:
     return 0
 
 
-def pretrain(args: list[str]) -> int:
-    """pretrain RECIPE|RUN      train a model, or go on with its run"""
-    return _train("pretrain", "quickstart", args)
-
-
-def sft(args: list[str]) -> int:
-    """sft RECIPE|RUN           fine-tune the run in --init on conversations (chat), or go on with that"""
-    return _train("sft", "chat", args)
-
-
 PLAN = "[--size SIZE] [--topology KIND:SIZE] [--json FILE] [--out FILE] [--compiles N] [--prices FILE]"
 
 
@@ -272,14 +262,38 @@ def doctor(args: list[str]) -> int:
     return 0
 
 
+def _stage(stage: str, example: str, purpose: str) -> Verb:
+    """The verb that trains by a recipe's function of that name, or goes on with its run."""
+
+    def verb(args: list[str]) -> int:
+        name, args = positional(args, "RECIPE", f"gptjax {stage} {example}")
+        if name == "RECIPE":
+            parse(STAGES[stage](), args, f"gptjax {stage} RECIPE|RUN [--size SIZE]")
+        from gptjax.runs.resume import settings_of
+
+        cfg, provenance = settings_of(stage, name, args)
+        from gptjax.stages.verb import train
+
+        code, folder = train(cfg, provenance, _fail)
+        if code:
+            return code
+        say(f"run folder: {folder}")
+        prompt, chat = cfg.generate.prompt[0].strip(), ["--chat"] if stage != "pretrain" else []
+        _next("generate", cfg.run_dir, *([*chat, "--prompt", prompt] if prompt else []))
+        return 0
+
+    verb.__doc__ = f"{stage + ' RECIPE|RUN':<25}{purpose}"
+    return verb
+
+
 VERBS: dict[str, Verb] = {
     "tokenizer train": tokenizer_train,
     "prepare": prepare,
     "data show": data_show,
     "data verify": data_verify,
     "plan": plan,
-    "pretrain": pretrain,
-    "sft": sft,
+    "pretrain": _stage("pretrain", "quickstart", "train a model, or go on with its run"),
+    "sft": _stage("sft", "chat", "fine-tune a run on conversations (RECIPE --init RUN)"),
     "sweep": sweep,
     "eval": evaluate,
     "generate": generate,
@@ -358,24 +372,6 @@ def _start(cfg: Any) -> None:
 
     tune_process()
     join_processes(dict(leaves(cfg)))
-
-
-def _train(stage: str, example: str, args: list[str]) -> int:
-    name, args = positional(args, "RECIPE", f"gptjax {stage} {example}")
-    if name == "RECIPE":
-        parse(STAGES[stage](), args, f"gptjax {stage} RECIPE|RUN [--size SIZE]")
-    from gptjax.runs.resume import settings_of
-
-    cfg, provenance = settings_of(stage, name, args)
-    from gptjax.stages.verb import train
-
-    code, folder = train(cfg, provenance, _fail)
-    if code:
-        return code
-    say(f"run folder: {folder}")
-    prompt, chat = cfg.generate.prompt[0].strip(), ["--chat"] if stage == "sft" else []
-    _next("generate", cfg.run_dir, *([*chat, "--prompt", prompt] if prompt else []))
-    return 0
 
 
 def _print(text: str, end: str = "\n") -> None:

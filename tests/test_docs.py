@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from gptjax.cli import VERBS
-from gptjax.config import TrainConfig
+from gptjax.config import STAGES, TrainConfig
 from gptjax.config.command_line import load_recipe, parse, take
 
 ROOT = Path(__file__).parents[1]
@@ -175,14 +175,14 @@ def check_verb(args: list[str]) -> None:
     names, rest = rest[:words], rest[words:]
     if verb == "fit":
         rest = rest[next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest)) :]
-    if verb in ("pretrain", "sft", "plan", "sweep") and not names[0].startswith("runs/"):  # a run goes on
+    if verb in (*STAGES, "plan", "sweep") and not names[0].startswith("runs/"):  # a run goes on
         recipe = load_recipe(names[0])
         size = ""
         for flag in ("size", "topology", "json", "out", "compiles") if verb == "plan" else ("size",):
             value, rest = take(rest, flag)
             size = value if flag == "size" else size
         if verb != "sweep":
-            parse(recipe.config("sft" if verb == "sft" else "pretrain", size), rest, "")
+            parse(recipe.config(verb if verb in STAGES else "pretrain", size), rest, "")
             return
     if verb in configs:
         parse(configs[verb](), rest, "")

@@ -252,7 +252,7 @@ def test_wrong_input_is_one_line(base, tuned, tmp_path, capsys):
         (*named, *chats, "--model.num-layers", 3): "model.num_layers=3: wanted 1, as in init=",
         (*named, "--data.source", "/nope.jsonl"): "source '/nope.jsonl' does not exist",
         (*named, "--data.source", base.parent / "a.txt"): "holds no conversations; wanted a file .jsonl",
-        (*named, *chats, "--data.packing", "padded"): "data.packing='padded': wanted 'packed' with conversations",
+        (*named, *chats, "--data.packing", "padded"): "data.packing='padded': wanted 'packed' with gptjax sft",
     }
     for words, said in wrong.items():
         assert said in refused(capsys, "sft", "chat", *words)

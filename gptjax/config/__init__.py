@@ -7,30 +7,28 @@ from there. Derived values are properties, never fields. What one verb alone nee
 from gptjax.config.data import DataConfig, PrepareConfig, ShowConfig
 from gptjax.config.generation import ContinueConfig, GenerateConfig
 from gptjax.config.model import ModelConfig
-from gptjax.config.optim import OptimConfig
 from gptjax.config.rewards import RewardsConfig
 from gptjax.config.tokenizer import TokenizerConfig, TrainTokenizerConfig
 from gptjax.config.training import (
     CHANGEABLE,
     SCHEMA,
-    STAGES,
     CheckpointConfig,
     EvalConfig,
     EvaluateConfig,
     ImportConfig,
-    LoraConfig,
     MeshConfig,
-    SftConfig,
+    OptimConfig,
     TrainConfig,
     check_divisible,
     defining_settings,
     frozen_changes,
     frozen_settings,
 )
+from gptjax.config.tuning import STAGES, LoraConfig, SftConfig, TuneConfig
 
 __all__ = [
     "CHANGEABLE", "SCHEMA", "STAGES", "CheckpointConfig", "ContinueConfig", "DataConfig", "EvalConfig",
     "EvaluateConfig", "GenerateConfig", "ImportConfig", "LoraConfig", "MeshConfig", "ModelConfig", "OptimConfig",
     "PrepareConfig", "RewardsConfig", "SftConfig", "ShowConfig", "TokenizerConfig", "TrainConfig",
-    "TrainTokenizerConfig", "check_divisible", "defining_settings", "frozen_settings", "frozen_changes",
+    "TrainTokenizerConfig", "TuneConfig", "check_divisible", "defining_settings", "frozen_settings", "frozen_changes",
 ]  # fmt: skip

@@ -1,16 +1,15 @@
-"""Settings of a whole run: mesh, checkpoints, evaluations, and what may change when it is resumed."""
+"""Settings of a whole run: optimizer, mesh, checkpoints, evaluations, and what may change when it is resumed."""
 
 import dataclasses
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from gptjax.config.data import DataConfig
 from gptjax.config.generation import GenerateConfig
 from gptjax.config.model import ModelConfig
-from gptjax.config.optim import OptimConfig
 from gptjax.config.section import InputError, Section, leaves
 from gptjax.config.tokenizer import TokenizerConfig
 
@@ -40,6 +39,57 @@ CHANGEABLE = {
 BY_CONTENT = ("data.source", "data.mixture", "tokenizer.path")
 
 SINKS = ("tensorboard", "wandb", "trackio", "mlflow")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(Section):
+    """The optimizer and its schedule."""
+
+    section: ClassVar[str] = "optim"
+
+    kind: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
+    """AdamW; Lion; Adafactor (factored second moments); Muon for the layers' matrices with AdamW for the rest."""
+    learning_rate: float = 6e-4
+    """Peak learning rate."""
+    schedule: Literal["cosine", "wsd", "linear", "constant", "rsqrt"] = "cosine"
+    """After warm-up: half a cosine; constant with a straight decay at the end (warm-up, stable, decay); a straight
+    decay; constant; or falling as 1 / sqrt(step)."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises from 0."""
+    final_fraction: float = 0.1
+    """Learning rate at the last step, as a share of the peak (cosine, linear, wsd)."""
+    decay_fraction: float = 0.2
+    """Share of the steps in which wsd decays."""
+    beta1: float = 0.9
+    """Decay of the first moment; Adafactor with 0 keeps none, and hardly any state."""
+    beta2: float = 0.95
+    """Decay of the second moment; Adafactor's highest; Lion's for its momentum, which beta1 mixes with the gradient."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment, which Lion does not have."""
+    momentum: float = 0.95
+    """Decay of Muon's momentum."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the weights, which evaluation and generation then use; 0: none."""
+    z_loss: float = 0.0
+    """Weight of log(Z)^2 in the loss, which keeps the softmax's normaliser Z near 1 (PaLM)."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices; norms, biases and the position table have none."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient; 0 does not clip."""
+    accumulate: int = 1
+    """Micro-batches that one step runs in turn; data.batch_size is divided by it."""
+
+    def decay_steps(self, steps: int) -> float:
+        """Steps at the end of a run of `steps` over which wsd decays."""
+        return max(steps * self.decay_fraction, 1)
+
+    def __post_init__(self):
+        self.require_positive("learning_rate", "epsilon", "accumulate")
+        self.require_numbers(0, 2**31 - 1, "warmup_steps")
+        self.require_numbers(0, math.inf, "weight_decay", "clip_norm", "z_loss")
+        self.require_numbers(0, 1, "final_fraction", "decay_fraction")
+        for name in ("beta1", "beta2", "momentum", "ema"):
+            self.require(0 <= getattr(self, name) < 1, name, "from 0 up to, not including, 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,63 +315,6 @@ class TrainConfig(Section):
         if first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last):
             return int(first), int(last)
         return ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraConfig(Section):
-    """Low-rank adaptation (Hu et al. 2021): weights W + alpha / rank x a b, of which a and b alone are trained."""
-
-    section: ClassVar[str] = "lora"
-
-    rank: int = 0
-    """Rank of the products that are added to the weights; 0: none, all weights are trained."""
-    alpha: float = 32.0
-    """Scale of the products: they are added times alpha / rank."""
-    targets: tuple[str, ...] = ("q", "k", "v", "o", "w_in", "w_gate", "w_out")
-    """Matrices of the layers that get one, by the names before their letters; those that a model lacks are left out."""
-
-    @property
-    def scale(self) -> float:
-        """Factor of the product a b."""
-        return self.alpha / self.rank
-
-    def __post_init__(self):
-        self.require_numbers(0, 2**31 - 1, "rank")
-        self.require_positive("alpha")
-        known = {"q", "k", "v", "o", "w_in", "w_gate", "w_out"}
-        self.require(
-            len(self.targets) > 0 and set(self.targets) <= known, "targets", f"some of {', '.join(sorted(known))}"
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SftConfig(TrainConfig):
-    """Supervised fine-tuning of the run in `init` on conversations, whose model and tokenizer it has.
-
-    Of `model` dropout, dtype, attention, attention_block, remat, remat_names and unroll are its own, of `tokenizer` the
-    template; data.source is a file of conversations, or a folder of them.
-    """
-
-    stage: ClassVar[str] = "sft"
-    LEAST_STEPS: ClassVar[int] = 0
-
-    steps: int = 0
-    """Training steps; 0: those of `epochs`."""
-    epochs: float = 16.0
-    """Passes over the conversations that are trained on, where `steps` is 0."""
-    lora: LoraConfig = field(default_factory=LoraConfig)
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.require_positive("epochs")
-        for f in dataclasses.fields(DataConfig):
-            value = getattr(self.data, f.name)
-            ours = f.name in ("source", "batch_size", "length", "validation_fraction")
-            self.data.require(ours or value == f.default, f.name, f"{f.default!r} with conversations")
-
-
-STAGES: dict[str, type[TrainConfig]] = {cls.stage: cls for cls in (TrainConfig, SftConfig)}
-"""The settings of each stage, by the name of its function in a recipe and of its stage in a run's config.json."""
 
 
 def check_divisible(config: TrainConfig, sizes: Mapping[str, int]) -> None:

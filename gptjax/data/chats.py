@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gptjax.config import SftConfig
+from gptjax.config import SftConfig, TuneConfig
 from gptjax.config.section import InputError
 from gptjax.data.batches import ALL_ROWS, DataState, RowSlice
 from gptjax.data.dialogue import ConversationRows, Messages, Rendered, fits, is_answered, messages_of
@@ -32,7 +32,7 @@ def chat_files(source: str) -> list[Path]:
     return records
 
 
-def chat_tokenizer(config: SftConfig, kept: Path | None = None) -> Tokenizer:
+def chat_tokenizer(config: TuneConfig, kept: Path | None = None) -> Tokenizer:
     """The tokenizer of the settings, or the one that a run has in the folder `kept`, with its template.
 
     Raises InputError where it has no template, or lacks a token of it.

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Collection, Iterator
 
-from gptjax.config import ModelConfig, SftConfig, TokenizerConfig, TrainConfig
+from gptjax.config import ModelConfig, TokenizerConfig, TrainConfig, TuneConfig
 from gptjax.config.section import InputError
 from gptjax.runs.manifest import committed_steps
 from gptjax.runs.run import Run, load_config
@@ -20,7 +20,7 @@ REACH = ("rope_theta", "rope_theta_local", "rope_scaling", "rope_factor", "rope_
 OWN = ("dropout", "dtype", "attention", "attention_block", "remat", "remat_names", "unroll", "block")
 
 
-def with_init(config: SftConfig, given: Collection[str] = ()) -> SftConfig:
+def with_init(config: TuneConfig, given: Collection[str] = ()) -> TuneConfig:
     """The settings with the model and tokenizer of the run in config.init, or of config.run_dir once that was begun.
 
     Raises InputError where there is no such run, and where a setting of the model or the tokenizer, given by name or
@@ -48,7 +48,7 @@ def with_init(config: SftConfig, given: Collection[str] = ()) -> SftConfig:
     return dataclasses.replace(config, init=str(Run.at(config.init).folder), model=model, tokenizer=tokenizer)
 
 
-def _taken(config: SftConfig, base: TrainConfig, given: Collection[str]) -> Iterator[tuple[str, object, object]]:
+def _taken(config: TuneConfig, base: TrainConfig, given: Collection[str]) -> Iterator[tuple[str, object, object]]:
     """Yields (name, value, the base's) of the settings that are taken from the base, and were set to another value."""
     for group, own, default in (("model", OWN, ModelConfig()), ("tokenizer", ("template", "path"), TokenizerConfig())):
         for f in dataclasses.fields(default):

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from gptjax.config import MeshConfig, SftConfig, TrainConfig
+from gptjax.config import MeshConfig, TrainConfig, TuneConfig
 from gptjax.config.section import InputError
 from gptjax.model.decoder import Decoder, init_params, make_decoder
 from gptjax.parallel.sharding import abstract, make_mesh, num_slices, shardings
@@ -58,7 +58,7 @@ def load_model(
     decoder = make_decoder(config, block)
     # It is read on devices, and given rows, that its training may not have known.
     decoder = decoder.clone(cfg=decoder.cfg.anywhere(), packed=True)
-    adapts = config if isinstance(config, SftConfig) and config.lora.rank else None
+    adapts = config if isinstance(config, TuneConfig) and config.lora.rank else None
     if adapts:
         from gptjax.model.lora import init_lora, merge_lora  # which most runs have no use for
 
@@ -77,7 +77,7 @@ def load_model(
 
 
 def _base(
-    config: SftConfig, mark: dict[str, Any], mesh_cfg: MeshConfig | None, block: Callable[..., Any] | None
+    config: TuneConfig, mark: dict[str, Any], mesh_cfg: MeshConfig | None, block: Callable[..., Any] | None
 ) -> Any:
     """The weights beside which a run trained its adaptation; raises InputError where they are not those of `mark`."""
     try:
@@ -88,7 +88,7 @@ def _base(
     return base
 
 
-def check_base(config: SftConfig, params: Any, mark: dict[str, Any]) -> None:
+def check_base(config: TuneConfig, params: Any, mark: dict[str, Any]) -> None:
     """Raises InputError where the weights of config.init at step mark["step"] are not those of mark["sha256"]."""
     if tree_sha256(params) != mark["sha256"]:
         raise InputError(

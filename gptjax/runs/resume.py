@@ -6,7 +6,7 @@ Then no recipe is run, and no code that the folder names.
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from gptjax.config import STAGES, SftConfig, TrainConfig
+from gptjax.config import STAGES, TrainConfig, TuneConfig
 from gptjax.config.command_line import given_names, load_recipe, origins, parse, take
 from gptjax.config.section import InputError, leaves
 from gptjax.runs.init_check import with_init
@@ -35,7 +35,7 @@ def settings_of(stage: str, name: str, args: list[str]) -> tuple[TrainConfig, Pr
     written = recipe.config(stage, size)
     config = parse(written, args, f"gptjax {stage} {name} [--size SIZE]", recipe.doc)
     taken: dict[str, str] = {}
-    if isinstance(config, SftConfig):
+    if isinstance(config, TuneConfig):
         before, config = dict(leaves(config)), with_init(config, given)
         taken = {n: "init" for n, value in leaves(config) if value != before[n] and n != "init"}
     else:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from gptjax.config import SftConfig, TrainConfig
+from gptjax.config import TrainConfig, TuneConfig
 from gptjax.config.plugins import optional
 from gptjax.config.section import InputError
 from gptjax.parallel.sharding import shardings
@@ -54,7 +54,7 @@ def warm_start(
     return state.replace(params=params, opt_state=opt_state, ema=ema)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def load_base(config: SftConfig, tokenizer: Tokenizer, shapes: Any, step: int = 0) -> LoadedModel:
+def load_base(config: TuneConfig, tokenizer: Tokenizer, shapes: Any, step: int = 0) -> LoadedModel:
     """The run in config.init at a step (0: the newest), whose weights stay as they are beside those of config.lora.
 
     `shapes` are those of the model's parameters. Raises InputError as `warm_start` does, and where a row is missing.

@@ -5,7 +5,7 @@ import importlib.util
 import os
 from pathlib import Path
 
-from gptjax.config import SftConfig, TrainConfig, check_divisible
+from gptjax.config import TrainConfig, TuneConfig, check_divisible
 from gptjax.config.data import parse_sources
 from gptjax.config.export import ExportConfig
 from gptjax.config.section import InputError
@@ -56,7 +56,7 @@ def check_early(config: TrainConfig) -> None:
         check_trainable(config.tokenizer)
     if config.checkpoint.export_every:
         check_export(config, ExportConfig())
-    if isinstance(config, SftConfig):
+    if isinstance(config, TuneConfig):
         for source in {} if begun else sources.values():
             chat_files(source)
         template_of(chat_tokenizer(config, run.tokenizer))

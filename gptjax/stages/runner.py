@@ -26,6 +26,7 @@ from gptjax.runtime.process import STARTED
 from gptjax.runtime.status import entry
 from gptjax.stages.exports import Exports
 from gptjax.stages.summary import describe_memory
+from gptjax.tokenizer import Tokenizer
 from gptjax.training.loop import Batches, Diverged, Hooks, fit
 from gptjax.training.metrics import Metrics
 from gptjax.training.sinks import check_sinks
@@ -101,6 +102,13 @@ class Runner:
         self.exports = Exports(self.run, config.checkpoint.export_every, config.steps)
         self.rows = local_rows(config.data.batch_size, group.mesh)
         self._logged, self._no_report = 0, False
+
+    def keep_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Writes the tokenizer into the run's folder, and waits for all processes."""
+        if is_main_process():
+            tokenizer.save(self.run.tokenizer)
+            self.run.push(self.run.tokenizer)
+        barrier("ready")
 
     def restore(self, shapes: TrainState) -> tuple[TrainState, dict] | None:
         """The state and the data's state of the newest sound checkpoint; None where the run has none."""

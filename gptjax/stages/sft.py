@@ -3,31 +3,21 @@
 import contextlib
 import dataclasses
 from pathlib import Path
-from typing import Any
-
-import jax
 
 from gptjax.config import SftConfig
 from gptjax.data.chats import ChatData
 from gptjax.data.packing import example_batch
 from gptjax.evals.during import measure_tasks, named_tasks
 from gptjax.evals.loss import evaluate, make_eval_step
-from gptjax.generation.chat import stream_answers
-from gptjax.model.decoder import init_params
-from gptjax.model.lora import merge_lora
-from gptjax.parallel.processes import barrier, is_main_process, main_process_first, say, working
-from gptjax.parallel.sharding import abstract, shardings
-from gptjax.runs.digest import tree_sha256
+from gptjax.parallel.processes import barrier, main_process_first, say, working
+from gptjax.parallel.sharding import abstract
 from gptjax.runs.init_check import check_init
-from gptjax.runs.load import check_base
 from gptjax.runs.manifest import committed_steps
 from gptjax.runs.run import Provenance, Run
-from gptjax.runs.warm_start import load_base, warm_start
 from gptjax.runtime.status import entry
-from gptjax.stages.runner import Runner, join, once_a_step, print_sample, sample_settings
-from gptjax.tokenizer.known_templates import template_of
-from gptjax.training.build import build_components
-from gptjax.training.step import TrainState, compile_step, init_state
+from gptjax.stages.runner import Runner, join
+from gptjax.stages.tuning import SampleAnswer, Tuning
+from gptjax.training.step import TrainState, compile_step
 
 
 def sft(config: SftConfig, provenance: Provenance) -> Path:
@@ -51,69 +41,34 @@ def sft(config: SftConfig, provenance: Provenance) -> Path:
         config = dataclasses.replace(config, steps=data.steps)
 
         # -- Model, optimizer and step: functions and shapes alone. With config.lora the state is that of its leaves.
-        adapts = config.lora.rank > 0
         tasks = named_tasks(config.evaluate.tasks)
-        decoder, tx, init, step = build_components(config, config.lora if adapts else None)
-        shapes = abstract(jax.eval_shape(init, 0), mesh)
-        weight_shapes = abstract(jax.eval_shape(init_params(decoder), jax.random.key(0)), mesh)
+        tuning = Tuning(config, mesh)
         example = abstract(example_batch(config.data.batch_size, config.data.length), mesh)
-        group.describe_step(config, shapes)
+        group.describe_step(config, tuning.shapes)
         say(entry("data", data.describe()))
 
         # -- Run folder, and the state: a checkpoint comes before config.init.
         runner = Runner(group, config, provenance)
-        if is_main_process():
-            data.tokenizer.save(runner.run.tokenizer)
-            runner.run.push(runner.run.tokenizer)
-        barrier("ready")
-        if (restored := runner.restore(shapes)) is not None:
-            state, cursor = restored
-            data.check(cursor)
-        else:
-            with working("making the first weights"):
-                state, cursor = jax.block_until_ready(init_state(init, config.seed, mesh)), data.start
-            if not adapts:
-                state = warm_start(config, data.tokenizer, state, tx, mesh)
-            say(f"weights from {config.init}")
-        frozen: dict[str, Any] = {}
-        if adapts:
-            with working("reading the base"):
-                base = load_base(config, data.tokenizer, weight_shapes, cursor["base"]["step"] if restored else 0)
-            if restored:
-                check_base(config, base.params, cursor["base"])
-            else:
-                cursor = {**cursor, "base": {"step": base.step, "sha256": tree_sha256(base.params)}}
-            frozen = {"base": base.params}
+        runner.keep_tokenizer(data.tokenizer)
+        state, cursor, frozen = tuning.begin(runner, data)
         runner.run.write_settings(config, provenance)
 
         # -- Train.
         with working("compiling the training step"):
-            train_step = compile_step(step, mesh, shapes, frozen, example).lower(shapes, frozen, example).compile()
+            shapes = tuning.shapes, tuning.frozen_shapes, example
+            train_step = compile_step(tuning.step, mesh, *shapes).lower(*shapes).compile()
         barrier("compiled")
-        eval_step = make_eval_step(decoder, mesh, weight_shapes, example)
-        merge = jax.jit(merge_lora, out_shardings=shardings(weight_shapes, mesh))
+        decoder = tuning.decoder
+        eval_step = make_eval_step(decoder, mesh, tuning.weight_shapes, example)
         batches = group.cleanup.enter_context(contextlib.closing(data.batches(cursor, runner.rows.numbers)))
-        asked = [{"role": "user", "content": config.generate.prompt[0]}]
-        before, _ = template_of(data.tokenizer).render(data.tokenizer, asked, add_generation_prompt=True)
-        sampling = sample_settings(config, len(before)) if config.generate.prompt[0] else None
-
-        def whole(params: Any) -> Any:
-            return merge(frozen["base"], params, config.lora.scale) if adapts else params
+        sample = SampleAnswer(tuning, data.tokenizer)
 
         def evaluation(state: TrainState) -> dict[str, float]:
-            params, cfg = whole(state.eval_params), config.evaluate
+            params, cfg = tuning.whole(state.eval_params), config.evaluate
             losses = evaluate(eval_step, params, data.validation, cfg.max_rows, mesh)
             return losses | measure_tasks(tasks, decoder, params, data.tokenizer, mesh, cfg.limit)
 
-        def write(params: Any) -> str:
-            if sampling is None:
-                return ""
-            pieces = stream_answers(decoder, whole(params), data.tokenizer, [asked], sampling)
-            return "".join(piece for _, piece in pieces)
-
-        sample = once_a_step(write)
-        state = runner.train(train_step, state, frozen, batches, evaluation, sample, vocab_size=decoder.vocab_size)
-        with working("writing a sample"):
-            text = sample(state)
-        print_sample(sampling, text, between="\n")
+        vocab_size = decoder.vocab_size
+        state = runner.train(train_step, state, frozen, batches, evaluation, sample.write, vocab_size=vocab_size)
+        sample.print(state)
     return run.folder

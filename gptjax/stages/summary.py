@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gptjax.config import OptimConfig, SftConfig, TrainConfig
+from gptjax.config import OptimConfig, TrainConfig, TuneConfig
 from gptjax.model.counts import parameters
 from gptjax.parallel.cluster import given_rank
 from gptjax.runtime.status import entry, write_line
@@ -30,7 +30,7 @@ def summarize(config: TrainConfig, origins: Mapping[str, str]) -> Iterator[str]:
     yield f"gptjax {__version__} trains {config.run_dir}"
     yield entry("model", f"{short(count)} parameters: {model.num_layers} layers x {model.width}, {model.num_heads} "
                 f"heads{groups}, context {data.length:,}, {config.tokenizer.vocab_size:,} token ids")  # fmt: skip
-    passes = f"{config.epochs:g} epochs" if isinstance(config, SftConfig) and not steps else f"{steps:,} steps"
+    passes = f"{config.epochs:g} epochs" if isinstance(config, TuneConfig) and not steps else f"{steps:,} steps"
     yield entry("batch", f"{data.batch_size:,} rows of {data.length:,} = {data.batch_size * data.length:,} "
                 f"tokens{parts}; {passes}")  # fmt: skip
     yield entry("optimizer", describe_optimizer(config.optim, steps))

@@ -25,10 +25,13 @@ class TrainComponents(NamedTuple):
     step: Callable  # (state, frozen, batch) -> (state, metrics)
 
 
-def build_components(config: TrainConfig, lora: LoraConfig | None = None) -> TrainComponents:
+def build_components(
+    config: TrainConfig, lora: LoraConfig | None = None, loss: Callable[[Decoder], LossFn] | None = None
+) -> TrainComponents:
     """The decoder, optimizer, initial state and training step of a run, with the user's own loss and block.
 
-    With `lora` the state holds its leaves alone, and the step reads the model's parameters in frozen["base"].
+    With `lora` the state holds its leaves alone, and the step reads the model's parameters in frozen["base"]. `loss`
+    builds a stage's own loss from the decoder, in place of the language model's.
     Where model.dtype is auto it is that of this process's devices. Raises InputError where loss or model.block can't be
     found, or optim.z_loss is set beside a loss of the user's.
     """
@@ -36,7 +39,9 @@ def build_components(config: TrainConfig, lora: LoraConfig | None = None) -> Tra
         config = config.with_dtype(preferred_dtype()[0])
     decoder = make_decoder(config, optional(config.model.block, "model.block"))
     norms, ema = config.log_norms_every > 0, config.optim.ema
-    if config.loss:
+    if loss is not None:
+        loss_fn = loss(decoder)
+    elif config.loss:
         if config.optim.z_loss:
             raise InputError(
                 f"optim.z_loss={config.optim.z_loss:g} belongs to the built-in loss, whose place loss={config.loss!r} "

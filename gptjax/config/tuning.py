@@ -1,0 +1,80 @@
+"""Settings of the stages that begin from a run: its weights, all or by low-rank adaptation, on records in files."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from gptjax.config.data import DataConfig
+from gptjax.config.section import Section
+from gptjax.config.training import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(Section):
+    """Low-rank adaptation (Hu et al. 2021): weights W + alpha / rank x a b, of which a and b alone are trained."""
+
+    section: ClassVar[str] = "lora"
+
+    rank: int = 0
+    """Rank of the products that are added to the weights; 0: none, all weights are trained."""
+    alpha: float = 32.0
+    """Scale of the products: they are added times alpha / rank."""
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "w_in", "w_gate", "w_out")
+    """Matrices of the layers that get one, by the names before their letters; those that a model lacks are left out."""
+
+    @property
+    def scale(self) -> float:
+        """Factor of the product a b."""
+        return self.alpha / self.rank
+
+    def __post_init__(self):
+        self.require_numbers(0, 2**31 - 1, "rank")
+        self.require_positive("alpha")
+        known = {"q", "k", "v", "o", "w_in", "w_gate", "w_out"}
+        self.require(
+            len(self.targets) > 0 and set(self.targets) <= known, "targets", f"some of {', '.join(sorted(known))}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig(TrainConfig):
+    """Training that begins from the run in `init`, whose model and tokenizer it has.
+
+    Of `model` dropout, dtype, attention, attention_block, remat, remat_names and unroll are its own, of `tokenizer` the
+    template; data.source is a file of records, or a folder of them.
+    """
+
+    stage: ClassVar[str] = ""
+    LEAST_STEPS: ClassVar[int] = 0
+
+    steps: int = 0
+    """Training steps; 0: those of `epochs`."""
+    epochs: float = 1.0
+    """Passes over the records that are trained on, where `steps` is 0."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_positive("epochs")
+        for f in dataclasses.fields(DataConfig):
+            value = getattr(self.data, f.name)
+            ours = f.name in ("source", "batch_size", "length", "validation_fraction")
+            self.data.require(ours or value == f.default, f.name, f"{f.default!r} with gptjax {self.stage}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftConfig(TuneConfig):
+    """Supervised fine-tuning of the run in `init` on conversations, whose model and tokenizer it has.
+
+    Of `model` dropout, dtype, attention, attention_block, remat, remat_names and unroll are its own, of `tokenizer` the
+    template; data.source is a file of conversations, or a folder of them.
+    """
+
+    stage: ClassVar[str] = "sft"
+
+    epochs: float = 16.0
+    """Passes over the conversations that are trained on, where `steps` is 0."""
+
+
+STAGES: dict[str, type[TrainConfig]] = {cls.stage: cls for cls in (TrainConfig, SftConfig)}
+"""The settings of each stage, by the name of its function in a recipe and of its stage in a run's config.json."""

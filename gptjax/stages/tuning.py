@@ -1,0 +1,117 @@
+"""The model of a stage that begins from a run: its state, all weights or LoRA's leaves, and what stays frozen."""
+
+from collections.abc import Callable
+
+import jax
+from jax.sharding import Mesh
+
+from gptjax.config import TuneConfig
+from gptjax.data.batches import DataState
+from gptjax.data.pipeline import DataPipeline
+from gptjax.generation.chat import stream_answers
+from gptjax.model.decoder import Decoder, Params, init_params
+from gptjax.model.lora import join_lora, merge_lora
+from gptjax.parallel.processes import say, working
+from gptjax.parallel.sharding import abstract, shardings
+from gptjax.runs.digest import tree_sha256
+from gptjax.runs.load import check_base
+from gptjax.runs.warm_start import load_base, warm_start
+from gptjax.stages.runner import Runner, once_a_step, print_sample, sample_settings
+from gptjax.tokenizer import Tokenizer
+from gptjax.tokenizer.known_templates import template_of
+from gptjax.training.build import build_components
+from gptjax.training.step import LossFn, TrainState, init_state
+
+
+class Tuning:
+    """The model of the run in config.init under training: functions and shapes alone until `begin`.
+
+    The state holds all of its weights, or with config.lora the leaves beside them. What `frozen` holds lies on the
+    mesh, is not donated and never saved: frozen["base"], the weights of config.init as they were, where LoRA needs
+    them or `reference` asks for them. So the reference policy of every stage is frozen["base"]. `loss` builds the loss
+    from the decoder, None the language model's (or the user's own); it is given whole weights, with LoRA joined ones.
+    """
+
+    def __init__(
+        self,
+        config: TuneConfig,
+        mesh: Mesh,
+        loss: Callable[[Decoder], LossFn] | None = None,
+        *,
+        reference: bool = False,
+    ):
+        self.config, self.mesh = config, mesh
+        self.adapts = config.lora.rank > 0
+        self.keeps_base = self.adapts or reference
+        lora = config.lora if self.adapts else None
+        self.decoder, self.tx, self._init, self.step = build_components(config, lora, loss)
+        self.shapes: TrainState = abstract(jax.eval_shape(self._init, 0), mesh)
+        """The state's shapes, with their shardings."""
+        self.weight_shapes: Params = abstract(jax.eval_shape(init_params(self.decoder), jax.random.key(0)), mesh)
+        """The shapes of the model's weights, with their shardings."""
+        self.frozen_shapes: dict[str, Params] = {"base": self.weight_shapes} if self.keeps_base else {}
+        self._base: Params = {}
+        self._merge = jax.jit(merge_lora, out_shardings=shardings(self.weight_shapes, mesh))
+
+    def begin(self, runner: Runner, data: DataPipeline) -> tuple[TrainState, DataState, dict[str, Params]]:
+        """(state, state of the data, frozen) of the newest checkpoint, else those of the run in config.init.
+
+        With a base the data's state names its step and digest in "base", and so do all that follow from it. Raises
+        InputError where the data or the base are not what they were, and where config.init does not fit the settings.
+        """
+        config, mesh = self.config, self.mesh
+        restored = runner.restore(self.shapes)
+        if restored is not None:
+            state, cursor = restored
+            data.check(cursor)
+        else:
+            with working("making the first weights"):
+                state, cursor = jax.block_until_ready(init_state(self._init, config.seed, mesh)), data.start
+            if not self.adapts:
+                state = warm_start(config, data.tokenizer, state, self.tx, mesh)
+            say(f"weights from {config.init}")
+        if not self.keeps_base:
+            return state, cursor, {}
+        with working("reading the base"):
+            step = cursor["base"]["step"] if restored else 0
+            base = load_base(config, data.tokenizer, self.weight_shapes, step)
+            if restored:
+                check_base(config, base.params, cursor["base"])
+            else:
+                cursor = {**cursor, "base": {"step": base.step, "sha256": tree_sha256(base.params)}}
+        self._base = base.params
+        return state, cursor, {"base": base.params}
+
+    def joined(self, params: Params, frozen: dict[str, Params]) -> Params:
+        """The weights that a loss is given, inside of a program: with LoRA the base's with the leaves among them."""
+        return join_lora(frozen["base"], params, self.config.lora.scale) if self.adapts else params
+
+    def whole(self, params: Params) -> Params:
+        """The weights to evaluate, decode and export: with LoRA the base's with the products added."""
+        return self._merge(self._base, params, self.config.lora.scale) if self.adapts else params
+
+
+class SampleAnswer:
+    """The answer to the recipe's first prompt, as a message of a user, at each evaluation and at the end."""
+
+    def __init__(self, tuning: Tuning, tokenizer: Tokenizer):
+        config = tuning.config
+        asked = [{"role": "user", "content": config.generate.prompt[0]}]
+        before, _ = template_of(tokenizer).render(tokenizer, asked, add_generation_prompt=True)
+        sampling = sample_settings(config, len(before)) if config.generate.prompt[0] else None
+
+        def write(params: Params) -> str:
+            if sampling is None:
+                return ""
+            pieces = stream_answers(tuning.decoder, tuning.whole(params), tokenizer, [asked], sampling)
+            return "".join(piece for _, piece in pieces)
+
+        self.write = once_a_step(write)
+        """(state) -> text, "" where none is wanted."""
+        self._sampling = sampling
+
+    def print(self, state: TrainState) -> None:
+        """Prints the last one, so that the first thing that one sees of a model is text."""
+        with working("writing a sample"):
+            text = self.write(state)
+        print_sample(self._sampling, text, between="\n")
