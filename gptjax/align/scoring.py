@@ -23,8 +23,8 @@ import numpy as np
 from gptjax.align.rewards import end_of_text_rule
 from gptjax.config import MeshConfig
 from gptjax.config.plugins import is_name, is_registered, resolve
-from gptjax.config.rewards import RewardsConfig
 from gptjax.config.section import InputError, one_line
+from gptjax.config.tuning import RewardsConfig
 from gptjax.tokenizer import Tokenizer
 
 OURS = ("prompt", "answer", "ended")

@@ -7,7 +7,6 @@ from there. Derived values are properties, never fields. What one verb alone nee
 from gptjax.config.data import DataConfig, PrepareConfig, ShowConfig
 from gptjax.config.generation import ContinueConfig, GenerateConfig
 from gptjax.config.model import ModelConfig
-from gptjax.config.rewards import RewardsConfig
 from gptjax.config.tokenizer import TokenizerConfig, TrainTokenizerConfig
 from gptjax.config.training import (
     CHANGEABLE,
@@ -24,7 +23,7 @@ from gptjax.config.training import (
     frozen_changes,
     frozen_settings,
 )
-from gptjax.config.tuning import STAGES, LoraConfig, SftConfig, TuneConfig
+from gptjax.config.tuning import STAGES, LoraConfig, RewardsConfig, SftConfig, TuneConfig
 
 __all__ = [
     "CHANGEABLE", "SCHEMA", "STAGES", "CheckpointConfig", "ContinueConfig", "DataConfig", "EvalConfig",
