@@ -227,8 +227,11 @@ def make_loss(table: Table, method: str) -> Callable:
     """The loss function of gptjax.align that a method trains."""
     policy_of = functools.partial(log_probs, table.symbols)
     if method == "ppo":
-        value_of = functools.partial(values, table.symbols)
-        return policy_loss(policy_of, value_of, aggregation="token", value_weight=0.5)
+
+        def actor_critic(params, frozen, batch):
+            return *policy_of(params, frozen, batch), values(table.symbols, params, frozen, batch)
+
+        return policy_loss(actor_critic, aggregation="token", value_weight=0.5)
     if method in GROUPS:
         estimator = GROUPS[method]
         return policy_loss(policy_of, aggregation=estimator.aggregate, beta=table.beta, kl=estimator.kl_in_loss)

@@ -14,7 +14,7 @@ from gptjax.config.section import InputError
 from gptjax.parallel.sharding import make_mesh
 from gptjax.runtime.compile_cache import enable_compile_cache
 from gptjax.training.loop import Diverged, Hooks, fit
-from gptjax.training.step import compile_step, init_state, make_init, make_train_step
+from gptjax.training.step import Beside, compile_step, init_state, make_init, make_train_step, several_updates
 from gptjax.training.stop import Interrupted
 
 
@@ -80,6 +80,40 @@ def test_accumulation_weights_micro_batches_by_their_tokens():
     (_, whole, _), (_, parts, _) = run(10, *make()), run(10, *make(accumulate=2))
     np.testing.assert_allclose([m["loss"] for m in whole.values()], [m["loss"] for m in parts.values()], rtol=1e-5)
     np.testing.assert_allclose([m["weight"] for m in whole.values()], [m["weight"] for m in parts.values()], rtol=1e-6)
+
+
+def test_several_updates_on_one_batch_are_one_step_and_those_that_steps_on_its_parts_make():
+    tx = optax.adamw(0.05)
+    step = make_train_step(loss_fn, tx, lambda update: jnp.asarray(0.05 + update))
+    state = make_init(lambda key: {"w_D": jax.random.normal(key, (4,))}, tx)(0)
+    one, losses = state, []
+    for i in range(6):  # two passes over three parts
+        one, metrics = jax.jit(step)(one, FROZEN, {name: x[i % 3 :: 3] for name, x in batch(0, 18).items()})
+        losses.append(float(metrics["loss"]))
+    several, metrics = jax.jit(several_updates(step, 2, 3))(state, FROZEN, batch(0, 18))
+    np.testing.assert_allclose(several.params["w_D"], one.params["w_D"], rtol=1e-6)
+    assert (several.step, several.updates, metrics["updates"], metrics["learning_rate"]) == (1, 6, 6, jnp.float32(5.05))
+    np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-6)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_the_gradient_of_a_loss_beside_is_added_by_its_own_weights(accumulate):
+    def other(params, frozen, batch, key):
+        return loss_fn({"w_D": params["w_D"] * 2}, frozen, batch, key)
+
+    other_batch = batch(1, 8)
+    own, theirs = (
+        jax.grad(lambda p: f(p, FROZEN, b, jax.random.key(0))[0])({"w_D": jnp.ones(4)})["w_D"]  # noqa: B023
+        for f, b in ((loss_fn, batch(0)), (other, other_batch))
+    )
+    tx = optax.sgd(1.0)
+    step = make_train_step(loss_fn, tx, jnp.float32, accumulate, beside=Beside("text", 3.0, other))
+    state = make_init(lambda key: {"w_D": jnp.ones(4)}, tx)(0)
+    new, metrics = jax.jit(step)(state, FROZEN, batch(0) | {f"text_{n}": x for n, x in other_batch.items()})
+    np.testing.assert_allclose(1 - new.params["w_D"], own + 3 * theirs, rtol=1e-5)
+    alone = loss_fn({"w_D": jnp.ones(4)}, FROZEN, batch(0), jax.random.key(0))[0]
+    np.testing.assert_allclose(metrics["loss"], alone + 3 * metrics["text_loss"], rtol=1e-5)
+    assert metrics["weight"] == pytest.approx(batch(0)["weight_B"].sum())
 
 
 def test_every_step_draws_other_random_numbers_and_a_rerun_the_same():

@@ -17,13 +17,13 @@ from gptjax.align.objectives import KL, better_than, clipped, clipped_value, dpo
 from gptjax.training.step import LossFn
 
 Batch = dict[str, jax.Array]
-LogProbs = Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]  # log_p_BL of the tokens drawn, and entropy_BL
+# log_p_BL of the tokens drawn and entropy_BL; with a value function value_BL as well, which may share the forward pass.
+LogProbs = Callable[[Any, Any, Batch], tuple[jax.Array, ...]]
 Values = Callable[[Any, Any, Batch], jax.Array]
 
 
 def policy_loss(
     log_probs: LogProbs,
-    values: Values | None = None,
     *,
     clip: float = 0.2,
     clip_high: float | None = None,
@@ -36,15 +36,15 @@ def policy_loss(
 ) -> LossFn:
     """The clipped policy gradient, plus beta times an estimate of the KL, minus entropy times the policy's entropy.
 
-    With `values` (PPO's critic) plus value_weight times the clipped value loss, a mean over tokens. Metrics:
-    policy_loss, kl (k1 to the reference, nats an answer), kl_old (k3 to the policy of the rollout, nats a token),
-    clip_fraction, ratio_max, entropy, and value_loss.
+    Where log_probs gives values as well (PPO's critic), plus value_weight times the clipped value loss, a mean over
+    tokens. Metrics: policy_loss, kl (k1 to the reference, nats an answer), kl_old (k3 to the policy of the rollout,
+    nats a token), clip_fraction, ratio_max, entropy, and value_loss.
     """
 
     def loss_fn(params: Any, frozen: Any, batch: Batch, key: jax.Array):
         del key  # no dropout: it would make the ratio of the first step differ from 1
         mask_BL, old_BL, advantage_BL = batch["mask_BL"], batch["old_log_p_BL"], batch["advantage_BL"]
-        log_p_BL, entropy_BL = log_probs(params, frozen, batch)
+        log_p_BL, entropy_BL, *values = log_probs(params, frozen, batch)
         log_ratio_BL = (log_p_BL - old_BL) * mask_BL  # 0 outside of the answer, where exp could overflow
         token_BL = clipped(log_ratio_BL, advantage_BL, clip, clip_high)
         policy, weight = aggregate(token_BL, mask_BL, aggregation)
@@ -64,9 +64,8 @@ def policy_loss(
             "ratio_max": jnp.where(mask_BL > 0, ratio_BL, 0).max(),
             "entropy": masked_mean(entropy_BL, mask_BL),
         }
-        if values is not None:
-            value_BL = values(params, frozen, batch)
-            errors_BL = clipped_value(value_BL, batch["old_value_BL"], batch["return_BL"], value_clip)
+        if values:
+            errors_BL = clipped_value(values[0], batch["old_value_BL"], batch["return_BL"], value_clip)
             metrics["value_loss"] = masked_mean(errors_BL, mask_BL)
             loss += value_weight * metrics["value_loss"]
         return loss, {"loss": loss, "weight": weight} | metrics

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import flax.struct
 import jax
@@ -62,6 +62,14 @@ def init_state(init: Callable, seed: int, mesh: Mesh) -> TrainState:
     return jax.jit(init, out_shardings=shardings(jax.eval_shape(init, 0), mesh))(seed)
 
 
+class Beside(NamedTuple):
+    """A second loss of the same parameters, on arrays of its own: those of the batch whose names begin with NAME_."""
+
+    name: str
+    weight: float
+    loss_fn: LossFn
+
+
 def make_train_step(
     loss_fn: LossFn,
     tx: optax.GradientTransformation,
@@ -69,8 +77,11 @@ def make_train_step(
     accumulate: int = 1,
     ema: float = 0.0,
     norms: bool = False,
+    beside: Beside | None = None,
 ) -> Callable:
     """Builds step(state, frozen, batch) -> (state, metrics); with `norms` the metrics hold grad_norm_N too, by layer.
+
+    The gradient of a loss `beside` is added to that of loss_fn.
 
     With accumulate > 1 the rows are cut into that many micro-batches, run one after the other, and their gradients
     averaged by weight, so that the result is that of the whole batch whatever the padding.
@@ -82,6 +93,8 @@ def make_train_step(
     gradients = jax.value_and_grad(loss_fn, has_aux=True)
     if accumulate > 1:
         gradients = _accumulated(gradients, accumulate)
+    if beside is not None:
+        gradients = _with_beside(gradients, beside, accumulate)
 
     def train_step(state: TrainState, frozen: Any, batch: dict[str, jax.Array]):
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key_W), state.step)
@@ -98,6 +111,28 @@ def make_train_step(
         return new, metrics | {"updates": new.updates}
 
     return train_step
+
+
+def _with_beside(gradients: Callable, beside: Beside, accumulate: int) -> Callable:
+    """The gradients and beside.weight times those of beside.loss_fn, one after the other: metrics hold NAME_loss too.
+
+    Each is a mean by its own weights, however many micro-batches there are.
+    """
+    others = jax.value_and_grad(beside.loss_fn, has_aux=True)
+    if accumulate > 1:
+        others = _accumulated(others, accumulate)
+    prefix = f"{beside.name}_"
+
+    def both(params, frozen, batch, key):
+        own = {name: x for name, x in batch.items() if not name.startswith(prefix)}
+        (loss, metrics), grads = gradients(params, frozen, own, key)
+        other = {name.removeprefix(prefix): x for name, x in batch.items() if name.startswith(prefix)}
+        (_, more), other_grads = others(params, frozen, other, key)
+        grads = jax.tree.map(lambda a, b: a + beside.weight * b, grads, other_grads)
+        loss = loss + beside.weight * more["loss"]
+        return (loss, metrics | {"loss": loss, f"{prefix}loss": more["loss"]}), grads
+
+    return both
 
 
 def _accumulated(value_and_grad: Callable, parts: int) -> Callable:
@@ -124,6 +159,33 @@ def _accumulated(value_and_grad: Callable, parts: int) -> Callable:
         return (metrics["loss"], {**metrics, "weight": weight}), grads
 
     return gradients
+
+
+def several_updates(step: Callable, epochs: int, minibatches: int) -> Callable:
+    """Builds a step that makes epochs x minibatches updates on one batch, each by `step`, and counts as one.
+
+    Row i belongs to minibatch i % minibatches, so that rows side by side, such as the answers of a prompt, meet
+    different ones. Metrics are means over the updates, but for the largest ratio_max and the last learning_rate and
+    updates.
+    """
+    if epochs * minibatches == 1:
+        return step
+
+    def all_updates(state: TrainState, frozen: Any, batch: dict[str, jax.Array]):
+        parts = {name: _micro_batches(x, suffix(name), minibatches) for name, x in batch.items()}
+
+        def one(now: TrainState, i: jax.Array):
+            part = {name: constrain(x[i % minibatches], suffix(name)) for name, x in parts.items()}
+            return step(now, frozen, part)
+
+        last, metrics = jax.lax.scan(one, state, jnp.arange(epochs * minibatches))
+        final = {name: metrics[name][-1] for name in ("learning_rate", "updates")}
+        if "ratio_max" in metrics:
+            final["ratio_max"] = metrics["ratio_max"].max()
+        last = last.replace(step=state.step + 1)  # pyright: ignore[reportAttributeAccessIssue]
+        return last, jax.tree.map(lambda x: x.mean(axis=0), metrics) | final
+
+    return all_updates
 
 
 def layer_norms(tree: Any) -> jax.Array:
