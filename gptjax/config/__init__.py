@@ -23,11 +23,11 @@ from gptjax.config.training import (
     frozen_changes,
     frozen_settings,
 )
-from gptjax.config.tuning import STAGES, LoraConfig, RewardsConfig, SftConfig, TuneConfig
+from gptjax.config.tuning import STAGES, LoraConfig, RewardsConfig, RolloutConfig, SftConfig, TuneConfig
 
 __all__ = [
     "CHANGEABLE", "SCHEMA", "STAGES", "CheckpointConfig", "ContinueConfig", "DataConfig", "EvalConfig",
     "EvaluateConfig", "GenerateConfig", "ImportConfig", "LoraConfig", "MeshConfig", "ModelConfig", "OptimConfig",
-    "PrepareConfig", "RewardsConfig", "SftConfig", "ShowConfig", "TokenizerConfig", "TrainConfig",
+    "PrepareConfig", "RewardsConfig", "RolloutConfig", "SftConfig", "ShowConfig", "TokenizerConfig", "TrainConfig",
     "TrainTokenizerConfig", "TuneConfig", "check_divisible", "defining_settings", "frozen_settings", "frozen_changes",
 ]  # fmt: skip

@@ -110,5 +110,31 @@ class RewardsConfig(Section):
                 for entry, name, sign, source in pairs}  # fmt: skip
 
 
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig(Section):
+    """Answers drawn in a step, data.batch_size in all, and the updates that are made on them."""
+
+    section: ClassVar[str] = "rollout"
+
+    answers: int = 8
+    """Answers to each prompt; a step draws data.batch_size / answers prompts."""
+    max_new_tokens: int = 128
+    """Tokens of an answer at the most; one that has not ended by then is cut off."""
+    temperature: float = 1.0
+    """Divides the logits of the policy and of the reference, when answers are drawn and in every log-probability."""
+    epochs: int = 1
+    """Passes over the answers of a step."""
+    minibatches: int = 1
+    """Updates in each of these passes, each on its share of the answers to every prompt."""
+
+    def __post_init__(self):
+        self.require_positive("answers", "max_new_tokens", "temperature", "epochs", "minibatches")
+
+    @property
+    def updates(self) -> int:
+        """Updates of a step."""
+        return self.epochs * self.minibatches
+
+
 STAGES: dict[str, type[TrainConfig]] = {cls.stage: cls for cls in (TrainConfig, SftConfig)}
 """The settings of each stage, by the name of its function in a recipe and of its stage in a run's config.json."""

@@ -20,22 +20,25 @@ from gptjax.tokenizer import META_FILE, BytesTokenizer, Tokenizer, load_tokenize
 from gptjax.tokenizer.known_templates import TEMPLATES, template_of
 
 
-def chat_files(source: str) -> list[Path]:
-    """The files of conversations of a source: itself, or those in its folder. Raises InputError where it has none."""
+def record_files(source: str, what: str) -> list[Path]:
+    """The files of records of a source: itself, or those in its folder. Raises InputError where it has none.
+
+    `what` names the records for messages: conversations, prompts.
+    """
     paths, _ = source_paths(source)
     records = [path for path in paths if kind_of(path) != "text"]
     if not records:
         raise InputError(
-            f"data.source={source!r} holds no conversations; wanted a file .jsonl, .jsonl.gz, .jsonl.zst or .parquet "
-            "with messages, or a folder of them: --data.source FILE"
+            f"data.source={source!r} holds no {what}; wanted a file .jsonl, .jsonl.gz, .jsonl.zst or .parquet "
+            f"with {what}, or a folder of them: --data.source FILE"
         )
     return records
 
 
-def chat_tokenizer(config: TuneConfig, kept: Path | None = None) -> Tokenizer:
-    """The tokenizer of the settings, or the one that a run has in the folder `kept`, with its template.
+def tuned_tokenizer(config: TuneConfig, kept: Path | None = None) -> Tokenizer:
+    """The tokenizer of the settings, or the one that a run has in the folder `kept`, with the template that is named.
 
-    Raises InputError where it has no template, or lacks a token of it.
+    Raises InputError where it lacks a token of that template.
     """
     cfg = config.tokenizer
     if kept is not None and (kept / META_FILE).exists():
@@ -43,6 +46,12 @@ def chat_tokenizer(config: TuneConfig, kept: Path | None = None) -> Tokenizer:
     else:
         tokenizer = BytesTokenizer() if cfg.kind == "bytes" else open_tokenizer(cfg.path, cfg.kind, cfg.pattern)
     set_template(tokenizer, cfg.template)
+    return tokenizer
+
+
+def chat_tokenizer(config: TuneConfig, kept: Path | None = None) -> Tokenizer:
+    """The tokenizer of the settings or of a run, see `tuned_tokenizer`; raises InputError where it has no template."""
+    tokenizer = tuned_tokenizer(config, kept)
     if not tokenizer.template:
         raise InputError(
             f"init={config.init!r}: its tokenizer has no chat template; name one with --tokenizer.template, one of "
@@ -64,7 +73,7 @@ class ChatData:
         self.tokenizer = chat_tokenizer(config, folder.with_name("tokenizer"))
         template = template_of(self.tokenizer)
         rendered, questions = [], []
-        for path in chat_files(config.data.source):
+        for path in record_files(config.data.source, "conversations"):
             for origin, record in read_records(path):
                 messages = messages_of(record, origin)
                 try:

@@ -23,7 +23,7 @@ import numpy as np
 
 from gptjax.config import GenerateConfig
 from gptjax.config.section import InputError
-from gptjax.generation.sampling import SamplingParams, active, sample
+from gptjax.generation.sampling import SamplingParams, active, log_prob, sample
 from gptjax.generation.text_stream import TextStream
 from gptjax.model.cache import empty_cache, grow, headroom, round_up_length
 from gptjax.model.decoder import Decoder, Params, extend, unstacked
@@ -192,14 +192,22 @@ def _placed(tree: Any) -> Any:
 decode_params = jax.jit(unstacked, static_argnames="dtype")
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "slots", "keep_seen"))
+@functools.partial(jax.jit, static_argnames=("decoder", "slots", "keep_seen", "keep_log_p"))
 def prefill(
-    decoder: Decoder, params: Params, prompt_BL: jax.Array, length_B: jax.Array, slots: int, keep_seen: bool
+    decoder: Decoder,
+    params: Params,
+    prompt_BL: jax.Array,
+    length_B: jax.Array,
+    slots: int,
+    keep_seen: bool,
+    keep_log_p: bool = False,
 ) -> DecodeState:
     """The state of a batch that has read its prompts, padded on the right to L: all that `decode` goes on from.
 
     tokens_BM holds the ids known so far, position_B the place of each row's last one, done_B the rows that ended, the
-    cache the keys and values at every prompt position, seen_BV (for the repetition penalty) the ids that occurred.
+    cache the keys and values at every prompt position, seen_BV (for the repetition penalty) the ids that occurred,
+    log_p_BM (where it is kept) the log-probability of each id that `decode` drew, in nats, at the temperature of
+    sampling and before any filter.
     """
     B, L = prompt_BL.shape
     position_BL = jnp.broadcast_to(jnp.arange(L), (B, L))
@@ -214,7 +222,15 @@ def prefill(
     if keep_seen:
         none_BV = jnp.zeros((B, params["embed_VD"].shape[0]), bool)
         state["seen_BV"] = none_BV.at[jnp.arange(B)[:, None], prompt_BL].max(position_BL < length_B[:, None])
+    if keep_log_p:
+        state["log_p_BM"] = jnp.zeros((B, slots), jnp.float32)
     return _placed(state)
+
+
+@functools.partial(jax.jit, static_argnames="copies")
+def repeat_rows(state: DecodeState, copies: int) -> DecodeState:
+    """The state with each row `copies` times, side by side: of a prompt that was read once, several answers."""
+    return _placed(jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), state))
 
 
 @functools.partial(jax.jit, static_argnames="decoder", donate_argnames="state")
@@ -256,6 +272,10 @@ def decode(
         done_B = done_B | (position_B >= rows["last_B"]) | jnp.isin(next_B, stop_ids)
         new: DecodeState = {"cache": cache, "position_B": position_B, "done_B": done_B}
         new["tokens_BM"] = state["tokens_BM"].at[row_B, position_B].set(next_B)
+        if "log_p_BM" in state:
+            kept_B = state["log_p_BM"][row_B, position_B]
+            log_p_B = jnp.where(state["done_B"], kept_B, log_prob(logits_BV, next_B, settings))
+            new["log_p_BM"] = state["log_p_BM"].at[row_B, position_B].set(log_p_B)
         if "seen_BV" in state:
             new["seen_BV"] = state["seen_BV"].at[row_B, next_B].set(True)
         return i + 1, _placed(new)

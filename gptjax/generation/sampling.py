@@ -10,6 +10,8 @@ from gptjax.model.head import MASKED
 
 SamplingParams = dict[str, float]
 
+TINY = jnp.finfo(jnp.float32).tiny
+
 # Values at which a setting changes nothing. Such a setting is left out, and its filter is not even compiled.
 DISABLED = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 
@@ -28,6 +30,17 @@ def sample(
     if "temperature" not in settings:
         return greedy(logits_BV)
     return jax.vmap(jax.random.categorical)(key_B, logits_BV).astype(jnp.int32)
+
+
+def log_prob(logits_BV: jax.Array, ids_B: jax.Array, settings: dict[str, Any]) -> jax.Array:
+    """log softmax(logits / temperature) of one id a row, in nats: the policy that is drawn from, before any filter.
+
+    Without a temperature that is 1.
+    """
+    highest_B = logits_BV.max(axis=-1)
+    scaled_BV = (logits_BV - highest_B[:, None]) / jnp.maximum(settings.get("temperature", 1.0), TINY)
+    picked_B = jnp.take_along_axis(scaled_BV, ids_B[:, None], axis=-1)[:, 0]
+    return picked_B - jnp.log(jnp.exp(scaled_BV).sum(axis=-1))
 
 
 def greedy(logits_BV: jax.Array) -> jax.Array:
@@ -49,7 +62,7 @@ def filter_logits(logits_BV: jax.Array, settings: dict[str, Any], seen_BV: jax.A
     if "temperature" in settings:
         # The highest logit is 0 first, so that no temperature, however small, makes the others' ratio infinite.
         logits_BV = logits_BV - logits_BV.max(axis=-1, keepdims=True)
-        logits_BV = logits_BV / jnp.maximum(settings["temperature"], jnp.finfo(jnp.float32).tiny)
+        logits_BV = logits_BV / jnp.maximum(settings["temperature"], TINY)
     if "top_k" in settings:
         logits_BV = top_k(logits_BV, settings["top_k"])
     if "top_p" in settings:

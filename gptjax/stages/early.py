@@ -9,7 +9,7 @@ from gptjax.config import TrainConfig, TuneConfig, check_divisible
 from gptjax.config.data import parse_sources
 from gptjax.config.export import ExportConfig
 from gptjax.config.section import InputError
-from gptjax.data.chats import chat_files, chat_tokenizer
+from gptjax.data.chats import chat_tokenizer, record_files
 from gptjax.data.corpus import is_corpus, open_corpus
 from gptjax.data.prepared import kept_texts
 from gptjax.data.records import HF, TFDS
@@ -58,7 +58,7 @@ def check_early(config: TrainConfig) -> None:
         check_export(config, ExportConfig())
     if isinstance(config, TuneConfig):
         for source in {} if begun else sources.values():
-            chat_files(source)
+            record_files(source, "conversations")
         template_of(chat_tokenizer(config, run.tokenizer))
         return
     if config.tokenizer.path and not begun and not Path(config.tokenizer.path).exists():  # else it keeps its own
