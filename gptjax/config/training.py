@@ -300,6 +300,11 @@ class TrainConfig(Section):
         return dataclasses.replace(self, model=dataclasses.replace(self.model, dtype=dtype))
 
     @property
+    def heads(self) -> tuple[str, ...]:
+        """The heads that a run has beside the language model's: see `model.heads`."""
+        return ()
+
+    @property
     def time_limit_seconds(self) -> float:
         """`time_limit` in seconds; 0 where it is empty or malformed."""
         unit = r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?"

@@ -50,9 +50,12 @@ def init_lora(cfg: LoraConfig, model: ModelConfig) -> Callable[[jax.Array], Para
 
 
 def join_lora(base: Params, lora: Params, scale: float) -> Params:
-    """The parameters with the leaves among them, b times `scale`, as the decoder and `linear` read them."""
+    """The parameters with the leaves among them, b times `scale`, as the decoder and `linear` read them.
+
+    `lora` may have leaves of its own outside of the layers, such as a head; so may it in `merge_lora`.
+    """
     layers = {name: x * scale if "_b_" in name else x for name, x in lora["layers"].items()}
-    return base | {"layers": base["layers"] | layers}
+    return base | lora | {"layers": base["layers"] | layers}
 
 
 def merge_lora(base: Params, lora: Params, scale: float) -> Params:
@@ -66,7 +69,7 @@ def merge_lora(base: Params, lora: Params, scale: float) -> Params:
             f"{suffix(a)},{suffix(b)}->{suffix(name)}", lora["layers"][a], lora["layers"][b], precision="highest"
         )
         layers[name] = (w + scale * product).astype(w.dtype)
-    return base | {"layers": layers}
+    return base | lora | {"layers": layers}
 
 
 def adapted(loss_fn: Callable, scale: float, base: str = "base") -> Callable:

@@ -1,7 +1,8 @@
 """Settings of `--init RUN` against those of the run whose weights it takes, or as taken from it. Imports no jax."""
 
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 
 from gptjax.config import ModelConfig, TokenizerConfig, TrainConfig, TuneConfig
 from gptjax.config.section import InputError
@@ -67,7 +68,17 @@ def check_init(config: TrainConfig) -> None:
     old = load_config(config.init)
     if not committed_steps(Run.at(config.init).checkpoints):
         raise InputError(f"init={config.init!r} has no checkpoint; wanted a run that was trained")
+    check_heads(old, config.init)
     _check_settings(old, config)
+
+
+def check_heads(config: TrainConfig, run_dir: str | Path, asked: Sequence[str] = ()) -> None:
+    """Raises InputError where a run lacks a head that is asked for, or is a reward model that is asked for text."""
+    if lacking := [name for name in asked if name not in config.heads]:
+        wanted = "a run by gptjax reward" if "score_D" in lacking else "a run with a value function"
+        raise InputError(f"{run_dir} is a run by gptjax {config.stage}, which has no {lacking[0]}; wanted {wanted}")
+    if "score_D" in config.heads and not asked:
+        raise InputError(f"{run_dir} is a reward model, whose weights no longer write text; wanted a language model")
 
 
 def _check_settings(old: TrainConfig, config: TrainConfig) -> None:

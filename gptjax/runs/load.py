@@ -1,6 +1,6 @@
 """A run opened for reading: its settings, weights and tokenizer, without its optimizer, its recipe or its data."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from gptjax.model.decoder import Decoder, init_params, make_decoder
 from gptjax.parallel.sharding import abstract, make_mesh, num_slices, shardings
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.digest import tree_sha256
+from gptjax.runs.init_check import check_heads
 from gptjax.runs.run import Run, load_config
 from gptjax.tokenizer import Tokenizer, load_tokenizer
 
@@ -37,16 +38,21 @@ class LoadedModel:
 
 
 def load_model(
-    run_dir: str | Path, mesh_cfg: MeshConfig | None, step: int = 0, block: Callable[..., Any] | None = None
+    run_dir: str | Path,
+    mesh_cfg: MeshConfig | None,
+    step: int = 0,
+    block: Callable[..., Any] | None = None,
+    heads: Sequence[str] = (),
 ) -> LoadedModel:
     """The model of a run at a checkpoint (0: the newest), on a mesh that need not be the one it was trained on.
 
     None is a mesh of all devices, whose data axis is cut over the slices that they form.
 
     Its weights are the averaged ones where the run keeps those (optim.ema), and with its base's added where it trained
-    an adaptation of one (lora.rank). Raises InputError where the folder is no run, has no sound checkpoint, its base is
-    not what it was, or it was trained with a block of the user's own and `block` is not given: neither the recipe nor
-    what config.json names is ever executed.
+    an adaptation of one (lora.rank). Of the heads beside the language model's it has those that are asked for. Raises
+    InputError where the folder is no run, has no sound checkpoint, lacks a head or is a reward model whose head is not
+    asked for, its base is not what it was, or it was trained with a block of the user's own and `block` is not given:
+    neither the recipe nor what config.json names is ever executed.
     """
     run, config = Run.existing(run_dir), load_config(run_dir)
     if config.model.block and block is None:
@@ -54,6 +60,7 @@ def load_model(
             f"{run_dir} was trained with the block {config.model.block!r}, which is code and not in the run; open it "
             f"from Python: gptjax.load({str(run_dir)!r}, block=...)"
         )
+    check_heads(config, run_dir, heads)
     mesh = make_mesh(mesh_cfg or MeshConfig(slices=num_slices(jax.devices())))
     decoder = make_decoder(config, block)
     # It is read on devices, and given rows, that its training may not have known.
@@ -65,6 +72,10 @@ def load_model(
         init = init_lora(adapts.lora, config.model)
     else:
         init = init_params(decoder)
+    if heads:
+        from gptjax.model.heads import add_heads
+
+        init = add_heads(init, heads, config.model.width)
     item = "ema" if config.optim.ema else "params"
     wanted = {item: abstract(jax.eval_shape(init, jax.random.key(0)), mesh)}
     restored, state, data_state, _ = open_checkpoints(run_dir).restore(wanted, step or None, partial=True)
@@ -72,7 +83,8 @@ def load_model(
     if adapts:
         base = _base(adapts, data_state["base"], mesh_cfg, block)
         with jax.set_mesh(mesh):
-            params = jax.jit(merge_lora, out_shardings=shardings(base, mesh))(base, params, adapts.lora.scale)
+            whole = shardings(base | {name: params[name] for name in heads}, mesh)
+            params = jax.jit(merge_lora, out_shardings=whole)(base, params, adapts.lora.scale)
     return LoadedModel(run, config, decoder, params, mesh, restored, data_state)
 
 

@@ -35,7 +35,8 @@ def warm_start(
     # The old run's block is not read from its folder: it is the one that this run was given.
     old = load_model(config.init, config.mesh, block=optional(config.model.block, "model.block"))
     _check_tokens(old, tokenizer)
-    _check_shapes(old, state.params, config)
+    heads = {name: state.params[name] for name in config.heads}  # which that run has none of
+    _check_shapes(old, {name: x for name, x in state.params.items() if name not in heads}, config)
     rows = {
         "tokenizer.vocab_size": old.config.tokenizer.vocab_size,  # what only padded the old vocabulary stays behind
         "data.length": old.config.data.length,
@@ -49,8 +50,9 @@ def warm_start(
         params = jax.tree_util.tree_map_with_path(merged, fresh, kept)
         return params, tx.init(params), params if state.ema else {}
 
-    shapes = jax.eval_shape(merge, state.params, old.params)
-    params, opt_state, ema = jax.jit(merge, out_shardings=shardings(shapes, mesh))(state.params, old.params)
+    kept = old.params | heads
+    shapes = jax.eval_shape(merge, state.params, kept)
+    params, opt_state, ema = jax.jit(merge, out_shardings=shardings(shapes, mesh))(state.params, kept)
     return state.replace(params=params, opt_state=opt_state, ema=ema)  # pyright: ignore[reportAttributeAccessIssue]
 
 

@@ -10,6 +10,7 @@ from gptjax.data.batches import DataState
 from gptjax.data.pipeline import DataPipeline
 from gptjax.generation.chat import stream_answers
 from gptjax.model.decoder import Decoder, Params, init_params
+from gptjax.model.heads import init_heads
 from gptjax.model.lora import join_lora, merge_lora
 from gptjax.parallel.processes import say, working
 from gptjax.parallel.sharding import abstract, shardings
@@ -26,10 +27,11 @@ from gptjax.training.step import LossFn, TrainState, init_state
 class Tuning:
     """The model of the run in config.init under training: functions and shapes alone until `begin`.
 
-    The state holds all of its weights, or with config.lora the leaves beside them. What `frozen` holds lies on the
-    mesh, is not donated and never saved: frozen["base"], the weights of config.init as they were, where LoRA needs
-    them or `reference` asks for them. So the reference policy of every stage is frozen["base"]. `loss` builds the loss
-    from the decoder, None the language model's (or the user's own); it is given whole weights, with LoRA joined ones.
+    The state holds all of its weights, or with config.lora the leaves beside them, and config.heads. What `frozen`
+    holds lies on the mesh, is not donated and never saved: frozen["base"], the weights of config.init as they were,
+    where LoRA needs them or `reference` asks for them. So the reference policy of every stage is frozen["base"]. `loss`
+    builds the loss from the decoder, None the language model's (or the user's own); it is given whole weights, with
+    LoRA joined ones.
     """
 
     def __init__(
@@ -51,7 +53,10 @@ class Tuning:
         """The shapes of the model's weights, with their shardings."""
         self.frozen_shapes: dict[str, Params] = {"base": self.weight_shapes} if self.keeps_base else {}
         self._base: Params = {}
-        self._merge = jax.jit(merge_lora, out_shardings=shardings(self.weight_shapes, mesh))
+        heads = abstract(jax.eval_shape(init_heads(config.heads, config.model.width), jax.random.key(0)), mesh)
+        self.whole_shapes: Params = self.weight_shapes | heads
+        """The shapes of what `whole` returns: the model's weights, and the heads beside them."""
+        self._merge = jax.jit(merge_lora, out_shardings=shardings(self.whole_shapes, mesh))
 
     def begin(self, runner: Runner, data: DataPipeline) -> tuple[TrainState, DataState, dict[str, Params]]:
         """(state, state of the data, frozen) of the newest checkpoint, else those of the run in config.init.

@@ -30,8 +30,9 @@ def build_components(
 ) -> TrainComponents:
     """The decoder, optimizer, initial state and training step of a run, with the user's own loss and block.
 
-    With `lora` the state holds its leaves alone, and the step reads the model's parameters in frozen["base"]. `loss`
-    builds a stage's own loss from the decoder, in place of the language model's.
+    With `lora` the state holds its leaves alone, and the step reads the model's parameters in frozen["base"]. The
+    state holds the heads in config.heads, too. `loss` builds a stage's own loss from the decoder, in place of the
+    language model's.
     Where model.dtype is auto it is that of this process's devices. Raises InputError where loss or model.block can't be
     found, or optim.z_loss is set beside a loss of the user's.
     """
@@ -57,6 +58,10 @@ def build_components(
         from gptjax.model.lora import adapted, init_lora
 
         loss_fn, params = adapted(loss_fn, lora.scale), init_lora(lora, config.model)
+    if config.heads:
+        from gptjax.model.heads import add_heads
+
+        params = add_heads(params, config.heads, config.model.width)
     step = make_train_step(loss_fn, tx, schedule, config.optim.accumulate, ema, norms)
     return TrainComponents(decoder, tx, make_init(params, tx, ema), step)
 
