@@ -13,7 +13,6 @@ from gptjax.model.decoder import Decoder, init_params, make_decoder
 from gptjax.parallel.sharding import abstract, make_mesh, num_slices, shardings
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.digest import tree_sha256
-from gptjax.runs.init_check import check_heads
 from gptjax.runs.run import Run, load_config
 from gptjax.tokenizer import Tokenizer, load_tokenizer
 
@@ -60,7 +59,10 @@ def load_model(
             f"{run_dir} was trained with the block {config.model.block!r}, which is code and not in the run; open it "
             f"from Python: gptjax.load({str(run_dir)!r}, block=...)"
         )
-    check_heads(config, run_dir, heads)
+    if heads or config.heads:  # which most runs have not
+        from gptjax.runs.init_check import check_heads
+
+        check_heads(config, run_dir, heads)
     mesh = make_mesh(mesh_cfg or MeshConfig(slices=num_slices(jax.devices())))
     decoder = make_decoder(config, block)
     # It is read on devices, and given rows, that its training may not have known.
