@@ -1,4 +1,4 @@
-"""The Python API, for notebooks and scripts: train, load, generate, evaluate, export. `import gptjax` gives all of it.
+"""The Python API, for notebooks and scripts: train, load, generate, chat, evaluate, export. `import gptjax` has it all.
 
 config = gptjax.recipe("quickstart", {"steps": 200, "model.width": 128})
 model = gptjax.train(config)
@@ -6,45 +6,57 @@ print(gptjax.generate(model, "ROMEO."))
 print(gptjax.evaluate(model)["eval_loss"])
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import jax
 
-from gptjax.commands import evaluate_trained
-from gptjax.config import GenerateConfig, TrainConfig
+from gptjax.commands import evaluate_trained, measure_loaded
+from gptjax.config import STAGES, EvalConfig, GenerateConfig, TrainConfig, TuneConfig
 from gptjax.config.command_line import load_recipe, origins
 from gptjax.config.export import ExportConfig
 from gptjax.config.plugins import optional, register
 from gptjax.config.section import InputError, build, leaves, unknown_name
 from gptjax.data.manifest import with_corpus_tokenizer
+from gptjax.evals.report import results_json
+from gptjax.evals.tasks import load_task
+from gptjax.generation.chat import stream_answers
 from gptjax.generation.engine import generate as generate_texts
 from gptjax.interop.export import export_model
+from gptjax.runs.init_check import with_init
 from gptjax.runs.load import LoadedModel, load_model
 from gptjax.runs.run import Provenance
 from gptjax.stages.early import check_early
-from gptjax.stages.pretrain import pretrain
 from gptjax.stages.summary import print_summary
+from gptjax.stages.verb import stage_function
+
+C = TypeVar("C", bound=TrainConfig)
 
 
-def recipe(name: str, settings: Mapping[str, Any] | None = None, *, size: int | str | None = None) -> TrainConfig:
-    """The settings of a recipe (a shipped name or a file), some of them replaced by their dotted names.
+def recipe(
+    name: str, settings: Mapping[str, Any] | None = None, *, stage: str = "pretrain", size: int | str | None = None
+) -> TrainConfig:
+    """The settings of a recipe's stage (a shipped name or a file), some of them replaced by their dotted names.
 
-    The tokenizer is that of the prepared corpus, where data.source is one and the settings name no other.
-    Raises InputError for an unknown name or a value that is no good.
+    The tokenizer is that of the prepared corpus, where data.source is one and the settings name no other; a stage that
+    begins from the run in `init` has its model and tokenizer. Raises InputError for an unknown name or a value that is
+    no good.
     """
-    config = override(load_recipe(name).config("pretrain", "" if size is None else str(size)), settings or {})
-    return with_corpus_tokenizer(config, settings or {})
+    if stage not in STAGES:
+        raise InputError(f"there is no stage {stage!r}; wanted one of {', '.join(STAGES)}")
+    given = settings or {}
+    config = override(load_recipe(name).config(stage, "" if size is None else str(size)), given)
+    return with_init(config, given) if isinstance(config, TuneConfig) else with_corpus_tokenizer(config, given)
 
 
-def override(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:
+def override(config: C, settings: Mapping[str, Any]) -> C:
     """The config with {dotted name: value} replaced; raises InputError for an unknown name or a bad value."""
     values = dict(leaves(config))
     for setting in settings:
         if setting not in values:
             raise InputError(unknown_name(setting, list(values)))
-    return build(TrainConfig, values | dict(settings))
+    return build(type(config), values | dict(settings))
 
 
 def train(
@@ -54,7 +66,7 @@ def train(
     block: Callable[..., Any] | None = None,
     source: Callable[..., Any] | None = None,
 ) -> LoadedModel:
-    """Trains, or goes on with, the run in config.run_dir and returns the model of its last step.
+    """Trains, or goes on with, the run in config.run_dir by the stage of its settings; returns its last step's model.
 
     A user's own parts take the place of ours:
     `loss(decoder)` returns loss_fn(params, frozen, batch, key) -> (loss, metrics), as `losses.language_model_loss`;
@@ -64,10 +76,12 @@ def train(
     """
     parts = {"loss": loss, "model.block": block, "data.source": source}
     config = override(config, {setting: register(part) for setting, part in parts.items() if part is not None})
-    provenance = Provenance(origins=origins(TrainConfig(), config, config))
+    if isinstance(config, TuneConfig):  # which may have been written out, without `recipe`
+        config = with_init(config)
+    provenance = Provenance(origins=origins(type(config)(), config, config))
     check_early(config)
     print_summary(config, provenance.origins)
-    pretrain(config, provenance)
+    stage_function(config.stage)(config, provenance)
     return load(config.run_dir, block=optional(config.model.block, "model.block"))
 
 
@@ -100,6 +114,18 @@ def generate(model: LoadedModel, prompt: str | list[str] = "", **settings: Any) 
     return texts[0] if isinstance(prompt, str) else texts
 
 
+def chat(model: LoadedModel, messages: str | Sequence[Mapping[str, str]], **settings: Any) -> str:
+    """The answer to a message of a user, or to a conversation of {"role", "content"}, by the run's chat template.
+
+    `settings` are those of `generate`. Raises InputError where the run has no template or the conversation is too long.
+    """
+    asked = [{"role": "user", "content": messages}] if isinstance(messages, str) else [dict(m) for m in messages]
+    cfg = build(GenerateConfig, dict(leaves(GenerateConfig())) | settings)
+    with jax.set_mesh(model.mesh):
+        pieces = stream_answers(model.decoder, model.params, model.tokenizer, [asked], cfg)
+        return "".join(piece for _, piece in pieces)
+
+
 def export(model: LoadedModel, folder: str | Path, **settings: Any) -> str:
     """Writes a new folder that transformers opens, or a GGUF file in it, with a model card; returns a line about it.
 
@@ -110,9 +136,16 @@ def export(model: LoadedModel, folder: str | Path, **settings: Any) -> str:
     return export_model(model, folder, cfg)
 
 
-def evaluate(model: LoadedModel, max_rows: int = 0) -> dict[str, Any]:
+def evaluate(
+    model: LoadedModel, max_rows: int = 0, *, tasks: Sequence[str] = (), limit: int = 0, chat: bool = False
+) -> dict[str, Any]:
     """step, eval_loss (nats a token), eval_perplexity, eval_bits_per_byte and eval_tokens on the run's validation sets.
 
-    Only the first max_rows rows of each where that is not 0.
+    Only the first max_rows rows of each where that is not 0. With `tasks`, files as for `gptjax eval --tasks`, it gives
+    what that writes to --json: {"tasks": [{"task", "metrics", ...}], "centred_accuracy"}, of `limit` items each (0:
+    all), with `chat` each prompt as a message of a user. Raises InputError where a task's file is no good.
     """
-    return evaluate_trained(model, max_rows)
+    if not tasks:
+        return evaluate_trained(model, max_rows)
+    cfg = EvalConfig(tasks=tuple(tasks), limit=limit, chat=chat)
+    return results_json(measure_loaded(model, [load_task(spec) for spec in cfg.tasks], cfg))

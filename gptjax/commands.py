@@ -5,7 +5,7 @@ Each imports its own room: continuing a prompt needs none of data or evals.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from gptjax.storage import check_file, write_json
 
 if TYPE_CHECKING:
     from gptjax.evals.measure import TaskResult
+    from gptjax.evals.tasks import Task
 
 
 def show_evaluation(run_dir: str | Path, cfg: EvalConfig, write: Callable[[str], None], note: Callable[[str], None]):
@@ -47,17 +48,32 @@ def evaluate_tasks(run_dir: str | Path, cfg: EvalConfig, note: Callable[[str], N
 
     Raises InputError where a task's file is no good. Writes cfg.json and cfg.items, where they are set.
     """
-    from gptjax.evals.measure import measure
     from gptjax.evals.report import results_json, write_records
-    from gptjax.evals.score import Scorer
     from gptjax.evals.tasks import load_task
-    from gptjax.tokenizer import set_template
 
     join_processes({"run": str(run_dir), **dict(leaves(cfg))})
     tasks = [load_task(spec) for spec in cfg.tasks]
     for path in filter(None, (cfg.json, cfg.items)):
         check_file(path)
     model = load_model(run_dir, cfg.mesh, cfg.step)
+    results = measure_loaded(model, tasks, cfg, note)
+    if is_main_process():
+        if cfg.json:
+            settings = {"run": str(run_dir), "step": model.step, "limit": cfg.limit, "seed": cfg.seed, "chat": cfg.chat}
+            write_json(cfg.json, settings | results_json(results))
+        if cfg.items:
+            write_records(cfg.items, results)
+    return results
+
+
+def measure_loaded(
+    model: LoadedModel, tasks: "Sequence[Task]", cfg: EvalConfig, note: Callable[[str], None] = lambda line: None
+) -> "list[TaskResult]":
+    """What a loaded model makes of tasks; of cfg its limit, seed, chat, template and batch_tokens are read."""
+    from gptjax.evals.measure import measure
+    from gptjax.evals.score import Scorer
+    from gptjax.tokenizer import set_template
+
     tokenizer, results = model.tokenizer, []
     set_template(tokenizer, cfg.template)
     scorer = Scorer(model.decoder, model.params, model.mesh, batch_tokens=cfg.batch_tokens)
@@ -65,12 +81,6 @@ def evaluate_tasks(run_dir: str | Path, cfg: EvalConfig, note: Callable[[str], N
         used = min(cfg.limit or len(task.items), len(task.items))
         note(f"{task.name}: {used:,} of {len(task.items):,} items, shots={task.config.shots}")
         results.append(measure(task, scorer, tokenizer, limit=cfg.limit, seed=cfg.seed, chat=cfg.chat))
-    if is_main_process():
-        if cfg.json:
-            settings = {"run": str(run_dir), "step": model.step, "limit": cfg.limit, "seed": cfg.seed, "chat": cfg.chat}
-            write_json(cfg.json, settings | results_json(results))
-        if cfg.items:
-            write_records(cfg.items, results)
     return results
 
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from gptjax.cli import VERBS
-from gptjax.config import STAGES, TrainConfig
+from gptjax.config import STAGES, TrainConfig, TuneConfig
 from gptjax.config.command_line import load_recipe, parse, take
 
 ROOT = Path(__file__).parents[1]
@@ -59,8 +59,12 @@ def driver(folder: Path, page: str, tiny: dict) -> None:
     sys.path.insert(0, str(folder))
     from gptjax import api
 
-    train = api.train
-    api.train = lambda config, **parts: train(api.override(config, tiny), **parts)
+    train, size = api.train, {"steps": 2, "sinks": (), "model.dtype": "float32", "data.batch_size": 4}
+
+    def smaller(config):
+        return api.override(config, size if isinstance(config, TuneConfig) else tiny)
+
+    api.train = lambda config, **parts: train(smaller(config), **parts)
     if page == "shared":
         api.train(api.recipe("quickstart"))
         return

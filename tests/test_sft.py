@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from commands import curve, refused
 
+import gptjax
 from gptjax.cli import main
 from gptjax.config import DataConfig, MeshConfig, ModelConfig, SftConfig, TokenizerConfig, TrainConfig
-from gptjax.config.section import leaves
+from gptjax.config.section import InputError, leaves
 from gptjax.data.chats import ChatData, held_out
 from gptjax.data.dialogue import messages_of
 from gptjax.data.packing import pad_documents
@@ -183,6 +184,28 @@ def test_a_run_is_tuned_says_what_it_left_out_and_is_opened_by_the_verbs(tuned, 
     assert f"eval_loss {losses[-1]:.6g}"[:16] in capsys.readouterr().out
     assert main(["data", "show", str(tuned), "--step", "1"]) == 0
     assert "[INST]" in capsys.readouterr().out
+
+
+def test_python_tunes_answers_and_measures_tasks_as_the_verbs_do(base, tuned, tmp_path, capsys):
+    source = {"init": str(base), "data.source": str(base.parent / "chats.jsonl"), "run_dir": str(tmp_path / "run")}
+    with pytest.raises(InputError, match="no stage 'tune'; wanted one of pretrain, sft"):
+        gptjax.recipe("chat", source, stage="tune")
+    small = {"tokenizer.template": "llama2", "data.length": 64, "data.batch_size": 8, "steps": 1, "sinks": ()}
+    config = gptjax.recipe("chat", source | small | {"model.dtype": "float32", "sample": False}, stage="sft")
+    assert isinstance(config, SftConfig) and config.model.width == MODEL.width, "the model is that of init"
+    assert gptjax.train(config).step == 1 and load_config(tmp_path / "run").stage == "sft"
+    capsys.readouterr()
+    model, settings = gptjax.load(tuned), {"max_new_tokens": 4, "temperature": 0.0}
+    answer = gptjax.chat(model, "abc", **settings)
+    assert answer == gptjax.chat(model, [{"role": "user", "content": "abc"}], **settings)
+    flags = ["--chat", "--prompt", "abc", "--max-new-tokens", "4", "--temperature", "0"]
+    assert main(["generate", str(tuned), *flags]) == 0
+    assert capsys.readouterr().out == f"{answer}\n"
+    item = {"query": "abc", "choices": ["ABC", "XYZ"], "gold": 0}
+    task = tmp_path / "task.jsonl"
+    task.write_text('{"task": {"kind": "multiple_choice"}}\n' + json.dumps(item) + "\n")
+    (found,) = gptjax.evaluate(model, tasks=[str(task)], chat=True)["tasks"]
+    assert found["items"] == 1 and found["task"] == "task"
 
 
 @pytest.mark.parametrize("kind", ["tuned", "adapted"])

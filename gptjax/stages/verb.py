@@ -4,6 +4,7 @@ import importlib
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from gptjax.config import TrainConfig
 from gptjax.parallel.processes import say, working
@@ -12,6 +13,11 @@ from gptjax.runtime.process import tune_process
 from gptjax.stages.early import check_early
 from gptjax.stages.summary import print_summary
 from gptjax.storage.bucket import is_transient
+
+
+def stage_function(stage: str) -> Callable[[Any, Provenance], Path]:
+    """The function of a stage, which trains by its settings and returns the run's folder."""
+    return getattr(importlib.import_module(f"gptjax.stages.{stage}"), stage)
 
 
 def train(config: TrainConfig, provenance: Provenance, fail: Callable[[Exception], None]) -> tuple[int, Path]:
@@ -27,7 +33,7 @@ def train(config: TrainConfig, provenance: Provenance, fail: Callable[[Exception
         from gptjax.training.loop import Diverged
         from gptjax.training.stop import Interrupted
 
-        stage = getattr(importlib.import_module(f"gptjax.stages.{config.stage}"), config.stage)
+        stage = stage_function(config.stage)
 
     try:
         return 0, stage(config, provenance)
