@@ -21,10 +21,12 @@ from gptjax.config.section import InputError
 from gptjax.generation import chat
 from gptjax.generation.engine import generate_ids
 from gptjax.interop.gguf import import_gguf, is_gguf
+from gptjax.interop.gguf_keys import tokenizer_keys
 from gptjax.interop.gguf_names import ARCHITECTURES
 from gptjax.interop.gguf_tokenizer import read_tokenizer
 from gptjax.interop.huggingface import import_huggingface
 from gptjax.tokenizer import SentencePieceTokenizer, load_tokenizer
+from gptjax.tokenizer.export import write_tokenizer
 from gptjax.tokenizer.huggingface import HuggingFaceTokenizer
 from gptjax.tokenizer.known_templates import template_of
 
@@ -232,6 +234,38 @@ def test_where_a_key_is_missing_the_defaults_of_its_kind_hold(tmp_path):
     assert ends.stop_ids == (511,)
     with pytest.raises(InputError, match="splits text as 'bloom'"):
         made(pre="bloom")
+
+
+def test_words_are_cut_as_the_key_says_and_written_back_so(tmp_path):
+    tokens = pieces()["tokens"]
+    cut = [*tokens[:507], "\u010a\u0120", "12", *tokens[509:]]
+    ids = {}
+    for pre in ("gpt-2", "smollm"):
+        keys = pieces(pre=pre, tokens=cut, merges=["\u010a \u0120", "1 2"])
+        made = read_tokenizer({f"tokenizer.ggml.{key}": value for key, value in keys.items()}, "model.gguf")
+        ids[pre] = [cut[i] for i in made.encode("a\n 12")]
+        write_tokenizer(made, tmp_path / pre)
+        assert tokenizer_keys(made, tmp_path / pre, 512)["ggml.pre"] == pre
+    assert ids == {"gpt-2": ["a", "\u010a", "\u0120", "12"], "smollm": ["a", "\u010a\u0120", "1", "2"]}
+
+
+@pytest.mark.parametrize("form", ["huggingface", "gguf"])
+def test_an_export_keeps_the_chat_template_and_all_that_ends_an_answer(tmp_path, form):
+    keys = pieces(**CHAT) | {"eos_token_id": 511, "eot_token_id": 510}
+    path = write(tmp_path / "model.gguf", "llama", tokenizer=keys, keys={"tokenizer.chat_template": JINJA})
+    run, out, again = (str(tmp_path / name) for name in ("run", "out", "again"))
+    assert main(["import", str(path), run]) == 0
+    assert main(["export", run, out, "--format", form]) == 0
+    if form == "huggingface":
+        config, ends = (json.loads(Path(out, f"{name}.json").read_text()) for name in ("config", "generation_config"))
+        assert ends == {"bos_token_id": 509, "eos_token_id": [511, 510]} and ends.items() <= config.items()
+    else:
+        read = gguf.GGUFReader(Path(out, "model.gguf")).fields
+        named = {end: read[f"tokenizer.ggml.{end}_token_id"].contents() for end in ("bos", "eos", "eot")}
+        assert named == {"bos": 509, "eos": 511, "eot": 510} and "tokenizer.chat_template" in read
+    assert main(["import", out if form == "huggingface" else f"{out}/model.gguf", again]) == 0
+    made = load_tokenizer(Path(again, "tokenizer"))
+    assert (made.template, made.bos_id, made.eos_id, made.stop_ids) == ("chatml", 509, 511, (510,))
 
 
 def test_a_character_without_a_token_is_refused_and_never_lost():

@@ -22,7 +22,9 @@ tokenizers = pytest.importorskip("tokenizers", reason="needs the extra gptjax[bp
 
 from byte_pairs import byte_level_json, from_json, llama_json, llama_model  # noqa: E402 : after what it needs
 
-from gptjax.tokenizer.export import jinja_of, write_tokenizer  # noqa: E402
+from gptjax.tokenizer.conventions import set_known_template  # noqa: E402
+from gptjax.tokenizer.export import write_tokenizer  # noqa: E402
+from gptjax.tokenizer.jinja import jinja_for, jinja_of  # noqa: E402
 
 TOKENS = sorted({token for template in TEMPLATES.values() for token in template.tokens})
 FORGED = [*TOKENS, "{bos}", "{eos}", "<s>", "</s>", "<BOS>", "<EOS>"]
@@ -214,6 +216,14 @@ def test_the_jinja_text_that_is_written_renders_as_the_parts_do(template):
     for wrong in ([*user("a"), {"role": "system", "content": "b"}], *([user("a") * 2] if template.alternate else [])):
         with pytest.raises(Refused):
             rendered(jinja, wrong, False)
+
+
+@every_tokenizer
+def test_a_template_that_is_written_is_known_when_it_is_read(tokenizer):
+    for template in TEMPLATES.values():
+        set_known_template(tokenizer, jinja_for(tokenizer, template))
+        says_a_token_as_text = not template.tokens and "[INST]" in template.user[0]  # it is no template of this one
+        assert tokenizer.template == ("" if says_a_token_as_text else template.name)
 
 
 @pytest.mark.parametrize("kind", ["byte level", "sentencepiece"])

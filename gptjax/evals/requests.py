@@ -34,10 +34,13 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list
 def encode_answers(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
     """The ids of each (message of a user, answer) through the tokenizer's chat template, without the answer's end."""
     template = template_of(tokenizer)
+    users = {message: {"role": "user", "content": message} for message, _ in pairs}
+    begins = {
+        message: template.render(tokenizer, [user], add_generation_prompt=True)[0] for message, user in users.items()
+    }
     encoded = []
     for message, answer in pairs:
-        messages = [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]
-        begun, _ = template.render(tokenizer, messages[:1], add_generation_prompt=True)
+        begun, messages = begins[message], [users[message], {"role": "assistant", "content": answer}]
         whole, written = template.render(tokenizer, messages)
         stop = next(i for i, one in reversed([*enumerate(written)]) if one)  # the last that the assistant writes
         if stop <= len(begun):

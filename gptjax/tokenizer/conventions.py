@@ -7,7 +7,8 @@ from typing import Any
 from gptjax.config.section import InputError
 from gptjax.tokenizer.files import set_template
 from gptjax.tokenizer.interface import JSON_FILE, Tokenizer
-from gptjax.tokenizer.known_templates import KNOWN, jinja_sha256
+from gptjax.tokenizer.jinja import jinja_for
+from gptjax.tokenizer.known_templates import KNOWN, TEMPLATES, jinja_sha256
 
 
 def set_conventions(tokenizer: Tokenizer, folder: Path) -> None:
@@ -39,11 +40,17 @@ def set_conventions(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def set_known_template(tokenizer: Tokenizer, jinja: Any) -> None:
-    """Sets the template of a Jinja text, or of the one called default of several; none where it is not known."""
+    """Sets the template of a Jinja text, or of the one called default of several; none where it is not known.
+
+    Known are the texts of KNOWN, and those that an export writes.
+    """
     if isinstance(jinja, list):
         jinja = next((t.get("template") for t in jinja if isinstance(t, dict) and t.get("name") == "default"), None)
-    name = KNOWN.get(jinja_sha256(jinja)) if isinstance(jinja, str) else None
-    if name is not None:
+    if not isinstance(jinja, str):
+        return
+    sha256 = jinja_sha256(jinja)
+    written = (name for name, t in TEMPLATES.items() if jinja_sha256(jinja_for(tokenizer, t)) == sha256)
+    if name := KNOWN.get(sha256) or next(written, None):
         try:
             set_template(tokenizer, name)
         except InputError:  # it lacks a token of it: no template of this model
