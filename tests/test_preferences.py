@@ -10,7 +10,15 @@ import pytest
 
 from gptjax.config.section import InputError
 from gptjax.data.dialogue import read_conversations
-from gptjax.data.preferences import PreferenceRows, preference_of, read_preferences, render_answers
+from gptjax.data.preferences import (
+    AnswerTrees,
+    PreferenceRows,
+    RankedAnswers,
+    preference_of,
+    read_preferences,
+    render_answers,
+)
+from gptjax.ops.reference import causal, dense_mask, tree
 from gptjax.tokenizer import BytesTokenizer
 from gptjax.tokenizer.templates import Template
 
@@ -33,12 +41,12 @@ EARLIER = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content"
     ],
 )
 def test_every_usual_form_is_the_same_preference(record):
-    assert preference_of(record, "a:1") == ([USER], [[GOOD], [BAD]])
+    assert preference_of(record, "a:1") == ([USER], [[GOOD], [BAD]], [0, 1])
 
 
 def test_whole_conversations_have_what_they_begin_with_as_their_prompt():
     found = preference_of({"chosen": [*EARLIER, USER, GOOD], "rejected": [*EARLIER, USER, BAD]}, "a:1")
-    assert found == ([*EARLIER, USER], [[GOOD], [BAD]])
+    assert found == ([*EARLIER, USER], [[GOOD], [BAD]], [0, 1])
 
 
 @pytest.mark.parametrize(
@@ -95,11 +103,15 @@ def test_the_answer_alone_counts_and_every_answer_stands_behind_the_same_prompt(
     assert bad[: len(before)] == before
 
 
+def ranked(*answers: list[int], given: int = 5, ranks: list[int] | None = None) -> RankedAnswers:
+    """Answers of which the first `given` ids are the prompt's."""
+    rendered = [(ids, [0] * given + [1] * (len(ids) - given)) for ids in answers]
+    return RankedAnswers(rendered, ranks or [*range(len(answers))])
+
+
 def test_a_prompt_keeps_its_answers_together_and_comes_once_an_epoch():
-    given = [
-        [([k] * 5 + [100 * k + answer] * 3, [0] * 5 + [1] * 3) for answer in range(2 + k % 2)] for k in range(1, 8)
-    ]
-    rows = PreferenceRows([*given, [([9] * 30, [1] * 30), ([9] * 4, [1] * 4)]], length=10)
+    given = [ranked(*([k] * 5 + [100 * k + answer] * 3 for answer in range(2 + k % 2))) for k in range(1, 8)]
+    rows = PreferenceRows([*given, ranked([9] * 30, [9] * 4)], length=10)
     assert (rows.num_rows, rows.too_long, rows.num_answers) == (7, 1, 3)
     batch = rows.batch(0, 7)
     assert batch["inputs_BSL"].shape == (7, 3, 10) and batch["answers_BS"].dtype == np.float32
@@ -116,5 +128,41 @@ def test_a_prompt_keeps_its_answers_together_and_comes_once_an_epoch():
     assert sorted(again) == list(range(1, 8)) and again.tolist() != batch["inputs_BSL"][:, 0, 0].tolist()
     whole = rows.batch(2, 5)
     assert all(np.array_equal(whole[name][1:3], rows.batch(3, 2)[name]) for name in whole), "resumable by rows"
-    with pytest.raises(InputError, match="none of 1 preferences fits.*tokens with its prompt; raise --data.length"):
+    with pytest.raises(
+        InputError, match="none of 1 preferences fits into rows of data.length = 5 tokens; raise --data.length"
+    ):
         PreferenceRows(given[:1], length=5)
+
+
+def test_answers_of_equal_rank_are_kept_and_stand_in_the_order_of_their_ranks():
+    found = preference_of({"prompt": "Hi", "answers": ["a", "b", "c", "d"], "ranks": [7, 0, 2.5, 0]}, "a:1")
+    assert [answer[0]["content"] for answer in found.answers] == ["b", "d", "c", "a"] and found.ranks == [0, 0, 1, 2]
+    for ranks in ([1, 1], [0], [0, 1, 2], "01", [0, True], [0, float("nan")], 3):
+        with pytest.raises(InputError, match="a:1: ranks is .*; wanted 2 numbers, one an answer"):
+            preference_of({"prompt": "Hi", "answers": ["a", "b"], "ranks": ranks}, "a:1")
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_row_of_answers_holds_a_shared_prompt_once_and_every_path_is_prompt_and_answer(share):
+    prompts = [
+        ranked([1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 4, 6], given=2, ranks=[0, 0, 1]),
+        ranked([7, 8], [7, 9], given=1),
+        ranked([*range(20)], [*range(1, 20)], given=1),
+    ]
+    prompts[1].answers[0] = ([7, 8, 0], [0, 1, 0])  # what follows the end of an answer is none of it
+    rows = AnswerTrees(prompts, length=12, seed=0, share=share)
+    assert (rows.num_rows, rows.too_long, rows.num_answers) == (2, 1, 3)
+    assert [rows.size(p) for p in rows.prompts] == ([(8, 12), (3, 4)] if share else [(12, 12), (4, 4)])
+    batch = next(rows.in_order(3))
+    assert ("until_BL" in batch) == share and batch["mask_BS"].tolist() == [[1, 1, 1], [1, 1, 0], [0, 0, 0]]
+    assert batch["rank_BS"][:2].tolist() == [[0, 0, 1], [0, 1, 0]]
+    seen_BLM = np.asarray(dense_mask(tree(batch["until_BL"]) if share else causal(batch["segments_BL"]), 12))
+    for row, prompt in enumerate(rows.prompts):
+        for (ids, weights), end in zip(prompt.answers, batch["ends_BS"][row]):
+            path = np.flatnonzero(seen_BLM[row, end])
+            wanted = ids[: max(i for i, w in enumerate(weights) if w) + 1]
+            assert batch["inputs_BL"][row, path].tolist() == wanted
+            assert batch["positions_BL"][row, path].tolist() == [*range(len(wanted))]
+    assert [x.tolist() for x in rows.best(1)] in ([[1, 2, 3, 4], [1, 2, 5]], [[7, 8]])
+    whole, part = rows.batch(1, 3), rows.batch(2, 1)
+    assert all(np.array_equal(whole[name][1:2], part[name]) for name in whole), "resumable by rows"

@@ -80,7 +80,7 @@ class ChatData:
                     rendered.append(template.render(self.tokenizer, messages))
                 except InputError as e:
                     raise InputError(f"{origin}: {e}") from e
-                questions.append(_hash(messages))
+                questions.append(question_hash(messages))
         length = config.data.length
         usable = [fits(pair, length) and is_answered(pair) for pair in rendered]
         held = held_out(np.array(questions), np.array(usable), config.data.validation_fraction, config.data.source)
@@ -159,7 +159,9 @@ class HeldOut:
             yield {n: x[part] for n, x in batch.items()}
 
 
-def held_out(hashes: np.ndarray, usable: np.ndarray, fraction: float, source: str) -> np.ndarray:
+def held_out(
+    hashes: np.ndarray, usable: np.ndarray, fraction: float, source: str, what: str = "conversations"
+) -> np.ndarray:
     """True for each conversation whose hash is at most a threshold: the fraction, so that more change no other's split.
 
     Where that holds out none of those that are usable, or all of them, it is the lowest, or the one below the highest.
@@ -168,12 +170,13 @@ def held_out(hashes: np.ndarray, usable: np.ndarray, fraction: float, source: st
     known = np.unique(hashes[usable])
     if len(known) < 2:
         raise InputError(
-            f"data.source={source!r}: {int(usable.sum())} of {len(usable)} conversations fit and have an answer, with "
+            f"data.source={source!r}: {int(usable.sum())} of {len(usable)} {what} fit and have an answer, with "
             f"{len(known)} different questions; wanted at least two, one to hold out; raise --data.length or give more"
         )
     return hashes <= min(max(fraction, known[0]), known[-2])
 
 
-def _hash(messages: Messages) -> float:
+def question_hash(messages: Messages) -> float:
+    """A number from 0 to 1 of the first message of a user, by which it is held out."""
     asked = next((turn["content"] for turn in messages if turn["role"] == "user"), "")
     return unit_hash(hashlib.sha256(asked.encode("utf-8", "surrogatepass")).digest())
