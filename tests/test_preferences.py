@@ -2,7 +2,9 @@
 
 import gzip
 import json
+from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -14,6 +16,7 @@ from gptjax.data.preferences import (
     AnswerTrees,
     PreferenceRows,
     RankedAnswers,
+    Rendered,
     preference_of,
     read_preferences,
     render_answers,
@@ -103,9 +106,9 @@ def test_the_answer_alone_counts_and_every_answer_stands_behind_the_same_prompt(
     assert bad[: len(before)] == before
 
 
-def ranked(*answers: list[int], given: int = 5, ranks: list[int] | None = None) -> RankedAnswers:
+def ranked(*answers: Sequence[int], given: int = 5, ranks: list[int] | None = None) -> RankedAnswers:
     """Answers of which the first `given` ids are the prompt's."""
-    rendered = [(ids, [0] * given + [1] * (len(ids) - given)) for ids in answers]
+    rendered: list[Rendered] = [(ids, [0] * given + [1] * (len(ids) - given)) for ids in answers]
     return RankedAnswers(rendered, ranks or [*range(len(answers))])
 
 
@@ -156,7 +159,8 @@ def test_a_row_of_answers_holds_a_shared_prompt_once_and_every_path_is_prompt_an
     batch = next(rows.in_order(3))
     assert ("until_BL" in batch) == share and batch["mask_BS"].tolist() == [[1, 1, 1], [1, 1, 0], [0, 0, 0]]
     assert batch["rank_BS"][:2].tolist() == [[0, 0, 1], [0, 1, 0]]
-    seen_BLM = np.asarray(dense_mask(tree(batch["until_BL"]) if share else causal(batch["segments_BL"]), 12))
+    mask = tree(jnp.asarray(batch["until_BL"])) if share else causal(jnp.asarray(batch["segments_BL"]))
+    seen_BLM = np.asarray(dense_mask(mask, 12))
     for row, prompt in enumerate(rows.prompts):
         for (ids, weights), end in zip(prompt.answers, batch["ends_BS"][row]):
             path = np.flatnonzero(seen_BLM[row, end])
