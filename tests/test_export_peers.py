@@ -14,8 +14,11 @@ import pytest
 from awkward_texts import SHAKESPEARE
 from byte_pairs import END, TWO_FILES
 from test_export import make_run
+from test_gguf import write
+from test_interop import logits
 
 from gptjax.api import export, load
+from gptjax.interop.gguf import import_gguf
 from gptjax.runs.load import LoadedModel
 from gptjax.tokenizer import BytesTokenizer, Tokenizer
 from gptjax.tokenizer.huggingface import HuggingFaceTokenizer
@@ -117,3 +120,18 @@ def test_a_gguf_file_opens_in_llama_cpp_with_equal_ids_and_greedy_tokens(tmp_pat
             compared += margin > 1e-2
             ids = [*ids, token]
     assert compared > 60
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_a_gguf_file_of_gemma_has_the_logits_of_llama_cpp(tmp_path, family, highest_precision):
+    """Within what llama.cpp's table of float16 for GELU leaves; over more tokens than the window."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    name = family.removesuffix("_text")
+    keys = {f"{name}.vocab_size": 64, f"{name}.attention.value_length": 6}
+    path = write(tmp_path / "model.gguf", family, tokenizer={"model": "no_vocab"}, keys=keys)
+    ids_BL = np.random.default_rng(0).integers(0, 64, (1, 40))
+    want_LV = logits(import_gguf(path)[0], ids_BL)[0, :, :64]
+    exact = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
+    theirs = llama_cpp.Llama(str(path), n_ctx=64, logits_all=True, verbose=False, n_threads=1, **exact)
+    theirs.eval(ids_BL[0].tolist())
+    assert np.abs(np.array(theirs.scores[:40]) - want_LV).max() <= 1e-3 * np.abs(want_LV).max()

@@ -1,8 +1,11 @@
 """Laws of GGUF: the model is that of the Hugging Face folder it was made from, and a damaged file is one line."""
 
+import dataclasses
+import functools
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 
 import jax
@@ -35,10 +38,12 @@ gguf = pytest.importorskip("gguf", reason="GGUF files: pip install 'gptjax[gguf]
 
 def write(path: Path, family: str, *, kind=None, tokenizer: dict | None = None, keys: dict | None = None) -> Path:
     """The file that llama.cpp's converter makes of a fixture: its names, its order of rows, its keys."""
-    folder, arch = FIXTURES / f"tiny_random_{family}", family
+    folder = FIXTURES / f"tiny_random_{family}"
     config = json.loads((folder / "config.json").read_text())
+    architecture = next(one for one in ARCHITECTURES.values() if one.family == family)
+    arch = architecture.name
     writer = gguf.GGUFWriter(path, arch)
-    for key, name in ARCHITECTURES[family].keys.items():
+    for key, name in architecture.keys.items():
         value = config.get(name)
         if name == "rope_theta":
             value = (config.get("rope_parameters") or {}).get("rope_theta", value)
@@ -54,7 +59,9 @@ def write(path: Path, family: str, *, kind=None, tokenizer: dict | None = None, 
         add(f"tokenizer.ggml.{key}", value)
     for name, x in load_file(folder / "model.safetensors").items():
         x = np.asarray(x, np.float32)
-        name = ARCHITECTURES[family].stored(name)
+        name = architecture.stored(name)
+        if arch.startswith("gemma") and "norm" in name:
+            x = x + 1
         if family == "llama" and (".attn_q." in name or ".attn_k." in name):
             heads = config["num_attention_heads" if ".attn_q." in name else "num_key_value_heads"]
             x = x.reshape(heads, 2, -1, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
@@ -76,6 +83,29 @@ def test_a_file_gives_the_model_of_the_folder_it_was_made_from(tmp_path, family)
     imported, _, reason = import_gguf(path)
     assert_same(imported, import_huggingface(FIXTURES / f"tiny_random_{family}"))
     assert "tokenizer None" in reason
+
+
+def gemma(folder: Path, family: str) -> Path:
+    """The fixture with what no key says, as llama.cpp takes it: the scores' divisor, the order of the layers."""
+    folder.mkdir()
+    given = json.loads((FIXTURES / f"tiny_random_{family}" / "config.json").read_text())
+    given |= {"query_pre_attn_scalar": 6, "layer_types": None, "rope_parameters": None}
+    (folder / "config.json").write_text(json.dumps(given))
+    shutil.copy(FIXTURES / f"tiny_random_{family}" / "model.safetensors", folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_gemmas_norms_lose_the_1_that_llama_cpp_adds_to_them(tmp_path, family, monkeypatch):
+    path = write(tmp_path / "model.gguf", family)
+    (*got, params), *_ = import_gguf(path)
+    *wanted, want = import_huggingface(gemma(tmp_path / "folder", family))
+    assert got == wanted
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=2e-7), params, want)
+    name = family.removesuffix("_text")
+    layers = got[0].num_layers
+    monkeypatch.setitem(ARCHITECTURES, name, dataclasses.replace(ARCHITECTURES[name], gemma_27b=layers))
+    assert import_gguf(path)[0][0] == dataclasses.replace(got[0], attention_divisor=16 / 4)
 
 
 @pytest.mark.parametrize(("kind", "most"), [("F16", 1e-3), ("Q8_0", 1e-2), ("Q4_1", 0.1)])

@@ -9,7 +9,7 @@ from gptjax.config.export import ExportConfig
 from gptjax.config.section import InputError, leaves
 from gptjax.interop.families import ModelFamily, family_of
 from gptjax.interop.foreign import ForeignConfig
-from gptjax.interop.gguf_names import ARCHITECTURES
+from gptjax.interop.gguf_names import WRITTEN
 from gptjax.storage import Disk, filesystem, resolve_path
 
 # What a GGUF file says of a model in another way than by a key, or not at all, for it changes no logit.
@@ -34,10 +34,10 @@ def check_export(config: TrainConfig, cfg: ExportConfig) -> ModelFamily:
 
 def _check_gguf(family: ModelFamily, settings: dict[str, Any]) -> None:
     """Raises InputError where llama.cpp's architecture is not known here, or its keys say less than a config.json."""
-    if family.model_type not in ARCHITECTURES:
-        known = " or ".join(ARCHITECTURES)
+    if family.model_type not in WRITTEN:
+        known = " or ".join(WRITTEN)
         raise InputError(f"a {family.architecture} can't be exported as GGUF here; wanted a model of {known}")
-    kept = {*ARCHITECTURES[family.model_type].keys.values(), *BESIDE_KEYS}
+    kept = {*WRITTEN[family.model_type].keys.values(), *BESIDE_KEYS}
     whole, left = (
         dict(leaves(family.read(ForeignConfig(Path("config.json"), values))[0]))
         for values in (settings, {name: value for name, value in settings.items() if name in kept})

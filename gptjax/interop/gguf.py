@@ -65,7 +65,7 @@ class _Tensors:
     def settings(self) -> dict[str, Any]:
         """The values of a config.json; raises InputError for a key of the architecture that has no counterpart."""
         architecture, known = self.architecture.name, self.architecture.keys
-        values: dict[str, Any] = {"model_type": architecture, "dtype": "float32"}
+        values: dict[str, Any] = {"model_type": self.architecture.family, "dtype": "float32"}
         for key, value in self.keys.items():
             name = key.removeprefix(f"{architecture}.")
             if name == key:
@@ -80,6 +80,9 @@ class _Tensors:
         size = values.get("head_dim", self._whole("embedding_length") // heads)
         if rotated not in (None, size):
             raise InputError(f"{self.path}: rope.dimension_count={rotated} with heads of {size}; wanted whole heads")
+        if layers := self.architecture.gemma_27b:
+            large = self._whole("block_count") == layers
+            values["query_pre_attn_scalar"] = self._whole("embedding_length") // heads if large else size
         return values | {"tie_word_embeddings": OUTPUT not in self.tensors}
 
     def _whole(self, name: str) -> int:
@@ -105,4 +108,6 @@ class _Tensors:
             heads = self._whole(key if f"{self.architecture.name}.{key}" in self.keys else "attention.head_count")
             # llama.cpp's rotary positions turn neighbouring rows of a head, transformers' those of its two halves.
             x = x.reshape(heads, -1, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+        if self.architecture.offset(stored):
+            x = x - 1
         return x.T if self.architecture.transposed(stored) else x

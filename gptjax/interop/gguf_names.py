@@ -16,7 +16,7 @@ OUTPUT = "output.weight"
 LAYER = {
     "q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "w_in": "ffn_up", "w_gate": "ffn_gate",
     "w_out": "ffn_down", "norm_attn": "attn_norm", "norm_mlp": "ffn_norm", "norm_q": "attn_q_norm",
-    "norm_k": "attn_k_norm",
+    "norm_k": "attn_k_norm", "norm_attn_out": "post_attention_norm", "norm_mlp_out": "post_ffw_norm",
 }  # fmt: skip
 # Keys of an architecture: the name of their value in a config.json.
 LLAMA_KEYS = {
@@ -30,20 +30,29 @@ GPT2_KEYS = {
     "attention.head_count": "n_head", "attention.layer_norm_epsilon": "layer_norm_epsilon",
     "context_length": "n_positions",
 }  # fmt: skip
+GEMMA_KEYS = LLAMA_KEYS | {
+    "rope.freq_base_swa": "rope_local_base_freq", "attention.sliding_window": "sliding_window",
+    "attention.sliding_window_pattern": "sliding_window_pattern", "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One of llama.cpp's architectures; its name is that of the family (model_type) whose models it holds."""
+    """One of llama.cpp's architectures, by its name there, and the model_type of the family whose models it holds."""
 
     name: str
+    family: str
     keys: Mapping[str, str]
     permuted: bool = False
     """Rows of queries and keys are ordered for rotary positions that turn neighbouring rows, not two halves of them."""
+    gemma_27b: int = 0
+    """Of Gemma, which is not exported: the layers of the size whose scores are divided by the root of the width over
+    the heads, not of a head's size, which no key says. The weights of its norms are 1 more than the family's."""
 
     def stored(self, name: str) -> str:
         """The name here of a tensor of the family; its own where it has none."""
-        family = FAMILIES[self.name]
+        family = FAMILIES[self.family]
         top = {family.prefix + foreign: TOP[leaf] for leaf, foreign in family.top.items()} | {HEAD: OUTPUT}
         stems = {foreign: self._layer(stem) for stem, foreign in family.layer.items()}
         inner = re.fullmatch(r"(\w+)\.(\d+)\.(.+)\.(weight|bias)", name.removeprefix(family.prefix))
@@ -53,7 +62,7 @@ class Architecture:
 
     def foreign(self, name: str) -> str:
         """The name of a tensor in the family's files; its own where it has none."""
-        family = FAMILIES[self.name]
+        family = FAMILIES[self.family]
         top = {TOP[leaf]: family.prefix + foreign for leaf, foreign in family.top.items()} | {OUTPUT: HEAD}
         stems = {self._layer(stem): foreign for stem, foreign in family.layer.items()}
         inner = re.fullmatch(r"blk\.(\d{1,6})\.(\w+)\.(weight|bias)", name)
@@ -64,7 +73,11 @@ class Architecture:
     def transposed(self, name: str) -> bool:
         """True for the tensors, by their names here, whose rows are columns in the family's files."""
         matrix = name.startswith("blk.") and name.endswith(".weight") and "_norm." not in name
-        return FAMILIES[self.name].inputs_first and matrix
+        return FAMILIES[self.family].inputs_first and matrix
+
+    def offset(self, name: str) -> bool:
+        """True for the tensors, by their names here, that are 1 more than in the family's files."""
+        return self.gemma_27b > 0 and name.endswith("_norm.weight")
 
     def heads(self, name: str) -> str:
         """The key with the number of heads in whose order a tensor's rows are, where they have one of their own."""
@@ -79,9 +92,12 @@ class Architecture:
 ARCHITECTURES = {
     architecture.name: architecture
     for architecture in (
-        Architecture("llama", LLAMA_KEYS, permuted=True),
-        Architecture("qwen3", LLAMA_KEYS),
-        Architecture("qwen2", LLAMA_KEYS),
-        Architecture("gpt2", GPT2_KEYS),
+        Architecture("llama", "llama", LLAMA_KEYS, permuted=True),
+        Architecture("qwen3", "qwen3", LLAMA_KEYS),
+        Architecture("qwen2", "qwen2", LLAMA_KEYS),
+        Architecture("gpt2", "gpt2", GPT2_KEYS),
+        Architecture("gemma2", "gemma2", GEMMA_KEYS, gemma_27b=46),
+        Architecture("gemma3", "gemma3_text", GEMMA_KEYS, gemma_27b=62),
     )
 }
+WRITTEN = {one.family: one for one in ARCHITECTURES.values() if not one.gemma_27b}

@@ -9,7 +9,7 @@ import numpy as np
 
 from gptjax.config.section import InputError
 from gptjax.interop.families import ModelFamily
-from gptjax.interop.gguf_names import ARCHITECTURES
+from gptjax.interop.gguf_names import WRITTEN
 from gptjax.interop.weights_file import DTYPES, Tensor, converted
 
 # general.file_type, and the type of a tensor, both by llama.cpp's numbers.
@@ -27,7 +27,7 @@ def write_gguf(
     """
     import gguf
 
-    architecture = ARCHITECTURES[family.model_type]
+    architecture = WRITTEN[family.model_type]
     values = {key: settings[foreign] for key, foreign in architecture.keys.items() if foreign in settings}
     logging.getLogger("gguf").setLevel(logging.WARNING)
     writer = gguf.GGUFWriter(path, architecture.name)
