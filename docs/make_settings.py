@@ -28,6 +28,7 @@ VERBS: dict[str, Any] = {
     "data show": config.ShowConfig,
     "eval": config.EvalConfig,
     "generate": config.ContinueConfig,
+    "chat": config.ChatConfig,
     "export": ExportConfig,
     "sweep": SweepConfig,
     "fit": FitConfig,

@@ -9,7 +9,15 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
-from gptjax.config import STAGES, ContinueConfig, EvalConfig, PrepareConfig, ShowConfig, TrainTokenizerConfig
+from gptjax.config import (
+    STAGES,
+    ChatConfig,
+    ContinueConfig,
+    EvalConfig,
+    PrepareConfig,
+    ShowConfig,
+    TrainTokenizerConfig,
+)
 from gptjax.config.command_line import (
     HELP,
     given_names,
@@ -144,6 +152,15 @@ def generate(args: list[str]) -> int:
     return 0
 
 
+def chat(args: list[str]) -> int:
+    """chat RUN                 talk to a model in the terminal; in a pipe each line is a message"""
+    run, args = positional(args, "RUN", "gptjax chat runs/chat")
+    cfg = parse(ChatConfig(), args, f"gptjax chat {run}")
+    from gptjax.serve.terminal import open_session, talk
+
+    return talk(open_session(run, cfg), sys.stdin, sys.stdout)
+
+
 def checkpoint_list(args: list[str]) -> int:
     """checkpoint list RUN      list the checkpoints of a run"""
     run, args = positional(args, "RUN", "gptjax checkpoint list RUN")
@@ -164,17 +181,9 @@ def checkpoint_verify(args: list[str]) -> int:
     """checkpoint verify RUN    check every checkpoint's files and numbers"""
     run, args = positional(args, "RUN", "gptjax checkpoint verify RUN")
     nothing_left(args, "gptjax checkpoint verify RUN")
-    from gptjax.runs.load import open_checkpoints
+    from gptjax.commands import verify_checkpoints
 
-    checkpoints, bad = open_checkpoints(run), 0
-    if not (steps := checkpoints.steps()):
-        raise InputError(f"{run} has no checkpoint yet, so there is nothing to verify")
-    for step in steps:
-        problems = checkpoints.verify(step)
-        bad += bool(problems)
-        print(f"step {step}: " + ("; ".join(problems) or "sound"))
-    if bad:
-        raise InputError(f"{run}: {bad} checkpoint(s) are not sound; a resume falls back to the newest sound one")
+    verify_checkpoints(run, _print)
     _next("eval", run)
     return 0
 
@@ -297,6 +306,7 @@ VERBS: dict[str, Verb] = {
     "sweep": sweep,
     "eval": evaluate,
     "generate": generate,
+    "chat": chat,
     "checkpoint list": checkpoint_list,
     "checkpoint verify": checkpoint_verify,
     "fit": fit,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from gptjax.config import ContinueConfig, EvalConfig
-from gptjax.config.section import leaves
+from gptjax.config.section import InputError, leaves
 from gptjax.parallel.processes import is_main_process, join_processes
 from gptjax.parallel.sharding import abstract
 from gptjax.runs.load import LoadedModel, load_model, open_checkpoints
@@ -133,6 +133,19 @@ def _answers(model: LoadedModel, cfg: ContinueConfig) -> Iterator[tuple[int, str
     system = [{"role": "system", "content": cfg.system}] if cfg.system else []
     chats = [[*system, {"role": "user", "content": prompt}] for prompt in cfg.prompt]
     return stream_answers(model.decoder, model.params, tokenizer, chats, cfg)
+
+
+def verify_checkpoints(run_dir: str | Path, write: Callable[[str], None]) -> None:
+    """Writes for each checkpoint of a run if its files and numbers are sound; raises InputError where one is not."""
+    checkpoints, bad = open_checkpoints(run_dir), 0
+    if not (steps := checkpoints.steps()):
+        raise InputError(f"{run_dir} has no checkpoint yet, so there is nothing to verify")
+    for step in steps:
+        problems = checkpoints.verify(step)
+        bad += bool(problems)
+        write(f"step {step}: " + ("; ".join(problems) or "sound"))
+    if bad:
+        raise InputError(f"{run_dir}: {bad} checkpoint(s) are not sound; a resume falls back to the newest sound one")
 
 
 def show_step(run_dir: str | Path, step: int, rows: int) -> str:

@@ -63,3 +63,39 @@ class ContinueConfig(GenerateConfig):
             self.require(self.chat or not getattr(self, name), name, "none without --chat")
         self.require(not self.chat or all(self.prompt), "prompt", "a message with --chat", "add --prompt")
         self.require_numbers(0, math.inf, "step")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig(Section):
+    """Talk to a run in the terminal; one that was never tuned to answer goes on with a transcript."""
+
+    section: ClassVar[str] = ""
+
+    system: str = ""
+    """System message; empty: the template's own, where it has one."""
+    template: str = ""
+    """Chat template to use instead of the run's."""
+    step: int = 0
+    """Checkpoint to use; 0: the newest."""
+    max_new_tokens: int = 500
+    """Tokens of an answer at the most."""
+    temperature: float = 0.7
+    """Divides the logits; 0 always takes the likeliest token."""
+    top_k: int = 0
+    """Sample only from this many likeliest tokens; 0: from all."""
+    top_p: float = 0.95
+    """Sample only from the likeliest tokens that together reach this probability."""
+    min_p: float = 0.0
+    """Sample only from tokens at least this share as likely as the likeliest."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens that already occurred less likely (CTRL's penalty)."""
+    seed: int = 0
+    """Seed of sampling; the same seed and messages give the same answers."""
+
+    def __post_init__(self):
+        self.require_numbers(0, math.inf, "step")
+        GenerateConfig(**{name: getattr(self, name) for name in SAMPLING})  # raises InputError for a bad one
+
+
+SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+"""Names of the settings by which an answer is sampled, in GenerateConfig and in ChatConfig."""

@@ -1,0 +1,1 @@
+"""Models that are talked to: conversations, and the terminal that holds one."""

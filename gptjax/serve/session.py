@@ -1,0 +1,188 @@
+"""A conversation with a model: its messages, what of them fits into the context, and the answer to the last one."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from gptjax.config import GenerateConfig
+from gptjax.config.section import InputError
+from gptjax.generation.engine import stream_text
+from gptjax.generation.text_stream import TextStream
+from gptjax.runs.load import LoadedModel
+from gptjax.tokenizer import Tokenizer
+from gptjax.tokenizer.known_templates import template_of
+from gptjax.tokenizer.templates import Message
+
+CHUNK = 4  # tokens of an answer that come at once
+LEAST_ANSWER = 4  # an answer has at least this share of the context, 1 / LEAST_ANSWER, before messages are left out
+
+
+class Renderer(Protocol):
+    """Messages as the ids that a model goes on from, and the end of its answer: a chat template, or a transcript."""
+
+    def render(
+        self, tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = False
+    ) -> tuple[list[int], list[int]]: ...
+
+    def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]: ...
+
+    def spaced(self, tokenizer: Tokenizer) -> bool: ...
+
+
+class Transcript:
+    """A conversation as plain text behind an example, for models that were never tuned to answer."""
+
+    NAMES = {"user": "User", "assistant": "Assistant"}
+    STOP = ("\nUser:",)
+    SYSTEM = "Below is a conversation between a user and an assistant, who gives short, true and helpful answers."
+    EXAMPLE = (("user", "What is the capital of France?"), ("assistant", "The capital of France is Paris."))
+
+    def render(
+        self, tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """The ids of the text up to where an answer begins, and a weight of 0 for each."""
+        del add_generation_prompt  # nobody is trained on a transcript
+        system = next((m["content"] for m in messages if m["role"] == "system"), self.SYSTEM)
+        said = [*self.EXAMPLE, *((m["role"], m["content"]) for m in messages if m["role"] != "system")]
+        lines = "\n".join(f"{self.NAMES[role]}: {text.strip()}" for role, text in said)
+        ids = tokenizer.prompt_ids(f"{system}\n\n{lines}\nAssistant:")
+        return ids, [0] * len(ids)
+
+    def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """The ids that end any text; the answer ends at STOP, too."""
+        return (tokenizer.eos_id, *tokenizer.stop_ids)
+
+    def spaced(self, tokenizer: Tokenizer) -> bool:
+        """True: a space stands behind the colon."""
+        return True
+
+
+class Prepared(NamedTuple):
+    """A conversation that is ready to be answered."""
+
+    ids: list[int]
+    left_out: int
+    """Messages from the start that do not fit, and are not read."""
+    room: int
+    """Tokens that an answer may have."""
+
+
+class Session:
+    """A conversation with a loaded model, kept as messages of the user and the assistant.
+
+    The system message stands before them and is never left out; `settings` are those of sampling, of which `prompt` is
+    not read. An answer is a function of the messages, the settings and how often it was asked for again.
+    """
+
+    def __init__(self, model: LoadedModel, tokenizer: Tokenizer, settings: GenerateConfig, system: str = ""):
+        self.model, self.tokenizer, self.settings, self.system = model, tokenizer, settings, system
+        self.renderer: Renderer = template_of(tokenizer) if tokenizer.template else Transcript()
+        self._stop = () if tokenizer.template else Transcript.STOP
+        self.messages: list[dict[str, str]] = []
+        self.left_out = 0
+        """Messages from the start that the last answer was given without, since they do not fit."""
+        self._again = 0
+
+    def prepare(self) -> Prepared:
+        """The messages as ids, the oldest turns left out where all do not fit.
+
+        Raises InputError where the last message does not fit by itself, or is no message that can be answered.
+        """
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        context = self.model.decoder.context
+        least = min(self.settings.max_new_tokens, max(1, context // LEAST_ANSWER))
+        turns = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        for first in turns:
+            ids, _ = self.renderer.render(self.tokenizer, [*system, *self.messages[first:]], add_generation_prompt=True)
+            if len(ids) + least <= context:
+                room = min(self.settings.max_new_tokens, context - len(ids))
+                return Prepared(ids, first, room)
+        if not turns:
+            raise InputError("there is no message to answer yet")
+        raise InputError(
+            f"the message has {len(ids):,} tokens with what stands around it; wanted at most {context - least:,}, "
+            f"since the model reads {context:,} and an answer needs {least:,}; shorten it"
+        )
+
+    def ask(self, text: str) -> Iterator[str]:
+        """Adds a message of the user, and yields the answer in pieces; it is kept as far as it came.
+
+        Raises InputError, with the conversation as it was, where the message does not fit.
+        """
+        self.messages.append({"role": "user", "content": text})
+        self._again = 0
+        try:
+            prepared = self.prepare()
+        except InputError:
+            self.messages.pop()
+            raise
+        self.left_out = prepared.left_out
+        return self._answer(prepared)
+
+    def retry(self) -> Iterator[str]:
+        """Takes the last answer back and yields another one; raises InputError where there is no message."""
+        if self.messages and self.messages[-1]["role"] == "assistant":
+            self.messages.pop()
+        prepared = self.prepare()
+        self._again, self.left_out = self._again + 1, prepared.left_out
+        return self._answer(prepared)
+
+    def undo(self) -> bool:
+        """Takes back the user's last message with its answer; False where there is none."""
+        if not self.messages:
+            return False
+        while self.messages.pop()["role"] != "user":
+            pass
+        return True
+
+    def reset(self) -> None:
+        """Forgets all messages; the system message stays."""
+        self.messages.clear()
+
+    def describe(self) -> str:
+        """The tokens of the conversation, as it would be read, and of the context, in a line."""
+        context = self.model.decoder.context
+        if not self.messages:
+            return f"no message yet; the model reads {context:,} tokens"
+        asks = self.messages[-1]["role"] == "user"
+        ids = self.prepare().ids if asks else self._closed()
+        return f"{len(ids):,} of {context:,} tokens in {len(self.messages)} messages"
+
+    def _closed(self) -> list[int]:
+        """The ids of a conversation whose last message is an answer."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return self.renderer.render(self.tokenizer, [*system, *self.messages])[0]
+
+    def save(self, path: str | Path) -> None:
+        """Adds the conversation to a file as a line of JSON, in the form that fine-tuning reads."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"messages": [*system, *self.messages]}, ensure_ascii=False) + "\n")
+        except OSError as e:
+            raise InputError(f"{path} can't be written ({e.strerror or e}); give another file") from e
+
+    def load(self, messages: Sequence[Message]) -> None:
+        """Goes on with other messages, of which a first one of the system becomes the system message."""
+        kept = [dict(message) for message in messages]
+        if kept and kept[0]["role"] == "system":
+            self.system = kept.pop(0)["content"]
+        self.messages, self._again = kept, 0
+
+    def _answer(self, prepared: Prepared) -> Iterator[str]:
+        seed = (self.settings.seed + self._again) % 2**32
+        cfg = dataclasses.replace(self.settings, max_new_tokens=prepared.room, seed=seed)
+        text = TextStream(self.tokenizer, (*cfg.stop, *self._stop), drops_space=self.renderer.spaced(self.tokenizer))
+        model, stops, said = self.model, self.renderer.stop_ids(self.tokenizer), ""
+        arguments: Any = (model.decoder, model.params, [prepared.ids], [text], cfg)
+        try:
+            with jax.set_mesh(model.mesh):
+                for _, piece in stream_text(*arguments, stop_ids=stops, chunk=CHUNK):
+                    said += piece
+                    yield piece
+        finally:  # also where the reader stops, or Ctrl-C does
+            self.messages.append({"role": "assistant", "content": said})
