@@ -69,7 +69,7 @@ def evaluate_tasks(run_dir: str | Path, cfg: EvalConfig, note: Callable[[str], N
 def measure_loaded(
     model: LoadedModel, tasks: "Sequence[Task]", cfg: EvalConfig, note: Callable[[str], None] = lambda line: None
 ) -> "list[TaskResult]":
-    """What a loaded model makes of tasks; of cfg its limit, seed, chat, template and batch_tokens are read."""
+    """Results of a loaded model on tasks; of cfg its limit, seed, chat, template and batch_tokens are read."""
     from gptjax.evals.measure import measure
     from gptjax.evals.score import Scorer
     from gptjax.tokenizer import set_template

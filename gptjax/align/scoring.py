@@ -68,7 +68,7 @@ class Rewards:
         self.sources: dict[str, Source] = {}
         self.marks: dict[str, Mark] = {}
         for name, source in cfg.by_name.items():
-            opened = UserReward.open(source) if is_function(source) else open_run(source, mesh, tokenizer)
+            opened = UserReward.open(source) if names_function(source) else open_run(source, mesh, tokenizer)
             self.sources[name], self.marks[name] = opened
 
     def __call__(self, answers: Sequence[Answer]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -100,7 +100,7 @@ class Rewards:
             raise InputError(f"rewards.sources: {sorted(gone)[0]!r} is missing, which this run began with")
 
 
-def is_function(source: str) -> bool:
+def names_function(source: str) -> bool:
     """True for the name of a function; a folder of that name is one."""
     return is_registered(source) or (is_name(source) and not Path(source).exists())
 
