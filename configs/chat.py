@@ -1,10 +1,11 @@
-"""Fine-tune a pretrained or imported run on conversations, as InstructGPT does (Ouyang et al. 2022, appendix C.1).
+"""The life of an assistant after pretraining, as InstructGPT has it (Ouyang et al. 2022, appendix C).
 
 gptjax sft chat --init RUN --data.source chats.jsonl
+gptjax reward chat --init runs/chat --data.source preferences.jsonl
 
-16 epochs, a dropout of 0.2, no warm-up and a cosine to 10 %, Adam with 0.9 and 0.95; 9.65e-6 and 32 rows are those of
-the models of 1.3B and 6B parameters. Small models want more (2e-5 to 1e-3), and so does an adaptation: add
---lora.rank 16 --optim.learning-rate 2e-4. The checkpoint with the lowest loss on what is held out is kept, too.
+The learning rates are those of models of 1.3B and 6B parameters. Small models want more (2e-5 to 1e-3), and so does an
+adaptation: add --lora.rank 16 --optim.learning-rate 2e-4. The checkpoint with the lowest loss on what is held out is
+kept, too.
 """
 
 from gptjax.config import (
@@ -14,11 +15,13 @@ from gptjax.config import (
     GenerateConfig,
     ModelConfig,
     OptimConfig,
+    RewardConfig,
     SftConfig,
 )
 
 
 def sft() -> SftConfig:
+    """16 epochs, a dropout of 0.2, no warm-up and a cosine to 10 %, Adam with 0.9 and 0.95; 9.65e-6 and 32 rows."""
     return SftConfig(
         run_dir="runs/chat",
         epochs=16,
@@ -28,4 +31,16 @@ def sft() -> SftConfig:
         checkpoint=CheckpointConfig(every=100, keep_best=1),
         evaluate=EvaluateConfig(every=100),
         generate=GenerateConfig(prompt=("Who are you?",), max_new_tokens=100),
+    )
+
+
+def reward() -> RewardConfig:
+    """One epoch, 64 prompts with all their answers a step, 9e-6 with a cosine to 10 %."""
+    return RewardConfig(
+        run_dir="runs/reward",
+        model=ModelConfig(dtype="auto"),
+        data=DataConfig(source="preferences.jsonl", batch_size=64, length=1024),
+        optim=OptimConfig(learning_rate=9e-6, warmup_steps=0, final_fraction=0.1, weight_decay=0.0),
+        checkpoint=CheckpointConfig(every=100, keep_best=1),
+        evaluate=EvaluateConfig(every=100),
     )

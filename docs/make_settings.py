@@ -23,6 +23,7 @@ PAGE = Path(__file__).parent / "settings.md"
 VERBS: dict[str, Any] = {
     "pretrain": config.TrainConfig,
     "sft": config.SftConfig,
+    "reward": config.RewardConfig,
     "prepare": config.PrepareConfig,
     "tokenizer train": config.TrainTokenizerConfig,
     "data show": config.ShowConfig,

@@ -26,7 +26,7 @@ from gptjax.generation.engine import generate as generate_texts
 from gptjax.interop.export import export_model
 from gptjax.runs.init_check import with_init
 from gptjax.runs.load import LoadedModel, load_model
-from gptjax.runs.run import Provenance
+from gptjax.runs.run import Provenance, load_config
 from gptjax.stages.early import check_early
 from gptjax.stages.summary import print_summary
 from gptjax.stages.verb import stage_function
@@ -91,7 +91,7 @@ def load(run_dir: str | Path, step: int = 0, *, block: Callable[..., Any] | None
     A run that was trained with a block of the user's own needs that block again: what a run's folder names is never
     imported. Raises InputError where the folder is no run or has no sound checkpoint.
     """
-    return load_model(run_dir, None, step, block=block)
+    return load_model(run_dir, None, step, block=block, heads=load_config(run_dir).heads)
 
 
 @overload

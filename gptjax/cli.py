@@ -287,6 +287,9 @@ def _stage(stage: str, example: str, purpose: str) -> Verb:
         if code:
             return code
         say(f"run folder: {folder}")
+        if "score_D" in cfg.heads:
+            _next("eval", cfg.run_dir)
+            return 0
         prompt, chat = cfg.generate.prompt[0].strip(), ["--chat"] if stage != "pretrain" else []
         _next("generate", cfg.run_dir, *([*chat, "--prompt", prompt] if prompt else []))
         return 0
@@ -303,6 +306,7 @@ VERBS: dict[str, Verb] = {
     "plan": plan,
     "pretrain": _stage("pretrain", "quickstart", "train a model, or go on with its run"),
     "sft": _stage("sft", "chat", "fine-tune a run on conversations (RECIPE --init RUN)"),
+    "reward": _stage("reward", "chat", "train a reward model on preferences (RECIPE --init RUN)"),
     "sweep": sweep,
     "eval": evaluate,
     "generate": generate,

@@ -39,7 +39,7 @@ def show_evaluation(run_dir: str | Path, cfg: EvalConfig, write: Callable[[str],
 def evaluate_run(run_dir: str | Path, cfg: EvalConfig) -> dict[str, Any]:
     """Evaluates a run on its validation split: step, eval_loss, eval_perplexity, eval_bits_per_byte, eval_tokens."""
     join_processes({"run": str(run_dir), **dict(leaves(cfg))})
-    model = load_model(run_dir, cfg.mesh, cfg.step)
+    model = load_model(run_dir, cfg.mesh, cfg.step, heads=[h for h in load_config(run_dir).heads if h == "score_D"])
     return evaluate_trained(model, cfg.max_rows)
 
 
@@ -95,6 +95,10 @@ def evaluate_trained(model: LoadedModel, max_rows: int = 0) -> dict[str, Any]:
     model.run.pull(model.run.data)
     data = open_pipeline(dataclasses.replace(model.config, evaluate=limits), model.run.data)
     data.check(model.data_state)
+    if "score_D" in model.params:
+        from gptjax.evals.preferences import evaluate_reward
+
+        return {"step": model.step, **evaluate_reward(model, data.held, max_rows)}  # pyright: ignore
     with jax.set_mesh(model.mesh):
         example = abstract(example_batch(model.config.data.batch_size, model.config.data.length), model.mesh)
         eval_step = make_eval_step(model.decoder, model.mesh, model.params, example)

@@ -46,6 +46,7 @@ class TuneConfig(TrainConfig):
     """
 
     stage: ClassVar[str] = ""
+    RECORDS: ClassVar[str] = "records"
     LEAST_STEPS: ClassVar[int] = 0
 
     steps: int = 0
@@ -72,9 +73,35 @@ class SftConfig(TuneConfig):
     """
 
     stage: ClassVar[str] = "sft"
+    RECORDS: ClassVar[str] = "conversations"
 
     epochs: float = 16.0
     """Passes over the conversations that are trained on, where `steps` is 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig(TuneConfig):
+    """Training of a reward model on preferences, from the run in `init`, whose model and tokenizer it has.
+
+    Of `model` dtype, attention, attention_block, remat, remat_names and unroll are its own, of `tokenizer` the
+    template; data.source is a file of preferences, or a folder of them. A row of data.length tokens holds a prompt and
+    all of its answers.
+    """
+
+    stage: ClassVar[str] = "reward"
+    RECORDS: ClassVar[str] = "preferences"
+
+    demonstrations: str = ""
+    """Conversations whose answers score 0 on average in the end; none: the best answers that are trained on."""
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The head that scores."""
+        return ("score_D",)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.model.require(self.model.dropout == 0, "dropout", f"0 with gptjax {self.stage}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,5 +163,5 @@ class RolloutConfig(Section):
         return self.epochs * self.minibatches
 
 
-STAGES: dict[str, type[TrainConfig]] = {cls.stage: cls for cls in (TrainConfig, SftConfig)}
+STAGES: dict[str, type[TrainConfig]] = {cls.stage: cls for cls in (TrainConfig, SftConfig, RewardConfig)}
 """The settings of each stage, by the name of its function in a recipe and of its stage in a run's config.json."""

@@ -11,6 +11,7 @@ from gptjax.config import TuneConfig
 from gptjax.config.section import InputError
 from gptjax.data.batches import ALL_ROWS, DataState, RowSlice
 from gptjax.data.chats import chat_tokenizer, held_out, question_hash, record_files
+from gptjax.data.dialogue import messages_of
 from gptjax.data.formats import read_records
 from gptjax.data.packing import Batch
 from gptjax.data.preferences import (
@@ -21,6 +22,7 @@ from gptjax.data.preferences import (
     preference_of,
     render_answers,
     shares_prompts,
+    written,
 )
 from gptjax.data.validation import another_source, data_changed
 from gptjax.tokenizer.known_templates import template_of
@@ -69,6 +71,30 @@ class PreferenceData:
         """The steps of the settings, or of their epochs."""
         prompts = self._config.epochs * self.train.num_rows
         return self._config.steps or max(1, math.ceil(prompts / self._config.data.batch_size))
+
+    def demonstrations(self, source: str, most: int) -> list[np.ndarray]:
+        """The ids of so many answers, with their prompts, to be scored 0 on average: the first that fit.
+
+        They come from conversations or, without a source, are the best answers that are trained on.
+        """
+        if not source:
+            assert isinstance(self.train, AnswerTrees)
+            return self.train.best(most)[:most]
+        template, found = template_of(self.tokenizer), []
+        for path in record_files(source, "conversations"):
+            for origin, record in read_records(path):
+                try:
+                    rendered = template.render(self.tokenizer, messages_of(record, origin))
+                except InputError as e:
+                    raise InputError(f"{origin}: {e}") from e
+                ids = written(rendered)
+                if any(rendered[1]) and len(ids) <= self._config.data.length:
+                    found.append(ids)
+                if len(found) == most:
+                    return found
+        if not found:
+            raise InputError(f"demonstrations={source!r}: no answer fits into data.length={self._config.data.length}")
+        return found
 
     def check(self, state: DataState) -> None:
         """Raises InputError where a checkpoint's state of the data is not one of these preferences as rendered."""

@@ -3,16 +3,17 @@
 import dataclasses
 from pathlib import Path
 
-from gptjax.config import SftConfig, TrainConfig
+from gptjax.config import RewardConfig, SftConfig, TrainConfig
 from gptjax.data.batches import DataState
 from gptjax.data.chats import ChatData
+from gptjax.data.pairs import PreferenceData
 from gptjax.data.prepared import PreparedData, Say, open_corpora
 from gptjax.data.streamed import StreamedData
 from gptjax.data.validation import ValidationSet
 
 __all__ = ["DataPipeline", "DataState", "ValidationSet", "open_pipeline"]
 
-DataPipeline = PreparedData | StreamedData | ChatData
+DataPipeline = PreparedData | StreamedData | ChatData | PreferenceData
 """All have the same methods: tokenizer, validation, start, check(state), batches(state, part), batch(row, part),
 sources(row) and describe(). `part` are the indices of the rows that this host must give, all where they are left out.
 The state after each batch is JSON, to be saved with what was trained on it."""
@@ -26,7 +27,8 @@ def open_pipeline(
     resumes: bool = False,
     say: Say = lambda line: None,
 ) -> DataPipeline:
-    """The data of a run: prepared corpora, text that is prepared into `folder`, a stream of text, or conversations.
+    """The data of a run: prepared corpora, text that is prepared into `folder`, a stream of text, conversations, or
+    preferences.
 
     Only for training is text prepared, and code imported that the settings name; else both must be there. `say` gets
     lines that report progress. A run that `resumes` goes on with its own tokenizer and tokens, beside and in `folder`,
@@ -40,6 +42,8 @@ def open_pipeline(
         config = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, path=str(own)))
     if isinstance(config, SftConfig):
         return ChatData(config, folder, training)
+    if isinstance(config, RewardConfig):
+        return PreferenceData(config, folder, training, trees=True)
     if config.data.loading == "stream":
         pipeline = StreamedData(config, training, say)
     else:

@@ -15,6 +15,7 @@ def show(batch: Batch, tokenizer: Tokenizer, rows: Iterable[int] = (0,), sources
     the source of each row of the batch; an empty name is left out.
     """
     num_rows, length = batch["inputs_BL"].shape
+    batch = {"weights_BL": np.zeros((num_rows, length), np.float32)} | batch  # of answers to score nothing is predicted
     weighted = int(np.count_nonzero(batch["weights_BL"]))
     lines = [f"batch of {num_rows} rows of {length}: {weighted} weighted targets, sha256 {batch_hash(batch)}"]
     for row in rows:

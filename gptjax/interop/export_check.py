@@ -18,6 +18,8 @@ BESIDE_KEYS = ("model_type", "dtype", "vocab_size", "tie_word_embeddings", "init
 
 def check_export(config: TrainConfig, cfg: ExportConfig) -> ModelFamily:
     """The family that a model is exported as; raises InputError where none can express it, or a package is missing."""
+    if "score_D" in config.heads:
+        raise InputError("a reward model can't be exported: no format has a place for its head")
     if config.model.block:
         raise InputError(
             f"model.block={config.model.block!r} is code that no other program has, so the model can't be exported"

@@ -1,4 +1,4 @@
-"""Heads beside the language model's: one number a token, read from the same hidden states, float32.
+"""Heads beside the language model's: one number a token, read from the same hidden states.
 
 `score_D` is the reward model's, `value_D` the value function's. They are leaves beside the model's own, named like all
 others, so that shardings, optimizers, digests and checkpoints know them; which ones a run has is `config.heads`.
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.model.block import Params
+from gptjax.model.decoder import Decoder
 
 
 def init_heads(names: Sequence[str], width: int) -> Callable[[jax.Array], Params]:
@@ -34,3 +35,14 @@ def add_heads(init: Callable[[jax.Array], Params], names: Sequence[str], width: 
 def read_head(x_BLD: jax.Array, head_D: jax.Array) -> jax.Array:
     """float32 numbers_BL of hidden states."""
     return jnp.einsum("BLD,D->BL", x_BLD.astype(jnp.float32), head_D, precision="highest")
+
+
+def answer_scores(decoder: Decoder, params: Params, batch: dict[str, jax.Array]) -> jax.Array:
+    """float32 score_BS of the answers of rows, each read at its last token, ends_BS.
+
+    inputs_BL and positions_BL hold the tokens; until_BL or segments_BL say who sees whom (see `ops.reference`).
+    """
+    name = "until_BL" if "until_BL" in batch else "segments_BL"
+    x_BLD, _ = decoder.apply({"params": params}, batch["inputs_BL"], batch["positions_BL"], **{name: batch[name]})
+    x_BSD = jnp.take_along_axis(x_BLD, batch["ends_BS"][..., None], axis=1)
+    return read_head(x_BSD, params["score_D"])

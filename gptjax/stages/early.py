@@ -58,7 +58,7 @@ def check_early(config: TrainConfig) -> None:
         check_export(config, ExportConfig())
     if isinstance(config, TuneConfig):
         for source in {} if begun else sources.values():
-            record_files(source, "conversations")
+            record_files(source, config.RECORDS)
         template_of(chat_tokenizer(config, run.tokenizer))
         return
     if config.tokenizer.path and not begun and not Path(config.tokenizer.path).exists():  # else it keeps its own
