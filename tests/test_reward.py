@@ -20,7 +20,7 @@ from test_preferences import ranked
 from test_sft import MODEL, make_run, steps
 
 from gptjax.cli import main
-from gptjax.config import DataConfig, MeshConfig, ModelConfig, TokenizerConfig, TrainConfig
+from gptjax.config import DataConfig, MeshConfig, ModelConfig, RewardConfig, TokenizerConfig, TrainConfig
 from gptjax.data.pairs import PreferenceData
 from gptjax.data.preferences import AnswerTrees, shares_prompts
 from gptjax.evals.preferences import AnswerScorer, load_scorer, pair_metrics
@@ -68,6 +68,12 @@ def words(base: Path, run: Path, *more: object) -> list[str]:
 def train(base: Path, run: Path, *more: object) -> Path:
     assert main(words(base, run, *more)) == 0
     return run
+
+
+def preferences(run: Path) -> PreferenceData:
+    config = load_config(run)
+    assert isinstance(config, RewardConfig)
+    return PreferenceData(config, run / "data", training=False, trees=True)
 
 
 @pytest.fixture(scope="module")
@@ -164,9 +170,9 @@ def test_a_run_learns_to_score_and_its_demonstrations_score_0(tuned, base, capsy
     assert f"eval_accuracy {lines[1]['eval_accuracy']:.6g}" in out and "eval_loss" in out
     assert main(["data", "show", str(tuned), "--step", "1"]) == 0
     assert "[INST]" in capsys.readouterr().out
-    scorer, model = load_scorer(tuned, MeshConfig(data=-1))
-    data = PreferenceData(model.config, tuned / "data", training=False, trees=True)
-    best = data.train.best(10**6)
+    scorer, _ = load_scorer(tuned, MeshConfig(data=-1))
+    data = preferences(tuned)
+    best = data.demonstrations("", 10**6)
     assert len(best) == data.train.num_rows > 30 and abs(scorer(best).mean()) < 1e-5
     kept = json.loads((tuned / "scores.json").read_text())
     assert kept["step"] == 6 and kept["demonstrations"] == len(best) and abs(kept["mean"]) > 1e-3
@@ -174,7 +180,7 @@ def test_a_run_learns_to_score_and_its_demonstrations_score_0(tuned, base, capsy
 
 
 def test_demonstrations_may_be_conversations(tuned, tmp_path):
-    data = PreferenceData(load_config(tuned), tuned / "data", training=False, trees=True)
+    data = preferences(tuned)
     chats = [{"prompt": "abc", "completion": "ABC"}, {"prompt": "x" * 99, "completion": "y"}, {"prompt": "d"}]
     (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
     (ids,) = data.demonstrations(str(tmp_path / "chats.jsonl"), 1)

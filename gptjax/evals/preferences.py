@@ -88,7 +88,7 @@ class AnswerScorer:
         self.decoder, self.params, self.mesh, self.mean = decoder, params, mesh, mean
         self.batch_tokens = batch_tokens
 
-    def __call__(self, answers: Sequence[Sequence[int]]) -> np.ndarray:
+    def __call__(self, answers: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
         """float32 scores of answers: the ids of a prompt and the answer behind it, with the token that ends it.
 
         Raises InputError for one that is empty or longer than the model's context.
@@ -113,7 +113,7 @@ class AnswerScorer:
         return scores - np.float32(self.mean)
 
 
-def _padded(answers: Sequence[Sequence[int]], size: int, length: int) -> dict[str, np.ndarray]:
+def _padded(answers: Sequence[Sequence[int] | np.ndarray], size: int, length: int) -> dict[str, np.ndarray]:
     batch = {name: np.zeros((size, length), np.int32) for name in ("inputs_BL", "segments_BL")}
     batch["positions_BL"] = np.tile(np.arange(length, dtype=np.int32), (size, 1))
     batch["ends_BS"] = np.zeros((size, 1), np.int32)

@@ -42,7 +42,9 @@ def answer_scores(decoder: Decoder, params: Params, batch: dict[str, jax.Array])
 
     inputs_BL and positions_BL hold the tokens; until_BL or segments_BL say who sees whom (see `ops.reference`).
     """
-    name = "until_BL" if "until_BL" in batch else "segments_BL"
-    x_BLD, _ = decoder.apply({"params": params}, batch["inputs_BL"], batch["positions_BL"], **{name: batch[name]})
+    until_BL = batch.get("until_BL")
+    segments_BL = batch["segments_BL"] if until_BL is None else None
+    tokens = batch["inputs_BL"], batch["positions_BL"], segments_BL
+    x_BLD, _ = decoder.apply({"params": params}, *tokens, until_BL=until_BL)
     x_BSD = jnp.take_along_axis(x_BLD, batch["ends_BS"][..., None], axis=1)
     return read_head(x_BSD, params["score_D"])

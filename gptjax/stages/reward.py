@@ -87,20 +87,23 @@ def reward(config: RewardConfig, provenance: Provenance) -> Path:
         score_step = make_score_step(decoder, mesh, tuning.whole_shapes, held_example)
         batches = group.cleanup.enter_context(contextlib.closing(data.batches(cursor, runner.rows.numbers)))
 
-        def measured(state: TrainState) -> tuple[dict[str, float], list[list[float]]]:
-            params = tuning.whole(state.eval_params)
-            return evaluate_preferences(score_step, params, held, batch_size, config.evaluate.max_rows, mesh)
+        tables: dict[int, Any] = {}
 
-        state = runner.train(
-            train_step, state, frozen, batches, lambda state: measured(state)[0], lambda state: "", decoder.vocab_size
-        )
+        def evaluation(state: TrainState) -> dict[str, float]:
+            params, most = tuning.whole(state.eval_params), config.evaluate.max_rows
+            metrics, table = evaluate_preferences(score_step, params, held, batch_size, most, mesh)
+            tables[int(state.step)] = metrics | {"reliability": table}
+            return metrics
+
+        state = runner.train(train_step, state, frozen, batches, evaluation, lambda state: "", decoder.vocab_size)
 
         # -- Normalise: a score says more or less than a demonstration's. The loss knows no such number.
         if read_scores(run).get("step") != config.steps:
             with working("scoring demonstrations"):
                 scores = AnswerScorer(decoder, tuning.whole(state.eval_params), mesh)(demonstrations)
-                metrics, table = measured(state)
+                if config.steps not in tables:  # evaluated before a restart
+                    evaluation(state)
             if is_main_process():
-                write_scores(run, config.steps, scores, metrics | {"reliability": table})
+                write_scores(run, config.steps, scores, tables[config.steps])
             barrier("normalised")
     return run.folder
