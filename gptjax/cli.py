@@ -281,17 +281,13 @@ def _stage(stage: str, example: str, purpose: str) -> Verb:
         from gptjax.runs.resume import settings_of
 
         cfg, provenance = settings_of(stage, name, args)
-        from gptjax.stages.verb import train
+        from gptjax.stages.verb import following, train
 
         code, folder = train(cfg, provenance, _fail)
         if code:
             return code
         say(f"run folder: {folder}")
-        if "score_D" in cfg.heads:
-            _next("eval", cfg.run_dir)
-            return 0
-        prompt, chat = cfg.generate.prompt[0].strip(), ["--chat"] if stage != "pretrain" else []
-        _next("generate", cfg.run_dir, *([*chat, "--prompt", prompt] if prompt else []))
+        _next(*following(cfg))
         return 0
 
     verb.__doc__ = f"{stage + ' RECIPE|RUN':<25}{purpose}"

@@ -44,3 +44,11 @@ def train(config: TrainConfig, provenance: Provenance, fail: Callable[[Exception
     except (CheckpointError, Diverged) as e:
         fail(e)
         return 75 if is_transient(e) else 3, Path(config.run_dir)
+
+
+def following(config: TrainConfig) -> list[str]:
+    """The words of the command to try on a run that was trained: a reward model is measured, others write."""
+    if "score_D" in config.heads:
+        return ["eval", config.run_dir]
+    prompt, chat = config.generate.prompt[0].strip(), ["--chat"] if config.stage != "pretrain" else []
+    return ["generate", config.run_dir, *([*chat, "--prompt", prompt] if prompt else [])]
