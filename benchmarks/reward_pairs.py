@@ -5,10 +5,13 @@
     python benchmarks/reward_pairs.py compare FEATURES.npz --pairs FILE --json OUT
 
 `features` runs the model once over each pair, the prompt that both answers share computed once, and keeps hidden states
-of every second layer: the mean over an answer's tokens, that of its end, and that of the last token of a question about
-the answer. It goes on where it was stopped. `compare` fits logistic regressions on the differences between chosen and
-rejected, without an intercept, in 5 folds by prompt; strength and layers are chosen by folds inside of the four. It
-needs scikit-learn. Of the texts, which may be offensive, only numbers leave.
+of the embeddings and every second layer: the mean over an answer's tokens, that of its end, and that of the last token
+of a question about the answer. It goes on where it was stopped, and `compare` can read what there is so far.
+
+`compare` predicts which answer was chosen, in 5 folds by the first question of the prompt, by heads with no intercept
+on differences of features: logistic regressions on word counts (tf-idf of 1- and 2-grams) and on mean input embeddings,
+and a ridge regression on hidden states, of which inner folds choose layers, tokens and strength. Differences in
+accuracy have paired standard errors. It needs scikit-learn. Of the texts, which may be offensive, only numbers leave.
 """
 
 import argparse
@@ -147,6 +150,136 @@ def features(args: argparse.Namespace) -> None:
     print(json.dumps(facts))
 
 
+BANDS = {"early": (1, 2, 3), "middle": (4, 5, 6, 7), "late": (8, 9, 10), "every": tuple(range(1, 11))}
+TOKENS = {"mean": (0,), "end": (1,), "question": (2,), "all": (0, 1, 2)}
+RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)  # of a kernel whose mean over the diagonal is 1
+STRENGTHS = (0.01, 0.1, 1.0, 10.0)  # C of the logistic regressions; of unit features
+
+
+def logistic(train, test, strength: float) -> np.ndarray:
+    """Margins of a logistic regression without an intercept: each difference also stands there turned around."""
+    from scipy import sparse
+    from sklearn.linear_model import LogisticRegression
+
+    stack = sparse.vstack if sparse.issparse(train) else np.concatenate
+    labels = np.repeat([1, 0], train.shape[0])
+    model = LogisticRegression(C=strength, fit_intercept=False, max_iter=2000)
+    return model.fit(stack([train, -train]), labels).decision_function(test)
+
+
+def by_words(texts: list[tuple[str, str]]):
+    """fit(train, test, C) on tf-idf of the training answers."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    def margins(train, test, strength):
+        words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2)
+        words.fit([text for n in train for text in texts[n]])
+        better, worse = (words.transform([pair[k] for pair in texts]) for k in (0, 1))
+        return logistic((better - worse)[train], (better - worse)[test], strength)
+
+    return margins
+
+
+def by_embeddings(x: np.ndarray):
+    """fit(train, test, C) on differences of mean input embeddings, each dimension scaled to 1 in training."""
+    difference = x[:, 0, 0, 0].astype(np.float64) - x[:, 1, 0, 0]
+
+    def margins(train, test, strength):
+        scaled = difference / difference[train].std(0)
+        return logistic(scaled[train], scaled[test], strength / scaled.shape[1])
+
+    return margins
+
+
+def by_states(x: np.ndarray):
+    """fit(train, test, (tokens, band, ridge)): (K + ridge I)^-1 1 on differences of hidden states, kernels added up."""
+    difference = np.moveaxis(x[:, 0].astype(np.float32) - x[:, 1], 0, 2)  # tokens, layer, pair, width
+    grams: dict[tuple, np.ndarray] = {}
+
+    def margins(train, test, choice):
+        tokens, band, ridge = choice
+        if (tokens, band) not in grams:
+            total = 0
+            for pool in TOKENS[tokens]:
+                for layer in BANDS[band]:
+                    z = difference[pool, layer]
+                    z = z / (z.std(0) + 1e-6)
+                    gram = z @ z.T
+                    total = total + gram / np.trace(gram)
+            grams[tokens, band] = total * len(total) / np.trace(total)
+        gram = grams[tokens, band]
+        weights = np.linalg.solve(gram[np.ix_(train, train)] + ridge * np.eye(len(train)), np.ones(len(train)))
+        return gram[np.ix_(test, train)] @ weights
+
+    return margins
+
+
+def nested(margins, choices: list, folds: np.ndarray) -> tuple[np.ndarray, list]:
+    """Right or wrong of each pair, predicted by the choice that is best in folds inside of the others; the choices."""
+    right, chosen = np.zeros(len(folds)), []
+    for fold in range(5):
+        inside = np.flatnonzero(folds != fold)
+        found = []
+        for choice in choices:
+            ok = [
+                margins(inside[folds[inside] != inner], inside[folds[inside] == inner], choice) > 0
+                for inner in range(5)
+                if inner != fold
+            ]
+            found.append(np.concatenate(ok).mean())
+        best = choices[int(np.argmax(found))]
+        test = np.flatnonzero(folds == fold)
+        right[test] = margins(inside, test, best) > 0
+        chosen.append([best, round(float(max(found)), 4)])
+    return right, chosen
+
+
+def compare(args: argparse.Namespace) -> None:
+    pairs = [json.loads(line) for line in Path(args.pairs).read_text().splitlines()]
+    if Path(args.features).is_dir():
+        parts = [np.load(path) for path in sorted(Path(args.features).glob("?????.npz"))]
+        x, numbers = np.concatenate([p["x"] for p in parts]), np.concatenate([p["numbers"] for p in parts])
+        facts = {"pairs_read": len(numbers)}
+    else:
+        file = np.load(args.features)
+        x, facts = file["x"], json.loads(str(file["facts"]))
+        numbers = np.arange(len(x))
+    x = x.reshape(len(x), 2, len(POOLS), *x.shape[2:])
+    pairs = [pairs[n] for n in numbers]
+    texts = [(pair["chosen"], pair["rejected"]) for pair in pairs]
+    questions = [hashlib.sha256(pair["prompt"][0]["content"].encode()).digest() for pair in pairs]
+    folds = np.array([int.from_bytes(digest[:8], "big") % 5 for digest in questions])
+    grid = [(tokens, band, ridge) for tokens in TOKENS for band in BANDS for ridge in RIDGES]
+    methods = {
+        "tf-idf": (by_words(texts), list(STRENGTHS)),
+        "input embeddings": (by_embeddings(x), list(STRENGTHS)),
+        "hidden states": (by_states(x), grid),
+    }
+    right, report = {}, {}
+    for name, (margins, choices) in methods.items():
+        start = time.time()
+        right[name], chosen = nested(margins, choices, folds)
+        accuracy, error = right[name].mean(), right[name].std(ddof=1) / len(folds) ** 0.5
+        report[name] = {
+            "accuracy": accuracy,
+            "stderr": error,
+            "chosen": chosen,
+            "seconds": round(time.time() - start, 1),
+        }
+        print(f"{name:<20}{100 * accuracy:.2f} +- {100 * error:.2f}", flush=True)
+    for other in ("tf-idf", "input embeddings"):
+        gain = right["hidden states"] - right[other]
+        mean, error = gain.mean(), gain.std(ddof=1) / len(gain) ** 0.5
+        report["hidden states"][f"above {other}"] = {"difference": mean, "paired_stderr": error}
+        print(
+            f"hidden states above {other}: {100 * mean:+.2f} +- {100 * error:.2f} ({mean / error:+.2f} paired errors)"
+        )
+    shorter = np.mean([len(a) < len(b) for a, b in texts])
+    report = {"pairs": len(folds), "methods": report, "shorter_is_chosen": shorter, "features": facts}
+    if args.json:
+        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     verbs = parser.add_subparsers(required=True)
@@ -158,6 +291,11 @@ def main() -> None:
     take.add_argument("--dtype", default="float32")
     take.add_argument("--batch-tokens", type=int, default=2048)
     take.set_defaults(call=features)
+    judge = verbs.add_parser("compare")
+    judge.add_argument("features")
+    judge.add_argument("--pairs", required=True)
+    judge.add_argument("--json", default="")
+    judge.set_defaults(call=compare)
     args = parser.parse_args()
     args.call(args)
 
