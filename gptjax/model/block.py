@@ -82,8 +82,12 @@ def heads(
     cache: Cache | None,
     key: jax.Array | None,
     window: int | jax.Array | None,
+    values: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache | None]:
-    """Attention outputs of all heads, a_BLHK, before their projection, and the cache with the new rows."""
+    """Attention outputs of all heads, a_BLHK, before their projection, and the cache with the new rows.
+
+    With values_BMGM in place of the layer's own, one-hot by place, they are the weights of attention, a_BLHM.
+    """
     qkv = linear(h_BLD, p, q="BLD,DHK->BLHK", k="BLD,DGK->BLGK", v="BLD,DGK->BLGK")
     # The names are for remat: a product that is kept is never computed twice, what follows it is cheap.
     q_BLHK, k_BLGK, v_BLGK = map(checkpoint_name, qkv, ("query", "key", "value"))
@@ -96,6 +100,7 @@ def heads(
     if cache is not None:
         cache = write(cache, k_BLGK, v_BLGK, positions_BL[:, 0])
         k_BLGK, v_BLGK = keys_and_values(cache, h_BLD.dtype)
+    v_BLGK = v_BLGK if values is None else values
     scale = attention_scale(cfg)
     return attention(cfg, q_BLHK, k_BLGK, v_BLGK, mask, scale=scale, window=window, key=key), cache
 

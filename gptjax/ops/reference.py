@@ -112,4 +112,4 @@ def attend(
     s_BGJLM = jnp.where(seen_BLM[:, None, None], s_BGJLM, jnp.finfo(jnp.float32).min)
     p_BGJLM = dropout(jax.nn.softmax(s_BGJLM, axis=-1), dropout_rate, key)
     out_BGJLK = jnp.einsum("BGJLM,BGMK->BGJLK", p_BGJLM.astype(v_BGMK.dtype), v_BGMK)
-    return jnp.moveaxis(out_BGJLK, 3, 1).reshape(B, L, H, K)
+    return jnp.moveaxis(out_BGJLK, 3, 1).reshape(B, L, H, -1)

@@ -1,0 +1,176 @@
+"""A look inside a model: how it gets from a text to the next token, as numbers.
+
+The forward pass of decoding is run layer by layer, with the model's own functions; attention's weights are what its
+heads give for one-hot values.
+"""
+
+import base64
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.config import ModelConfig
+from gptjax.config.section import InputError
+from gptjax.model.block import heads, norm
+from gptjax.model.decoder import Params, embed_tokens, final_norm, unstacked
+from gptjax.model.head import cap_and_mask
+from gptjax.ops.reference import cached
+from gptjax.parallel.sharding import on_host
+from gptjax.runs.load import LoadedModel
+
+LENS = 3  # tokens a layer and place in the logit lens
+NEXT = 50  # likeliest next tokens a place
+NEIGHBOURS = 8  # tokens nearest to each token's embedding
+MOST_WEIGHTS = 3_000_000  # of attention, over layers, heads and pairs of places: a byte each in the page
+
+
+class Inspection(NamedTuple):
+    """What a model makes of one text of L tokens; N layers, H heads. Log-probabilities are in nats."""
+
+    model: dict[str, Any]
+    """run, step, layers, heads, kv_heads, width, parameters."""
+    ids: list[int]
+    tokens: list[str]
+    loss: list[float | None]
+    """-log p of each token given those before it; None for the first."""
+    rank: list[int | None]
+    """Ids that were likelier, of each token."""
+    next_ids: list[list[int]]
+    """The likeliest ids behind each place, the likeliest first."""
+    next_log_p: list[list[float]]
+    lens: list[list[list[tuple[int, float]]]]
+    """(id, probability) of the likeliest next tokens by the stream behind each layer, the final norm and the head: by
+    layer (0: the embedding), place and rank (nostalgebraist 2020, "interpreting GPT: the logit lens")."""
+    rms: list[list[float]]
+    """Root mean square of the stream, by layer (0: the embedding) and place."""
+    neighbours: dict[int, list[tuple[int, float]]]
+    """(id, cosine) of the embeddings nearest to that of each id of the text."""
+    texts: dict[int, str]
+    """The text of every id that occurs anywhere here."""
+    weights: np.ndarray
+    """weights_NHLL of attention, float32: row l is the share that place l takes from each place."""
+
+
+def inspect(model: LoadedModel, text: str) -> Inspection:
+    """Runs a model on a text; raises InputError where it is empty, or too long for the model or a page."""
+    cfg, tokenizer = model.decoder.cfg, model.tokenizer
+    ids = tokenizer.prompt_ids(text)
+    most = longest(cfg, model.decoder.context)
+    if not text or len(ids) > most:
+        got = f"the text has {len(ids):,} tokens" if text else "the text is empty"
+        raise InputError(f"{got}; wanted 1 to {most:,}, which the page can show of {cfg.num_layers} layers")
+    plain = dataclasses.replace(cfg.anywhere(), attention="plain", dtype="float32")
+    vocab_size = min(model.decoder.vocab_size, tokenizer.vocab_size)
+    with jax.set_mesh(model.mesh):
+        params = unstacked(model.params, "float32")
+        tokens_BL = jnp.array([ids])
+        positions_BL = jnp.arange(len(ids))[None]
+        x_BLD = embed_tokens(plain, params, tokens_BL, positions_BL)
+        streams, weights = [x_BLD], []
+        for p, window in zip(params["layers"], plain.layer_windows, strict=True):
+            weights_LHL = _weights(plain, p, x_BLD, positions_BL, window)
+            x_BLD, _ = model.decoder.block(plain, p, x_BLD, positions_BL, cached(positions_BL), None, None, window)
+            streams.append(x_BLD)
+            weights.append(on_host([weights_LHL])[0].transpose(1, 0, 2))
+        read = functools.partial(_read, plain, vocab_size)
+        lens = [on_host(list(read(params, x))) for x in streams]
+        neighbours = _neighbours(params["embed_VD"], vocab_size, sorted(set(ids)))
+    log_p_LV = lens[-1][0]
+    at = np.arange(len(ids) - 1)
+    own_L = log_p_LV[at, ids[1:]]
+    order_LK = np.argsort(-log_p_LV, axis=-1, kind="stable")[:, :NEXT]
+    best = [np.argsort(-log_p, axis=-1, kind="stable")[:, :LENS] for log_p, _ in lens]
+    lens_by_layer = [
+        [[(int(i), float(np.exp(log_p[at, i]))) for i in row] for at, row in enumerate(top)]
+        for (log_p, _), top in zip(lens, best, strict=True)
+    ]
+    shown = {*ids, *order_LK.ravel().tolist(), *(int(i) for top in best for i in top.ravel())}
+    shown |= {other for near in neighbours.values() for other, _ in near}
+    return Inspection(
+        model={
+            "run": str(model.run.folder), "step": model.step, "layers": cfg.num_layers, "heads": cfg.num_heads,
+            "kv_heads": cfg.num_kv_heads, "width": cfg.width,
+            "parameters": sum(x.size for x in jax.tree.leaves(model.params)),
+        },
+        ids=list(ids),
+        tokens=[tokenizer.decode_bytes([i]).decode("utf-8", "replace") for i in ids],
+        loss=[None, *(-own_L).tolist()],
+        rank=[None, *(log_p_LV[at] > own_L[:, None]).sum(axis=-1).tolist()],
+        next_ids=order_LK.tolist(),
+        next_log_p=np.take_along_axis(log_p_LV, order_LK, axis=-1).tolist(),
+        lens=lens_by_layer,
+        rms=[rms.tolist() for _, rms in lens],
+        neighbours=neighbours,
+        texts={i: tokenizer.decode_bytes([i]).decode("utf-8", "replace") for i in sorted(shown)},
+        weights=np.stack(weights),
+    )  # fmt: skip
+
+
+def longest(cfg: ModelConfig, context: int) -> int:
+    """Tokens of the longest text whose weights of attention a page holds, and the model reads."""
+    pairs = MOST_WEIGHTS // (cfg.num_layers * cfg.num_heads)
+    return min(context, int((2 * pairs + 0.25) ** 0.5 - 0.5))
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "window"))
+def _weights(cfg: ModelConfig, p: Params, x_BLD: jax.Array, positions_BL: jax.Array, window: int | None) -> jax.Array:
+    """weights_LHL of one layer's attention."""
+    h_BLD = norm(x_BLD, p.get("norm_attn_D"), p.get("norm_attn_bias_D"), cfg)
+    L = x_BLD.shape[1]
+    one_hot = jnp.broadcast_to(jnp.eye(L)[None, :, None], (1, L, cfg.num_kv_heads, L))
+    return heads(cfg, p, h_BLD, positions_BL, cached(positions_BL), None, None, window, values=one_hot)[0][0]
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "vocab_size"))
+def _read(cfg: ModelConfig, vocab_size: int, params: Params, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """log_p_LV of the next token by a stream, as the last layer's is read, and its rms_L."""
+    logits_BLV = jnp.einsum("BLD,DV->BLV", final_norm(cfg, params, x_BLD), params["head_DV"], precision="highest")
+    log_p_LV = jax.nn.log_softmax(cap_and_mask(logits_BLV, vocab_size, cfg.logit_softcap))[0, :, :vocab_size]
+    return log_p_LV, jnp.sqrt(jnp.square(x_BLD[0]).mean(axis=-1))
+
+
+def _neighbours(embed_VD: jax.Array, vocab_size: int, ids: list[int]) -> dict[int, list[tuple[int, float]]]:
+    """The nearest other ids of each id by the cosine of their embeddings."""
+    unit_VD = np.array(on_host([embed_VD])[0][:vocab_size], np.float32)
+    unit_VD /= np.maximum(np.linalg.norm(unit_VD, axis=-1, keepdims=True), 1e-12)
+    cosine_IV = unit_VD[ids] @ unit_VD.T
+    cosine_IV[np.arange(len(ids)), ids] = -2
+    near = np.argsort(-cosine_IV, axis=-1, kind="stable")[:, :NEIGHBOURS]
+    return {i: [(int(n), float(cosine_IV[row, n])) for n in near[row]] for row, i in enumerate(ids)}
+
+
+def as_json(found: Inspection) -> dict[str, Any]:
+    """Everything as JSON; the weights of attention are bytes (255 times the weight, by layer, head, and place: those
+    up to it alone), in base64."""
+    L = len(found.ids)
+    triangle = np.round(255 * found.weights[:, :, *np.tril_indices(L)]).astype(np.uint8)
+    return found._asdict() | {"weights": base64.b64encode(triangle.tobytes()).decode()}
+
+
+def page(found: Inspection) -> str:
+    """One HTML file that shows it all, and loads nothing."""
+    data = json.dumps(as_json(found), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+    return (Path(__file__).parent / "web" / "inspect.html").read_text(encoding="utf-8").replace("__DATA__", data)
+
+
+def table(found: Inspection) -> list[str]:
+    """Lines for a terminal: each token with its loss, its rank, and the likeliest token in its place."""
+    lines = [f"{'token':<16}{'loss':>8}{'likelier':>10}  likeliest there"]
+    for i, token in enumerate(found.tokens):
+        loss, rank = found.loss[i], found.rank[i]
+        guess = "" if i == 0 else f"{found.texts[found.next_ids[i - 1][0]]!r}"
+        share = "" if i == 0 else f" {np.exp(found.next_log_p[i - 1][0]):.1%}"
+        numbers = f"{'':>18}" if loss is None else f"{loss:>8.3f}{rank:>10,}"
+        lines.append(f"{token!r:<16.16}{numbers}  {guess}{share}")
+    after = ", ".join(
+        f"{found.texts[i]!r} {np.exp(p):.1%}" for i, p in zip(found.next_ids[-1][:5], found.next_log_p[-1])
+    )
+    known = [x for x in found.loss if x is not None]
+    mean = f"; mean loss {np.mean(known):.4f} nats a token" if known else ""
+    return [*lines, f"next: {after}{mean}"]

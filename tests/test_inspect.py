@@ -1,0 +1,101 @@
+"""Laws of the look inside: its numbers are those of the model, of every family, and the page holds all of them."""
+
+import base64
+import json
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.config import DataConfig, ModelConfig, TokenizerConfig, TrainConfig
+from gptjax.config.section import InputError, leaves
+from gptjax.model.decoder import init_params, make_decoder
+from gptjax.runs.checkpoint import Checkpoints
+from gptjax.runs.load import load_model
+from gptjax.runs.run import Run
+from gptjax.serve.inspection import LENS, as_json, inspect, longest, page, table
+from gptjax.tokenizer import BytesTokenizer
+
+pytestmark = pytest.mark.usefixtures("compile_cache")
+MODELS = {
+    "gpt2": {"positions": "learned", "norm": "layernorm", "activation": "gelu", "biases": True},
+    "grouped": {"queries_per_kv": 2, "qk_norm": True, "window": 3, "global_every": 2, "attention_softcap": 5.0, "logit_softcap": 9.0},
+    "parallel": {"parallel": True, "tied": False, "embedding": "scaled"},
+}
+TEXT = "To be, or"
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request, tmp_path_factory, compile_cache):
+    folder = tmp_path_factory.mktemp("inspect") / request.param
+    shape = ModelConfig(num_layers=2, width=16, num_heads=4, dtype="float32", **MODELS[request.param])
+    tokenizer = TokenizerConfig(kind="bytes", vocab_size=258)
+    config = TrainConfig(run_dir=str(folder), model=shape, tokenizer=tokenizer, data=DataConfig(length=32))
+    run = Run.open(folder, config)
+    BytesTokenizer().save(run.tokenizer)
+    checkpoints = Checkpoints(run.checkpoints, config.checkpoint)
+    params = jax.tree.map(lambda x: 5 * x, jax.jit(init_params(make_decoder(config)))(jax.random.key(0)))
+    checkpoints.save(0, {"params": params}, {"rows": 0}, dict(leaves(config)))
+    checkpoints.wait()
+    run.close()
+    return load_model(folder, None)
+
+
+def test_loss_rank_and_next_tokens_are_those_of_the_decoder(model, highest_precision):
+    found = inspect(model, TEXT)
+    ids_BL = jnp.array([found.ids])
+    place_BL = jnp.arange(len(found.ids))[None]
+    with jax.set_mesh(model.mesh):
+        x_BLD, _ = model.decoder.apply({"params": model.params}, ids_BL, place_BL, jnp.ones_like(ids_BL))
+        logits_BLV = model.decoder.apply({"params": model.params}, x_BLD, method="logits")
+    log_p_LV = np.asarray(jax.nn.log_softmax(logits_BLV))[0, :, :258]
+    own_L = log_p_LV[np.arange(len(found.ids) - 1), found.ids[1:]]
+    assert found.loss[0] is None and found.rank[0] is None
+    np.testing.assert_allclose(found.loss[1:], -own_L, atol=2e-5)
+    assert found.rank[1:] == [(log_p > own).sum() for log_p, own in zip(log_p_LV, own_L)]
+    np.testing.assert_allclose(found.next_log_p, -np.sort(-log_p_LV, axis=-1)[:, :50], atol=2e-5)
+    last = [[found.next_ids[i][k] for k in range(LENS)] for i in range(len(found.ids))]
+    assert [[i for i, _ in row] for row in found.lens[-1]] == last, (
+        "the lens behind the last layer is the model's guess"
+    )
+    assert len(found.lens) == len(found.rms) == 3 and "".join(found.tokens) == TEXT
+
+
+def test_attention_is_shares_of_places_that_a_head_may_see(model):
+    weights = inspect(model, TEXT).weights
+    assert weights.shape == (2, 4, 10, 10)
+    np.testing.assert_allclose(weights.sum(axis=-1), 1, atol=1e-5)
+    seen = np.tril(np.ones((10, 10), bool))
+    assert not weights[:, :, ~seen].any() and np.ptp(weights[0, :, -1]) > 0.01
+    if model.config.model.window:
+        assert not weights[0, :, np.tril(seen, -3)].any(), "the first layer sees three places"
+        assert weights[1, :, 9, 0].all()
+
+
+def test_a_page_holds_every_number_and_loads_nothing(model):
+    found = inspect(model, TEXT + " </script>é")
+    html = page(found)
+    data = json.loads(re.search(r'id="data">(.*?)</script>', html, re.S)[1])
+    assert data["loss"] == found.loss and data["ids"] == found.ids and data["model"]["layers"] == 2
+    triangle = np.frombuffer(base64.b64decode(data["weights"]), np.uint8).reshape(2, 4, -1)
+    np.testing.assert_allclose(triangle / 255, found.weights[:, :, *np.tril_indices(len(found.ids))], atol=0.5 / 255)
+    assert json.loads(json.dumps(as_json(found)))["rms"] == found.rms
+    assert not re.search(r"(src|href)=|https?://(?!www\.w3\.org/2000/svg)|@import|fetch\(", html)
+    lines = table(found)
+    assert len(lines) == len(found.ids) + 2 and lines[-1].startswith("next: ")
+
+
+def test_texts_that_no_page_holds_are_refused(model):
+    with pytest.raises(InputError, match="the text is empty; wanted 1 to 32"):
+        inspect(model, "")
+    with pytest.raises(InputError, match="the text has 33 tokens; wanted 1 to 32, which the page can show of 2 layers"):
+        inspect(model, "x" * 32)
+    most = longest(ModelConfig(num_layers=30, num_heads=9, width=576), 8192)
+    assert most * (most + 1) / 2 * 270 <= 3_000_000 < (most + 1) * (most + 2) / 2 * 270
+
+
+def test_the_wheel_has_the_page():
+    assert (Path(__file__).parents[1] / "gptjax/serve/web/inspect.html").is_file()
