@@ -30,6 +30,7 @@ VERBS: dict[str, Any] = {
     "eval": config.EvalConfig,
     "generate": config.ContinueConfig,
     "chat": config.ChatConfig,
+    "inspect": config.InspectConfig,
     "export": ExportConfig,
     "sweep": SweepConfig,
     "fit": FitConfig,

@@ -9,15 +9,7 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
-from gptjax.config import (
-    STAGES,
-    ChatConfig,
-    ContinueConfig,
-    EvalConfig,
-    PrepareConfig,
-    ShowConfig,
-    TrainTokenizerConfig,
-)
+from gptjax import config
 from gptjax.config.command_line import (
     HELP,
     given_names,
@@ -30,7 +22,6 @@ from gptjax.config.command_line import (
     unknown_verb,
 )
 from gptjax.config.section import InputError
-from gptjax.config.training import ImportConfig
 from gptjax.parallel.cluster import RetryableError
 from gptjax.parallel.processes import exit_all, is_main_process, join_processes, process_label, say, working
 from gptjax.runtime.process import require_platform, tune_process
@@ -43,7 +34,7 @@ Verb = Callable[[list[str]], int]
 
 def tokenizer_train(args: list[str]) -> int:
     """tokenizer train          train a SentencePiece tokenizer on a text"""
-    cfg = parse(TrainTokenizerConfig(), args, "gptjax tokenizer train")
+    cfg = parse(config.TrainTokenizerConfig(), args, "gptjax tokenizer train")
     from gptjax.data.prepare import train_tokenizer
 
     trained = train_tokenizer(cfg, say)
@@ -55,7 +46,7 @@ def tokenizer_train(args: list[str]) -> int:
 
 def prepare(args: list[str]) -> int:
     """prepare                  tokenise a text into a folder that training reads"""
-    cfg = parse(PrepareConfig(), args, "gptjax prepare")
+    cfg = parse(config.PrepareConfig(), args, "gptjax prepare")
     from gptjax.data.prepare import prepare, progress_bar, report
 
     with progress_bar() as progress:
@@ -68,7 +59,7 @@ def prepare(args: list[str]) -> int:
 def data_show(args: list[str]) -> int:
     """data show RUN            show exactly what the model saw at a step"""
     run, args = positional(args, "RUN", "gptjax data show RUN --step N")
-    cfg = parse(ShowConfig(), args, f"gptjax data show {run}")
+    cfg = parse(config.ShowConfig(), args, f"gptjax data show {run}")
     from gptjax.commands import show_step
 
     print(show_step(run, cfg.step, cfg.rows))
@@ -99,7 +90,7 @@ def plan(args: list[str]) -> int:
     name, args = positional(args, "RECIPE", "gptjax plan llama_8b --topology v5p:4x4x4")
     os.environ["JAX_PLATFORMS"] = "cpu"  # a GPU or TPU that is here is not taken
     if name == "RECIPE":
-        parse(STAGES["pretrain"](), args, f"gptjax plan RECIPE {PLAN}")
+        parse(config.STAGES["pretrain"](), args, f"gptjax plan RECIPE {PLAN}")
     recipe, given = load_recipe(name), {}
     for flag in ("topology", "json", "out", "compiles", "size", "prices"):
         given[flag], args = take(args, flag)
@@ -131,7 +122,7 @@ def sweep(args: list[str]) -> int:
 def evaluate(args: list[str]) -> int:
     """eval RUN [--tasks FILE]  loss and bits per byte on the validation split, or tasks: accuracy, perplexity ..."""
     run, args = positional(args, "RUN", "gptjax eval RUN")
-    cfg = parse(EvalConfig(), args, f"gptjax eval {run}")
+    cfg = parse(config.EvalConfig(), args, f"gptjax eval {run}")
     tune_process()
     from gptjax.commands import show_evaluation
 
@@ -143,7 +134,7 @@ def evaluate(args: list[str]) -> int:
 def generate(args: list[str]) -> int:
     """generate RUN             continue prompts"""
     run, args = positional(args, "RUN", 'gptjax generate RUN --prompt "Once upon a time"')
-    cfg = parse(ContinueConfig(), args, f"gptjax generate {run}")
+    cfg = parse(config.ContinueConfig(), args, f"gptjax generate {run}")
     tune_process()
     from gptjax.commands import generate_run
 
@@ -155,25 +146,33 @@ def generate(args: list[str]) -> int:
 def chat(args: list[str]) -> int:
     """chat RUN                 talk to a model in the terminal; in a pipe each line is a message"""
     run, args = positional(args, "RUN", "gptjax chat runs/chat")
-    cfg = parse(ChatConfig(), args, f"gptjax chat {run}")
+    cfg = parse(config.ChatConfig(), args, f"gptjax chat {run}")
+    tune_process()
     from gptjax.serve.terminal import open_session, talk
 
     return talk(open_session(run, cfg), sys.stdin, sys.stdout)
+
+
+def inspect(args: list[str]) -> int:
+    """inspect RUN "TEXT"       a look inside: losses, attention, the guess of each layer, as a table and a page"""
+    run, args = positional(args, "RUN", 'gptjax inspect RUN "The capital of France is"')
+    text, args = positional(args, "TEXT", 'gptjax inspect RUN "The capital of France is"')
+    cfg = parse(config.InspectConfig(), args, f"gptjax inspect {run} TEXT")
+    tune_process()
+    from gptjax.commands import inspect_run
+
+    inspect_run(run, text, cfg, _print, say)
+    return 0
 
 
 def checkpoint_list(args: list[str]) -> int:
     """checkpoint list RUN      list the checkpoints of a run"""
     run, args = positional(args, "RUN", "gptjax checkpoint list RUN")
     nothing_left(args, "gptjax checkpoint list RUN")
-    from gptjax.runs.load import open_checkpoints
+    from gptjax.commands import list_checkpoints
 
-    checkpoints = open_checkpoints(run).describe()
-    for saved in checkpoints:
-        print(f"step {saved.step}  {saved.bytes / 1e6:,.1f} MB in {saved.files} files")
-    if not checkpoints:
-        say(f"{run} has no checkpoint yet")
-        return 0
-    _next("checkpoint", "verify", run)
+    if list_checkpoints(run, _print, say):
+        _next("checkpoint", "verify", run)
     return 0
 
 
@@ -217,7 +216,7 @@ def import_run(args: list[str]) -> int:
     """import SOURCE RUN        make a run of a Hugging Face folder, a GGUF file, or a name of the hub (ORG/NAME)"""
     source, args = positional(args, "SOURCE", "gptjax import SOURCE RUN")
     run, args = positional(args, "RUN", "gptjax import SOURCE RUN")
-    cfg = parse(ImportConfig(), args, f"gptjax import {source} {run}")
+    cfg = parse(config.ImportConfig(), args, f"gptjax import {source} {run}")
     tune_process()
     from gptjax.interop.importing import import_run
 
@@ -277,7 +276,7 @@ def _stage(stage: str, example: str, purpose: str) -> Verb:
     def verb(args: list[str]) -> int:
         name, args = positional(args, "RECIPE", f"gptjax {stage} {example}")
         if name == "RECIPE":
-            parse(STAGES[stage](), args, f"gptjax {stage} RECIPE|RUN [--size SIZE]")
+            parse(config.STAGES[stage](), args, f"gptjax {stage} RECIPE|RUN [--size SIZE]")
         from gptjax.runs.resume import settings_of
 
         cfg, provenance = settings_of(stage, name, args)
@@ -307,6 +306,7 @@ VERBS: dict[str, Verb] = {
     "eval": evaluate,
     "generate": generate,
     "chat": chat,
+    "inspect": inspect,
     "checkpoint list": checkpoint_list,
     "checkpoint verify": checkpoint_verify,
     "fit": fit,

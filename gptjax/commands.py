@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from gptjax.config import ContinueConfig, EvalConfig
+from gptjax.config import ContinueConfig, EvalConfig, InspectConfig
 from gptjax.config.section import InputError, leaves
 from gptjax.parallel.processes import is_main_process, join_processes
 from gptjax.parallel.sharding import abstract
@@ -137,6 +137,34 @@ def _answers(model: LoadedModel, cfg: ContinueConfig) -> Iterator[tuple[int, str
     system = [{"role": "system", "content": cfg.system}] if cfg.system else []
     chats = [[*system, {"role": "user", "content": prompt}] for prompt in cfg.prompt]
     return stream_answers(model.decoder, model.params, tokenizer, chats, cfg)
+
+
+def inspect_run(
+    run_dir: str | Path, text: str, cfg: InspectConfig, write: Callable[[str], None], note: Callable[[str], None]
+) -> None:
+    """Writes a table of what a run makes of a text, and the page and the JSON that cfg names."""
+    from gptjax.serve.inspection import inspect, inspection_json, inspection_page, inspection_table
+
+    for path in filter(None, (cfg.out, cfg.json)):
+        check_file(path)
+    found = inspect(load_model(run_dir, None, cfg.step), text)
+    for line in inspection_table(found):
+        write(line)
+    if cfg.json:
+        write_json(cfg.json, inspection_json(found))
+    if cfg.out:
+        Path(cfg.out).write_text(inspection_page(found), encoding="utf-8")
+        note(f"wrote {cfg.out}, {Path(cfg.out).stat().st_size / 1e6:.1f} MB: open it in a browser")
+
+
+def list_checkpoints(run_dir: str | Path, write: Callable[[str], None], note: Callable[[str], None]) -> bool:
+    """Writes the checkpoints of a run with their sizes, or notes that there is none; True where there are some."""
+    checkpoints = open_checkpoints(run_dir).describe()
+    for saved in checkpoints:
+        write(f"step {saved.step}  {saved.bytes / 1e6:,.1f} MB in {saved.files} files")
+    if not checkpoints:
+        note(f"{run_dir} has no checkpoint yet")
+    return bool(checkpoints)
 
 
 def verify_checkpoints(run_dir: str | Path, write: Callable[[str], None]) -> None:

@@ -173,7 +173,11 @@ def check_verb(args: list[str]) -> None:
         return
     configs = make_settings().VERBS
     words = (
-        0 if verb in ("prepare", "tokenizer train", "verify", "doctor") else 2 if verb in ("import", "export") else 1
+        0
+        if verb in ("prepare", "tokenizer train", "verify", "doctor")
+        else 2
+        if verb in ("import", "export", "inspect")
+        else 1
     )
     assert len(rest) >= words and not any(word.startswith("-") for word in rest[:words]), "a word is missing"
     names, rest = rest[:words], rest[words:]

@@ -3,12 +3,12 @@
 import base64
 import json
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import refused, said
 
 from gptjax.config import DataConfig, ModelConfig, TokenizerConfig, TrainConfig
 from gptjax.config.section import InputError, leaves
@@ -16,13 +16,20 @@ from gptjax.model.decoder import init_params, make_decoder
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.load import load_model
 from gptjax.runs.run import Run
-from gptjax.serve.inspection import LENS, as_json, inspect, longest, page, table
+from gptjax.serve.inspection import LENS, inspect, inspection_json, inspection_page, inspection_table, longest
 from gptjax.tokenizer import BytesTokenizer
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
 MODELS = {
     "gpt2": {"positions": "learned", "norm": "layernorm", "activation": "gelu", "biases": True},
-    "grouped": {"queries_per_kv": 2, "qk_norm": True, "window": 3, "global_every": 2, "attention_softcap": 5.0, "logit_softcap": 9.0},
+    "grouped": {
+        "queries_per_kv": 2,
+        "qk_norm": True,
+        "window": 3,
+        "global_every": 2,
+        "attention_softcap": 5.0,
+        "logit_softcap": 9.0,
+    },
     "parallel": {"parallel": True, "tied": False, "embedding": "scaled"},
 }
 TEXT = "To be, or"
@@ -77,14 +84,14 @@ def test_attention_is_shares_of_places_that_a_head_may_see(model):
 
 def test_a_page_holds_every_number_and_loads_nothing(model):
     found = inspect(model, TEXT + " </script>é")
-    html = page(found)
+    html = inspection_page(found)
     data = json.loads(re.search(r'id="data">(.*?)</script>', html, re.S)[1])
     assert data["loss"] == found.loss and data["ids"] == found.ids and data["model"]["layers"] == 2
     triangle = np.frombuffer(base64.b64decode(data["weights"]), np.uint8).reshape(2, 4, -1)
     np.testing.assert_allclose(triangle / 255, found.weights[:, :, *np.tril_indices(len(found.ids))], atol=0.5 / 255)
-    assert json.loads(json.dumps(as_json(found)))["rms"] == found.rms
+    assert json.loads(json.dumps(inspection_json(found)))["rms"] == found.rms
     assert not re.search(r"(src|href)=|https?://(?!www\.w3\.org/2000/svg)|@import|fetch\(", html)
-    lines = table(found)
+    lines = inspection_table(found)
     assert len(lines) == len(found.ids) + 2 and lines[-1].startswith("next: ")
 
 
@@ -97,5 +104,13 @@ def test_texts_that_no_page_holds_are_refused(model):
     assert most * (most + 1) / 2 * 270 <= 3_000_000 < (most + 1) * (most + 2) / 2 * 270
 
 
-def test_the_wheel_has_the_page():
-    assert (Path(__file__).parents[1] / "gptjax/serve/web/inspect.html").is_file()
+def test_the_verb_writes_a_table_the_page_and_the_numbers(model, tmp_path, capsys):
+    run, out = model.run.folder, tmp_path / "page.html"
+    printed = said(capsys, "inspect", run, TEXT, "--out", out, "--json", tmp_path / "numbers.json")
+    assert printed.splitlines() == inspection_table(inspect(model, TEXT)) and out.read_text() == inspection_page(
+        inspect(model, TEXT)
+    )
+    assert json.loads((tmp_path / "numbers.json").read_text())["tokens"] == ["", *TEXT]
+    assert "TEXT is missing" in refused(capsys, "inspect", run)
+    assert "wanted 1 to 32" in refused(capsys, "inspect", run, "x" * 40, "--out", out)
+    assert "is a folder" in refused(capsys, "inspect", run, TEXT, "--out", tmp_path)

@@ -5,7 +5,7 @@ from there. Derived values are properties, never fields. What one verb alone nee
 """
 
 from gptjax.config.data import DataConfig, PrepareConfig, ShowConfig
-from gptjax.config.generation import ChatConfig, ContinueConfig, GenerateConfig
+from gptjax.config.generation import ChatConfig, ContinueConfig, GenerateConfig, InspectConfig
 from gptjax.config.model import ModelConfig
 from gptjax.config.tokenizer import TokenizerConfig, TrainTokenizerConfig
 from gptjax.config.training import (
@@ -27,8 +27,8 @@ from gptjax.config.tuning import STAGES, LoraConfig, RewardConfig, RewardsConfig
 
 __all__ = [
     "CHANGEABLE", "SCHEMA", "STAGES", "ChatConfig", "CheckpointConfig", "ContinueConfig", "DataConfig", "EvalConfig",
-    "EvaluateConfig", "GenerateConfig", "ImportConfig", "LoraConfig", "MeshConfig", "ModelConfig", "OptimConfig",
-    "PrepareConfig", "RewardConfig", "RewardsConfig", "RolloutConfig", "SftConfig", "ShowConfig", "TokenizerConfig",
-    "TrainConfig", "TrainTokenizerConfig", "TuneConfig", "check_divisible", "defining_settings", "frozen_settings",
+    "EvaluateConfig", "GenerateConfig", "ImportConfig", "InspectConfig", "LoraConfig", "MeshConfig", "ModelConfig",
+    "OptimConfig", "PrepareConfig", "RewardConfig", "RewardsConfig", "RolloutConfig", "SftConfig", "ShowConfig",
+    "TokenizerConfig", "TrainConfig", "TrainTokenizerConfig", "TuneConfig", "check_divisible", "defining_settings", "frozen_settings",
     "frozen_changes",
 ]  # fmt: skip

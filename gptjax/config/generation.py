@@ -97,5 +97,20 @@ class ChatConfig(Section):
         GenerateConfig(**{name: getattr(self, name) for name in SAMPLING})  # raises InputError for a bad one
 
 
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig(Section):
+    """Look inside a run: how it gets from a text to the next token."""
+
+    out: str = "inspect.html"
+    """Page to write, one file that loads nothing; empty: none."""
+    json: str = ""
+    """File for all numbers, as JSON; empty: none."""
+    step: int = 0
+    """Checkpoint to use; 0: the newest."""
+
+    def __post_init__(self):
+        self.require_numbers(0, math.inf, "step")
+
+
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 """Names of the settings by which an answer is sampled, in GenerateConfig and in ChatConfig."""

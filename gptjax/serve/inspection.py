@@ -31,7 +31,7 @@ MOST_WEIGHTS = 3_000_000  # of attention, over layers, heads and pairs of places
 
 
 class Inspection(NamedTuple):
-    """What a model makes of one text of L tokens; N layers, H heads. Log-probabilities are in nats."""
+    """The numbers of one text of L tokens in a model; N layers, H heads. Log-probabilities are in nats."""
 
     model: dict[str, Any]
     """run, step, layers, heads, kv_heads, width, parameters."""
@@ -145,7 +145,7 @@ def _neighbours(embed_VD: jax.Array, vocab_size: int, ids: list[int]) -> dict[in
     return {i: [(int(n), float(cosine_IV[row, n])) for n in near[row]] for row, i in enumerate(ids)}
 
 
-def as_json(found: Inspection) -> dict[str, Any]:
+def inspection_json(found: Inspection) -> dict[str, Any]:
     """Everything as JSON; the weights of attention are bytes (255 times the weight, by layer, head, and place: those
     up to it alone), in base64."""
     L = len(found.ids)
@@ -153,13 +153,13 @@ def as_json(found: Inspection) -> dict[str, Any]:
     return found._asdict() | {"weights": base64.b64encode(triangle.tobytes()).decode()}
 
 
-def page(found: Inspection) -> str:
+def inspection_page(found: Inspection) -> str:
     """One HTML file that shows it all, and loads nothing."""
-    data = json.dumps(as_json(found), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+    data = json.dumps(inspection_json(found), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     return (Path(__file__).parent / "web" / "inspect.html").read_text(encoding="utf-8").replace("__DATA__", data)
 
 
-def table(found: Inspection) -> list[str]:
+def inspection_table(found: Inspection) -> list[str]:
     """Lines for a terminal: each token with its loss, its rank, and the likeliest token in its place."""
     lines = [f"{'token':<16}{'loss':>8}{'likelier':>10}  likeliest there"]
     for i, token in enumerate(found.tokens):
