@@ -21,7 +21,7 @@ from gptjax.config.command_line import (
     take,
     unknown_verb,
 )
-from gptjax.config.section import InputError
+from gptjax.config.section import InputError, leaves
 from gptjax.parallel.cluster import RetryableError
 from gptjax.parallel.processes import exit_all, is_main_process, join_processes, process_label, say, working
 from gptjax.runtime.process import require_platform, tune_process
@@ -76,8 +76,7 @@ def data_verify(args: list[str]) -> int:
 
     corpus = open_corpus(folder)
     corpus.verify()
-    say(report(corpus))
-    say("every file is as it was written")
+    say(f"{report(corpus)}\nevery file is as it was written")
     _next("pretrain", "quickstart", "--data.source", folder, "--run-dir", "runs/NAME")
     return 0
 
@@ -378,8 +377,6 @@ def _print_line(lines: list[str]) -> int:
 
 def _start(cfg: Any) -> None:
     """Sets XLA's flags and joins the other processes of this job, before anything asks jax for its devices."""
-    from gptjax.config.section import leaves
-
     tune_process()
     join_processes(dict(leaves(cfg)))
 

@@ -29,6 +29,6 @@ __all__ = [
     "CHANGEABLE", "SCHEMA", "STAGES", "ChatConfig", "CheckpointConfig", "ContinueConfig", "DataConfig", "EvalConfig",
     "EvaluateConfig", "GenerateConfig", "ImportConfig", "InspectConfig", "LoraConfig", "MeshConfig", "ModelConfig",
     "OptimConfig", "PrepareConfig", "RewardConfig", "RewardsConfig", "RolloutConfig", "SftConfig", "ShowConfig",
-    "TokenizerConfig", "TrainConfig", "TrainTokenizerConfig", "TuneConfig", "check_divisible", "defining_settings", "frozen_settings",
-    "frozen_changes",
+    "TokenizerConfig", "TrainConfig", "TrainTokenizerConfig", "TuneConfig", "check_divisible", "defining_settings",
+    "frozen_settings", "frozen_changes",
 ]  # fmt: skip
