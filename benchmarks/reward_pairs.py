@@ -171,11 +171,15 @@ def by_words(texts: list[tuple[str, str]]):
     """fit(train, test, C) on tf-idf of the training answers."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
+    differences = {}
+
     def margins(train, test, strength):
-        words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2)
-        words.fit([text for n in train for text in texts[n]])
-        better, worse = (words.transform([pair[k] for pair in texts]) for k in (0, 1))
-        return logistic((better - worse)[train], (better - worse)[test], strength)
+        if (of := train.tobytes()) not in differences:
+            words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2)
+            words.fit([text for n in train for text in texts[n]])
+            better, worse = (words.transform([pair[k] for pair in texts]) for k in (0, 1))
+            differences[of] = (better - worse).tocsr()
+        return logistic(differences[of][train], differences[of][test], strength)
 
     return margins
 
@@ -199,7 +203,7 @@ def by_states(x: np.ndarray):
     def margins(train, test, choice):
         tokens, band, ridge = choice
         if (tokens, band) not in grams:
-            total = 0
+            total = np.zeros((difference.shape[2],) * 2, np.float32)
             for pool in TOKENS[tokens]:
                 for layer in BANDS[band]:
                     z = difference[pool, layer]
