@@ -19,8 +19,18 @@ from commands import curve, refused
 from test_preferences import ranked
 from test_sft import MODEL, make_run, steps
 
+from gptjax.align.scoring import Answer, Rewards
 from gptjax.cli import main
-from gptjax.config import DataConfig, MeshConfig, ModelConfig, RewardConfig, TokenizerConfig, TrainConfig
+from gptjax.config import (
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    RewardConfig,
+    RewardsConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+from gptjax.config.section import InputError
 from gptjax.data.pairs import PreferenceData
 from gptjax.data.preferences import AnswerTrees, shares_prompts
 from gptjax.evals.preferences import AnswerScorer, load_scorer, pair_metrics
@@ -248,6 +258,21 @@ def test_wrong_input_is_one_line(base, tuned, tmp_path, capsys):
     for run, wanted in ((half, "goes on"), (base, "which has no score_D; wanted a run by gptjax reward")):
         with pytest.raises(ValueError, match=wanted):
             load_scorer(run, MeshConfig())
+
+
+def test_a_reward_run_is_a_source_of_rewards_for_the_ids_of_its_tokenizer(tuned):
+    scorer, model = load_scorer(tuned, MeshConfig())
+    config, tokenizer = RewardsConfig(sources=(f"model={tuned}",), weights=(2.0,)), model.tokenizer
+    answers = [Answer({"prompt": "a"}, "", ended, ids) for ended, ids in ((True, [1, 2, 3]), (False, [1, 2]))]
+    rewards = Rewards(config, MeshConfig(), tokenizer)
+    reward_B, by_source = rewards(answers)
+    wanted_B = scorer([[1, 2, 3], [1, 2]])
+    np.testing.assert_array_equal(by_source["reward_model"], wanted_B)
+    np.testing.assert_array_equal(reward_B, np.float32([2 * wanted_B[0], -1]))
+    assert rewards.marks["model"]["step"] == 6 and len(rewards.marks["model"]["sha256"]) == 64
+    tokenizer.template = "chatml"
+    with pytest.raises(InputError, match="another tokenizer or chat template than the policy"):
+        Rewards(config, MeshConfig(), tokenizer)
 
 
 @pytest.mark.slow

@@ -25,6 +25,8 @@ from gptjax.config import MeshConfig
 from gptjax.config.plugins import is_name, is_registered, resolve
 from gptjax.config.section import InputError, one_line
 from gptjax.config.tuning import RewardsConfig
+from gptjax.evals.preferences import load_scorer
+from gptjax.runs.digest import tree_sha256
 from gptjax.tokenizer import Tokenizer
 
 OURS = ("prompt", "answer", "ended")
@@ -106,9 +108,22 @@ def names_function(source: str) -> bool:
 
 
 def open_run(source: str, mesh: MeshConfig, tokenizer: Tokenizer) -> tuple[Source, Mark]:
-    """The reward model of a run as a source, and its step and digest; raises InputError where it can't be one."""
-    del mesh, tokenizer
-    raise InputError(f"rewards.sources: {source} is no module:function; reward runs can't be read yet")
+    """The reward model of a run as a source, less the score of demonstrations, and its step and digest.
+
+    Raises InputError where it is none, is not finished, or has another tokenizer or template.
+    """
+    try:
+        scorer, model = load_scorer(source, mesh)
+    except InputError as e:
+        raise InputError(f"rewards.sources: {e}") from e
+    own = model.tokenizer
+    if (own.sha256, own.template) != (tokenizer.sha256, tokenizer.template):
+        raise InputError(
+            f"rewards.sources: {source} has another tokenizer or chat template than the policy, whose ids it would "
+            "read; wanted a reward model that began from a run with the same"
+        )
+    mark = {"step": model.step, "sha256": tree_sha256(model.params), "mean": scorer.mean}
+    return (lambda answers: scorer([answer.ids for answer in answers])), mark
 
 
 class UserReward:
