@@ -217,7 +217,8 @@ def preferences(table: Table, seed: int):
         wins = rng.random(PAIRS) < 1 / (1 + np.exp(table.reward[pair_BS[:, 1]] - table.reward[pair_BS[:, 0]]))
         pair_BS = np.where(wins[:, None], pair_BS, pair_BS[:, ::-1]).astype(np.int32)
         reference_BS = reference_S[pair_BS].astype(np.float32)
-        yield {"answer_BS": pair_BS, "rank_BS": rank_BS, "mask_BS": mask_BS, "ref_log_p_BS": reference_BS}, {}
+        ranked = {"rank_BS": rank_BS, "mask_BS": mask_BS, "answers_BS": mask_BS}
+        yield {"answer_BS": pair_BS, "ref_log_p_BS": reference_BS, **ranked}, {}
 
 
 # -- Training
@@ -243,7 +244,9 @@ def make_loss(table: Table, method: str) -> Callable:
         log_p_BL, _ = policy_of(params, frozen, {"tokens_BL": tokens[batch["answer_BS"].reshape(-1)]})
         return log_p_BL.sum(-1).reshape(-1, 2)
 
-    return preference_loss(of_answers, lambda p, f, batch: batch["ref_log_p_BS"], beta=table.beta, kind=method)
+    return preference_loss(
+        of_answers, lambda p, f, batch: batch["ref_log_p_BS"], beta=table.beta, kind="dpo" if method == "dpo" else "ipo"
+    )
 
 
 def train(table: Table, method: str, seed: int = 0, updates: int = 0, mesh_config: MeshConfig | None = None) -> dict:

@@ -2,6 +2,7 @@
 
 gptjax sft chat --init RUN --data.source chats.jsonl
 gptjax reward chat --init runs/chat --data.source preferences.jsonl
+gptjax dpo chat --init runs/chat --data.source preferences.jsonl
 
 The learning rates are those of models of 1.3B and 6B parameters. Small models want more (2e-5 to 1e-3), and so does an
 adaptation: add --lora.rank 16 --optim.learning-rate 2e-4. The checkpoint with the lowest loss on what is held out is
@@ -11,6 +12,7 @@ kept, too.
 from gptjax.config import (
     CheckpointConfig,
     DataConfig,
+    DpoConfig,
     EvaluateConfig,
     GenerateConfig,
     ModelConfig,
@@ -43,4 +45,19 @@ def reward() -> RewardConfig:
         optim=OptimConfig(learning_rate=9e-6, warmup_steps=0, final_fraction=0.1, weight_decay=0.0),
         checkpoint=CheckpointConfig(every=100, keep_best=1),
         evaluate=EvaluateConfig(every=100),
+    )
+
+
+def dpo() -> DpoConfig:
+    """beta 0.1, one epoch, 32 prompts a step, 5e-7 that falls straight to 0 (Tunstall et al. 2023, Zephyr)."""
+    return DpoConfig(
+        run_dir="runs/preferred",
+        model=ModelConfig(dtype="auto"),
+        data=DataConfig(source="preferences.jsonl", batch_size=32, length=1024),
+        optim=OptimConfig(
+            learning_rate=5e-7, schedule="linear", warmup_steps=10, final_fraction=0.0, beta2=0.999, weight_decay=0.0
+        ),
+        checkpoint=CheckpointConfig(every=100, keep_best=1),
+        evaluate=EvaluateConfig(every=100),
+        generate=GenerateConfig(prompt=("Who are you?",), max_new_tokens=100),
     )

@@ -24,6 +24,7 @@ VERBS: dict[str, Any] = {
     "pretrain": config.TrainConfig,
     "sft": config.SftConfig,
     "reward": config.RewardConfig,
+    "dpo": config.DpoConfig,
     "prepare": config.PrepareConfig,
     "tokenizer train": config.TrainTokenizerConfig,
     "data show": config.ShowConfig,

@@ -301,6 +301,7 @@ VERBS: dict[str, Verb] = {
     "pretrain": _stage("pretrain", "quickstart", "train a model, or go on with its run"),
     "sft": _stage("sft", "chat", "fine-tune a run on conversations (RECIPE --init RUN)"),
     "reward": _stage("reward", "chat", "train a reward model on preferences (RECIPE --init RUN)"),
+    "dpo": _stage("dpo", "chat", "train a run on preferences, by DPO or IPO (RECIPE --init RUN)"),
     "sweep": sweep,
     "eval": evaluate,
     "generate": generate,

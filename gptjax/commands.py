@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from gptjax.config import ContinueConfig, EvalConfig, InspectConfig
+from gptjax.config import ContinueConfig, DpoConfig, EvalConfig, InspectConfig, MeshConfig
 from gptjax.config.section import InputError, leaves
 from gptjax.parallel.processes import is_main_process, join_processes
 from gptjax.parallel.sharding import abstract
-from gptjax.runs.load import LoadedModel, load_model, open_checkpoints
+from gptjax.runs.load import LoadedModel, check_base, load_model, open_checkpoints
 from gptjax.runs.run import Run, load_config
 from gptjax.storage import check_file, write_json
 
 if TYPE_CHECKING:
+    from gptjax.data.pairs import PreferenceData
     from gptjax.evals.measure import TaskResult
     from gptjax.evals.tasks import Task
 
@@ -87,6 +88,7 @@ def measure_loaded(
 def evaluate_trained(model: LoadedModel, max_rows: int = 0) -> dict[str, Any]:
     """Evaluates a loaded model on its validation sets: the numbers of `evaluate_run`."""
     from gptjax.data.packing import example_batch
+    from gptjax.data.pairs import PreferenceData
     from gptjax.data.pipeline import open_pipeline
     from gptjax.evals.loss import evaluate, make_eval_step
 
@@ -99,11 +101,29 @@ def evaluate_trained(model: LoadedModel, max_rows: int = 0) -> dict[str, Any]:
         from gptjax.evals.preferences import evaluate_reward
 
         return {"step": model.step, **evaluate_reward(model, data.held, max_rows)}  # pyright: ignore
+    if isinstance(data, PreferenceData):
+        return {"step": model.step, **_evaluate_preferences(model, data, max_rows)}
     with jax.set_mesh(model.mesh):
         example = abstract(example_batch(model.config.data.batch_size, model.config.data.length), model.mesh)
         eval_step = make_eval_step(model.decoder, model.mesh, model.params, example)
         metrics = evaluate(eval_step, model.params, data.validation, max_rows, model.mesh)
     return {"step": model.step, **metrics}
+
+
+def _evaluate_preferences(model: LoadedModel, data: "PreferenceData", max_rows: int) -> dict[str, Any]:
+    """The numbers of a policy on the preferences that are held out, beside its reference's."""
+    from gptjax.align.answers import PreferenceEvaluation
+
+    config = model.config
+    assert isinstance(config, DpoConfig)
+    mark = model.data_state["base"]
+    reference = load_model(config.init, MeshConfig(**model.mesh.shape), mark["step"]).params
+    check_base(config, reference, mark)
+    config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, max_rows=max_rows))
+    with jax.set_mesh(model.mesh):
+        example = abstract(data.batch(0), model.mesh)
+        held = PreferenceEvaluation(config, model.decoder, model.mesh, model.params, example, data.held)
+        return held(model.params, reference)
 
 
 def generate_run(run_dir: str | Path, cfg: ContinueConfig, write: Callable[[str], None]) -> None:

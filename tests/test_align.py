@@ -77,9 +77,9 @@ def test_the_pairwise_loss_of_four_ranked_answers():
 
 def test_dpo_and_ipo_of_a_pair():
     margin = jnp.array([(-10 - -11) - (-12 - -11.5)])
-    close(objectives.dpo(margin, 0.1), [0.62095705], rtol=1e-6)
-    close(objectives.ipo(margin, 0.1), [12.25], rtol=1e-6)
-    assert objectives.ipo(jnp.array([5.0]), 0.1) == 0
+    close(objectives.dpo_loss(margin, 0.1), [0.62095705], rtol=1e-6)
+    close(objectives.ipo_loss(margin, 0.1), [12.25], rtol=1e-6)
+    assert objectives.ipo_loss(jnp.array([5.0]), 0.1) == 0
 
 
 def test_clipping_bounds_the_gain_and_not_the_loss():

@@ -14,18 +14,22 @@ from commands import curve, refused
 
 import gptjax
 from gptjax.cli import main
-from gptjax.config import DataConfig, MeshConfig, ModelConfig, SftConfig, TokenizerConfig, TrainConfig
+from gptjax.config import DataConfig, LoraConfig, MeshConfig, ModelConfig, SftConfig, TokenizerConfig, TrainConfig
 from gptjax.config.section import InputError, leaves
 from gptjax.data.chats import ChatData, held_out
 from gptjax.data.dialogue import messages_of
 from gptjax.data.packing import pad_documents
 from gptjax.model.decoder import init_params, make_decoder
+from gptjax.ops.device import device
+from gptjax.parallel.sharding import make_mesh
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.load import load_model
 from gptjax.runs.run import Run, load_config, read_config
+from gptjax.stages.tuning import Tuning
 from gptjax.tokenizer import BytesTokenizer
 from gptjax.tokenizer.known_templates import named_template
 from gptjax.training.losses import language_model_loss
+from gptjax.training.memory import count_memory
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
 MODEL = ModelConfig(num_layers=1, width=16, num_heads=2, dtype="float32")
@@ -239,6 +243,55 @@ def test_an_adaptation_begins_as_its_base_and_is_opened_with_it(adapted, tuned, 
     finally:
         shutil.rmtree(base)
         elsewhere.rename(base)
+
+
+def test_a_run_ends_early_where_its_evaluations_stop_falling(base, tmp_path, capsys, monkeypatch):
+    """At step 6, the second evaluation that is not below the first, also where it was stopped and goes on.
+
+    The base is merged once an evaluation, for the loss and the sample.
+    """
+    merged, init = [], Tuning.__init__
+
+    def counted(self, *args, **more):
+        init(self, *args, **more)
+        merge = self._merge
+        self._merge = lambda *args: merged.append(1) or merge(*args)
+
+    monkeypatch.setattr(Tuning, "__init__", counted)
+    words = ["--steps", 40, "--evaluate.every", 2, "--checkpoint.every", 4, "--optim.learning-rate", 1e-30]
+    run = sft(base, tmp_path / "run", *words, "--evaluate.patience", 2, *LORA)
+    said = "ended before step 40: 2 evaluations in a row found no eval_loss below that of step 2, "
+    assert said in capsys.readouterr().err and len(merged) == 3
+    assert [x["step"] for x in steps(run)][-2:] == [6, 6] and load_model(run, None).step == 6
+    last = json.loads((run / "events.jsonl").read_text().splitlines()[-1])
+    assert (last["kind"], last["step"]) == ("finished", 6) and last["reason"].startswith(said)
+    before = curve((run / "metrics.jsonl").read_bytes())
+    shutil.rmtree(run / "checkpoints" / "00000006")
+    for _ in range(2):
+        assert main(["sft", str(run)]) == 0
+        assert said in capsys.readouterr().err
+        assert curve((run / "metrics.jsonl").read_bytes()) == before
+    assert main(["sft", str(run), "--evaluate.patience", "0", "--steps", "8"]) == 0
+    assert steps(run)[-1]["step"] == 8
+
+
+def test_the_memory_that_is_counted_holds_the_base(base):
+    config = settings(base, lora=LoraConfig(rank=2))
+    tuning = Tuning(config, make_mesh(MeshConfig()))
+    sizes = dict(tuning.mesh.shape)
+    alone, beside = (count_memory(config, tuning.shapes, sizes, device(), x) for x in ({}, tuning.frozen_shapes))
+    assert beside - alone == sum(4 * x.size for x in jax.tree.leaves(tuning.weight_shapes))
+
+
+@pytest.mark.slow
+def test_tasks_are_asked_through_the_template(base, tmp_path):
+    task = tmp_path / "task.jsonl"
+    items = [{"kind": "cloze"}, *({"context": word, "continuation": word.upper()} for word in ("abc", "d"))]
+    task.write_text("\n".join(map(json.dumps, items)))
+    run = sft(base, tmp_path / "run", "--evaluate.tasks", task)
+    assert main(["eval", str(run), "--tasks", str(task), "--chat", "--items", str(tmp_path / "items")]) == 0
+    greedy = [json.loads(line)["greedy"] for line in (tmp_path / "items").read_text().splitlines()]
+    assert steps(run)[-1]["task_task"] == sum(greedy) / 2
 
 
 @pytest.mark.slow

@@ -6,20 +6,21 @@ tokens), old_log_p_BL, ref_log_p_BL, advantage_BL, and with a value function old
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from gptjax.align.advantages import masked_mean
 from gptjax.align.estimators import Aggregation, aggregate
-from gptjax.align.objectives import KL, better_than, clipped, clipped_value, dpo, ipo, kl_estimate, pairwise
+from gptjax.align.objectives import KL, better_than, clipped, clipped_value, dpo_loss, ipo_loss, kl_estimate, pairwise
 from gptjax.training.step import LossFn
 
 Batch = dict[str, jax.Array]
 # log_p_BL of the tokens drawn and entropy_BL; with a value function value_BL as well, which may share the forward pass.
 LogProbs = Callable[[Any, Any, Batch], tuple[jax.Array, ...]]
 Values = Callable[[Any, Any, Batch], jax.Array]
+PreferenceKind = Literal["dpo", "ipo"]
 
 
 def policy_loss(
@@ -73,25 +74,77 @@ def policy_loss(
     return loss_fn
 
 
-def preference_loss(log_probs: Values, reference: Values, *, beta: float, kind: str = "dpo") -> LossFn:
-    """DPO's or IPO's mean over pairs; both functions give log_p_BS of whole answers, the better first (S = 2).
+def preference_loss(log_probs: Values, reference: Values, *, beta: float, kind: PreferenceKind = "dpo") -> LossFn:
+    """DPO's or IPO's mean over prompts of all pairs of their answers; rank_BS, and answers_BS 1 where there is one.
 
-    Metrics: accuracy (the implicit reward beta log pi / ref prefers the better), margin, and each answer's implicit
-    reward.
+    Both functions give log_p_BS of whole answers. Metrics: those of `preference_terms`, as means over prompts.
     """
-    objective = {"dpo": dpo, "ipo": ipo}[kind]
 
     def loss_fn(params: Any, frozen: Any, batch: Batch, key: jax.Array):
-        del key
-        reward_BS = log_probs(params, frozen, batch) - jax.lax.stop_gradient(reference(params, frozen, batch))
-        margin_B = reward_BS[:, 0] - reward_BS[:, 1]
-        loss = objective(margin_B, beta).mean()
-        chosen, rejected = beta * reward_BS.mean(0)
-        metrics = {"accuracy": (margin_B > 0).mean(), "margin": beta * margin_B.mean()}
-        metrics |= {"reward_chosen": chosen, "reward_rejected": rejected}
-        return loss, {"loss": loss, "weight": jnp.float32(len(margin_B))} | metrics
+        del key  # no dropout: it would move the margin of the first step away from 0
+        reference_BS = jax.lax.stop_gradient(reference(params, frozen, batch))
+        log_p_BS, ranks = log_probs(params, frozen, batch), (batch["rank_BS"], batch["answers_BS"])
+        terms, there_B = preference_terms(log_p_BS, reference_BS, *ranks, beta, kind)
+        weight = there_B.sum()
+        metrics = {name: (x * there_B).sum() / jnp.maximum(weight, 1.0) for name, x in terms.items()}
+        return metrics["loss"], metrics | {"weight": weight}
 
     return loss_fn
+
+
+def preference_terms(
+    log_p_BS: jax.Array,
+    reference_BS: jax.Array,
+    rank_BS: jax.Array,
+    mask_BS: jax.Array,
+    beta: float,
+    kind: PreferenceKind = "dpo",
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """The terms of a preference loss, each a number for every prompt, and 1 for prompts that have a pair, else 0.
+
+    All pairs of a prompt's ranked answers are one element, of which these are means, as in `objectives.pairwise`: with
+    two answers the one pair. r = beta log pi / ref is an answer's implicit reward.
+
+        loss                              DPO's or IPO's
+        accuracy                          1 where r prefers the better; equal counts as half
+        margin                            r of the better - r of the worse
+        reward_chosen, reward_rejected    r of the better, of the worse
+        log_p_chosen, log_p_rejected      log pi of them, in nats an answer
+        ranking_accuracy                  1 where pi alone gives the better the higher probability (Chen et al. 2024,
+                                          arXiv:2405.19534)
+        reference_ranking_accuracy        the same of the reference, where that of pi begins
+        drift                             |log pi / ref| of an answer, in nats: a mean over the prompt's answers
+    """
+    objective = {"dpo": dpo_loss, "ipo": ipo_loss}[kind]
+    better_BSS = better_than(rank_BS, mask_BS)
+    pairs_B = better_BSS.sum((1, 2))
+
+    def mean(x_BSS: jax.Array) -> jax.Array:
+        return (x_BSS * better_BSS).sum((1, 2)) / jnp.maximum(pairs_B, 1.0)
+
+    def right(x_BS: jax.Array) -> jax.Array:
+        return mean((jnp.sign(x_BS[:, :, None] - x_BS[:, None, :]) + 1) / 2)
+
+    def sides(x_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return mean(x_BS[:, :, None]), mean(x_BS[:, None, :])
+
+    ratio_BS = log_p_BS - reference_BS
+    margin_BSS = ratio_BS[:, :, None] - ratio_BS[:, None, :]
+    reward_chosen, reward_rejected = sides(beta * ratio_BS)
+    log_p_chosen, log_p_rejected = sides(log_p_BS)
+    terms = {
+        "loss": mean(objective(margin_BSS, beta)),
+        "accuracy": right(ratio_BS),
+        "margin": beta * mean(margin_BSS),
+        "reward_chosen": reward_chosen,
+        "reward_rejected": reward_rejected,
+        "log_p_chosen": log_p_chosen,
+        "log_p_rejected": log_p_rejected,
+        "ranking_accuracy": right(log_p_BS),
+        "reference_ranking_accuracy": right(reference_BS),
+        "drift": masked_mean(jnp.abs(ratio_BS), mask_BS, axis=1),
+    }
+    return terms, (pairs_B > 0).astype(jnp.float32)
 
 
 def reward_loss(scores: Values) -> LossFn:

@@ -31,7 +31,7 @@ def better_than(rank_BS: jax.Array, mask_BS: jax.Array) -> jax.Array:
     return (rank_BS[:, :, None] < rank_BS[:, None, :]) * mask_BS[:, :, None] * mask_BS[:, None, :]
 
 
-def dpo(margin_B: jax.Array, beta: float) -> jax.Array:
+def dpo_loss(margin_B: jax.Array, beta: float) -> jax.Array:
     """-log sigmoid(beta margin), margin = log pi(y_w) / ref(y_w) - log pi(y_l) / ref(y_l) (Rafailov et al. 2023).
 
     Fixed point, for preferences that follow Bradley-Terry with reward r: pi = ref exp(r / beta) / Z, on the answers
@@ -40,7 +40,7 @@ def dpo(margin_B: jax.Array, beta: float) -> jax.Array:
     return -jax.nn.log_sigmoid(beta * margin_B)
 
 
-def ipo(margin_B: jax.Array, beta: float) -> jax.Array:
+def ipo_loss(margin_B: jax.Array, beta: float) -> jax.Array:
     """(margin - 1 / (2 beta))^2, with DPO's margin (Azar et al. 2024, eq. 17).
 
     Fixed point: for a pair that is won with probability p, margin = (p - 1/2) / beta; always won, 1 / (2 beta). So it

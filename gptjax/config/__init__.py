@@ -23,12 +23,21 @@ from gptjax.config.training import (
     frozen_changes,
     frozen_settings,
 )
-from gptjax.config.tuning import STAGES, LoraConfig, RewardConfig, RewardsConfig, RolloutConfig, SftConfig, TuneConfig
+from gptjax.config.tuning import (
+    STAGES,
+    DpoConfig,
+    LoraConfig,
+    RewardConfig,
+    RewardsConfig,
+    RolloutConfig,
+    SftConfig,
+    TuneConfig,
+)
 
 __all__ = [
-    "CHANGEABLE", "SCHEMA", "STAGES", "ChatConfig", "CheckpointConfig", "ContinueConfig", "DataConfig", "EvalConfig",
-    "EvaluateConfig", "GenerateConfig", "ImportConfig", "InspectConfig", "LoraConfig", "MeshConfig", "ModelConfig",
-    "OptimConfig", "PrepareConfig", "RewardConfig", "RewardsConfig", "RolloutConfig", "SftConfig", "ShowConfig",
-    "TokenizerConfig", "TrainConfig", "TrainTokenizerConfig", "TuneConfig", "check_divisible", "defining_settings",
-    "frozen_settings", "frozen_changes",
+    "CHANGEABLE", "SCHEMA", "STAGES", "ChatConfig", "CheckpointConfig", "ContinueConfig", "DataConfig", "DpoConfig",
+    "EvalConfig", "EvaluateConfig", "GenerateConfig", "ImportConfig", "InspectConfig", "LoraConfig", "MeshConfig",
+    "ModelConfig", "OptimConfig", "PrepareConfig", "RewardConfig", "RewardsConfig", "RolloutConfig", "SftConfig",
+    "ShowConfig", "TokenizerConfig", "TrainConfig", "TrainTokenizerConfig", "TuneConfig", "check_divisible",
+    "defining_settings", "frozen_settings", "frozen_changes",
 ]  # fmt: skip

@@ -181,10 +181,12 @@ class EvaluateConfig(Section):
     """Task files to evaluate as well, each as FILE or FILE:SETTING=VALUE:..., as in `gptjax eval --tasks`."""
     limit: int = 0
     """Items of each task to use, from its start; 0: all."""
+    patience: int = 0
+    """Evaluations in a row without a new lowest eval_loss that end the run before `steps`; 0: none do."""
 
     def __post_init__(self):
         self.require_positive("every")
-        self.require_numbers(0, math.inf, "max_rows", "limit")
+        self.require_numbers(0, math.inf, "max_rows", "limit", "patience")
 
 
 @dataclass(frozen=True, kw_only=True)

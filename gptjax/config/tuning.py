@@ -105,6 +105,30 @@ class RewardConfig(TuneConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DpoConfig(TuneConfig):
+    """Direct preference optimisation of the run in `init`: a policy from preferences, without a reward model.
+
+    Of `model` dtype, attention, attention_block, remat, remat_names and unroll are its own, of `tokenizer` the
+    template; data.source is a file of preferences, or a folder of them. The reference policy is `init` as it was.
+    """
+
+    stage: ClassVar[str] = "dpo"
+    RECORDS: ClassVar[str] = "preferences"
+
+    kind: Literal["dpo", "ipo"] = "dpo"
+    """Loss: -log sigmoid of the margin of implicit rewards (DPO), or its squared distance from a finite one (IPO)."""
+    beta: float = 0.1
+    """Weight of the KL to the reference policy, in the reward that the policy stands for; IPO's tau."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_positive("beta")
+        self.require(not self.loss, "loss", "none with gptjax dpo, which has its own", "see --kind")
+        self.optim.require(not self.optim.z_loss, "z_loss", "0 with gptjax dpo")
+        self.model.require(not self.model.dropout, "dropout", "0 with gptjax dpo: the policy begins as its reference")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RewardsConfig(Section):
     """Sources of the reward of an answer, which is the sum of what they give, each times its weight."""
 
@@ -163,5 +187,5 @@ class RolloutConfig(Section):
         return self.epochs * self.minibatches
 
 
-STAGES: dict[str, type[TrainConfig]] = {cls.stage: cls for cls in (TrainConfig, SftConfig, RewardConfig)}
+STAGES: dict[str, type[TrainConfig]] = {cls.stage: cls for cls in (TrainConfig, SftConfig, RewardConfig, DpoConfig)}
 """The settings of each stage, by the name of its function in a recipe and of its stage in a run's config.json."""

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from gptjax.config import RewardConfig, SftConfig, TrainConfig
+from gptjax.config import DpoConfig, RewardConfig, SftConfig, TrainConfig
 from gptjax.data.batches import DataState
 from gptjax.data.chats import ChatData
 from gptjax.data.pairs import PreferenceData
@@ -44,6 +44,8 @@ def open_pipeline(
         return ChatData(config, folder, training)
     if isinstance(config, RewardConfig):
         return PreferenceData(config, folder, training, trees=True)
+    if isinstance(config, DpoConfig):
+        return PreferenceData(config, folder, training, trees=False)
     if config.data.loading == "stream":
         pipeline = StreamedData(config, training, say)
     else:

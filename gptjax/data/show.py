@@ -12,8 +12,13 @@ def show(batch: Batch, tokenizer: Tokenizer, rows: Iterable[int] = (0,), sources
     """The chosen rows of a batch: each segment's columns, its text with special tokens spelled out, and its targets.
 
     Newlines are shown as a new line behind a bar, so that nothing of the text is changed or left out. `sources` names
-    the source of each row of the batch; an empty name is left out.
+    the source of each row of the batch; an empty name is left out. Of prompts with answers `rows` are the prompts.
     """
+    if "inputs_BSL" in batch:  # answers to prompts, each a row of its own
+        answers = {n.replace("SL", "L"): x.reshape(-1, x.shape[-1]) for n, x in batch.items() if n.endswith("BSL")}
+        per_prompt = len(answers["inputs_BL"]) // len(batch["inputs_BSL"])
+        rows = [row * per_prompt + answer for row in rows for answer in range(per_prompt)]
+        return show(answers, tokenizer, rows)
     num_rows, length = batch["inputs_BL"].shape
     batch = {"weights_BL": np.zeros((num_rows, length), np.float32)} | batch  # of answers to score nothing is predicted
     weighted = int(np.count_nonzero(batch["weights_BL"]))

@@ -34,9 +34,18 @@ def named_tasks(specs: Sequence[str]) -> dict[str, Task]:
 
 
 def measure_tasks(
-    tasks: Mapping[str, Task], decoder: "Decoder", params: Any, tokenizer: "Tokenizer", mesh: "Mesh", limit: int
+    tasks: Mapping[str, Task],
+    decoder: "Decoder",
+    params: Any,
+    tokenizer: "Tokenizer",
+    mesh: "Mesh",
+    limit: int,
+    chat: bool = False,
 ) -> dict[str, float]:
-    """The first metric of each task on its first `limit` items (0: all) by its name, and NAME_stderr, its error."""
+    """The first metric of each task on its first `limit` items (0: all) by its name, and NAME_stderr, its error.
+
+    With `chat` a prompt is a message of a user, as with `gptjax eval --chat`.
+    """
     if not tasks:
         return {}
     from gptjax.evals.measure import measure
@@ -45,7 +54,7 @@ def measure_tasks(
     scorer = Scorer(decoder.clone(cfg=decoder.cfg.anywhere(), packed=True), params, mesh)
     numbers: dict[str, float] = {}
     for name, task in tasks.items():
-        metric = next(iter(measure(task, scorer, tokenizer, limit=limit).metrics.values()))
+        metric = next(iter(measure(task, scorer, tokenizer, limit=limit, chat=chat).metrics.values()))
         numbers[name] = metric.value
         if math.isfinite(metric.stderr):  # one item alone has none
             numbers[f"{name}_stderr"] = metric.stderr

@@ -20,6 +20,16 @@ from gptjax.training.metrics_file import SPECIAL, MetricsFile
 UNSETTLED = 5  # steps after a start, whose reports may come late and all at once, so that a step seems short
 MOST_POINTS, MOST_SAMPLES, MOST_EVENTS, MOST_LETTERS = 1000, 30, 100, 4000
 
+PREFERENCES = (
+    ("accuracy", "Accuracy", "share of the pairs that the implicit reward orders right"),
+    ("margin", "Margin", "implicit reward of the better answer less that of the worse"),
+    ("ranking_accuracy", "Ranking accuracy", "share of the pairs whose better answer is the likelier"),
+    ("log_p_chosen", "Log-probability of the better answer", "nats"),
+    ("log_p_rejected", "Log-probability of the worse answer", "nats"),
+    ("drift", "Drift", "|log pi / ref| of an answer, nats"),
+)
+"""Metrics of a stage that learns from preferences: name, title and unit."""
+
 STYLE = """
 :root { color-scheme: light dark; --text: #1c1c1e; --soft: #63636a; --line: #e2e2e6; --back: #fff; --card: #f6f6f8;
   --a: #1f5fa8; --b: #c2451e; }
@@ -121,6 +131,10 @@ def _charts(steps: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any
         *(chart.chart(f"Loss on {key.removeprefix('eval_loss_')}", "nats a token", [
             curve("", key, nats, of=lines, dots=True)]) for key in named),
         *(chart.chart(key.removeprefix("task_"), "task", [curve("", key, nats, of=lines, dots=True)]) for key in tasks),
+        *(chart.chart(title, unit, [
+            curve("training", key, "{:.4g}".format, noisy=True),
+            curve("held out", f"eval_{key}", "{:.4g}".format, of=lines, dots=True)])
+          for key, title, unit in PREFERENCES),
         chart.chart("Learning rate", "as scheduled", [curve("", "learning_rate", "{:.3g}".format)]),
         chart.chart("Gradient norm", "before clipping, logarithmic", [
             curve("", "grad_norm", "{:.3f}".format, noisy=True)], log=True),

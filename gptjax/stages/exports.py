@@ -20,7 +20,7 @@ NICENESS = 10
 
 
 class Exports:
-    """Folders exports/step_N of a run, made of its checkpoints each `every` steps and after step `last`; 0: none.
+    """Folders exports/step_N of a run, made of its checkpoints each `every` steps and after the last one; 0: none.
 
     They are made one after the other, by the verb `export`. A failed one is an event and a line. Left as a context
     after an error, and by `stop`, it ends the one that is being made; else it waits until all are there.
@@ -34,9 +34,12 @@ class Exports:
         self.steps: set[int] = set()
         """Steps whose exports are not done, and whose checkpoints are still needed."""
 
-    def begin(self, step: int) -> None:
-        """Exports a step, which is committed, where its turn has come and it is not there yet; returns at once."""
-        due = self._every and step and (step % self._every == 0 or step == self._last)
+    def begin(self, step: int, last: bool = False) -> None:
+        """Exports a step, which is committed, where its turn has come and it is not there yet; returns at once.
+
+        The last step's has come; it is step `last` of the settings, or one after which the run ended.
+        """
+        due = self._every and step and (step % self._every == 0 or step == self._last or last)
         if due and is_main_process() and not self._folder(step).exists():
             self.steps.add(step)
             self._thread.submit(self._export, step)

@@ -68,7 +68,7 @@ def reward(config: RewardConfig, provenance: Provenance) -> Path:
         # -- Model, optimizer and step: the language model's weights, or LoRA's, and a head that starts at random.
         tuning = Tuning(config, mesh, pairwise_loss)
         example = abstract(jax.eval_shape(functools.partial(data.train.lay_out, [None] * batch_size)), mesh)
-        group.describe_step(config, tuning.shapes)
+        group.describe_step(config, tuning.shapes, tuning.frozen_shapes)
         say(entry("data", data.describe()))
 
         # -- Run folder, and the state: a checkpoint comes before config.init.

@@ -48,12 +48,12 @@ class ProcessGroup:
     dtype_reason: str
     """The reason for the dtype that auto became; "" where the settings name one."""
 
-    def describe_step(self, config: TrainConfig, shapes: TrainState) -> None:
+    def describe_step(self, config: TrainConfig, shapes: TrainState, frozen: Mapping[str, Any] | None = None) -> None:
         """Prints what is known of a stage's step once its devices are: dtype, attention, memory."""
         if self.dtype_reason:
             say(entry("dtype", f"{config.model.dtype}: {self.dtype_reason}"))
         say(entry("attention", describe(config.model, config.data.length, config.data.several_documents)))
-        say(entry("memory", describe_memory(config, shapes, self.mesh.shape)))
+        say(entry("memory", describe_memory(config, shapes, self.mesh.shape, frozen)))
 
 
 @contextlib.contextmanager
@@ -134,6 +134,8 @@ class Runner:
     ) -> TrainState:
         """Trains to config.steps with saves, evaluations, metrics and retention; returns the last state.
 
+        It ends before where evaluate.patience says so, and says it; the same command again ends at once.
+
         `step` is compiled and `frozen` lies on the mesh; `evaluate` returns the metrics of the stage's own evaluation,
         `eval_loss` among them, and `sample` a continuation of generate.prompt, or "". Raises Interrupted after a
         signal or near the time limit, with everything saved, Diverged, and CheckpointError where a save fails.
@@ -150,6 +152,7 @@ class Runner:
         missing = due and is_main_process() and metrics.file.evaluation(start) is None
         if broadcast_from_main("evaluate", missing):
             evaluation(start, state)  # the run ended between a save and its evaluation
+        until = start if start and self._ends(metrics) else config.steps
         size = sum(s.data.nbytes for x in jax.tree.leaves(state) for s in x.addressable_shards)
         limit = TimeLimit(
             config.time_limit_seconds, STARTED, lambda: self.checkpoints.seconds or size / SAVE_BYTES_A_SECOND
@@ -167,14 +170,17 @@ class Runner:
         self.group.signals.defer()
         with barrier_at_exit(self.checkpoints, self.group.cleanup):
             try:
-                state = fit(
-                    step, state, frozen, batches, config.steps, mesh=self.group.mesh, rows=self.rows, hooks=hooks
-                )
+                state = fit(step, state, frozen, batches, until, mesh=self.group.mesh, rows=self.rows, hooks=hooks)
             except (Interrupted, Diverged) as e:
                 self._event(self._logged, type(e).__name__.lower(), reason=str(e))
                 self.exports.stop()
                 raise
-            self._event(config.steps, "finished")
+            last = int(state.step)
+            if early := "" if last == config.steps else self._early(metrics):
+                say(early)
+                self.checkpoints.wait()
+                self.exports.begin(last, last=True)
+            self._event(last, "finished", **({"reason": early} if early else {}))
             return state
 
     def _log(self, metrics: Metrics, i: int, values: dict, data_state: dict) -> None:
@@ -191,7 +197,8 @@ class Runner:
         then = functools.partial(self.exports.begin, i)
         self.checkpoints.save(i, state, data_state, dict(leaves(self.config)), first=self.run.push_logs, then=then)
 
-    def _evaluate(self, metrics: Metrics, evaluate: Callable, sample: Callable, i: int, state: TrainState) -> None:
+    def _evaluate(self, metrics: Metrics, evaluate: Callable, sample: Callable, i: int, state: TrainState) -> bool:
+        """Evaluates a step; returns True where the run is to end with it."""
         with metrics.status("evaluating"):
             values = evaluate(state)
         metrics.log_evaluation(i, values)
@@ -201,6 +208,24 @@ class Runner:
             metrics.log_sample(i, self.config.generate.prompt[0], text)
         self._retain(metrics)  # decided after the evaluation, which may make this step one of the best
         self._report()
+        return self._ends(metrics)
+
+    def _ends(self, metrics: Metrics) -> bool:
+        """True where the last evaluate.patience evaluations found no lower loss."""
+        patience = self.config.evaluate.patience
+        if not patience:
+            return False
+        return broadcast_from_main("ends", is_main_process() and metrics.file.evaluations_since_best()[0] >= patience)
+
+    def _early(self, metrics: Metrics) -> str:
+        """The reason for an end before config.steps."""
+        if not is_main_process():
+            return ""
+        count, best = metrics.file.evaluations_since_best()
+        return (
+            f"ended before step {self.config.steps:,}: {count} evaluations in a row found no eval_loss below that of "
+            f"step {best['step']:,}, {best['eval_loss']:.4f} (evaluate.patience)"
+        )
 
     def _event(self, step: int, kind: str, **more: Any) -> None:
         if is_main_process():

@@ -44,7 +44,7 @@ def sft(config: SftConfig, provenance: Provenance) -> Path:
         tasks = named_tasks(config.evaluate.tasks)
         tuning = Tuning(config, mesh)
         example = abstract(example_batch(config.data.batch_size, config.data.length), mesh)
-        group.describe_step(config, tuning.shapes)
+        group.describe_step(config, tuning.shapes, tuning.frozen_shapes)
         say(entry("data", data.describe()))
 
         # -- Run folder, and the state: a checkpoint comes before config.init.
@@ -64,9 +64,9 @@ def sft(config: SftConfig, provenance: Provenance) -> Path:
         sample = SampleAnswer(tuning, data.tokenizer)
 
         def evaluation(state: TrainState) -> dict[str, float]:
-            params, cfg = tuning.whole(state.eval_params), config.evaluate
+            params, cfg = tuning.whole(state.eval_params, keep=sample.wanted), config.evaluate
             losses = evaluate(eval_step, params, data.validation, cfg.max_rows, mesh)
-            return losses | measure_tasks(tasks, decoder, params, data.tokenizer, mesh, cfg.limit)
+            return losses | measure_tasks(tasks, decoder, params, data.tokenizer, mesh, cfg.limit, chat=True)
 
         vocab_size = decoder.vocab_size
         state = runner.train(train_step, state, frozen, batches, evaluation, sample.write, vocab_size=vocab_size)

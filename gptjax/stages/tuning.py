@@ -53,6 +53,7 @@ class Tuning:
         """The shapes of the model's weights, with their shardings."""
         self.frozen_shapes: dict[str, Params] = {"base": self.weight_shapes} if self.keeps_base else {}
         self._base: Params = {}
+        self._merged: tuple[Params, Params] | None = None
         heads = abstract(jax.eval_shape(init_heads(config.heads, config.model.width), jax.random.key(0)), mesh)
         self.whole_shapes: Params = self.weight_shapes | heads
         """The shapes of what `whole` returns: the model's weights, and the heads beside them."""
@@ -91,9 +92,19 @@ class Tuning:
         """The weights that a loss is given, inside of a program: with LoRA the base's with the leaves among them."""
         return join_lora(frozen["base"], params, self.config.lora.scale) if self.adapts else params
 
-    def whole(self, params: Params) -> Params:
-        """The weights to evaluate, decode and export: with LoRA the base's with the products added."""
-        return self._merge(self._base, params, self.config.lora.scale) if self.adapts else params
+    def whole(self, params: Params, keep: bool = False) -> Params:
+        """The weights to evaluate, decode and export: with LoRA the base's with the products added.
+
+        With `keep` these are kept for the next call alone: training has no room for them.
+        """
+        if not self.adapts:
+            return params
+        kept, self._merged = self._merged, None
+        same = kept is not None and kept[0] is params
+        merged = kept[1] if kept is not None and same else self._merge(self._base, params, self.config.lora.scale)
+        if keep:
+            self._merged = params, merged
+        return merged
 
 
 class SampleAnswer:
@@ -111,6 +122,7 @@ class SampleAnswer:
             pieces = stream_answers(tuning.decoder, tuning.whole(params), tokenizer, [asked], sampling)
             return "".join(piece for _, piece in pieces)
 
+        self.wanted = sampling is not None
         self.write = once_a_step(write)
         """(state) -> text, "" where none is wanted."""
         self._sampling = sampling

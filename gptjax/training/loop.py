@@ -34,8 +34,8 @@ class Hooks:
     """Called each `save_every` steps, after the steps in `save_at`, at the end, and before an early one."""
     save_every: int = 2**31
     save_at: Collection[int] = ()
-    evaluate: Callable[[int, TrainState], None] = lambda i, state: None
-    """Called each `evaluate_every` steps and at the end, after the save of that step."""
+    evaluate: Callable[[int, TrainState], bool | None] = lambda i, state: False
+    """Called each `evaluate_every` steps and at the end, after the save of that step; True: the run ends with it."""
     evaluate_every: int = 2**31
     stop: Callable[[], bool] = lambda: False
     """Asked once a step whether to save and end now."""
@@ -62,8 +62,8 @@ def fit(
     process's part. metrics["input_seconds"] is how long a step waited for its batch.
 
     What is saved belongs to the last batch trained, and every step so far has been logged before a save or an
-    evaluation. Raises Interrupted, after a save, when hooks.stop() turns true, and Diverged where the loss or the
-    gradient is no longer finite.
+    evaluation. Where hooks.evaluate returns True the state of that step is saved and returned. Raises Interrupted,
+    after a save, when hooks.stop() turns true, and Diverged where the loss or the gradient is no longer finite.
     """
     require_mesh(state)
     on_policy = callable(batches)
@@ -110,6 +110,8 @@ def fit(
                 hooks.save(i, state, data_state)
             if stopping and i < until:
                 raise Interrupted
-            if evaluates:
-                hooks.evaluate(i, state)
+            if evaluates and hooks.evaluate(i, state):
+                if not saves:
+                    hooks.save(i, state, data_state)
+                break
     return state

@@ -97,12 +97,25 @@ class Memory:
         return self.gradients + self.weights + self.activations + self.logits
 
 
-def count_memory(config: TrainConfig, shapes: Any, sizes: Mapping[str, int], device: Device) -> int:
-    """Bytes on each device of a mesh of these sizes during a step; `shapes` is jax.eval_shape of the state's init."""
+def count_memory(
+    config: TrainConfig, shapes: Any, sizes: Mapping[str, int], device: Device, frozen: Mapping[str, Any] | None = None
+) -> int:
+    """Bytes on each device of a mesh of these sizes during a step; `shapes` is jax.eval_shape of the state's init.
+
+    `frozen` are the shapes of weights that are not trained, each model's by a name.
+    """
     kernel = select_kernel(config.model, config.data.length, device)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=kernel))
     state = state_bytes(config, shapes, sizes, tiles=device.tiled)
-    return step_memory(config, state, sizes, device=device).total
+    held = sum(frozen_bytes(config, weights, sizes, tiles=device.tiled) for weights in (frozen or {}).values())
+    return step_memory(config, state, sizes, device=device).total + held
+
+
+def frozen_bytes(config: TrainConfig, weights: Any, sizes: Mapping[str, int], *, tiles: bool) -> int:
+    """Bytes on each device of a model's weights that are not trained, and of their layers in the type of products."""
+    mesh = jax.sharding.AbstractMesh(tuple(sizes[a] for a in AXES), AXES)
+    layers = _bytes(weights["layers"], mesh, tiles)
+    return _bytes(weights, mesh, tiles) + (layers // 2 if item_size(config.model) == 2 else 0)
 
 
 class StateBytes(NamedTuple):

@@ -75,6 +75,13 @@ class MetricsFile:
         """The line of the evaluation at this step; None where there is none."""
         return next((line for line in self._evaluations() if line["step"] == step), None)
 
+    def evaluations_since_best(self) -> tuple[int, dict[str, Any]]:
+        """The number of evaluations behind the one of the lowest loss, and its line; (0, {}) where there is none."""
+        lines = self._evaluations()
+        losses = [line["eval_loss"] if math.isfinite(line["eval_loss"]) else math.inf for line in lines]
+        best = losses.index(min(losses)) if losses else 0
+        return (len(lines) - 1 - best, lines[best]) if lines else (0, {})
+
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
