@@ -3,6 +3,7 @@
 gptjax sft chat --init RUN --data.source chats.jsonl
 gptjax reward chat --init runs/chat --data.source preferences.jsonl
 gptjax dpo chat --init runs/chat --data.source preferences.jsonl
+gptjax grpo chat --init RUN --data.source prompts.jsonl --rewards.sources module:function
 
 The learning rates are those of models of 1.3B and 6B parameters. Small models want more (2e-5 to 1e-3), and so does an
 adaptation: add --lora.rank 16 --optim.learning-rate 2e-4. The checkpoint with the lowest loss on what is held out is
@@ -15,9 +16,12 @@ from gptjax.config import (
     DpoConfig,
     EvaluateConfig,
     GenerateConfig,
+    GrpoConfig,
     ModelConfig,
     OptimConfig,
     RewardConfig,
+    RewardsConfig,
+    RolloutConfig,
     SftConfig,
 )
 
@@ -60,4 +64,18 @@ def dpo() -> DpoConfig:
         checkpoint=CheckpointConfig(every=100, keep_best=1),
         evaluate=EvaluateConfig(every=100),
         generate=GenerateConfig(prompt=("Who are you?",), max_new_tokens=100),
+    )
+
+
+def grpo() -> GrpoConfig:
+    return GrpoConfig(
+        run_dir="runs/rewarded",
+        beta=0.05,
+        model=ModelConfig(dtype="auto"),
+        data=DataConfig(source="prompts.jsonl", batch_size=128, length=512),
+        optim=OptimConfig(learning_rate=1e-6, schedule="constant", warmup_steps=10, weight_decay=0.0),
+        rollout=RolloutConfig(answers=8, max_new_tokens=256),
+        rewards=RewardsConfig(sources=("rewards:reward",)),
+        checkpoint=CheckpointConfig(every=50, keep_best=1),
+        evaluate=EvaluateConfig(every=50, max_rows=256),
     )

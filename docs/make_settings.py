@@ -25,6 +25,7 @@ VERBS: dict[str, Any] = {
     "sft": config.SftConfig,
     "reward": config.RewardConfig,
     "dpo": config.DpoConfig,
+    "grpo": config.GrpoConfig,
     "prepare": config.PrepareConfig,
     "tokenizer train": config.TrainTokenizerConfig,
     "data show": config.ShowConfig,

@@ -302,6 +302,7 @@ VERBS: dict[str, Verb] = {
     "sft": _stage("sft", "chat", "fine-tune a run on conversations (RECIPE --init RUN)"),
     "reward": _stage("reward", "chat", "train a reward model on preferences (RECIPE --init RUN)"),
     "dpo": _stage("dpo", "chat", "train a run on preferences, by DPO or IPO (RECIPE --init RUN)"),
+    "grpo": _stage("grpo", "chat", "train a policy on rewards of its own answers (RECIPE --init RUN)"),
     "sweep": sweep,
     "eval": evaluate,
     "generate": generate,

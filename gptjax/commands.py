@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from gptjax.config import ContinueConfig, DpoConfig, EvalConfig, InspectConfig, MeshConfig
+from gptjax.config import ContinueConfig, DpoConfig, EvalConfig, InspectConfig, MeshConfig, PolicyConfig
 from gptjax.config.section import InputError, leaves
 from gptjax.parallel.processes import is_main_process, join_processes
 from gptjax.parallel.sharding import abstract
@@ -87,6 +87,11 @@ def measure_loaded(
 
 def evaluate_trained(model: LoadedModel, max_rows: int = 0) -> dict[str, Any]:
     """Evaluates a loaded model on its validation sets: the numbers of `evaluate_run`."""
+    if isinstance(model.config, PolicyConfig):
+        raise InputError(
+            f"{model.run.folder} is a run by gptjax {model.config.stage}, which holds out prompts, no text; "
+            "wanted --tasks"
+        )
     from gptjax.data.packing import example_batch
     from gptjax.data.pairs import PreferenceData
     from gptjax.data.pipeline import open_pipeline

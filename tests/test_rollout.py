@@ -9,7 +9,7 @@ import pytest
 
 from gptjax.align import rollout
 from gptjax.align.rollout import Sampler, policy_log_probs
-from gptjax.config import DataConfig, MeshConfig, ModelConfig, RolloutConfig, TuneConfig
+from gptjax.config import DataConfig, MeshConfig, ModelConfig, PolicyConfig, RolloutConfig
 from gptjax.config.section import InputError
 from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.data.prompts import Prompt, PromptData, prompt_of
@@ -174,8 +174,8 @@ def data(tmp_path, records, template: str = "") -> PromptData:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     cfg = DataConfig(source=str(path), batch_size=12, length=LENGTH, validation_fraction=0.25)
     tokenizer = TokenizerConfig(kind="bytes", vocab_size=258, template=template)
-    config = TuneConfig(data=cfg, tokenizer=tokenizer, epochs=2.0, init="base")
-    return PromptData(config, CFG, tmp_path / "run" / "data", training=True)
+    config = PolicyConfig(data=cfg, tokenizer=tokenizer, epochs=2.0, init="base", rollout=CFG)
+    return PromptData(config, tmp_path / "run" / "data", training=True)
 
 
 def test_prompts_are_ordered_by_the_seed_held_out_by_their_text_and_keep_their_fields(tmp_path):

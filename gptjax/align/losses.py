@@ -2,7 +2,8 @@
 
 They know no model: each is given the functions of (params, frozen, batch) that compute log-probabilities, values or
 scores. A rollout's numbers lie in the batch, as the policy that drew the answers gave them: mask_BL (1 at the answer's
-tokens), old_log_p_BL, ref_log_p_BL, advantage_BL, and with a value function old_value_BL and return_BL.
+tokens), old_log_p_BL, ref_log_p_BL, advantage_BL, and with a value function old_value_BL and return_BL. Where fresh_B
+is 1 the parameters are still those of that policy, and the ratio is 1 by construction.
 """
 
 from collections.abc import Callable
@@ -46,6 +47,8 @@ def policy_loss(
         del key  # no dropout: it would make the ratio of the first step differ from 1
         mask_BL, old_BL, advantage_BL = batch["mask_BL"], batch["old_log_p_BL"], batch["advantage_BL"]
         log_p_BL, entropy_BL, *values = log_probs(params, frozen, batch)
+        if "fresh_B" in batch:  # else rounding would tell apart two programs of one forward pass
+            old_BL = jnp.where(batch["fresh_B"][:, None] > 0, jax.lax.stop_gradient(log_p_BL), old_BL)
         log_ratio_BL = (log_p_BL - old_BL) * mask_BL  # 0 outside of the answer, where exp could overflow
         token_BL = clipped(log_ratio_BL, advantage_BL, clip, clip_high)
         policy, weight = aggregate(token_BL, mask_BL, aggregation)

@@ -26,7 +26,9 @@ from gptjax.config.training import (
 from gptjax.config.tuning import (
     STAGES,
     DpoConfig,
+    GrpoConfig,
     LoraConfig,
+    PolicyConfig,
     RewardConfig,
     RewardsConfig,
     RolloutConfig,
@@ -36,8 +38,8 @@ from gptjax.config.tuning import (
 
 __all__ = [
     "CHANGEABLE", "SCHEMA", "STAGES", "ChatConfig", "CheckpointConfig", "ContinueConfig", "DataConfig", "DpoConfig",
-    "EvalConfig", "EvaluateConfig", "GenerateConfig", "ImportConfig", "InspectConfig", "LoraConfig", "MeshConfig",
-    "ModelConfig", "OptimConfig", "PrepareConfig", "RewardConfig", "RewardsConfig", "RolloutConfig", "SftConfig",
-    "ShowConfig", "TokenizerConfig", "TrainConfig", "TrainTokenizerConfig", "TuneConfig", "check_divisible",
-    "defining_settings", "frozen_settings", "frozen_changes",
+    "EvalConfig", "EvaluateConfig", "GenerateConfig", "GrpoConfig", "ImportConfig", "InspectConfig", "LoraConfig",
+    "MeshConfig", "ModelConfig", "OptimConfig", "PolicyConfig", "PrepareConfig", "RewardConfig", "RewardsConfig",
+    "RolloutConfig", "SftConfig", "ShowConfig", "TokenizerConfig", "TrainConfig", "TrainTokenizerConfig",
+    "TuneConfig", "check_divisible", "defining_settings", "frozen_changes", "frozen_settings",
 ]  # fmt: skip

@@ -297,6 +297,11 @@ class TrainConfig(Section):
             self.require(first > 0, "profile", "FIRST:LAST with 1 <= FIRST <= LAST, e.g. 10:15")
             self.require(first <= self.steps or not self.steps, "profile", f"a FIRST of at most steps={self.steps}")
 
+    @property
+    def updates(self) -> int:
+        """Updates of the run, over which the schedule goes: one a step."""
+        return self.steps
+
     def with_dtype(self, dtype: str) -> "TrainConfig":
         """These settings with another model.dtype."""
         return dataclasses.replace(self, model=dataclasses.replace(self.model, dtype=dtype))

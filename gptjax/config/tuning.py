@@ -181,11 +181,63 @@ class RolloutConfig(Section):
     def __post_init__(self):
         self.require_positive("answers", "max_new_tokens", "temperature", "epochs", "minibatches")
 
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig(TuneConfig):
+    """Training of the policy in `init` on rewards of answers that it draws itself.
+
+    data.source holds prompts, and whatever a reward reads beside them; data.batch_size counts the answers of a step.
+    """
+
+    RECORDS: ClassVar[str] = "prompts"
+
+    beta: float = 0.05
+    """Weight of the KL to the reference, which is the policy in `init`: reward a nat."""
+    clip: float = 0.2
+    """Bound of an update: where a token's ratio to the policy that drew it leaves 1 - clip to 1 + clip, it is cut."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_numbers(0, math.inf, "beta")
+        self.require_positive("clip")
+        rows, rollout = self.data.batch_size, self.rollout
+        parts = {"rollout.answers": rollout.answers, "rollout.minibatches x optim.accumulate": (
+            rollout.minibatches * self.optim.accumulate
+        )}  # fmt: skip
+        for name, n in parts.items():
+            self.data.require(rows % n == 0, "batch_size", f"a multiple of {name} = {n}")
+        most = self.data.length - 1
+        rollout.require(
+            rollout.max_new_tokens < self.data.length, "max_new_tokens", f"at most data.length - 1 = {most}"
+        )
+
     @property
     def updates(self) -> int:
-        """Updates of a step."""
-        return self.epochs * self.minibatches
+        return self.steps * self.rollout.epochs * self.rollout.minibatches
 
 
-STAGES: dict[str, type[TrainConfig]] = {cls.stage: cls for cls in (TrainConfig, SftConfig, RewardConfig, DpoConfig)}
+@dataclass(frozen=True, kw_only=True)
+class GrpoConfig(PolicyConfig):
+    """Group-relative policy optimization of the policy in `init`: rewards of several answers to each prompt.
+
+    data.source holds prompts, and whatever a reward reads beside them; data.batch_size counts the answers of a step.
+    """
+
+    stage: ClassVar[str] = "grpo"
+
+    estimator: Literal["rloo", "grpo", "dr_grpo"] = "rloo"
+    """rloo: leave-one-out baseline, the KL in the reward; it converges to ref exp(r / beta) / Z, the optimum of
+    E[r] - beta KL(pi || ref). grpo, as published: z-scores, k3 in the loss; not to that optimum, and below some beta it
+    collapses to one answer. dr_grpo: group means, k3 in the loss; to b ref / (lambda - r), b = beta G / (G - 1)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.rollout.require(self.rollout.answers > 1, "answers", "at least 2 with gptjax grpo, which compares them")
+
+
+STAGES: dict[str, type[TrainConfig]] = {
+    cls.stage: cls for cls in (TrainConfig, SftConfig, RewardConfig, DpoConfig, GrpoConfig)
+}
 """The settings of each stage, by the name of its function in a recipe and of its stage in a run's config.json."""

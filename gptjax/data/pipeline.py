@@ -3,17 +3,18 @@
 import dataclasses
 from pathlib import Path
 
-from gptjax.config import DpoConfig, RewardConfig, SftConfig, TrainConfig
+from gptjax.config import DpoConfig, PolicyConfig, RewardConfig, SftConfig, TrainConfig
 from gptjax.data.batches import DataState
 from gptjax.data.chats import ChatData
 from gptjax.data.pairs import PreferenceData
 from gptjax.data.prepared import PreparedData, Say, open_corpora
+from gptjax.data.prompts import PromptData
 from gptjax.data.streamed import StreamedData
 from gptjax.data.validation import ValidationSet
 
 __all__ = ["DataPipeline", "DataState", "ValidationSet", "open_pipeline"]
 
-DataPipeline = PreparedData | StreamedData | ChatData | PreferenceData
+DataPipeline = PreparedData | StreamedData | ChatData | PreferenceData | PromptData
 """All have the same methods: tokenizer, validation, start, check(state), batches(state, part), batch(row, part),
 sources(row) and describe(). `part` are the indices of the rows that this host must give, all where they are left out.
 The state after each batch is JSON, to be saved with what was trained on it."""
@@ -27,8 +28,8 @@ def open_pipeline(
     resumes: bool = False,
     say: Say = lambda line: None,
 ) -> DataPipeline:
-    """The data of a run: prepared corpora, text that is prepared into `folder`, a stream of text, conversations, or
-    preferences.
+    """The data of a run: corpora, text that is prepared into `folder`, a stream of text, conversations, preferences or
+    prompts.
 
     Only for training is text prepared, and code imported that the settings name; else both must be there. `say` gets
     lines that report progress. A run that `resumes` goes on with its own tokenizer and tokens, beside and in `folder`,
@@ -46,6 +47,8 @@ def open_pipeline(
         return PreferenceData(config, folder, training, trees=True)
     if isinstance(config, DpoConfig):
         return PreferenceData(config, folder, training, trees=False)
+    if isinstance(config, PolicyConfig):
+        return PromptData(config, folder, training)
     if config.data.loading == "stream":
         pipeline = StreamedData(config, training, say)
     else:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gptjax.config import RolloutConfig, TuneConfig
+from gptjax.config import PolicyConfig
 from gptjax.config.section import InputError, one_line
 from gptjax.data.batches import ALL_ROWS, DataState, RowSlice
 from gptjax.data.chats import held_out, record_files, tuned_tokenizer
@@ -77,8 +77,9 @@ class PromptData:
     where there is nothing to answer or to hold out.
     """
 
-    def __init__(self, config: TuneConfig, rollout: RolloutConfig, folder: Path, training: bool):
-        self._config, self._rollout, self._training = config, rollout, training
+    def __init__(self, config: PolicyConfig, folder: Path, training: bool):
+        self._config, self._training = config, training
+        self._rollout = rollout = config.rollout
         self.tokenizer = tuned_tokenizer(config, folder.with_name("tokenizer"))
         source, content = config.data.source, hashlib.sha256()
         prompts = [

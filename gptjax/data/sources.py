@@ -76,10 +76,10 @@ def source_paths(source: str) -> tuple[list[Path], tuple[str, ...]]:
     where a file is of a kind that is not known.
     """
     if source.startswith(BUILTIN):
-        names = sorted(path.stem for path in CORPORA.glob("*.txt"))
-        if source.removeprefix(BUILTIN) not in names:
-            raise InputError(f"source {source!r}: wanted one of {', '.join(BUILTIN + name for name in names)}")
-        return [CORPORA / f"{source.removeprefix(BUILTIN)}.txt"], ()
+        paths = {f"{BUILTIN}{p.stem}": p for p in sorted(CORPORA.glob("*")) if p.suffix in (".txt", ".jsonl")}
+        if source not in paths:
+            raise InputError(f"source {source!r}: wanted one of {', '.join(paths)}")
+        return [paths[source]], ()
     path = Path(source)
     if path.is_dir():
         prepared = {p.parent for p in path.rglob(LOCK_FILE)} - {path}  # a tokenizer there may have a merges.txt

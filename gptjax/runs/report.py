@@ -29,6 +29,14 @@ PREFERENCES = (
     ("drift", "Drift", "|log pi / ref| of an answer, nats"),
 )
 """Metrics of a stage that learns from preferences: name, title and unit."""
+POLICY = (
+    ("reward", "Reward", "mean of the answers"), ("kl", "KL to the reference", "nats an answer"),
+    ("entropy", "Entropy", "nats a token"), ("length", "Length", "tokens an answer"),
+    ("ended", "Answers that ended", "share"), ("clip_fraction", "Clipped", "share of the tokens"),
+    ("explained_variance", "Explained variance", "of the returns, by the values"),
+    ("log_p_gap_max", "Gap of log p", "nats, training and sampler, the largest of a step"),
+)  # fmt: skip
+"""Metrics of a policy that draws its own answers: name, title and unit."""
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1c1c1e; --soft: #63636a; --line: #e2e2e6; --back: #fff; --card: #f6f6f8;
@@ -123,6 +131,9 @@ def _charts(steps: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any
     nats = "{:.4f}".format
     named = [k for k in (lines[-1] if lines else {}) if k.startswith("eval_loss_")]
     tasks = {k: None for line in lines for k in line if k.startswith("task_") and not k.endswith("_stderr")}
+    sources = {k: (k, f"Reward: {k.removeprefix('reward_')}", "mean of the answers") for line in steps for k in line
+               if k.startswith("reward_") and k != "reward_std"}  # fmt: skip
+    policy = [POLICY[0], *sources.values(), *POLICY[1:]]
     charts = [
         chart.chart("Loss", "nats a token", [
             curve("training", "loss", nats, noisy=True), curve("validation", "eval_loss", nats, of=lines, dots=True)]),
@@ -134,7 +145,7 @@ def _charts(steps: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any
         *(chart.chart(title, unit, [
             curve("training", key, "{:.4g}".format, noisy=True),
             curve("held out", f"eval_{key}", "{:.4g}".format, of=lines, dots=True)])
-          for key, title, unit in PREFERENCES),
+          for key, title, unit in (*PREFERENCES, *policy)),
         chart.chart("Learning rate", "as scheduled", [curve("", "learning_rate", "{:.3g}".format)]),
         chart.chart("Gradient norm", "before clipping, logarithmic", [
             curve("", "grad_norm", "{:.3f}".format, noisy=True)], log=True),
@@ -147,6 +158,8 @@ def _charts(steps: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any
 
 
 def _samples(samples: Sequence[Mapping[str, Any]]) -> list[str]:
+    if any("reward" in s for s in samples):
+        return _answers(samples)
     every = -(-len(samples) // MOST_SAMPLES) or 1
     shown = samples[::-1][::every]
     parts = [
@@ -155,6 +168,19 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> list[str]:
         for i, s in enumerate(shown)
     ]
     return ["<h2>Samples</h2>", *parts] if parts else []
+
+
+def _answers(samples: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Tables of answers with their rewards, one for each evaluation: of the last ones."""
+    steps = sorted({s["step"] for s in samples}, reverse=True)[:MOST_SAMPLES]
+    parts = ["<h2>Answers to held-out prompts</h2>"]
+    for i, step in enumerate(steps):
+        rows = [(s["prompt"], s["text"], f"{s['reward']:.4g}") for s in samples if s["step"] == step]
+        shown = _table(("prompt", "answer", "reward"), rows)
+        parts.append(
+            f"<details class=sample{' open' if i == 0 else ''}><summary>step {step:,}</summary>{shown}</details>"
+        )
+    return parts
 
 
 def _settings(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -6,7 +6,7 @@ Then no recipe is run, and no code that the folder names.
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from gptjax.config import STAGES, TrainConfig, TuneConfig
+from gptjax.config import STAGES, PolicyConfig, TrainConfig, TuneConfig
 from gptjax.config.command_line import given_names, load_recipe, origins, parse, take
 from gptjax.config.section import InputError, leaves
 from gptjax.runs.init_check import with_init
@@ -95,8 +95,9 @@ def _functions(config: TrainConfig) -> Iterator[tuple[str, str]]:
     for setting, value in (("loss", config.loss), ("model.block", config.model.block)):
         if value:
             yield setting, value
-    data = config.data
+    data, rewards = config.data, config.rewards.sources if isinstance(config, PolicyConfig) else ()
     for setting, entries in (("data.source", (data.source,)), ("data.mixture", data.mixture),
-                             ("data.validation", data.validation), ("sinks", config.sinks)):  # fmt: skip
+                             ("data.validation", data.validation), ("sinks", config.sinks),
+                             ("rewards.sources", rewards)):  # fmt: skip
         if any(is_function(entry.partition("=")[2] or entry) for entry in entries):
             yield setting, " ".join(entries)

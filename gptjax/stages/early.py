@@ -5,11 +5,11 @@ import importlib.util
 import os
 from pathlib import Path
 
-from gptjax.config import TrainConfig, TuneConfig, check_divisible
+from gptjax.config import PolicyConfig, TrainConfig, TuneConfig, check_divisible
 from gptjax.config.data import parse_sources
 from gptjax.config.export import ExportConfig
 from gptjax.config.section import InputError
-from gptjax.data.chats import chat_tokenizer, record_files
+from gptjax.data.chats import chat_tokenizer, record_files, tuned_tokenizer
 from gptjax.data.corpus import is_corpus, open_corpus
 from gptjax.data.prepared import kept_texts
 from gptjax.data.records import HF, TFDS
@@ -59,7 +59,10 @@ def check_early(config: TrainConfig) -> None:
     if isinstance(config, TuneConfig):
         for source in {} if begun else sources.values():
             record_files(source, config.RECORDS)
-        template_of(chat_tokenizer(config, run.tokenizer))
+        # A policy without a template goes on with plain text.
+        tokenizer = (tuned_tokenizer if isinstance(config, PolicyConfig) else chat_tokenizer)(config, run.tokenizer)
+        if tokenizer.template:
+            template_of(tokenizer)
         return
     if config.tokenizer.path and not begun and not Path(config.tokenizer.path).exists():  # else it keeps its own
         open_tokenizer(Path(config.tokenizer.path), config.tokenizer.kind, config.tokenizer.pattern)

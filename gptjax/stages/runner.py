@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -129,7 +129,7 @@ class Runner:
         frozen: Mapping[str, Any],
         batches: Batches,
         evaluate: Callable[[TrainState], dict],
-        sample: Callable[[TrainState], str],
+        sample: Callable[[TrainState], str | Sequence[Mapping[str, Any]]],
         vocab_size: int,
     ) -> TrainState:
         """Trains to config.steps with saves, evaluations, metrics and retention; returns the last state.
@@ -137,7 +137,8 @@ class Runner:
         It ends before where evaluate.patience says so, and says it; the same command again ends at once.
 
         `step` is compiled and `frozen` lies on the mesh; `evaluate` returns the metrics of the stage's own evaluation,
-        `eval_loss` among them, and `sample` a continuation of generate.prompt, or "". Raises Interrupted after a
+        `eval_loss` among them, and `sample` a continuation of generate.prompt, or "", or
+        several answers, each with its prompt, text and reward. Raises Interrupted after a
         signal or near the time limit, with everything saved, Diverged, and CheckpointError where a save fails.
         """
         config, start = self.config, int(state.step)
@@ -203,9 +204,11 @@ class Runner:
             values = evaluate(state)
         metrics.log_evaluation(i, values)
         with metrics.status("writing a sample"):
-            text = sample(state)
-        if text:
-            metrics.log_sample(i, self.config.generate.prompt[0], text)
+            shown = sample(state)
+        if isinstance(shown, str):
+            shown = [{"prompt": self.config.generate.prompt[0], "text": shown}] if shown else []
+        for one in shown:
+            metrics.log_sample(i, **one)
         self._retain(metrics)  # decided after the evaluation, which may make this step one of the best
         self._report()
         return self._ends(metrics)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gptjax.config import TrainConfig
+from gptjax.config import PolicyConfig, TrainConfig
 from gptjax.parallel.processes import say, working
 from gptjax.runs.run import Provenance
 from gptjax.runtime.process import tune_process
@@ -50,5 +50,6 @@ def following(config: TrainConfig) -> list[str]:
     """The words of the command to try on a run that was trained: a reward model is measured, others write."""
     if "score_D" in config.heads:
         return ["eval", config.run_dir]
-    prompt, chat = config.generate.prompt[0].strip(), ["--chat"] if config.stage != "pretrain" else []
+    chats = config.stage != "pretrain" and (config.tokenizer.template or not isinstance(config, PolicyConfig))
+    prompt, chat = config.generate.prompt[0].strip(), ["--chat"] if chats else []
     return ["generate", config.run_dir, *([*chat, "--prompt", prompt] if prompt else [])]

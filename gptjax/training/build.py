@@ -51,7 +51,7 @@ def build_components(
         loss_fn = _checked(resolve(config.loss, "loss")(decoder), config.loss)
     else:
         loss_fn = language_model_loss(decoder, config.optim.z_loss, norms)
-    schedule = make_schedule(config.optim, config.steps)
+    schedule = make_schedule(config.optim, config.updates)
     tx = make_optimizer(config.optim, schedule, config.model)
     params = init_params(decoder)
     if lora is not None:

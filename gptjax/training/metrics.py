@@ -148,10 +148,10 @@ class Metrics:
         self.progress.note(f"step {step}  evaluation: {'  '.join(shown)}")
         self._sinks.scalars(step, "validation", line)
 
-    def log_sample(self, step: int, prompt: str, text: str) -> None:
-        """Keeps a continuation of a prompt by the model of a step."""
+    def log_sample(self, step: int, prompt: str, text: str, **more: Any) -> None:
+        """Keeps a continuation of a prompt by the model of a step, with numbers such as its reward."""
         if self._active:
-            self._samples.write({"step": step, "prompt": prompt, "text": text})
+            self._samples.write({"step": step, "prompt": prompt, "text": text, **more})
             self._sinks.text(step, "sample", prompt + text)
 
     def status(self, text: str) -> contextlib.AbstractContextManager[None]:

@@ -139,7 +139,7 @@ def _accumulated(value_and_grad: Callable, parts: int) -> Callable:
     """value_and_grad over micro-batches in turn, their losses, metrics and gradients averaged by weight."""
 
     def gradients(params, frozen, batch, key):
-        micro = {name: _micro_batches(x, suffix(name), parts) for name, x in batch.items()}
+        micro = {name: micro_batches(x, suffix(name), parts) for name, x in batch.items()}
 
         def add(total, i_and_part):
             i, part = i_and_part
@@ -165,17 +165,19 @@ def several_updates(step: Callable, epochs: int, minibatches: int) -> Callable:
     """Builds a step that makes epochs x minibatches updates on one batch, each by `step`, and counts as one.
 
     Row i belongs to minibatch i % minibatches, so that rows side by side, such as the answers of a prompt, meet
-    different ones. Metrics are means over the updates, but for the largest ratio_max and the last learning_rate and
-    updates.
+    different ones. fresh_B, where the batch has it, is 0 after the first update. Metrics are means over the updates,
+    but for the largest ratio_max and the last learning_rate and updates.
     """
     if epochs * minibatches == 1:
         return step
 
     def all_updates(state: TrainState, frozen: Any, batch: dict[str, jax.Array]):
-        parts = {name: _micro_batches(x, suffix(name), minibatches) for name, x in batch.items()}
+        parts = {name: micro_batches(x, suffix(name), minibatches) for name, x in batch.items()}
 
         def one(now: TrainState, i: jax.Array):
             part = {name: constrain(x[i % minibatches], suffix(name)) for name, x in parts.items()}
+            if "fresh_B" in part:
+                part["fresh_B"] *= i == 0
             return step(now, frozen, part)
 
         last, metrics = jax.lax.scan(one, state, jnp.arange(epochs * minibatches))
@@ -194,7 +196,7 @@ def layer_norms(tree: Any) -> jax.Array:
     return jnp.sqrt(sum(jnp.square(x.astype(jnp.float32)).reshape(len(x), -1).sum(axis=1) for x in leaves))
 
 
-def _micro_batches(x: jax.Array, letters: str, parts: int) -> jax.Array:
+def micro_batches(x: jax.Array, letters: str, parts: int) -> jax.Array:
     """Cuts B into (parts) B, row i going to part i % parts: each device splits its own rows and sends none away."""
     assert letters.startswith("B"), "a batch's arrays begin with B"
     return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)

@@ -1,0 +1,238 @@
+"""Laws of group-relative policy optimization: the first ratio is 1, exact resume, the same numbers everywhere."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import typing
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from commands import environment, refused
+
+from gptjax.align.checkable import closes_sentences
+from gptjax.align.estimators import GROUP_ESTIMATORS
+from gptjax.cli import main
+from gptjax.config import DataConfig, GrpoConfig, MeshConfig, ModelConfig, TokenizerConfig, TrainConfig
+from gptjax.config.section import leaves
+from gptjax.model.decoder import init_params, make_decoder
+from gptjax.runs.checkpoint import Checkpoints
+from gptjax.runs.load import load_model
+from gptjax.runs.run import Run
+from gptjax.tokenizer import BytesTokenizer
+
+pytestmark = pytest.mark.usefixtures("compile_cache")
+GRPO = """--model.dtype float32 --data.length 24 --data.batch-size 32 --sinks --steps 4 --checkpoint.every 2
+--evaluate.every 2 --optim.learning-rate 5e-2 --optim.warmup-steps 0 --optim.schedule constant
+--rollout.answers 4 --rollout.max-new-tokens 8
+--rewards.unfinished scored --beta 0.01 --data.validation-fraction 0.2""".split()
+RECIPE = "from gptjax.config import GrpoConfig\n\n\ndef grpo():\n    return GrpoConfig()\n"
+REWARDS = """
+def low(answer):
+    return sum(ord(letter) < 100 for letter in answer) / 8
+
+def even(prompts, answers, number, **others):
+    return [float((len(answer) + n) % 2) for answer, n in zip(answers, number)]
+
+def nan(answer):
+    return float("nan")
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, compile_cache):
+    """A run of bytes with weights by chance; beside it prompts, a recipe and functions that give rewards."""
+    folder = tmp_path_factory.mktemp("grpo")
+    (folder / "recipe.py").write_text(RECIPE)
+    (folder / "rewards_of_answers.py").write_text(REWARDS)
+    lines = [json.dumps({"prompt": f"prompt {i}", "number": i}) for i in range(50)]
+    (folder / "prompts.jsonl").write_text("\n".join([*lines, json.dumps({"prompt": "x" * 30, "number": 0})]))
+    model = ModelConfig(num_layers=1, width=16, num_heads=2, positions="rope", dtype="float32")
+    tokenizer = TokenizerConfig(kind="bytes", vocab_size=258)
+    config = TrainConfig(run_dir=str(folder / "base"), model=model, tokenizer=tokenizer, data=DataConfig(length=32))
+    run = Run.open(folder / "base", config)
+    BytesTokenizer().save(run.tokenizer)
+    checkpoints = Checkpoints(run.checkpoints, config.checkpoint)
+    params = jax.jit(init_params(make_decoder(config)))(jax.random.key(0))
+    checkpoints.save(0, {"params": params}, {"rows": 0}, dict(leaves(config)))
+    checkpoints.wait()
+    run.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        yield folder / "base"
+
+
+def words(base: Path, run: Path, *more: object) -> list[str]:
+    folder = base.parent
+    given = ["--init", base, "--data.source", folder / "prompts.jsonl", "--run-dir", run]
+    given += [] if "--rewards.sources" in more else ["--rewards.sources", "rewards_of_answers:low"]
+    mesh = [] if any("mesh" in str(word) for word in more) else ["--mesh.data", jax.device_count()]
+    return ["grpo", str(folder / "recipe.py"), *map(str, [*given, *GRPO, *mesh, *more])]
+
+
+def grpo(base: Path, run: Path, *more: object) -> Path:
+    assert main(words(base, run, *more)) == 0
+    return run
+
+
+def alone(base: Path, args: list[str], **how: float) -> None:
+    """Runs a command in a process of its own, with one device: eight of them wait long for each other."""
+    env = environment(base.parent / "cache")
+    env["PYTHONPATH"] += os.pathsep + str(base.parent)
+    subprocess.run([sys.executable, "-m", "gptjax", *args], env=env, check=True, **how)
+
+
+@pytest.fixture(scope="module")
+def trained(base) -> Path:
+    alone(base, words(base, base.parent / "trained", "--mesh.data", 1))
+    return base.parent / "trained"
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(run: Path) -> list[dict]:
+    """Every line without what a clock or the machine says."""
+    clocks = ("tokens_per_second", "seconds", "input_seconds", "peak_memory_bytes", "mfu_6n", "mfu_causal", "mfu_palm")
+    return [{k: v for k, v in line.items() if k not in clocks} for line in lines(run)]
+
+
+def of(run: Path, *names: str) -> np.ndarray:
+    return np.array([[line[name] for name in names] for line in lines(run) if "loss" in line])
+
+
+OTHER = ["--estimator", "grpo", "--lora.rank", 2, "--optim.accumulate", 2, "--steps", 2]
+
+
+@pytest.mark.parametrize("more", [[], pytest.param(OTHER, marks=pytest.mark.slow)], ids=["whole", "lora"])
+def test_the_first_ratio_is_exactly_1_and_nothing_has_moved(more, trained, base, tmp_path):
+    run = grpo(base, tmp_path / "lora", *more) if more else trained
+    first = lines(run)[0]
+    assert first["ratio_max"] == 1.0 and first["clip_fraction"] == 0.0 and first["kl_old"] == 0.0
+    assert max(abs(first[name]) for name in ("kl", "kl_k2", "kl_k3", "kl_token")) < 1e-5
+    assert 0 < first["log_p_gap_max"] <= 2e-4 and first["log_p_gap"] <= first["log_p_gap_max"]
+    assert (of(run, "ratio_max") == 1).all(), "one update a rollout"
+
+
+@pytest.mark.slow
+def test_several_updates_on_a_rollout_move_away_from_it(base, tmp_path):
+    moved = grpo(base, tmp_path / "several", "--rollout.epochs", 2, "--rollout.minibatches", 2, "--steps", 2)
+    assert lines(moved)[0]["updates"] == 4 and lines(moved)[0]["ratio_max"] > 1.001
+    assert lines(moved)[0]["learning_rate"] == pytest.approx(5e-2)
+
+
+def test_the_reward_rises_and_the_run_says_what_its_numbers_were(trained, capsys):
+    steps, evaluations = ([x for x in lines(trained) if name in x] for name in ("loss", "eval_loss"))
+    last = evaluations[-1]
+    assert steps[-1]["kl"] > 0.01 and last["eval_reward"] > steps[0]["reward"] + 0.05
+    assert last["eval_loss"] == pytest.approx(0.01 * last["eval_kl"] - last["eval_reward"])
+    assert 0 < last["eval_reward_stderr"] < 0.2 and steps[0]["length"] <= 8 and steps[0]["reward_std"] > 0
+    samples = [json.loads(line) for line in (trained / "samples.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in samples] == [2] * 8 + [4] * 8
+    assert all(s["prompt"].startswith("prompt ") and 0 <= s["reward"] <= 1 for s in samples)
+    page = (trained / "report.html").read_text()
+    assert "Answers to held-out prompts" in page and "KL to the reference" in page
+    assert main(["generate", str(trained), "--prompt", "prompt 1", "--max-new-tokens", "4"]) == 0
+    assert main(["data", "show", str(trained), "--step", "2"]) == 0
+    assert "prompt " in capsys.readouterr().out
+    assert "holds out prompts, no text; wanted --tasks" in refused(capsys, "eval", trained).splitlines()[-1]
+
+
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(trained, base, tmp_path, capsys):
+    moved = shutil.copytree(trained, tmp_path / "moved")  # as it was when it ended after step 2
+    shutil.rmtree(moved / "checkpoints" / "00000004")
+    kept = [x for x in (moved / "metrics.jsonl").read_text().splitlines(True) if json.loads(x)["step"] <= 2]
+    (moved / "metrics.jsonl").write_text("".join(kept))
+    assert "name it again: --rewards.sources rewards_of_answers:low" in refused(capsys, "grpo", moved)
+    alone(base, ["grpo", str(moved), "--rewards.sources", "rewards_of_answers:low"])
+    assert curve(moved) == curve(trained)
+    a, b = (load_model(run, MeshConfig()).params for run in (trained, moved))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [1.0, 2.5, 4.0, 5.5, 7.0])
+def test_a_run_that_is_killed_goes_on_bit_for_bit(base, tmp_path, seconds):
+    """SIGKILL so long after the first line of metrics.jsonl, or as soon as the run has ended."""
+    more = ["--mesh.data", 1, "--steps", 30, "--rollout.epochs", 2, "--rollout.minibatches", 2, "--sinks"]
+    straight, killed = base.parent / "straight", tmp_path / "killed"
+    if not straight.exists():
+        alone(base, words(base, straight, *more))
+    env = environment(base.parent / "cache")
+    env["PYTHONPATH"] += os.pathsep + str(base.parent)
+    process = subprocess.Popen([sys.executable, "-m", "gptjax", *words(base, killed, *more)], env=env)
+    while process.poll() is None and not (killed / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    alone(base, words(base, killed, *more))
+    assert curve(killed) == curve(straight)
+    a, b = (load_model(run, MeshConfig()).params for run in (straight, killed))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+NUMBERS = ("loss", "grad_norm", "reward", "kl", "entropy", "length", "clip_fraction")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [[], ["--lora.rank", "2"]], ids=["whole", "lora"])
+def test_padding_accumulation_and_mesh_change_no_number(base, tmp_path, lora, highest_precision):
+    more = [*lora, "--rollout.minibatches", 2, "--steps", 10, "--mesh.data", 1]
+    ways = {
+        "one": ["--mesh.fsdp", 8],
+        "mesh": ["--mesh.fsdp", 4, "--mesh.tensor", 2],
+        "parts": ["--mesh.fsdp", 4, "--mesh.tensor", 2, "--optim.accumulate", 2],
+        "padded": ["--mesh.fsdp", 8, "--data.length", 32],
+    }
+    runs = {name: grpo(base, tmp_path / name, *more, *words) for name, words in ways.items()}
+    wanted = of(runs["one"], *NUMBERS)
+    assert len(wanted) == 10
+    for name in ("mesh", "parts", "padded"):
+        np.testing.assert_allclose(of(runs[name], *NUMBERS), wanted, rtol=2e-4, atol=2e-5, err_msg=name)
+
+
+def test_an_estimator_is_one_that_is_there_and_its_name_says_what_it_converges_to():
+    names = typing.get_args(typing.get_type_hints(GrpoConfig)["estimator"])
+    assert set(names) == set(GROUP_ESTIMATORS) and GrpoConfig().estimator == "rloo"
+    assert GROUP_ESTIMATORS["rloo"].fixed_point.startswith("ref exp(r / beta) / Z, the optimum")
+
+
+def test_lines_close_sentences_or_do_not():
+    given = {"Well.\n": 1, "Is it?\nWell,\n": 0.5, 'He said "no!"\nand': 1, "no whole line.": 0, "So.\nSo.\n": 0, "": 0}
+    assert [closes_sentences(answer) for answer in given] == list(given.values())
+
+
+def test_wrong_input_is_one_line(base, tmp_path, capsys):
+    run = tmp_path / "run"
+    source = "rewards_of_answers"
+    early = {
+        ("--estimator", "gpro"): "--estimator",
+        ("--rollout.answers", 1): "rollout.answers=1: wanted at least 2 with gptjax grpo",
+        ("--rollout.answers", 5): "data.batch_size=32: wanted a multiple of rollout.answers = 5",
+        ("--rollout.max-new-tokens", 24): "rollout.max_new_tokens=24: wanted at most data.length - 1 = 23",
+        ("--init", "runs/nope"): "runs/nope: no folder; wanted the folder of a run",
+        ("--data.source", base.parent / "recipe.py"): "holds no prompts; wanted a file .jsonl",
+        ("--model.num-layers", 3): "model.num_layers=3: wanted 1, as in init=",
+    }
+    for more, said in early.items():
+        assert said in refused(capsys, *words(base, run, *more))
+    late = {
+        f"{source}:nope": f"wanted module:name of a function that Python can import here (module '{source}' has no",
+        f"{source}:nan": f"{source}:nan returned nan for ",
+    }
+    for name, said in late.items():
+        assert main(words(base, run, "--rewards.sources", name, "--steps", 1)) == 2
+        assert said in capsys.readouterr().err.splitlines()[-1]
+        shutil.rmtree(run, ignore_errors=True)
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "x" * 30}) + "\n")
+    assert main(words(base, run, "--data.source", tmp_path / "long.jsonl")) == 2
+    assert "0 of 1 prompts leave room for rollout.max_new_tokens=8" in capsys.readouterr().err.splitlines()[-1]
+    assert not run.exists()
