@@ -111,7 +111,6 @@ class Rollouts:
         first = self.cursor["rows"] // answers
         prompts = self.data.prompts(first, rows // answers)
         drawn = self.sampler.draw(self.tuning.whole(state.params), prompts, first=first, step=int(state.step) + 1)
-        self.tuning.forget()
         reward_B, by_source = self._score([p for p in prompts for _ in range(answers)], drawn)
         batch = drawn.batch | {"reward_B": reward_B} | {f"{name}_B": x_B for name, x_B in by_source.items()}
         batch["ended_B"] = batch["ended_B"].astype(np.float32)
@@ -143,7 +142,6 @@ class Rollouts:
                 values.setdefault(name, []).append(x_B[: len(prompts)])
             for prompt, text, reward in zip(prompts[: SAMPLES - len(self.samples)], drawn.texts, reward_B):
                 self.samples.append({"prompt": prompt.text, "text": text, "reward": round(float(reward), 4)})
-        self.tuning.forget()
         means = {f"eval_{name}": float(np.mean(np.concatenate(x))) for name, x in values.items()}
         reward_B = np.concatenate(values["reward"])
         if len(reward_B) > 1:
