@@ -286,7 +286,7 @@ def test_the_memory_that_is_counted_holds_the_base(base):
 @pytest.mark.slow
 def test_tasks_are_asked_through_the_template(base, tmp_path):
     task = tmp_path / "task.jsonl"
-    items = [{"kind": "cloze"}, *({"context": word, "continuation": word.upper()} for word in ("abc", "d"))]
+    items = [{"task": {"kind": "cloze"}}, *({"context": word, "continuation": word.upper()} for word in ("abc", "d"))]
     task.write_text("\n".join(map(json.dumps, items)))
     run = sft(base, tmp_path / "run", "--evaluate.tasks", task)
     assert main(["eval", str(run), "--tasks", str(task), "--chat", "--items", str(tmp_path / "items")]) == 0
