@@ -4,6 +4,7 @@ gptjax sft chat --init RUN --data.source chats.jsonl
 gptjax reward chat --init runs/chat --data.source preferences.jsonl
 gptjax dpo chat --init runs/chat --data.source preferences.jsonl
 gptjax grpo chat --init RUN --data.source prompts.jsonl --rewards.sources module:function
+gptjax ppo chat --init runs/chat --data.source prompts.jsonl --rewards.sources runs/reward --value.init runs/reward
 
 The learning rates are those of models of 1.3B and 6B parameters. Small models want more (2e-5 to 1e-3), and so does an
 adaptation: add --lora.rank 16 --optim.learning-rate 2e-4. The checkpoint with the lowest loss on what is held out is
@@ -19,6 +20,7 @@ from gptjax.config import (
     GrpoConfig,
     ModelConfig,
     OptimConfig,
+    PpoConfig,
     RewardConfig,
     RewardsConfig,
     RolloutConfig,
@@ -78,4 +80,25 @@ def grpo() -> GrpoConfig:
         rewards=RewardsConfig(sources=("rewards:reward",)),
         checkpoint=CheckpointConfig(every=50, keep_best=1),
         evaluate=EvaluateConfig(every=50, max_rows=256),
+    )
+
+
+def ppo() -> PpoConfig:
+    """beta 0.02, four minibatches a step, a rate that stays at 9e-6 after ten updates, averages of the weights."""
+    return PpoConfig(
+        run_dir="runs/ppo",
+        beta=0.02,
+        model=ModelConfig(dtype="auto"),
+        data=DataConfig(source="prompts.jsonl", batch_size=64, length=1024),
+        rollout=RolloutConfig(answers=1, minibatches=4),
+        optim=OptimConfig(
+            learning_rate=9e-6,
+            schedule="constant",
+            warmup_steps=10,
+            weight_decay=0.0,
+            epsilon=1e-5,
+            ema=0.992,
+        ),
+        checkpoint=CheckpointConfig(every=50, keep_best=1),
+        evaluate=EvaluateConfig(every=50, max_rows=128),
     )

@@ -26,6 +26,7 @@ VERBS: dict[str, Any] = {
     "reward": config.RewardConfig,
     "dpo": config.DpoConfig,
     "grpo": config.GrpoConfig,
+    "ppo": config.PpoConfig,
     "prepare": config.PrepareConfig,
     "tokenizer train": config.TrainTokenizerConfig,
     "data show": config.ShowConfig,

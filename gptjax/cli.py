@@ -303,6 +303,7 @@ VERBS: dict[str, Verb] = {
     "reward": _stage("reward", "chat", "train a reward model on preferences (RECIPE --init RUN)"),
     "dpo": _stage("dpo", "chat", "train a run on preferences, by DPO or IPO (RECIPE --init RUN)"),
     "grpo": _stage("grpo", "chat", "train a policy on rewards of its own answers (RECIPE --init RUN)"),
+    "ppo": _stage("ppo", "chat", "the same against a value function, with the KL in the reward (RECIPE --init RUN)"),
     "sweep": sweep,
     "eval": evaluate,
     "generate": generate,

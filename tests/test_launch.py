@@ -305,3 +305,23 @@ def test_every_file_here_is_in_the_docs():
     docs = "".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
     names = {path.name.removesuffix(".dockerignore") for path in LAUNCH.iterdir() if path.is_file()}
     assert {name for name in names if name not in docs} == set()
+
+
+@pytest.mark.slow
+def test_the_pipeline_goes_from_text_to_an_answer_and_passes_over_what_is_done(tmp_path):
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 400)
+    env = commands.environment(tmp_path) | {
+        "TEXT": "text.txt",
+        "STEPS": "2",
+        "PRETRAIN_STEPS": "4",
+        "MODEL": "--model.num-layers 1 --model.width 16 --model.num-heads 2",
+        "GPTJAX": f"{sys.executable} -m gptjax",
+        "PYTHON": sys.executable,
+    }
+    command = ["bash", str(LAUNCH / "pipeline.sh"), "out", "--model.dtype", "float32", "--sinks"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    line = json.loads((tmp_path / "out/ppo/metrics.jsonl").read_text().splitlines()[0])
+    assert line["ratio_max"] >= 1 and line["ptx_loss"] > 0 and line["reward"] == line["reward"]
+    again = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900)
+    assert again.returncode == 0 and again.stderr.count("resumed") == 4, again.stderr

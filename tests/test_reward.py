@@ -105,7 +105,7 @@ def model():
         data=DataConfig(length=32),
     )
     decoder = make_decoder(config)
-    params = jax.jit(add_heads(init_params(decoder), ("score_D",), 16))(jax.random.key(0))
+    params = jax.jit(add_heads(init_params(decoder), ("score_D",), config))(jax.random.key(0))
     return decoder, jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, params)
 
 

@@ -35,10 +35,10 @@ def penalised_scores(score_B: jax.Array, log_ratio_BL: jax.Array, mask_BL: jax.A
     return token_rewards(score_B, log_ratio_BL, mask_BL, beta).sum(-1)
 
 
-def adapted_beta(beta: float, kl: float, target: float, rows: int, horizon: int = 10_000) -> float:
+def adapted_beta(beta: ArrayLike, kl: ArrayLike, target: float, rows: int, horizon: int = 10_000) -> jax.Array:
     """The next weight of the KL: beta (1 + clip(kl / target - 1, -0.2, 0.2) rows / horizon) (Ziegler et al. 2019, 2.2).
 
     kl is the mean of this batch, in nats an answer, over `rows` answers. It is fixed where kl is the target: at the
     optimum of the beta that gives that KL.
     """
-    return beta * (1 + min(max(kl / target - 1, -0.2), 0.2) * rows / horizon)
+    return jnp.asarray(beta) * (1 + jnp.clip(jnp.asarray(kl) / target - 1, -0.2, 0.2) * rows / horizon)

@@ -29,17 +29,20 @@ from gptjax.config.tuning import (
     GrpoConfig,
     LoraConfig,
     PolicyConfig,
+    PpoConfig,
     RewardConfig,
     RewardsConfig,
     RolloutConfig,
     SftConfig,
     TuneConfig,
+    ValueConfig,
 )
 
 __all__ = [
     "CHANGEABLE", "SCHEMA", "STAGES", "ChatConfig", "CheckpointConfig", "ContinueConfig", "DataConfig", "DpoConfig",
     "EvalConfig", "EvaluateConfig", "GenerateConfig", "GrpoConfig", "ImportConfig", "InspectConfig", "LoraConfig",
-    "MeshConfig", "ModelConfig", "OptimConfig", "PolicyConfig", "PrepareConfig", "RewardConfig", "RewardsConfig",
-    "RolloutConfig", "SftConfig", "ShowConfig", "TokenizerConfig", "TrainConfig", "TrainTokenizerConfig",
-    "TuneConfig", "check_divisible", "defining_settings", "frozen_changes", "frozen_settings",
+    "MeshConfig", "ModelConfig", "OptimConfig", "PolicyConfig", "PpoConfig", "PrepareConfig", "RewardConfig",
+    "RewardsConfig", "RolloutConfig", "SftConfig", "ShowConfig", "TokenizerConfig", "TrainConfig",
+    "TrainTokenizerConfig", "TuneConfig", "ValueConfig", "check_divisible", "defining_settings", "frozen_changes",
+    "frozen_settings",
 ]  # fmt: skip

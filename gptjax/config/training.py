@@ -36,7 +36,7 @@ CHANGEABLE = {
 }
 """By name, the consequence that the user is told."""
 # Compared by what they are, not by how they are spelt: a corpus may be moved, and the data refuses another one.
-BY_CONTENT = ("data.source", "data.mixture", "tokenizer.path")
+BY_CONTENT = ("data.source", "data.mixture", "tokenizer.path", "rewards.sources", "value.init", "ptx.source")
 
 SINKS = ("tensorboard", "wandb", "trackio", "mlflow")
 

@@ -237,7 +237,91 @@ class GrpoConfig(PolicyConfig):
         self.rollout.require(self.rollout.answers > 1, "answers", "at least 2 with gptjax grpo, which compares them")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ValueConfig(Section):
+    """The value function of PPO, which predicts the reward of an answer from each of its beginnings."""
+
+    section: ClassVar[str] = "value"
+
+    init: str = ""
+    """Run by gptjax reward whose model it begins as; empty: the weights of the policy's `init`, and a value of 0."""
+    rank: int = 16
+    """Rank of LoRA leaves of its own beside the weights that it begins from; 0: it reads the policy's states."""
+    alpha: float = 32.0
+    """Scale of the products: they are added times alpha / rank."""
+    weight: float = 0.1
+    """Factor of the value loss."""
+    clip: float = 0.2
+    """Most that a value moves in the updates on one rollout before its loss stops falling."""
+
+    def __post_init__(self):
+        self.require_numbers(0, 2**31 - 1, "rank")
+        self.require_positive("alpha", "weight", "clip")
+        self.require(self.rank > 0 or not self.init, "init", "none with value.rank=0, since it has no trunk of its own")
+
+    @property
+    def lora(self) -> LoraConfig:
+        """Settings of its own leaves."""
+        return LoraConfig(rank=self.rank, alpha=self.alpha)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PtxConfig(Section):
+    """Pretraining text whose language-model loss is added to PPO's (PPO-ptx)."""
+
+    section: ClassVar[str] = "ptx"
+
+    source: str = ""
+    """A text, a prepared folder, or init: the data of the pretrained run that `init` goes back to; empty: none."""
+    weight: float = 27.8
+    """Factor of its loss; 0: its loss is measured at evaluations, and not trained on."""
+
+    def __post_init__(self):
+        self.require_numbers(0, math.inf, "weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PpoConfig(PolicyConfig):
+    """Proximal policy optimization of the policy in `init`: rewards of its answers, against a value function.
+
+    data.source holds prompts, and whatever a reward reads beside them; data.batch_size counts the answers of a step.
+    """
+
+    stage: ClassVar[str] = "ppo"
+
+    beta: float = 0.02
+    """Weight of the KL to the reference, which is the policy in `init`: reward a nat."""
+    target_kl: float = 0.0
+    """KL, in nats an answer, that beta is adapted to reach, by at most 20 % in `horizon` answers; 0: beta is fixed."""
+    horizon: int = 10_000
+    """Answers in which beta may change by 20 %, where target_kl is given."""
+    gamma: float = 1.0
+    """Factor of what a token later is worth."""
+    lam: float = 0.95
+    """Mixes values into advantages: 1 uses the rewards of the whole answer, 0 the value of the next token alone."""
+    whiten_rewards: bool = False
+    """Divide the tokens' rewards by their standard deviation over the step."""
+    whiten_advantages: bool = True
+    """Shift and scale the advantages of a step to mean 0 and standard deviation 1."""
+    rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(answers=1))
+    value: ValueConfig = field(default_factory=ValueConfig)
+    ptx: PtxConfig = field(default_factory=PtxConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_numbers(0, math.inf, "target_kl")
+        self.require_positive("horizon")
+        self.require_numbers(0, 1, "gamma", "lam")
+        self.require(not self.target_kl or self.beta > 0, "beta", "above 0 where target_kl is given: it is multiplied")
+        self.model.require(not self.model.dropout, "dropout", "0 with gptjax ppo: ratios of the policy would be random")
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The value function's, among what a run's weights have beside the language model's."""
+        return ("value_D", *(("value",) if self.value.rank else ()))
+
+
 STAGES: dict[str, type[TrainConfig]] = {
-    cls.stage: cls for cls in (TrainConfig, SftConfig, RewardConfig, DpoConfig, GrpoConfig)
+    cls.stage: cls for cls in (TrainConfig, SftConfig, RewardConfig, DpoConfig, GrpoConfig, PpoConfig)
 }
 """The settings of each stage, by the name of its function in a recipe and of its stage in a run's config.json."""

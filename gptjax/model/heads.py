@@ -1,7 +1,8 @@
 """Heads beside the language model's: one number a token, read from the same hidden states.
 
-`score_D` is the reward model's, `value_D` the value function's. They are leaves beside the model's own, named like all
-others, so that shardings, optimizers, digests and checkpoints know them; which ones a run has is `config.heads`.
+`score_D` is the reward model's, `value_D` the value function's, and `value` LoRA's leaves of a trunk of its own. They
+are leaves beside the model's, named like all others, so that shardings, optimizers, digests and checkpoints know them;
+which ones a run has is `config.heads`.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,26 +10,34 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from gptjax.config import PpoConfig, TrainConfig
 from gptjax.model.block import Params
 from gptjax.model.decoder import Decoder
+from gptjax.model.lora import init_lora
 
 
-def init_heads(names: Sequence[str], width: int) -> Callable[[jax.Array], Params]:
+def init_heads(names: Sequence[str], config: TrainConfig) -> Callable[[jax.Array], Params]:
     """Builds init(key) -> {name: head_D}: a score is normal with variance 1 / (width + 1), a value 0.
 
     Stiennon et al. 2020 (openai/summarize-from-feedback) start their reward head so.
     """
 
+    width = config.model.width
+
     def init(key: jax.Array) -> Params:
-        starts = {"score_D": jax.random.normal(key, (width,)) / (width + 1) ** 0.5, "value_D": jnp.zeros(width)}
+        starts: Params = {"score_D": jax.random.normal(key, (width,)) / (width + 1) ** 0.5, "value_D": jnp.zeros(width)}
+        if isinstance(config, PpoConfig) and config.value.rank:
+            starts["value"] = init_lora(config.value.lora, config.model)(jax.random.fold_in(key, 1))
         return {name: starts[name] for name in names}
 
     return init
 
 
-def add_heads(init: Callable[[jax.Array], Params], names: Sequence[str], width: int) -> Callable[[jax.Array], Params]:
+def add_heads(
+    init: Callable[[jax.Array], Params], names: Sequence[str], config: TrainConfig
+) -> Callable[[jax.Array], Params]:
     """Builds init(key) -> params with the heads among them; all other parameters are those of `init`, bit for bit."""
-    heads = init_heads(names, width)
+    heads = init_heads(names, config)
     return lambda key: init(key) | heads(jax.random.fold_in(key, 0))
 
 

@@ -77,7 +77,7 @@ def load_model(
     if heads:
         from gptjax.model.heads import add_heads
 
-        init = add_heads(init, heads, config.model.width)
+        init = add_heads(init, heads, config)
     item = "ema" if config.optim.ema else "params"
     wanted = {item: abstract(jax.eval_shape(init, jax.random.key(0)), mesh)}
     restored, state, data_state, _ = open_checkpoints(run_dir).restore(wanted, step or None, partial=True)

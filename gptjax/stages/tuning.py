@@ -21,7 +21,7 @@ from gptjax.stages.runner import Runner, once_a_step, print_sample, sample_setti
 from gptjax.tokenizer import Tokenizer
 from gptjax.tokenizer.known_templates import template_of
 from gptjax.training.build import build_components
-from gptjax.training.step import LossFn, TrainState, init_state
+from gptjax.training.step import Beside, LossFn, TrainState, init_state
 
 
 class Tuning:
@@ -31,7 +31,7 @@ class Tuning:
     holds lies on the mesh, is not donated and never saved: frozen["base"], the weights of config.init as they were,
     where LoRA needs them or `reference` asks for them. So the reference policy of every stage is frozen["base"]. `loss`
     builds the loss from the decoder, None the language model's (or the user's own); it is given whole weights, with
-    LoRA joined ones.
+    LoRA joined ones; so is a loss `beside` it.
     """
 
     def __init__(
@@ -41,12 +41,13 @@ class Tuning:
         loss: Callable[[Decoder], LossFn] | None = None,
         *,
         reference: bool = False,
+        beside: Callable[[Decoder], Beside] | None = None,
     ):
         self.config, self.mesh = config, mesh
         self.adapts = config.lora.rank > 0
         self.keeps_base = self.adapts or reference
         lora = config.lora if self.adapts else None
-        self.decoder, self.tx, self._init, self.step = build_components(config, lora, loss)
+        self.decoder, self.tx, self._init, self.step = build_components(config, lora, loss, beside)
         self.shapes: TrainState = abstract(jax.eval_shape(self._init, 0), mesh)
         """The state's shapes, with their shardings."""
         self.weight_shapes: Params = abstract(jax.eval_shape(init_params(self.decoder), jax.random.key(0)), mesh)
@@ -54,7 +55,7 @@ class Tuning:
         self.frozen_shapes: dict[str, Params] = {"base": self.weight_shapes} if self.keeps_base else {}
         self._base: Params = {}
         self._merged: tuple[Params, Params] | None = None
-        heads = abstract(jax.eval_shape(init_heads(config.heads, config.model.width), jax.random.key(0)), mesh)
+        heads = abstract(jax.eval_shape(init_heads(config.heads, config), jax.random.key(0)), mesh)
         self.whole_shapes: Params = self.weight_shapes | heads
         """The shapes of what `whole` returns: the model's weights, and the heads beside them."""
         self._merge = jax.jit(merge_lora, out_shardings=shardings(self.whole_shapes, mesh))

@@ -13,7 +13,7 @@ from gptjax.model.decoder import Decoder, init_params, make_decoder
 from gptjax.runtime.dtype import preferred_dtype
 from gptjax.training.losses import language_model_loss
 from gptjax.training.optim import make_optimizer, make_schedule
-from gptjax.training.step import LossFn, make_init, make_train_step
+from gptjax.training.step import Beside, LossFn, make_init, make_train_step
 
 
 class TrainComponents(NamedTuple):
@@ -26,13 +26,16 @@ class TrainComponents(NamedTuple):
 
 
 def build_components(
-    config: TrainConfig, lora: LoraConfig | None = None, loss: Callable[[Decoder], LossFn] | None = None
+    config: TrainConfig,
+    lora: LoraConfig | None = None,
+    loss: Callable[[Decoder], LossFn] | None = None,
+    beside: Callable[[Decoder], Beside] | None = None,
 ) -> TrainComponents:
     """The decoder, optimizer, initial state and training step of a run, with the user's own loss and block.
 
     With `lora` the state holds its leaves alone, and the step reads the model's parameters in frozen["base"]. The
     state holds the heads in config.heads, too. `loss` builds a stage's own loss from the decoder, in place of the
-    language model's.
+    language model's, and `beside` a second one.
     Where model.dtype is auto it is that of this process's devices. Raises InputError where loss or model.block can't be
     found, or optim.z_loss is set beside a loss of the user's.
     """
@@ -53,16 +56,17 @@ def build_components(
         loss_fn = language_model_loss(decoder, config.optim.z_loss, norms)
     schedule = make_schedule(config.optim, config.updates)
     tx = make_optimizer(config.optim, schedule, config.model)
-    params = init_params(decoder)
+    params, second = init_params(decoder), beside(decoder) if beside else None
     if lora is not None:
         from gptjax.model.lora import adapted, init_lora
 
         loss_fn, params = adapted(loss_fn, lora.scale), init_lora(lora, config.model)
+        second = second and second._replace(loss_fn=adapted(second.loss_fn, lora.scale))
     if config.heads:
         from gptjax.model.heads import add_heads
 
-        params = add_heads(params, config.heads, config.model.width)
-    step = make_train_step(loss_fn, tx, schedule, config.optim.accumulate, ema, norms)
+        params = add_heads(params, config.heads, config)
+    step = make_train_step(loss_fn, tx, schedule, config.optim.accumulate, ema, norms, second)
     return TrainComponents(decoder, tx, make_init(params, tx, ema), step)
 
 

@@ -30,6 +30,7 @@ class TrainState:
     opt_state: Any
     key_W: jax.Array  # raw uint32 words, so that checkpoints and digests need no special case
     ema: Any = flax.struct.field(default_factory=dict)  # float32 averages of params; {} where none are kept
+    controls: Any = flax.struct.field(default_factory=dict)  # numbers that a stage changes by what it measures
 
     @property
     def eval_params(self) -> Any:
@@ -107,7 +108,7 @@ def make_train_step(
         averages = state.ema
         if ema:
             averages = jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, state.ema, _float32(params))
-        new = TrainState(state.step + 1, state.updates + 1, params, opt_state, state.key_W, averages)
+        new = TrainState(state.step + 1, state.updates + 1, params, opt_state, state.key_W, averages, state.controls)
         return new, metrics | {"updates": new.updates}
 
     return train_step
