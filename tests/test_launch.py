@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import runpy
 import shlex
@@ -309,7 +310,9 @@ def test_every_file_here_is_in_the_docs():
 
 @pytest.mark.slow
 def test_the_pipeline_goes_from_text_to_an_answer_and_passes_over_what_is_done(tmp_path):
-    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 400)
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 7))) for _ in range(600)]
+    (tmp_path / "text.txt").write_text(" ".join(rng.choices(words, k=8000)))
     env = commands.environment(tmp_path) | {
         "TEXT": "text.txt",
         "STEPS": "2",

@@ -72,8 +72,8 @@ def begin_value(
         )
     found = {"step": model.step, "sha256": tree_sha256(model.params)}
     if mark is None:
-        began = state.params | {"value_D": score_D}
-        averages = state.ema and state.ema | {"value_D": score_D}
+        began = state.params | {"value_D": jnp.copy(score_D)}  # each its own: the step gives its state's memory away
+        averages = state.ema and state.ema | {"value_D": jnp.copy(score_D)}
         state = state.replace(params=began, ema=averages)  # pyright: ignore[reportAttributeAccessIssue]
     elif mark["sha256"] != found["sha256"]:
         raise InputError(
