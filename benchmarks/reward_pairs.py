@@ -2,7 +2,7 @@
 
     gptjax import SOURCE RUN
     python benchmarks/reward_pairs.py features RUN --pairs FILE --out FEATURES.npz
-    python benchmarks/reward_pairs.py compare FEATURES.npz --pairs FILE --json OUT
+    OPENBLAS_NUM_THREADS=1 python benchmarks/reward_pairs.py compare FEATURES.npz --pairs FILE --json OUT
 
 `features` runs the model once over each pair, the prompt that both answers share computed once, and keeps hidden states
 of the embeddings and every second layer: the mean over an answer's tokens, that of its end, and that of the last token
