@@ -160,7 +160,7 @@ STRENGTHS = (0.01, 0.1, 1.0, 10.0)  # C of the logistic regressions; of unit fea
 def logistic(train, test, strength: float) -> np.ndarray:
     """Margins of a logistic regression without an intercept: each difference also stands there turned around."""
     from scipy import sparse
-    from sklearn.linear_model import LogisticRegression
+    from sklearn.linear_model import LogisticRegression  # pyright: ignore[reportMissingImports]
 
     stack = sparse.vstack if sparse.issparse(train) else np.concatenate
     labels = np.repeat([1, 0], train.shape[0])
@@ -170,7 +170,7 @@ def logistic(train, test, strength: float) -> np.ndarray:
 
 def by_words(texts: list[tuple[str, str]]):
     """fit(train, test, C) on tf-idf of the training answers."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.feature_extraction.text import TfidfVectorizer  # pyright: ignore[reportMissingImports]
 
     differences = {}
 

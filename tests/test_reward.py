@@ -278,7 +278,8 @@ def test_a_reward_run_is_a_source_of_rewards_for_the_ids_of_its_tokenizer(tuned)
 @pytest.mark.slow
 def test_a_mesh_and_accumulation_change_no_loss(base, tmp_path, highest_precision):
     for lora in ([], LORA):
-        curves, means = {}, {}
+        curves: dict[str, list[float]] = {}
+        means: dict[str, float] = {}
         for name, mesh in {
             "one": ["--mesh.fsdp", "8"],
             "mesh": ["--mesh.fsdp", "4", "--mesh.tensor", "2"],
