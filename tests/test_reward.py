@@ -268,7 +268,7 @@ def test_a_reward_run_is_a_source_of_rewards_for_the_ids_of_its_tokenizer(tuned)
     reward_B, by_source = rewards(answers)
     wanted_B = scorer([[1, 2, 3], [1, 2]])
     np.testing.assert_array_equal(by_source["reward_model"], wanted_B)
-    np.testing.assert_array_equal(reward_B, np.float32([2 * wanted_B[0], -1]))
+    np.testing.assert_array_equal(reward_B, np.array([2 * wanted_B[0], -1], np.float32))
     assert rewards.marks["model"]["step"] == 6 and len(rewards.marks["model"]["sha256"]) == 64
     tokenizer.template = "chatml"
     with pytest.raises(InputError, match="another tokenizer or chat template than the policy"):
