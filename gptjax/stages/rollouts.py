@@ -125,13 +125,14 @@ class Rollouts:
         of what is maximised.
         """
         params, size, mesh = state.eval_params, self.config.data.batch_size, self.tuning.mesh
+        weights = self.tuning.whole(params)
         held = self.data.held[: self.config.evaluate.max_rows or None]
         values: dict[str, list[np.ndarray]] = {}
         self.samples = []
         for first in range(0, len(held), size):
             prompts = held[first : first + size]
             padded = [*prompts, *[prompts[-1]] * (size - len(prompts))]
-            drawn = self.sampler.draw(self.tuning.whole(params), padded, first=first, step=EVALUATION, answers=1)
+            drawn = self.sampler.draw(weights, padded, first=first, step=EVALUATION, answers=1)
             reward_B, by_source = self._score(prompts, drawn)
             local = {name: x[self.rows.numbers] for name, x in drawn.batch.items()}
             mask_BL = drawn.batch["mask_BL"]
