@@ -14,8 +14,10 @@ from gptjax.config.section import InputError
 from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.data.prompts import Prompt, PromptData, prompt_of
 from gptjax.generation import engine
+from gptjax.generation.sampling import draw
 from gptjax.model.cache import grow
 from gptjax.model.decoder import Decoder, init_params
+from gptjax.model.head import MASKED
 from gptjax.parallel.sharding import make_mesh, on_host, to_global
 from gptjax.tokenizer import BytesTokenizer, set_template
 
@@ -150,6 +152,23 @@ def test_ids_without_a_token_are_never_drawn_and_have_no_probability(lm):
     assert made.vocab_size == 258 and (batch["targets_BL"] < 258).all()
     log_p_BL, _ = jax.jit(policy_log_probs(wide, made.vocab_size, CFG.temperature))(params, {}, batch)
     assert (np.abs(np.asarray(log_p_BL) - batch["sampled_log_p_BL"]) * batch["mask_BL"]).max() <= 2e-4
+
+
+def test_ids_are_drawn_as_often_as_their_probability_says():
+    """20,000 rows of one distribution over 300 ids, of which some are masked: chi-squared, and log p by hand."""
+    logits_V = np.random.default_rng(0).normal(size=384).astype(np.float32) * 2
+    logits_V[300:] = MASKED
+    key_B = jax.random.split(jax.random.key(0), 20_000)
+    ids_B, log_p_B = map(np.asarray, draw(np.tile(logits_V, (20_000, 1)), key_B, 1.5))
+    p_V = np.exp(logits_V.astype(np.float64) / 1.5)
+    p_V /= p_V.sum()
+    np.testing.assert_allclose(log_p_B, np.log(p_V[ids_B]), atol=1e-5)
+    expected_V, found_V = 20_000 * p_V[:300], np.bincount(ids_B, minlength=384)
+    assert not found_V[300:].any()
+    rare_V = expected_V < 10
+    squares = ((found_V[:300] - expected_V) ** 2 / expected_V)[~rare_V].sum()
+    count = (~rare_V).sum()
+    assert count > 100 and squares < count + 4 * (2 * count) ** 0.5
 
 
 @pytest.mark.slow

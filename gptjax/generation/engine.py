@@ -23,7 +23,7 @@ import numpy as np
 
 from gptjax.config import GenerateConfig
 from gptjax.config.section import InputError
-from gptjax.generation.sampling import SamplingParams, active, log_prob, sample
+from gptjax.generation.sampling import SamplingParams, active, draw, sample
 from gptjax.generation.text_stream import TextStream
 from gptjax.model.cache import empty_cache, grow, headroom, round_up_length
 from gptjax.model.decoder import Decoder, Params, extend, unstacked
@@ -206,8 +206,8 @@ def prefill(
 
     tokens_BM holds the ids known so far, position_B the place of each row's last one, done_B the rows that ended, the
     cache the keys and values at every prompt position, seen_BV (for the repetition penalty) the ids that occurred,
-    log_p_BM (where it is kept) the log-probability of each id that `decode` drew, in nats, at the temperature of
-    sampling and before any filter.
+    log_p_BM (where it is kept) the log-probability of each id that `decode` drew, in nats, at its one setting, the
+    temperature: `sampling.draw`.
     """
     B, L = prompt_BL.shape
     position_BL = jnp.broadcast_to(jnp.arange(L), (B, L))
@@ -266,15 +266,17 @@ def decode(
         logits_BLV = linear(x_BLD, params, head="BLD,DV->BLV")
         logits_BV = cap_and_mask(logits_BLV, decoder.vocab_size, decoder.cfg.logit_softcap)[:, 0]
         keys = jax.vmap(jax.random.fold_in)(key_B, position_B + 1)
-        next_B = sample(logits_BV, keys, settings, state.get("seen_BV"))
+        if "log_p_BM" in state:
+            next_B, log_p_B = draw(logits_BV, keys, settings["temperature"])
+        else:
+            next_B, log_p_B = sample(logits_BV, keys, settings, state.get("seen_BV")), None
         next_B = jnp.where(done_B, token_B, next_B)
         position_B = jnp.where(done_B, position_B, position_B + 1)
         done_B = done_B | (position_B >= rows["last_B"]) | jnp.isin(next_B, stop_ids)
         new: DecodeState = {"cache": cache, "position_B": position_B, "done_B": done_B}
         new["tokens_BM"] = state["tokens_BM"].at[row_B, position_B].set(next_B)
-        if "log_p_BM" in state:
-            kept_B = state["log_p_BM"][row_B, position_B]
-            log_p_B = jnp.where(state["done_B"], kept_B, log_prob(logits_BV, next_B, settings))
+        if log_p_B is not None:
+            log_p_B = jnp.where(state["done_B"], state["log_p_BM"][row_B, position_B], log_p_B)
             new["log_p_BM"] = state["log_p_BM"].at[row_B, position_B].set(log_p_B)
         if "seen_BV" in state:
             new["seen_BV"] = state["seen_BV"].at[row_B, next_B].set(True)

@@ -1,5 +1,6 @@
 """Samplers: from logits_BV to one token id a row, by filters in the order of transformers."""
 
+import math
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from gptjax.model.head import MASKED
 SamplingParams = dict[str, float]
 
 TINY = jnp.finfo(jnp.float32).tiny
+PART = 128  # ids of a part of the vocabulary
 
 # Values at which a setting changes nothing. Such a setting is left out, and its filter is not even compiled.
 DISABLED = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -32,15 +34,30 @@ def sample(
     return jax.vmap(jax.random.categorical)(key_B, logits_BV).astype(jnp.int32)
 
 
-def log_prob(logits_BV: jax.Array, ids_B: jax.Array, settings: dict[str, Any]) -> jax.Array:
-    """log softmax(logits / temperature) of one id a row, in nats: the policy that is drawn from, before any filter.
+def draw(logits_BV: jax.Array, key_B: jax.Array, temperature: jax.Array | float) -> tuple[jax.Array, jax.Array]:
+    """(ids_B, log_p_B): an id a row drawn with the row's key from softmax(logits / temperature), and its log p in nats.
 
-    Without a temperature that is 1.
+    V is cut into parts: one of them is drawn, then an id in it. That takes one exp an id, which log p needs too, and
+    two random numbers a row, where `sample` takes a random number and two logarithms an id.
     """
-    highest_B = logits_BV.max(axis=-1)
-    scaled_BV = (logits_BV - highest_B[:, None]) / jnp.maximum(settings.get("temperature", 1.0), TINY)
+    scaled_BV = (logits_BV - logits_BV.max(axis=-1, keepdims=True)) / jnp.maximum(temperature, TINY)
+    weight_BPC = jnp.exp(scaled_BV).reshape(len(logits_BV), -1, math.gcd(logits_BV.shape[1], PART))
+    sum_BP = weight_BPC.sum(axis=-1)
+    u_B2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(key_B)
+    part_B = _pick(sum_BP, u_B2[:, 0])
+    inside_B = _pick(jnp.take_along_axis(weight_BPC, part_B[:, None, None], axis=1)[:, 0], u_B2[:, 1])
+    ids_B = part_B * weight_BPC.shape[-1] + inside_B
     picked_B = jnp.take_along_axis(scaled_BV, ids_B[:, None], axis=-1)[:, 0]
-    return picked_B - jnp.log(jnp.exp(scaled_BV).sum(axis=-1))
+    return ids_B, picked_B - jnp.log(sum_BP.sum(axis=-1))
+
+
+def _pick(weight_BK: jax.Array, u_B: jax.Array) -> jax.Array:
+    """The place in each row where the running sum of its weights passes u times their sum; never one of weight 0."""
+    place_K = jnp.arange(weight_BK.shape[1], dtype=jnp.int32)
+    below_BK = jnp.where(place_K[:, None] <= place_K, weight_BK[:, :, None], 0).sum(axis=1)
+    passed_BK = (below_BK > u_B[:, None] * below_BK[:, -1:]) & (weight_BK > 0)
+    last_B = jnp.where(weight_BK > 0, place_K, 0).max(axis=-1)  # where rounding leaves none
+    return jnp.where(passed_BK, place_K, last_B[:, None]).min(axis=-1)
 
 
 def greedy(logits_BV: jax.Array) -> jax.Array:
