@@ -14,7 +14,7 @@ from gptjax.config.section import InputError
 from gptjax.config.tokenizer import TokenizerConfig
 from gptjax.data.prompts import Prompt, PromptData, prompt_of
 from gptjax.generation import engine
-from gptjax.generation.sampling import draw
+from gptjax.generation.sampling import draw_ids
 from gptjax.model.cache import grow
 from gptjax.model.decoder import Decoder, init_params
 from gptjax.model.head import MASKED
@@ -159,7 +159,7 @@ def test_ids_are_drawn_as_often_as_their_probability_says():
     logits_V = np.random.default_rng(0).normal(size=384).astype(np.float32) * 2
     logits_V[300:] = MASKED
     key_B = jax.random.split(jax.random.key(0), 20_000)
-    ids_B, log_p_B = map(np.asarray, draw(np.tile(logits_V, (20_000, 1)), key_B, 1.5))
+    ids_B, log_p_B = map(np.asarray, draw_ids(np.tile(logits_V, (20_000, 1)), key_B, 1.5))
     p_V = np.exp(logits_V.astype(np.float64) / 1.5)
     p_V /= p_V.sum()
     np.testing.assert_allclose(log_p_B, np.log(p_V[ids_B]), atol=1e-5)

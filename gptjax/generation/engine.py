@@ -23,7 +23,7 @@ import numpy as np
 
 from gptjax.config import GenerateConfig
 from gptjax.config.section import InputError
-from gptjax.generation.sampling import SamplingParams, active, draw, sample
+from gptjax.generation.sampling import SamplingParams, active, draw_ids, sample
 from gptjax.generation.text_stream import TextStream
 from gptjax.model.cache import empty_cache, grow, headroom, round_up_length
 from gptjax.model.decoder import Decoder, Params, extend, unstacked
@@ -207,7 +207,7 @@ def prefill(
     tokens_BM holds the ids known so far, position_B the place of each row's last one, done_B the rows that ended, the
     cache the keys and values at every prompt position, seen_BV (for the repetition penalty) the ids that occurred,
     log_p_BM (where it is kept) the log-probability of each id that `decode` drew, in nats, at its one setting, the
-    temperature: `sampling.draw`.
+    temperature: `sampling.draw_ids`.
     """
     B, L = prompt_BL.shape
     position_BL = jnp.broadcast_to(jnp.arange(L), (B, L))
@@ -267,7 +267,7 @@ def decode(
         logits_BV = cap_and_mask(logits_BLV, decoder.vocab_size, decoder.cfg.logit_softcap)[:, 0]
         keys = jax.vmap(jax.random.fold_in)(key_B, position_B + 1)
         if "log_p_BM" in state:
-            next_B, log_p_B = draw(logits_BV, keys, settings["temperature"])
+            next_B, log_p_B = draw_ids(logits_BV, keys, settings["temperature"])
         else:
             next_B, log_p_B = sample(logits_BV, keys, settings, state.get("seen_BV")), None
         next_B = jnp.where(done_B, token_B, next_B)

@@ -34,7 +34,7 @@ def sample(
     return jax.vmap(jax.random.categorical)(key_B, logits_BV).astype(jnp.int32)
 
 
-def draw(logits_BV: jax.Array, key_B: jax.Array, temperature: jax.Array | float) -> tuple[jax.Array, jax.Array]:
+def draw_ids(logits_BV: jax.Array, key_B: jax.Array, temperature: jax.Array | float) -> tuple[jax.Array, jax.Array]:
     """(ids_B, log_p_B): an id a row drawn with the row's key from softmax(logits / temperature), and its log p in nats.
 
     V is cut into parts: one of them is drawn, then an id in it. That takes one exp an id, which log p needs too, and
