@@ -11,11 +11,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 from commands import environment, refused
 
 from gptjax.align.checkable import closes_sentences
 from gptjax.align.estimators import GROUP_ESTIMATORS
+from gptjax.align.losses import policy_loss
 from gptjax.cli import main
 from gptjax.config import DataConfig, GrpoConfig, MeshConfig, ModelConfig, TokenizerConfig, TrainConfig
 from gptjax.config.section import leaves
@@ -24,6 +26,7 @@ from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.load import load_model
 from gptjax.runs.run import Run
 from gptjax.tokenizer import BytesTokenizer
+from gptjax.training.step import make_init, make_train_step, several_updates
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
 GRPO = """--model.dtype float32 --data.length 24 --data.batch-size 32 --sinks --steps 4 --checkpoint.every 2
@@ -117,6 +120,24 @@ def test_the_first_ratio_is_exactly_1_and_nothing_has_moved(more, trained, base,
     assert max(abs(first[name]) for name in ("kl", "kl_k2", "kl_k3", "kl_token")) < 1e-5
     assert 0 < first["log_p_gap_max"] <= 2e-4 and first["log_p_gap"] <= first["log_p_gap_max"]
     assert (of(run, "ratio_max") == 1).all(), "one update a rollout"
+
+
+def test_the_first_update_of_a_rollout_compares_the_policy_with_itself():
+    """Whatever rounding makes of its log-probabilities in another program; the updates behind it compare with that."""
+
+    def log_probs(params, frozen, batch):
+        return params["log_p_L"] + 0 * batch["mask_BL"], batch["mask_BL"]
+
+    given_BL = np.zeros((4, 3), np.float32)
+    batch = {"mask_BL": given_BL + 1, "old_log_p_BL": given_BL - 1e-3, "advantage_BL": given_BL + 1}
+    batch |= {"ref_log_p_BL": given_BL, "fresh_B": np.ones(4, np.float32)}
+    tx = optax.sgd(0.0)
+    state = make_init(lambda key: {"log_p_L": jax.numpy.zeros(3)}, tx)(0)
+    for minibatches, ratio in ((1, 1.0), (2, np.exp(np.float32(1e-3)))):
+        step = several_updates(make_train_step(policy_loss(log_probs), tx, lambda update: 0.0), 1, minibatches)
+        _, metrics = jax.jit(step)(state, {}, batch)
+        np.testing.assert_allclose(metrics["ratio_max"], ratio, rtol=1e-6)
+        assert minibatches > 1 or metrics["ratio_max"] == 1.0
 
 
 @pytest.mark.slow
