@@ -91,7 +91,7 @@ def test_the_first_step_has_ratio_1_and_no_kl_and_the_text_is_learned_beside_the
     assert [line["updates"] for line in steps] == [1, 2, 3, 4]
     for name in ("ratio_max", "kl", "kl_k2", "kl_k3", "kl_old", "clip_fraction", "explained_variance"):
         assert first[name] == (name == "ratio_max"), name
-    assert first["log_p_gap_max"] < 2e-4 and first["length"] == 4
+    assert first["log_p_gap_max"] < 2e-4 and 3 < first["length"] <= 4  # some end by themselves
     assert {"reward_std", "entropy", "value_loss", "ended", "beta", "ptx_loss"} <= first.keys()
     assert steps[-1]["kl_k3"] > 0 and steps[-1]["explained_variance"] != 0
     evaluations = [line for line in lines(trained("ptx")) if "eval_loss" in line]
