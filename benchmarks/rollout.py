@@ -88,7 +88,7 @@ def main() -> None:
         assert drawn.batch["mask_BL"].sum() == rows * args.new, "every answer has all its tokens"
         return seconds
 
-    loop(False), loop(True), draw(0)  # compiles
+    _ = loop(False), loop(True), draw(0)  # compiles
     rounds = []
     for step in range(args.rounds):
         (prefill_s, decode_s), (_, with_s), rollout_s = loop(False), loop(True), draw(step)

@@ -200,7 +200,8 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit(base, tmp_path, seconds):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-NUMBERS = ("loss", "grad_norm", "reward", "kl", "entropy", "length", "clip_fraction")
+NUMBERS = ("loss", "grad_norm", "reward", "kl", "length")
+OF_TOKENS = ("entropy", "clip_fraction")
 
 
 @pytest.mark.slow
@@ -218,6 +219,9 @@ def test_padding_accumulation_and_mesh_change_no_number(base, tmp_path, lora, hi
     assert len(wanted) == 10
     for name in ("mesh", "parts", "padded"):
         np.testing.assert_allclose(of(runs[name], *NUMBERS), wanted, rtol=2e-4, atol=2e-5, err_msg=name)
+        # Micro-batches are averaged by their answers, so that means over tokens move where answers differ in length.
+        atol = 2e-3 if name == "parts" else 2e-5
+        np.testing.assert_allclose(of(runs[name], *OF_TOKENS), of(runs["one"], *OF_TOKENS), rtol=2e-4, atol=atol)
 
 
 def test_an_estimator_is_one_that_is_there_and_its_name_says_what_it_converges_to():
