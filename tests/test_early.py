@@ -121,7 +121,7 @@ def test_settings_of_other_programs_are_named_as_they_are_called_here(words, cap
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [
-        ("ppo x", "there is no verb 'ppo'; see gptjax --help"),
+        ("rlhf x", "there is no verb 'rlhf'; see gptjax --help"),
         ("resume x", "there is no verb 'resume'; did you mean 'pretrain RUN'?"),
         ("finetune x", "there is no verb 'finetune'; did you mean 'pretrain RECIPE --init RUN'?"),
         ("train x", "there is no verb 'train'; did you mean 'pretrain'?"),
