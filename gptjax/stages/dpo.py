@@ -11,15 +11,13 @@ from gptjax.config import DpoConfig
 from gptjax.data.pairs import PreferenceData
 from gptjax.evals.during import measure_tasks, named_tasks
 from gptjax.model.decoder import Decoder
-from gptjax.parallel.processes import barrier, main_process_first, say, working
+from gptjax.parallel.processes import say
 from gptjax.parallel.sharding import abstract
-from gptjax.runs.init_check import check_init
-from gptjax.runs.manifest import committed_steps
-from gptjax.runs.run import Provenance, Run
+from gptjax.runs.run import Provenance
 from gptjax.runtime.status import entry
 from gptjax.stages.runner import Runner, join
-from gptjax.stages.tuning import SampleAnswer, Tuning
-from gptjax.training.step import LossFn, TrainState, compile_step
+from gptjax.stages.tuning import SampleAnswer, Tuning, reading
+from gptjax.training.step import LossFn, TrainState
 
 
 def dpo(config: DpoConfig, provenance: Provenance) -> Path:
@@ -31,15 +29,8 @@ def dpo(config: DpoConfig, provenance: Provenance) -> Path:
     """
     with join(config, provenance) as group:
         mesh, config = group.mesh, group.config
-        run = Run.at(config.run_dir)
-        resumes = bool(committed_steps(run.checkpoints))
-        if not resumes:
-            check_init(config)
-
         # -- Data, in memory: from it follow the steps, and from these the schedule.
-        with main_process_first("data"), working("reading preferences"):
-            source = run if resumes else Run.existing(config.init)
-            source.pull(source.tokenizer)
+        with reading(config, "reading preferences") as (run, resumes):
             data = PreferenceData(config, run.data, training=True, trees=False)
         config = dataclasses.replace(config, steps=data.steps)
 
@@ -69,10 +60,7 @@ def dpo(config: DpoConfig, provenance: Provenance) -> Path:
         runner.run.write_settings(config, provenance)
 
         # -- Train.
-        with working("compiling the training step"):
-            shapes = tuning.shapes, tuning.frozen_shapes, example
-            train_step = compile_step(tuning.step, mesh, *shapes).lower(*shapes).compile()
-        barrier("compiled")
+        train_step = tuning.compile(tuning.step, tuning.frozen_shapes, example)
         batches = group.cleanup.enter_context(contextlib.closing(data.batches(cursor, runner.rows.numbers)))
         sample = SampleAnswer(tuning, data.tokenizer)
         held = PreferenceEvaluation(config, tuning.decoder, mesh, tuning.weight_shapes, example, data.held)

@@ -15,16 +15,14 @@ from gptjax.align.scoring import Rewards
 from gptjax.config import GrpoConfig
 from gptjax.data.prompts import PromptData
 from gptjax.model.decoder import Decoder
-from gptjax.parallel.processes import barrier, main_process_first, say, working
+from gptjax.parallel.processes import say
 from gptjax.parallel.sharding import abstract
-from gptjax.runs.init_check import check_init
-from gptjax.runs.manifest import committed_steps
-from gptjax.runs.run import Provenance, Run
+from gptjax.runs.run import Provenance
 from gptjax.runtime.status import entry
 from gptjax.stages.rollouts import Rollouts, drawable, example_rollout, in_parts, measures
 from gptjax.stages.runner import Runner, join
-from gptjax.stages.tuning import Tuning
-from gptjax.training.step import LossFn, TrainState, compile_step, several_updates
+from gptjax.stages.tuning import Tuning, reading
+from gptjax.training.step import LossFn, TrainState, several_updates
 
 
 def grpo(config: GrpoConfig, provenance: Provenance) -> Path:
@@ -36,15 +34,8 @@ def grpo(config: GrpoConfig, provenance: Provenance) -> Path:
     """
     with join(config, provenance) as group:
         mesh, config = group.mesh, group.config
-        run = Run.at(config.run_dir)
-        resumes = bool(committed_steps(run.checkpoints))
-        if not resumes:
-            check_init(config)
-
         # -- Prompts, in memory, and the sources of rewards.
-        with main_process_first("data"), working("reading prompts"):
-            source = run if resumes else Run.existing(config.init)
-            source.pull(source.tokenizer)
+        with reading(config, "reading prompts") as (run, resumes):
             data = PromptData(config, run.data, training=True)
         config = dataclasses.replace(config, steps=data.steps)
         rewards = Rewards(config.rewards, config.mesh, data.tokenizer)
@@ -88,10 +79,7 @@ def grpo(config: GrpoConfig, provenance: Provenance) -> Path:
         runner.run.write_settings(config, provenance)
 
         # -- Train.
-        with working("compiling the training step"):
-            shapes = tuning.shapes, tuning.frozen_shapes, example
-            train_step = compile_step(step, mesh, *shapes).lower(*shapes).compile()
-        barrier("compiled")
+        train_step = tuning.compile(step, tuning.frozen_shapes, example)
         rollouts = Rollouts(config, tuning, data, rewards, log_probs, cursor)
 
         def evaluation(state: TrainState) -> dict[str, float]:

@@ -19,17 +19,15 @@ from gptjax.align.scoring import Rewards
 from gptjax.config import PpoConfig
 from gptjax.data.prompts import PromptData
 from gptjax.model.decoder import Decoder
-from gptjax.parallel.processes import barrier, main_process_first, say, working
+from gptjax.parallel.processes import say
 from gptjax.parallel.sharding import abstract
-from gptjax.runs.init_check import check_init
-from gptjax.runs.manifest import committed_steps
-from gptjax.runs.run import Provenance, Run
+from gptjax.runs.run import Provenance
 from gptjax.runtime.status import entry
 from gptjax.stages.rollouts import Rollouts, drawable, example_rollout, in_parts, measures
 from gptjax.stages.runner import Runner, join
-from gptjax.stages.tuning import Tuning
+from gptjax.stages.tuning import Tuning, reading
 from gptjax.training.losses import language_model_loss
-from gptjax.training.step import Beside, LossFn, TrainState, compile_step, several_updates
+from gptjax.training.step import Beside, LossFn, TrainState, several_updates
 
 
 def ppo(config: PpoConfig, provenance: Provenance) -> Path:
@@ -41,15 +39,8 @@ def ppo(config: PpoConfig, provenance: Provenance) -> Path:
     """
     with join(config, provenance) as group:
         mesh, config = group.mesh, group.config
-        run = Run.at(config.run_dir)
-        resumes = bool(committed_steps(run.checkpoints))
-        if not resumes:
-            check_init(config)
-
         # -- Prompts, the sources of rewards, and with ptx.source pretraining text.
-        with main_process_first("data"), working("reading prompts"):
-            source = run if resumes else Run.existing(config.init)
-            source.pull(source.tokenizer)
+        with reading(config, "reading prompts") as (run, resumes):
             data = PromptData(config, run.data, training=True)
         config = dataclasses.replace(config, steps=data.steps)
         rewards = Rewards(config.rewards, config.mesh, data.tokenizer)
@@ -124,10 +115,7 @@ def ppo(config: PpoConfig, provenance: Provenance) -> Path:
         runner.run.write_settings(config, provenance)
 
         # -- Train.
-        with working("compiling the training step"):
-            shapes = tuning.shapes, frozen, example
-            train_step = compile_step(step, mesh, *shapes).lower(*shapes).compile()
-        barrier("compiled")
+        train_step = tuning.compile(step, frozen, example)
         rollouts = Rollouts(config, tuning, data, rewards, log_probs, cursor)
         batches = rollouts if text is None else WithText(rollouts, text, cursor, runner.rows)
         if isinstance(batches, WithText):

@@ -20,15 +20,13 @@ from gptjax.evals.preferences import (
 )
 from gptjax.model.decoder import Decoder
 from gptjax.model.heads import answer_scores
-from gptjax.parallel.processes import barrier, is_main_process, main_process_first, say, working
+from gptjax.parallel.processes import barrier, is_main_process, say, working
 from gptjax.parallel.sharding import abstract
-from gptjax.runs.init_check import check_init
-from gptjax.runs.manifest import committed_steps
-from gptjax.runs.run import Provenance, Run
+from gptjax.runs.run import Provenance
 from gptjax.runtime.status import entry
 from gptjax.stages.runner import Runner, join
-from gptjax.stages.tuning import Tuning
-from gptjax.training.step import LossFn, TrainState, compile_step
+from gptjax.stages.tuning import Tuning, reading
+from gptjax.training.step import LossFn, TrainState
 
 MOST_DEMONSTRATIONS = 1024  # their mean is then known to 1/32 of the scores' standard deviation
 
@@ -51,15 +49,8 @@ def reward(config: RewardConfig, provenance: Provenance) -> Path:
     """
     with join(config, provenance) as group:
         mesh, config = group.mesh, group.config
-        run = Run.at(config.run_dir)
-        resumes = bool(committed_steps(run.checkpoints))
-        if not resumes:
-            check_init(config)
-
         # -- Data, in memory: a row is a prompt with all its answers.
-        with main_process_first("data"), working("reading preferences"):
-            source = run if resumes else Run.existing(config.init)
-            source.pull(source.tokenizer)
+        with reading(config, "reading preferences") as (run, resumes):
             data = PreferenceData(config, run.data, training=True, trees=True)
             demonstrations = data.demonstrations(config.demonstrations, MOST_DEMONSTRATIONS)
         config = dataclasses.replace(config, steps=data.steps)
@@ -78,10 +69,7 @@ def reward(config: RewardConfig, provenance: Provenance) -> Path:
         runner.run.write_settings(config, provenance)
 
         # -- Train.
-        with working("compiling the training step"):
-            shapes = tuning.shapes, tuning.frozen_shapes, example
-            train_step = compile_step(tuning.step, mesh, *shapes).lower(*shapes).compile()
-        barrier("compiled")
+        train_step = tuning.compile(tuning.step, tuning.frozen_shapes, example)
         decoder, held = tuning.decoder, data.held
         held_example = abstract(jax.eval_shape(functools.partial(held.lay_out, [None] * batch_size)), mesh)
         score_step = make_score_step(decoder, mesh, tuning.whole_shapes, held_example)

@@ -9,15 +9,13 @@ from gptjax.data.chats import ChatData
 from gptjax.data.packing import example_batch
 from gptjax.evals.during import measure_tasks, named_tasks
 from gptjax.evals.loss import evaluate, make_eval_step
-from gptjax.parallel.processes import barrier, main_process_first, say, working
+from gptjax.parallel.processes import say
 from gptjax.parallel.sharding import abstract
-from gptjax.runs.init_check import check_init
-from gptjax.runs.manifest import committed_steps
-from gptjax.runs.run import Provenance, Run
+from gptjax.runs.run import Provenance
 from gptjax.runtime.status import entry
 from gptjax.stages.runner import Runner, join
-from gptjax.stages.tuning import SampleAnswer, Tuning
-from gptjax.training.step import TrainState, compile_step
+from gptjax.stages.tuning import SampleAnswer, Tuning, reading
+from gptjax.training.step import TrainState
 
 
 def sft(config: SftConfig, provenance: Provenance) -> Path:
@@ -28,15 +26,8 @@ def sft(config: SftConfig, provenance: Provenance) -> Path:
     """
     with join(config, provenance) as group:
         mesh, config = group.mesh, group.config
-        run = Run.at(config.run_dir)
-        resumes = bool(committed_steps(run.checkpoints))
-        if not resumes:
-            check_init(config)
-
         # -- Data, in memory: from it follow the steps, and from these the schedule.
-        with main_process_first("data"), working("reading conversations"):
-            source = run if resumes else Run.existing(config.init)
-            source.pull(source.tokenizer)
+        with reading(config, "reading conversations") as (run, resumes):
             data = ChatData(config, run.data, training=True)
         config = dataclasses.replace(config, steps=data.steps)
 
@@ -54,10 +45,7 @@ def sft(config: SftConfig, provenance: Provenance) -> Path:
         runner.run.write_settings(config, provenance)
 
         # -- Train.
-        with working("compiling the training step"):
-            shapes = tuning.shapes, tuning.frozen_shapes, example
-            train_step = compile_step(tuning.step, mesh, *shapes).lower(*shapes).compile()
-        barrier("compiled")
+        train_step = tuning.compile(tuning.step, tuning.frozen_shapes, example)
         decoder = tuning.decoder
         eval_step = make_eval_step(decoder, mesh, tuning.weight_shapes, example)
         batches = group.cleanup.enter_context(contextlib.closing(data.batches(cursor, runner.rows.numbers)))

@@ -1,6 +1,8 @@
 """The model of a stage that begins from a run: its state, all weights or LoRA's leaves, and what stays frozen."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Generator
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -12,16 +14,36 @@ from gptjax.generation.chat import stream_answers
 from gptjax.model.decoder import Decoder, Params, init_params
 from gptjax.model.heads import init_heads
 from gptjax.model.lora import join_lora, merge_lora
-from gptjax.parallel.processes import say, working
+from gptjax.parallel.processes import barrier, main_process_first, say, working
 from gptjax.parallel.sharding import abstract, shardings
 from gptjax.runs.digest import tree_sha256
+from gptjax.runs.init_check import check_init
 from gptjax.runs.load import check_base
+from gptjax.runs.manifest import committed_steps
+from gptjax.runs.run import Run
 from gptjax.runs.warm_start import load_base, warm_start
 from gptjax.stages.runner import Runner, once_a_step, print_sample, sample_settings
 from gptjax.tokenizer import Tokenizer
 from gptjax.tokenizer.known_templates import template_of
 from gptjax.training.build import build_components
-from gptjax.training.step import Beside, LossFn, TrainState, init_state
+from gptjax.training.step import Beside, LossFn, TrainState, compile_step, init_state
+
+
+@contextlib.contextmanager
+def reading(config: TuneConfig, records: str) -> Generator[tuple[Run, bool]]:
+    """(the run in config.run_dir, True where it was begun), while its data is read: by the main process first.
+
+    The tokenizer of the run, or else of the one in config.init, is here then. Raises InputError where config.init, from
+    which a new one begins, is no run with a checkpoint or its weights would mean something else.
+    """
+    run = Run.at(config.run_dir)
+    resumes = bool(committed_steps(run.checkpoints))
+    if not resumes:
+        check_init(config)
+    with main_process_first("data"), working(records):
+        source = run if resumes else Run.existing(config.init)
+        source.pull(source.tokenizer)
+        yield run, resumes
 
 
 class Tuning:
@@ -88,6 +110,14 @@ class Tuning:
                 cursor = {**cursor, "base": {"step": base.step, "sha256": tree_sha256(base.params)}}
         self._base = base.params
         return state, cursor, {"base": base.params}
+
+    def compile(self, step: Callable, frozen: Any, example: Any) -> Callable:
+        """The step compiled for the state, `frozen` and a batch like `example`, once all processes have done so."""
+        with working("compiling the training step"):
+            shapes = self.shapes, frozen, example
+            compiled = compile_step(step, self.mesh, *shapes).lower(*shapes).compile()
+        barrier("compiled")
+        return compiled
 
     def joined(self, params: Params, frozen: dict[str, Params]) -> Params:
         """The weights that a loss is given, inside of a program: with LoRA the base's with the leaves among them."""
