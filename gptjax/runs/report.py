@@ -134,8 +134,9 @@ def _charts(steps: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any
     sources = {k: (k, f"Reward: {k.removeprefix('reward_')}", "mean of the answers") for line in steps for k in line
                if k.startswith("reward_") and k != "reward_std"}  # fmt: skip
     policy = [POLICY[0], *sources.values(), *POLICY[1:]]
+    of_text = not any(name in line for line in steps[:1] for name in ("accuracy", "kl"))
     charts = [
-        chart.chart("Loss", "nats a token", [
+        chart.chart("Loss", "nats a token" if of_text else "as the stage defines it", [
             curve("training", "loss", nats, noisy=True), curve("validation", "eval_loss", nats, of=lines, dots=True)]),
         chart.chart("Validation", "bits a byte of text", [
             curve("", "eval_bits_per_byte", nats, of=lines, dots=True)]),
