@@ -98,7 +98,7 @@ def test_records_in_the_forms_of_hugging_face_are_read(tmp_path):
     ("record", "said"),
     [
         ({"text": "a", "id": 3}, "has the fields text, id; wanted messages, conversations, or prompt and completion"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, r'messages\[0\] is .*; wanted {"role": one of human'),
+        ({"messages": [{"role": "robot", "content": "a"}]}, r'messages\[0\] is .*; wanted {"role": one of human'),
         ({"messages": [{"role": "user"}]}, r"messages\[0\] is"),
         ({"prompt": "a"}, "has a prompt and no completion"),
         (["a"], "has \\['a'\\]; wanted messages"),

@@ -143,7 +143,11 @@ def user(*texts: str) -> list[dict[str, str]]:
         ([], False, "has no messages"),
         ("Hello", False, "has no messages"),
         (["Hello"], False, "message 0 has role None; wanted system, user or assistant"),
-        ([*user("a"), {"role": "tool", "content": "b"}], False, "message 1 has role 'tool'; wanted user or assistant"),
+        (
+            [*user("a"), {"role": "tool", "content": "b"}],
+            False,
+            "message 1 has role 'tool'; wanted it behind an answer with tool_calls",
+        ),
         ([*user("a"), {"role": "system", "content": "b"}], False, "message 1 has role 'system'; wanted user or"),
         ([{"role": "user", "content": None}], False, "message 0 has content None; wanted a text"),
         ([{"role": "user", "content": ["a\n"]}], False, "message 0 has content .*; wanted a text"),
@@ -186,13 +190,14 @@ def rendered(jinja: str, messages: list[dict], add: bool, **more) -> str:
 
     env = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     env.globals["raise_exception"] = raise_exception
+    env.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     names = {"bos_token": "<BOS>", "eos_token": "<EOS>", "add_generation_prompt": add}
     return env.from_string(jinja).render(messages=messages, **names, **more)
 
 
-def text_of(template: Template, messages: list[dict], add: bool) -> str:
+def text_of(template: Template, messages: list[dict], add: bool, **more) -> str:
     names = {"{bos}": "<BOS>", "{eos}": "<EOS>"}
-    return "".join(names.get(p.text, p.text) if p.is_token else p.text for p in template.pieces(messages, add))
+    return "".join(names.get(p.text, p.text) if p.is_token else p.text for p in template.pieces(messages, add, **more))
 
 
 def some_dialogues() -> list[list[dict]]:

@@ -75,6 +75,10 @@ class ChatConfig(Section):
     """System message; empty: the template's own, where it has one."""
     template: str = ""
     """Chat template to use instead of the run's."""
+    tools: str = ""
+    """Tools that the model may call, divided by commas: calculator, search:FOLDER, or module:function of your own."""
+    max_calls: int = 8
+    """Calls of tools that an answer may make."""
     step: int = 0
     """Checkpoint to use; 0: the newest."""
     max_new_tokens: int = 500
@@ -93,7 +97,7 @@ class ChatConfig(Section):
     """Seed of sampling; the same seed and messages give the same answers."""
 
     def __post_init__(self):
-        self.require_numbers(0, math.inf, "step")
+        self.require_numbers(0, math.inf, "step", "max_calls")
         GenerateConfig(**{name: getattr(self, name) for name in SAMPLING})  # raises InputError for a bad one
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from gptjax.config import SftConfig, TuneConfig
 from gptjax.config.section import InputError
 from gptjax.data.batches import ALL_ROWS, DataState, RowSlice
-from gptjax.data.dialogue import ConversationRows, Messages, Rendered, fits, is_answered, messages_of
+from gptjax.data.dialogue import ConversationRows, Messages, Rendered, fits, is_answered, messages_of, tools_of
 from gptjax.data.formats import kind_of, read_records
 from gptjax.data.holdout import unit_hash
 from gptjax.data.packing import Batch
@@ -77,7 +77,7 @@ class ChatData:
             for origin, record in read_records(path):
                 messages = messages_of(record, origin)
                 try:
-                    rendered.append(template.render(self.tokenizer, messages))
+                    rendered.append(template.render(self.tokenizer, messages, tools=tools_of(record, origin)))
                 except InputError as e:
                     raise InputError(f"{origin}: {e}") from e
                 questions.append(question_hash(messages))

@@ -16,8 +16,9 @@ from gptjax.config.section import InputError, one_line
 from gptjax.data.formats import read_records
 from gptjax.data.packing import Batch, MemorySplit, Spans, cut
 from gptjax.data.permutation import shuffled
+from gptjax.tokenizer.tool_calls import ToolSpec, checked_calls, checked_tools
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
 
@@ -25,7 +26,9 @@ def messages_of(record: Any, origin: str) -> Messages:
     """The messages of a record, in the forms that Hugging Face's datasets have.
 
     "messages" is a list of {"role", "content"}, "conversations" one of {"from", "value"}; "prompt" and "completion"
-    are two texts. Raises InputError, which names `origin`, where a record has another form.
+    are two texts. In "messages" an answer may have "tool_calls" beside its content, and messages of the role "tool"
+    behind it hold their results, as OpenAI's API has them. Raises InputError, which names `origin`, where a record has
+    another form.
     """
     if isinstance(record, Mapping) and isinstance(record.get("prompt"), str):
         if not isinstance(record.get("completion"), str):
@@ -34,15 +37,39 @@ def messages_of(record: Any, origin: str) -> Messages:
     for name, role, content in (("messages", "role", "content"), ("conversations", "from", "value")):
         if not isinstance(record, Mapping) or not isinstance(turns := record.get(name), list):
             continue
-        for i, turn in enumerate(turns):
-            if not isinstance(turn, Mapping) or turn.get(role) not in ROLES or not isinstance(turn.get(content), str):
-                raise InputError(
-                    f'{origin}: {name}[{i}] is {one_line(json.dumps(turn), 80)}; wanted {{"{role}": one of '
-                    f'{", ".join(ROLES)}, "{content}": a text}}'
-                )
-        return [{"role": ROLES[turn[role]], "content": turn[content]} for turn in turns]
+        return [_message(turn, role, content, f"{origin}: {name}[{i}]") for i, turn in enumerate(turns)]
     fields = f"the fields {', '.join(map(str, record))}" if isinstance(record, Mapping) else one_line(repr(record), 80)
     raise InputError(f"{origin} has {fields}; wanted messages, conversations, or prompt and completion")
+
+
+def _message(turn: Any, role: str, content: str, where: str) -> dict[str, Any]:
+    got: Mapping[str, Any] = turn if isinstance(turn, Mapping) else {}
+    said, text = got.get(role), got.get(content)
+    calls = got.get("tool_calls") if said == "assistant" else None
+    known = (*ROLES, "tool") if role == "role" else tuple(ROLES)
+    if not isinstance(said, str) or said not in known or not (isinstance(text, str) or (calls and text is None)):
+        raise InputError(
+            f'{where} is {one_line(json.dumps(turn), 80)}; wanted {{"{role}": one of {", ".join(known)}, '
+            f'"{content}": a text}}'
+        )
+    if said == "tool":
+        return {"role": said, "tool_call_id": str(got.get("tool_call_id") or ""), "content": text}
+    made = {"tool_calls": [call.as_openai() for call in checked_calls(calls, where)]} if calls else {}
+    return {"role": ROLES[said], "content": text or "", **made}
+
+
+def tools_of(record: Any, origin: str) -> list[ToolSpec]:
+    """The tools that a record says the model has, in OpenAI's form, as a list or as the JSON text of one.
+
+    Raises InputError, which names `origin`, for others.
+    """
+    given = record.get("tools") if isinstance(record, Mapping) else None
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except ValueError:
+            raise InputError(f"{origin}: tools is {one_line(given, 60)!r}; wanted a list as JSON") from None
+    return checked_tools(given, origin) if given else []
 
 
 def read_conversations(path: Path) -> Iterator[Messages]:

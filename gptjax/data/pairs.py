@@ -11,7 +11,7 @@ from gptjax.config import TuneConfig
 from gptjax.config.section import InputError
 from gptjax.data.batches import ALL_ROWS, DataState, RowSlice
 from gptjax.data.chats import chat_tokenizer, held_out, question_hash, record_files
-from gptjax.data.dialogue import messages_of
+from gptjax.data.dialogue import messages_of, tools_of
 from gptjax.data.formats import read_records
 from gptjax.data.packing import Batch
 from gptjax.data.preferences import (
@@ -84,7 +84,8 @@ class PreferenceData:
         for path in record_files(source, "conversations"):
             for origin, record in read_records(path):
                 try:
-                    rendered = template.render(self.tokenizer, messages_of(record, origin))
+                    messages, tools = messages_of(record, origin), tools_of(record, origin)
+                    rendered = template.render(self.tokenizer, messages, tools=tools)
                 except InputError as e:
                     raise InputError(f"{origin}: {e}") from e
                 ids = written(rendered)

@@ -1,7 +1,7 @@
 """From one row's token ids to pieces of text."""
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from gptjax.tokenizer import Tokenizer
 
@@ -11,16 +11,25 @@ class TextStream:
 
     Held back are the bytes of an unfinished character, and an ending that may grow into a stop text. Of several stop
     texts the one that is completed first counts, so where the text was cut into pushes makes no difference.
-    `drops_space` leaves out a space that the text begins with.
+    `drops_space` leaves out a space that the text begins with. `marks` are special tokens that are shown, by their
+    texts: those around calls of tools.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, drops_space: bool = False):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        *,
+        drops_space: bool = False,
+        marks: Mapping[int, str] | None = None,
+    ):
         self.stopped = False
         self._tokenizer = tokenizer
         self._stop = stop
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
         self._drop_space = drops_space
+        self._marks = {i: text.encode() for i, text in (marks or {}).items()}
 
     @property
     def vocab_size(self) -> int:
@@ -31,7 +40,7 @@ class TextStream:
         """The text that the ids make certain; `final` lets go of all that is held. Nothing follows a stop text."""
         if self.stopped:
             return ""
-        new = self._tokenizer.decode_bytes(ids)
+        new = b"".join(self._marks.get(i) or self._tokenizer.decode_bytes([i]) for i in ids)
         if new and self._drop_space:
             new, self._drop_space = new.removeprefix(b" "), False
         self._held += self._utf8.decode(new, final)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -13,9 +13,11 @@ from gptjax.config.section import InputError
 from gptjax.generation.engine import stream_text
 from gptjax.generation.text_stream import TextStream
 from gptjax.runs.load import LoadedModel
+from gptjax.serve.tools import Toolbox
 from gptjax.tokenizer import Tokenizer
 from gptjax.tokenizer.known_templates import template_of
-from gptjax.tokenizer.templates import Message
+from gptjax.tokenizer.templates import Message, Template
+from gptjax.tokenizer.tool_calls import ToolCall, begins_call, parse_calls
 
 CHUNK = 4  # tokens of an answer that come at once
 LEAST_ANSWER = 4  # an answer has at least this share of the context, 1 / LEAST_ANSWER, before messages are left out
@@ -75,14 +77,30 @@ class Session:
     """A conversation with a loaded model, kept as messages of the user and the assistant.
 
     The system message stands before them and is never left out; `settings` are those of sampling, of which `prompt` is
-    not read. An answer is a function of the messages, the settings and how often it was asked for again.
+    not read. An answer is a function of the messages, the settings and how often it was asked for again. With a toolbox
+    the model is told of its tools, and the calls in an answer, at most `max_calls`, are made before it goes on.
     """
 
-    def __init__(self, model: LoadedModel, tokenizer: Tokenizer, settings: GenerateConfig, system: str = ""):
+    def __init__(
+        self,
+        model: LoadedModel,
+        tokenizer: Tokenizer,
+        settings: GenerateConfig,
+        system: str = "",
+        toolbox: Toolbox | None = None,
+        max_calls: int = 8,
+    ):
         self.model, self.tokenizer, self.settings, self.system = model, tokenizer, settings, system
+        self.toolbox, self.max_calls = toolbox, max_calls
+        self.noted: Callable[[ToolCall, str], None] = lambda call, result: None
+        """Called behind each call of a tool, with its result."""
+        if toolbox and not tokenizer.template:
+            raise InputError(
+                "tools: this run has no chat template, in which a model is told of them; name one with --template"
+            )
         self.renderer: Renderer = template_of(tokenizer) if tokenizer.template else Transcript()
         self._stop = () if tokenizer.template else Transcript.STOP
-        self.messages: list[dict[str, str]] = []
+        self.messages: list[dict[str, Any]] = []
         self.left_out = 0
         """Messages from the start that the last answer was given without, since they do not fit."""
         self._again = 0
@@ -92,12 +110,11 @@ class Session:
 
         Raises InputError where the last message does not fit by itself, or is no message that can be answered.
         """
-        system = [{"role": "system", "content": self.system}] if self.system else []
         context = self.model.decoder.context
         least = min(self.settings.max_new_tokens, max(1, context // LEAST_ANSWER))
         turns = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
         for first in turns:
-            ids, _ = self.renderer.render(self.tokenizer, [*system, *self.messages[first:]], add_generation_prompt=True)
+            ids = self._render(first, add_generation_prompt=True)
             if len(ids) + least <= context:
                 room = min(self.settings.max_new_tokens, context - len(ids))
                 return Prepared(ids, first, room)
@@ -125,7 +142,7 @@ class Session:
 
     def retry(self) -> Iterator[str]:
         """Takes the last answer back and yields another one; raises InputError where there is no message."""
-        if self.messages and self.messages[-1]["role"] == "assistant":
+        while self.messages and self.messages[-1]["role"] != "user":
             self.messages.pop()
         prepared = self.prepare()
         self._again, self.left_out = self._again + 1, prepared.left_out
@@ -149,20 +166,23 @@ class Session:
         if not self.messages:
             return f"no message yet; the model reads {context:,} tokens"
         asks = self.messages[-1]["role"] == "user"
-        ids = self.prepare().ids if asks else self._closed()
+        ids = self.prepare().ids if asks else self._render()
         return f"{len(ids):,} of {context:,} tokens in {len(self.messages)} messages"
 
-    def _closed(self) -> list[int]:
-        """The ids of a conversation whose last message is an answer."""
+    def _render(self, first: int = 0, add_generation_prompt: bool = False) -> list[int]:
+        """The ids of the conversation from a message on, behind the system message."""
         system = [{"role": "system", "content": self.system}] if self.system else []
-        return self.renderer.render(self.tokenizer, [*system, *self.messages])[0]
+        tools = {"tools": self.toolbox.specs} if self.toolbox else {}
+        messages = [*system, *self.messages[first:]]
+        return self.renderer.render(self.tokenizer, messages, add_generation_prompt, **tools)[0]
 
     def save(self, path: str | Path) -> None:
         """Adds the conversation to a file as a line of JSON, in the form that fine-tuning reads."""
         system = [{"role": "system", "content": self.system}] if self.system else []
+        record = {"messages": [*system, *self.messages], **({"tools": self.toolbox.specs} if self.toolbox else {})}
         try:
             with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"messages": [*system, *self.messages]}, ensure_ascii=False) + "\n")
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
         except OSError as e:
             raise InputError(f"{path} can't be written ({e.strerror or e}); give another file") from e
 
@@ -174,15 +194,46 @@ class Session:
         self.messages, self._again = kept, 0
 
     def _answer(self, prepared: Prepared) -> Iterator[str]:
+        calls, made = (yield from self._turn(prepared, self.toolbox is not None)), 0
+        while calls and self.toolbox:
+            if self.messages[-1]["content"]:
+                yield "\n\n"
+            for call in calls:
+                made += 1
+                result = f"error: an answer makes at most {self.max_calls} calls; answer without"
+                if made <= self.max_calls:
+                    result = self.toolbox.call(call.name, call.arguments)
+                self.messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
+                self.noted(call, result)
+            calls = yield from self._turn(self.prepare(), made <= self.max_calls)
+
+    def _turn(self, prepared: Prepared, with_calls: bool) -> Generator[str, None, list[ToolCall]]:
+        """Yields what the model says, adds it to the messages, and returns its calls, which are not yielded."""
         seed = (self.settings.seed + self._again) % 2**32
         cfg = dataclasses.replace(self.settings, max_new_tokens=prepared.room, seed=seed)
-        text = TextStream(self.tokenizer, (*cfg.stop, *self._stop), drops_space=self.renderer.spaced(self.tokenizer))
-        model, stops, said = self.model, self.renderer.stop_ids(self.tokenizer), ""
+        renderer, stops = self.renderer, self.renderer.stop_ids(self.tokenizer)
+        marks = renderer.marks(self.tokenizer) if isinstance(renderer, Template) and self.toolbox else {}
+        spaced = renderer.spaced(self.tokenizer)
+        text = TextStream(self.tokenizer, (*cfg.stop, *self._stop), drops_space=spaced, marks=marks)
+        model, said, shown, calls = self.model, "", 0, []
+        message: dict[str, Any] = {"role": "assistant", "content": ""}
         arguments: Any = (model.decoder, model.params, [prepared.ids], [text], cfg)
         try:
             with jax.set_mesh(model.mesh):
                 for _, piece in stream_text(*arguments, stop_ids=stops, chunk=CHUNK):
                     said += piece
-                    yield piece
+                    certain = begins_call(said) if with_calls else len(said)
+                    if certain > shown:
+                        shown, piece = certain, said[shown:certain]
+                        yield piece
+            if with_calls:
+                kept, calls = parse_calls(said)
+                rest = kept.removeprefix(said[:shown].strip()) if calls else said[shown:]
+                if calls:
+                    message["tool_calls"] = [call.as_openai() for call in calls]
+                    said = kept
+                if rest:
+                    yield rest
         finally:  # also where the reader stops, or Ctrl-C does
-            self.messages.append({"role": "assistant", "content": said})
+            self.messages.append(message | {"content": said})
+        return calls

@@ -6,12 +6,14 @@ from typing import Any, TextIO
 
 from gptjax.config import ChatConfig, GenerateConfig
 from gptjax.config.generation import SAMPLING
-from gptjax.config.section import InputError, build, leaves, unknown_name
+from gptjax.config.section import InputError, build, leaves, one_line, unknown_name
 from gptjax.data.dialogue import read_conversations
 from gptjax.parallel.processes import working
 from gptjax.runs.load import load_model
 from gptjax.serve.session import Session
+from gptjax.serve.tools import open_tools
 from gptjax.tokenizer import set_template
+from gptjax.tokenizer.tool_calls import ToolCall
 
 HELP = """/system TEXT        set the system message; without a text show it
 /params NAME=VALUE  change temperature, top_p, max_new_tokens, ...; without any show them
@@ -25,12 +27,15 @@ HELP = """/system TEXT        set the system message; without a text show it
 
 
 def open_session(run_dir: str, cfg: ChatConfig) -> Session:
-    """A conversation with a run; raises InputError where the run can't be read or lacks the template's tokens."""
+    """A conversation with a run; raises InputError where the run can't be read or lacks the template's tokens, and for
+    tools that can't be opened."""
+    toolbox = open_tools(cfg.tools) if cfg.tools else None
     with working("reading the model"):
         model = load_model(run_dir, None, cfg.step)
     tokenizer = model.tokenizer
     set_template(tokenizer, cfg.template)
-    return Session(model, tokenizer, GenerateConfig(**{n: getattr(cfg, n) for n in SAMPLING}), cfg.system)
+    settings = GenerateConfig(**{n: getattr(cfg, n) for n in SAMPLING})
+    return Session(model, tokenizer, settings, cfg.system, toolbox, cfg.max_calls)
 
 
 def talk(session: Session, source: TextIO, out: TextIO) -> int:
@@ -67,6 +72,7 @@ class _Terminal:
         from rich.console import Console
 
         self.session, self.console = session, Console(highlight=False)
+        session.noted = self._called
 
     def run(self) -> int:
         """Reads and answers until the end; returns 0."""
@@ -97,6 +103,9 @@ class _Terminal:
 
     def _note(self, text: str) -> None:
         self.console.print(text, style="dim", markup=False)
+
+    def _called(self, call: ToolCall, result: str) -> None:
+        self._note(f"{call.name} {call.arguments}\n  {one_line(result, 200)}")
 
     def _show(self, pieces: Iterable[str]) -> None:
         """Writes an answer as it comes: paragraphs that are complete stay, the last one is drawn again as it grows."""

@@ -6,6 +6,7 @@ import hashlib
 from gptjax.config.section import InputError
 from gptjax.tokenizer.interface import Tokenizer
 from gptjax.tokenizer.templates import ROLES, Template
+from gptjax.tokenizer.tool_calls import LLAMA
 
 
 def _chatml(name: str, default_system: str | None = None) -> Template:
@@ -30,6 +31,8 @@ _LLAMA3 = Template(
     end="<|eot_id|>",
     trim=ROLES,
 )
+# Its Jinja writes the day of its release, and 3.2's the day it is run on: here it is one day.
+_LLAMA31_DAYS = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
 _MISTRAL = Template(
     name="mistral-v1",
     begin="{bos}",
@@ -75,15 +78,12 @@ TEMPLATES = {
             alternate=True,
         ),
         _LLAMA3,
-        # Its Jinja writes the day of its release, and 3.2's the day it is run on: here it is one day.
         dataclasses.replace(
             _LLAMA3,
             name="llama3.1",
-            system=(
-                f"{_LLAMA3.system[0]}Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n",
-                "<|eot_id|>",
-            ),
+            system=(_LLAMA3.system[0] + _LLAMA31_DAYS, "<|eot_id|>"),
             default_system="",
+            tool_form=dataclasses.replace(LLAMA, system=f"{_LLAMA3.system[0]}Environment: ipython\n{_LLAMA31_DAYS}"),
         ),
         dataclasses.replace(_MISTRAL, name="mistral-v0", user=("[INST] ", " [/INST]"), lead=""),
         _MISTRAL,

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from gptjax.config.section import InputError, one_line
 from gptjax.tokenizer.interface import Tokenizer
+from gptjax.tokenizer.tool_calls import HERMES, ToolForm, ToolSpec, checked_calls, checked_tools
 
 Message = Mapping[str, Any]
 ROLES = ("system", "user", "assistant")
@@ -34,8 +35,9 @@ class Template:
     """The parts of a template. In them {bos}, {eos} and `tokens` are special tokens, all else is text.
 
     A conversation is `begin`, a system message if there is one, and turns of the user and the assistant. An answer
-    stands behind `header`, which is what a model is given to go on from; the model writes `lead`, its text, and `end`
-    up to its first token. Where system messages have no place of their own they open the first turn of the user.
+    stands behind `header`, which is what a model is given to go on from; the model writes `lead`, its text, its calls
+    of tools, and `end` up to its first token. Where system messages have no place of their own they open the first turn
+    of the user. The results of calls stand in turns as `tool_form` has them.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Template:
     """The first turn of the user is trimmed with the system message in it, not before."""
     alternate: bool = False
     """Turns must alternate, the user's first."""
+    tool_form: ToolForm = HERMES
 
     @property
     def stop(self) -> str:
@@ -83,16 +86,27 @@ class Template:
                 "another template with --template"
             )
 
+    def marks(self, tokenizer: Tokenizer) -> dict[int, str]:
+        """The special tokens of the tokenizer that a model writes around calls, by id, and their texts."""
+        return {tokenizer.specials[name]: name for name in self.tool_form.marks if name in tokenizer.specials}
+
     def render(
-        self, tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = False
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        tools: Sequence[ToolSpec] = (),
     ) -> tuple[list[int], list[int]]:
         """The ids of a conversation, and for each id 1 where the assistant writes it, its end included, else 0.
 
         With `add_generation_prompt` the ids end where an answer begins. The ids of the first messages up to where an
-        answer begins, and up to its end, are a prefix of those of all messages. Raises InputError where the messages
-        are not of the form that the template has, or the tokenizer lacks a token of it.
+        answer begins, and up to its end, are a prefix of those of all messages. `tools` are those that the model is
+        told of. Raises InputError where the messages are not of the form that the template has, or the tokenizer lacks
+        a token of it.
         """
-        pieces = self.pieces(messages, add_generation_prompt)
+        names = (*self.tokens, "{bos}", "{eos}", *self.marks(tokenizer).values())
+        given = self.pieces(messages, add_generation_prompt, tools)
+        pieces = _joined([p if p.text in names else p._replace(is_token=False) for p in given])
         texts, starts = [], []
         for i, piece in enumerate(pieces):
             if piece.is_token:
@@ -115,75 +129,106 @@ class Template:
             weights += [piece.weight] * len(new)
         return ids, weights
 
-    def pieces(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[Piece]:
+    def pieces(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[ToolSpec] = ()
+    ) -> list[Piece]:
         """The conversation as special tokens and the texts between them.
 
         A text is cut where an answer begins, so that its ids are those that a model goes on from.
         """
-        turns = self._checked(messages, add_generation_prompt)
-        system = turns.pop(0)[1] if turns and turns[0][0] == "system" else self.default_system
-        pieces = self._split(self.begin, 0)
-        opening = ""
-        if system is not None:
-            system = system.strip() if "system" in self.trim else system
+        turns, form = self._checked(messages, add_generation_prompt), self.tool_form
+        described = self._own(form.described(checked_tools(tools, "the conversation")), 0) if tools else []
+        system = turns.pop(0)["content"] if turns[0]["role"] == "system" else self.default_system
+        pieces, opening = self._split(self.begin, 0), []
+        if system is not None or (described and not form.in_user):
+            said = [Piece(self._trimmed("system", system or ""), False, 0)]
+            if described and not form.in_user:
+                said += [*([Piece("\n\n", False, 0)] if system else []), *described]
+            before = form.system if described and form.system else self.system[0]
+            said = [*self._split(before, 0), *said, *self._split(self.system[1], 0)]
             if self.system_in_user:
-                opening = self.system[0] + system + self.system[1]
+                opening = said
             else:
-                pieces += [*self._split(self.system[0], 0), Piece(system, False, 0), *self._split(self.system[1], 0)]
-        for role, content in turns:
-            trims = role in self.trim
+                pieces += said
+        opening += described if form.in_user else []
+        for i, message in enumerate(turns):
+            role, content = message["role"], self._trimmed(message["role"], message["content"])
             if role == "assistant":
                 end = self._split(self.end, 1)
                 stop = next(i for i, piece in enumerate(end) if piece.is_token)
                 end[stop + 1 :] = [piece._replace(weight=0) for piece in end[stop + 1 :]]
-                pieces += self._split(self.header, 0)
-                answer = self.lead + (content.strip() if trims else content)
-                pieces += [Piece(answer, False, 1, self.lead.startswith(" ")), *end]
-                continue
-            if self.trims_joined:
-                content = (opening + content).strip() if trims else opening + content
+                answer = Piece(self.lead + content, False, 1, self.lead.startswith(" "))
+                pieces += [*self._split(self.header, 0), answer]
+                for n, call in enumerate(message["calls"]):
+                    pieces += [Piece("\n", False, 1)] if content or n else []
+                    pieces += self._own(form.written(call), 1)
+                pieces += end
+            elif role == "tool":
+                before, after = form.turn or self.user
+                first = form.turn is not None or i == 0 or turns[i - 1]["role"] != "tool"
+                last = form.turn is not None or turns[i + 1 : i + 2] == [] or turns[i + 1]["role"] != "tool"
+                pieces += self._split(before, 0) if first else [Piece("\n", False, 0)]
+                pieces += [*self._own(form.read(content), 0), *(self._split(after, 0) if last else [])]
             else:
-                content = opening + (content.strip() if trims else content)
-            opening = ""
-            pieces += [*self._split(self.user[0], 0), Piece(content, False, 0), *self._split(self.user[1], 0)]
+                said = _joined([*opening, Piece(message["content"] if self.trims_joined else content, False, 0)])
+                if said and self.trims_joined and role in self.trim:
+                    said[0] = said[0]._replace(text=said[0].text.lstrip())
+                    said[-1] = said[-1]._replace(text=said[-1].text.rstrip())
+                pieces += [*self._split(self.user[0], 0), *said, *self._split(self.user[1], 0)]
+                opening = []
+        if opening:
+            raise InputError(f"the tools stand in a message of the user, as template {self.name} has it; wanted one")
         if add_generation_prompt:
             pieces += self._split(self.header, 0)
-        joined: list[Piece] = []
-        for piece in pieces:
-            if joined and not piece.is_token and not joined[-1].is_token and joined[-1].weight == piece.weight:
-                joined[-1] = joined[-1]._replace(text=joined[-1].text + piece.text)
-            elif piece.text:
-                joined.append(piece)
-        return joined
+        return _joined(pieces)
 
-    def _checked(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[tuple[str, str]]:
-        turns: list[tuple[str, str]] = []
+    def _trimmed(self, role: str, content: str) -> str:
+        return content.strip() if role in self.trim else content
+
+    def _own(self, texts: Sequence[tuple[str, bool]], weight: int) -> list[Piece]:
+        """Pieces of (text, True for one of the template's or its form's own) pairs."""
+        return [
+            piece
+            for text, own in texts
+            for piece in (self._split(text, weight) if own else [Piece(text, False, weight)])
+        ]
+
+    def _checked(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[dict[str, Any]]:
+        """The messages as role, content and calls."""
+        turns: list[dict[str, Any]] = []
         if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
             raise InputError('a conversation has no messages; wanted a list of {"role": ..., "content": ...}')
         for i, message in enumerate(messages):
-            role, content = (message.get(k) if isinstance(message, Mapping) else None for k in ("role", "content"))
-            if role not in ROLES or (role == "system" and i):
+            got = message if isinstance(message, Mapping) else {}
+            role, content, calls = got.get("role"), got.get("content"), got.get("tool_calls")
+            if role not in (*ROLES, "tool") or (role == "system" and i):
                 wanted = "user or assistant" if i else "system, user or assistant"
                 raise InputError(f"message {i} has role {one_line(repr(role), 40)}; wanted {wanted}")
-            if not isinstance(content, str):
+            if role == "tool" and not (turns and (turns[-1]["calls"] or turns[-1]["role"] == "tool")):
+                raise InputError(f"message {i} has role 'tool'; wanted it behind an answer with tool_calls")
+            calls = checked_calls(calls, f"message {i}") if role == "assistant" and calls else []
+            if not isinstance(content, str) and not (calls and content is None):
                 raise InputError(f"message {i} has content {one_line(repr(content), 40)}; wanted a text")
-            turns.append((role, content))
-        said = [role for role, _ in turns if role != "system"]
-        if self.alternate and any(role != ROLES[1 + i % 2] for i, role in enumerate(said)):
+            if len(calls) > 1 and not self.tool_form.several:
+                raise InputError(f"message {i} has {len(calls)} tool_calls; wanted one, as template {self.name} has it")
+            turns.append({"role": role, "content": content or "", "calls": calls})
+        said = [turn["role"] for turn in turns if turn["role"] != "system"]
+        as_read = [("user" if r == "tool" else r) for n, r in enumerate(said) if said[n - 1 : n + 1] != ["tool"] * 2]
+        if self.alternate and any(role != ROLES[1 + i % 2] for i, role in enumerate(as_read)):
             raise InputError(
                 f"messages have the roles {', '.join(said)}; wanted user and assistant in turns, as the template "
                 f"{self.name} has them"
             )
-        if self.system_in_user and turns[0][0] == "system" and said[:1] != ["user"]:
+        if self.system_in_user and turns[0]["role"] == "system" and said[:1] != ["user"]:
             raise InputError(
                 f"a system message alone; wanted one of the user behind it, as template {self.name} has it"
             )
-        if add_generation_prompt and turns[-1][0] == "assistant":
+        if add_generation_prompt and turns[-1]["role"] == "assistant":
             raise InputError("the last message is an answer already; wanted one of the user, to be answered")
         return turns
 
     def _split(self, part: str, weight: int) -> list[Piece]:
-        names = sorted((*self.tokens, "{bos}", "{eos}"), key=len, reverse=True)
+        names = sorted((*self.tokens, *self.tool_form.marks, "{bos}", "{eos}"), key=len, reverse=True)
         split = re.split("(" + "|".join(map(re.escape, names)) + ")", part)
         return [Piece(text, i % 2 == 1, weight, text.startswith(" ")) for i, text in enumerate(split) if text]
 
@@ -196,3 +241,14 @@ class Template:
                 "template with --template, or give a tokenizer that has it"
             )
         return tokenizer.specials[name]
+
+
+def _joined(pieces: Sequence[Piece]) -> list[Piece]:
+    """The pieces without empty ones, texts that follow each other with the same weight as one."""
+    joined: list[Piece] = []
+    for piece in pieces:
+        if joined and not piece.is_token and not joined[-1].is_token and joined[-1].weight == piece.weight:
+            joined[-1] = joined[-1]._replace(text=joined[-1].text + piece.text)
+        elif piece.text:
+            joined.append(piece)
+    return joined
