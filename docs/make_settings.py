@@ -14,6 +14,7 @@ from gptjax.config.checks import DoctorConfig, VerifyConfig
 from gptjax.config.export import ExportConfig
 from gptjax.config.scaling import FitConfig, PredictConfig
 from gptjax.config.section import leaves
+from gptjax.config.serving import ServeConfig
 from gptjax.config.sweep import SweepConfig
 from gptjax.config.tasks import TaskConfig
 from gptjax.config.training import BY_CONTENT, CHANGEABLE, frozen_settings
@@ -33,6 +34,7 @@ VERBS: dict[str, Any] = {
     "eval": config.EvalConfig,
     "generate": config.ContinueConfig,
     "chat": config.ChatConfig,
+    "serve": ServeConfig,
     "inspect": config.InspectConfig,
     "export": ExportConfig,
     "sweep": SweepConfig,

@@ -12,13 +12,11 @@ from typing import Any
 from gptjax import config
 from gptjax.config.command_line import (
     HELP,
-    given_names,
     load_recipe,
     nothing_left,
     parse,
     positional,
     positionals,
-    take,
     unknown_verb,
 )
 from gptjax.config.section import InputError, leaves
@@ -81,26 +79,13 @@ def data_verify(args: list[str]) -> int:
     return 0
 
 
-PLAN = "[--size SIZE] [--topology KIND:SIZE] [--json FILE] [--out FILE] [--compiles N] [--prices FILE]"
-
-
 def plan(args: list[str]) -> int:
     """plan RECIPE              memory, speed and price on --topology v5e:4x4, h100:8 ..., before any bill"""
     name, args = positional(args, "RECIPE", "gptjax plan llama_8b --topology v5p:4x4x4")
     os.environ["JAX_PLATFORMS"] = "cpu"  # a GPU or TPU that is here is not taken
-    if name == "RECIPE":
-        parse(config.STAGES["pretrain"](), args, f"gptjax plan RECIPE {PLAN}")
-    recipe, given = load_recipe(name), {}
-    for flag in ("topology", "json", "out", "compiles", "size", "prices"):
-        given[flag], args = take(args, flag)
-    written = recipe.config("pretrain", given["size"])
-    recipe_words = [name, *(["--size", given["size"]] if given["size"] else [])]
-    parsed = parse(written, args, f"gptjax plan {name} {PLAN}", recipe.doc)
-    from gptjax.data.manifest import with_corpus_tokenizer
     from gptjax.diagnostics.plan.verb import plan
 
-    cfg = with_corpus_tokenizer(parsed, given_names(args))
-    _next(*plan(written, cfg, recipe_words, str(recipe.path), given, print))
+    _next(*plan(name, args, print))
     return 0
 
 
@@ -150,6 +135,18 @@ def chat(args: list[str]) -> int:
     from gptjax.serve.terminal import open_session, talk
 
     return talk(open_session(run, cfg), sys.stdin, sys.stdout)
+
+
+def serve(args: list[str]) -> int:
+    """serve RUN                serve a model over HTTP, as OpenAI's clients expect it (extra serve)"""
+    run, args = positional(args, "RUN", "gptjax serve runs/chat")
+    from gptjax.config.serving import ServeConfig
+
+    cfg = parse(ServeConfig(), args, f"gptjax serve {run}")
+    tune_process()
+    from gptjax.commands import serve_run
+
+    return serve_run(run, cfg, say)
 
 
 def inspect(args: list[str]) -> int:
@@ -308,6 +305,7 @@ VERBS: dict[str, Verb] = {
     "eval": evaluate,
     "generate": generate,
     "chat": chat,
+    "serve": serve,
     "inspect": inspect,
     "checkpoint list": checkpoint_list,
     "checkpoint verify": checkpoint_verify,

@@ -20,6 +20,7 @@ from gptjax.runs.run import Run, load_config
 from gptjax.storage import check_file, write_json
 
 if TYPE_CHECKING:
+    from gptjax.config.serving import ServeConfig
     from gptjax.data.pairs import PreferenceData
     from gptjax.evals.measure import TaskResult
     from gptjax.evals.tasks import Task
@@ -180,6 +181,18 @@ def inspect_run(
     if cfg.out:
         Path(cfg.out).write_text(inspection_page(found), encoding="utf-8")
         note(f"wrote {cfg.out}, {Path(cfg.out).stat().st_size / 1e6:.1f} MB: open it in a browser")
+
+
+def serve_run(run_dir: str, cfg: "ServeConfig", note: Callable[[str], None]) -> int:
+    """Serves a run until it is told to end; returns the exit code. Raises InputError where the extra is missing."""
+    try:
+        from gptjax.serve.server import serve
+    except ModuleNotFoundError as e:
+        if (e.name or "").split(".")[0] not in ("starlette", "uvicorn", "pydantic", "prometheus_client"):
+            raise
+        missing = f"gptjax serve needs packages more ({e.name} is missing): pip install 'gptjax[serve]'"
+        raise InputError(missing) from None
+    return serve(run_dir, cfg, note)
 
 
 def list_checkpoints(run_dir: str | Path, write: Callable[[str], None], note: Callable[[str], None]) -> bool:

@@ -39,6 +39,11 @@ DOORS = {
     "packaging": {"diagnostics.doctor.versions"},
     "datasets": {"data"},
     "lm_eval": {"interop.lm_eval"},
+    "starlette": {"serve"},
+    "uvicorn": {"serve.listening"},
+    "pydantic": {"serve.protocol"},
+    "pydantic_core": {"serve.protocol"},
+    "prometheus_client": {"serve.monitoring"},
 }
 
 

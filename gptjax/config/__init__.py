@@ -1,7 +1,8 @@
 """Settings of a run, as frozen dataclasses that are checked when they are made. Imports no jax.
 
 Each fact has one owner: the vocabulary is `tokenizer.vocab_size`, the context `data.length`, and the model takes both
-from there. Derived values are properties, never fields. What one verb alone needs is in checks, scaling and sweep.
+from there. Derived values are properties, never fields. What one verb alone needs is in checks, scaling, serving and
+sweep.
 """
 
 from gptjax.config.data import DataConfig, PrepareConfig, ShowConfig

@@ -1,25 +1,30 @@
 """`gptjax plan` of a recipe: on a topology, or a comparison of several, with what it is asked to write."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
-from gptjax.config import TrainConfig
+from gptjax.config import STAGES
+from gptjax.config.command_line import given_names, load_recipe, parse, take
+from gptjax.data.manifest import with_corpus_tokenizer
 from gptjax.diagnostics.plan import report
 from gptjax.storage import check_file, write_json
 
+FLAGS = "[--size SIZE] [--topology KIND:SIZE] [--json FILE] [--out FILE] [--compiles N] [--prices FILE]"
 
-def plan(
-    written: TrainConfig,
-    cfg: TrainConfig,
-    recipe_words: list[str],
-    path: str,
-    given: Mapping[str, str],
-    say: Callable[[str], None],
-) -> list[str]:
-    """Reports on the settings `cfg` of the recipe at `path`, which are `written` there; returns the next command.
 
-    `given` holds the flags topology, json, out, compiles, size and prices, "" for those that are not. Raises InputError
-    for a file that can't be written, before anything is planned.
+def plan(name: str, args: list[str], say: Callable[[str], None]) -> list[str]:
+    """Reports on a recipe with the settings and the FLAGS in args; returns the next command.
+
+    Raises InputError for a file that can't be written, before anything is planned.
     """
+    if name == "RECIPE":
+        parse(STAGES["pretrain"](), args, f"gptjax plan RECIPE {FLAGS}")
+    recipe, given = load_recipe(name), {}
+    for flag in ("topology", "json", "out", "compiles", "size", "prices"):
+        given[flag], args = take(args, flag)
+    written = recipe.config("pretrain", given["size"])
+    recipe_words = [name, *(["--size", given["size"]] if given["size"] else [])]
+    parsed = parse(written, args, f"gptjax plan {name} {FLAGS}", recipe.doc)
+    cfg = with_corpus_tokenizer(parsed, given_names(args))
     place, out = given["topology"], given["out"]
     for file in filter(None, (out, given["json"])):
         check_file(file)
@@ -27,7 +32,7 @@ def plan(
         found, best = report.plan(cfg, place, report.check_compiles(given["compiles"]), given["prices"], say)
         settings = {} if best is None else report.changes(written, best)
         if out:
-            report.write_recipe(out, path, given["size"], settings, place, best is not None)
+            report.write_recipe(out, str(recipe.path), given["size"], settings, place, best is not None)
         if "found" in found and best is None:  # nothing fits: the comparison shows where it would
             after = ["plan", *recipe_words]
         else:

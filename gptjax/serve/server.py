@@ -1,0 +1,140 @@
+"""`gptjax serve`: an HTTP server that speaks OpenAI's API: its routes, what it says, and how it ends."""
+
+import asyncio
+import json
+import os
+import shlex
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Scope
+
+from gptjax.config.section import InputError, one_line
+from gptjax.config.serving import ServeConfig
+from gptjax.serve import endpoints
+from gptjax.serve.completions import Form, chat_completions, completions
+from gptjax.serve.guard import HANDLERS, Guard, error_response
+from gptjax.serve.listening import ApiServer, address, listen
+from gptjax.serve.monitoring import Monitor
+from gptjax.serve.protocol import ApiError
+from gptjax.serve.service import Service, open_service
+from gptjax.serve.session import Transcript
+
+API = [
+    Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+    Route("/v1/completions", completions, methods=["POST"]),
+    Route("/v1/models", endpoints.models, methods=["GET"]),
+    Route("/v1/models/{name:path}", endpoints.models, methods=["GET"]),
+    Route("/v1/embeddings", endpoints.embeddings, methods=["POST"]),
+    Route("/tokenize", endpoints.tokenize, methods=["POST"]),
+    Route("/detokenize", endpoints.detokenize, methods=["POST"]),
+    Route("/tokenizer_info", endpoints.tokenizer_info, methods=["GET"]),
+    Route("/health", endpoints.health, methods=["GET"]),
+    Route("/metrics", endpoints.metrics, methods=["GET"]),
+    Route("/reload", endpoints.reload, methods=["POST"]),
+]
+
+
+def make_app(service: Service, note: Callable[[str], None] = lambda line: None) -> Starlette:
+    """The ASGI application of a service; `note` is given a line for each request."""
+    routes, open_paths = [*API], ["/health"]  # these want no key
+    # The pages for people are added here, with the paths that a browser opens before it knows a key.
+    monitor, paths = Monitor(service), {route.path for route in routes}
+
+    def noted(scope: Scope, status: int, seconds: float) -> None:
+        monitor.note(scope["path"] if scope["path"] in paths else "other", status, seconds)
+        note(_line(scope, status, seconds))
+
+    app = Starlette(
+        routes=routes,
+        middleware=[Middleware(Guard, cfg=service.cfg, open_paths=open_paths, note=noted)],
+        exception_handlers=HANDLERS | {HTTPException: _http_error, InputError: _input_error, Exception: _failure},
+    )
+    app.router.redirect_slashes = False
+    app.state.service, app.state.monitor = service, monitor
+    return app
+
+
+def _line(scope: Scope, status: int, seconds: float) -> str:
+    """A request in one line, without what it said."""
+    client = (scope.get("client") or ("-",))[0]
+    path = scope.get("raw_path", b"").decode("ascii", "backslashreplace")[:80]
+    form: Form | None = scope.get("state", {}).get("form")
+    tokens = ""
+    if form:
+        used = form.usage()
+        reused = used["prompt_tokens_details"]["cached_tokens"]
+        tokens = f", {used['prompt_tokens']} ({reused} reused) + {used['completion_tokens']} tokens"
+    return f"{time.strftime('%H:%M:%S')} {client} {scope['method']} {path} {status} {seconds:.3f} s{tokens}"
+
+
+def _http_error(request: Request, error: Any) -> Response:
+    texts = {404: "there is no such path", 405: f"{request.method} is not had here"}
+    text = f"{texts.get(error.status_code, error.detail)}; see GET /v1/models and docs/serve.md"
+    return error_response(ApiError(error.status_code, text, headers=error.headers))
+
+
+def _input_error(request: Request, error: Exception) -> Response:
+    return error_response(ApiError(400, one_line(error), code="invalid_value"))
+
+
+def _failure(request: Request, error: Exception) -> Response:
+    return error_response(ApiError(500, "the server failed; its log says why", kind="server_error"))
+
+
+def serve(run_dir: str, cfg: ServeConfig, say: Callable[[str], None]) -> int:
+    """Serves a run until SIGTERM or Ctrl-C, then lets answers finish; returns the exit code, 0.
+
+    Raises InputError where the run can't be read, or the address is taken.
+    """
+    cfg = replace(cfg, api_key=cfg.api_key or os.environ.get("GPTJAX_API_KEY", ""))
+    listening = listen(cfg.host, cfg.port)  # before the model is read, which takes longer
+    service = open_service(run_dir, cfg)
+    service.scheduler.start()
+    url = address(cfg.host, listening)
+    for line in _greeting(service, url):
+        say(line)
+    server = ApiServer(make_app(service, say), cfg, lambda server: _drain(server, service, say))
+    try:
+        server.run(sockets=[listening])
+    finally:
+        service.scheduler.stop()
+    say("ended")
+    return 0
+
+
+def _greeting(service: Service, url: str) -> list[str]:
+    cfg, base = service.cfg, isinstance(service.renderer, Transcript)
+    form = "a transcript" if base else f"template {service.tokenizer.template}"
+    lines = [
+        f"serving {service.model.run.folder}, step {service.model.step:,}, as {service.name} on {url}",
+        f"{cfg.slots} answers at once, {service.context:,} tokens each; chats by {form}; Ctrl-C ends",
+    ]
+    if not cfg.api_key and cfg.host not in ("127.0.0.1", "::1", "localhost"):
+        lines.append(f"anyone who reaches {cfg.host} may use it: set GPTJAX_API_KEY to ask for a key")
+    key = ' -H "Authorization: Bearer $GPTJAX_API_KEY"' if cfg.api_key else ""
+    body = json.dumps({"messages": [{"role": "user", "content": "Hello"}]})
+    curl = f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
+    return [*lines, f"next: {curl}"]
+
+
+def _drain(server: ApiServer, service: Service, say: Callable[[str], None]) -> None:
+    """Takes no more requests, and ends the server once the answers that are being written have ended."""
+
+    async def finish() -> None:
+        say(f"ending: answers have {service.cfg.drain:g} s to finish")
+        if not await run_in_threadpool(service.scheduler.drain, service.cfg.drain):
+            say("some answers were cut off")
+        server.should_exit = True
+
+    service.draining = True
+    server.finishing = asyncio.run_coroutine_threadsafe(finish(), server.loop)
