@@ -19,7 +19,7 @@ from gptjax.tokenizer import Tokenizer
 LOWEST = -9999.0  # nats, for a token that the model never gives: JSON has no infinity
 
 
-class Job:
+class Submission:
     """The sequences of one request: submitted together, and cancelled together where the client leaves."""
 
     def __init__(self, service: Service):
@@ -72,7 +72,7 @@ class Job:
                 raise draining()
             yield item
 
-    async def __aenter__(self) -> "Job":
+    async def __aenter__(self) -> "Submission":
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -97,7 +97,7 @@ class EventStream(Response):
     The job is cancelled where its client leaves.
     """
 
-    def __init__(self, job: Job, events: AsyncIterator[Mapping[str, Any]]):
+    def __init__(self, job: Submission, events: AsyncIterator[Mapping[str, Any]]):
         self._job, self._events = job, events
         self.status_code, self.background = 200, None
         self.init_headers({"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"})
@@ -170,8 +170,8 @@ def token_name(tokenizer: Tokenizer, token_id: int, raw: bytes, mark: str) -> st
         return mark + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
-class Piece(NamedTuple):
-    """What came to one answer: text, tokens with their log-probabilities, and in the end why it ended."""
+class ReplyPiece(NamedTuple):
+    """News of one answer: text, tokens with their log-probabilities, and in the end why it ended."""
 
     index: int
     text: str
@@ -179,7 +179,7 @@ class Piece(NamedTuple):
     finish: str
 
 
-class Answer:
+class Reply:
     """One answer, as far as it is written.
 
     With `trims`, tokens come once their text has, and those behind the text's end (a stop id, what a stop text cut off)
@@ -192,7 +192,7 @@ class Answer:
         self._offsets = TokenOffsets(tokenizer, start, drops_space=drops_space)
         self._held: list[ScoredToken] = []
 
-    def take(self, update: Update) -> Piece:
+    def take(self, update: Update) -> ReplyPiece:
         """The piece that an update adds."""
         self.text += update.text
         self.finish = update.finish
@@ -203,7 +203,7 @@ class Answer:
             n = sum(1 for token in self._held if token.offset < len(self.text))
         new, self._held = self._held[:n], self._held[n:]
         self.tokens += new
-        return Piece(self.index, update.text, new, update.finish)
+        return ReplyPiece(self.index, update.text, new, update.finish)
 
 
 def prompt_scores(tokenizer: Tokenizer, ids: list[int], tokens: list[Token | None]) -> list[ScoredToken]:
@@ -213,7 +213,7 @@ def prompt_scores(tokenizer: Tokenizer, ids: list[int], tokens: list[Token | Non
     return [offsets.add(i, token and token.log_p, token.top if token else []) for i, token in zip(ids, known)]
 
 
-def fits(count: int, wanted: int | None, default: int, context: int, param: str) -> int:
+def answer_room(count: int, wanted: int | None, default: int, context: int, param: str) -> int:
     """The tokens of an answer to a prompt of `count`: those asked for, else what is left, at most `default`.
 
     Raises ApiError where the prompt or what is asked for does not fit into the context.

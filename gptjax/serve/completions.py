@@ -12,13 +12,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from gptjax.serve.answers import (
-    Answer,
     EventStream,
-    Job,
-    Piece,
+    Reply,
+    ReplyPiece,
     ScoredToken,
+    Submission,
+    answer_room,
     checked_prompt,
-    fits,
     prompt_scores,
     token_name,
 )
@@ -37,8 +37,8 @@ class Form:
 
     def __init__(self, service: Service, asked: SampledRequest):
         self.service, self.asked = service, asked
-        self.tokenizer, self.job = service.tokenizer, Job(service)
-        self.answers: list[Answer] = []
+        self.tokenizer, self.job = service.tokenizer, Submission(service)
+        self.answers: list[Reply] = []
         self.prompts: list[list[int]] = []
         self.seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
         if asked.stream_options and not asked.stream:
@@ -53,14 +53,14 @@ class Form:
     def add(self, ids: list[int], *, chat: bool, default: int, wanted: int | None, start: int = 0, **scores: Any):
         """Sequences for n answers to a prompt; equal prompts of a request draw different random numbers."""
         service, asked = self.service, self.asked
-        most = fits(len(ids), wanted, default, service.context, self.where)
+        most = answer_room(len(ids), wanted, default, service.context, self.where)
         # Of one token nothing is left to stop, and clients that score texts expect it in any case.
         stop_ids = () if asked.ignore_eos or most == 1 else service.stop_ids(chat=chat)
         for _ in range(asked.n or 1):
             drops_space = service.drops_space(ids, chat=chat)
             text = service.text_stream(asked.stop or (), chat=chat, drops_space=drops_space)
             self.answers.append(
-                Answer(len(self.answers), self.tokenizer, start=start, drops_space=drops_space, trims=chat)
+                Reply(len(self.answers), self.tokenizer, start=start, drops_space=drops_space, trims=chat)
             )
             copy = sum(ids == prompt for prompt in self.prompts)
             self.prompts.append(ids)
@@ -122,7 +122,7 @@ class Form:
             "prompt_tokens_details": {"cached_tokens": reused},
         }  # fmt: skip
 
-    def choice(self, answer: Answer) -> dict[str, Any]:
+    def choice(self, answer: Reply) -> dict[str, Any]:
         """A whole answer."""
         raise NotImplementedError
 
@@ -130,7 +130,7 @@ class Form:
         """Chunks of a stream before anything is written."""
         yield from ()
 
-    def deltas(self, answer: Answer, piece: Piece) -> Iterator[dict[str, Any]]:
+    def deltas(self, answer: Reply, piece: ReplyPiece) -> Iterator[dict[str, Any]]:
         """Chunks of a stream for a piece of an answer."""
         raise NotImplementedError
 
@@ -153,11 +153,11 @@ class Completion(Form):
             self._echo += [text if asked.echo else ""] * (asked.n or 1)
         self._echoed: set[int] = set()
 
-    def choice(self, answer: Answer) -> dict[str, Any]:
-        piece = Piece(answer.index, answer.text, answer.tokens, answer.finish)
+    def choice(self, answer: Reply) -> dict[str, Any]:
+        piece = ReplyPiece(answer.index, answer.text, answer.tokens, answer.finish)
         return next(iter(self.deltas(answer, piece)))
 
-    def deltas(self, answer: Answer, piece: Piece) -> Iterator[dict[str, Any]]:
+    def deltas(self, answer: Reply, piece: ReplyPiece) -> Iterator[dict[str, Any]]:
         tokens, text = piece.tokens, piece.text
         if piece.index not in self._echoed:
             self._echoed.add(piece.index)
@@ -212,7 +212,7 @@ class Chat(Form):
         for answer in self.answers:
             yield self._delta(answer.index, {"role": "assistant", "content": ""})
 
-    def deltas(self, answer: Answer, piece: Piece) -> Iterator[dict[str, Any]]:
+    def deltas(self, answer: Reply, piece: ReplyPiece) -> Iterator[dict[str, Any]]:
         if piece.text or piece.tokens:
             yield self._delta(piece.index, {"content": piece.text}, tokens=piece.tokens)
         if piece.finish:
@@ -224,7 +224,7 @@ class Chat(Form):
         logprobs = None if tokens is None else self._logprobs(tokens)
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish or None}
 
-    def choice(self, answer: Answer) -> dict[str, Any]:
+    def choice(self, answer: Reply) -> dict[str, Any]:
         message = {"role": "assistant", "content": answer.text, "refusal": None}
         return {
             "index": answer.index, "message": message, "logprobs": self._logprobs(answer.tokens),

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from gptjax.config.section import InputError
-from gptjax.serve.answers import Job, checked_prompt, draining, fits, token_name
+from gptjax.serve.answers import Submission, answer_room, checked_prompt, draining, token_name
 from gptjax.serve.completions import check_model, prompt_ids
 from gptjax.serve.guard import is_loopback, read_body
 from gptjax.serve.protocol import ApiError, DetokenizeRequest, EmbeddingRequest, TokenizeRequest, parse_request
@@ -33,9 +33,9 @@ async def embeddings(request: Request) -> Response:
     asked = parse_request(EmbeddingRequest, await read_body(request, service.cfg))
     check_model(service, asked.model)
     prompts = [ids for ids, _ in await run_in_threadpool(prompt_ids, service, asked.input)]
-    job = Job(service)
+    job = Submission(service)
     for ids in prompts:
-        fits(len(ids), 0, 0, service.context, "input")
+        answer_room(len(ids), 0, 0, service.context, "input")
         text = service.text_stream((), chat=False, drops_space=False)
         job.add(ids, max_new_tokens=0, sampling=Sampling(), stop_ids=(), text=text, embed=True)
     job.submit()

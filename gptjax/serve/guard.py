@@ -1,4 +1,4 @@
-"""Who may call the server, how much a request may send, and how long it may take to: before anything else is read.
+"""Checks before anything else: who calls the server, how much a request sends, and how long it takes to.
 
 A page of any site can send requests to 127.0.0.1 from its reader's browser, also under a name of its own that it lets
 point there (DNS rebinding). So the Host must be an address, localhost or a name that is configured, and an Origin must

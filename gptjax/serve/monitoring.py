@@ -44,7 +44,7 @@ class Monitor:
         self._seconds.labels(path).observe(seconds)
 
     def collect(self) -> Iterator[Any]:
-        """What the scheduler counts, when it is asked for."""
+        """The scheduler's numbers, as they are now."""
         stats: Any = self._service.scheduler.stats
         for name, text in COUNTERS.items():
             yield CounterMetricFamily(f"gptjax_{name}", text, value=getattr(stats, name))

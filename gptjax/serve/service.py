@@ -19,7 +19,10 @@ from gptjax.tokenizer.templates import Message
 
 
 class Service:
-    """What all endpoints share. Of a run that is still training it has the newest sound checkpoint, until `reload`."""
+    """A loaded model and all that its endpoints share.
+
+    Of a run that is still training it has the newest sound checkpoint, until `reload`.
+    """
 
     def __init__(self, model: LoadedModel, cfg: ServeConfig, scheduler: Scheduler | None = None):
         self.model, self.cfg = model, cfg
