@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import ModelConfig
-from gptjax.model.cache import Cache, keys_and_values, write
+from gptjax.model.cache import Cache, go_on, keys_and_values, write
 from gptjax.model.mup import attention_scale
 from gptjax.model.rope import rope, rotate
 from gptjax.ops.attention import attention
@@ -97,11 +97,13 @@ def heads(
     if cfg.positions == "rope":
         frequency, temperature = rope(cfg, local=window is not None and window < NO_WINDOW)
         q_BLHK, k_BLGK = (rotate(t, positions_BL, frequency, temperature) for t in (q_BLHK, k_BLGK))
+    scale = attention_scale(cfg)
+    if cache is not None and "first" in cache:
+        return go_on(cfg, cache, q_BLHK, k_BLGK, v_BLGK, mask.query_BL, scale=scale, window=window)
     if cache is not None:
         cache = write(cache, k_BLGK, v_BLGK, positions_BL[:, 0])
         k_BLGK, v_BLGK = keys_and_values(cache, h_BLD.dtype)
     v_BLGK = v_BLGK if values is None else values
-    scale = attention_scale(cfg)
     return attention(cfg, q_BLHK, k_BLGK, v_BLGK, mask, scale=scale, window=window, key=key), cache
 
 

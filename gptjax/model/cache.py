@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.config import ModelConfig
-from gptjax.ops.decoding import write_slots
+from gptjax.ops.decoding import attend_served, write_served, write_slots
 from gptjax.parallel.sharding import constrain, suffix
 
 Cache = dict[str, jax.Array]
+
+SERVED_BLOCK = 128  # keys that attention over a server's cache reads at a time
 
 
 def empty_cache(cfg: ModelConfig, rows: int, slots: int, dtype: Any) -> list[Cache]:
@@ -32,6 +34,39 @@ def keys_and_values(cache: Cache, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """k_BMGK and v_BMGK of all slots, as attention takes them."""
     k_BMGK, v_BMGK = (jnp.moveaxis(cache[name], 1, 2).astype(dtype) for name in ("k_BGMK", "v_BGMK"))
     return k_BMGK, v_BMGK
+
+
+def served_cache(cfg: ModelConfig, slots: int, length: int, dtype: Any) -> list[Cache]:
+    """A server's cache: `slots` rows of `length` places, S and M, of which a part goes on at a time (`served`)."""
+    shape = (slots, cfg.num_kv_heads, length, cfg.head_size)
+    return [{name: jnp.zeros(shape, dtype) for name in ("k_SGMK", "v_SGMK")} for _ in range(cfg.num_layers)]
+
+
+def served(cache: list[Cache], first: jax.Array, blocks: jax.Array) -> list[Cache]:
+    """The cache as `extend` takes it for the rows from `first` on, which see no more than `blocks` blocks of keys."""
+    return [{**layer, "first": first, "blocks": blocks} for layer in cache]
+
+
+def go_on(
+    cfg: ModelConfig,
+    cache: Cache,
+    q_BLHK: jax.Array,
+    k_BLGK: jax.Array,
+    v_BLGK: jax.Array,
+    query_BL: jax.Array,
+    *,
+    scale: float,
+    window: jax.typing.ArrayLike | None,
+) -> tuple[jax.Array, Cache]:
+    """Attention outputs of tokens that go on rows of a server's cache, and the cache with them in it."""
+    first, blocks = cache["first"], cache["blocks"]
+    k_SGMK, v_SGMK = (
+        write_served(cache[name], jnp.moveaxis(x_BLGK, 1, 2), first, query_BL[:, 0])
+        for name, x_BLGK in (("k_SGMK", k_BLGK), ("v_SGMK", v_BLGK))
+    )
+    seen: Any = {"scale": scale, "window": window, "softcap": cfg.attention_softcap, "block": SERVED_BLOCK}
+    out_BLHK = attend_served(q_BLHK, k_SGMK, v_SGMK, query_BL, first, blocks, **seen)
+    return out_BLHK, {"k_SGMK": k_SGMK, "v_SGMK": v_SGMK}
 
 
 def round_up_length(size: int, most: int) -> int:

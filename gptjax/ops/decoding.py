@@ -42,13 +42,79 @@ def write_slots(cache_BGMK: jax.Array, new_BGLK: jax.Array, start_B: jax.Array) 
     if len(start_B) > 1:
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
         return jax.vmap(put)(cache_BGMK, new_BGLK, start_B)
-    start = start_B[0]
+    return _written_once(cache_BGMK, new_BGLK, (0, 0, start_B[0], 0))
 
-    def row(_, cache_BGMK):
-        return jax.lax.dynamic_update_slice_in_dim(cache_BGMK, new_BGLK, start, axis=2)
+
+def write_served(cache_SGMK: jax.Array, new_BGLK: jax.Array, first: jax.Array, start_B: jax.Array) -> jax.Array:
+    """`write_slots` for the rows first .. first + B - 1 of a server's cache: a token each, or several of one row."""
+    new_BGLK = new_BGLK.astype(cache_SGMK.dtype)
+    B, G, L, _ = new_BGLK.shape
+    if B > 1:
+        assert L == 1, "rows go on by a token each"
+        return cache_SGMK.at[first + jnp.arange(B), :, start_B].set(new_BGLK[:, :, 0])
+    return _written_once(cache_SGMK, new_BGLK, (first, 0, start_B[0], 0))
+
+
+def _written_once(cache: jax.Array, new: jax.Array, start: tuple[jax.typing.ArrayLike, ...]) -> jax.Array:
+    """dynamic_update_slice, in place.
+
+    XLA on a CPU fuses the write of one row into every reader and then copies the whole cache to keep the old one for
+    them; a loop that runs once, as the compiler can't know, is what it does not look through.
+    """
+
+    def row(_, cache):
+        return jax.lax.dynamic_update_slice(cache, new, start)
 
     if device().platform != "cpu":
-        return row(0, cache_BGMK)
-    # XLA on a CPU fuses the write of one row into every reader and then copies the whole cache to keep the old one for
-    # them; a loop that runs once, as the compiler can't know, is what it does not look through.
-    return jax.lax.fori_loop(0, (start >= 0).astype(jnp.int32), row, cache_BGMK)
+        return row(0, cache)
+    once = sum(jnp.asarray(place) for place in start) >= 0
+    return jax.lax.fori_loop(0, jnp.asarray(once, jnp.int32), row, cache)
+
+
+def attend_served(
+    q_BLHK: jax.Array,
+    k_SGMK: jax.Array,
+    v_SGMK: jax.Array,
+    query_BL: jax.Array,
+    first: jax.Array,
+    blocks: jax.Array,
+    *,
+    block: int,
+    scale: float,
+    window: jax.typing.ArrayLike | None = None,
+    softcap: float = 0.0,
+) -> jax.Array:
+    """out_BLHK of reference.attend, of queries at the places query_BL of the rows first .. first + B - 1 of a cache.
+
+    Only the first `blocks` blocks of `block` keys are read, by an online softmax (Milakov & Gimelshein 2018). A block
+    in which a row sees nothing leaves that row's numbers as they are, to the bit: so how far other rows have come, and
+    how long a cache is, changes none of them.
+    """
+    B, L, H, K = q_BLHK.shape
+    G = k_SGMK.shape[1]
+    q_BGJLK = jnp.moveaxis(q_BLHK.reshape(B, L, G, H // G, K) * scale, 1, 3)
+
+    def read(c, carry):
+        top_BGJL, sum_BGJL, acc_BGJLK = carry
+        k_BGMK, v_BGMK = (
+            jax.lax.dynamic_slice(x, (first, 0, c * block, 0), (B, G, block, K)).astype(q_BLHK.dtype)
+            for x in (k_SGMK, v_SGMK)
+        )
+        s_BGJLM = jnp.einsum("BGJLK,BGMK->BGJLM", q_BGJLK, k_BGMK).astype(jnp.float32)
+        if softcap:
+            s_BGJLM = softcap * jnp.tanh(s_BGJLM / softcap)
+        behind_BLM = query_BL[:, :, None] - (c * block + jnp.arange(block))
+        seen_BLM = behind_BLM >= 0 if window is None else (behind_BLM >= 0) & (behind_BLM < window)
+        s_BGJLM = jnp.where(seen_BLM[:, None, None], s_BGJLM, -jnp.inf)
+        new_BGJL = jnp.maximum(top_BGJL, s_BGJLM.max(axis=-1))
+        p_BGJLM, fade_BGJL = jnp.exp(s_BGJLM - new_BGJL[..., None]), jnp.exp(top_BGJL - new_BGJL)
+        out_BGJLK = jnp.einsum("BGJLM,BGMK->BGJLK", p_BGJLM.astype(v_BGMK.dtype), v_BGMK)
+        sum_BGJL = sum_BGJL * fade_BGJL + p_BGJLM.sum(axis=-1)
+        return new_BGJL, sum_BGJL, acc_BGJLK * fade_BGJL[..., None] + out_BGJLK.astype(jnp.float32)
+
+    none_BGJL = jnp.zeros((B, G, H // G, L), jnp.float32)
+    # A finite start: where nothing was seen yet, -inf less -inf would be no number.
+    start = (none_BGJL + jnp.finfo(jnp.float32).min, none_BGJL, jnp.zeros((B, G, H // G, L, K), jnp.float32))
+    _, sum_BGJL, acc_BGJLK = jax.lax.fori_loop(0, blocks, read, start)
+    out_BGJLK = acc_BGJLK / jnp.where(sum_BGJL > 0, sum_BGJL, 1.0)[..., None]
+    return jnp.moveaxis(out_BGJLK, 3, 1).reshape(B, L, H, K).astype(q_BLHK.dtype)

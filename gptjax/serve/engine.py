@@ -1,0 +1,332 @@
+"""The device side of serving: fixed rows of one key-value cache, filled a chunk of a prompt at a time.
+
+There are few programs, all compiled when the server starts: a prefill for each of two lengths, which fills a part of
+one row, and a decode loop for each number of rows, which adds tokens to rows that lie side by side. What differs
+between requests (their settings, how long they are) are arrays, never shapes.
+
+So a row's numbers don't depend on what else is served: products are row by row, attention leaves out what a row does
+not see to the bit, and random numbers belong to the row (see generation/engine.py). What may differ in the last bits is
+the number of rows that a step computes: few requests take fewer rows than many. `batch_invariant` always computes all
+of them, and then an answer is the same to the bit, alone or in company.
+
+Beside the alphabet of sharding.py: I stop ids of a row, P tokens of a call of the decode loop, Q likeliest ids.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.generation.engine import decode_params
+from gptjax.generation.sampling import apply_repetition_penalty, filter_logits, greedy
+from gptjax.model.cache import SERVED_BLOCK, served, served_cache
+from gptjax.model.decoder import Decoder, Params, extend
+from gptjax.model.head import MASKED, cap_and_mask
+from gptjax.ops.decoding import decode_dtype
+from gptjax.ops.linear import linear
+from gptjax.parallel.sharding import constrain, on_host, require_mesh, suffix
+from gptjax.runs.load import LoadedModel
+
+PIECE = 8  # tokens of a call of the decode loop at the most
+TOP = 20  # likeliest ids that are told with a token at the most, as the OpenAI API has it
+STOPS = 8  # ids that end a row at the most
+ROWS = (1, 4, 8)  # numbers of rows a step computes where fewer than all are taken
+
+SETTINGS = {
+    "temperature": np.float32, "top_k": np.float32, "top_p": np.float32, "min_p": np.float32,
+    "repetition_penalty": np.float32, "presence_penalty": np.float32, "frequency_penalty": np.float32,
+    "seed": np.uint32, "copy": np.int32,
+}  # fmt: skip
+"""Settings of a row, and their types: arrays over the rows."""
+
+
+class Drawn(NamedTuple):
+    """Tokens that a call of the decode loop added: host arrays, a row for each that was computed."""
+
+    count_R: np.ndarray
+    """Tokens of each row."""
+    ids_RP: np.ndarray
+    log_p_RP: np.ndarray
+    """Of the model itself: nats, at temperature 1, without a filter."""
+    top_ids_RPQ: np.ndarray
+    top_log_p_RPQ: np.ndarray
+    """The likeliest ids, zeros where no row asked for them."""
+
+
+class Engine:
+    """A model laid out for serving, and the cache of its rows.
+
+    `length` is how many tokens a row may hold, `chunk` how many of a prompt a call of the long prefill reads. Its
+    methods take turns on one thread: each takes the place of the arrays that it was given. Parameters on a mesh need
+    that mesh set (jax.set_mesh); the cache's heads lie over its tensor axis, its rows on every device.
+    """
+
+    def __init__(self, model: LoadedModel, *, slots: int, length: int, chunk: int, batch_invariant: bool = False):
+        cfg = model.decoder.cfg.anywhere()
+        cfg = dataclasses.replace(cfg, dtype=decode_dtype(cfg.dtype), dropout=0.0)
+        # Published models have rows of the embedding that no token of their tokenizer has: these are never drawn.
+        size = min(model.decoder.vocab_size, model.tokenizer.vocab_size)
+        self.decoder = model.decoder.clone(cfg=cfg, vocab_size=size)
+        require_mesh(model.params)
+        self.params = decode_params(model.params, cfg.dtype)
+        self.slots, self.length, self.chunk = slots, length, chunk
+        self.tails = (max(8, chunk // 4), chunk)
+        self.sizes = (slots,) if batch_invariant else (*(r for r in ROWS if r < slots), slots)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all rows: an empty cache."""
+        unit = int(np.lcm(self.chunk, SERVED_BLOCK))
+        self.state = empty_state(self.decoder, self.params, self.slots, -(-self.length // unit) * unit)
+
+    def warm_up(self) -> None:
+        """Compiles every program, so that no request waits for it."""
+        for tail in self.tails:
+            hidden_CD = self.prefill(0, [0] * min(tail, self.length), 0)
+            self.score(hidden_CD, [0])
+        self.begin(0, [0], {})
+        self.restrict(0, np.ones(1, bool), {})
+        self.copy(0, 0)
+        for size in self.sizes:
+            rows = {name: np.zeros(size, dtype) for name, dtype in SETTINGS.items()}
+            ends = {"last_R": np.zeros(size, np.int32), "stop_RI": np.full((size, STOPS), -1, np.int32)}
+            self.decode(
+                0, np.zeros(size, np.int32), np.zeros(size, np.int32), np.ones(size, bool), rows, ends, 0, False
+            )
+
+    def tail(self, count: int) -> int:
+        """Length of the prefill that reads `count` tokens, of those that are compiled."""
+        return next(size for size in self.tails if size >= count)
+
+    def prefill(self, slot: int, ids: Sequence[int], start: int) -> jax.Array:
+        """Reads at most a chunk of ids into the places start .. of a row; returns their final hidden states, padded.
+
+        Chunks start at multiples of `chunk`, so a place's keys and values depend on the prompt alone.
+        """
+        ids_C = np.zeros(self.tail(len(ids)), np.int32)
+        ids_C[: len(ids)] = ids
+        cache = self.state.pop("cache")
+        x_CD, self.state["cache"] = prefill_row(
+            self.decoder, self.params, cache, np.int32(slot), ids_C, np.int32(start)
+        )
+        return x_CD
+
+    def score(self, hidden_CD: jax.Array, next_ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(log_p_C, top_ids_CQ, top_log_p_CQ): each next id's log-probability behind its hidden state, in nats."""
+        ids_C = np.zeros(len(hidden_CD), np.int32)
+        ids_C[: len(next_ids)] = next_ids
+        found = on_host(list(score_next(self.decoder, self.params, hidden_CD, ids_C)))
+        return tuple(x[: len(next_ids)] for x in found)  # type: ignore[return-value]
+
+    def copy(self, source: int, slot: int) -> None:
+        """Gives a row the cache of another."""
+        self.state["cache"] = copy_row(self.state.pop("cache"), np.int32(source), np.int32(slot))
+
+    def begin(self, slot: int, ids: Sequence[int], bias: dict[int, float]) -> None:
+        """Makes a row ready for a new request: the ids that occurred, and what is added to logits."""
+        seen_V, bias_V = (np.zeros(self.state["seen_SV"].shape[1], t) for t in (bool, np.float32))
+        seen_V[list(ids)] = True
+        bias_V[list(bias)] = list(bias.values())
+        state = {name: self.state.pop(name) for name in ("seen_SV", "count_SV", "bias_SV")}
+        self.state |= begin_row(state, np.int32(slot), seen_V, bias_V)
+
+    def restrict(self, slot: int, allowed_V: np.ndarray, bias: dict[int, float]) -> None:
+        """Lets a row draw only the ids that are allowed."""
+        bias_V = np.full(self.state["bias_SV"].shape[1], MASKED, np.float32)
+        bias_V[: len(allowed_V)][allowed_V] = 0
+        bias_V[list(bias)] += list(bias.values())
+        self.state["bias_SV"] = set_row(self.state.pop("bias_SV"), np.int32(slot), bias_V)
+
+    def decode(
+        self,
+        first: int,
+        token_R: np.ndarray,
+        position_R: np.ndarray,
+        idle_R: np.ndarray,
+        settings: dict[str, np.ndarray],
+        ends: dict[str, np.ndarray],
+        n: int,
+        top: bool,
+    ) -> Drawn:
+        """Adds up to n tokens to each of the rows from `first` on that is not idle.
+
+        token_R is each row's newest id, position_R its place, `settings` the arrays of SETTINGS, `ends` last_R, the
+        place of the last token that a row may have, and stop_RI, the ids that end it, -1 where there are fewer.
+        """
+        state, out = decode_rows(
+            self.decoder, self.params, self.state, np.int32(first), token_R, position_R, idle_R, settings, ends,
+            np.int32(n), np.bool_(top),
+        )  # fmt: skip
+        self.state = state
+        return Drawn(*on_host([out[name] for name in Drawn._fields]))
+
+
+def empty_state(decoder: Decoder, params: Params, slots: int, length: int) -> dict[str, Any]:
+    """The cache of all rows; ids that occurred in each, how often in its answer, and what is added to its logits."""
+
+    @jax.jit
+    def make():
+        V = params["embed_VD"].shape[0]
+        rows = {"seen_SV": bool, "count_SV": jnp.int32, "bias_SV": jnp.float32}
+        cache = served_cache(decoder.cfg, slots, length, jnp.dtype(decoder.cfg.dtype))
+        return _placed({name: jnp.zeros((slots, V), t) for name, t in rows.items()} | {"cache": cache})
+
+    return make()
+
+
+def _placed(tree: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, x: constrain(x, suffix(path[-1].key)), tree)
+
+
+@functools.partial(jax.jit, static_argnames="decoder", donate_argnames="cache")
+def prefill_row(
+    decoder: Decoder, params: Params, cache: list[dict[str, jax.Array]], slot: jax.Array, ids_C: jax.Array,
+    start: jax.Array,
+) -> tuple[jax.Array, list[dict[str, jax.Array]]]:  # fmt: skip
+    """The final hidden states x_CD of a part of a prompt, and the cache with it from the row's place `start` on."""
+    # Padding may lie behind the last position; its place in the cache is not seen before a token takes it.
+    position_1C = jnp.minimum(start + jnp.arange(len(ids_C)), decoder.context - 1)[None]
+    rows = served(cache, slot, (start + len(ids_C) - 1) // SERVED_BLOCK + 1)
+    x_1CD, cache = extend(decoder, params, ids_C[None], position_1C, rows)
+    return x_1CD[0], _placed(cache)
+
+
+@functools.partial(jax.jit, static_argnames="decoder")
+def score_next(
+    decoder: Decoder, params: Params, x_CD: jax.Array, next_C: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(log_p_C, top_ids_CQ, top_log_p_CQ) of the ids behind hidden states."""
+    logits_CV = cap_and_mask(linear(x_CD[None], params, head="BLD,DV->BLV"), decoder.vocab_size,
+                             decoder.cfg.logit_softcap)[0]  # fmt: skip
+    return _scores(logits_CV, next_C)
+
+
+def _scores(logits_BV: jax.Array, ids_B: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    total_B = jax.nn.logsumexp(logits_BV, axis=-1)
+    top_BQ, top_ids_BQ = jax.lax.top_k(logits_BV, min(TOP, logits_BV.shape[-1]))
+    log_p_B = jnp.take_along_axis(logits_BV, ids_B[:, None], axis=-1)[:, 0] - total_B
+    return log_p_B, top_ids_BQ, top_BQ - total_B[:, None]
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def copy_row(cache: list[dict[str, jax.Array]], source: jax.Array, slot: jax.Array) -> list[dict[str, jax.Array]]:
+    """The cache with one row's keys and values in another's place."""
+    take, put = jax.lax.dynamic_index_in_dim, jax.lax.dynamic_update_index_in_dim
+    return _placed(jax.tree.map(lambda x: put(x, take(x, source, keepdims=False), slot, 0), cache))
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def begin_row(state: dict[str, jax.Array], slot: jax.Array, seen_V: jax.Array, bias_V: jax.Array) -> dict[str, Any]:
+    """The state with a row as a new request finds it."""
+    new = {"seen_SV": seen_V, "bias_SV": bias_V, "count_SV": jnp.zeros_like(state["count_SV"][0])}
+    return _placed({name: x.at[slot].set(new[name]) for name, x in state.items()})
+
+
+@functools.partial(jax.jit, donate_argnames="x_SV")
+def set_row(x_SV: jax.Array, slot: jax.Array, x_V: jax.Array) -> jax.Array:
+    """x_SV with one row replaced."""
+    return constrain(x_SV.at[slot].set(x_V), "SV")
+
+
+@functools.partial(jax.jit, static_argnames="decoder", donate_argnames="state")
+def decode_rows(
+    decoder: Decoder,
+    params: Params,
+    state: dict[str, Any],
+    first: jax.Array,
+    token_R: jax.Array,
+    position_R: jax.Array,
+    idle_R: jax.Array,
+    settings: dict[str, jax.Array],
+    ends: dict[str, jax.Array],
+    n: jax.Array,
+    top: jax.Array,
+) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+    """The state, and what `Drawn` holds, after up to n tokens of the rows from `first` on; see `Engine.decode`.
+
+    An idle row computes what nobody reads, and writes it behind its prompt: what others may reuse of it stays.
+    """
+    R = len(token_R)
+    row_R = jnp.arange(R)
+    key_R = jax.vmap(lambda seed, copy: jax.random.fold_in(jax.random.key(seed), copy))(
+        settings["seed"], settings["copy"]
+    )
+    zeros = {"ids_RP": jnp.int32, "log_p_RP": jnp.float32}
+    Q = min(TOP, state["bias_SV"].shape[1])
+    out = {name: jnp.zeros((R, PIECE), t) for name, t in zeros.items()}
+    out |= {"top_ids_RPQ": jnp.zeros((R, PIECE, Q), jnp.int32), "top_log_p_RPQ": jnp.zeros((R, PIECE, Q))}
+
+    def unfinished(carry):
+        i, *_, done_R, _ = carry
+        return (i < n) & ~jnp.all(done_R)
+
+    def step(carry):
+        i, state, token_R, position_R, count_R, done_R, out = carry
+        blocks = jnp.where(done_R, 0, position_R).max() // SERVED_BLOCK + 1
+        rows = served(state["cache"], first, blocks)
+        x_RLD, cache = extend(decoder, params, token_R[:, None], position_R[:, None], rows)
+        logits_RLV = linear(x_RLD, params, head="BLD,DV->BLV")
+        logits_RV = cap_and_mask(logits_RLV, decoder.vocab_size, decoder.cfg.logit_softcap)[:, 0]
+        keys = jax.vmap(jax.random.fold_in)(key_R, position_R + 1)
+        part = {
+            name: jax.lax.dynamic_slice_in_dim(state[name], first, R) for name in ("seen_SV", "count_SV", "bias_SV")
+        }
+        next_R = draw_rows(logits_RV, keys, settings, part["seen_SV"], part["count_SV"], part["bias_SV"])
+        next_R = jnp.where(done_R, token_R, next_R)
+        log_p_R, top_ids_RQ, top_log_p_RQ = jax.lax.cond(
+            top, _scores, lambda z, ids: (_log_p(z, ids), jnp.zeros((R, Q), jnp.int32), jnp.zeros((R, Q))),
+            logits_RV, next_R,
+        )  # fmt: skip
+        added = {"ids_RP": next_R, "log_p_RP": log_p_R, "top_ids_RPQ": top_ids_RQ, "top_log_p_RPQ": top_log_p_RQ}
+        out = {name: x.at[:, i].set(added[name]) for name, x in out.items()}
+        position_R, count_R = (jnp.where(done_R, x_R, x_R + 1) for x_R in (position_R, count_R))
+        counted = state["count_SV"].at[first + row_R, next_R].add(jnp.where(done_R, 0, 1))
+        seen = state["seen_SV"].at[first + row_R, next_R].max(~done_R)
+        stops_R = (next_R[:, None] == ends["stop_RI"]).any(axis=1)
+        done_R = done_R | (position_R >= ends["last_R"]) | stops_R
+        state = _placed({"cache": cache, "seen_SV": seen, "count_SV": counted, "bias_SV": state["bias_SV"]})
+        return i + 1, state, next_R, position_R, count_R, done_R, out
+
+    start = (jnp.int32(0), state, token_R, position_R, jnp.zeros(R, jnp.int32), idle_R, out)
+    _, state, _, _, count_R, _, out = jax.lax.while_loop(unfinished, step, start)
+    return state, out | {"count_R": count_R}
+
+
+def _log_p(logits_BV: jax.Array, ids_B: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(logits_BV, ids_B[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits_BV, axis=-1)
+
+
+def draw_rows(
+    logits_RV: jax.Array, key_R: jax.Array, settings: dict[str, jax.Array], seen_RV: jax.Array, count_RV: jax.Array,
+    bias_RV: jax.Array,
+) -> jax.Array:  # fmt: skip
+    """One id a row, by settings of its own: ids_R. Temperature 0 takes the likeliest.
+
+    To the logits is added what the request says of single ids; presence and frequency penalties are the OpenAI API's:
+    z - presence (count > 0) - frequency count, of the ids in the answer. The rest is `sampling.filter_logits`.
+    """
+    each = {name: x_R[:, None] for name, x_R in settings.items()}
+
+    def penalised(z_RV):
+        z_RV = apply_repetition_penalty(z_RV, seen_RV, each["repetition_penalty"])
+        return z_RV - each["presence_penalty"] * (count_RV > 0) - each["frequency_penalty"] * count_RV
+
+    def drawn(z_RV):
+        z_RV = filter_logits(z_RV, {"temperature": each["temperature"]})
+        for name, cuts_R in (("top_k", settings["top_k"] > 0), ("top_p", settings["top_p"] < 1)):
+            wanted_R = jnp.where(cuts_R, settings[name], jnp.inf)  # which no sum reaches: all are kept
+            cut = functools.partial(filter_logits, settings={name: wanted_R})
+            z_RV = jax.lax.cond(cuts_R.any(), cut, lambda z: z, z_RV)
+        z_RV = filter_logits(z_RV, {"min_p": each["min_p"]})
+        return jax.vmap(jax.random.categorical)(key_R, z_RV).astype(jnp.int32)
+
+    penalty_R = (settings["repetition_penalty"] != 1) | (settings["presence_penalty"] != 0)
+    penalty_R |= settings["frequency_penalty"] != 0
+    z_RV = jax.lax.cond(penalty_R.any(), penalised, lambda z: z, logits_RV) + bias_RV
+    likeliest_R = greedy(z_RV)
+    hot_R = settings["temperature"] > 0
+    return jax.lax.cond(hot_R.any(), lambda z: jnp.where(hot_R, drawn(z), likeliest_R), lambda z: likeliest_R, z_RV)
