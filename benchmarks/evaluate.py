@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from report import facts, write_report
+from report import facts, processor, write_report
 
 from gptjax.config import MeshConfig
 from gptjax.evals.measure import TaskResult, measure
@@ -32,7 +32,7 @@ from gptjax.evals.requests import encode_pairs
 from gptjax.evals.score import Scorer
 from gptjax.evals.tasks import load_task
 from gptjax.runs.load import load_model
-from gptjax.runtime.process import tune_process, usable_cores
+from gptjax.runtime.process import tune_process
 
 MMLU = {"kind": "multiple_choice", "items": "mmlu_1000.jsonl", "prompt": "Question: {input}\nAnswer:", "gold": "answer"}
 WIKIPEDIA = {"kind": "text", "items": "wikipedia_1000_passages.jsonl"}
@@ -71,7 +71,7 @@ def main() -> None:
         results.append(measure(load_task(str(path)), scorer, model.tokenizer, limit=min(limit, args.limit)))
         write_records(str(args.out / f"{name}.jsonl"), results[-1:])
         print(*table(results[-1:]), sep="\n", flush=True)
-    device = f"{platform.machine()}, {usable_cores()} cores, {_processor()}"
+    device = f"{platform.machine()}, {processor()}"
     report = facts(device, "jax", "jaxlib", "numpy") | results_json(results)
     report |= {"model": args.run, "dtype": model.decoder.cfg.dtype, **settings}
     if "mmlu" in args.tasks:
@@ -104,11 +104,6 @@ def compare(model: Any, records: list[dict[str, Any]], settings: dict[str, int])
         "times_as_fast": found["apart"]["seconds"] / found["shared"]["seconds"],
         "largest_difference": furthest, "same": furthest < 1e-3,
     }  # fmt: skip
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

@@ -22,12 +22,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from report import facts, write_report
+from report import facts, processor, write_report
 
 TRIED = 24
 EXACT = 8  # passages in float64
@@ -298,16 +298,6 @@ def bits_per_byte(items: Sequence[dict[str, Any]], theirs: Sequence[Sequence[flo
     mine, other = [item["score"] for item in items], list(itertools.chain(*theirs))
     most = max(abs(a - b) / item["bytes"] / math.log(2) for a, b, item in zip(mine, other, items, strict=True))
     return {"passages": len(items), "gptjax": -sum(mine) / size, "transformers": -sum(other) / size, "largest": most}
-
-
-def processor() -> str:
-    """The name of the processor, and how many this process may use."""
-    import os
-
-    info = Path("/proc/cpuinfo")
-    lines: Iterable[str] = info.read_text().splitlines() if info.exists() else ()
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
 def gap(found: dict[str, float]) -> str:

@@ -1,4 +1,4 @@
-"""What reports have in common: the facts beside their numbers, the spread of a measurement, the file they are in."""
+"""What reports have in common: facts beside their numbers, the processor, spreads of measurements, their file."""
 
 import importlib.metadata
 import json
@@ -26,6 +26,16 @@ def facts(device: str | dict[str, Any], *packages: str) -> dict[str, Any]:
         "versions": {"python": platform.python_version()}
         | {package: importlib.metadata.version(package) for package in packages},
     }
+
+
+def processor() -> str:
+    """The name of the processor, and the number of its cores that this process may use."""
+    from gptjax.runtime.process import usable_cores  # the reports of other libraries have no gptjax
+
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+    return f"{name}, {usable_cores()} cores"
 
 
 def spread(values: list[float]) -> dict[str, float]:

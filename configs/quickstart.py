@@ -6,6 +6,7 @@ Its policy is then trained on a reward that a program checks: the lines of 40 to
 end sentences, and none stands twice (`gptjax.align.checkable`).
 
 gptjax grpo configs/quickstart.py
+gptjax ppo configs/quickstart.py
 """
 
 from gptjax.config import (
@@ -15,10 +16,12 @@ from gptjax.config import (
     GrpoConfig,
     ModelConfig,
     OptimConfig,
+    PpoConfig,
     RewardsConfig,
     RolloutConfig,
     TokenizerConfig,
     TrainConfig,
+    ValueConfig,
 )
 
 
@@ -50,4 +53,21 @@ def grpo() -> GrpoConfig:
         rollout=RolloutConfig(answers=16, max_new_tokens=40),
         rewards=RewardsConfig(sources=("gptjax.align.checkable:closes_sentences",), unfinished="scored"),
         evaluate=EvaluateConfig(every=10),
+    )
+
+
+def ppo() -> PpoConfig:
+    return PpoConfig(
+        run_dir="runs/quickstart_ppo",
+        init="runs/quickstart",
+        steps=24,
+        beta=0.1,
+        lam=1.0,
+        model=ModelConfig(dtype="auto", unroll=0),
+        data=DataConfig(source="builtin:shakespeare_prompts", batch_size=128, length=64, validation_fraction=0.2),
+        optim=OptimConfig(learning_rate=1e-4, warmup_steps=5, final_fraction=0.0, weight_decay=0.0),
+        rollout=RolloutConfig(answers=1, minibatches=2, max_new_tokens=40),
+        value=ValueConfig(rank=0),
+        rewards=RewardsConfig(sources=("gptjax.align.checkable:closes_sentences",), unfinished="scored"),
+        evaluate=EvaluateConfig(every=8),
     )

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from shipped import EVERY, NAMES, SIZES, recipe
+from shipped import EVERY, FOLDER, NAMES, SIZES, recipe
 
-from gptjax.config import ShowConfig, TrainConfig, TrainTokenizerConfig
+from gptjax.config import STAGES, GrpoConfig, PpoConfig, ShowConfig, TrainConfig, TrainTokenizerConfig
 from gptjax.config.command_line import load_recipe, origins, parse, take
 from gptjax.config.section import InputError
 from gptjax.diagnostics.plan.search import SAFE, Planner
@@ -67,6 +67,30 @@ def test_the_gpt3_recipes_are_the_table_of_the_paper():
         assert (config.model.num_layers, config.model.width, config.model.num_heads) == (layers, width, heads)
         assert config.optim.learning_rate == rate
         assert config.data.batch_size * config.data.length == pytest.approx(tokens, rel=0.05)
+
+
+TUNED = [
+    (path.stem, stage)
+    for path in sorted(FOLDER.glob("*.py"))
+    for stage in STAGES
+    if stage != TrainConfig.stage and re.search(rf"^def {stage}\(", path.read_text(), re.M)
+]
+
+
+@pytest.mark.parametrize(("name", "stage"), TUNED)
+def test_a_recipe_holds_the_settings_of_each_stage_that_it_names(name, stage):
+    config = load_recipe(name).config(stage)
+    assert type(config) is STAGES[stage]
+    assert config.run_dir not in (TrainConfig().run_dir, config.init)
+
+
+def test_the_quickstart_trains_its_policies_on_one_reward_for_as_many_tokens():
+    grpo, ppo = (load_recipe("quickstart").config(stage) for stage in ("grpo", "ppo"))
+    assert isinstance(grpo, GrpoConfig) and isinstance(ppo, PpoConfig)
+    assert (ppo.init, ppo.beta, ppo.data, ppo.rewards) == (grpo.init, grpo.beta, grpo.data, grpo.rewards)
+    assert ppo.rollout.max_new_tokens == grpo.rollout.max_new_tokens
+    assert ppo.steps * ppo.data.batch_size <= grpo.steps * grpo.data.batch_size
+    assert ppo.init == load_recipe("quickstart").config("pretrain").run_dir
 
 
 def planned(name: str) -> list[tuple[str, str]]:
