@@ -3,7 +3,7 @@
     gptjax pretrain quickstart
     python benchmarks/kl_frontier.py runs/quickstart --work DIR --out benchmarks/results --plots docs/assets
 
-The frontier: the recipe's grpo() from the run, once for each beta, measured on its held-out prompts; best of 2, 4 and
+The frontier: the recipe's ppo() from the run, once for each beta, measured on its held-out prompts; best of 2, 4 and
 16 of the run's own answers beside it, at log n - (n - 1) / n nats an answer, which is no less than its KL (Beirami et
 al. 2024).
 
@@ -69,7 +69,9 @@ def fit_proxy(texts: list[str], gold: np.ndarray, labels: int) -> dict[str, floa
 
 def trained(base: str, folder: Path, more: dict[str, Any]) -> list[dict[str, Any]]:
     """The evaluations of the recipe's policy, trained with other settings from the base; it goes on if it was begun."""
-    config = gptjax.recipe("quickstart", {"init": base, "run_dir": str(folder), "sinks": ()} | more, stage="grpo")
+    config = gptjax.recipe(
+        "quickstart", {"init": base, "run_dir": str(folder), "sinks": (), "model.dtype": "float32"} | more, stage="ppo"
+    )
     gptjax.train(config)
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [line for line in lines if "eval_loss" in line]
@@ -119,9 +121,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--plots", type=Path, help="folder for plots; needs matplotlib")
     parser.add_argument("--betas", type=float, nargs="+", default=[0.025, 0.05, 0.1, 0.2])
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--labels", type=int, default=400)
-    parser.add_argument("--proxy-steps", type=int, default=80)
+    parser.add_argument("--proxy-steps", type=int, default=64)
     parser.add_argument("--proxy-beta", type=float, default=0.01)
     parser.add_argument("--proxy-rate", type=float, default=2e-4)
     args = parser.parse_args()
