@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--betas", type=float, nargs="+", default=[0.025, 0.05, 0.1, 0.2])
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--labels", type=int, default=400)
-    parser.add_argument("--proxy-steps", type=int, default=64)
+    parser.add_argument("--proxy-steps", type=int, default=24)
     parser.add_argument("--proxy-beta", type=float, default=0.01)
     parser.add_argument("--proxy-rate", type=float, default=2e-4)
     args = parser.parse_args()
@@ -145,7 +145,8 @@ def main() -> None:
     run |= {"beta": args.proxy_beta, "learning_rate": args.proxy_rate}
     sources = {"rewards.sources": (f"proxy={register(proxy)}", f"gold={gold}"), "rewards.weights": (1.0, 1e-6)}
     more = {"beta": args.proxy_beta, "steps": args.proxy_steps, "optim.learning_rate": args.proxy_rate}
-    found = trained(args.base, args.work / "proxy", sources | more | {"optim.schedule": "constant"})
+    more |= {"optim.schedule": "constant", "evaluate.every": max(1, args.proxy_steps // 8)}
+    found = trained(args.base, args.work / "proxy", sources | more)
     names = ("step", "eval_reward_proxy", "eval_reward_gold", "eval_kl", "eval_length")
     texts, gold_PS = draw_answers(args.base, "quickstart", 16)
     start = {
