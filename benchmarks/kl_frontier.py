@@ -149,14 +149,11 @@ def main() -> None:
     found = trained(args.base, args.work / "proxy", sources | more)
     names = ("step", "eval_reward_proxy", "eval_reward_gold", "eval_kl", "eval_length")
     texts, gold_PS = draw_answers(args.base, "quickstart", 16)
-    start = {
-        "step": 0,
-        "eval_reward_proxy": float(np.mean(proxy([], texts))),
-        "eval_reward_gold": float(gold_PS.mean()),
-    }
-    lines = [start | {"eval_kl": 0.0}, *({name: line[name] for name in names} for line in found)]
-    report["proxy"]["evaluations"] = lines
-    for line in lines:
+    before = float(np.mean(proxy([], texts))), float(gold_PS.mean())
+    start = {"step": 0, "eval_kl": 0.0, "eval_reward_proxy": before[0], "eval_reward_gold": before[1]}
+    run["evaluations"] = [start, *({name: line[name] for name in names} for line in found)]
+    report["proxy"] = run
+    for line in run["evaluations"]:
         print(json.dumps(line))
     print(f"wrote {write_report(report, args.out, 'kl_frontier')}")
     if args.plots:
