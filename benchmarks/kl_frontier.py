@@ -72,9 +72,15 @@ def trained(base: str, folder: Path, more: dict[str, Any]) -> list[dict[str, Any
     config = gptjax.recipe(
         "quickstart", {"init": base, "run_dir": str(folder), "sinks": (), "model.dtype": "float32"} | more, stage="ppo"
     )
-    gptjax.train(config)
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if "eval_loss" in line]
+    metrics = folder / "metrics.jsonl"
+
+    def evaluations() -> list[dict[str, Any]]:
+        lines = map(json.loads, metrics.read_text().splitlines() if metrics.exists() else ())
+        return [line for line in lines if "eval_loss" in line]
+
+    if config.steps not in [line["step"] for line in evaluations()]:
+        gptjax.train(config)
+    return evaluations()
 
 
 def plot(report: dict[str, Any], folder: Path) -> None:
