@@ -96,9 +96,10 @@ def plot(report: dict[str, Any], folder: Path) -> None:
     best, figure = report["best_of_n"], Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.add_subplot(xlabel="KL to the reference, nats an answer", ylabel="held-out reward")
     points = [best[f"best_of_{n}"] for n in (2, 4, 16)]
-    axes.plot([0, *(p["kl"] for p in points)], [best["chance"], *(p["reward"] for p in points)], "s--", color="0.45")
+    x, y = [0, *(p["kl"] for p in points)], [best["chance"], *(p["reward"] for p in points)]
+    axes.plot(x, y, "s--", color="0.45", label="best of n, at a bound of its KL")
     for n, p in zip((2, 4, 16), points):
-        axes.annotate(f"best of {n}", (p["kl"], p["reward"]), (-6, 6), textcoords="offset points", ha="right")
+        axes.annotate(f"{n}", (p["kl"], p["reward"]), (8, -4), textcoords="offset points")
     ends = [runs["evaluations"][-1] for runs in report["frontier"]]
     for run, color in zip(report["frontier"], ("C0", "C1", "C2", "C3", "C4", "C5")):
         names = "eval_kl", "eval_reward", "eval_reward_stderr"
@@ -116,7 +117,7 @@ def plot(report: dict[str, Any], folder: Path) -> None:
         axes.plot(
             [line["eval_kl"] for line in lines], [line[f"eval_reward_{name}"] for line in lines], "o-", label=label
         )
-    axes.legend(loc="center right")
+    axes.legend(loc="upper left")
     save(figure, "overoptimisation.svg")
 
 

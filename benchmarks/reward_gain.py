@@ -41,7 +41,7 @@ def gain(difference: np.ndarray) -> dict[str, float]:
 
 
 def answers(args: argparse.Namespace) -> None:
-    tuned = load_model(args.run, None)
+    tuned = load_model(args.run, None, args.step)
     config = tuned.config
     assert isinstance(config, PolicyConfig), f"{args.run} has no policy that was trained on rewards"
     before = load_model(config.init, None)
@@ -138,6 +138,7 @@ def main() -> None:
     verbs = parser.add_subparsers(required=True)
     draw = verbs.add_parser("answers")
     draw.add_argument("run")
+    draw.add_argument("--step", type=int, default=0, help="checkpoint; 0: the newest")
     draw.add_argument("--prompts", type=int, default=0, help="held-out prompts to use; 0: all")
     draw.set_defaults(call=answers)
     judge = verbs.add_parser("compare")
