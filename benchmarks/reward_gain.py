@@ -128,7 +128,7 @@ def compare(args: argparse.Namespace) -> None:
     margins = np.zeros(report["prompts"])
     margins[report["pairs"]] = gold_margins(human, differences(args.work / "features.npz"))
     gold = {"human_pairs": len(kept), "accuracy": float(np.concatenate(right).mean()), **gain(margins)}
-    whole = facts(processor(), "jax", "gptjax") | report | {"gold": gold}
+    whole = facts(processor(), "jax", "gptjax") | report | {"pairs": len(report["pairs"]), "gold": gold}
     print(json.dumps(gold, indent=1))
     print(f"wrote {write_report(whole, args.out, 'reward_gain')}")
 
