@@ -5,6 +5,7 @@ Each imports its own room: continuing a prompt needs none of data or evals.
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from gptjax.config import ContinueConfig, DpoConfig, EvalConfig, InspectConfig, MeshConfig, PolicyConfig
-from gptjax.config.section import InputError, leaves
+from gptjax.config.section import InputError, leaves, one_line
 from gptjax.parallel.processes import is_main_process, join_processes
 from gptjax.parallel.sharding import abstract
 from gptjax.runs.load import LoadedModel, check_base, load_model, open_checkpoints
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from gptjax.data.pairs import PreferenceData
     from gptjax.evals.measure import TaskResult
     from gptjax.evals.tasks import Task
+    from gptjax.generation.constraint import Constraint
 
 
 def show_evaluation(run_dir: str | Path, cfg: EvalConfig, write: Callable[[str], None], note: Callable[[str], None]):
@@ -139,7 +141,11 @@ def generate_run(run_dir: str | Path, cfg: ContinueConfig, write: Callable[[str]
     join_processes({"run": str(run_dir), **dict(leaves(cfg))})
     model = load_model(run_dir, None, cfg.step)
     with jax.set_mesh(model.mesh):
-        pieces = _answers(model, cfg) if cfg.chat else stream(model.decoder, model.params, model.tokenizer, cfg)
+        constraint = _constraint(model, cfg) if cfg.choices or cfg.json_schema else None
+        if cfg.chat:
+            pieces = _answers(model, cfg, constraint)
+        else:
+            pieces = stream(model.decoder, model.params, model.tokenizer, cfg, constraint=constraint)
         first = list(itertools.islice(pieces, 1))  # a prompt that does not fit is refused before anything is written
         texts = [""] * len(cfg.prompt) if cfg.chat else list(cfg.prompt)
         if len(texts) == 1:
@@ -154,7 +160,29 @@ def generate_run(run_dir: str | Path, cfg: ContinueConfig, write: Callable[[str]
             write(f"{text}\n")
 
 
-def _answers(model: LoadedModel, cfg: ContinueConfig) -> Iterator[tuple[int, str]]:
+def _constraint(model: LoadedModel, cfg: ContinueConfig) -> "Constraint":
+    """The constraint that cfg.choices or cfg.json_schema says."""
+    from gptjax.generation.constraint import choices_constraint, json_constraint
+    from gptjax.tokenizer import set_template
+    from gptjax.tokenizer.known_templates import template_of
+
+    tokenizer = model.tokenizer
+    more: Any = {"size": min(model.decoder.vocab_size, tokenizer.vocab_size), "spaced": True}
+    ends = (tokenizer.eos_id, *tokenizer.stop_ids)
+    if cfg.chat:
+        set_template(tokenizer, cfg.template)
+        template = template_of(tokenizer)
+        ends, more["spaced"] = template.stop_ids(tokenizer), template.spaced(tokenizer)
+    if cfg.choices:
+        return choices_constraint(tokenizer, cfg.choices, ends, **more)
+    try:
+        schema = json.loads(Path(cfg.json_schema).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise InputError(f"json_schema={cfg.json_schema!r} can't be read as JSON ({one_line(e)})") from e
+    return json_constraint(tokenizer, schema, ends, **more)
+
+
+def _answers(model: LoadedModel, cfg: ContinueConfig, constraint: "Constraint | None") -> Iterator[tuple[int, str]]:
     from gptjax.generation.chat import stream_answers
     from gptjax.tokenizer import set_template
 
@@ -162,7 +190,7 @@ def _answers(model: LoadedModel, cfg: ContinueConfig) -> Iterator[tuple[int, str
     set_template(tokenizer, cfg.template)
     system = [{"role": "system", "content": cfg.system}] if cfg.system else []
     chats = [[*system, {"role": "user", "content": prompt}] for prompt in cfg.prompt]
-    return stream_answers(model.decoder, model.params, tokenizer, chats, cfg)
+    return stream_answers(model.decoder, model.params, tokenizer, chats, cfg, constraint=constraint)
 
 
 def inspect_run(

@@ -56,9 +56,15 @@ class ContinueConfig(GenerateConfig):
     """System message in front of each message; empty: the template's own, where it has one."""
     template: str = ""
     """Chat template to use instead of the run's."""
+    choices: tuple[str, ...] = ()
+    """Texts of which the model writes one."""
+    json_schema: str = ""
+    """File with a JSON schema, which the model's text fits; {"type": "json_object"}: any object."""
 
     def __post_init__(self):
         super().__post_init__()
+        self.require(all(self.choices), "choices", "texts that are not empty")
+        self.require(not (self.choices and self.json_schema), "json_schema", "none beside --choices")
         for name in ("system", "template"):
             self.require(self.chat or not getattr(self, name), name, "none without --chat")
         self.require(not self.chat or all(self.prompt), "prompt", "a message with --chat", "add --prompt")

@@ -1,6 +1,7 @@
 """Answers to messages, through the tokenizer's chat template."""
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from gptjax.config import GenerateConfig
 from gptjax.config.section import InputError
@@ -11,6 +12,9 @@ from gptjax.tokenizer import Tokenizer
 from gptjax.tokenizer.known_templates import template_of
 from gptjax.tokenizer.templates import Message
 
+if TYPE_CHECKING:
+    from gptjax.generation.constraint import Constraint
+
 
 def stream_answers(
     decoder: Decoder,
@@ -20,6 +24,7 @@ def stream_answers(
     cfg: GenerateConfig,
     *,
     chunk: int = CHUNK,
+    constraint: "Constraint | None" = None,
 ) -> Iterator[tuple[int, str]]:
     """Yields (conversation, piece of its answer) as `stream` does; an answer ends at the template's end of a turn too.
 
@@ -28,7 +33,7 @@ def stream_answers(
     """
     template = template_of(tokenizer)
     prompts = [template.render(tokenizer, messages, add_generation_prompt=True)[0] for messages in conversations]
-    return _stream(decoder, params, tokenizer, prompts, cfg, chat=True, chunk=chunk)
+    return _stream(decoder, params, tokenizer, prompts, cfg, chat=True, chunk=chunk, constraint=constraint)
 
 
 def continue_ids(
@@ -66,10 +71,11 @@ def _stream(
     *,
     chat: bool,
     chunk: int,
+    constraint: "Constraint | None" = None,
 ) -> Iterator[tuple[int, str]]:
     stops, spaced = (tokenizer.eos_id, *tokenizer.stop_ids), False
     if chat:  # the space with which answers begin is the template's, or the tokenizer's
         template = template_of(tokenizer)
         stops, spaced = template.stop_ids(tokenizer), template.spaced(tokenizer)
     texts = [TextStream(tokenizer, cfg.stop, drops_space=spaced) for _ in prompts]
-    return stream_text(decoder, params, prompts, texts, cfg, stop_ids=stops, chunk=chunk)
+    return stream_text(decoder, params, prompts, texts, cfg, stop_ids=stops, chunk=chunk, constraint=constraint)

@@ -15,7 +15,7 @@ prompts share random numbers; a caller that needs them independent numbers the r
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +27,14 @@ from gptjax.generation.sampling import SamplingParams, active, draw_ids, sample
 from gptjax.generation.text_stream import TextStream
 from gptjax.model.cache import empty_cache, grow, headroom, round_up_length
 from gptjax.model.decoder import Decoder, Params, extend, unstacked
-from gptjax.model.head import cap_and_mask
+from gptjax.model.head import MASKED, cap_and_mask
 from gptjax.ops.decoding import decode_dtype
 from gptjax.ops.linear import linear
 from gptjax.parallel.sharding import constrain, on_host, require_mesh, suffix
 from gptjax.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from gptjax.generation.constraint import Constraint
 
 DecodeState = dict[str, Any]
 
@@ -47,7 +50,13 @@ def generate(decoder: Decoder, params: Params, tokenizer: Tokenizer, cfg: Genera
 
 
 def stream(
-    decoder: Decoder, params: Params, tokenizer: Tokenizer, cfg: GenerateConfig, *, chunk: int = CHUNK
+    decoder: Decoder,
+    params: Params,
+    tokenizer: Tokenizer,
+    cfg: GenerateConfig,
+    *,
+    chunk: int = CHUNK,
+    constraint: "Constraint | None" = None,
 ) -> Iterator[tuple[int, str]]:
     """Yields (row, piece of its text) as the tokens come, at most `chunk` of them at a time.
 
@@ -60,7 +69,7 @@ def stream(
     spaced = tokenizer.decode_bytes(tokenizer.encode("x")).startswith(b" ")
     texts = [TextStream(tokenizer, cfg.stop, drops_space=spaced and not prompt) for prompt in cfg.prompt]
     stops = (tokenizer.eos_id, *tokenizer.stop_ids)
-    return stream_text(decoder, params, prompts, texts, cfg, stop_ids=stops, chunk=chunk)
+    return stream_text(decoder, params, prompts, texts, cfg, stop_ids=stops, chunk=chunk, constraint=constraint)
 
 
 def stream_text(
@@ -72,13 +81,15 @@ def stream_text(
     *,
     stop_ids: Sequence[int],
     chunk: int = CHUNK,
+    constraint: "Constraint | None" = None,
 ) -> Iterator[tuple[int, str]]:
     """Yields what `stream` does for prompts of ids, each with the TextStream that makes text of what continues it."""
     # Published models have rows of the embedding that no token of their tokenizer has: these are never drawn.
     decoder = decoder.clone(vocab_size=min([decoder.vocab_size, *(text.vocab_size for text in texts)]))
     finished: set[int] = set()
     left = [cfg.max_new_tokens] * len(prompts)
-    for news in stream_ids(decoder, params, prompts, cfg, stop_ids=stop_ids, chunk=chunk, finished=finished):
+    more: Any = {"stop_ids": stop_ids, "chunk": chunk, "finished": finished, "constraint": constraint}
+    for news in stream_ids(decoder, params, prompts, cfg, **more):
         for row, ids in enumerate(news):
             if row in finished:
                 continue
@@ -122,13 +133,15 @@ def stream_ids(
     copies: Sequence[int] = (),
     chunk: int = CHUNK,
     finished: set[int] | frozenset[int] = frozenset(),
+    constraint: "Constraint | None" = None,
 ) -> Iterator[list[list[int]]]:
     """Yields each row's new ids, at most `chunk` at a time, until every row has met a stop id or max_new_tokens.
 
     The caller may add to `finished`, between two yields, rows that need no more tokens; `copies` tells the random
-    numbers of rows apart (see the top of this file) where counting equal prompts will not do. Raises InputError where
-    a prompt is empty, holds an id outside the vocabulary, or leaves no room for max_new_tokens within the context,
-    and where params lie on several devices with no mesh set.
+    numbers of rows apart (see the top of this file) where counting equal prompts will not do. A constraint, whose end
+    ids are `stop_ids`, holds for the new ids of each row; tokens come one at a time then. Raises InputError where a
+    prompt is empty, holds an id outside the vocabulary, or leaves no room for max_new_tokens within the context, where
+    these are too few for the constraint, and where params lie on several devices with no mesh set.
     """
     if not prompts:
         return
@@ -149,15 +162,24 @@ def stream_ids(
     slots = round_up_length(min(length_B.max() + headroom(len(prompts)), most), decoder.context)
     state = prefill(decoder, params, prompt_BL, length_B, slots, "repetition_penalty" in settings)
     position_B, running_B = length_B - 1, ~np.isin(np.arange(len(prompts)), list(finished))
+    states = [constraint.start() for _ in prompts] if constraint else []
+    if constraint:
+        constraint.check(cfg.max_new_tokens, cfg.dotted("max_new_tokens"))
     while running_B.any():
         filled = position_B[running_B].max() + 1
         if filled == slots:
             slots = round_up_length(min(filled + headroom(len(prompts)), most), decoder.context)
             state = grow(state, slots)
-        n = np.int32(min(chunk, slots - filled))
+        n = np.int32(1 if constraint else min(chunk, slots - filled))
+        if constraint:
+            left_B = (rows["last_B"] - position_B).tolist()
+            rows["allowed_BV"] = constraint.masks(states, left_B, params["embed_VD"].shape[0])
         state = decode(decoder, params, state, rows, settings, seed, stops, ~running_B, n)
         tokens_BM, new_B, done_B = on_host([state[name] for name in ("tokens_BM", "position_B", "done_B")])
-        yield [row[a + 1 : b + 1].tolist() for row, a, b in zip(tokens_BM, position_B, new_B, strict=True)]
+        news = [row[a + 1 : b + 1].tolist() for row, a, b in zip(tokens_BM, position_B, new_B, strict=True)]
+        if constraint:
+            states = [constraint.advance(s, ids[0]) if ids else s for s, ids in zip(states, news)]
+        yield news
         position_B, running_B = new_B, ~(done_B | np.isin(np.arange(len(prompts)), list(finished)))
 
 
@@ -248,8 +270,9 @@ def decode(
     """Adds up to n tokens to every row that is not done; ends early where all are.
 
     `rows` holds what is constant: copy_B (see the top of this file) and last_B, the position of the last token that a
-    row may have. Each step feeds the row's last token (the prompt's last one, too: it costs one step and saves the
-    prefill its head), so the cache of the newest token is always still to be written.
+    row may have; for one step also allowed_BV, the ids that may be drawn. Each step feeds the row's last token (the
+    prompt's last one, too: it costs one step and saves the prefill its head), so the cache of the newest token is
+    always still to be written.
     """
     key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows["copy_B"])
     row_B = jnp.arange(len(key_B))
@@ -265,6 +288,8 @@ def decode(
         x_BLD, cache = extend(decoder, params, token_B[:, None], position_B[:, None], state["cache"])
         logits_BLV = linear(x_BLD, params, head="BLD,DV->BLV")
         logits_BV = cap_and_mask(logits_BLV, decoder.vocab_size, decoder.cfg.logit_softcap)[:, 0]
+        if "allowed_BV" in rows:
+            logits_BV = jnp.where(rows["allowed_BV"], logits_BV, MASKED)
         keys = jax.vmap(jax.random.fold_in)(key_B, position_B + 1)
         if "log_p_BM" in state:
             next_B, log_p_B = draw_ids(logits_BV, keys, settings["temperature"])
