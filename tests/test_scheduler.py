@@ -59,7 +59,7 @@ class Asked:
         self.updates: list[Update] = []
         self.ended, self.began = threading.Event(), threading.Event()
         self.sequence = Sequence(
-            ids, max_new_tokens=count, sampling=Sampling(**({"temperature": 0.0} | settings)), stop_ids=stop_ids,
+            ids, max_new_tokens=count, sampling=Sampling(**{"temperature": 0.0, **settings}), stop_ids=stop_ids,
             text=TextStream(TOKENIZER, stop), on_update=self.heard, **kept,
         )  # fmt: skip
 
@@ -102,8 +102,8 @@ def requests(count: int, seed: int = 0) -> list[Asked]:
     for n in range(count):
         ids = shared[: rng.choice([0, 16, 33, 40])] + [rng.randrange(256) for _ in range(rng.randint(1, 30))]
         hot = {"temperature": 0.9, "top_k": rng.choice([0, 20]), "top_p": rng.choice([1.0, 0.9]), "min_p": 0.01}
-        more = {"presence_penalty": 0.5, "frequency_penalty": 0.2} if n % 5 == 0 else {}
-        settings = hot if n % 2 else {}
+        more: dict[str, Any] = {"presence_penalty": 0.5, "frequency_penalty": 0.2} if n % 5 == 0 else {}
+        settings: dict[str, Any] = hot if n % 2 else {}
         some.append(Asked(ids, rng.randint(1, 20), seed=n, top_logprobs=n % 3, **settings, **more))
     return some
 
@@ -149,13 +149,13 @@ def test_scores_of_a_prompt_and_of_an_answer_are_the_models(model, scheduler):
         logits_LV = model.decoder.apply({"params": model.params}, x_BLD, method="logits")[0]
     log_p_LV = np.asarray(jax.nn.log_softmax(logits_LV))
     told = [*one.sequence.prompt_tokens[1:], *one.tokens]
-    assert one.sequence.prompt_tokens[0] is None and [t.id for t in told] == whole[0, 1:].tolist()
+    assert one.sequence.prompt_tokens[0] is None and [t and t.id for t in told] == whole[0, 1:].tolist()
     for at, token in enumerate(told):
         assert token.log_p == pytest.approx(log_p_LV[at, token.id], abs=2e-5)
         assert [i for i, _ in token.top] == np.argsort(-log_p_LV[at])[:3].tolist()
         assert [p for _, p in token.top] == pytest.approx(np.sort(log_p_LV[at])[:-4:-1], abs=2e-5)
     [read] = ask(scheduler, Asked(ids, 0, prompt_logprobs=True))
-    assert [t.log_p for t in read.sequence.prompt_tokens[1:]] == [t.log_p for t in told[: len(ids) - 1]]
+    assert [t and t.log_p for t in read.sequence.prompt_tokens[1:]] == [t.log_p for t in told[: len(ids) - 1]]
     assert (read.tokens, read.finish) == ([], "length")
     [embedded] = ask(scheduler, Asked(ids, 0, embed=True))
     mean_D = np.asarray(x_BLD[0, : len(ids)]).mean(axis=0)
