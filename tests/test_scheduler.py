@@ -16,7 +16,7 @@ from gptjax.config.section import InputError
 from gptjax.generation.engine import generate_ids
 from gptjax.generation.text_stream import TextStream
 from gptjax.model.decoder import Decoder, init_params
-from gptjax.parallel.sharding import make_mesh
+from gptjax.parallel.sharding import make_mesh, shardings
 from gptjax.serve.engine import draw_rows
 from gptjax.serve.scheduler import Scheduler
 from gptjax.serve.sequence import Busy, Sampling, Sequence, Token, Update
@@ -239,6 +239,31 @@ def test_a_failure_of_the_device_ends_those_who_run_and_serves_the_next(model):
     assert scheduler.stats.finished["error"] == 1
     scheduler.stop()
     assert not scheduler.healthy
+
+
+def test_a_context_is_what_the_model_reads_and_the_memory_holds(model, monkeypatch):
+    with pytest.raises(InputError, match=f"1 to {CONTEXT}"):
+        Scheduler(model, slots=2, context=CONTEXT + 1)
+    assert Scheduler(model, slots=2).context == CONTEXT
+    a_token = 2 * 2 * 2 * 8 * 4  # keys and values of two layers, two heads of 8 numbers
+    monkeypatch.setattr("gptjax.serve.engine.host_memory", lambda: (0, 2 * 4 * 50 * a_token))
+    assert Scheduler(model, slots=4).context == 50
+    with pytest.raises(InputError, match="1 to 50"):
+        Scheduler(model, slots=4, context=51)
+
+
+@pytest.mark.slow
+def test_a_mesh_answers_as_one_device_does(model):
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
+    placed = shardings(jax.eval_shape(lambda: model.params), mesh)
+    there = SimpleNamespace(**{**vars(model), "mesh": mesh, "params": jax.device_put(model.params, placed)})
+    scheduler = opened(there)
+    prompts = [[1, 2, 3], list(range(60, 100)), [7]]
+    with jax.set_mesh(model.mesh):
+        cfg = GenerateConfig(prompt=("",) * 3, max_new_tokens=12, temperature=0.0)
+        wanted = generate_ids(model.decoder, model.params, prompts, cfg)
+    assert [one.ids for one in ask(scheduler, *(Asked(ids, stop_ids=()) for ids in prompts))] == wanted
+    scheduler.stop()
 
 
 def test_settings_of_a_row_are_its_own():

@@ -30,6 +30,7 @@ from gptjax.ops.decoding import decode_dtype
 from gptjax.ops.linear import linear
 from gptjax.parallel.sharding import constrain, on_host, require_mesh, suffix
 from gptjax.runs.load import LoadedModel
+from gptjax.runtime.hardware import host_memory
 
 PIECE = 8  # tokens of a call of the decode loop at the most
 TOP = 20  # likeliest ids that are told with a token at the most, as the OpenAI API has it
@@ -163,6 +164,15 @@ class Engine:
         )  # fmt: skip
         self.state = state
         return Drawn(*on_host([out[name] for name in Drawn._fields]))
+
+
+def most_length(decoder: Decoder, slots: int) -> int:
+    """Tokens that each of so many rows can hold where all keys and values take half of the memory that is free."""
+    cfg, device = decoder.cfg, jax.local_devices()[0]
+    stats = device.memory_stats() or {}
+    free = stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else host_memory()[1]
+    token = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_size * jnp.dtype(decode_dtype(cfg.dtype)).itemsize
+    return free // 2 // (token * slots)
 
 
 def empty_state(decoder: Decoder, params: Params, slots: int, length: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import numpy as np
 
 from gptjax.config.section import InputError
 from gptjax.runs.load import LoadedModel
-from gptjax.serve.engine import PIECE, SETTINGS, STOPS, Engine
+from gptjax.serve.engine import PIECE, SETTINGS, STOPS, Engine, most_length
 from gptjax.serve.sequence import Busy, Sequence, Stats, Token, Update, check_sequence
 
 STEPS = 4  # tokens of a row between two looks at who came and who went
@@ -40,8 +40,9 @@ class _Slot:
 class Scheduler:
     """Answers sequences with a model, on a thread of its own.
 
-    `context` is how many tokens a prompt and its answer may have together (0: as many as the model reads). Memory is
-    slots x context keys and values. See `Engine` for the rest.
+    `context` is how many tokens a prompt and its answer may have together (0: as many as the model reads and half of
+    the free memory holds); memory is slots x context keys and values. See `Engine` for the rest. Raises InputError
+    where they do not fit.
     """
 
     def __init__(
@@ -54,9 +55,13 @@ class Scheduler:
         max_waiting: int = 64,
         batch_invariant: bool = False,
     ):
-        if context > model.decoder.context:
-            raise InputError(f"context={context}: wanted at most {model.decoder.context}, which the model reads")
-        self.model, self.context = model, context or model.decoder.context
+        reads, fits = model.decoder.context, most_length(model.decoder, slots)
+        if context > reads or (context or 1) > fits:
+            raise InputError(
+                f"context={context} of {slots} slots: wanted 1 to {min(reads, fits):,}: the model reads {reads:,}, and "
+                f"keys and values of {fits:,} a slot take half of the free memory; set fewer --slots or less --context"
+            )
+        self.model, self.context = model, context or min(reads, fits)
         self.max_waiting, self.stats = max_waiting, Stats(slots=slots)
         self._make = {"slots": slots, "length": self.context, "chunk": min(prefill_chunk, self.context),
                       "batch_invariant": batch_invariant}  # fmt: skip
