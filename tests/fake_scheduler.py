@@ -20,6 +20,7 @@ def fake_model(template: str = "llama2", context: int = CONTEXT) -> Any:
     """All that the server reads of a model, and no weights."""
     tokenizer = BytesTokenizer()
     tokenizer.template = template
+    tokenizer.specials = tokenizer.specials | {"<|im_start|>": 256, "<|im_end|>": 257}
     return SimpleNamespace(
         tokenizer=tokenizer, step=7, run=SimpleNamespace(folder=Path("runs/fake")),
         decoder=SimpleNamespace(vocab_size=tokenizer.vocab_size, context=context),
@@ -98,7 +99,7 @@ class FakeScheduler:
     def _admit(self, sequence: Sequence) -> None:
         ids = self.model.tokenizer.encode(self.text[sequence.sampling.copy :])
         ends = [self.model.tokenizer.eos_id] if sequence.stop_ids else []
-        endless = itertools.cycle(ids) if not sequence.stop_ids else iter([*ids, *ends])
+        endless = iter([*ids, *ends]) if sequence.stop_ids else itertools.cycle(ids or [self.model.tokenizer.eos_id])
         self._running[sequence] = itertools.islice(endless, sequence.max_new_tokens), itertools.count()
         sequence.reused = 2
         if sequence.prompt_logprobs:
@@ -130,8 +131,8 @@ class FakeScheduler:
 
 def fake_service(text: str = "Hello", template: str = "llama2", **settings: Any) -> Service:
     """A service whose scheduler is a fake that has been started."""
-    model = fake_model(template)
     cfg = ServeConfig(**{"slots": 4, "max_waiting": 8, "timeout": 5.0, "drain": 5.0} | settings)
+    model = fake_model(template, cfg.context or CONTEXT)
     scheduler = FakeScheduler(model, text=text, slots=cfg.slots, max_waiting=cfg.max_waiting)
     service = Service(model, cfg, scheduler)  # pyright: ignore[reportArgumentType]
     scheduler.start()

@@ -3,7 +3,7 @@
 import asyncio
 import codecs
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from typing import Any, NamedTuple
 
 from starlette.responses import Response
@@ -140,13 +140,21 @@ class ScoredToken(NamedTuple):
 class TokenOffsets:
     """Tokens with their offsets: the texts of their bytes, joined, are the text, but for an end that was cut off."""
 
-    def __init__(self, tokenizer: Tokenizer, start: int = 0, *, drops_space: bool = False):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        start: int = 0,
+        *,
+        drops_space: bool = False,
+        marks: Mapping[int, str] | None = None,
+    ):
         self._tokenizer, self._at, self._drop_space = tokenizer, start, drops_space
+        self._marks = {i: text.encode() for i, text in (marks or {}).items()}
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, token_id: int, log_p: float | None, top: list[tuple[int, float]]) -> ScoredToken:
         """The next token."""
-        raw = self._tokenizer.decode_bytes([token_id])
+        raw = self._marks.get(token_id) or self._tokenizer.decode_bytes([token_id])
         if raw and self._drop_space:
             raw, self._drop_space = raw.removeprefix(b" "), False
         offset = self._at
@@ -186,16 +194,18 @@ class Reply:
     never do: joined, they are the text. Without, all that were drawn come at once.
     """
 
-    def __init__(self, index: int, tokenizer: Tokenizer, *, start: int, drops_space: bool, trims: bool):
-        self.index, self._trims = index, trims
+    def __init__(self, index: int, offsets: TokenOffsets, ends: Collection[int], *, trims: bool):
+        self.index, self._offsets, self._ends, self._trims = index, offsets, ends, trims
         self.text, self.finish, self.tokens, self.num_tokens = "", "", [], 0
-        self._offsets = TokenOffsets(tokenizer, start, drops_space=drops_space)
+        self.shown = 0
+        """Characters of the text that a stream has sent."""
         self._held: list[ScoredToken] = []
 
     def take(self, update: Update) -> ReplyPiece:
         """The piece that an update adds."""
         self.text += update.text
-        self.finish = update.finish
+        ended = update.finish == "length" and update.tokens and update.tokens[-1].id in self._ends
+        self.finish = "stop" if ended else update.finish
         self.num_tokens += len(update.tokens)
         self._held += [self._offsets.add(token.id, token.log_p, token.top) for token in update.tokens]
         n = len(self._held)
@@ -203,7 +213,7 @@ class Reply:
             n = sum(1 for token in self._held if token.offset < len(self.text))
         new, self._held = self._held[:n], self._held[n:]
         self.tokens += new
-        return ReplyPiece(self.index, update.text, new, update.finish)
+        return ReplyPiece(self.index, update.text, new, self.finish)
 
 
 def prompt_scores(tokenizer: Tokenizer, ids: list[int], tokens: list[Token | None]) -> list[ScoredToken]:

@@ -4,7 +4,7 @@ import asyncio
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -17,6 +17,7 @@ from gptjax.serve.answers import (
     ReplyPiece,
     ScoredToken,
     Submission,
+    TokenOffsets,
     answer_room,
     checked_prompt,
     prompt_scores,
@@ -26,6 +27,7 @@ from gptjax.serve.guard import read_body
 from gptjax.serve.protocol import ApiError, ChatRequest, CompletionRequest, SampledRequest, parse_request
 from gptjax.serve.scheduler import Sampling  # pyright: ignore[reportMissingImports]
 from gptjax.serve.service import Service
+from gptjax.tokenizer.tool_calls import begins_call, parse_calls
 
 SHORT = 16  # tokens that continue a prompt where a request does not say, as OpenAI has it
 
@@ -50,22 +52,36 @@ class Form:
             "system_fingerprint": service.fingerprint, "seed": self.seed,
         }  # fmt: skip
 
-    def add(self, ids: list[int], *, chat: bool, default: int, wanted: int | None, start: int = 0, **scores: Any):
+    def add(
+        self,
+        ids: list[int],
+        *,
+        chat: bool,
+        default: int,
+        wanted: int | None,
+        start: int = 0,
+        marks: Mapping[int, str] | None = None,
+        **more: Any,
+    ) -> None:
         """Sequences for n answers to a prompt; equal prompts of a request draw different random numbers."""
         service, asked = self.service, self.asked
         most = answer_room(len(ids), wanted, default, service.context, self.where)
-        # Of one token nothing is left to stop, and clients that score texts expect it in any case.
-        stop_ids = () if asked.ignore_eos or most == 1 else service.stop_ids(chat=chat)
+        # A single token is kept also where it ends the text: clients that score texts expect one.
+        ends = () if asked.ignore_eos else service.stop_ids(chat=chat)
         for _ in range(asked.n or 1):
             drops_space = service.drops_space(ids, chat=chat)
-            text = service.text_stream(asked.stop or (), chat=chat, drops_space=drops_space)
-            self.answers.append(
-                Reply(len(self.answers), self.tokenizer, start=start, drops_space=drops_space, trims=chat)
-            )
+            text = service.text_stream(asked.stop or (), chat=chat, drops_space=drops_space, marks=marks)
+            offsets = TokenOffsets(self.tokenizer, start, drops_space=drops_space, marks=marks)
+            self.answers.append(Reply(len(self.answers), offsets, ends, trims=chat))
             copy = sum(ids == prompt for prompt in self.prompts)
             self.prompts.append(ids)
             self.job.add(
-                ids, max_new_tokens=most, sampling=self._sampling(copy), stop_ids=stop_ids, text=text, **scores
+                ids,
+                max_new_tokens=most,
+                sampling=self._sampling(copy),
+                stop_ids=() if most == 1 else ends,
+                text=text,
+                **more,
             )
         if len(self.answers) > service.most_sequences:
             got = f"the request asks for at least {len(self.answers)} answers at once"
@@ -206,17 +222,39 @@ class Chat(Form):
         wanted = asked.max_completion_tokens or asked.max_tokens
         if wanted == 0:
             raise ApiError(400, "max_tokens=0: wanted at least 1 for an answer", param="max_tokens")
-        self.add(ids, chat=True, default=service.context, wanted=wanted, top_logprobs=asked.top_logprobs or 0)
+        self._has_tools = bool(asked.offered)
+        self.add(
+            ids, chat=True, default=service.context, wanted=wanted, marks=service.marks if self._has_tools else None,
+            top_logprobs=asked.top_logprobs or 0,
+        )  # fmt: skip
 
     def first(self) -> Iterator[dict[str, Any]]:
         for answer in self.answers:
             yield self._delta(answer.index, {"role": "assistant", "content": ""})
 
     def deltas(self, answer: Reply, piece: ReplyPiece) -> Iterator[dict[str, Any]]:
-        if piece.text or piece.tokens:
-            yield self._delta(piece.index, {"content": piece.text}, tokens=piece.tokens)
-        if piece.finish:
-            yield self._delta(piece.index, {}, finish=piece.finish)
+        text, finish, calls = piece.text, piece.finish, []
+        if self._has_tools:  # nothing is shown that may become part of a call
+            kept, calls, finish = self._parsed(answer) if finish else (answer.text, [], "")
+            end = len(kept) if finish else len(kept[: begins_call(kept)].rstrip())
+            text = kept.removeprefix(answer.text[: answer.shown].strip()) if calls else kept[answer.shown : end]
+            answer.shown = max(answer.shown, end)
+        if text or piece.tokens:
+            yield self._delta(piece.index, {"content": text}, tokens=piece.tokens)
+        for i, call in enumerate(calls):
+            yield self._delta(piece.index, {"tool_calls": [{"index": i} | call]})
+        if finish:
+            yield self._delta(piece.index, {}, finish=finish)
+
+    def _parsed(self, answer: Reply) -> tuple[str, list[dict[str, Any]], str]:
+        """The text of a whole answer without its calls, these in OpenAI's form, and why it ended."""
+        if not self._has_tools:
+            return answer.text, [], answer.finish
+        text, calls = parse_calls(answer.text)
+        if self.asked.parallel_tool_calls is False:
+            calls = calls[:1]
+        finish = "tool_calls" if calls and answer.finish == "stop" else answer.finish
+        return text, [call.as_openai() for call in calls], finish
 
     def _delta(
         self, index: int, delta: dict[str, Any], *, tokens: list[ScoredToken] | None = None, finish: str = ""
@@ -225,10 +263,13 @@ class Chat(Form):
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish or None}
 
     def choice(self, answer: Reply) -> dict[str, Any]:
-        message = {"role": "assistant", "content": answer.text, "refusal": None}
+        text, calls, finish = self._parsed(answer)
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message |= {"content": text or None, "tool_calls": calls}
         return {
             "index": answer.index, "message": message, "logprobs": self._logprobs(answer.tokens),
-            "finish_reason": answer.finish,
+            "finish_reason": finish,
         }  # fmt: skip
 
     def _logprobs(self, tokens: list[ScoredToken]) -> dict[str, Any] | None:
@@ -285,5 +326,5 @@ async def chat_completions(request: Request) -> Response:
     asked = parse_request(ChatRequest, await read_body(request, service.cfg))
     check_model(service, asked.model)
     messages = [message.plain(i) for i, message in enumerate(asked.messages)]
-    ids = await run_in_threadpool(service.render, messages)
+    ids = await run_in_threadpool(service.render, messages, True, asked.offered)
     return await Chat(service, asked, ids).respond(request)

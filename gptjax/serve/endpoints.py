@@ -69,7 +69,8 @@ async def tokenize(request: Request) -> Response:
         raise ApiError(400, "wanted either prompt, a text, or messages", param="prompt", code="invalid_value")
     if asked.messages is not None:
         messages = [message.plain(i) for i, message in enumerate(asked.messages)]
-        ids = await run_in_threadpool(service.render, messages, asked.add_generation_prompt is not False)
+        tools = [tool.model_dump(exclude_none=True) for tool in asked.tools or []]
+        ids = await run_in_threadpool(service.render, messages, asked.add_generation_prompt is not False, tools)
     else:
         encode = tokenizer.encode if asked.add_special_tokens is False else tokenizer.prompt_ids
         ids = await run_in_threadpool(encode, asked.prompt or "")

@@ -309,6 +309,13 @@ class ChatRequest(SampledRequest):
     tools: Tools | None = None
     tool_choice: Annotated[str, BeforeValidator(_tool_choice)] | None = None
     parallel_tool_calls: bool | None = None
+    """False: of several calls the first."""
+
+    @property
+    def offered(self) -> list[dict[str, Any]]:
+        """The tools that the model is told of, as templates read them: none with tool_choice none."""
+        tools = [] if self.tool_choice == "none" else self.tools or []
+        return [tool.model_dump(exclude_none=True) for tool in tools]
 
 
 class EmbeddingRequest(Request):

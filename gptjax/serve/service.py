@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from gptjax.serve.scheduler import Scheduler  # pyright: ignore[reportMissingImp
 from gptjax.serve.session import Renderer, Transcript
 from gptjax.tokenizer import set_template
 from gptjax.tokenizer.known_templates import template_of
-from gptjax.tokenizer.templates import Message
+from gptjax.tokenizer.templates import Message, Template
+from gptjax.tokenizer.tool_calls import ToolSpec
 
 
 class Service:
@@ -66,21 +67,34 @@ class Service:
             return [{"role": "system", "content": self.cfg.system}, *messages]
         return list(messages)
 
-    def render(self, messages: Sequence[Message], answer: bool = True) -> list[int]:
-        """The ids of a conversation up to where an answer begins, or without one; raises InputError for a bad one."""
-        conversation = self.conversation(messages)
-        if isinstance(self.renderer, Transcript):
-            _check_transcript(conversation)
-        return self.renderer.render(self.tokenizer, conversation, add_generation_prompt=answer)[0]
+    def render(self, messages: Sequence[Message], answer: bool = True, tools: Sequence[ToolSpec] = ()) -> list[int]:
+        """The ids of a conversation up to where an answer begins, or without one; raises InputError for a bad one.
+
+        `tools` are those that the model is told of.
+        """
+        conversation, renderer = self.conversation(messages), self.renderer
+        if isinstance(renderer, Template):
+            return renderer.render(self.tokenizer, conversation, answer, tools)[0]
+        if tools:
+            raise InputError("tools: this run has no chat template, in which a model is told of them; see --template")
+        _check_transcript(conversation)
+        return renderer.render(self.tokenizer, conversation)[0]
+
+    @property
+    def marks(self) -> dict[int, str]:
+        """The special tokens around calls of tools, by id: in an answer that may have calls they are text."""
+        return self.renderer.marks(self.tokenizer) if isinstance(self.renderer, Template) else {}
 
     def drops_space(self, ids: Sequence[int], *, chat: bool) -> bool:
         """True where an answer, or what continues these ids, begins with a space that is no part of its text."""
         return self._answers_spaced if chat else self._spaced and list(ids) == [self.tokenizer.bos_id]
 
-    def text_stream(self, stop: Sequence[str], *, chat: bool, drops_space: bool) -> TextStream:
+    def text_stream(
+        self, stop: Sequence[str], *, chat: bool, drops_space: bool, marks: Mapping[int, str] | None = None
+    ) -> TextStream:
         """The text of an answer, or of what continues a prompt, up to the stop texts."""
         stops = (*stop, *(Transcript.STOP if chat and isinstance(self.renderer, Transcript) else ()))
-        return TextStream(self.tokenizer, stops, drops_space=drops_space)
+        return TextStream(self.tokenizer, stops, drops_space=drops_space, marks=marks)
 
     def stop_ids(self, *, chat: bool) -> tuple[int, ...]:
         """The ids that end an answer, or a text."""
