@@ -7,8 +7,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from gptjax.serve.sequence import Busy, Sequence, Token, Update
+
 from gptjax.config.serving import ServeConfig
-from gptjax.serve.scheduler import Busy, Sequence, Token, Update
 from gptjax.serve.service import Service
 from gptjax.tokenizer import BytesTokenizer
 
@@ -97,7 +98,12 @@ class FakeScheduler:
                 self._count()
 
     def _admit(self, sequence: Sequence) -> None:
-        ids = self.model.tokenizer.encode(self.text[sequence.sampling.copy :])
+        self.stats.prefills += 1
+        ids = (
+            self._shortest(sequence)
+            if sequence.constraint
+            else self.model.tokenizer.encode(self.text[sequence.sampling.copy :])
+        )
         ends = [self.model.tokenizer.eos_id] if sequence.stop_ids else []
         endless = iter([*ids, *ends]) if sequence.stop_ids else itertools.cycle(ids or [self.model.tokenizer.eos_id])
         self._running[sequence] = itertools.islice(endless, sequence.max_new_tokens), itertools.count()
@@ -107,6 +113,14 @@ class FakeScheduler:
             sequence.prompt_tokens = [None, *(Token(i, -1.0, top) for i in sequence.ids[1:])]
         if sequence.embed:
             sequence.embedding = [3.0, 4.0]
+
+    def _shortest(self, sequence: Sequence) -> list[int]:
+        """The first of the ids that the constraint allows, up to the end."""
+        state, ids, left = sequence.constraint.start(), [], sequence.max_new_tokens
+        while not sequence.constraint.finished(state):
+            ids.append(int(sequence.constraint.allowed(state, left).argmax()))
+            state, left = sequence.constraint.advance(state, ids[-1]), left - 1
+        return ids
 
     def _step(self, sequence: Sequence) -> None:
         if self.fails:

@@ -29,7 +29,7 @@ TINY = {
     "data.batch_size": 4, "data.source": "text.txt", "tokenizer.kind": "bytes", "tokenizer.vocab_size": 258,
     "evaluate.max_rows": 8, "generate.max_new_tokens": 4, "sinks": (), "model.dtype": "float32",
 }  # fmt: skip
-OTHERS = ("export", "printf", "tensorboard", "pre-commit")
+OTHERS = ("export", "printf", "tensorboard", "pre-commit", "curl", "lm_eval")
 
 
 @dataclass(frozen=True)

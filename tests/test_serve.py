@@ -218,6 +218,47 @@ def test_calls_of_tools_are_returned_and_never_shown_as_text(text):
     assert deltas[-1]["finish_reason"] == choice["finish_reason"] == "tool_calls"
 
 
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
+
+
+def test_answers_of_a_form_have_it():
+    """The fake writes the first id that may come, over and over."""
+    with serving(fake_service("x", context=2048)) as url, httpx.Client(base_url=url) as client:
+        for form in ({"type": "json_object"}, {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}):
+            asked = {"messages": USER, "response_format": form, "max_tokens": 30}
+            text = post(client, "/v1/chat/completions", **asked)["choices"][0]["message"]["content"]
+            assert isinstance(json.loads(text), dict) and ("a" in text) == ("json_schema" in form)
+        said = post(client, "/v1/completions", prompt="x", guided_choice=["yes", "yesterday"])["choices"][0]
+        assert said["text"] == "yes"
+        tools = [{"type": "function", "function": {"name": name, "parameters": SCHEMA}} for name in ("f", "g")]
+        asked = {"messages": USER, "tools": tools, "max_tokens": 60}
+        named = {"type": "function", "function": {"name": "g"}}
+        for choice, names in (("required", "fg"), (named, "g")):
+            said = post(client, "/v1/chat/completions", **asked, tool_choice=choice)["choices"][0]
+            got = events(client, "/v1/chat/completions", **asked, tool_choice=choice)
+            [call] = said["message"]["tool_calls"]
+            [streamed] = [c for e in got for c in e["choices"][0]["delta"].get("tool_calls", [])]
+            assert call["function"]["name"] in names and call["function"] == streamed["function"]
+            assert set(json.loads(call["function"]["arguments"])) == {"a"} and said["message"]["content"] is None
+            assert said["finish_reason"] == got[-1]["choices"][0]["finish_reason"] == "tool_calls"
+            assert not any(e["choices"][0]["delta"].get("content") for e in got)
+        refused = {
+            "tool_choice": {"tool_choice": {"type": "function", "function": {"name": "h"}}, "tools": tools},
+            "response_format": {"response_format": {"type": "json_schema"}},
+            "ignore_eos": {"response_format": {"type": "json_object"}, "ignore_eos": True},
+        }  # fmt: skip
+        for param, body in refused.items():
+            assert post(client, "/v1/chat/completions", 400, messages=USER, **body)["param"] == param
+        both = {"response_format": {"type": "json_object"}, "tools": tools}
+        assert "one form" in post(client, "/v1/chat/completions", 400, messages=USER, **both)["message"]
+        short = {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}, "max_tokens": 3}
+        assert "at least" in post(client, "/v1/chat/completions", 400, messages=USER, **short)["message"]
+        odd = {"type": "json_schema", "json_schema": {"schema": {"type": "colour"}}}
+        assert (
+            post(client, "/v1/chat/completions", 400, messages=USER, response_format=odd)["param"] == "response_format"
+        )
+
+
 def test_a_prompt_that_does_not_fit_is_refused_with_both_numbers_and_an_answer_is_cut_only_where_it_may(api):
     error = post(api, "/v1/completions", 400, prompt="x" * 300)
     assert error["code"] == "context_length_exceeded" and "256" in error["message"] and "301" in error["message"]

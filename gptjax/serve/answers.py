@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 from gptjax.config.section import InputError, one_line
 from gptjax.serve.guard import Gone, disconnected
 from gptjax.serve.protocol import ApiError
-from gptjax.serve.scheduler import Busy, Sequence, Token, Update  # pyright: ignore[reportMissingImports]
+from gptjax.serve.sequence import Busy, Sequence, Token, Update
 from gptjax.serve.service import Service
 from gptjax.tokenizer import Tokenizer
 

@@ -11,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from gptjax.generation.constraint import Constraint
 from gptjax.serve.answers import (
     EventStream,
     Reply,
@@ -23,11 +24,12 @@ from gptjax.serve.answers import (
     prompt_scores,
     token_name,
 )
+from gptjax.serve.constrained import constraint_of
 from gptjax.serve.guard import read_body
 from gptjax.serve.protocol import ApiError, ChatRequest, CompletionRequest, SampledRequest, parse_request
-from gptjax.serve.scheduler import Sampling  # pyright: ignore[reportMissingImports]
+from gptjax.serve.sequence import Sampling
 from gptjax.serve.service import Service
-from gptjax.tokenizer.tool_calls import begins_call, parse_calls
+from gptjax.tokenizer.tool_calls import CLOSE, OPEN, begins_call, parse_calls
 
 SHORT = 16  # tokens that continue a prompt where a request does not say, as OpenAI has it
 
@@ -37,8 +39,8 @@ class Form:
 
     kind, chunk_kind, prefix, where = "", "", "", "prompt"
 
-    def __init__(self, service: Service, asked: SampledRequest):
-        self.service, self.asked = service, asked
+    def __init__(self, service: Service, asked: SampledRequest, constraint: Constraint | None):
+        self.service, self.asked, self._constraint = service, asked, constraint
         self.tokenizer, self.job = service.tokenizer, Submission(service)
         self.answers: list[Reply] = []
         self.prompts: list[list[int]] = []
@@ -66,6 +68,8 @@ class Form:
         """Sequences for n answers to a prompt; equal prompts of a request draw different random numbers."""
         service, asked = self.service, self.asked
         most = answer_room(len(ids), wanted, default, service.context, self.where)
+        if self._constraint:
+            self._constraint.check(most, "max_tokens")
         # A single token is kept also where it ends the text: clients that score texts expect one.
         ends = () if asked.ignore_eos else service.stop_ids(chat=chat)
         for _ in range(asked.n or 1):
@@ -81,6 +85,7 @@ class Form:
                 sampling=self._sampling(copy),
                 stop_ids=() if most == 1 else ends,
                 text=text,
+                constraint=self._constraint,
                 **more,
             )
         if len(self.answers) > service.most_sequences:
@@ -156,8 +161,14 @@ class Completion(Form):
 
     kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
 
-    def __init__(self, service: Service, asked: CompletionRequest, prompts: Sequence[tuple[list[int], str]]):
-        super().__init__(service, asked)
+    def __init__(
+        self,
+        service: Service,
+        asked: CompletionRequest,
+        prompts: Sequence[tuple[list[int], str]],
+        constraint: Constraint | None,
+    ):
+        super().__init__(service, asked, constraint)
         self.asked: CompletionRequest = asked
         self._echo: list[str] = []
         scores = {} if asked.logprobs is None else {"top_logprobs": asked.logprobs}
@@ -214,8 +225,8 @@ class Chat(Form):
 
     kind, chunk_kind, prefix, where = "chat.completion", "chat.completion.chunk", "chatcmpl", "messages"
 
-    def __init__(self, service: Service, asked: ChatRequest, ids: list[int]):
-        super().__init__(service, asked)
+    def __init__(self, service: Service, asked: ChatRequest, ids: list[int], constraint: Constraint | None):
+        super().__init__(service, asked, constraint)
         self.asked: ChatRequest = asked
         if asked.top_logprobs is not None and not asked.logprobs:
             raise ApiError(400, "top_logprobs: wanted logprobs true with it", param="top_logprobs")
@@ -250,10 +261,14 @@ class Chat(Form):
         """The text of a whole answer without its calls, these in OpenAI's form, and why it ended."""
         if not self._has_tools:
             return answer.text, [], answer.finish
-        text, calls = parse_calls(answer.text)
+        # A call that was asked for stands without the marks around it.
+        bare = self._constraint is not None
+        text, calls = parse_calls(f"{OPEN}{answer.text}{CLOSE}" if bare else answer.text)
+        if bare and not calls:  # Llama's form has no marks
+            text, calls = parse_calls(answer.text)
         if self.asked.parallel_tool_calls is False:
             calls = calls[:1]
-        finish = "tool_calls" if calls and answer.finish == "stop" else answer.finish
+        finish = "tool_calls" if calls and (bare or answer.finish == "stop") else answer.finish
         return text, [call.as_openai() for call in calls], finish
 
     def _delta(
@@ -300,7 +315,8 @@ async def completions(request: Request) -> Response:
     asked = parse_request(CompletionRequest, await read_body(request, service.cfg))
     check_model(service, asked.model)
     prompts = await run_in_threadpool(prompt_ids, service, asked.prompt)
-    return await Completion(service, asked, prompts).respond(request)
+    constraint = await run_in_threadpool(constraint_of, service, asked, chat=False, spaced=False)
+    return await Completion(service, asked, prompts, constraint).respond(request)
 
 
 def prompt_ids(service: Service, prompts: Sequence[str | list[int]]) -> list[tuple[list[int], str]]:
@@ -327,4 +343,6 @@ async def chat_completions(request: Request) -> Response:
     check_model(service, asked.model)
     messages = [message.plain(i) for i, message in enumerate(asked.messages)]
     ids = await run_in_threadpool(service.render, messages, True, asked.offered)
-    return await Chat(service, asked, ids).respond(request)
+    spaced = service.drops_space(ids, chat=True)
+    constraint = await run_in_threadpool(constraint_of, service, asked, chat=True, spaced=spaced)
+    return await Chat(service, asked, ids, constraint).respond(request)

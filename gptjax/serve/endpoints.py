@@ -14,7 +14,7 @@ from gptjax.serve.answers import Submission, answer_room, checked_prompt, draini
 from gptjax.serve.completions import check_model, prompt_ids
 from gptjax.serve.guard import is_loopback, read_body
 from gptjax.serve.protocol import ApiError, DetokenizeRequest, EmbeddingRequest, TokenizeRequest, parse_request
-from gptjax.serve.scheduler import Sampling  # pyright: ignore[reportMissingImports]
+from gptjax.serve.sequence import Sampling
 from gptjax.serve.service import Service
 
 

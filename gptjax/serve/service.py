@@ -11,7 +11,7 @@ from gptjax.config.serving import ServeConfig
 from gptjax.generation.text_stream import TextStream
 from gptjax.parallel.processes import working
 from gptjax.runs.load import LoadedModel, load_model, open_checkpoints
-from gptjax.serve.scheduler import Scheduler  # pyright: ignore[reportMissingImports]
+from gptjax.serve.scheduler import Scheduler
 from gptjax.serve.session import Renderer, Transcript
 from gptjax.tokenizer import set_template
 from gptjax.tokenizer.known_templates import template_of
