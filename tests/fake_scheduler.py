@@ -7,9 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from gptjax.serve.sequence import Busy, Sequence, Token, Update
-
 from gptjax.config.serving import ServeConfig
+from gptjax.serve.sequence import Busy, Sequence, Token, Update
 from gptjax.serve.service import Service
 from gptjax.tokenizer import BytesTokenizer
 
@@ -38,7 +37,7 @@ class FakeScheduler:
         self.model, self.context, self.text, self.chunk, self.seconds = model, model.decoder.context, text, chunk, 0.0
         self.max_waiting, self.fails, self.submitted = max_waiting, "", []
         self._lock, self._waiting, self._running, self._ends = threading.Lock(), [], {}, False
-        self._draining = False
+        self._draining, self.healthy = False, True
         self.stats = SimpleNamespace(
             prompt_tokens=0, reused_tokens=0, generated_tokens=0, prefills=0, prefill_seconds=0.0, decode_chunks=0,
             decode_seconds=0.0, running=0, waiting=0, slots=slots, finished=dict.fromkeys(FINISHES, 0),

@@ -1,5 +1,6 @@
 """Laws of a served model: its text is that of the terminal and of generate, its scores those of the evaluation."""
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -10,16 +11,19 @@ import httpx
 import jax
 import pytest
 from commands import GPTJAX, environment
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from serving import serving
 
 from gptjax.cli import main
-from gptjax.config import DataConfig, GenerateConfig, ModelConfig, TokenizerConfig, TrainConfig
+from gptjax.config import DataConfig, GenerateConfig, MeshConfig, ModelConfig, TokenizerConfig, TrainConfig
 from gptjax.config.section import leaves
 from gptjax.config.serving import ServeConfig
 from gptjax.evals.score import Scorer
 from gptjax.model.decoder import init_params, make_decoder
+from gptjax.parallel.sharding import make_mesh
 from gptjax.runs.checkpoint import Checkpoints
-from gptjax.runs.load import load_model
+from gptjax.runs.load import LoadedModel, load_model
 from gptjax.runs.run import Run
 from gptjax.serve.service import Service
 from gptjax.serve.session import Session
@@ -50,6 +54,12 @@ def make(folder: Path) -> tuple[Run, TrainConfig]:
     return run, config
 
 
+def alone(model: LoadedModel) -> LoadedModel:
+    """The model on one of the devices, for which programs compile faster."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    return dataclasses.replace(model, mesh=mesh, params=jax.device_put(model.params, NamedSharding(mesh, P())))
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> tuple[Run, TrainConfig]:
     return make(tmp_path_factory.mktemp("served") / "run")
@@ -58,7 +68,7 @@ def run(tmp_path_factory) -> tuple[Run, TrainConfig]:
 @pytest.fixture(scope="module")
 def served(run, compile_cache):
     """A client of a server of the run, and the service."""
-    service = Service(load_model(run[0].folder, None), ServeConfig(slots=4, max_waiting=32))
+    service = Service(alone(load_model(run[0].folder, None)), ServeConfig(slots=4, max_waiting=32))
     service.scheduler.start()
     with serving(service) as url, httpx.Client(base_url=url, timeout=60) as client:
         yield client, service
@@ -73,7 +83,7 @@ def said(client, path, **body):
 
 def test_server_terminal_and_generate_give_the_same_text(served, run, capsys):
     client, _ = served
-    model = load_model(run[0].folder, None)
+    model = alone(load_model(run[0].folder, None))
     for temperature, seed in ((0, 0), (0.7, 5)):
         ask = {"temperature": temperature, "seed": seed, "max_tokens": 20}
         answer = said(client, "/v1/chat/completions", messages=[{"role": "user", "content": "abc"}], **ask)
@@ -90,18 +100,23 @@ def test_echo_scores_a_prompt_as_the_evaluation_does(served):
     client, service = served
     text = "to be, or not to be, 你好"
     ids = service.tokenizer.prompt_ids(text)
-    answer = said(client, "/v1/completions", prompt=[ids, text], echo=True, logprobs=1, max_tokens=1, temperature=0)
+    ask = {"echo": True, "logprobs": 1, "temperature": 0}
+    choices = [
+        choice
+        for prompt in ([ids], text)
+        for choice in said(client, "/v1/completions", prompt=prompt, max_tokens=1, **ask)["choices"]
+    ]
     scorer = Scorer(service.model.decoder, service.model.params, service.model.mesh)
     [wanted] = scorer.loglikelihoods([(ids[:1], ids[1:])])
-    for choice in answer["choices"]:
+    for choice in choices:
         scores = choice["logprobs"]
         assert len(scores["token_logprobs"]) == len(ids) + 1
         assert sum(scores["token_logprobs"][1:-1]) == pytest.approx(wanted.total, abs=1e-4)
         greedy = [own == max(top.values()) for own, top in
                   zip(scores["token_logprobs"][1:-1], scores["top_logprobs"][1:-1])]  # fmt: skip
         assert all(greedy) == wanted.greedy
-    alone = said(client, "/v1/completions", prompt=text, echo=True, logprobs=1, max_tokens=0)["choices"][0]
-    assert alone["logprobs"]["token_logprobs"] == answer["choices"][1]["logprobs"]["token_logprobs"][:-1]
+    read = said(client, "/v1/completions", prompt=text, max_tokens=0, **ask)["choices"][0]
+    assert read["logprobs"]["token_logprobs"] == choices[1]["logprobs"]["token_logprobs"][:-1]
 
 
 def test_a_prefix_that_was_read_is_reused_and_changes_nothing(served):
@@ -130,9 +145,10 @@ def test_json_of_a_schema_comes_from_any_model(served):
             assert set(found) == {"n", "s"} and type(found["n"]) is int and found["s"] in "ab"
 
 
-def test_a_newer_checkpoint_is_gone_on_with_when_it_is_asked_for(tmp_path):
+def test_a_newer_checkpoint_is_gone_on_with_when_it_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("gptjax.serve.service.load_model", lambda *args: alone(load_model(*args)))
     run, config = make(tmp_path / "run")
-    service = Service(load_model(run.folder, None), ServeConfig(slots=2))
+    service = Service(alone(load_model(run.folder, None)), ServeConfig(slots=2))
     service.scheduler.start()
     ask = {"prompt": "abc", "temperature": 0, "max_tokens": 20}
     with serving(service) as url, httpx.Client(base_url=url, timeout=60) as client:

@@ -28,6 +28,8 @@ class ServeConfig(Section):
     """Answers that are written at once."""
     context: int = 0
     """Tokens of a prompt and its answer at the most; 0: the model's context."""
+    batch_invariant: bool = False
+    """An answer is the same to the bit, whoever else is served: one takes as many rows as all."""
     max_waiting: int = 64
     """Answers that wait for a slot at the most, and that a request may ask for; further requests get 429."""
     max_body: int = 4_194_304

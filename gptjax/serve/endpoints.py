@@ -98,10 +98,11 @@ async def tokenizer_info(request: Request) -> Response:
 
 
 async def health(request: Request) -> Response:
-    """GET /health: 200 while requests are taken, 503 once the server ends."""
+    """GET /health: 200 while requests are taken, 503 once the server ends or its device fails."""
     service: Service = request.app.state.service
-    answer = {"status": "draining" if service.draining else "ok", "model": service.name, "step": service.model.step}
-    return JSONResponse(answer, 503 if service.draining else 200)
+    status = "draining" if service.draining else "ok" if service.scheduler.healthy else "the device fails"
+    answer = {"status": status, "model": service.name, "step": service.model.step}
+    return JSONResponse(answer, 200 if status == "ok" else 503)
 
 
 async def metrics(request: Request) -> Response:

@@ -31,7 +31,11 @@ class Service:
         set_template(self.tokenizer, cfg.template)
         self.renderer: Renderer = template_of(self.tokenizer) if self.tokenizer.template else Transcript()
         self.scheduler = scheduler or Scheduler(
-            model, slots=cfg.slots, context=cfg.context, max_waiting=cfg.max_waiting
+            model,
+            slots=cfg.slots,
+            context=cfg.context,
+            max_waiting=cfg.max_waiting,
+            batch_invariant=cfg.batch_invariant,
         )
         self.name = cfg.name or Path(model.run.folder).resolve().name
         self.created = int(time.time())
