@@ -20,7 +20,8 @@ def fake_model(template: str = "llama2", context: int = CONTEXT) -> Any:
     """All that the server reads of a model, and no weights."""
     tokenizer = BytesTokenizer()
     tokenizer.template = template
-    tokenizer.specials = tokenizer.specials | {"<|im_start|>": 256, "<|im_end|>": 257}
+    if template == "chatml":
+        tokenizer.specials = {"<|im_start|>": 256, "<|im_end|>": 257}
     return SimpleNamespace(
         tokenizer=tokenizer, step=7, run=SimpleNamespace(folder=Path("runs/fake")),
         decoder=SimpleNamespace(vocab_size=tokenizer.vocab_size, context=context),

@@ -617,8 +617,8 @@ def fuzz(count: int) -> dict[int, int]:
 
 
 def test_no_body_makes_the_server_fail(record_property):
-    statuses = fuzz(300)
-    assert statuses[200] > 20 and statuses[400] > 100
+    statuses = fuzz(200)
+    assert statuses[200] > 20 and statuses[400] > 80
     record_property("summary", f"fuzzed bodies by status: {statuses}")
 
 

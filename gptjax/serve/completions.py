@@ -171,7 +171,7 @@ class Completion(Form):
         super().__init__(service, asked, constraint)
         self.asked: CompletionRequest = asked
         self._echo: list[str] = []
-        scores = {} if asked.logprobs is None else {"top_logprobs": asked.logprobs}
+        scores: dict[str, Any] = {} if asked.logprobs is None else {"top_logprobs": asked.logprobs}
         if asked.echo and asked.logprobs is not None:
             scores["prompt_logprobs"] = True
         for ids, text in prompts:
