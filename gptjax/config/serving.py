@@ -1,9 +1,10 @@
 """Settings of the server."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gptjax.config.section import InputError, Section
+from gptjax.config.training import MeshConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,9 @@ class ServeConfig(Section):
     slots: int = 16
     """Answers that are written at once."""
     context: int = 0
-    """Tokens of a prompt and its answer at the most; 0: the model's context."""
+    """Tokens of a prompt and its answer at the most; 0: the model's context, or what half of the free memory holds."""
+    prefill_chunk: int = 128
+    """Tokens of a prompt that are read at once; what was read of a conversation is used again in multiples of it."""
     batch_invariant: bool = False
     """An answer is the same to the bit, whoever else is served: one takes as many rows as all."""
     max_waiting: int = 64
@@ -44,12 +47,13 @@ class ServeConfig(Section):
     """Host names beside localhost and addresses by which the server may be called; *: all."""
     origins: tuple[str, ...] = ()
     """Other origins whose pages may call the server (CORS), such as https://chat.example.org; *: all."""
+    mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1, tensor=-1))
 
     def __post_init__(self):
         self.require(bool(self.host), "host", "an address such as 127.0.0.1")
         self.require_numbers(0, 65535, "port")
         self.require_numbers(0, math.inf, "step", "context", "drain")
-        self.require_positive("slots", "max_waiting", "max_body", "timeout", "connections")
+        self.require_positive("slots", "prefill_chunk", "max_waiting", "max_body", "timeout", "connections")
         plain = self.api_key.isascii() and self.api_key == self.api_key.strip()
         if not plain:  # which shows no key
             raise InputError("api_key: wanted ASCII characters, without white space around them")

@@ -35,6 +35,7 @@ class Service:
             slots=cfg.slots,
             context=cfg.context,
             max_waiting=cfg.max_waiting,
+            prefill_chunk=cfg.prefill_chunk,
             batch_invariant=cfg.batch_invariant,
         )
         self.name = cfg.name or Path(model.run.folder).resolve().name
@@ -110,7 +111,7 @@ class Service:
             newest = max(open_checkpoints(self.model.run.folder).steps(), default=0)
             if newest == self.model.step:
                 return False
-            model = load_model(self.model.run.folder, None)
+            model = load_model(self.model.run.folder, self.cfg.mesh)
             if model.step == self.model.step:
                 return False
             self.scheduler.reload(model)
@@ -130,5 +131,5 @@ def _check_transcript(messages: Sequence[Message]) -> None:
 def open_service(run_dir: str, cfg: ServeConfig) -> Service:
     """A run, opened and ready to be answered by; raises InputError where it can't be read or lacks the template."""
     with working("reading the model"):
-        model: Any = load_model(run_dir, None, cfg.step)
+        model: Any = load_model(run_dir, cfg.mesh, cfg.step)
     return Service(model, cfg)
