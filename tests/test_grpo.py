@@ -109,7 +109,8 @@ def of(run: Path, *names: str) -> np.ndarray:
     return np.array([[line[name] for name in names] for line in lines(run) if "loss" in line])
 
 
-OTHER = ["--estimator", "grpo", "--lora.rank", 2, "--optim.accumulate", 2, "--steps", 2]
+LORA = ["--lora.rank", 2]
+OTHER = ["--estimator", "grpo", *LORA, "--optim.accumulate", 2, "--steps", 2]
 
 
 @pytest.mark.parametrize("more", [[], pytest.param(OTHER, marks=pytest.mark.slow)], ids=["whole", "lora"])
@@ -204,9 +205,15 @@ NUMBERS = ("loss", "grad_norm", "reward", "kl", "length")
 OF_TOKENS = ("entropy", "clip_fraction")
 
 
+# A product that is added 16 times, and steps of 5e-2, saturate the attention: there a relative change of 1e-6 in the
+# leaves, which Adam makes of the rounding of gradients of 6e-8, is one of 1e-4 in the next gradient, on one mesh, too.
+GENTLE = [*LORA, "--optim.learning-rate", 1e-3]
+
+
 @pytest.mark.slow
-def test_padding_accumulation_and_mesh_change_no_number(base, tmp_path, highest_precision):
-    more = ["--rollout.minibatches", 2, "--steps", 10, "--mesh.data", 1]
+@pytest.mark.parametrize("kind", [[], GENTLE], ids=["whole", "lora"])
+def test_padding_accumulation_and_mesh_change_no_number(kind, base, tmp_path, highest_precision):
+    more = [*kind, "--rollout.minibatches", 2, "--steps", 10, "--mesh.data", 1]
     ways = {
         "one": ["--mesh.fsdp", 8],
         "mesh": ["--mesh.fsdp", 4, "--mesh.tensor", 2],
