@@ -29,14 +29,21 @@ if TYPE_CHECKING:
 
 
 def show_evaluation(run_dir: str | Path, cfg: EvalConfig, write: Callable[[str], None], note: Callable[[str], None]):
-    """Writes, line by line, a run's numbers on cfg.tasks or, without any, on its validation split."""
+    """Writes, line by line, a run's numbers on cfg.tasks, against another run, or on its validation split."""
     if cfg.tasks:
         from gptjax.evals.report import table
 
         for line in table(evaluate_tasks(run_dir, cfg, note)):
             write(line)
         return
-    for name, value in evaluate_run(run_dir, cfg).items():
+    if cfg.against:
+        from gptjax.evals.win_rate import win_rate
+
+        join_processes({"run": str(run_dir), **dict(leaves(cfg))})
+        numbers = win_rate(run_dir, cfg, note)
+    else:
+        numbers = evaluate_run(run_dir, cfg)
+    for name, value in numbers.items():
         write(f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}")
 
 
