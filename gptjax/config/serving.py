@@ -47,6 +47,8 @@ class ServeConfig(Section):
     """Host names beside localhost and addresses by which the server may be called; *: all."""
     origins: tuple[str, ...] = ()
     """Other origins whose pages may call the server (CORS), such as https://chat.example.org; *: all."""
+    label: str = ""
+    """Folder for labels, with prompts.jsonl in it: adds the page on which people write and rank answers."""
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1, tensor=-1))
 
     def __post_init__(self):

@@ -8,6 +8,7 @@ import base64
 import dataclasses
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,11 +24,14 @@ from gptjax.model.head import cap_and_mask
 from gptjax.ops.reference import cached
 from gptjax.parallel.sharding import on_host
 from gptjax.runs.load import LoadedModel
+from gptjax.tokenizer import Tokenizer
 
 LENS = 3  # tokens a layer and place in the logit lens
 NEXT = 50  # likeliest next tokens a place
 NEIGHBOURS = 8  # tokens nearest to each token's embedding
 MOST_WEIGHTS = 3_000_000  # of attention, over layers, heads and pairs of places: a byte each in the page
+TEMPERATURES = tuple(i / 20 for i in range(1, 41))  # at which the page draws what is left to sample from
+GRID = 32  # lengths that are computed: one program a multiple of it
 
 
 class Inspection(NamedTuple):
@@ -44,6 +48,9 @@ class Inspection(NamedTuple):
     next_ids: list[list[int]]
     """The likeliest ids behind each place, the likeliest first."""
     next_log_p: list[list[float]]
+    log_scale: list[list[float]]
+    """log of the sum over all ids of p^(1 / T), by place and temperature T of TEMPERATURES: what log p / T is less, to
+    be a log-probability at T."""
     lens: list[list[list[tuple[int, float]]]]
     """(id, probability) of the likeliest next tokens by the stream behind each layer, the final norm and the head: by
     layer (0: the embedding), place and rank (nostalgebraist 2020, "interpreting GPT: the logit lens")."""
@@ -57,9 +64,12 @@ class Inspection(NamedTuple):
     """weights_NHLL of attention, float32: row l is the share that place l takes from each place."""
 
 
-def inspect(model: LoadedModel, text: str) -> Inspection:
-    """Runs a model on a text; raises InputError where it is empty, or too long for the model or a page."""
-    cfg, tokenizer = model.decoder.cfg, model.tokenizer
+def inspect(model: LoadedModel, text: str, tokenizer: Tokenizer | None = None) -> Inspection:
+    """Runs a model on a text; raises InputError where it is empty, or too long for the model or a page.
+
+    `tokenizer` is the model's, where it has been opened already.
+    """
+    cfg, tokenizer = model.decoder.cfg, tokenizer or model.tokenizer
     ids = tokenizer.prompt_ids(text)
     most = longest(cfg, model.decoder.context)
     if not text or len(ids) > most:
@@ -69,28 +79,31 @@ def inspect(model: LoadedModel, text: str) -> Inspection:
     vocab_size = min(model.decoder.vocab_size, tokenizer.vocab_size)
     with jax.set_mesh(model.mesh):
         params = unstacked(model.params, "float32")
-        tokens_BL = jnp.array([ids])
-        positions_BL = jnp.arange(len(ids))[None]
+        # No place sees a later one, so what stands behind the text changes nothing.
+        length = min(model.decoder.context, -(-len(ids) // GRID) * GRID)
+        tokens_BL = jnp.array([[*ids, *[0] * (length - len(ids))]])
+        positions_BL = jnp.arange(length)[None]
         x_BLD = embed_tokens(plain, params, tokens_BL, positions_BL)
         streams, weights = [x_BLD], []
         for p, window in zip(params["layers"], plain.layer_windows, strict=True):
             weights_LHL = _weights(plain, p, x_BLD, positions_BL, window)
             x_BLD, _ = model.decoder.block(plain, p, x_BLD, positions_BL, cached(positions_BL), None, None, window)
             streams.append(x_BLD)
-            weights.append(on_host([weights_LHL])[0].transpose(1, 0, 2))
+            weights.append(on_host([weights_LHL])[0].transpose(1, 0, 2)[:, : len(ids), : len(ids)])
         read = functools.partial(_read, plain, vocab_size)
-        lens = [on_host(list(read(params, x))) for x in streams]
+        lens = [on_host(list(read(params, x)[1:])) for x in streams]
+        last_LV = read(params, streams[-1])[0]
+        log_p_LV, *best = (x[: len(ids)] for x in on_host([last_LV, *jax.lax.top_k(last_LV, min(NEXT, vocab_size))]))
+        log_scale_LT = on_host([_log_scale(last_LV)])[0][: len(ids)]
         neighbours = _neighbours(params["embed_VD"], vocab_size, sorted(set(ids)))
-    log_p_LV = lens[-1][0]
     at = np.arange(len(ids) - 1)
     own_L = log_p_LV[at, ids[1:]]
-    order_LK = np.argsort(-log_p_LV, axis=-1, kind="stable")[:, :NEXT]
-    best = [np.argsort(-log_p, axis=-1, kind="stable")[:, :LENS] for log_p, _ in lens]
+    next_log_p, next_ids = (x.tolist() for x in best)
     lens_by_layer = [
-        [[(int(i), float(np.exp(log_p[at, i]))) for i in row] for at, row in enumerate(top)]
-        for (log_p, _), top in zip(lens, best, strict=True)
+        [list(zip(*row)) for row in zip(ids_LK[: len(ids)].tolist(), np.exp(log_p_LK[: len(ids)]).tolist())]
+        for log_p_LK, ids_LK, _ in lens
     ]
-    shown = {*ids, *order_LK.ravel().tolist(), *(int(i) for top in best for i in top.ravel())}
+    shown = {*ids, *sum(next_ids, []), *(i for layer in lens_by_layer for row in layer for i, _ in row)}
     shown |= {other for near in neighbours.values() for other, _ in near}
     return Inspection(
         model={
@@ -102,10 +115,11 @@ def inspect(model: LoadedModel, text: str) -> Inspection:
         tokens=[tokenizer.decode_bytes([i]).decode("utf-8", "replace") for i in ids],
         loss=[None, *(-own_L).tolist()],
         rank=[None, *(log_p_LV[at] > own_L[:, None]).sum(axis=-1).tolist()],
-        next_ids=order_LK.tolist(),
-        next_log_p=np.take_along_axis(log_p_LV, order_LK, axis=-1).tolist(),
+        next_ids=next_ids,
+        next_log_p=next_log_p,
+        log_scale=log_scale_LT.tolist(),
         lens=lens_by_layer,
-        rms=[rms.tolist() for _, rms in lens],
+        rms=[rms_L[: len(ids)].tolist() for *_, rms_L in lens],
         neighbours=neighbours,
         texts={i: tokenizer.decode_bytes([i]).decode("utf-8", "replace") for i in sorted(shown)},
         weights=np.stack(weights),
@@ -128,11 +142,17 @@ def _weights(cfg: ModelConfig, p: Params, x_BLD: jax.Array, positions_BL: jax.Ar
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "vocab_size"))
-def _read(cfg: ModelConfig, vocab_size: int, params: Params, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """log_p_LV of the next token by a stream, as the last layer's is read, and its rms_L."""
+def _read(cfg: ModelConfig, vocab_size: int, params: Params, x_BLD: jax.Array) -> tuple[jax.Array, ...]:
+    """log_p_LV of the next token by a stream, as the last layer's is read, the likeliest (log p, id) and its rms_L."""
     logits_BLV = jnp.einsum("BLD,DV->BLV", final_norm(cfg, params, x_BLD), params["head_DV"], precision="highest")
     log_p_LV = jax.nn.log_softmax(cap_and_mask(logits_BLV, vocab_size, cfg.logit_softcap))[0, :, :vocab_size]
-    return log_p_LV, jnp.sqrt(jnp.square(x_BLD[0]).mean(axis=-1))
+    return log_p_LV, *jax.lax.top_k(log_p_LV, min(LENS, vocab_size)), jnp.sqrt(jnp.square(x_BLD[0]).mean(axis=-1))
+
+
+@jax.jit
+def _log_scale(log_p_LV: jax.Array) -> jax.Array:
+    """log_scale_LT, see Inspection; a temperature at a time, since each takes as much room as log_p_LV."""
+    return jax.lax.map(lambda T: jax.nn.logsumexp(log_p_LV / T, axis=-1), jnp.array(TEMPERATURES)).T
 
 
 def _neighbours(embed_VD: jax.Array, vocab_size: int, ids: list[int]) -> dict[int, list[tuple[int, float]]]:
@@ -141,8 +161,8 @@ def _neighbours(embed_VD: jax.Array, vocab_size: int, ids: list[int]) -> dict[in
     unit_VD /= np.maximum(np.linalg.norm(unit_VD, axis=-1, keepdims=True), 1e-12)
     cosine_IV = unit_VD[ids] @ unit_VD.T
     cosine_IV[np.arange(len(ids)), ids] = -2
-    near = np.argsort(-cosine_IV, axis=-1, kind="stable")[:, :NEIGHBOURS]
-    return {i: [(int(n), float(cosine_IV[row, n])) for n in near[row]] for row, i in enumerate(ids)}
+    cosine_IK, near_IK = (x.tolist() for x in on_host(list(jax.lax.top_k(cosine_IV, min(NEIGHBOURS, vocab_size)))))
+    return {i: list(zip(near_IK[row], cosine_IK[row])) for row, i in enumerate(ids)}
 
 
 def inspection_json(found: Inspection) -> dict[str, Any]:
@@ -150,13 +170,27 @@ def inspection_json(found: Inspection) -> dict[str, Any]:
     up to it alone), in base64."""
     L = len(found.ids)
     triangle = np.round(255 * found.weights[:, :, *np.tril_indices(L)]).astype(np.uint8)
-    return found._asdict() | {"weights": base64.b64encode(triangle.tobytes()).decode()}
+    log_scale = [[round(x, 6) for x in row] for row in found.log_scale]
+    weights = base64.b64encode(triangle.tobytes()).decode()
+    return found._asdict() | {"log_scale": log_scale, "weights": weights}
 
 
 def inspection_page(found: Inspection) -> str:
-    """One HTML file that shows it all, and loads nothing."""
+    """One HTML file that shows it all, and loads nothing: the server's page with its files and the numbers in it."""
+    web = Path(__file__).parent / "web"
     data = json.dumps(inspection_json(found), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
-    return (Path(__file__).parent / "web" / "inspect.html").read_text(encoding="utf-8").replace("__DATA__", data)
+    html = (web / "inspect.html").read_text(encoding="utf-8")
+    html = re.sub(r"(?s)<!-- server -->.*?<!-- end -->\n", "", html)  # what asks a server, and where it is
+
+    def inlined(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        text = (web / name).read_text(encoding="utf-8")
+        return f"<style>\n{text}</style>" if name.endswith(".css") else f"<script>\n{text}</script>"
+
+    html = re.sub(
+        r'<link rel="stylesheet" href="/web/(\w+\.css)">|<script src="/web/(\w+\.js)"></script>', inlined, html
+    )
+    return html.replace("__DATA__", data)
 
 
 def inspection_table(found: Inspection) -> list[str]:

@@ -25,6 +25,7 @@ from gptjax.serve.completions import Form, chat_completions, completions
 from gptjax.serve.guard import HANDLERS, Guard, error_response
 from gptjax.serve.listening import ApiServer, address, listen
 from gptjax.serve.monitoring import Monitor
+from gptjax.serve.pages import LabelDesk, page_routes
 from gptjax.serve.protocol import ApiError
 from gptjax.serve.service import Service, open_service
 from gptjax.serve.session import Transcript
@@ -46,8 +47,8 @@ API = [
 
 def make_app(service: Service, note: Callable[[str], None] = lambda line: None) -> Starlette:
     """The ASGI application of a service; `note` is given a line for each request."""
-    routes, open_paths = [*API], ["/health"]  # these want no key
-    # The pages for people are added here, with the paths that a browser opens before it knows a key.
+    pages, open_pages = page_routes(bool(service.cfg.label))
+    routes, open_paths = [*API, *pages], ["/health", *open_pages]  # these want no key
     monitor, paths = Monitor(service), {route.path for route in routes}
 
     def noted(scope: Scope, status: int, seconds: float) -> None:
@@ -61,6 +62,7 @@ def make_app(service: Service, note: Callable[[str], None] = lambda line: None) 
     )
     app.router.redirect_slashes = False
     app.state.service, app.state.monitor = service, monitor
+    app.state.desk = LabelDesk(service) if service.cfg.label else None
     return app
 
 
@@ -124,7 +126,8 @@ def _greeting(service: Service, url: str) -> list[str]:
     key = ' -H "Authorization: Bearer $GPTJAX_API_KEY"' if cfg.api_key else ""
     body = json.dumps({"messages": [{"role": "user", "content": "Hello"}]})
     curl = f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
-    return [*lines, f"next: {curl}"]
+    label = f"people write and rank answers on {url}/label" if cfg.label else ""
+    return [*lines, *filter(None, [label]), f"next: open {url} in a browser, or {curl}"]
 
 
 def _drain(server: ApiServer, service: Service, say: Callable[[str], None]) -> None:
