@@ -29,14 +29,21 @@ if TYPE_CHECKING:
 
 
 def show_evaluation(run_dir: str | Path, cfg: EvalConfig, write: Callable[[str], None], note: Callable[[str], None]):
-    """Writes, line by line, a run's numbers on cfg.tasks or, without any, on its validation split."""
+    """Writes, line by line, a run's numbers on cfg.tasks, against another run, or on its validation split."""
     if cfg.tasks:
         from gptjax.evals.report import table
 
         for line in table(evaluate_tasks(run_dir, cfg, note)):
             write(line)
         return
-    for name, value in evaluate_run(run_dir, cfg).items():
+    if cfg.against:
+        from gptjax.evals.win_rate import win_rate
+
+        join_processes({"run": str(run_dir), **dict(leaves(cfg))})
+        numbers = win_rate(run_dir, cfg, note)
+    else:
+        numbers = evaluate_run(run_dir, cfg)
+    for name, value in numbers.items():
         write(f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}")
 
 
@@ -139,6 +146,13 @@ def generate_run(run_dir: str | Path, cfg: ContinueConfig, write: Callable[[str]
     from gptjax.generation.engine import stream
 
     join_processes({"run": str(run_dir), **dict(leaves(cfg))})
+    answers_alone = cfg.chat or bool(cfg.shots)
+    if cfg.shots:
+        from gptjax.generation.shots import read_shots
+
+        shots = read_shots(cfg.shots)
+        prompts = tuple(shots.prompt(text) for text in cfg.prompt)
+        cfg = dataclasses.replace(cfg, prompt=prompts, stop=(*cfg.stop, shots.stop))
     model = load_model(run_dir, None, cfg.step)
     with jax.set_mesh(model.mesh):
         constraint = _constraint(model, cfg) if cfg.choices or cfg.json_schema else None
@@ -147,17 +161,20 @@ def generate_run(run_dir: str | Path, cfg: ContinueConfig, write: Callable[[str]
         else:
             pieces = stream(model.decoder, model.params, model.tokenizer, cfg, constraint=constraint)
         first = list(itertools.islice(pieces, 1))  # a prompt that does not fit is refused before anything is written
-        texts = [""] * len(cfg.prompt) if cfg.chat else list(cfg.prompt)
+        texts = [""] * len(cfg.prompt) if answers_alone else list(cfg.prompt)
         if len(texts) == 1:
             write(texts[0])
+            begun = not cfg.shots  # an answer's first space stands behind the colon
             for _, piece in itertools.chain(first, pieces):
+                piece = piece if begun else piece.lstrip()
+                begun = begun or bool(piece)
                 write(piece)
             write("\n")
             return
         for row, piece in itertools.chain(first, pieces):
             texts[row] += piece
         for text in texts:
-            write(f"{text}\n")
+            write(f"{text.lstrip() if cfg.shots else text}\n")
 
 
 def _constraint(model: LoadedModel, cfg: ContinueConfig) -> "Constraint":

@@ -39,6 +39,7 @@ class FakeScheduler:
         self.model, self.context, self.text, self.chunk, self.seconds = model, model.decoder.context, text, chunk, 0.0
         self.max_waiting, self.fails, self.submitted = max_waiting, "", []
         self._lock, self._waiting, self._running, self._ends = threading.Lock(), [], {}, False
+        self._changed = threading.Condition(self._lock)
         self._draining, self.healthy = False, True
         self.stats = SimpleNamespace(
             prompt_tokens=0, reused_tokens=0, generated_tokens=0, prefills=0, prefill_seconds=0.0, decode_chunks=0,
@@ -50,7 +51,9 @@ class FakeScheduler:
         self._thread.start()
 
     def stop(self) -> None:
-        self._ends = True
+        with self._changed:
+            self._ends = True
+            self._changed.notify()
         self._thread.join()
 
     def submit(self, sequences: list[Sequence]) -> None:
@@ -60,6 +63,7 @@ class FakeScheduler:
             self._waiting += sequences
             self.submitted += sequences
             self._count()
+            self._changed.notify()
 
     def cancel(self, sequence: Sequence) -> None:
         with self._lock:
@@ -93,8 +97,10 @@ class FakeScheduler:
 
     def _run(self) -> None:
         while not self._ends:
-            time.sleep(self.seconds or 0.001)
-            with self._lock:
+            if self.seconds:
+                time.sleep(self.seconds)
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._running or self._ends)
                 while self._waiting and len(self._running) < self.stats.slots:
                     self._admit(self._waiting.pop(0))
                 for sequence in list(self._running):

@@ -3,9 +3,6 @@
 import json
 import math
 import random
-import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,17 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import curve, environment, refused, said
-from test_sft import make_run
+from commands import refused, said
+from stage_runs import assert_same, lines, make_run, on_all_devices, stopped
 
 from gptjax.align.answers import answer_log_probs
 from gptjax.align.losses import preference_loss, preference_terms
 from gptjax.align.objectives import dpo_loss
 from gptjax.cli import main
-from gptjax.config import MeshConfig
 from gptjax.data.preferences import PreferenceRows, RankedAnswers
 from gptjax.model.decoder import init_params, make_decoder
-from gptjax.runs.load import load_model
 from gptjax.runs.run import load_config
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
@@ -53,9 +48,8 @@ def base(tmp_path_factory, compile_cache) -> Path:
 
 
 def tune(base: Path, run: Path, *more: object, source: str = "pairs.jsonl", code: int = 0) -> Path:
-    words = ["--init", base, "--data.source", base.parent / source, "--run-dir", run]
-    mesh = [] if any("mesh" in str(word) for word in more) else ["--mesh.data", str(jax.device_count())]
-    assert main(["dpo", "chat", *map(str, [*words, *DPO, *mesh, *more])]) == code
+    words = ["dpo", "chat", "--init", base, "--data.source", base.parent / source, "--run-dir", run, *DPO, *more]
+    assert main(on_all_devices(words)) == code
     return run
 
 
@@ -69,10 +63,6 @@ def adapted(base) -> Path:
     return tune(base, base.parent / "adapted", *LORA)
 
 
-def lines(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("kind", ["whole", "adapted"])
 def test_the_first_step_is_the_reference_and_the_policy_then_prefers_as_told(kind, request):
     run = request.getfixturevalue(kind)
@@ -80,7 +70,7 @@ def test_the_first_step_is_the_reference_and_the_policy_then_prefers_as_told(kin
     assert first["loss"] == pytest.approx(math.log(2), rel=1e-7)
     zero = ("margin", "reward_chosen", "reward_rejected", "drift")
     assert [first[name] for name in zero] == [0.0] * 4 and first["accuracy"] == 0.5
-    assert first["log_p_chosen"] < 0
+    assert first["log_p_chosen"] < 0 and first["tokens"] == 8 * 2 * 64, "an answer is a row"
     assert last["eval_loss"] < math.log(2) - 0.05 and last["eval_accuracy"] > 0.9 and last["eval_margin"] > 0.1
     assert last["eval_reward_chosen"] - last["eval_reward_rejected"] == pytest.approx(last["eval_margin"], rel=1e-5)
     assert 0 <= last["eval_accuracy_stderr"] < 0.2 and last["eval_drift"] > 0
@@ -90,54 +80,9 @@ def test_the_first_step_is_the_reference_and_the_policy_then_prefers_as_told(kin
 @pytest.mark.parametrize("kind", ["whole", "adapted"])
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(kind, request, tmp_path):
     straight = request.getfixturevalue(kind)
-    moved = shutil.copytree(straight, tmp_path / "moved")  # as it was when it ended after step 3
-    shutil.rmtree(moved / "checkpoints" / "00000006")
-    kept = [line for line in (moved / "metrics.jsonl").read_text().splitlines(keepends=True)]
-    (moved / "metrics.jsonl").write_text("".join(line for line in kept if json.loads(line)["step"] <= 3))
+    moved = stopped(straight, tmp_path / "moved", 3)
     assert main(["dpo", str(moved)]) == 0
-    assert curve((moved / "metrics.jsonl").read_bytes()) == curve((straight / "metrics.jsonl").read_bytes())
-    a, b = (load_model(run, MeshConfig()).params for run in (straight, moved))
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
-KILLED = """
-import os, signal, sys
-from gptjax.training.loop import Hooks
-import gptjax.stages.runner as runner
-moment, at = sys.argv[1], int(sys.argv[2])
-
-def dies(function, after):
-    def called(self, *args):
-        i = next(x for x in args if isinstance(x, int))
-        if i == at and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = function(self, *args)
-        if i == at and after:
-            self.checkpoints.wait() if moment == "_save" else None
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-    return called
-
-name, after = moment.rstrip("+"), moment.endswith("+")
-setattr(runner.Runner, name, dies(getattr(runner.Runner, name), after))
-from gptjax.cli import main
-sys.exit(main(["dpo", *sys.argv[3:]]))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("moment, at", [("_log", 2), ("_save", 3), ("_save+", 3), ("_evaluate", 3), ("_log+", 5)])
-def test_a_killed_run_goes_on_bit_for_bit(adapted, base, tmp_path, moment, at):
-    """SIGKILL in the middle of an interval, before, after a save, before an evaluation, and behind it."""
-    run = tmp_path / "run"
-    words = ["chat", "--init", base, "--data.source", base.parent / "pairs.jsonl", "--run-dir", run, *DPO, *LORA]
-    command = [sys.executable, "-c", KILLED, moment, str(at), *map(str, words), "--mesh.data", "8"]
-    where = environment(base.parent / "cache", XLA_FLAGS="--xla_force_host_platform_device_count=8")
-    assert subprocess.run(command, env=where, capture_output=True).returncode == -9
-    assert main(["dpo", *map(str, words), "--mesh.data", "8"]) == 0
-    assert curve((run / "metrics.jsonl").read_bytes()) == curve((adapted / "metrics.jsonl").read_bytes())
-    a, b = (load_model(folder, MeshConfig()).params for folder in (adapted, run))
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+    assert_same(moved, straight)
 
 
 def batch_of(prompts: list[RankedAnswers], length: int = 12) -> dict[str, np.ndarray]:

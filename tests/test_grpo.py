@@ -2,10 +2,8 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import time
 import typing
 from pathlib import Path
 
@@ -14,18 +12,13 @@ import numpy as np
 import optax
 import pytest
 from commands import environment, refused
+from stage_runs import assert_same, lines, make_run, on_all_devices, stopped
 
 from gptjax.align.checkable import closes_sentences
 from gptjax.align.estimators import GROUP_ESTIMATORS
 from gptjax.align.losses import policy_loss
 from gptjax.cli import main
-from gptjax.config import DataConfig, GrpoConfig, MeshConfig, ModelConfig, TokenizerConfig, TrainConfig
-from gptjax.config.section import leaves
-from gptjax.model.decoder import init_params, make_decoder
-from gptjax.runs.checkpoint import Checkpoints
-from gptjax.runs.load import load_model
-from gptjax.runs.run import Run
-from gptjax.tokenizer import BytesTokenizer
+from gptjax.config import GrpoConfig, ModelConfig
 from gptjax.training.step import make_init, make_train_step, several_updates
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
@@ -40,9 +33,6 @@ def low(answer):
 
 def even(prompts, answers, number, **others):
     return [float((len(answer) + n) % 2) for answer, n in zip(answers, number)]
-
-def nan(answer):
-    return float("nan")
 """
 
 
@@ -55,15 +45,7 @@ def base(tmp_path_factory, compile_cache):
     lines = [json.dumps({"prompt": f"prompt {i}", "number": i}) for i in range(50)]
     (folder / "prompts.jsonl").write_text("\n".join([*lines, json.dumps({"prompt": "x" * 30, "number": 0})]))
     model = ModelConfig(num_layers=1, width=16, num_heads=2, positions="rope", dtype="float32")
-    tokenizer = TokenizerConfig(kind="bytes", vocab_size=258)
-    config = TrainConfig(run_dir=str(folder / "base"), model=model, tokenizer=tokenizer, data=DataConfig(length=32))
-    run = Run.open(folder / "base", config)
-    BytesTokenizer().save(run.tokenizer)
-    checkpoints = Checkpoints(run.checkpoints, config.checkpoint)
-    params = jax.jit(init_params(make_decoder(config)))(jax.random.key(0))
-    checkpoints.save(0, {"params": params}, {"rows": 0}, dict(leaves(config)))
-    checkpoints.wait()
-    run.close()
+    make_run(folder / "base", model=model, length=32)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
         yield folder / "base"
@@ -73,8 +55,7 @@ def words(base: Path, run: Path, *more: object) -> list[str]:
     folder = base.parent
     given = ["--init", base, "--data.source", folder / "prompts.jsonl", "--run-dir", run]
     given += [] if "--rewards.sources" in more else ["--rewards.sources", "rewards_of_answers:low"]
-    mesh = [] if any("mesh" in str(word) for word in more) else ["--mesh.data", jax.device_count()]
-    return ["grpo", str(folder / "recipe.py"), *map(str, [*given, *GRPO, *mesh, *more])]
+    return on_all_devices(["grpo", folder / "recipe.py", *given, *GRPO, *more])
 
 
 def grpo(base: Path, run: Path, *more: object) -> Path:
@@ -95,21 +76,12 @@ def trained(base) -> Path:
     return base.parent / "trained"
 
 
-def lines(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def curve(run: Path) -> list[dict]:
-    """Every line without what a clock or the machine says."""
-    clocks = ("tokens_per_second", "seconds", "input_seconds", "peak_memory_bytes", "mfu_6n", "mfu_causal", "mfu_palm")
-    return [{k: v for k, v in line.items() if k not in clocks} for line in lines(run)]
-
-
 def of(run: Path, *names: str) -> np.ndarray:
     return np.array([[line[name] for name in names] for line in lines(run) if "loss" in line])
 
 
-OTHER = ["--estimator", "grpo", "--lora.rank", 2, "--optim.accumulate", 2, "--steps", 2]
+LORA = ["--lora.rank", 2]
+OTHER = ["--estimator", "grpo", *LORA, "--optim.accumulate", 2, "--steps", 2]
 
 
 @pytest.mark.parametrize("more", [[], pytest.param(OTHER, marks=pytest.mark.slow)], ids=["whole", "lora"])
@@ -117,7 +89,7 @@ def test_the_first_ratio_is_exactly_1_and_nothing_has_moved(more, trained, base,
     run = grpo(base, tmp_path / "lora", *more) if more else trained
     first = lines(run)[0]
     assert first["ratio_max"] == 1.0 and first["clip_fraction"] == 0.0 and first["kl_old"] == 0.0
-    assert max(abs(first[name]) for name in ("kl", "kl_k2", "kl_k3", "kl_token")) < 1e-5
+    assert not any(first[name] for name in ("kl", "kl_k2", "kl_k3", "kl_token"))
     assert 0 < first["log_p_gap_max"] <= 2e-4 and first["log_p_gap"] <= first["log_p_gap_max"]
     assert (of(run, "ratio_max") == 1).all(), "one update a rollout"
 
@@ -165,48 +137,25 @@ def test_the_reward_rises_and_the_run_says_what_its_numbers_were(trained, capsys
 
 
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(trained, base, tmp_path, capsys):
-    moved = shutil.copytree(trained, tmp_path / "moved")  # as it was when it ended after step 2
-    shutil.rmtree(moved / "checkpoints" / "00000004")
-    kept = [x for x in (moved / "metrics.jsonl").read_text().splitlines(True) if json.loads(x)["step"] <= 2]
-    (moved / "metrics.jsonl").write_text("".join(kept))
+    moved = stopped(trained, tmp_path / "moved", 2)
     assert "name it again: --rewards.sources rewards_of_answers:low" in refused(capsys, "grpo", moved)
     alone(base, ["grpo", str(moved), "--rewards.sources", "rewards_of_answers:low"])
-    assert curve(moved) == curve(trained)
-    a, b = (load_model(run, MeshConfig()).params for run in (trained, moved))
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seconds", [1.0, 2.5, 4.0, 5.5, 7.0])
-def test_a_run_that_is_killed_goes_on_bit_for_bit(base, tmp_path, seconds):
-    """SIGKILL so long after the first line of metrics.jsonl, or as soon as the run has ended."""
-    more = ["--mesh.data", 1, "--steps", 30, "--rollout.epochs", 2, "--rollout.minibatches", 2, "--sinks"]
-    straight, killed = base.parent / "straight", tmp_path / "killed"
-    if not straight.exists():
-        alone(base, words(base, straight, *more))
-    env = environment(base.parent / "cache")
-    env["PYTHONPATH"] += os.pathsep + str(base.parent)
-    process = subprocess.Popen([sys.executable, "-m", "gptjax", *words(base, killed, *more)], env=env)
-    while process.poll() is None and not (killed / "metrics.jsonl").exists():
-        time.sleep(0.05)
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    alone(base, words(base, killed, *more))
-    assert curve(killed) == curve(straight)
-    a, b = (load_model(run, MeshConfig()).params for run in (straight, killed))
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+    assert_same(moved, trained)
 
 
 NUMBERS = ("loss", "grad_norm", "reward", "kl", "length")
 OF_TOKENS = ("entropy", "clip_fraction")
 
 
+# A product that is added 16 times, and steps of 5e-2, saturate the attention: there a relative change of 1e-6 in the
+# leaves, which Adam makes of the rounding of gradients of 6e-8, is one of 1e-4 in the next gradient, on one mesh, too.
+GENTLE = [*LORA, "--optim.learning-rate", 1e-3]
+
+
 @pytest.mark.slow
-def test_padding_accumulation_and_mesh_change_no_number(base, tmp_path, highest_precision):
-    more = ["--rollout.minibatches", 2, "--steps", 10, "--mesh.data", 1]
+@pytest.mark.parametrize("kind", [[], GENTLE], ids=["whole", "lora"])
+def test_padding_accumulation_and_mesh_change_no_number(kind, base, tmp_path, highest_precision):
+    more = [*kind, "--rollout.minibatches", 2, "--steps", 10, "--mesh.data", 1]
     ways = {
         "one": ["--mesh.fsdp", 8],
         "mesh": ["--mesh.fsdp", 4, "--mesh.tensor", 2],
@@ -248,14 +197,9 @@ def test_wrong_input_is_one_line(base, tmp_path, capsys):
     }
     for more, said in early.items():
         assert said in refused(capsys, *words(base, run, *more))
-    late = {
-        f"{source}:nope": f"wanted module:name of a function that Python can import here (module '{source}' has no",
-        f"{source}:nan": f"{source}:nan returned nan for ",
-    }
-    for name, said in late.items():
-        assert main(words(base, run, "--rewards.sources", name, "--steps", 1)) == 2
-        assert said in capsys.readouterr().err.splitlines()[-1]
-        shutil.rmtree(run, ignore_errors=True)
+    assert main(words(base, run, "--rewards.sources", f"{source}:nope")) == 2
+    said = f"wanted module:name of a function that Python can import here (module '{source}' has no"
+    assert said in capsys.readouterr().err.splitlines()[-1]
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "x" * 30}) + "\n")
     assert main(words(base, run, "--data.source", tmp_path / "long.jsonl")) == 2
     assert "0 of 1 prompts leave room for rollout.max_new_tokens=8" in capsys.readouterr().err.splitlines()[-1]

@@ -1,12 +1,8 @@
 """Laws of PPO: the first update's ratio, the value function, the adapted KL, pretraining text beside, exact resume."""
 
 import json
-import os
 import random
-import shutil
-import signal
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -14,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import environment, finish, refused, start
-from test_sft import make_run
+from stage_runs import assert_same, lines, make_run, stopped
 
 from gptjax.align.critic import actor_critic
 from gptjax.cli import main
@@ -36,7 +32,6 @@ KINDS = {
     "plain": ["--rollout.minibatches", "2", "--rollout.epochs", "2", "--value.rank", "2"],
     "lora": ["--lora.rank", "2", "--value.rank", "2", "--optim.ema", "0", "--optim.accumulate", "2"],
 }
-CLOCK = ("seconds", "tokens_per_second", "input_seconds", "peak_memory_bytes", "mfu_6n", "mfu_causal", "mfu_palm")
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +75,6 @@ def trained(base):
     return of
 
 
-def lines(run: Path) -> list[dict]:
-    """Every line of metrics.jsonl, without what a clock says."""
-    found = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [{name: x for name, x in line.items() if name not in CLOCK} for line in found]
-
-
 def test_the_first_step_has_ratio_1_and_no_kl_and_the_text_is_learned_beside_the_reward(trained):
     first, *_ = steps = [line for line in lines(trained("ptx")) if "loss" in line]
     assert [line["updates"] for line in steps] == [1, 2, 3, 4]
@@ -119,53 +108,16 @@ def test_several_updates_on_a_rollout_move_the_ratio(trained):
     assert steps[-1]["updates"] == 16 and steps[0]["ratio_max"] > 1 and steps[0]["kl_k3"] == 0
 
 
-def stopped(run: Path, at: Path) -> Path:
-    """A copy of a run as it was when it ended after step 2."""
-    moved = shutil.copytree(run, at)
-    shutil.rmtree(moved / "checkpoints" / "00000004")
-    kept = (moved / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (moved / "metrics.jsonl").write_text("".join(line for line in kept if json.loads(line)["step"] <= 2))
-    return moved
-
-
 @pytest.mark.parametrize("kind", ["ptx", pytest.param("plain", marks=pytest.mark.slow),
                                   pytest.param("lora", marks=pytest.mark.slow)])  # fmt: skip
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(kind, trained, base, tmp_path, monkeypatch, capsys):
     straight = trained(kind)
-    moved = stopped(straight, tmp_path / "moved")
+    moved = stopped(straight, tmp_path / "moved", 2)
     monkeypatch.chdir(base.parent)
     assert f"name it again: --rewards.sources {REWARD}" in refused(capsys, "ppo", moved)
     code, errors = finish(process(base, "ppo", moved, "--rewards.sources", REWARD), 900)
     assert code == 0, errors
-    assert lines(moved) == lines(straight)
-    kept = [run / "checkpoints" / "00000004" / "digests" / "data.json" for run in (straight, moved)]
-    assert kept[0].read_bytes() == kept[1].read_bytes()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["plain", "ptx"])
-def test_a_run_that_is_killed_at_any_moment_goes_on_bit_for_bit(kind, base, tmp_path):
-    """kill -9 at five moments: while it starts, compiles, draws and saves."""
-    runs = [tmp_path / "straight", tmp_path / "killed"]
-
-    def begin(run: Path):
-        return process(base, *words(base, run, *KINDS[kind], "--steps", "8"))
-
-    assert finish(begin(runs[0]))[0] == 0
-    for moment in range(5):
-        running, began = begin(runs[1]), time.monotonic()
-        metrics, wanted = runs[1] / "metrics.jsonl", moment
-        while running.poll() is None and time.monotonic() - began < 200:
-            there = metrics.read_text().count('"loss"') if metrics.exists() else 0
-            if there >= wanted:
-                break
-            time.sleep(0.01)
-        time.sleep(0.03 * moment)
-        if running.poll() is None:
-            os.kill(running.pid, signal.SIGKILL)
-        running.communicate()
-    assert finish(begin(runs[1]))[0] == 0
-    assert lines(runs[0]) == lines(runs[1])
+    assert_same(moved, straight)
 
 
 def test_a_value_function_reads_the_policys_states_or_those_of_its_own_trunk():
@@ -199,7 +151,7 @@ def test_a_value_function_reads_the_policys_states_or_those_of_its_own_trunk():
         np.testing.assert_allclose(other[0], shared[0], rtol=1e-6)
 
 
-def test_wrong_settings_are_one_line(base, trained, tmp_path, capsys):
+def test_wrong_settings_are_one_line(base, trained, tmp_path, capsys, monkeypatch):
     for more, said in {
         ("--value.rank", "0", "--value.init", "runs/reward"): "value.init='runs/reward': wanted none with value.rank=0",
         ("--lam", "1.5"): "lam=1.5: wanted a number from 0 to 1",
@@ -209,19 +161,18 @@ def test_wrong_settings_are_one_line(base, trained, tmp_path, capsys):
     }.items():
         assert said in refused(capsys, *words(base, tmp_path / "run", *more))
     (base.parent / "other_reward.py").write_text(CODE + "\n")
-    moved = stopped(trained("ptx"), tmp_path / "moved")
-    for given, said in {
-        ("--ptx.source", "init"): "ptx.source='init': source 'builtin:shakespeare' is no prepared folder here",
-        ("--value.rank", "2", "--value.init", str(base)): "which has no score_D; wanted a run by gptjax reward",
-        (): "is not what this run began with",
+    moved = stopped(trained("ptx"), tmp_path / "moved", 2)
+    monkeypatch.chdir(base.parent)
+    mesh = ["--mesh.data", "8"]
+    for command, said in {
+        (*words(base, tmp_path / "run", *mesh, "--ptx.source", "init"),): "'builtin:shakespeare' is no prepared folder",
+        (
+            *words(base, tmp_path / "run", *mesh, "--value.rank", "2", "--value.init", str(base)),
+        ): "which has no score_D; wanted a run by gptjax reward",
+        ("ppo", str(moved), *mesh, "--rewards.sources", "other_reward:share"): "is not what this run began with",
     }.items():
-        command = (
-            words(base, tmp_path / "run", *given)
-            if given
-            else ["ppo", moved, "--rewards.sources", "other_reward:share"]
-        )
-        code, errors = finish(process(base, *command))
-        assert code == 2 and said in errors.splitlines()[-1], errors
+        assert main([*command]) == 2
+        assert said in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.slow
@@ -229,7 +180,7 @@ def test_wrong_settings_are_one_line(base, trained, tmp_path, capsys):
 def test_a_mesh_and_accumulation_change_no_loss(kind, base, tmp_path, highest_precision, monkeypatch):
     curves = {}
     for name, more in {
-        "one": ["--mesh.fsdp", "8", "--mesh.data", "1"],
+        "one": ["--mesh.fsdp", "8", "--mesh.data", "1", "--optim.accumulate", "1"],
         "mesh": ["--mesh.fsdp", "4", "--mesh.tensor", "2"],
         "parts": ["--mesh.fsdp", "4", "--mesh.tensor", "2", "--optim.accumulate", "2"],
     }.items():

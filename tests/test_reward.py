@@ -2,22 +2,17 @@
 
 import json
 import math
-import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import curve, refused
+from commands import refused
+from stage_runs import MODEL, assert_same, lines, make_run, on_all_devices, stopped
 from test_preferences import ranked
-from test_sft import MODEL, make_run, steps
 
 from gptjax.align.scoring import Answer, Rewards
 from gptjax.cli import main
@@ -71,8 +66,7 @@ def base(tmp_path_factory, compile_cache) -> Path:
 
 def words(base: Path, run: Path, *more: object) -> list[str]:
     given = ["reward", "chat", "--init", base, "--data.source", base.parent / "pairs.jsonl", "--run-dir", run]
-    mesh = [] if any("mesh" in str(word) for word in more) else ["--mesh.data", str(jax.device_count())]
-    return [*map(str, [*given, *REWARD, *mesh, *more])]
+    return on_all_devices([*given, *REWARD, *more])
 
 
 def train(base: Path, run: Path, *more: object) -> Path:
@@ -171,13 +165,13 @@ def test_prompts_are_shared_unless_a_window_or_a_block_forbids_it():
 def test_a_run_learns_to_score_and_its_demonstrations_score_0(tuned, base, capsys, tmp_path):
     config = load_config(tuned)
     assert (config.stage, config.heads, config.model.width) == ("reward", ("score_D",), 16)
-    lines = [line for line in steps(tuned) if "eval_loss" in line]
-    assert len(lines) == 2 and lines[1]["eval_loss"] < lines[0]["eval_loss"] < 1.5
-    assert {"eval_accuracy", "eval_accuracy_stderr", "eval_calibration_error"} <= lines[1].keys()
+    found = [line for line in lines(tuned) if "eval_loss" in line]
+    assert len(found) == 2 and found[1]["eval_loss"] < found[0]["eval_loss"] < 1.5
+    assert {"eval_accuracy", "eval_accuracy_stderr", "eval_calibration_error"} <= found[1].keys()
     capsys.readouterr()
     assert main(["eval", str(tuned)]) == 0
     out, err = capsys.readouterr()
-    assert f"eval_accuracy {lines[1]['eval_accuracy']:.6g}" in out and "eval_loss" in out
+    assert f"eval_accuracy {found[1]['eval_accuracy']:.6g}" in out and "eval_loss" in out
     assert main(["data", "show", str(tuned), "--step", "1"]) == 0
     assert "[INST]" in capsys.readouterr().out
     scorer, _ = load_scorer(tuned, MeshConfig(data=-1))
@@ -187,6 +181,8 @@ def test_a_run_learns_to_score_and_its_demonstrations_score_0(tuned, base, capsy
     kept = json.loads((tuned / "scores.json").read_text())
     assert kept["step"] == 6 and kept["demonstrations"] == len(best) and abs(kept["mean"]) > 1e-3
     assert sum(row[1] for row in kept["reliability"]) == kept["eval_pairs"]
+    page = (tuned / "report.html").read_text()
+    assert "Reliability on held-out pairs" in page and f"{kept['reliability'][-1][3]:.3f}</td></tr></table>" in page
 
 
 def test_demonstrations_may_be_conversations(tuned, tmp_path):
@@ -206,20 +202,13 @@ def test_demonstrations_may_be_conversations(tuned, tmp_path):
 @pytest.mark.parametrize("kind", ["tuned", "adapted"])
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(kind, request, base, tmp_path):
     straight = request.getfixturevalue(kind)
-    moved = shutil.copytree(straight, tmp_path / "moved")  # as it was when it ended after step 3
-    shutil.rmtree(moved / "checkpoints" / "00000006")
-    (moved / "scores.json").unlink()
-    lines = (moved / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (moved / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= 3))
+    moved = stopped(straight, tmp_path / "moved", 3)
     assert main(["reward", str(moved)]) == 0
-    assert curve((moved / "metrics.jsonl").read_bytes()) == curve((straight / "metrics.jsonl").read_bytes())
-    assert (moved / "scores.json").read_bytes() == (straight / "scores.json").read_bytes()
-    a, b = (load_model(run, MeshConfig(), heads=("score_D",)).params for run in (straight, moved))
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+    assert_same(moved, straight)
 
 
 def test_an_adaptation_begins_as_its_base_with_the_same_head_and_trains_both(adapted, tuned, base):
-    assert steps(adapted)[0]["loss"] == pytest.approx(steps(tuned)[0]["loss"], abs=1e-6), "b is 0"
+    assert lines(adapted)[0]["loss"] == pytest.approx(lines(tuned)[0]["loss"], abs=1e-6), "b is 0"
     model, plain = load_model(adapted, MeshConfig(), heads=("score_D",)), load_model(base, MeshConfig())
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), model.params, plain.params | {"score_D": 0.0})
     assert moved["layers"]["q_NDHK"] and moved["score_D"] and not moved["embed_VD"]
@@ -227,7 +216,7 @@ def test_an_adaptation_begins_as_its_base_with_the_same_head_and_trains_both(ada
 
 
 def test_wrong_input_is_one_line(base, tuned, tmp_path, capsys):
-    lines = {
+    records = {
         "none": {"prompt": "a", "chosen": "b"},
         "same": {"prompt": "a", "answers": ["b", "b"]},
         "rank": {"prompt": "a", "answers": ["b", "c"], "ranks": [1, 1]},
@@ -239,7 +228,7 @@ def test_wrong_input_is_one_line(base, tuned, tmp_path, capsys):
         "rank": "ranks is [1, 1]; wanted 2 numbers",
         "long": "none of 1 preferences fits into rows of data.length = 64 tokens; raise --data.length",
     }
-    for name, record in lines.items():
+    for name, record in records.items():
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
         given = words(base, tmp_path / "run", "--data.source", tmp_path / f"{name}.jsonl")
         assert main(given) == 2
@@ -287,46 +276,10 @@ def test_a_mesh_and_accumulation_change_no_loss(base, tmp_path, highest_precisio
         }.items():
             run = train(base, tmp_path / f"{name}{len(lora)}", "--steps", "10", "--mesh.data", "1", *lora, *mesh)
             numbers = json.loads((run / "scores.json").read_text())
-            curves[name] = [*(x["loss"] for x in steps(run) if "loss" in x), numbers["eval_loss"]]
+            curves[name] = [*(x["loss"] for x in lines(run) if "loss" in x), numbers["eval_loss"]]
             means[name] = numbers["mean"]
         assert len(curves["one"]) == 11
         for name in ("mesh", "parts"):
             np.testing.assert_allclose(curves[name], curves["one"], rtol=5e-5)
             # No loss sees what all scores share, so that rounding alone moves it.
             assert means[name] == pytest.approx(means["one"], rel=1e-3)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", range(4))
-def test_a_run_that_is_killed_goes_on_bit_for_bit(moment, base, tmp_path):
-    _killed(base, tmp_path, moment)
-
-
-def test_a_run_that_is_killed_after_a_save_goes_on_bit_for_bit(base, tmp_path):
-    _killed(base, tmp_path, 4)
-
-
-def _killed(base: Path, tmp_path: Path, moment: int) -> None:
-    """kill -9 before a checkpoint, during the first steps, at a save, between saves, and before the scores are kept."""
-    run = tmp_path / "run"
-    given = words(base, run, "--steps", "9", "--mesh.data", "1", "--mesh.fsdp", "1")
-    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "gptjax", *given]
-    straight = [word if word != str(run) else str(tmp_path / "straight") for word in command]
-    subprocess.run(straight, check=True, capture_output=True, env=environment)
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-
-    def reached() -> bool:
-        log = run / "metrics.jsonl"
-        seen = max((json.loads(x)["step"] for x in log.read_text().splitlines(keepends=True) if x.endswith("\n")),
-                   default=0) if log.exists() else -1  # fmt: skip
-        return [run.exists(), seen >= 1, (run / "checkpoints" / "00000003").exists(), seen >= 5, seen >= 9][moment]
-
-    while process.poll() is None and not reached():
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    subprocess.run(command, check=True, capture_output=True, env=environment)
-    whole, again = tmp_path / "straight", run
-    assert curve((again / "metrics.jsonl").read_bytes()) == curve((whole / "metrics.jsonl").read_bytes())
-    assert (again / "scores.json").read_bytes() == (whole / "scores.json").read_bytes()

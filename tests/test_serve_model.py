@@ -146,7 +146,7 @@ def test_json_of_a_schema_comes_from_any_model(served):
 
 
 def test_a_newer_checkpoint_is_gone_on_with_when_it_is_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr("gptjax.serve.service.load_model", lambda *args: alone(load_model(*args)))
+    monkeypatch.setattr("gptjax.serve.service.load_model", lambda folder, mesh: alone(load_model(folder, None)))
     run, config = make(tmp_path / "run")
     service = Service(alone(load_model(run.folder, None)), ServeConfig(slots=2))
     service.scheduler.start()

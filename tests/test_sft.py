@@ -11,20 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import curve, refused
+from stage_runs import MODEL, TOKENIZER, assert_same, lines, make_run, on_all_devices, stopped
 
 import gptjax
 from gptjax.cli import main
-from gptjax.config import DataConfig, LoraConfig, MeshConfig, ModelConfig, SftConfig, TokenizerConfig, TrainConfig
-from gptjax.config.section import InputError, leaves
-from gptjax.data.chats import ChatData, held_out
+from gptjax.config import DataConfig, LoraConfig, MeshConfig, SftConfig
+from gptjax.config.section import InputError
+from gptjax.data.chats import ChatData
 from gptjax.data.dialogue import messages_of
 from gptjax.data.packing import pad_documents
+from gptjax.data.rendered import held_out
 from gptjax.model.decoder import init_params, make_decoder
 from gptjax.ops.device import device
 from gptjax.parallel.sharding import make_mesh
-from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.load import load_model
-from gptjax.runs.run import Run, load_config, read_config
+from gptjax.runs.run import load_config, read_config
 from gptjax.stages.tuning import Tuning
 from gptjax.tokenizer import BytesTokenizer
 from gptjax.tokenizer.known_templates import named_template
@@ -32,11 +33,9 @@ from gptjax.training.losses import language_model_loss
 from gptjax.training.memory import count_memory
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
-MODEL = ModelConfig(num_layers=1, width=16, num_heads=2, dtype="float32")
-TOKENIZER = TokenizerConfig(kind="bytes", vocab_size=258)
 SFT = """--tokenizer.template llama2 --model.dtype float32 --data.length 64 --data.batch-size 8 --sinks --steps 6
 --checkpoint.every 3 --evaluate.every 3 --optim.learning-rate 1e-2 --generate.max-new-tokens 4
---generate.prompt hello --mesh.data 1""".split()
+--generate.prompt hello""".split()
 LORA = ["--lora.rank", "2"]
 
 
@@ -64,24 +63,9 @@ def base(tmp_path_factory, compile_cache) -> Path:
     return make_run(folder / "base")
 
 
-def make_run(folder: Path, seed: int = 0) -> Path:
-    """A run with the first weights of a seed as its step 0."""
-    config = TrainConfig(run_dir=str(folder), model=MODEL, tokenizer=TOKENIZER, data=DataConfig(length=64))
-    run = Run.open(folder, config)
-    BytesTokenizer().save(run.tokenizer)
-    checkpoints = Checkpoints(run.checkpoints, config.checkpoint)
-    params = jax.jit(init_params(make_decoder(config)))(jax.random.key(seed))
-    checkpoints.save(0, {"params": params}, {"rows": 0}, dict(leaves(config)))
-    checkpoints.wait()
-    run.close()
-    return folder
-
-
 def sft(base: Path, run: Path, *more: object, code: int = 0) -> Path:
-    words = ["--init", base, "--data.source", base.parent / "chats.jsonl", "--run-dir", run]
-    devices = jax.device_count()
-    mesh = [] if any("mesh" in str(word) for word in more) else ["--mesh.data", str(devices)]
-    assert main(["sft", "chat", *map(str, [*words, *SFT, *mesh, *more])]) == code
+    words = ["sft", "chat", "--init", base, "--data.source", base.parent / "chats.jsonl", "--run-dir", run, *SFT, *more]
+    assert main(on_all_devices(words)) == code
     return run
 
 
@@ -100,10 +84,6 @@ def settings(base: Path, **more) -> SftConfig:
     return SftConfig(
         init=str(base), model=MODEL, data=data, tokenizer=dataclasses.replace(TOKENIZER, template="llama2"), **more
     )
-
-
-def steps(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def answers(source: Path) -> list[tuple[list[int], list[int]]]:
@@ -176,8 +156,7 @@ def test_a_run_is_tuned_says_what_it_left_out_and_is_opened_by_the_verbs(tuned, 
     config = load_config(tuned)
     assert (config.stage, config.model.width, config.model.dropout) == ("sft", 16, 0.2)
     assert config.init == str(base) and read_config(tuned)["settings"]["model.width"]["from"] == "init"
-    lines = steps(tuned)
-    losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    losses = [line["eval_loss"] for line in lines(tuned) if "eval_loss" in line]
     assert len(losses) == 2 and losses[1] < losses[0] < 6
     samples = [json.loads(line) for line in (tuned / "samples.jsonl").read_text().splitlines()]
     assert [s["step"] for s in samples] == [3, 6] and samples[0]["prompt"] == "hello"
@@ -215,25 +194,20 @@ def test_python_tunes_answers_and_measures_tasks_as_the_verbs_do(base, tuned, tm
 @pytest.mark.parametrize("kind", ["tuned", "adapted"])
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(kind, request, base, tmp_path):
     straight = request.getfixturevalue(kind)
-    moved = shutil.copytree(straight, tmp_path / "moved")  # as it was when it ended after step 3
-    shutil.rmtree(moved / "checkpoints" / "00000006")
-    lines = (moved / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (moved / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= 3))
+    moved = stopped(straight, tmp_path / "moved", 3)
     assert main(["sft", str(moved)]) == 0
-    assert curve((moved / "metrics.jsonl").read_bytes()) == curve((straight / "metrics.jsonl").read_bytes())
-    a, b = (load_model(run, MeshConfig()).params for run in (straight, moved))
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+    assert_same(moved, straight)
 
 
 def test_an_adaptation_begins_as_its_base_and_is_opened_with_it(adapted, tuned, base, capsys):
-    assert steps(adapted)[0]["loss"] == pytest.approx(steps(tuned)[0]["loss"], abs=1e-6), "b is 0"
+    assert lines(adapted)[0]["loss"] == pytest.approx(lines(tuned)[0]["loss"], abs=1e-6), "b is 0"
     model, plain = load_model(adapted, MeshConfig()), load_model(base, MeshConfig())
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), model.params, plain.params)
     assert moved["layers"]["q_NDHK"] and not moved["embed_VD"]
-    assert steps(adapted)[-1]["eval_loss"] < [x for x in steps(adapted) if "eval_loss" in x][0]["eval_loss"]
+    assert lines(adapted)[-1]["eval_loss"] < [x for x in lines(adapted) if "eval_loss" in x][0]["eval_loss"]
     capsys.readouterr()
     assert main(["eval", str(adapted)]) == 0
-    assert f"eval_loss {steps(adapted)[-1]['eval_loss']:.6g}"[:16] in capsys.readouterr().out
+    assert f"eval_loss {lines(adapted)[-1]['eval_loss']:.6g}"[:16] in capsys.readouterr().out
     elsewhere = base.with_name("elsewhere")
     base.rename(elsewhere)
     try:
@@ -262,7 +236,7 @@ def test_a_run_ends_early_where_its_evaluations_stop_falling(base, tmp_path, cap
     run = sft(base, tmp_path / "run", *words, "--evaluate.patience", 2, *LORA)
     said = "ended before step 40: 2 evaluations in a row found no eval_loss below that of step 2, "
     assert said in capsys.readouterr().err and len(merged) == 3
-    assert [x["step"] for x in steps(run)][-2:] == [6, 6] and load_model(run, None).step == 6
+    assert [x["step"] for x in lines(run)][-2:] == [6, 6] and load_model(run, None).step == 6
     last = json.loads((run / "events.jsonl").read_text().splitlines()[-1])
     assert (last["kind"], last["step"]) == ("finished", 6) and last["reason"].startswith(said)
     before = curve((run / "metrics.jsonl").read_bytes())
@@ -272,7 +246,7 @@ def test_a_run_ends_early_where_its_evaluations_stop_falling(base, tmp_path, cap
         assert said in capsys.readouterr().err
         assert curve((run / "metrics.jsonl").read_bytes()) == before
     assert main(["sft", str(run), "--evaluate.patience", "0", "--steps", "8"]) == 0
-    assert steps(run)[-1]["step"] == 8
+    assert lines(run)[-1]["step"] == 8
 
 
 def test_the_memory_that_is_counted_holds_the_base(base):
@@ -291,7 +265,7 @@ def test_tasks_are_asked_through_the_template(base, tmp_path):
     run = sft(base, tmp_path / "run", "--evaluate.tasks", task)
     assert main(["eval", str(run), "--tasks", str(task), "--chat", "--items", str(tmp_path / "items")]) == 0
     greedy = [json.loads(line)["greedy"] for line in (tmp_path / "items").read_text().splitlines()]
-    assert steps(run)[-1]["task_task"] == sum(greedy) / 2
+    assert lines(run)[-1]["task_task"] == sum(greedy) / 2
 
 
 @pytest.mark.slow
@@ -305,7 +279,7 @@ def test_a_mesh_and_accumulation_change_no_loss(base, tmp_path, highest_precisio
             "parts": ["--mesh.fsdp", "4", "--mesh.tensor", "2", "--optim.accumulate", "2"],
         }.items():
             run = sft(base, tmp_path / f"{name}{len(lora)}", *more, *lora, *words)
-            curves[name] = [x["loss"] for x in steps(run) if "loss" in x] + [steps(run)[-1]["eval_loss"]]
+            curves[name] = [x["loss"] for x in lines(run) if "loss" in x] + [lines(run)[-1]["eval_loss"]]
         assert len(curves["one"]) == 11
         for name in ("mesh", "parts"):
             np.testing.assert_allclose(curves[name], curves["one"], rtol=2e-5)

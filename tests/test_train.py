@@ -14,7 +14,15 @@ from gptjax.config.section import InputError
 from gptjax.parallel.sharding import make_mesh
 from gptjax.runtime.compile_cache import enable_compile_cache
 from gptjax.training.loop import Diverged, Hooks, fit
-from gptjax.training.step import Beside, compile_step, init_state, make_init, make_train_step, several_updates
+from gptjax.training.step import (
+    Beside,
+    compile_step,
+    epoch_order,
+    init_state,
+    make_init,
+    make_train_step,
+    several_updates,
+)
 from gptjax.training.stop import Interrupted
 
 
@@ -82,17 +90,22 @@ def test_accumulation_weights_micro_batches_by_their_tokens():
     np.testing.assert_allclose([m["weight"] for m in whole.values()], [m["weight"] for m in parts.values()], rtol=1e-6)
 
 
-def test_several_updates_on_one_batch_are_one_step_and_those_that_steps_on_its_parts_make():
+def test_several_updates_are_one_step_and_those_that_steps_on_parts_make_shuffled_in_each_epoch():
     tx = optax.adamw(0.05)
     step = make_train_step(loss_fn, tx, lambda update: jnp.asarray(0.05 + update))
     state = make_init(lambda key: {"w_D": jax.random.normal(key, (4,))}, tx)(0)
+    orders = [np.asarray(epoch_order(state, epoch, 18)) for epoch in range(3)]
+    assert orders[0].tolist() == list(range(18)) == sorted(orders[1]) == sorted(orders[2])
+    at_another_step = epoch_order(state.replace(step=state.step + 1), 1, 18)
+    assert len({tuple(order.tolist()) for order in (*orders, np.asarray(at_another_step))}) == 4
     one, losses = state, []
-    for i in range(6):  # two passes over three parts
-        one, metrics = jax.jit(step)(one, FROZEN, {name: x[i % 3 :: 3] for name, x in batch(0, 18).items()})
+    for i in range(9):  # three passes over three parts
+        rows = orders[i // 3][i % 3 :: 3]
+        one, metrics = jax.jit(step)(one, FROZEN, {name: x[rows] for name, x in batch(0, 18).items()})
         losses.append(float(metrics["loss"]))
-    several, metrics = jax.jit(several_updates(step, 2, 3))(state, FROZEN, batch(0, 18))
+    several, metrics = jax.jit(several_updates(step, 3, 3))(state, FROZEN, batch(0, 18))
     np.testing.assert_allclose(several.params["w_D"], one.params["w_D"], rtol=1e-6)
-    assert (several.step, several.updates, metrics["updates"], metrics["learning_rate"]) == (1, 6, 6, jnp.float32(5.05))
+    assert (several.step, several.updates, metrics["updates"], metrics["learning_rate"]) == (1, 9, 9, jnp.float32(8.05))
     np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-6)
 
 

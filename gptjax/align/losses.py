@@ -47,8 +47,11 @@ def policy_loss(
         del key  # no dropout: it would make the ratio of the first step differ from 1
         mask_BL, old_BL, advantage_BL = batch["mask_BL"], batch["old_log_p_BL"], batch["advantage_BL"]
         log_p_BL, entropy_BL, *values = log_probs(params, frozen, batch)
+        now_BL = log_p_BL
         if "fresh_B" in batch:  # else rounding would tell apart two programs of one forward pass
-            old_BL = jnp.where(batch["fresh_B"][:, None] > 0, jax.lax.stop_gradient(log_p_BL), old_BL)
+            fresh_B1 = batch["fresh_B"][:, None] > 0
+            now_BL = jnp.where(fresh_B1, old_BL, log_p_BL)
+            old_BL = jnp.where(fresh_B1, jax.lax.stop_gradient(log_p_BL), old_BL)
         log_ratio_BL = (log_p_BL - old_BL) * mask_BL  # 0 outside of the answer, where exp could overflow
         token_BL = clipped(log_ratio_BL, advantage_BL, clip, clip_high)
         policy, weight = aggregate(token_BL, mask_BL, aggregation)
@@ -62,7 +65,7 @@ def policy_loss(
         outside_BL = (ratio_BL < 1 - clip) | (ratio_BL > 1 + (clip if clip_high is None else clip_high))
         metrics = {
             "policy_loss": policy,
-            "kl": aggregate(to_ref_BL, mask_BL, "row_sum")[0],
+            "kl": aggregate((now_BL - batch["ref_log_p_BL"]) * mask_BL, mask_BL, "row_sum")[0],
             "kl_old": masked_mean(kl_estimate(-log_ratio_BL, "k3"), mask_BL),
             "clip_fraction": masked_mean(outside_BL.astype(jnp.float32), mask_BL),
             "ratio_max": jnp.where(mask_BL > 0, ratio_BL, 0).max(),

@@ -56,6 +56,9 @@ class ContinueConfig(GenerateConfig):
     """System message in front of each message; empty: the template's own, where it has one."""
     template: str = ""
     """Chat template to use instead of the run's."""
+    shots: str = ""
+    """Examples in front of each prompt: a JSONL file, or translation, questions, sentiment or summary; the answers are
+    printed alone."""
     choices: tuple[str, ...] = ()
     """Texts of which the model writes one."""
     json_schema: str = ""
@@ -63,6 +66,8 @@ class ContinueConfig(GenerateConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        self.require(not (self.shots and self.chat), "shots", "none with --chat")
+        self.require(not self.shots or all(self.prompt), "prompt", "an input with --shots", "add --prompt")
         self.require(all(self.choices), "choices", "texts that are not empty")
         self.require(not (self.choices and self.json_schema), "json_schema", "none beside --choices")
         for name in ("system", "template"):

@@ -191,15 +191,15 @@ class EvaluateConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(Section):
-    """Evaluate a run on its validation split or, with --tasks, on files of questions and texts."""
+    """Evaluate a run on its validation split, with --tasks on files of questions and texts, or --against another."""
 
     tasks: tuple[str, ...] = ()
     """Task files, each as FILE or as FILE:SETTING=VALUE:... with settings that replace those of the file's head
     (quiz.jsonl:shots=5); a .txt is a task, too. None: the run's own validation split."""
     limit: int = 0
-    """Items of each task to use, from its start; 0: all."""
+    """Items of each task, or prompts, to use, from its start; 0: all."""
     seed: int = 0
-    """Seed by which the examples in front of an item are drawn."""
+    """Seed by which the examples in front of an item are drawn, or with --against the answers."""
     json: str = ""
     """File for the tasks' numbers."""
     items: str = ""
@@ -208,6 +208,14 @@ class EvalConfig(Section):
     """Give each prompt as a message of a user, through the run's chat template, and score or read the answer to it."""
     template: str = ""
     """Chat template to use instead of the run's."""
+    against: str = ""
+    """Run whose answers to the same prompts are compared with this one's: the win rate by the scores of a judge."""
+    judge: str = ""
+    """Run by gptjax reward that scores the answers."""
+    prompts: str = ""
+    """File of prompts, as gptjax grpo reads them, that both runs answer."""
+    max_new_tokens: int = 128
+    """Tokens of an answer at the most, with --against."""
     batch_tokens: int = 2048
     """Tokens of tasks that each device computes at once."""
     step: int = 0
@@ -218,9 +226,13 @@ class EvalConfig(Section):
 
     def __post_init__(self):
         self.require_numbers(0, math.inf, "step", "max_rows", "limit", "seed")
-        self.require_positive("batch_tokens")
+        self.require_positive("batch_tokens", "max_new_tokens")
         for name in ("limit", "json", "items", "chat"):
-            self.require(bool(self.tasks) or not getattr(self, name), name, "--tasks beside it")
+            beside = bool(self.tasks) or (name == "limit" and bool(self.against))
+            self.require(beside or not getattr(self, name), name, "--tasks beside it")
+        for name in ("judge", "prompts"):
+            self.require(bool(getattr(self, name)) == bool(self.against), name, "all of --against, --judge, --prompts")
+        self.require(not self.against or not self.tasks, "against", "none with --tasks")
         self.require(self.chat or not self.template, "template", "none without --chat")
         self.require(not self.tasks or not self.max_rows, "max_rows", "0 with --tasks", "use --limit")
 

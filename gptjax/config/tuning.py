@@ -174,9 +174,9 @@ class RolloutConfig(Section):
     temperature: float = 1.0
     """Divides the logits of the policy and of the reference, when answers are drawn and in every log-probability."""
     epochs: int = 1
-    """Passes over the answers of a step."""
+    """Passes over the answers of a step, which are shuffled before each but the first."""
     minibatches: int = 1
-    """Updates in each of these passes, each on its share of the answers to every prompt."""
+    """Updates in each of these passes; in the first each is made on its share of the answers to every prompt."""
 
     def __post_init__(self):
         self.require_positive("answers", "max_new_tokens", "temperature", "epochs", "minibatches")

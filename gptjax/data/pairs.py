@@ -1,19 +1,13 @@
 """Preferences as the data of a run: rendered by the tokenizer's template, a share of the prompts held out."""
 
-import hashlib
-import math
-from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
 
 from gptjax.config import TuneConfig
 from gptjax.config.section import InputError
-from gptjax.data.batches import ALL_ROWS, DataState, RowSlice
-from gptjax.data.chats import chat_tokenizer, held_out, question_hash, record_files
 from gptjax.data.dialogue import messages_of, tools_of
 from gptjax.data.formats import read_records
-from gptjax.data.packing import Batch
 from gptjax.data.preferences import (
     AnswerTrees,
     PreferenceRows,
@@ -24,11 +18,11 @@ from gptjax.data.preferences import (
     shares_prompts,
     written,
 )
-from gptjax.data.validation import another_source, data_changed
+from gptjax.data.rendered import RecordData, chat_tokenizer, held_out, question_hash, record_files
 from gptjax.tokenizer.known_templates import template_of
 
 
-class PreferenceData:
+class PreferenceData(RecordData):
     """The preferences of a source, to train on and held out, with the methods of a pipeline's data.
 
     A batch holds data.batch_size prompts: with `trees` as `AnswerTrees`, else as `PreferenceRows`. A prompt is held out
@@ -38,10 +32,9 @@ class PreferenceData:
     """
 
     def __init__(self, config: TuneConfig, folder: Path, training: bool, trees: bool):
-        self._config, self._training = config, training
-        self.tokenizer = chat_tokenizer(config, folder.with_name("tokenizer"))
+        super().__init__(config, chat_tokenizer(config, folder.with_name("tokenizer")), training)
         template, source, length = template_of(self.tokenizer), config.data.source, config.data.length
-        prompts, questions, content = [], [], hashlib.sha256()
+        prompts, questions = [], []
         for path in record_files(source, "preferences"):
             for origin, record in read_records(path):
                 preference = preference_of(record, origin)
@@ -51,8 +44,6 @@ class PreferenceData:
                     raise InputError(f"{origin}: {e}") from e
                 prompts.append(RankedAnswers(answers, preference.ranks))
                 questions.append(question_hash(preference.prompt))
-                for (ids, weights), rank in zip(answers, preference.ranks):
-                    content.update(np.array([rank, len(ids), *ids, *weights], np.int32).tobytes())
 
         def lay_out(some: list[RankedAnswers]) -> PromptRows:
             if not trees:
@@ -63,14 +54,11 @@ class PreferenceData:
         usable = np.array([every.fits(prompt) for prompt in prompts])
         held = held_out(np.array(questions), usable, config.data.validation_fraction, source, "preferences")
         self.train, self.held = (lay_out([p for p, h in zip(prompts, held) if h == side]) for side in (False, True))
-        self.validation = []  # of text there is none
-        self.start: DataState = {"rows": 0, "source": source, "content": content.hexdigest()}
-
-    @property
-    def steps(self) -> int:
-        """The steps of the settings, or of their epochs."""
-        prompts = self._config.epochs * self.train.num_rows
-        return self._config.steps or max(1, math.ceil(prompts / self._config.data.batch_size))
+        self.begin(
+            np.array([rank, len(ids), *ids, *weights], np.int32).tobytes()
+            for prompt in prompts
+            for (ids, weights), rank in zip(prompt.answers, prompt.ranks)
+        )
 
     def demonstrations(self, source: str, most: int) -> list[np.ndarray]:
         """The ids of so many answers, with their prompts, to be scored 0 on average: the first that fit.
@@ -89,48 +77,24 @@ class PreferenceData:
                 except InputError as e:
                     raise InputError(f"{origin}: {e}") from e
                 ids = written(rendered)
-                if any(rendered[1]) and len(ids) <= self._config.data.length:
+                if any(rendered[1]) and len(ids) <= self.config.data.length:
                     found.append(ids)
                 if len(found) == most:
                     return found
         if not found:
-            raise InputError(f"demonstrations={source!r}: no answer fits into data.length={self._config.data.length}")
+            raise InputError(f"demonstrations={source!r}: no answer fits into data.length={self.config.data.length}")
         return found
-
-    def check(self, state: DataState) -> None:
-        """Raises InputError where a checkpoint's state of the data is not one of these preferences as rendered."""
-        if state["content"] != self.start["content"]:
-            where = f"{another_source(self._config.data.source, state['source'])}, or the template is"
-            raise data_changed(where, self._config, self._training)
-
-    def batches(self, state: DataState, part: RowSlice = ALL_ROWS) -> Generator[tuple[Batch, DataState], None, None]:
-        """Yields (some prompts of a batch, state after it) from a state on, without end."""
-        while True:
-            batch = self.batch(state["rows"], part)
-            state = {**state, "rows": state["rows"] + self._config.data.batch_size}
-            yield batch, state
-
-    def batch(self, first: int, part: RowSlice = ALL_ROWS) -> Batch:
-        """The batch that begins with prompt `first`, or some of its prompts."""
-        return {n: x[part] for n, x in self.train.batch(first, self._config.data.batch_size).items()}
-
-    def sources(self, first: int) -> list[str]:
-        """The name of the source of each row: it has none, there is one."""
-        del first
-        return [""] * self._config.data.batch_size
 
     def describe(self) -> str:
         """The numbers of prompts, of those that were left out and of tokens, in a line."""
         long, train = self.train.too_long + self.held.too_long, self.train.num_rows
-        left = f"; left out: {long:,} that do not fit into {self._config.data.length:,} tokens" if long else ""
+        left = f"; left out: {long:,} that do not fit into {self.config.data.length:,} tokens" if long else ""
         saved = ""
         if isinstance(self.train, AnswerTrees):
             shared, alone = np.sum([self.train.size(prompt) for prompt in self.train.prompts], axis=0).tolist()
             saved = f"; {shared:,} tokens an epoch" + (
                 f", {alone:,} were prompts not shared" if shared < alone else ", prompts not shared"
             )
-        passes = self.steps * self._config.data.batch_size / train
         return (
-            f"{train:,} prompts with answers to train on, {self.held.num_rows:,} held out{left}{saved}; "
-            f"{self.steps:,} steps are {passes:.3g} epochs"
+            f"{train:,} prompts with answers to train on, {self.held.num_rows:,} held out{left}{saved}; {self.passes}"
         )

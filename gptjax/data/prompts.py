@@ -6,7 +6,6 @@ answers prompts as messages of a user; without one a prompt is text to go on wit
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,13 +15,12 @@ import numpy as np
 from gptjax.config import PolicyConfig
 from gptjax.config.section import InputError, one_line
 from gptjax.data.batches import ALL_ROWS, DataState, RowSlice
-from gptjax.data.chats import held_out, record_files, tuned_tokenizer
 from gptjax.data.dialogue import messages_of
 from gptjax.data.formats import read_records
 from gptjax.data.holdout import unit_hash
 from gptjax.data.packing import Batch
 from gptjax.data.permutation import shuffled
-from gptjax.data.validation import another_source, data_changed
+from gptjax.data.rendered import RecordData, held_out, record_files, tuned_tokenizer
 from gptjax.tokenizer import Tokenizer
 from gptjax.tokenizer.known_templates import template_of
 
@@ -68,7 +66,7 @@ def prompt_of(record: Any, origin: str, tokenizer: Tokenizer) -> Prompt:
     return Prompt(ids, record if isinstance(given, str) else {**record, "prompt": asked}, origin)
 
 
-class PromptData:
+class PromptData(RecordData):
     """The prompts of a source, to draw answers to and held out, with the methods of a pipeline's data.
 
     A prompt is held out by a hash of its text, so that equal prompts stay together and the order of the file does not
@@ -78,17 +76,14 @@ class PromptData:
     """
 
     def __init__(self, config: PolicyConfig, folder: Path, training: bool):
-        self._config, self._training = config, training
+        super().__init__(config, tuned_tokenizer(config, folder.with_name("tokenizer")), training)
         self._rollout = rollout = config.rollout
-        self.tokenizer = tuned_tokenizer(config, folder.with_name("tokenizer"))
-        source, content = config.data.source, hashlib.sha256()
+        source = config.data.source
         prompts = [
             prompt_of(record, origin, self.tokenizer)
             for path in record_files(source, "prompts")
             for origin, record in read_records(path)
         ]
-        for prompt in prompts:
-            content.update(json.dumps([list(prompt.ids), prompt.record], sort_keys=True, default=str).encode())
         self.most = config.data.length - rollout.max_new_tokens
         hashes = np.array([_hash(prompt) for prompt in prompts])
         usable = np.array([len(prompt.ids) <= self.most for prompt in prompts], bool)
@@ -106,32 +101,26 @@ class PromptData:
         )
         self.longest = max(len(prompt.ids) for prompt in (*self.train, *self.held))
         """Tokens of the longest prompt."""
-        self.start: DataState = {"rows": 0, "source": source, "content": content.hexdigest()}
-        self.validation = []
+        self.begin(
+            json.dumps([list(prompt.ids), prompt.record], sort_keys=True, default=str).encode() for prompt in prompts
+        )
 
     @property
-    def steps(self) -> int:
-        """The steps of the settings, or of their epochs."""
-        prompts = self._config.epochs * len(self.train)
-        return self._config.steps or max(1, math.ceil(prompts * self._rollout.answers / self._config.data.batch_size))
-
-    def check(self, state: DataState) -> None:
-        """Raises InputError where a checkpoint's state of the data is not one of these prompts as rendered."""
-        if state["content"] != self.start["content"]:
-            where = f"{another_source(self._config.data.source, state['source'])}, or the template is"
-            raise data_changed(where, self._config, self._training)
+    def epoch_rows(self) -> int:
+        """The answers of an epoch, of which data.batch_size make a step."""
+        return len(self.train) * self._rollout.answers
 
     def prompts(self, first: int, count: int) -> list[Prompt]:
         """Prompts [first, first + count) of all epochs' prompts, each epoch in another order."""
-        return [self.train[i] for i in shuffled(first, count, len(self.train), self._config.seed)]
+        return [self.train[i] for i in shuffled(first, count, len(self.train), self.config.seed)]
 
     def batch(self, first: int, part: RowSlice = ALL_ROWS) -> Batch:
         """The prompts of the step that begins with row `first`, each as often as it is answered: inputs_BL ..., padded.
 
         Nothing is a target: what follows a prompt is drawn when its step is made.
         """
-        answers, rows = self._rollout.answers, self._config.data.batch_size
-        shape = rows, self._config.data.length
+        answers, rows = self._rollout.answers, self.config.data.batch_size
+        shape = rows, self.config.data.length
         batch: Batch = {
             n: np.zeros(shape, np.int32) for n in ("inputs_BL", "targets_BL", "positions_BL", "segments_BL")
         }
@@ -145,18 +134,12 @@ class PromptData:
         """None: answers are drawn from the weights of the moment (`align.rollout`)."""
         raise NotImplementedError("answers are drawn from the weights of the moment")
 
-    def sources(self, first: int) -> list[str]:
-        """The name of the source of each row: it has none, there is one."""
-        del first
-        return [""] * self._config.data.batch_size
-
     def describe(self) -> str:
         """The numbers of prompts, and of those that were left out, in a line."""
         left = f"; left out: {self.too_long:,} of more than {self.most:,} tokens" if self.too_long else ""
-        passes = self.steps * self._config.data.batch_size / self._rollout.answers / len(self.train)
         return (
             f"{len(self.train):,} prompts to answer, of at most {self.longest:,} tokens, {len(self.held):,} held out"
-            f"{left}; {self.steps:,} steps are {passes:.3g} epochs"
+            f"{left}; {self.passes}"
         )
 
 

@@ -21,7 +21,6 @@ from gptjax.runs.load import LoadedModel, load_model
 from gptjax.runs.run import Run
 from gptjax.storage import filesystem, write_json
 
-SCORES = "scores.json"  # in a run's folder: the step at which its scores were normalised, and their mean until then
 BINS = 10  # of confidence, from 1/2 to 1
 LEAST = 32  # tokens of the shortest rows that answers are scored in
 
@@ -143,14 +142,14 @@ def load_scorer(run_dir: str | Path, mesh_cfg: MeshConfig | None, step: int = 0)
 
 def read_scores(run: Run) -> dict[str, Any]:
     """The step at which a run's scores were normalised with their "mean" and what else is known; {} before that."""
-    path = run.folder / SCORES
+    path = run.scores_path
     return json.loads(filesystem(run.folder).read(path)) if filesystem(run.folder).is_file(path) else {}
 
 
 def write_scores(run: Run, step: int, scores: np.ndarray, more: dict[str, Any]) -> None:
     """Writes the mean and standard deviation of the demonstrations' scores at a step into a run's folder."""
     found = {"step": step, "mean": float(scores.mean()), "std": float(scores.std()), "demonstrations": len(scores)}
-    write_json(run.folder / SCORES, found | more)
+    write_json(run.scores_path, found | more)
 
 
 def evaluate_reward(model: LoadedModel, held: PromptRows, max_rows: int = 0) -> dict[str, float]:

@@ -86,6 +86,7 @@ def html_page(run: Run) -> str:
         f"a step; written {time.strftime('%Y-%m-%d %H:%M:%S %z')}.{drawn}</p>",
         f"<h2>Curves</h2><div class=charts>{''.join(_charts(steps, lines))}</div>",
         *_samples(samples),
+        *_reliability(run),
         *_settings(document["settings"]),
         *_environment(json.loads(filesystem(run.folder).read(run.environment_path)), document["recipe"]),
         *_events(events),
@@ -182,6 +183,24 @@ def _answers(samples: Sequence[Mapping[str, Any]]) -> list[str]:
             f"<details class=sample{' open' if i == 0 else ''}><summary>step {step:,}</summary>{shown}</details>"
         )
     return parts
+
+
+def _reliability(run: Run) -> list[str]:
+    """The table of a reward model's confidence and accuracy on held-out pairs, once it is known."""
+    files = filesystem(run.folder)
+    if not files.is_file(run.scores_path):
+        return []
+    known = json.loads(files.read(run.scores_path))
+    rows = [
+        (f"{low:.2f} and more", f"{n:,.0f}", f"{sure:.3f}", f"{right:.3f}")
+        for low, n, sure, right in known["reliability"]
+    ]
+    return [
+        "<h2>Reliability on held-out pairs</h2>",
+        f"<p>Of pairs that are decided with a confidence, the share that is decided right; they are apart by "
+        f"{known['eval_calibration_error']:.3f} on average, the expected calibration error.</p>",
+        _table(("confidence", "pairs", "mean confidence", "accuracy"), rows),
+    ]
 
 
 def _settings(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -72,6 +72,11 @@ class Run:
         return self.local / "events.jsonl"
 
     @property
+    def scores_path(self) -> Path:
+        """Of a reward model: the step at which its scores were normalised, their mean until then, and how they hold."""
+        return self.folder / "scores.json"
+
+    @property
     def report_path(self) -> Path:
         return self.folder / "report.html"
 

@@ -191,11 +191,12 @@ class Reply:
     """One answer, as far as it is written.
 
     With `trims`, tokens come once their text has, and those behind the text's end (a stop id, what a stop text cut off)
-    never do: joined, they are the text. Without, all that were drawn come at once.
+    never do: joined, they are the text. Without, all that were drawn come at once. With `whole` a constraint brings the
+    text to its end, also where that takes all tokens that it may have.
     """
 
-    def __init__(self, index: int, offsets: TokenOffsets, ends: Collection[int], *, trims: bool):
-        self.index, self._offsets, self._ends, self._trims = index, offsets, ends, trims
+    def __init__(self, index: int, offsets: TokenOffsets, ends: Collection[int], *, trims: bool, whole: bool):
+        self.index, self._offsets, self._ends, self._trims, self._whole = index, offsets, ends, trims, whole
         self.text, self.finish, self.tokens, self.num_tokens = "", "", [], 0
         self.shown = 0
         """Characters of the text that a stream has sent."""
@@ -204,8 +205,8 @@ class Reply:
     def take(self, update: Update) -> ReplyPiece:
         """The piece that an update adds."""
         self.text += update.text
-        ended = update.finish == "length" and update.tokens and update.tokens[-1].id in self._ends
-        self.finish = "stop" if ended else update.finish
+        last = update.tokens[-1].id if update.tokens else None
+        self.finish = "stop" if update.finish == "length" and (self._whole or last in self._ends) else update.finish
         self.num_tokens += len(update.tokens)
         self._held += [self._offsets.add(token.id, token.log_p, token.top) for token in update.tokens]
         n = len(self._held)

@@ -76,7 +76,7 @@ class Form:
             drops_space = service.drops_space(ids, chat=chat)
             text = service.text_stream(asked.stop or (), chat=chat, drops_space=drops_space, marks=marks)
             offsets = TokenOffsets(self.tokenizer, start, drops_space=drops_space, marks=marks)
-            self.answers.append(Reply(len(self.answers), offsets, ends, trims=chat))
+            self.answers.append(Reply(len(self.answers), offsets, ends, trims=chat, whole=bool(self._constraint)))
             copy = sum(ids == prompt for prompt in self.prompts)
             self.prompts.append(ids)
             self.job.add(
@@ -268,7 +268,7 @@ class Chat(Form):
             text, calls = parse_calls(answer.text)
         if self.asked.parallel_tool_calls is False:
             calls = calls[:1]
-        finish = "tool_calls" if calls and (bare or answer.finish == "stop") else answer.finish
+        finish = "tool_calls" if calls and answer.finish == "stop" else answer.finish
         return text, [call.as_openai() for call in calls], finish
 
     def _delta(

@@ -247,6 +247,8 @@ class ChatMessage(BaseModel):
     content: Annotated[str | None, BeforeValidator(_content)] = None
     name: str | None = None
     """Of who speaks; templates have no place for it."""
+    type: Literal["text", "message"] | None = None
+    """Of no use, and sent by lm-eval."""
     tool_calls: list[CallOfTool] | None = None
     tool_call_id: str | None = None
 

@@ -70,7 +70,8 @@ def dpo(config: DpoConfig, provenance: Provenance) -> Path:
             numbers = held(params, frozen["base"])
             return numbers | measure_tasks(tasks, tuning.decoder, params, data.tokenizer, mesh, cfg.limit, chat=True)
 
-        vocab_size = tuning.decoder.vocab_size
-        state = runner.train(train_step, state, frozen, batches, evaluation, sample.write, vocab_size=vocab_size)
+        # An answer is a row, which the reference reads, too.
+        work = {"vocab_size": tuning.decoder.vocab_size, "rows": rows, "passes": tuning.passes + 1}
+        state = runner.train(train_step, state, frozen, batches, evaluation, sample.write, **work)
         sample.print(state)
     return run.folder

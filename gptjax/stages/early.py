@@ -9,10 +9,10 @@ from gptjax.config import PolicyConfig, TrainConfig, TuneConfig, check_divisible
 from gptjax.config.data import parse_sources
 from gptjax.config.export import ExportConfig
 from gptjax.config.section import InputError
-from gptjax.data.chats import chat_tokenizer, record_files, tuned_tokenizer
 from gptjax.data.corpus import is_corpus, open_corpus
 from gptjax.data.prepared import kept_texts
 from gptjax.data.records import HF, TFDS
+from gptjax.data.rendered import chat_tokenizer, record_files, tuned_tokenizer
 from gptjax.data.sources import is_function, is_saved_source, open_source
 from gptjax.evals.during import named_tasks
 from gptjax.interop.export_check import check_export

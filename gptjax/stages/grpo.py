@@ -1,7 +1,6 @@
 """Group-relative policy optimization, from a run and prompts to a policy of higher reward: read `grpo` from the top."""
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from gptjax.parallel.processes import say
 from gptjax.parallel.sharding import abstract
 from gptjax.runs.run import Provenance
 from gptjax.runtime.status import entry
-from gptjax.stages.rollouts import Rollouts, drawable, example_rollout, in_parts, measures
+from gptjax.stages.rollouts import Rollouts, compared, drawable, example_rollout, measures
 from gptjax.stages.runner import Runner, join
 from gptjax.stages.tuning import Tuning, reading
 from gptjax.training.step import LossFn, TrainState, several_updates
@@ -55,15 +54,12 @@ def grpo(config: GrpoConfig, provenance: Provenance) -> Path:
         updates = several_updates(tuning.step, rollout.epochs, rollout.minibatches)
 
         def step(state: TrainState, frozen: Any, batch: dict[str, jax.Array]):
-            mask_BL, policy = batch["mask_BL"], tuning.joined(state.params, frozen)
-            old_BL, _ = in_parts(functools.partial(log_probs, policy, frozen), batch, parts)
-            ref_BL, _ = in_parts(functools.partial(log_probs, frozen["base"], frozen), batch, parts)
-            ratio_BL = (old_BL - ref_BL) * mask_BL
-            drawn = {"old_log_p_BL": old_BL, "ref_log_p_BL": ref_BL, "fresh_B": jnp.ones(len(old_BL))}
-            given = batch["reward_B"], ratio_BL, mask_BL, rollout.answers, config.beta
-            drawn["advantage_BL"] = estimator.advantages(*given)
-            metrics = measures(batch | drawn, ratio_BL) | {"beta": jnp.float32(config.beta)}
-            state, more = updates(state, frozen, batch | drawn)
+            joined = tuning.joined(state.params, frozen)
+            batch, ratio_BL = compared(log_probs, log_probs, joined, frozen, batch, parts)
+            given = batch["reward_B"], ratio_BL, batch["mask_BL"], rollout.answers, config.beta
+            batch["advantage_BL"] = estimator.advantages(*given)
+            metrics = measures(batch, ratio_BL) | {"beta": jnp.float32(config.beta)}
+            state, more = updates(state, frozen, batch)
             return state, more | metrics
 
         example = abstract(example_rollout(config, rewards), mesh)
@@ -89,6 +85,7 @@ def grpo(config: GrpoConfig, provenance: Provenance) -> Path:
             del state  # the answers of the evaluation, which comes first
             return rollouts.samples
 
-        vocab_size = tuning.decoder.vocab_size
-        runner.train(train_step, state, frozen, rollouts, evaluation, samples, vocab_size=vocab_size)
+        # An answer is drawn, read by the policy and by the reference, and updated with.
+        work = {"vocab_size": tuning.decoder.vocab_size, "passes": 3 + rollout.epochs * tuning.passes}
+        runner.train(train_step, state, frozen, rollouts, evaluation, samples, **work)
     return run.folder

@@ -1,7 +1,6 @@
 """Proximal policy optimization, from a run and prompts to a policy of higher reward: read `ppo` from top to bottom."""
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from gptjax.parallel.processes import say
 from gptjax.parallel.sharding import abstract
 from gptjax.runs.run import Provenance
 from gptjax.runtime.status import entry
-from gptjax.stages.rollouts import Rollouts, drawable, example_rollout, in_parts, measures
+from gptjax.stages.rollouts import Rollouts, compared, drawable, example_rollout, measures
 from gptjax.stages.runner import Runner, join
 from gptjax.stages.tuning import Tuning, reading
 from gptjax.training.losses import language_model_loss
@@ -79,16 +78,13 @@ def ppo(config: PpoConfig, provenance: Provenance) -> Path:
         def step(state: TrainState, frozen: Any, batch: dict[str, jax.Array]):
             beta, mask_BL = state.controls["beta"], batch["mask_BL"]
             joined = tuning.joined(state.params, frozen)
-            old_BL, _, value_BL = in_parts(functools.partial(policy, joined, frozen), batch, parts)
-            ref_BL, _ = in_parts(functools.partial(log_probs, frozen["base"], frozen), batch, parts)
-            ratio_BL = (old_BL - ref_BL) * mask_BL
-            drawn = {"old_log_p_BL": old_BL, "ref_log_p_BL": ref_BL, "old_value_BL": value_BL}
-            drawn["fresh_B"] = jnp.ones(len(old_BL))
+            batch, ratio_BL = compared(policy, log_probs, joined, frozen, batch, parts)
+            value_BL = batch["old_value_BL"]
             advantages = estimator.advantages(batch["reward_B"], ratio_BL, value_BL, mask_BL, beta)
-            drawn |= dict(zip(("advantage_BL", "return_BL"), advantages, strict=True))
-            metrics = measures(batch | drawn, ratio_BL) | {"beta": beta}
-            metrics["explained_variance"] = explained_variance(value_BL, drawn["return_BL"], mask_BL)
-            state, more = updates(state, frozen, batch | drawn)
+            batch |= dict(zip(("advantage_BL", "return_BL"), advantages, strict=True))
+            metrics = measures(batch, ratio_BL) | {"beta": beta}
+            metrics["explained_variance"] = explained_variance(value_BL, batch["return_BL"], mask_BL)
+            state, more = updates(state, frozen, batch)
             if config.target_kl:
                 kl = ratio_BL.sum(-1).mean()
                 beta = adapted_beta(beta, kl, config.target_kl, config.data.batch_size, config.horizon)
@@ -129,5 +125,8 @@ def ppo(config: PpoConfig, provenance: Provenance) -> Path:
             del state  # the answers of the evaluation, which comes first
             return rollouts.samples
 
-        runner.train(train_step, state, frozen, batches, evaluation, samples, vocab_size=decoder.vocab_size)
+        # An answer is drawn, read by the policy, the reference and a trunk of the values, and updated with.
+        update = tuning.passes * (2 if text and config.ptx.weight else 1) + (2 if value.rank else 0)
+        passes = 3 + (1 if value.rank else 0) + rollout.epochs * update
+        runner.train(train_step, state, frozen, batches, evaluation, samples, decoder.vocab_size, passes=passes)
     return run.folder

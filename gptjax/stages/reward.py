@@ -83,7 +83,8 @@ def reward(config: RewardConfig, provenance: Provenance) -> Path:
             tables[int(state.step)] = metrics | {"reliability": table}
             return metrics
 
-        state = runner.train(train_step, state, frozen, batches, evaluation, lambda state: "", decoder.vocab_size)
+        work = {"vocab_size": decoder.vocab_size, "passes": tuning.passes}
+        state = runner.train(train_step, state, frozen, batches, evaluation, lambda state: "", **work)
 
         # -- Normalise: a score says more or less than a demonstration's. The loss knows no such number.
         if read_scores(run).get("step") != config.steps:
@@ -93,5 +94,6 @@ def reward(config: RewardConfig, provenance: Provenance) -> Path:
                     evaluation(state)
             if is_main_process():
                 write_scores(run, config.steps, scores, tables[config.steps])
+                runner.report()
             barrier("normalised")
     return run.folder

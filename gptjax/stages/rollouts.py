@@ -19,7 +19,7 @@ from gptjax.config import PolicyConfig
 from gptjax.data.batches import DataState
 from gptjax.data.packing import Batch, example_batch
 from gptjax.data.prompts import Prompt, PromptData
-from gptjax.model.decoder import Decoder
+from gptjax.model.decoder import Decoder, Params
 from gptjax.parallel.sharding import constrain, local_rows, on_host, suffix, to_global
 from gptjax.stages.tuning import Tuning
 from gptjax.tokenizer import Tokenizer
@@ -47,15 +47,35 @@ def example_rollout(config: PolicyConfig, rewards: Rewards) -> Batch:
     return batch | dict.fromkeys(names, np.broadcast_to(np.float32(0), rows))
 
 
-def in_parts(log_probs: LogProbs, batch: Mapping[str, jax.Array], parts: int) -> tuple[jax.Array, ...]:
-    """log_probs(batch) by `parts` shares of the rows in turn: in the memory, and the shapes, of an update."""
+def compared(
+    policy: LogProbs, reference: LogProbs, params: Params, frozen: Any, batch: Measured, parts: int
+) -> tuple[Measured, jax.Array]:
+    """The batch with what an update compares with, and log_ratio_BL = log pi - log ref of the answers' tokens.
+
+    That is old_log_p_BL and ref_log_p_BL, with a value function old_value_BL, and fresh_B: the policy, with the weights
+    `params`, and the reference, with frozen["base"], read the rows by `parts` shares in turn.
+    """
+    old_BL, _, *values = in_parts(policy, params, frozen, batch, parts)
+    ref_BL, *_ = in_parts(reference, frozen["base"], frozen, batch, parts)
+    added = {"old_log_p_BL": old_BL, "ref_log_p_BL": ref_BL, "fresh_B": jnp.ones(len(old_BL))}
+    added |= dict(zip(("old_value_BL",), values))
+    return {**batch, **added}, (old_BL - ref_BL) * batch["mask_BL"]
+
+
+def in_parts(log_probs: LogProbs, params: Params, frozen: Any, batch: Measured, parts: int) -> tuple[jax.Array, ...]:
+    """log_probs(params, frozen, batch) by `parts` shares of the rows in turn: in the memory of an update.
+
+    The barrier keeps XLA from sharing the forward pass of an update, whose rounding is another: so two policies of the
+    same weights have the same numbers, and the KL of the first step is 0.
+    """
     names = ("inputs_BL", "targets_BL", "positions_BL", "segments_BL")
     split = {name: micro_batches(batch[name], suffix(name), parts) for name in names}
+    params, frozen, split = jax.lax.optimization_barrier((params, frozen, split))
 
-    def one(part: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
-        return log_probs({name: constrain(x, suffix(name)) for name, x in part.items()})
+    def one(part: Measured) -> tuple[jax.Array, ...]:
+        return log_probs(params, frozen, {name: constrain(x, suffix(name)) for name, x in part.items()})
 
-    results = jax.lax.map(one, split) if parts > 1 else [x[None] for x in log_probs(batch)]
+    results = jax.lax.map(one, split) if parts > 1 else [x[None] for x in one({n: x[0] for n, x in split.items()})]
     return tuple(constrain(jnp.moveaxis(x, 0, 1).reshape(-1, x.shape[-1]), "BL") for x in results)
 
 

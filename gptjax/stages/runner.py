@@ -102,6 +102,7 @@ class Runner:
         self.exports = Exports(self.run, config.checkpoint.export_every, config.steps)
         self.rows = local_rows(config.data.batch_size, group.mesh)
         self._logged, self._no_report = 0, False
+        self._row_tokens = config.data.length
 
     def keep_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Writes the tokenizer into the run's folder, and waits for all processes."""
@@ -131,6 +132,8 @@ class Runner:
         evaluate: Callable[[TrainState], dict],
         sample: Callable[[TrainState], str | Sequence[Mapping[str, Any]]],
         vocab_size: int,
+        rows: int = 0,
+        passes: float = 3.0,
     ) -> TrainState:
         """Trains to config.steps with saves, evaluations, metrics and retention; returns the last state.
 
@@ -138,12 +141,14 @@ class Runner:
 
         `step` is compiled and `frozen` lies on the mesh; `evaluate` returns the metrics of the stage's own evaluation,
         `eval_loss` among them, and `sample` a continuation of generate.prompt, or "", or
-        several answers, each with its prompt, text and reward. Raises Interrupted after a
-        signal or near the time limit, with everything saved, Diverged, and CheckpointError where a save fails.
+        several answers, each with its prompt, text and reward. `rows` and `passes` are what `Metrics` counts a step by.
+        Raises Interrupted after a signal or near the time limit, with everything saved, Diverged, and CheckpointError
+        where a save fails.
         """
         config, start = self.config, int(state.step)
-        self.group.cleanup.callback(self._report)
-        metrics = Metrics(self.run.metrics_path, config, vocab_size, resumed_step=start)
+        self.group.cleanup.callback(self.report)
+        metrics = Metrics(self.run.metrics_path, config, vocab_size, start, rows, passes)
+        self._row_tokens = config.data.length * (rows or config.data.batch_size) // config.data.batch_size
         self.group.cleanup.callback(metrics.close)
         self.group.cleanup.enter_context(self.exports)
         self.group.cleanup.callback(self.checkpoints.wait, all_processes=False)
@@ -188,7 +193,7 @@ class Runner:
         self.checkpoints.check()  # a save that failed in the background ends the run at the next step
         by_source = {f"tokens_{name}": count for name, count in data_state.get("tokens", {}).items() if name}
         if "rows" in data_state:  # of batches that are made from the state there are none to count
-            values = {"tokens": data_state["rows"] * self.config.data.length} | values
+            values = {"tokens": data_state["rows"] * self._row_tokens} | values
         metrics.log_step(i, values | by_source)
         self._logged = i
 
@@ -210,7 +215,7 @@ class Runner:
         for one in shown:
             metrics.log_sample(i, **one)
         self._retain(metrics)  # decided after the evaluation, which may make this step one of the best
-        self._report()
+        self.report()
         return self._ends(metrics)
 
     def _ends(self, metrics: Metrics) -> bool:
@@ -234,7 +239,8 @@ class Runner:
         if is_main_process():
             write_event(self.run.events_path, step, kind, **more)
 
-    def _report(self) -> None:
+    def report(self) -> None:
+        """Writes report.html, by the main process; where it can't be written, that is said once."""
         if is_main_process() and not self._no_report:
             try:
                 write_page(self.run)

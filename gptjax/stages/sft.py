@@ -56,7 +56,7 @@ def sft(config: SftConfig, provenance: Provenance) -> Path:
             losses = evaluate(eval_step, params, data.validation, cfg.max_rows, mesh)
             return losses | measure_tasks(tasks, decoder, params, data.tokenizer, mesh, cfg.limit, chat=True)
 
-        vocab_size = decoder.vocab_size
-        state = runner.train(train_step, state, frozen, batches, evaluation, sample.write, vocab_size=vocab_size)
+        work = {"vocab_size": decoder.vocab_size, "passes": tuning.passes}
+        state = runner.train(train_step, state, frozen, batches, evaluation, sample.write, **work)
         sample.print(state)
     return run.folder

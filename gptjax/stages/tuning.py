@@ -67,6 +67,8 @@ class Tuning:
     ):
         self.config, self.mesh = config, mesh
         self.adapts = config.lora.rank > 0
+        self.passes = 2.0 if self.adapts else 3.0
+        """The products of an update, in forward passes: with LoRA the base's weights have no gradient of their own."""
         self.keeps_base = self.adapts or reference
         lora = config.lora if self.adapts else None
         self.decoder, self.tx, self._init, self.step = build_components(config, lora, loss, beside)

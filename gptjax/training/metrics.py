@@ -78,10 +78,13 @@ class Metrics:
     `path` is metrics.jsonl, in the run's folder, beside which samples.jsonl has the texts of evaluations.
     `resumed_step` is the step restored (0 for a new run): later lines are dropped. Step s is the s-th batch, so the
     first line says step 1. Call `log_step(s)` before saving step s, or a kill right after the save leaves the file
-    without that line.
+    without that line. A step trains on `rows` rows of data.length tokens (0: data.batch_size), with the products of
+    `passes` forward passes: three where all weights are trained, as the conventions of MFU have it.
     """
 
-    def __init__(self, path: Path, cfg: TrainConfig, vocab_size: int, resumed_step: int = 0):
+    def __init__(
+        self, path: Path, cfg: TrainConfig, vocab_size: int, resumed_step: int = 0, rows: int = 0, passes: float = 3.0
+    ):
         self.file, self._samples = MetricsFile(path), MetricsFile(path.with_name("samples.jsonl"))
         self._active = jax.process_index() == 0
         if not self._active:
@@ -99,8 +102,9 @@ class Metrics:
         devices = describe_devices()
         with status("measuring the device's peak"):  # where it isn't known yet
             peak, source = peak_flops(cfg.model.dtype)
-        self._tokens_a_step = cfg.data.batch_size * cfg.data.length
-        flops = flops_per_token(cfg.model, vocab_size, cfg.data.length)
+        self._tokens_a_step = (rows or cfg.data.batch_size) * cfg.data.length
+        counted = flops_per_token(cfg.model, vocab_size, cfg.data.length)
+        flops = {convention: x * passes / 3 for convention, x in counted.items()}
         keep = functools.partial(self._keep_peak, devices["count"]) if source == MEASURED else None
         self._throughput = Throughput(self._tokens_a_step, flops, devices["count"] * peak, keep)
         each = "" if devices["count"] == 1 else f" on each of {devices['count']} devices"
@@ -114,7 +118,7 @@ class Metrics:
     def log_step(self, step: int, metrics: dict[str, Any]) -> None:
         """Reports a training step: `loss`, `learning_rate`, `grad_norm`, `updates` and whatever else is in `metrics`.
 
-        `tokens`, the total trained on so far, is batch_size x length x step unless `metrics` says otherwise. Rates
+        `tokens`, the total trained on so far, is rows x length x step unless `metrics` says otherwise. Rates
         are null in the line of the first step after a start, which holds the compilation. What is named ..._N has one
         number a layer, and is written as ..._by_layer every log_norms_every steps.
         """

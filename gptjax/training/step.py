@@ -165,23 +165,32 @@ def _accumulated(value_and_grad: Callable, parts: int) -> Callable:
 def several_updates(step: Callable, epochs: int, minibatches: int) -> Callable:
     """Builds a step that makes epochs x minibatches updates on one batch, each by `step`, and counts as one.
 
-    Row i belongs to minibatch i % minibatches, so that rows side by side, such as the answers of a prompt, meet
-    different ones. fresh_B, where the batch has it, is 0 after the first update. Metrics are means over the updates,
-    but for the largest ratio_max and the last learning_rate and updates.
+    In the first epoch row i belongs to minibatch i % minibatches, so that rows side by side, such as the answers of a
+    prompt, meet different ones; before each later one the rows are shuffled (`epoch_order`). fresh_B, where the batch
+    has it, is 0 after the first update. Metrics are means over the updates, but for the largest ratio_max and the last
+    learning_rate and updates.
     """
     if epochs * minibatches == 1:
         return step
 
     def all_updates(state: TrainState, frozen: Any, batch: dict[str, jax.Array]):
-        parts = {name: micro_batches(x, suffix(name), minibatches) for name, x in batch.items()}
-
-        def one(now: TrainState, i: jax.Array):
-            part = {name: constrain(x[i % minibatches], suffix(name)) for name, x in parts.items()}
+        def one(now: TrainState, i_and_part: tuple[jax.Array, dict[str, jax.Array]]):
+            i, part = i_and_part
+            part = {name: constrain(x, suffix(name)) for name, x in part.items()}
             if "fresh_B" in part:
                 part["fresh_B"] *= i == 0
             return step(now, frozen, part)
 
-        last, metrics = jax.lax.scan(one, state, jnp.arange(epochs * minibatches))
+        def epoch(now: TrainState, e: jax.Array):
+            rows = batch
+            if epochs > 1 and minibatches > 1:
+                ordered = {name: x[epoch_order(state, e, len(x))] for name, x in batch.items()}
+                rows = {name: constrain(x, suffix(name)) for name, x in ordered.items()}
+            parts = {name: micro_batches(x, suffix(name), minibatches) for name, x in rows.items()}
+            return jax.lax.scan(one, now, (e * minibatches + jnp.arange(minibatches), parts))
+
+        last, metrics = jax.lax.scan(epoch, state, jnp.arange(epochs))
+        metrics = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), metrics)
         final = {name: metrics[name][-1] for name in ("learning_rate", "updates")}
         if "ratio_max" in metrics:
             final["ratio_max"] = metrics["ratio_max"].max()
@@ -189,6 +198,13 @@ def several_updates(step: Callable, epochs: int, minibatches: int) -> Callable:
         return last, jax.tree.map(lambda x: x.mean(axis=0), metrics) | final
 
     return all_updates
+
+
+def epoch_order(state: TrainState, epoch: jax.typing.ArrayLike, rows: int) -> jax.Array:
+    """The order of a batch's rows in an epoch of its updates: as they are in epoch 0, later by seed, step and epoch."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key_W), state.step)
+    order = jax.random.permutation(jax.random.fold_in(key, epoch), rows)
+    return jnp.where(jnp.asarray(epoch) > 0, order, jnp.arange(rows))
 
 
 def layer_norms(tree: Any) -> jax.Array:
