@@ -149,6 +149,19 @@ def test_text_that_a_schema_has_is_let_through_whatever_its_tokens(tokenizer):
         assert state == -1, text
 
 
+def test_other_properties_have_none_of_the_names_that_are_declared():
+    names = ["a", "abc", 'q"', "\u4e2d"]
+    schema = {"type": "object", "properties": {name: {"const": 1} for name in names}}
+    tokenizer = TOKENIZERS["bytes"]
+    constraint = json_constraint(tokenizer, schema | {"additionalProperties": {"type": "string"}}, [257])
+    for name in ("a", "abc", "ab", "abcd", "", "b\u4e2d", "x"):
+        fits = name not in names
+        state = constraint.start()
+        for byte in json.dumps({name: "x"}, ensure_ascii=False).encode():
+            state = constraint.advance(state, byte) if state >= 0 else state
+        assert (state >= 0 and constraint.finished(state)) is fits, name
+
+
 def test_choices_are_written_whole_and_one_may_begin_another():
     tokenizer = TOKENIZERS["bytes"]
     constraint = choices_constraint(tokenizer, ["no", "nope", "\u4e2d"], [257])

@@ -15,6 +15,7 @@ from test_chat import GREEDY
 from test_chat import run as run  # a fixture
 from test_templates import FORGED, TOKENIZERS, Refused, every_template, rendered, text_of
 
+from gptjax.config.command_line import load_recipe
 from gptjax.config.section import InputError
 from gptjax.data.dialogue import messages_of, tools_of
 from gptjax.generation.text_stream import TextStream
@@ -407,3 +408,30 @@ def test_fractions_are_exact_however_they_are_written():
     for _ in range(300):
         a, b = rng.randrange(1, 10**6), 10 ** rng.randrange(1, 7)
         assert Fraction(calculate(f"{a}/{b}")) == Fraction(a, b)
+
+
+def test_the_recipe_writes_its_texts_as_the_template_does_and_its_answers_are_right(tmp_path, monkeypatch):
+    recipe = load_recipe("calculator").module
+    monkeypatch.setattr(recipe, "FOLDER", tmp_path)
+    template, rng, told = TEMPLATES["llama2"], random.Random(0), 0
+
+    def written(messages: list[dict], tools=()) -> list[str]:
+        pieces = template.pieces(messages, tools=tools)
+        return [part for part in re.split(r"\{bos\}|\{eos\}", "".join(p.text for p in pieces)) if part]
+
+    texts = [recipe.text(rng)["text"] for _ in range(400)]
+    for _ in range(400):
+        record = recipe.conversation(rng)
+        messages, tools = messages_of(record, "x"), tools_of(record, "x")
+        said = re.fullmatch(r"It is (\d+)\.", messages[-1]["content"])
+        if tools:
+            arguments = messages[1]["tool_calls"][0]["function"]["arguments"]
+            assert messages[2]["content"] == calculate(json.loads(arguments)["expression"])
+            assert said and said[1] == messages[2]["content"]
+            asked, answered = written(messages)
+            asked = re.sub(r"\d+", "1", asked)
+            assert asked in {re.sub(r"\d+", "1", text) for text in texts}
+            assert re.sub(r"\d+", "1", answered) in {re.sub(r"\d+", "1", text) for text in texts}
+            told += re.sub(r"\d+", "1", written(messages, tools)[0]) in {re.sub(r"\d+", "1", text) for text in texts}
+    assert told > 100, "whole prompts, with the description of the tool"
+    assert recipe.pretrain().data.source == str(tmp_path / "texts.jsonl")
