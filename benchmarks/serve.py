@@ -139,7 +139,7 @@ def loop(model: Any, args: argparse.Namespace) -> Any:
 
 def ids_bodies(count: int, args: argparse.Namespace, rng: random.Random, eos: int) -> list[dict[str, Any]]:
     """Requests of random prompts of ids, none with a beginning that another has."""
-    settings = {"model": "any", "max_tokens": args.new, "temperature": 0, "logit_bias": {str(eos): -100}}
+    settings = {"model": args.peer_model, "max_tokens": args.new, "temperature": 0, "logit_bias": {str(eos): -100}}
     return [settings | {"prompt": [rng.randrange(1000) for _ in range(args.prompt)]} for _ in range(count)]
 
 
@@ -174,8 +174,9 @@ def measure(server: Server, model: Any, args: argparse.Namespace) -> dict[str, A
     return {"rounds": rounds} | {name: spread([r[name] for r in rounds]) for name in rounds[0]}
 
 
-def conversations(count: int, args: argparse.Namespace) -> list[dict[str, Any]]:
-    ask = "Tell me about the history, the geography and the people of {}, in a long and careful text. " * 6
+def conversations(count: int, round_: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Conversations that no round before had, so that nothing of them is there to reuse but the system message."""
+    ask = f"{round_ + 2} people ask: tell me about the history, the geography and the people of {}, in a long and careful text. " * 6
     places = [
         "France",
         "Japan",
@@ -191,7 +192,7 @@ def conversations(count: int, args: argparse.Namespace) -> list[dict[str, Any]]:
         "Cuba",
     ]
     settings = {"temperature": 0, "max_tokens": args.new, "model": args.peer_model}
-    return [settings | {"messages": [{"role": "user", "content": ask.format(p)}]} for p in places[:count]]
+    return [settings | {"messages": [{"role": "user", "content": ask.replace("{}", p)}]} for p in places[:count]]
 
 
 def against_peer(server: Server, peer: Server, model: Any, args: argparse.Namespace) -> dict[str, Any]:
@@ -200,7 +201,7 @@ def against_peer(server: Server, peer: Server, model: Any, args: argparse.Namesp
         found = {}
         for name, one in (("server", server), ("peer", peer)):
             seconds, answers = asyncio.run(
-                at_once(one.url, "/v1/chat/completions", conversations(args.peer_clients, args))
+                at_once(one.url, "/v1/chat/completions", conversations(args.peer_clients, round_, args))
             )
             tokens = sum(len(model.tokenizer.encode(text)) for _, _, text in answers)
             found |= {f"{name}_tokens_per_second": tokens / seconds, f"{name}_tokens": tokens}
@@ -257,7 +258,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--context", type=int, default=1024, help="of the server")
     parser.add_argument("--peer-python", default="", help="interpreter with torch and transformers[serving]")
-    parser.add_argument("--peer-model", default="any", help="folder of the exported run")
+    parser.add_argument("--peer-model", default="any", help="folder of the exported run, and the name in requests")
     parser.add_argument("--peer-clients", type=int, default=8)
     parser.add_argument("--soak", type=float, default=0, help="minutes; nothing else is measured")
     parser.add_argument("--peer-flags", nargs="*", default=[], help="of transformers serve, without their dashes")
@@ -269,7 +270,7 @@ def main() -> None:
     report["setting"] = {name: str(value) for name, value in vars(args).items()}
     port = free_port()
     command = [sys.executable, "-m", "gptjax", "serve", args.run, "--port", str(port), "--slots", str(args.clients),
-               "--context", str(args.context)]  # fmt: skip
+               "--context", str(args.context), "--name", args.peer_model]  # fmt: skip
     server = Server(command, port, "/health", args.out / "serve.log")
     model = load_model(args.run, None)
     try:
