@@ -176,7 +176,7 @@ def measure(server: Server, model: Any, args: argparse.Namespace) -> dict[str, A
 
 def conversations(count: int, round_: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Conversations that no round before had, so that nothing of them is there to reuse but the system message."""
-    ask = f"{round_ + 2} people ask: tell me about the history, the geography and the people of {}, in a long and careful text. " * 6
+    ask = "Tell me about the history, the geography and the people of {}, in a long and careful text. " * 6
     places = [
         "France",
         "Japan",
@@ -192,7 +192,10 @@ def conversations(count: int, round_: int, args: argparse.Namespace) -> list[dic
         "Cuba",
     ]
     settings = {"temperature": 0, "max_tokens": args.new, "model": args.peer_model}
-    return [settings | {"messages": [{"role": "user", "content": ask.replace("{}", p)}]} for p in places[:count]]
+    return [
+        settings | {"messages": [{"role": "user", "content": f"{round_ + 2} people ask: {ask.replace('{}', p)}"}]}
+        for p in places[:count]
+    ]
 
 
 def against_peer(server: Server, peer: Server, model: Any, args: argparse.Namespace) -> dict[str, Any]:
