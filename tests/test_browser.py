@@ -12,8 +12,8 @@ import pytest
 from chromium import axe, chromium
 from fake_scheduler import FakeScheduler, fake_service
 from serving import serving
+from stage_runs import make_run
 from test_labels import write_prompts
-from test_sft import make_run
 
 from gptjax.cli import main
 from gptjax.config.serving import ServeConfig

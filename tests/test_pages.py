@@ -9,8 +9,8 @@ import httpx
 import pytest
 from fake_scheduler import FakeScheduler, fake_service
 from serving import serving
+from stage_runs import make_run
 from test_labels import write_prompts
-from test_sft import make_run
 
 from gptjax.config.serving import ServeConfig
 from gptjax.data.preferences import read_preferences

@@ -15,7 +15,7 @@ function show(data) {
   at = L - 1; head = 0;
   $("tokens").replaceChildren(); $("heads").replaceChildren();
   const known = D.loss.slice(1), mean = known.reduce((a, b) => a + b, 0) / known.length;
-  $("facts").textContent = `${D.model.run}, step ${D.model.step.toLocaleString()}: ${D.model.parameters.toLocaleString()} parameters, ${N} layers with ${H} heads, vectors of ${D.model.width}.` +
+  $("facts").textContent = `${D.model.run.split("/").at(-1)}, step ${D.model.step.toLocaleString()}: ${D.model.parameters.toLocaleString()} parameters, ${N} layers with ${H} heads, vectors of ${D.model.width}.` +
     (known.length ? ` Mean loss of this text: ${mean.toFixed(3)} nats a token.` : "");
   $("layer").max = N; $("layer").value = N;
   $("found").hidden = false;
