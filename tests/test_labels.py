@@ -14,6 +14,7 @@ import pytest
 from gptjax.config.section import InputError
 from gptjax.data.dialogue import read_conversations
 from gptjax.data.preferences import read_preferences
+from gptjax.serve import labels as module
 from gptjax.serve.labels import LabelFolder
 
 ANSWERS = ["a", "b", "c", "d"]
@@ -90,6 +91,7 @@ def test_nothing_that_was_acknowledged_is_lost_when_the_server_is_killed(tmp_pat
     folder = write_prompts(tmp_path / "labels", 3000)
     code = """
 import sys
+from gptjax.serve import labels as module
 from gptjax.serve.labels import LabelFolder
 labels = LabelFolder(sys.argv[1])
 for i, prompt in enumerate(labels.prompts):
@@ -106,15 +108,23 @@ for i, prompt in enumerate(labels.prompts):
     assert len(kept) in (acknowledged, acknowledged + 1)
 
 
-def test_labellers_who_write_at_once_lose_nothing(tmp_path):
+def test_labellers_who_write_at_once_lose_nothing_and_write_nothing_twice(tmp_path, monkeypatch):
     folder = write_prompts(tmp_path / "labels", 20)
-    many = [LabelFolder(folder) for _ in range(3)]  # three servers; anna has two windows
+    many = [LabelFolder(folder) for _ in range(5)]  # five servers; anna has four windows
+    together, append = threading.Barrier(len(many)), module._append_line
+
+    def slowly(*args) -> None:
+        time.sleep(0.002)
+        append(*args)
+
+    monkeypatch.setattr(module, "_append_line", slowly)
 
     def write(labels: LabelFolder, name: str) -> None:
         for prompt in labels.prompts:
+            together.wait(30)
             labels.demonstrate(name, prompt, f"{name} answers")
 
-    threads = [threading.Thread(target=write, args=pair) for pair in zip(many, ("anna", "anna", "bob"))]
+    threads = [threading.Thread(target=write, args=pair) for pair in zip(many, ["anna"] * 4 + ["bob"])]
     for thread in threads:
         thread.start()
     for thread in threads:
