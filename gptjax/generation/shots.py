@@ -57,7 +57,8 @@ def read_shots(name: str) -> Shots:
     examples = []
     for number, record in enumerate(records[1:], 2):
         pair = [record.get(key) if isinstance(record, dict) else None for key in ("input", "output")]
-        if not all(isinstance(part, str) and part.strip() for part in pair):
+        texts = [part.strip() for part in pair if isinstance(part, str) and part.strip()]
+        if len(texts) < 2:
             raise InputError(f'{path}:{number}: wanted {{"input": a text, "output": a text}}')
-        examples.append((pair[0].strip(), pair[1].strip()))
+        examples.append((texts[0], texts[1]))
     return Shots(instruction.strip(), (labels[0], labels[1]), tuple(examples))
