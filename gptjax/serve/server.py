@@ -20,6 +20,7 @@ from starlette.types import Scope
 
 from gptjax.config.section import InputError, one_line
 from gptjax.config.serving import ServeConfig
+from gptjax.parallel.processes import working
 from gptjax.serve import endpoints
 from gptjax.serve.completions import Form, chat_completions, completions
 from gptjax.serve.guard import HANDLERS, Guard, error_response
@@ -53,7 +54,8 @@ def make_app(service: Service, note: Callable[[str], None] = lambda line: None) 
 
     def noted(scope: Scope, status: int, seconds: float) -> None:
         monitor.note(scope["path"] if scope["path"] in paths else "other", status, seconds)
-        note(_line(scope, status, seconds))
+        if status != 200 or scope["path"] not in ("/health", "/metrics"):  # which are asked every few seconds
+            note(_line(scope, status, seconds))
 
     app = Starlette(
         routes=routes,
@@ -101,7 +103,8 @@ def serve(run_dir: str, cfg: ServeConfig, say: Callable[[str], None]) -> int:
     cfg = replace(cfg, api_key=cfg.api_key or os.environ.get("GPTJAX_API_KEY", ""))
     listening = listen(cfg.host, cfg.port)  # before the model is read, which takes longer
     service = open_service(run_dir, cfg)
-    service.scheduler.start()
+    with working("compiling"):
+        service.scheduler.start()
     url = address(cfg.host, listening)
     for line in _greeting(service, url):
         say(line)
