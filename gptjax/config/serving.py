@@ -49,6 +49,8 @@ class ServeConfig(Section):
     """Other origins whose pages may call the server (CORS), such as https://chat.example.org; *: all."""
     label: str = ""
     """Folder for labels, with prompts.jsonl in it: adds the page on which people write and rank answers."""
+    compile_cache: bool = True
+    """Keep compiled programs in the user's cache folder, so that the next start is faster."""
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1, tensor=-1))
 
     def __post_init__(self):

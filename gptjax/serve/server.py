@@ -21,6 +21,7 @@ from starlette.types import Scope
 from gptjax.config.section import InputError, one_line
 from gptjax.config.serving import ServeConfig
 from gptjax.parallel.processes import working
+from gptjax.runtime.compile_cache import enable_compile_cache
 from gptjax.serve import endpoints
 from gptjax.serve.completions import Form, chat_completions, completions
 from gptjax.serve.guard import HANDLERS, Guard, error_response
@@ -102,6 +103,8 @@ def serve(run_dir: str, cfg: ServeConfig, say: Callable[[str], None]) -> int:
     """
     cfg = replace(cfg, api_key=cfg.api_key or os.environ.get("GPTJAX_API_KEY", ""))
     listening = listen(cfg.host, cfg.port)  # before the model is read, which takes longer
+    if cfg.compile_cache:
+        enable_compile_cache()
     service = open_service(run_dir, cfg)
     with working("compiling"):
         service.scheduler.start()
