@@ -507,6 +507,7 @@ def test_requests_are_noted_in_a_line_each_and_counted_by_path():
     assert 'gptjax_requests_total{path="/v1/chat/completions",status="200"} 2.0' in numbers
     assert 'gptjax_requests_total{path="other",status="404"} 1.0' in numbers and "gptjax_step 7.0" in numbers
     assert 'gptjax_sequences_total{finish="stop"} 2.0' in numbers
+    assert "gptjax_first_token_seconds_count 2.0" in numbers
 
 
 async def dribble(port: int, pieces: list[bytes], seconds: float) -> bytes:

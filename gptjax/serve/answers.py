@@ -3,6 +3,7 @@
 import asyncio
 import codecs
 import json
+import time
 from collections.abc import AsyncIterator, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -27,6 +28,9 @@ class Submission:
         self._queue: asyncio.Queue[tuple[int, Update] | None] = asyncio.Queue()
         self.sequences: list[Sequence] = []
         self._running: set[int] = set()
+        self._begun = 0.0
+        self.waited: float | None = None
+        """Seconds from the submission to the first news of it."""
 
     def add(self, ids: list[int], **settings: Any) -> Sequence:
         """One more sequence, before they are submitted; the settings are those of Sequence."""
@@ -48,7 +52,7 @@ class Submission:
             raise ApiError(
                 429, text, kind="rate_limit_error", code="queue_full", headers={"Retry-After": wait}
             ) from None
-        self._running = set(range(len(self.sequences)))
+        self._running, self._begun = set(range(len(self.sequences))), time.perf_counter()
 
     def _post(self, item: tuple[int, Update] | None) -> None:
         try:
@@ -62,6 +66,8 @@ class Submission:
             item = await self._queue.get()
             if item is None:
                 raise Gone
+            if self.waited is None:
+                self.waited = time.perf_counter() - self._begun
             index, update = item
             if update.finish:
                 self._running.discard(index)

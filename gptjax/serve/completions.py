@@ -68,6 +68,9 @@ class Form:
         """Sequences for n answers to a prompt; equal prompts of a request draw different random numbers."""
         service, asked = self.service, self.asked
         most = answer_room(len(ids), wanted, default, service.context, self.where)
+        if (count := len(self.answers) + (asked.n or 1)) > service.most_sequences:
+            got = f"the request asks for at least {count} answers at once"
+            raise ApiError(400, f"{got}; wanted at most {service.most_sequences}", param="n", code="invalid_value")
         if self._constraint:
             self._constraint.check(most, "max_tokens")
         # A single token is kept also where it ends the text: clients that score texts expect one.
@@ -88,9 +91,6 @@ class Form:
                 constraint=self._constraint,
                 **more,
             )
-        if len(self.answers) > service.most_sequences:
-            got = f"the request asks for at least {len(self.answers)} answers at once"
-            raise ApiError(400, f"{got}; wanted at most {service.most_sequences}", param="n", code="invalid_value")
 
     def _sampling(self, copy: int) -> Sampling:
         asked, defaults = self.asked, Sampling()

@@ -36,12 +36,18 @@ class Monitor:
             "gptjax_request_seconds", "Time from a request's headers to the end of its answer.", ["path"],
             registry=self._registry, buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300),
         )  # fmt: skip
+        self._waited = Histogram(
+            "gptjax_first_token_seconds", "Time from a request's last byte to its first token.",
+            registry=self._registry, buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30),
+        )  # fmt: skip
         self._registry.register(self)  # pyright: ignore[reportArgumentType]
 
-    def note(self, path: str, status: int, seconds: float) -> None:
-        """Counts a request; the path is a route's, so that there are few."""
+    def note(self, path: str, status: int, seconds: float, waited: float | None) -> None:
+        """Counts a request; the path is a route's, so that there are few. `waited` is the time to its first token."""
         self._requests.labels(path, str(status)).inc()
         self._seconds.labels(path).observe(seconds)
+        if waited is not None:
+            self._waited.observe(waited)
 
     def collect(self) -> Iterator[Any]:
         """The scheduler's numbers, as they are now."""

@@ -54,8 +54,10 @@ def make_app(service: Service, note: Callable[[str], None] = lambda line: None) 
     monitor, paths = Monitor(service), {route.path for route in routes}
 
     def noted(scope: Scope, status: int, seconds: float) -> None:
-        monitor.note(scope["path"] if scope["path"] in paths else "other", status, seconds)
-        if status != 200 or scope["path"] not in ("/health", "/metrics"):  # which are asked every few seconds
+        form: Form | None = scope.get("state", {}).get("form")
+        path = scope["path"] if scope["path"] in paths else "other"
+        monitor.note(path, status, seconds, form.job.waited if form else None)
+        if status != 200 or path not in ("/health", "/metrics"):  # which are asked every few seconds
             note(_line(scope, status, seconds))
 
     app = Starlette(
