@@ -171,8 +171,8 @@ def test_the_command_says_where_it_listens_and_ends_well_at_sigterm(run, tmp_pat
     while not lines or not lines[-1].startswith("next: "):
         lines.append(process.stderr.readline())
         assert lines[-1], lines
-    url = lines[-1].split()[2].removesuffix("/v1/chat/completions")
-    assert any(f"as tiny on {url}" in line for line in lines) and lines[-1].startswith("next: curl http://127.0.0.1:")
+    url = lines[-1].split("curl ")[1].partition("/v1/chat/completions")[0]
+    assert url.startswith("http://127.0.0.1:") and any(f"as tiny on {url}" in line for line in lines)
     with urllib.request.urlopen(f"{url}/v1/models", timeout=30) as answer:
         assert json.load(answer)["data"][0]["id"] == "tiny"
     process.send_signal(signal.SIGTERM)
