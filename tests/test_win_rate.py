@@ -1,12 +1,13 @@
 """Laws of the win rate of one run over another: ties, the interval, both sides of a comparison."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from commands import refused, said
-from stage_runs import make_run, on_all_devices
+from stage_runs import MODEL, make_run, on_all_devices
 
 from gptjax.cli import main
 from gptjax.evals.win_rate import compare
@@ -36,7 +37,8 @@ def test_two_runs_are_compared_by_a_reward_run(tmp_path, capsys):
     base, judge = make_run(tmp_path / "base"), tmp_path / "judge"
     words = ["reward", "chat", "--init", base, "--data.source", tmp_path / "pairs.jsonl", "--run-dir", judge, *REWARD]
     assert main(on_all_devices(words)) == 0
-    a, b = (make_run(tmp_path / str(seed), seed, template="llama2") for seed in (0, 1))
+    far = dataclasses.replace(MODEL, init_std=2.0)  # from uniform, or one seed would draw the same answers
+    a, b = (make_run(tmp_path / str(seed), seed, far, template="llama2") for seed in (0, 1))
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": word}) + "\n" for word in "abcdef"))
     how = ["--judge", judge, "--prompts", tmp_path / "prompts.jsonl", "--max-new-tokens", 4, "--mesh.data", 8]
 
