@@ -144,6 +144,8 @@ def test_a_page_that_is_left_in_the_middle_keeps_what_came(page, service, url):
     page.goto(url)
     say(page, "Hi")
     shown(page, ".message.assistant .text", "Hello")
+    page.wait_for_timeout(700)
+    assert "Hello" in page.evaluate("Object.values(localStorage).join()"), "kept before the page ends, also by a crash"
     page.reload()
     assert texts(page)[0] == "Hi" and texts(page)[1].startswith("Hello")
     shown(page, ".note", "broke off")
