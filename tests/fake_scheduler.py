@@ -140,7 +140,8 @@ class FakeScheduler:
         ids, numbers = self._running[sequence]
         given = list(itertools.islice(ids, self.chunk))
         top = [(65, -0.1), (66, -0.2), (206, -0.3), (256, -0.4)][: sequence.top_logprobs]
-        tokens = [Token(i, -next(numbers) / 100, top) for i in given]
+        # As of the scheduler: an id that ends the answer is no part of it.
+        tokens = [Token(i, -next(numbers) / 100, top) for i in given if i not in sequence.stop_ids]
         drawn = sequence.max_new_tokens if len(given) < self.chunk else 0
         ended = bool(given) and given[-1] in sequence.stop_ids
         self.stats.generated_tokens += len(given)

@@ -46,7 +46,7 @@ def test_the_openai_client_chats_completes_streams_and_embeds():
         assert chunks[0].choices[0].delta.role == "assistant" and len({c.id for c in chunks}) == 1
         text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
         assert text == "Hé, 你好 🙂: the end" and chunks[-2].choices[0].finish_reason == "stop"
-        assert chunks[-1].usage.completion_tokens == len(text.encode()) + 1, "and the id that ends it"
+        assert chunks[-1].usage.completion_tokens == len(text.encode()), "without the id that ends it"
         with client.chat.completions.stream(model="fake", messages=USER) as helper:
             helper.until_done()
             assert helper.get_final_completion().choices[0].message.content == text
