@@ -27,10 +27,7 @@ from gptjax.config import (
 )
 
 FOLDER = Path("runs/calculator_data")
-FORMS = {
-    "+": ("What is {a} + {b}?", "{a} + {b} =", "Add {a} and {b}.", "What is the sum of {a} and {b}?"),
-    "*": ("What is {a} * {b}?", "{a} * {b} =", "Multiply {a} by {b}.", "What is {a} times {b}?"),
-}
+FORMS = ("What is {}?", "How much is {}?", "Compute {}.", "{} =")
 
 
 def question(rng: random.Random) -> tuple[str, str, str]:
@@ -38,7 +35,8 @@ def question(rng: random.Random) -> tuple[str, str, str]:
     a, b = (rng.randrange(10 ** (digits - 1), 10**digits) for digits in (rng.choice((3, 4)), rng.choice((3, 4))))
     operator = rng.choice("+*")
     value = a + b if operator == "+" else a * b
-    return rng.choice(FORMS[operator]).format(a=a, b=b), f"{a} {operator} {b}", str(value)
+    expression = f"{a} {operator} {b}"
+    return rng.choice(FORMS).format(expression), expression, str(value)
 
 
 def call(expression: str) -> dict:
@@ -100,12 +98,12 @@ MODEL = ModelConfig(
 def pretrain() -> TrainConfig:
     return TrainConfig(
         run_dir="runs/calculator_base",
-        steps=500,
+        steps=1000,
         model=MODEL,
         tokenizer=TokenizerConfig(vocab_size=640, template="llama2"),
-        data=DataConfig(source=_made("texts.jsonl", text, 60_000), batch_size=8, length=384),
+        data=DataConfig(source=_made("texts.jsonl", text, 60_000), batch_size=4, length=384),
         optim=OptimConfig(learning_rate=3e-3, warmup_steps=50, final_fraction=0.1),
-        evaluate=EvaluateConfig(every=250, max_rows=64),
+        evaluate=EvaluateConfig(every=500, max_rows=32),
         generate=GenerateConfig(prompt=("[INST] What is 1234 + 567? [/INST]",), max_new_tokens=60, temperature=0.0),
     )
 
@@ -114,10 +112,10 @@ def sft() -> SftConfig:
     return SftConfig(
         run_dir="runs/calculator",
         init="runs/calculator_base",
-        steps=300,
+        steps=400,
         model=ModelConfig(dtype="auto", unroll=0),
-        data=DataConfig(source=_made("chats.jsonl", conversation, 6_000), batch_size=8, length=384),
-        optim=OptimConfig(learning_rate=1.5e-3, warmup_steps=20, final_fraction=0.0, weight_decay=0.0),
-        evaluate=EvaluateConfig(every=150, max_rows=64),
+        data=DataConfig(source=_made("chats.jsonl", conversation, 6_000), batch_size=4, length=384),
+        optim=OptimConfig(learning_rate=2e-3, warmup_steps=20, final_fraction=0.0, weight_decay=0.0),
+        evaluate=EvaluateConfig(every=200, max_rows=32),
         generate=GenerateConfig(prompt=("What is 1234 + 567?",), max_new_tokens=60, temperature=0.0),
     )
