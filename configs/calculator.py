@@ -112,10 +112,10 @@ def sft() -> SftConfig:
     return SftConfig(
         run_dir="runs/calculator",
         init="runs/calculator_base",
-        steps=400,
+        steps=1600,
         model=ModelConfig(dtype="auto", unroll=0),
         data=DataConfig(source=_made("chats.jsonl", conversation, 6_000), batch_size=4, length=384),
         optim=OptimConfig(learning_rate=2e-3, warmup_steps=20, final_fraction=0.0, weight_decay=0.0),
-        evaluate=EvaluateConfig(every=200, max_rows=32),
+        evaluate=EvaluateConfig(every=400, max_rows=32),
         generate=GenerateConfig(prompt=("What is 1234 + 567?",), max_new_tokens=60, temperature=0.0),
     )
