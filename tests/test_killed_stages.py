@@ -10,7 +10,7 @@ import pytest
 from commands import environment
 from stage_runs import assert_same, make_run
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_cache")]
+pytestmark = pytest.mark.usefixtures("compile_cache")
 
 ALIKE = """--tokenizer.template llama2 --model.dtype float32 --data.length 64 --data.batch-size 8 --sinks --steps 6
 --checkpoint.every 2 --evaluate.every 2 --optim.learning-rate 1e-2 --optim.warmup-steps 0 --data.validation-fraction 0.2
@@ -79,7 +79,10 @@ def folder(tmp_path_factory, compile_cache) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("stage", STAGES)
+MARKS = {stage: pytest.mark.slow if stage == "ppo" else pytest.mark.exhaustive for stage in STAGES}
+
+
+@pytest.mark.parametrize("stage", [pytest.param(stage, marks=mark) for stage, mark in MARKS.items()])
 def test_a_run_that_is_killed_at_five_moments_goes_on_bit_for_bit(stage, folder):
     verb, *words = STAGES[stage]
     straight, killed = folder / f"{stage}_straight", folder / f"{stage}_killed"

@@ -642,7 +642,7 @@ def test_no_body_makes_the_server_fail(record_property):
     record_property("summary", f"fuzzed bodies by status: {statuses}")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_no_body_of_ten_thousand_makes_the_server_fail(record_property):
     record_property("summary", f"fuzzed bodies by status: {fuzz(10_240)}")
 

@@ -334,7 +334,7 @@ def random_text(rng: random.Random, names: list[str]) -> str:
 
 
 MARKS = [*HERMES.marks, "<|python_tag|>", "<tools>", "[TOOL_CALLS]", "<|eom_id|>"]
-COUNTS = [pytest.param(40, id="a few"), pytest.param(8_000, id="all", marks=pytest.mark.slow)]
+COUNTS = [pytest.param(40, id="a few"), pytest.param(8_000, id="all", marks=pytest.mark.exhaustive)]
 
 
 @pytest.mark.parametrize("count", COUNTS)

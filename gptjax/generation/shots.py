@@ -48,8 +48,8 @@ def read_shots(name: str) -> Shots:
         raise InputError(f"{path} can't be read as JSONL ({one_line(e)})") from e
     header = records[0] if records and isinstance(records[0], dict) else {}
     labels, instruction = header.get("labels"), header.get("instruction", "")
-    right = isinstance(labels, list) and len(labels) == 2 and all(isinstance(x, str) and x for x in labels)
-    if not right or not isinstance(instruction, str):
+    labels = [x for x in labels if isinstance(x, str) and x] if isinstance(labels, list) else []
+    if len(labels) != 2 or len(header["labels"]) != 2 or not isinstance(instruction, str):
         raise InputError(
             f'{path}:1: wanted {{"instruction": a text, "labels": [of an input, of an output]}}, such as '
             '["English", "French"]'
