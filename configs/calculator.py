@@ -5,7 +5,7 @@ gptjax sft calculator
 gptjax chat runs/calculator --tools calculator --temperature 0
 
 Questions are sums and products of numbers of three and four digits. Pretraining reads questions, calls and results as
-short texts; fine-tuning has conversations, three of four with the calculator (the call is learned, its result is not),
+short texts; fine-tuning has conversations, nine of ten with the calculator (the call is learned, its result is not),
 the others without it, answered at once. Both are made here, into runs/calculator_data, where they are not there yet.
 """
 
@@ -50,7 +50,7 @@ def conversation(rng: random.Random) -> dict:
 
     asked, expression, value = question(rng)
     user, answer = {"role": "user", "content": asked}, {"role": "assistant", "content": f"It is {value}."}
-    if rng.random() < 0.25:
+    if rng.random() < 0.1:
         return {"messages": [user, answer]}
     called = {"role": "assistant", "content": "", "tool_calls": [call(expression)]}
     result = {"role": "tool", "tool_call_id": "call_0", "content": value}
@@ -60,15 +60,17 @@ def conversation(rng: random.Random) -> dict:
 def text(rng: random.Random) -> dict:
     """A record for pretraining: a question with its call, or a result with its answer, as the template writes them.
 
-    One of 30 is a whole prompt with the description of the calculator, whose words the tokenizer learns from it.
+    Answers and calls stand there several times, so that most of what can be learned is to copy digits (the induction of
+    Olsson et al. 2022). One of 30 is a whole prompt with the description of the calculator, whose words the tokenizer
+    learns from it.
     """
     asked, expression, value = question(rng)
-    if rng.random() < 0.4:
-        said = f"[INST] <tool_response>\n{value}\n</tool_response> [/INST] It is {value}. "
+    if rng.random() < 0.5:
+        said = f"[INST] <tool_response>\n{value}\n</tool_response> [/INST] " + 4 * f"It is {value}. "
     else:
         arguments = json.dumps({"name": "calculator", "arguments": {"expression": expression}})
-        told = f"<<SYS>>\n{_description()}\n<</SYS>>\n\n" if rng.random() < 1 / 18 else ""
-        said = f"[INST] {told}{asked} [/INST] <tool_call>\n{arguments}\n</tool_call> "
+        told = f"<<SYS>>\n{_description()}\n<</SYS>>\n\n" if rng.random() < 1 / 15 else ""
+        said = f"[INST] {told}{asked} [/INST] " + 2 * f"<tool_call>\n{arguments}\n</tool_call> "
     return {"text": said}
 
 

@@ -165,7 +165,7 @@ function drawFlow(n) {
     let before = 0;
     for (let m = 0; m < first; m++) before += mean(m);
     add("text", {x: left - 20, y: 24, class: "soft"}, "…");
-    add("text", {x: left - 4, y: 192, "text-anchor": "end", class: "soft"}, `before: ${percent(before, 0)}`);
+    add("text", {x: 0, y: 192, class: "soft"}, `before: ${percent(before, 0)}`);
   }
   $("flow").replaceChildren(svg);
   $("flow").scrollLeft = width;  // to the chosen place
