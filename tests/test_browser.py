@@ -107,6 +107,25 @@ def test_a_conversation_streams_and_a_reload_keeps_it(page, service, url):
     assert "Hi" in service.tokenizer.decode(roles), "the whole conversation is sent"
 
 
+CALL = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "12 * 12"}}\n</tool_call>'
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    "service", [{"text": CALL, "tools": "calculator", "max_calls": 2, "context": 8192}], indirect=True
+)
+def test_the_servers_tools_are_run_and_the_model_goes_on_with_their_results(page, service, url):
+    page.goto(url)
+    shown(page, "#model", "fake")
+    say(page, "What is 12 * 12?")
+    shown(page, ".note", "no further calls, of 2")
+    kept = page.evaluate("Object.values(localStorage).find(v => v.includes('12 * 12'))")
+    roles = [(m["role"], m["content"]) for m in json.loads(kept)["messages"]]
+    assert [r for r, _ in roles] == ["user", *["assistant", "tool"] * 2, "assistant"]
+    assert [c for r, c in roles if r == "tool"] == ["144", "144"]
+    assert "144" in service.tokenizer.decode([s.ids for s in service.scheduler.submitted][-1])
+
+
 @pytest.mark.browser
 def test_stop_retry_and_edit(page, service, url):
     service.scheduler.seconds = 0.1

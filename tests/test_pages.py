@@ -12,6 +12,7 @@ from serving import serving
 from stage_runs import make_run
 from test_labels import write_prompts
 
+from gptjax.config.section import InputError
 from gptjax.config.serving import ServeConfig
 from gptjax.data.preferences import read_preferences
 from gptjax.runs.load import load_model
@@ -70,6 +71,23 @@ def test_no_file_names_an_address_or_makes_html_of_text(name):
         r"https?://|innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", text
     )
     assert not re.search(r"@import|url\(", text) and len(text.splitlines()) <= 400
+
+
+def test_the_chat_is_told_of_the_servers_tools_and_has_it_make_their_calls(site):
+    client, _ = site
+    assert client.get("/page.json").json()["tools"] == []
+    call = {"name": "calculator", "arguments": '{"expression": "12 * 12"}'}
+    assert client.post("/tool", json=call).status_code == 404, "without --tools there is no such path"
+    with serving(fake_service(tools="calculator", api_key="secret")) as url, httpx.Client(base_url=url) as other:
+        facts = other.get("/page.json").json()
+        assert [t["function"]["name"] for t in facts["tools"]] == ["calculator"] and facts["max_calls"] == 8
+        assert other.post("/tool", json=call).status_code == 401
+        other.headers["Authorization"] = "Bearer secret"
+        assert other.post("/tool", json=call).json() == {"content": "144"}
+        assert other.post("/tool", json=call | {"name": "rm"}).json()["content"].startswith("error: ")
+        assert other.post("/tool", json={"name": 3}).status_code == 400
+    with pytest.raises(InputError, match="--template"):
+        fake_service(tools="calculator", template="")
 
 
 def test_no_other_file_is_served(site):

@@ -47,6 +47,10 @@ class ServeConfig(Section):
     """Host names beside localhost and addresses by which the server may be called; *: all."""
     origins: tuple[str, ...] = ()
     """Other origins whose pages may call the server (CORS), such as https://chat.example.org; *: all."""
+    tools: str = ""
+    """Tools that the chat page runs (calculator,search:FOLDER,module:function); the API only returns calls."""
+    max_calls: int = 8
+    """Calls of tools that an answer on the page may make."""
     label: str = ""
     """Folder for labels, with prompts.jsonl in it: adds the page on which people write and rank answers."""
     compile_cache: bool = True
@@ -57,7 +61,9 @@ class ServeConfig(Section):
         self.require(bool(self.host), "host", "an address such as 127.0.0.1")
         self.require_numbers(0, 65535, "port")
         self.require_numbers(0, math.inf, "step", "context", "drain")
-        self.require_positive("slots", "prefill_chunk", "max_waiting", "max_body", "timeout", "connections")
+        self.require_positive(
+            "slots", "prefill_chunk", "max_calls", "max_waiting", "max_body", "timeout", "connections"
+        )
         plain = self.api_key.isascii() and self.api_key == self.api_key.strip()
         if not plain:  # which shows no key
             raise InputError("api_key: wanted ASCII characters, without white space around them")

@@ -39,13 +39,15 @@ MOST_TOKENS = 256  # of each of them
 ROUNDS = 3  # of draws, for a model that says the same again
 
 
-def page_routes(labelling: bool) -> tuple[list[Route], list[str]]:
+def page_routes(labelling: bool, tools: bool) -> tuple[list[Route], list[str]]:
     """The routes of the pages, and the paths among them that want no key: they hold nothing of the model's."""
     pages = {"/": "chat.html", "/inspect": "inspect.html"} | ({"/label": "label.html"} if labelling else {})
     files = {f"/web/{path.name}": path.name for path in sorted(WEB.iterdir()) if path.suffix in (".js", ".css")}
     open_routes = [Route(path, _file(name), methods=["GET"]) for path, name in (pages | files).items()]
     open_routes.append(Route("/page.json", page_facts, methods=["GET"]))
     asked = [Route("/inspection", inspection, methods=["POST"])]
+    if tools:
+        asked.append(Route("/tool", tool, methods=["POST"]))
     if labelling:
         asked += [Route("/label/next", next_prompt, methods=["POST"]), Route("/label/answer", answer, methods=["POST"])]
     return [*open_routes, *asked], [route.path for route in open_routes]
@@ -63,7 +65,20 @@ def _file(name: str) -> Callable[[Request], Awaitable[Response]]:
 
 async def page_facts(request: Request) -> Response:
     """GET /page.json: what the pages show of the server."""
-    return JSONResponse({"label": bool(request.app.state.service.cfg.label)}, headers=HEADERS)
+    service: Service = request.app.state.service
+    tools = service.toolbox.specs if service.toolbox else []
+    facts = {"label": bool(service.cfg.label), "tools": tools, "max_calls": service.cfg.max_calls}
+    return JSONResponse(facts, headers=HEADERS)
+
+
+async def tool(request: Request) -> Response:
+    """POST /tool: the result of a call of one of the server's own tools, as the text that the model is told."""
+    service: Service = request.app.state.service
+    body = await _body(request)
+    name, arguments = body.get("name"), body.get("arguments")
+    if service.toolbox is None or not isinstance(name, str) or not isinstance(arguments, str):
+        raise InputError('wanted "name" and "arguments", both texts, of a tool of the server')
+    return JSONResponse({"content": await run_in_threadpool(service.toolbox.call, name, arguments)}, headers=HEADERS)
 
 
 async def inspection(request: Request) -> Response:

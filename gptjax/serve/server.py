@@ -49,7 +49,7 @@ API = [
 
 def make_app(service: Service, note: Callable[[str], None] = lambda line: None) -> Starlette:
     """The ASGI application of a service; `note` is given a line for each request."""
-    pages, open_pages = page_routes(bool(service.cfg.label))
+    pages, open_pages = page_routes(bool(service.cfg.label), bool(service.cfg.tools))
     routes, open_paths = [*API, *pages], ["/health", *open_pages]  # these want no key
     monitor, paths = Monitor(service), {route.path for route in routes}
 

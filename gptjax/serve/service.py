@@ -13,6 +13,7 @@ from gptjax.parallel.processes import working
 from gptjax.runs.load import LoadedModel, load_model, open_checkpoints
 from gptjax.serve.scheduler import Scheduler
 from gptjax.serve.session import Renderer, Transcript
+from gptjax.serve.tools import check_template, open_tools
 from gptjax.tokenizer import set_template
 from gptjax.tokenizer.known_templates import template_of
 from gptjax.tokenizer.templates import Message, Template
@@ -30,6 +31,9 @@ class Service:
         self.tokenizer = model.tokenizer
         set_template(self.tokenizer, cfg.template)
         self.renderer: Renderer = template_of(self.tokenizer) if self.tokenizer.template else Transcript()
+        self.toolbox = open_tools(cfg.tools) if cfg.tools else None
+        if self.toolbox:
+            check_template(self.tokenizer)
         self.scheduler = scheduler or Scheduler(
             model,
             slots=cfg.slots,

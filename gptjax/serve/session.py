@@ -13,7 +13,7 @@ from gptjax.config.section import InputError
 from gptjax.generation.engine import stream_text
 from gptjax.generation.text_stream import TextStream
 from gptjax.runs.load import LoadedModel
-from gptjax.serve.tools import Toolbox
+from gptjax.serve.tools import Toolbox, check_template
 from gptjax.tokenizer import Tokenizer
 from gptjax.tokenizer.known_templates import template_of
 from gptjax.tokenizer.templates import Message, Template
@@ -94,10 +94,8 @@ class Session:
         self.toolbox, self.max_calls = toolbox, max_calls
         self.noted: Callable[[ToolCall, str], None] = lambda call, result: None
         """Called behind each call of a tool, with its result."""
-        if toolbox and not tokenizer.template:
-            raise InputError(
-                "tools: this run has no chat template, in which a model is told of them; name one with --template"
-            )
+        if toolbox:
+            check_template(tokenizer)
         self.renderer: Renderer = template_of(tokenizer) if tokenizer.template else Transcript()
         self._stop = () if tokenizer.template else Transcript.STOP
         self.messages: list[dict[str, Any]] = []

@@ -11,6 +11,7 @@ from gptjax.config.plugins import is_name, resolve
 from gptjax.config.section import InputError, one_line
 from gptjax.serve.calculator import calculate
 from gptjax.serve.search import Index
+from gptjax.tokenizer import Tokenizer
 from gptjax.tokenizer.tool_calls import ToolSpec
 
 MOST_RESULT = 4_000  # characters of a result that the model is given
@@ -93,6 +94,14 @@ def open_tools(names: str) -> Toolbox:
     Raises InputError for others. A module is imported, so the names must be the user's, never those of a data folder.
     """
     return Toolbox([_open(name.strip()) for name in names.split(",") if name.strip()])
+
+
+def check_template(tokenizer: Tokenizer) -> None:
+    """Raises InputError for a tokenizer without a chat template, in which alone a model is told of tools."""
+    if not tokenizer.template:
+        raise InputError(
+            "tools: this run has no chat template, in which a model is told of them; name one with --template"
+        )
 
 
 def _open(name: str) -> Tool:

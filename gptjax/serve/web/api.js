@@ -89,5 +89,5 @@ export async function* stream(path, body, signal) {
 }
 
 let facts;
-export const pageFacts = () => facts ??= ask("/page.json").catch(() => ({label: false}));
+export const pageFacts = () => facts ??= ask("/page.json").catch(() => ({label: false, tools: [], max_calls: 0}));
 export async function showLabelling(link) { link.hidden = !(await pageFacts()).label; }

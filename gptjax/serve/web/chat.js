@@ -1,5 +1,5 @@
 // The chat: what is typed goes to /v1/chat/completions, and the answer is drawn as it comes.
-import {apiKey, ask, keepKey, ServerError, showLabelling, stream} from "/web/api.js";
+import {apiKey, ask, keepKey, pageFacts, ServerError, showLabelling, stream} from "/web/api.js";
 import {copy, draw} from "/web/markdown.js";
 import * as store from "/web/store.js";
 
@@ -7,6 +7,7 @@ const $ = (id) => document.getElementById(id);
 const make = (tag, cls, text) => { const e = document.createElement(tag); if (cls) e.className = cls; if (text !== undefined) e.textContent = text; return e; };
 const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "max_tokens", "seed"];
 const SAVE_EVERY = 500;  // ms, while an answer comes
+let facts = {tools: [], max_calls: 0};  // what the server says of its pages
 const running = new Map();  // the answers that are coming, by conversation: {controller, conversation}
 let current = null, model = "", editing = -1;
 
@@ -134,8 +135,9 @@ function retry(i) {
   $("input").focus();
   answer(current);
 }
-function requestOf(conversation) {
+function requestOf(conversation, tools) {
   const body = {...(model && {model}), messages: store.messagesOf(conversation), stream_options: {include_usage: true}};
+  if (tools.length) body.tools = tools;
   const chosen = store.settings();
   for (const name of NUMBERS) if (typeof chosen[name] === "number") body[name] = chosen[name];
   if (chosen.stop?.length) body.stop = chosen.stop;
@@ -144,7 +146,8 @@ function requestOf(conversation) {
   return body;
 }
 async function answer(conversation) {
-  const controller = new AbortController(), body = requestOf(conversation), reader = speaker();
+  const controller = new AbortController(), reader = speaker(), {tools, max_calls: mostCalls} = facts;
+  const body = requestOf(conversation, tools);
   const message = {role: "assistant", content: ""};
   const here = () => current === conversation;
   conversation.messages.push(message);
@@ -192,6 +195,32 @@ async function answer(conversation) {
   scrollDown(follow);
   reader.end(why);
   if (failed && !stopped) showError(failed, conversation);
+  if (!failed && message.tool_calls && tools.length) await runTools(conversation, message, mostCalls);
+}
+// Has the server make the calls of an answer, with the tools that it was started with, and lets the model go on.
+async function runTools(conversation, message, most) {
+  const since = conversation.messages.slice(conversation.messages.findLastIndex((m) => m.role === "user"));
+  const made = since.reduce((sum, m) => sum + (m.tool_calls?.length ?? 0), 0);
+  if (made > most) { message.note = `${message.note}; no further calls, of ${most}`; keep(conversation); if (current === conversation) drawAll(); return; }
+  const controller = new AbortController();
+  running.set(conversation.id, {controller, conversation});
+  if (current === conversation) drawButtons();
+  let failed = null;
+  try {
+    for (const call of message.tool_calls) {
+      const {content} = await ask("/tool", {name: call.function.name, arguments: call.function.arguments}, controller.signal);
+      conversation.messages.push({role: "tool", tool_call_id: call.id, name: call.function.name, content});
+    }
+  } catch (error) {
+    failed = error;
+  }
+  if (running.get(conversation.id)?.controller !== controller) return;
+  running.delete(conversation.id);
+  keep(conversation);
+  if (!failed) return answer(conversation);
+  if (current !== conversation) return;
+  drawAll();
+  if (failed.name !== "AbortError") showError(failed);
 }
 function addCall(message, part) {
   const calls = message.tool_calls ??= [], at = part.index ?? calls.length;
@@ -362,4 +391,5 @@ addEventListener("storage", (e) => {  // another tab wrote
 });
 open(store.load(sessionStorage.getItem("gptjax.current")) ?? store.newConversation());
 findModel();
+pageFacts().then((found) => { facts = found; });
 showLabelling($("to-label"));
