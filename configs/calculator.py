@@ -4,9 +4,9 @@ gptjax pretrain calculator
 gptjax sft calculator
 gptjax chat runs/calculator --tools calculator --temperature 0
 
-Questions are sums and products of numbers of three and four digits. Pretraining reads questions, calls and results as
-short texts; fine-tuning has conversations, nine of ten with the calculator (the call is learned, its result is not),
-the others without it, answered at once. Both are made here, into runs/calculator_data, where they are not there yet.
+Questions are sums and products of numbers of three and four digits. Pretraining reads questions, calls, results and
+answers as short texts; fine-tuning has conversations, nine of ten with the calculator (the call is learned, its result
+is not), the others without it, answered at once. Both are made here, into runs/calculator_data, unless they are there.
 """
 
 import functools
@@ -58,20 +58,23 @@ def conversation(rng: random.Random) -> dict:
 
 
 def text(rng: random.Random) -> dict:
-    """A record for pretraining: a question with its call, or a result with its answer, as the template writes them.
+    """A record for pretraining, as the template writes it: question, call, result and answer, or results alone.
 
-    Answers and calls stand there several times, so that most of what can be learned is to copy digits (the induction of
-    Olsson et al. 2022). One of 30 is a whole prompt with the description of the calculator, whose words the tokenizer
-    learns from it.
+    Those have several results, each with its answer, so that most of what can be learned is to copy the digits of the
+    last one (the induction of Olsson et al. 2022, among other numbers). One of 30 has the description of the
+    calculator, whose words the tokenizer learns from it.
     """
     asked, expression, value = question(rng)
     if rng.random() < 0.5:
-        said = f"[INST] <tool_response>\n{value}\n</tool_response> [/INST] " + 4 * f"It is {value}. "
-    else:
-        arguments = json.dumps({"name": "calculator", "arguments": {"expression": expression}})
-        told = f"<<SYS>>\n{_description()}\n<</SYS>>\n\n" if rng.random() < 1 / 15 else ""
-        said = f"[INST] {told}{asked} [/INST] " + 2 * f"<tool_call>\n{arguments}\n</tool_call> "
-    return {"text": said}
+        values = [str(rng.randrange(10 ** rng.randint(2, 7), 10**8))[: rng.randint(3, 8)] for _ in range(5)]
+        return {"text": "".join(_answered(value) for value in values)}
+    arguments = json.dumps({"name": "calculator", "arguments": {"expression": expression}})
+    told = f"<<SYS>>\n{_description()}\n<</SYS>>\n\n" if rng.random() < 1 / 15 else ""
+    return {"text": f"[INST] {told}{asked} [/INST] <tool_call>\n{arguments}\n</tool_call> {_answered(value)}"}
+
+
+def _answered(value: str) -> str:
+    return f"[INST] <tool_response>\n{value}\n</tool_response> [/INST] It is {value}. "
 
 
 @functools.cache

@@ -59,7 +59,7 @@ class FakeScheduler:
     def submit(self, sequences: list[Sequence]) -> None:
         with self._lock:
             if self._draining or len(self._waiting) + len(sequences) > self.max_waiting:
-                raise Busy("full", 2.0)
+                raise Busy("full", 2.0, ended=self._draining)
             self._waiting += sequences
             self.submitted += sequences
             self._count()

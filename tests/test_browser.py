@@ -226,6 +226,26 @@ def test_markdown_is_drawn_and_never_becomes_html(page, service, url):
 
 
 @pytest.mark.browser
+def test_what_a_retry_or_an_edit_cuts_comes_back_where_no_answer_does(page, service, url):
+    page.goto(url)
+    for text in ("one", "two"):
+        say(page, text)
+        ended(page)
+    before = texts(page)
+    service.scheduler.fails = "the model broke"
+    page.get_by_role("button", name="Retry").first.click()
+    shown(page, "#error", "the model broke")
+    assert texts(page) == before
+    page.get_by_role("button", name="Edit").first.click()
+    page.locator("#edit").fill("three")
+    page.keyboard.press("Enter")
+    shown(page, "#error", "the model broke")
+    assert texts(page) == before and page.locator("#input").input_value() == "three"
+    page.reload()
+    assert texts(page) == before
+
+
+@pytest.mark.browser
 def test_errors_are_said_in_words_and_nothing_is_lost(page, service, url):
     page.goto(url)
     shown(page, "#model", "fake")

@@ -266,3 +266,24 @@ def test_a_large_vocabulary_takes_milliseconds():
         state = constraint.advance(state, token)
     print("milliseconds a state:", *(f"{1e3 * s:.1f}" for s in seconds))
     assert sorted(seconds)[len(seconds) // 2] < 0.25, seconds
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [{"type": "string", "minLength": 10**9}, {"const": "x" * 100_000},
+     {"type": "array", "minItems": 10_000, "items": {"type": "array", "minItems": 10_000}}],
+    ids=str,
+)  # fmt: skip
+def test_a_form_of_endless_texts_is_refused_at_once(schema):
+    begun = time.perf_counter()
+    with pytest.raises(InputError, match="bytes"):
+        json_constraint(BytesTokenizer(), schema, [257])
+    assert time.perf_counter() - begun < 5
+
+
+def test_a_branch_of_endless_texts_costs_no_more_than_what_is_left():
+    schema = {"anyOf": [{"const": 1}, {"type": "string", "minLength": 10**9}]}
+    constraint, begun = json_constraint(BytesTokenizer(), schema, [257]), time.perf_counter()
+    constraint.check(100)
+    allowed_V = constraint.allowed(constraint.start(), 100)
+    assert [chr(i) for i in np.flatnonzero(allowed_V)] == ["1"] and time.perf_counter() - begun < 5

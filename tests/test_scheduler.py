@@ -271,13 +271,50 @@ def test_a_failure_of_the_device_ends_those_who_run_and_serves_the_next(model):
     [failed] = ask(scheduler, Asked([5, 6]))
     assert failed.finish == "error" and "out of memory" in failed.sequence.error
     assert ask(scheduler, Asked([5, 6]))[0].ids == before and scheduler.healthy
+    scheduler.engine.copy = broken  # type: ignore[method-assign]
+    company = [Asked([*range(60), 7], 30, stop_ids=()) for _ in range(2)]
+    assert {one.finish for one in ask(scheduler, *company)} <= {"error", "length"}, "none is lost"
     with pytest.raises(ZeroDivisionError):
         scheduler.run(lambda: 1 / 0)
     scheduler.reload(model)
     assert ask(scheduler, Asked([5, 6]))[0].ids == before
-    assert scheduler.stats.finished["error"] == 1
+    long, late = Asked([1], 90, stop_ids=()), []
+    scheduler.submit([long.sequence])
+    assert long.began.wait(60)
+    waits = threading.Thread(target=lambda: late.append(pytest.raises(Busy, scheduler.reload, model)))
+    waits.start()
     scheduler.stop()
-    assert not scheduler.healthy
+    waits.join(30)
+    assert late and long.wait().finish in ("cancelled", "length") and not scheduler.healthy
+
+
+class Broken:
+    """A form whose state after two ids does not exist."""
+
+    def start(self) -> int:
+        return 2
+
+    def allowed(self, state: int, left: int) -> np.ndarray:
+        return np.ones(256, bool)
+
+    def advance(self, state: int, id: int) -> int:
+        return state - 2
+
+
+def test_an_answer_that_fails_by_itself_ends_alone(scheduler):
+    bad, good = ask(scheduler, Asked([5, 6], stop_ids=(), constraint=Broken()), Asked([9, 8], stop_ids=()))
+    assert (bad.finish, good.finish) == ("error", "length") and "form" in bad.sequence.error
+    assert good.ids == ask(scheduler, Asked([9, 8], stop_ids=()))[0].ids and scheduler.stats.failed == 0
+
+
+def test_a_chunk_may_be_shorter_than_the_shortest_tail(model):
+    scheduler = opened(model, prefill_chunk=4)
+    asked = [Asked(list(range(60, 60 + n)), 3, stop_ids=()) for n in (3, 4, 5, 85)]
+    with jax.set_mesh(model.mesh):
+        cfg = GenerateConfig(prompt=("",) * 4, max_new_tokens=3, temperature=0.0)
+        wanted = generate_ids(model.decoder, model.params, [one.sequence.ids for one in asked], cfg)
+    assert [one.ids for one in ask(scheduler, *asked)] == wanted
+    scheduler.stop()
 
 
 def test_a_context_is_what_the_model_reads_and_the_memory_holds(model, monkeypatch):

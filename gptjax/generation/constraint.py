@@ -13,6 +13,7 @@ from gptjax.generation.json_schema import json_grammar
 from gptjax.tokenizer import Tokenizer
 
 KEPT = 256  # states whose ids are kept
+MOST_BYTES = 20_000  # of the shortest text of a grammar
 
 
 class _Level(NamedTuple):
@@ -91,6 +92,8 @@ class Constraint:
             raise InputError(
                 "no text that this tokenizer can write fits the schema or the choices; wanted one that does"
             )
+        if node.least > MOST_BYTES:
+            raise InputError(f"the shortest text has {node.least:,} bytes; wanted one of at most {MOST_BYTES:,}")
         self._class_bytes = sorted(set(self._grammar.classes))
         place = {byte: i for i, byte in enumerate(self._class_bytes)}
         self._class_of = np.array([place[byte] for byte in self._grammar.classes], np.int32)
@@ -99,6 +102,7 @@ class Constraint:
         self._rows = np.full((64, 256), -1, np.int32)  # the state behind each byte; the last row stays that of -1
         self._filled = np.zeros(64, bool)
         self._needs: dict[int, int] = {}
+        self._needs_more: dict[int, int] = {}
         self._next: OrderedDict[int, tuple[np.ndarray, list[int]]] = OrderedDict()
         self._start = self._number(node)
 
@@ -130,7 +134,7 @@ class Constraint:
         next_V, states = self._next_states(state)
         allowed_V = next_V >= 0
         if left is not None:
-            late = [s for s in states if self._nodes[s].least >= left and self.needed(s) >= left]
+            late = [s for s in states if self._late(s, left)]
             if late:
                 allowed_V = allowed_V & ~np.isin(next_V, late)
         if self.finished(state):
@@ -147,10 +151,23 @@ class Constraint:
             allowed_BV[row, : self._size] = self.allowed(state, max(left, 1))
         return allowed_BV
 
-    def needed(self, state: int) -> int:
-        """Tokens by which the text can be complete; 0 where it is. Those of the shortest text, the longest first."""
+    def _late(self, state: int, left: int) -> bool:
+        """True where a text can't be complete with fewer than `left` tokens."""
+        least = self._nodes[state].least
+        return least >= left and (least > left * self._vocabulary.longest or self.needed(state, left) >= left)
+
+    def needed(self, state: int, most: int = INFINITE) -> int:
+        """Tokens by which the text can be complete; 0 where it is. Those of the shortest text, the longest first.
+
+        Where they are more than `most`, some number above it: the work is bounded, however long the text.
+        """
+        if self._needs_more.get(state, 0) > most:
+            return self._needs_more[state]
         way, at = [], state
         while at not in self._needs and not self.finished(at):
+            if len(way) > most:
+                self._needs_more[state] = len(way)
+                return len(way)
             way.append(at)
             at = self.advance(at, self._shortest(at))
         known = self._needs.setdefault(at, 0)

@@ -10,6 +10,7 @@ from typing import Any
 from gptjax.config.section import InputError
 
 INFINITE = 1 << 60
+MOST_TEXT = 4096  # bytes of a text that stands in a grammar as it is
 
 
 class Node:
@@ -35,8 +36,11 @@ class Grammar:
         self.start = self.nothing
 
     def text(self, text: str | bytes) -> Node:
-        """These bytes."""
-        return self._node("text", (text.encode() if isinstance(text, str) else text,))
+        """These bytes; raises InputError for more than MOST_TEXT, since each of their ends is kept."""
+        found = text.encode() if isinstance(text, str) else text
+        if len(found) > MOST_TEXT:
+            raise InputError(f"a text of {len(found):,} bytes: wanted at most {MOST_TEXT:,}")
+        return self._node("text", (found,))
 
     def one_of(self, characters: str | bytes | range) -> Node:
         """One byte of these."""

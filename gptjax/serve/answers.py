@@ -46,7 +46,7 @@ class Submission:
             self._service.scheduler.submit(self.sequences)
         except Busy as e:
             wait = str(max(1, round(e.retry_after)))
-            if self._service.draining:
+            if e.ended:
                 raise draining() from None
             text = "too many answers are waiting; try again later"
             raise ApiError(

@@ -75,7 +75,7 @@ class Engine:
         require_mesh(model.params)
         self.params = decode_params(model.params, cfg.dtype)
         self.slots, self.length, self.chunk = slots, length, chunk
-        self.tails = (max(8, chunk // 4), chunk)
+        self.tails = (min(chunk, max(8, chunk // 4)), chunk)
         self.sizes = (slots,) if batch_invariant else (*(r for r in ROWS if r < slots), slots)
         self.reset()
 

@@ -41,7 +41,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers, start, status = Headers(scope=scope), time.perf_counter(), 499
+        headers, start, status = Headers(scope=scope), time.perf_counter(), 499  # who leaves gets no answer
         origin = headers.get("origin")
 
         async def sending(message: Message) -> None:
@@ -57,6 +57,9 @@ class Guard:
         try:
             refused = self._refusal(scope, headers)
             await (refused or self._app)(scope, receive, sending)
+        except Exception:  # what answers it lies further out
+            status = 500 if status == 499 else status
+            raise
         finally:
             self._note(scope, status, time.perf_counter() - start)
 

@@ -22,19 +22,11 @@ from gptjax.config.section import InputError
 from gptjax.runs.load import LoadedModel
 from gptjax.serve.engine import PIECE, SETTINGS, STOPS, Engine, most_length
 from gptjax.serve.sequence import Busy, Sequence, Stats, Token, Update, check_sequence
+from gptjax.serve.slots import Slot, shared_prefix, window
 
 STEPS = 4  # tokens of a row between two looks at who came and who went
 CHUNKS = 4  # chunks of prompts that are read before those who run get their next tokens
 FAILURES = 3  # calls of the device that may fail one after the other before the server says that it is ill
-
-
-class _Slot:
-    """A row of the cache: who has it, and the ids whose keys and values a prefill wrote into it."""
-
-    def __init__(self):
-        self.sequence: Sequence | None = None
-        self.ids: list[int] = []
-        self.used = 0.0
 
 
 class Scheduler:
@@ -65,7 +57,7 @@ class Scheduler:
         self.max_waiting, self.stats = max_waiting, Stats(slots=slots)
         self._make = {"slots": slots, "length": self.context, "chunk": min(prefill_chunk, self.context),
                       "batch_invariant": batch_invariant}  # fmt: skip
-        self._slots = [_Slot() for _ in range(slots)]
+        self._slots = [Slot() for _ in range(slots)]
         self._rows = {name: np.zeros(slots, dtype) for name, dtype in SETTINGS.items()}
         self._token_S, self._position_S, self._last_S = (np.zeros(slots, np.int32) for _ in range(3))
         self._stop_SI = np.full((slots, STOPS), -1, np.int32)
@@ -89,7 +81,7 @@ class Scheduler:
             check_sequence(sequence, self.context, self.model.decoder.vocab_size)
         with self._changed:
             if self._ending or self._stopped:
-                raise Busy("the server is ending", 5.0)
+                raise _ended()
             if len(self._waiting) + len(sequences) > self.max_waiting:
                 raise Busy(f"{len(self._waiting)} requests are waiting, of {self.max_waiting} that may", 1.0)
             self._waiting.extend(sequences)
@@ -110,10 +102,17 @@ class Scheduler:
         """Goes on with another model of the same kind once those who run are done; nothing read before is reused."""
 
         def replace() -> None:
-            self.model = model
-            self._open()
+            before = self.model
             for slot in self._slots:
                 slot.ids = []
+            self.engine.state = {}  # two caches may not fit
+            try:
+                self.model = model
+                self._open()
+            except Exception:
+                self.model = before
+                self._open()
+                raise
 
         self._job(self._idle_jobs, replace).result()
 
@@ -141,7 +140,7 @@ class Scheduler:
         future: Future = Future()
         with self._changed:
             if self._stopped:
-                raise Busy("the server is ending", 5.0)
+                raise _ended()
             jobs.append((function, future))
             self._changed.notify()
         return future
@@ -167,10 +166,13 @@ class Scheduler:
             for slot in range(len(self._slots)):
                 self._end(slot, "cancelled")
             with self._changed:
-                self._stopped, left = True, list(self._waiting)
-                self._waiting.clear()
+                self._stopped, left, jobs = True, [*self._waiting], [*self._jobs, *self._idle_jobs]
+                for queue in (self._waiting, self._jobs, self._idle_jobs):
+                    queue.clear()
             for sequence in left:
                 sequence.on_update(Update([], "", "cancelled"))
+            for _, future in jobs:
+                future.set_exception(_ended())
 
     def _busy(self) -> bool:
         return bool(self._jobs or self._idle_jobs or self._waiting or any(row.sequence for row in self._slots))
@@ -207,22 +209,26 @@ class Scheduler:
         with self._changed:
             if not free or not self._waiting or self._idle_jobs:
                 return False
-            sequence = self._waiting.popleft()
-            self.stats.waiting = len(self._waiting)
+            sequence = self._waiting[0]
         ids = sequence.to_read
         usable = [
-            0 if sequence.prompt_logprobs or sequence.embed else self._shared(row.ids, ids) for row in self._slots
+            0 if sequence.prompt_logprobs or sequence.embed else shared_prefix(row.ids, ids, self.engine.chunk)
+            for row in self._slots
         ]
         source = max(range(len(usable)), key=lambda n: (usable[n], n in free))
         taken = [n for n, row in enumerate(self._slots) if row.sequence is not None]
         if usable[source] and source in free:
             slot = source
         else:  # near to those who run, since a step computes neighbours; of those, the one that was used longest ago
-            slot = min(free, key=lambda n: (self._span([*taken, n]), self._slots[n].used))
-            if usable[source]:
-                self.engine.copy(source, slot)
+            slot = min(free, key=lambda n: (window([*taken, n], self.engine.sizes)[1], self._slots[n].used))
         row = self._slots[slot]
-        row.sequence, row.used, row.ids = sequence, time.monotonic(), ids[: usable[source]]
+        with self._changed:  # at no time it is in neither place
+            self._waiting.remove(sequence)
+            self.stats.waiting = len(self._waiting)
+            row.sequence, row.used, row.ids = sequence, time.monotonic(), []
+        if usable[source] and source != slot:
+            self.engine.copy(source, slot)
+        row.ids = ids[: usable[source]]
         sequence.read = sequence.reused = usable[source]
         self.stats.prompt_tokens += len(sequence.ids)
         self.stats.reused_tokens += sequence.reused
@@ -239,26 +245,6 @@ class Scheduler:
             sequence.prompt_tokens = [None]
         self._reading = slot
         return True
-
-    def _span(self, slots: list[int]) -> int:
-        """Rows that a step computes for these."""
-        return self._window(slots)[1]
-
-    def _window(self, slots: list[int]) -> tuple[int, int]:
-        """(first, rows) of the least that a step can compute for these rows."""
-        wide = max(slots) - min(slots) + 1
-        size = next(size for size in self.engine.sizes if size >= wide)
-        return min(min(slots), len(self._slots) - size), size
-
-    def _shared(self, there: list[int], ids: list[int]) -> int:
-        """Ids at the start of both whose keys and values are the same to the bit: whole chunks, or all of them."""
-        if len(there) == len(ids) and list(there) == list(ids):
-            return len(ids)
-        same = 0
-        chunk = self.engine.chunk
-        while same + chunk <= min(len(there), len(ids)) and there[same : same + chunk] == ids[same : same + chunk]:
-            same += chunk
-        return same
 
     def _read_chunk(self) -> None:
         """Reads the next part of the prompt that is being read."""
@@ -300,28 +286,38 @@ class Scheduler:
         live = {n: row.sequence for n, row in enumerate(self._slots) if row.sequence and n != self._reading}
         if not live:
             return
-        first, size = self._window(list(live))
-        window = slice(first, first + size)
+        first, size = window(list(live), self.engine.sizes)
+        rows = slice(first, first + size)
         n = STEPS
         for slot, sequence in live.items():
             if sequence.constraint:
                 left = sequence.max_new_tokens - sequence.generated
-                allowed_V = sequence.constraint.allowed(sequence.allowed_from, left)
+                try:
+                    allowed_V = sequence.constraint.allowed(sequence.allowed_from, left)
+                except Exception as e:
+                    self._refuse(slot, e)
+                    continue
                 self.engine.restrict(slot, allowed_V, dict(sequence.sampling.logit_bias))
             if sequence.constraint or not sequence.generated:  # the first token is shown at once
                 n = 1
+        live = {slot: sequence for slot, sequence in live.items() if self._slots[slot].sequence}
+        if not live:
+            return
         idle_R = np.array([slot not in live for slot in range(first, first + size)])
-        ends = {"last_R": self._last_S[window], "stop_RI": self._stop_SI[window]}
-        settings = {name: x_S[window] for name, x_S in self._rows.items()}
+        ends = {"last_R": self._last_S[rows], "stop_RI": self._stop_SI[rows]}
+        settings = {name: x_S[rows] for name, x_S in self._rows.items()}
         top = any(sequence.top_logprobs for sequence in live.values())
         begun = time.perf_counter()
         drawn = self.engine.decode(
-            first, self._token_S[window], self._position_S[window], idle_R, settings, ends, min(n, PIECE), top
+            first, self._token_S[rows], self._position_S[rows], idle_R, settings, ends, min(n, PIECE), top
         )
         self.stats.decode_chunks += 1
         self.stats.decode_seconds += time.perf_counter() - begun
         for slot in live:
-            self._take(slot, slot - first, drawn)
+            try:
+                self._take(slot, slot - first, drawn)
+            except Exception as e:
+                self._refuse(slot, e)
 
     def _take(self, slot: int, r: int, drawn: Any) -> None:
         """Tells a sequence of its new tokens, and ends it where one of them does."""
@@ -340,6 +336,8 @@ class Scheduler:
             sequence.generated += 1
             if sequence.constraint:
                 sequence.allowed_from = sequence.constraint.advance(sequence.allowed_from, id)
+                if sequence.allowed_from < 0:
+                    raise ValueError(f"id {id} was drawn, which the answer's form does not have")
             text += sequence.text.push([id])
             if sequence.text.stopped or sequence.generated >= sequence.max_new_tokens:
                 finish = "stop" if sequence.text.stopped else "length"
@@ -360,13 +358,18 @@ class Scheduler:
         self.stats.finished[finish] += 1
         sequence.on_update(Update(tokens or [], text, finish))
 
+    def _refuse(self, slot: int, error: Exception) -> None:
+        """Ends one sequence with an error of its own; the others go on."""
+        sequence = self._slots[slot].sequence
+        if sequence:
+            sequence.error = f"{type(error).__name__}: {error}"
+        self._end(slot, "error")
+
     def _fail(self, error: Exception) -> None:
         """Ends all that run with an error, and begins with an empty cache, since the old one may be half written."""
         self.stats.failed += 1
         for slot, row in enumerate(self._slots):
-            if row.sequence:
-                row.sequence.error = f"{type(error).__name__}: {error}"
-            self._end(slot, "error")
+            self._refuse(slot, error)
             row.ids = []
         try:
             self.engine.reset()
@@ -377,6 +380,10 @@ class Scheduler:
     def healthy(self) -> bool:
         """False where the device has failed several times in a row, or its thread is gone."""
         return self._thread.is_alive() and self.stats.failed < FAILURES
+
+
+def _ended() -> Busy:
+    return Busy("the server is ending", 5.0, ended=True)
 
 
 def _work(jobs: deque[tuple[Callable[[], Any], Future]]) -> None:

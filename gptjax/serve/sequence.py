@@ -51,11 +51,11 @@ class Update(NamedTuple):
 
 
 class Busy(Exception):
-    """No place is left to wait in, or the server ends; `retry_after` in seconds."""
+    """No place is left to wait in, or (`ended`) the scheduler takes no more; `retry_after` in seconds."""
 
-    def __init__(self, message: str, retry_after: float):
+    def __init__(self, message: str, retry_after: float, *, ended: bool = False):
         super().__init__(message)
-        self.retry_after = retry_after
+        self.retry_after, self.ended = retry_after, ended
 
 
 class Sequence:

@@ -23,12 +23,14 @@ from gptjax.config.serving import ServeConfig
 from gptjax.parallel.processes import working
 from gptjax.runtime.compile_cache import enable_compile_cache
 from gptjax.serve import endpoints
+from gptjax.serve.answers import draining
 from gptjax.serve.completions import Form, chat_completions, completions
 from gptjax.serve.guard import HANDLERS, Guard, error_response
 from gptjax.serve.listening import ApiServer, address, listen
 from gptjax.serve.monitoring import Monitor
 from gptjax.serve.pages import LabelDesk, page_routes
 from gptjax.serve.protocol import ApiError
+from gptjax.serve.sequence import Busy
 from gptjax.serve.service import Service, open_service
 from gptjax.serve.session import Transcript
 
@@ -63,7 +65,8 @@ def make_app(service: Service, note: Callable[[str], None] = lambda line: None) 
     app = Starlette(
         routes=routes,
         middleware=[Middleware(Guard, cfg=service.cfg, open_paths=open_paths, note=noted)],
-        exception_handlers=HANDLERS | {HTTPException: _http_error, InputError: _input_error, Exception: _failure},
+        exception_handlers=HANDLERS
+        | {HTTPException: _http_error, InputError: _input_error, Busy: _ended, Exception: _failure},
     )
     app.router.redirect_slashes = False
     app.state.service, app.state.monitor = service, monitor
@@ -92,6 +95,10 @@ def _http_error(request: Request, error: Any) -> Response:
 
 def _input_error(request: Request, error: Exception) -> Response:
     return error_response(ApiError(400, one_line(error), code="invalid_value"))
+
+
+def _ended(request: Request, error: Exception) -> Response:
+    return error_response(draining())
 
 
 def _failure(request: Request, error: Exception) -> Response:

@@ -101,8 +101,8 @@ function editor(i) {
   const send = () => {
     if (!area.value.trim()) return;
     editing = -1;
-    current.messages.length = i;
-    say(area.value);
+    const cut = current.messages.splice(i);
+    say(area.value, cut.length > 1 ? cut : []);
     $("input").focus();
   };
   area.onkeydown = (e) => {
@@ -123,38 +123,38 @@ function scrollDown(always) { if (always) $("scroll").scrollTop = $("scroll").sc
 
 // ---- Answers
 
-function say(text) {
+// `cut` is what an edit takes away: it comes back where no answer does.
+function say(text, cut = []) {
   current.messages.push({role: "user", content: text});
-  keep(current);
-  answer(current);
+  if (!cut.length) keep(current);
+  answer(current, cut, 1);
 }
 function retry(i) {
   if (running.has(current.id)) return;
-  current.messages.length = i;
+  const cut = current.messages.splice(i);
   current.retries = (current.retries ?? 0) + 1;
+  answer(current, cut);
   $("input").focus();
-  answer(current);
 }
 function requestOf(conversation, tools) {
   const body = {...(model && {model}), messages: store.messagesOf(conversation), stream_options: {include_usage: true}};
   if (tools.length) body.tools = tools;
-  const chosen = store.settings();
+  const chosen = store.settings();  // another answer is asked for with other random numbers
   for (const name of NUMBERS) if (typeof chosen[name] === "number") body[name] = chosen[name];
   if (chosen.stop?.length) body.stop = chosen.stop;
-  // Another answer is asked for with other random numbers.
   if (body.seed !== undefined) body.seed = (body.seed + (conversation.retries ?? 0)) % 2 ** 32;
   return body;
 }
-async function answer(conversation) {
-  const controller = new AbortController(), reader = speaker(), {tools, max_calls: mostCalls} = facts;
-  const body = requestOf(conversation, tools);
-  const message = {role: "assistant", content: ""};
+// Adds an answer; where none comes, `cut` takes its place again, and of the last messages the `said` that it was for.
+async function answer(conversation, cut = [], said = 0) {
+  const {tools, max_calls: mostCalls} = facts, body = requestOf(conversation, tools);
+  const controller = new AbortController(), reader = speaker();
+  const message = {role: "assistant", content: "", note: "broke off"};  // where the page is left before its end
   const here = () => current === conversation;
   conversation.messages.push(message);
   running.set(conversation.id, {controller, conversation});
   hideError();
   if (here()) { drawAll(); scrollDown(true); }
-  message.note = "broke off";  // where the page is left before its end
   let saved = 0, drawing = false, reason = "", usage = null, failed = null;
   const started = performance.now();
   const redraw = () => {
@@ -182,7 +182,11 @@ async function answer(conversation) {
   if (running.get(conversation.id)?.controller !== controller) return;  // the conversation was removed
   running.delete(conversation.id);
   const stopped = failed?.name === "AbortError", empty = !message.content && !message.tool_calls;
-  if (empty && failed) conversation.messages.splice(conversation.messages.indexOf(message), 1);
+  if (empty && failed) {
+    const at = conversation.messages.indexOf(message), back = cut.length ? said : 0;
+    const [edited] = conversation.messages.splice(at - back, 1 + back, ...cut);
+    if (back && here() && !$("input").value) $("input").value = edited.content;
+  }
   const seconds = (performance.now() - started) / 1000, tokens = usage?.completion_tokens;
   const speed = tokens ? `${tokens} tokens, ${(tokens / seconds).toFixed(1)} a second` : "";
   const why = stopped ? "stopped" : failed ? "broke off" : reason === "length" ? "cut at the most tokens" : empty ? "the model said nothing" : "";
@@ -194,7 +198,7 @@ async function answer(conversation) {
   else { drawAnswer(node.querySelector(".text"), message, false); node.querySelector(".note").textContent = message.note; drawButtons(); drawList(); }
   scrollDown(follow);
   reader.end(why);
-  if (failed && !stopped) showError(failed, conversation);
+  if (failed && !stopped) showError(failed, cut.length ? undefined : conversation);
   if (!failed && message.tool_calls && tools.length) await runTools(conversation, message, mostCalls);
 }
 // Has the server make the calls of an answer, with the tools that it was started with, and lets the model go on.
@@ -332,8 +336,9 @@ function download(conversations, name) {
 async function importFile(file) {
   try {
     const found = store.fromFile(await file.text());
+    open(found[0]);
     for (const one of found.reverse()) keep(one);
-    open(found.at(-1));
+    drawList();
   } catch (error) {
     showError(new ServerError(`${file.name} can't be imported: ${error.message}.`));
   }
