@@ -210,7 +210,7 @@ def asked(monkeypatch) -> list:
     """The prompts and stop ids that a chat asks the model to go on from; it answers "Yes."."""
     asked = []
 
-    def stream_text(decoder, params, prompts, texts, cfg, *, stop_ids, chunk):
+    def stream_text(decoder, params, prompts, texts, cfg, *, stop_ids, chunk, **more):
         asked.append((prompts, stop_ids))
         return iter([(row, "Yes.") for row in range(len(prompts))])
 
