@@ -103,7 +103,7 @@ MODEL = ModelConfig(
 def pretrain() -> TrainConfig:
     return TrainConfig(
         run_dir="runs/calculator_base",
-        steps=1000,
+        steps=2000,
         model=MODEL,
         tokenizer=TokenizerConfig(vocab_size=640, template="llama2"),
         data=DataConfig(source=_made("texts.jsonl", text, 60_000), batch_size=4, length=384),
@@ -117,7 +117,7 @@ def sft() -> SftConfig:
     return SftConfig(
         run_dir="runs/calculator",
         init="runs/calculator_base",
-        steps=1600,
+        steps=1000,
         model=ModelConfig(dtype="auto", unroll=0),
         data=DataConfig(source=_made("chats.jsonl", conversation, 6_000), batch_size=4, length=384),
         optim=OptimConfig(learning_rate=2e-3, warmup_steps=20, final_fraction=0.0, weight_decay=0.0),
