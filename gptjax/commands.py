@@ -185,7 +185,7 @@ def _constraint(model: LoadedModel, cfg: ContinueConfig) -> "Constraint":
 
     tokenizer = model.tokenizer
     more: Any = {"size": min(model.decoder.vocab_size, tokenizer.vocab_size), "spaced": True}
-    ends = (tokenizer.eos_id, *tokenizer.stop_ids)
+    ends = tokenizer.end_ids
     if cfg.chat:
         set_template(tokenizer, cfg.template)
         template = template_of(tokenizer)

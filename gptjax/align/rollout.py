@@ -56,7 +56,7 @@ class Sampler:
         self._tokenizer, self._dtype = tokenizer, decode_dtype(decoder.cfg.dtype)
         anywhere = dataclasses.replace(decoder.cfg.anywhere(), dtype=self._dtype)
         self._decoder = decoder.clone(cfg=anywhere, vocab_size=self.vocab_size)
-        self._stops, self._spaced = (tokenizer.eos_id, *tokenizer.stop_ids), False
+        self._stops, self._spaced = tokenizer.end_ids, False
         if tokenizer.template:
             template = template_of(tokenizer)
             self._stops, self._spaced = template.stop_ids(tokenizer), template.spaced(tokenizer)

@@ -73,7 +73,7 @@ def _stream(
     chunk: int,
     constraint: "Constraint | None" = None,
 ) -> Iterator[tuple[int, str]]:
-    stops, spaced = (tokenizer.eos_id, *tokenizer.stop_ids), False
+    stops, spaced = tokenizer.end_ids, False
     if chat:  # the space with which answers begin is the template's, or the tokenizer's
         template = template_of(tokenizer)
         stops, spaced = template.stop_ids(tokenizer), template.spaced(tokenizer)

@@ -68,8 +68,9 @@ def stream(
     # Some tokenizers (Llama's) begin each document with a space that is no part of its text.
     spaced = tokenizer.decode_bytes(tokenizer.encode("x")).startswith(b" ")
     texts = [TextStream(tokenizer, cfg.stop, drops_space=spaced and not prompt) for prompt in cfg.prompt]
-    stops = (tokenizer.eos_id, *tokenizer.stop_ids)
-    return stream_text(decoder, params, prompts, texts, cfg, stop_ids=stops, chunk=chunk, constraint=constraint)
+    return stream_text(
+        decoder, params, prompts, texts, cfg, stop_ids=tokenizer.end_ids, chunk=chunk, constraint=constraint
+    )
 
 
 def stream_text(

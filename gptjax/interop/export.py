@@ -22,6 +22,7 @@ from gptjax.interop.layout import written_tensors
 from gptjax.interop.weights_file import MOST_BYTES, Tensor, check_weights, write_weights
 from gptjax.runs.load import LoadedModel, load_model
 from gptjax.runs.run import load_config
+from gptjax.storage import sync
 from gptjax.tokenizer import META_FILE, Tokenizer
 from gptjax.tokenizer.export import write_tokenizer
 
@@ -104,18 +105,10 @@ def _whole(folder: Path) -> Iterator[Path]:
         partial.mkdir()
         yield partial
         for path in (*partial.rglob("*"), partial):
-            _sync(path)
+            sync(path)
         os.rename(partial, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except OSError as e:
         raise InputError(f"{folder}: can't be written ({e.strerror or one_line(e)}); make room, or give another") from e
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,7 +18,7 @@ NORMAL, UNUSED = 1, 5  # tokenizer.ggml.token_type, which has SentencePiece's nu
 def answer_ends(tokenizer: Tokenizer) -> list[int]:
     """The ids that end a text, or an answer where there is a chat template, eos_id first."""
     answers = template_of(tokenizer).stop_ids(tokenizer) if tokenizer.template else ()
-    return list(dict.fromkeys([tokenizer.eos_id, *tokenizer.stop_ids, *answers]))
+    return list(dict.fromkeys([*tokenizer.end_ids, *answers]))
 
 
 def tokenizer_keys(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from gptjax.config.section import InputError, one_line
 from gptjax.data.dialogue import Messages, messages_of
 from gptjax.data.formats import read_records
+from gptjax.storage import sync
 
 PROMPTS, SAMPLES = "prompts.jsonl", "samples.jsonl"
 KINDS = ("demonstrations", "rankings")
@@ -130,7 +131,7 @@ class LabelFolder:
             if not lines:
                 raise InputError("there is no answer to take back")
             os.truncate(path, sum(map(len, lines[:-1])))
-            _sync(path)
+            sync(path)
         return json.loads(lines[-1])["id"]
 
     def samples(self, prompt: LabelPrompt) -> list[str] | None:
@@ -258,12 +259,4 @@ def _append_line(path: Path, record: dict[str, Any]) -> None:
             file.truncate(size)
             raise InputError(f"{path} can't be written ({e.strerror or e}): make room, and save again") from e
     if is_new:
-        _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path.parent)

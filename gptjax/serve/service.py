@@ -107,7 +107,7 @@ class Service:
 
     def stop_ids(self, *, chat: bool) -> tuple[int, ...]:
         """The ids that end an answer, or a text."""
-        return self.renderer.stop_ids(self.tokenizer) if chat else (self.tokenizer.eos_id, *self.tokenizer.stop_ids)
+        return self.renderer.stop_ids(self.tokenizer) if chat else self.tokenizer.end_ids
 
     def reload(self) -> bool:
         """Goes on with the run's newest sound checkpoint, once what runs has ended; False where it is the same."""

@@ -56,7 +56,7 @@ class Transcript:
 
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """The ids that end any text; the answer ends at STOP, too."""
-        return (tokenizer.eos_id, *tokenizer.stop_ids)
+        return tokenizer.end_ids
 
     def spaced(self, tokenizer: Tokenizer) -> bool:
         """True: a space stands behind the colon."""

@@ -5,10 +5,10 @@
 """
 
 from gptjax.storage.bucket import Bucket
-from gptjax.storage.disk import PROBE, TRASH, Disk, StorageError, probe_in
+from gptjax.storage.disk import PROBE, TRASH, Disk, StorageError, probe_in, sync
 from gptjax.storage.resolve import check_file, file_sha256, filesystem, resolve_path, write_file, write_json
 
 __all__ = [
     "PROBE", "TRASH", "Bucket", "Disk", "StorageError", "check_file", "file_sha256", "filesystem", "probe_in",
-    "resolve_path", "write_file", "write_json",
+    "resolve_path", "sync", "write_file", "write_json",
 ]  # fmt: skip

@@ -64,6 +64,15 @@ def taken(run: Path, holder: str) -> InputError:
     return InputError(f"{run} is being trained by {holder}; wait for it, stop it, or give another --run-dir")
 
 
+def sync(path: Path) -> None:
+    """Returns once the disk has a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 class Disk:
     """Files and folders of a file system; every write is synced to the disk."""
 
@@ -136,9 +145,7 @@ class Disk:
             temporary.unlink(missing_ok=True)
             raise
         for parent in {path.parent, temporary.parent}:
-            descriptor = os.open(parent, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+            sync(parent)
 
     def remove(self, path: Path) -> None:
         """Deletes a file or a folder, if it exists."""

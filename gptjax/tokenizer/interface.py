@@ -68,6 +68,11 @@ class Tokenizer:
         return {}
 
     @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids that end a text: eos_id and stop_ids."""
+        return (self.eos_id, *self.stop_ids)
+
+    @property
     def files(self) -> tuple[str, ...]:
         """Names of the files that `save` writes."""
         return (META_FILE, *self._content)

@@ -66,7 +66,7 @@ class Template:
 
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """The ids that end an answer: of the template first, and those that end any text of the tokenizer."""
-        return tuple(dict.fromkeys((self._id(tokenizer, self.stop), tokenizer.eos_id, *tokenizer.stop_ids)))
+        return tuple(dict.fromkeys((self._id(tokenizer, self.stop), *tokenizer.end_ids)))
 
     def spaced(self, tokenizer: Tokenizer) -> bool:
         """True where an answer begins with a space that is no part of its text."""
