@@ -180,11 +180,12 @@ def generate_run(run_dir: str | Path, cfg: ContinueConfig, write: Callable[[str]
 def _constraint(model: LoadedModel, cfg: ContinueConfig) -> "Constraint":
     """The constraint that cfg.choices or cfg.json_schema says."""
     from gptjax.generation.constraint import choices_constraint, json_constraint
+    from gptjax.generation.engine import drawable
     from gptjax.tokenizer import set_template
     from gptjax.tokenizer.known_templates import template_of
 
     tokenizer = model.tokenizer
-    more: Any = {"size": min(model.decoder.vocab_size, tokenizer.vocab_size), "spaced": True}
+    more: Any = {"size": drawable(model.decoder, tokenizer), "spaced": True}
     ends = tokenizer.end_ids
     if cfg.chat:
         set_template(tokenizer, cfg.template)

@@ -19,7 +19,7 @@ from gptjax.config import RolloutConfig
 from gptjax.data.packing import Batch
 from gptjax.data.permutation import mix_integers
 from gptjax.data.prompts import Prompt
-from gptjax.generation.engine import decode, decode_params, prefill, repeat_rows
+from gptjax.generation.engine import decode, decode_params, drawable, prefill, repeat_rows
 from gptjax.model.cache import grow, headroom, round_up_length
 from gptjax.model.decoder import Decoder, Params, head
 from gptjax.ops.decoding import decode_dtype
@@ -52,7 +52,7 @@ class Sampler:
         self, decoder: Decoder, tokenizer: Tokenizer, cfg: RolloutConfig, *, length: int, longest: int, seed: int
     ):
         self.cfg, self.length, self.longest, self.seed = cfg, length, longest, seed
-        self.vocab_size = min(decoder.vocab_size, tokenizer.vocab_size)
+        self.vocab_size = drawable(decoder, tokenizer)
         self._tokenizer, self._dtype = tokenizer, decode_dtype(decoder.cfg.dtype)
         anywhere = dataclasses.replace(decoder.cfg.anywhere(), dtype=self._dtype)
         self._decoder = decoder.clone(cfg=anywhere, vocab_size=self.vocab_size)

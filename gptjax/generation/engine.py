@@ -30,7 +30,7 @@ from gptjax.model.decoder import Decoder, Params, extend, unstacked
 from gptjax.model.head import MASKED, cap_and_mask
 from gptjax.ops.decoding import decode_dtype
 from gptjax.ops.linear import linear
-from gptjax.parallel.sharding import constrain, on_host, require_mesh, suffix
+from gptjax.parallel.sharding import constrain_tree, on_host, require_mesh
 from gptjax.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -39,6 +39,11 @@ if TYPE_CHECKING:
 DecodeState = dict[str, Any]
 
 CHUNK = 16  # tokens a call of the loop while text is streamed or searched for a stop text
+
+
+def drawable(decoder: Decoder, tokenizer: Tokenizer) -> int:
+    """The number of ids that are drawn: published models have rows of the embedding that no token has."""
+    return min(decoder.vocab_size, tokenizer.vocab_size)
 
 
 def generate(decoder: Decoder, params: Params, tokenizer: Tokenizer, cfg: GenerateConfig) -> list[str]:
@@ -65,8 +70,7 @@ def stream(
     sharded on a mesh need that mesh set (jax.set_mesh). Raises InputError where a prompt does not fit.
     """
     prompts = [tokenizer.prompt_ids(prompt) for prompt in cfg.prompt]
-    # Some tokenizers (Llama's) begin each document with a space that is no part of its text.
-    spaced = tokenizer.decode_bytes(tokenizer.encode("x")).startswith(b" ")
+    spaced = tokenizer.opens_with_space
     texts = [TextStream(tokenizer, cfg.stop, drops_space=spaced and not prompt) for prompt in cfg.prompt]
     return stream_text(
         decoder, params, prompts, texts, cfg, stop_ids=tokenizer.end_ids, chunk=chunk, constraint=constraint
@@ -207,11 +211,6 @@ def _check(decoder: Decoder, prompts: Sequence[Sequence[int]], cfg: GenerateConf
             )
 
 
-def _placed(tree: Any) -> Any:
-    """Shards every array as its name says, so that all programs agree on where it lies."""
-    return jax.tree_util.tree_map_with_path(lambda path, x: constrain(x, suffix(path[-1].key)), tree)
-
-
 decode_params = jax.jit(unstacked, static_argnames="dtype")
 
 
@@ -234,7 +233,7 @@ def prefill(
     """
     B, L = prompt_BL.shape
     position_BL = jnp.broadcast_to(jnp.arange(L), (B, L))
-    cache = _placed(empty_cache(decoder.cfg, B, slots, jnp.dtype(decoder.cfg.dtype)))
+    cache = constrain_tree(empty_cache(decoder.cfg, B, slots, jnp.dtype(decoder.cfg.dtype)))
     _, cache = extend(decoder, params, prompt_BL, position_BL, cache)
     state: DecodeState = {
         "cache": cache,
@@ -247,13 +246,13 @@ def prefill(
         state["seen_BV"] = none_BV.at[jnp.arange(B)[:, None], prompt_BL].max(position_BL < length_B[:, None])
     if keep_log_p:
         state["log_p_BM"] = jnp.zeros((B, slots), jnp.float32)
-    return _placed(state)
+    return constrain_tree(state)
 
 
 @functools.partial(jax.jit, static_argnames="copies")
 def repeat_rows(state: DecodeState, copies: int) -> DecodeState:
     """The state with each row `copies` times, side by side: of a prompt that was read once, several answers."""
-    return _placed(jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), state))
+    return constrain_tree(jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), state))
 
 
 @functools.partial(jax.jit, static_argnames="decoder", donate_argnames="state")
@@ -306,7 +305,7 @@ def decode(
             new["log_p_BM"] = state["log_p_BM"].at[row_B, position_B].set(log_p_B)
         if "seen_BV" in state:
             new["seen_BV"] = state["seen_BV"].at[row_B, next_B].set(True)
-        return i + 1, _placed(new)
+        return i + 1, constrain_tree(new)
 
     state = {**state, "done_B": state["done_B"] | finished_B}
     return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]

@@ -138,6 +138,11 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*entries))
 
 
+def constrain_tree(tree: Any) -> Any:
+    """Constrains the sharding of each array as its name in the tree says: so all programs agree on where it lies."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: constrain(x, suffix(path[-1].key)), tree)
+
+
 def sharding_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     """The sharding of the array with this name and shape; raises InputError where a dimension does not divide."""
     letters = suffix(name)

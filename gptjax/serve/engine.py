@@ -21,14 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.generation.engine import decode_params
+from gptjax.generation.engine import decode_params, drawable
 from gptjax.generation.sampling import apply_repetition_penalty, filter_logits, greedy
 from gptjax.model.cache import SERVED_BLOCK, served, served_cache
 from gptjax.model.decoder import Decoder, Params, extend
 from gptjax.model.head import MASKED, cap_and_mask
 from gptjax.ops.decoding import decode_dtype
 from gptjax.ops.linear import linear
-from gptjax.parallel.sharding import constrain, on_host, require_mesh, suffix
+from gptjax.parallel.sharding import constrain, constrain_tree, on_host, require_mesh
 from gptjax.runs.load import LoadedModel
 from gptjax.runtime.hardware import host_memory
 
@@ -69,9 +69,7 @@ class Engine:
     def __init__(self, model: LoadedModel, *, slots: int, length: int, chunk: int, batch_invariant: bool = False):
         cfg = model.decoder.cfg.anywhere()
         cfg = dataclasses.replace(cfg, dtype=decode_dtype(cfg.dtype), dropout=0.0)
-        # Published models have rows of the embedding that no token of their tokenizer has: these are never drawn.
-        size = min(model.decoder.vocab_size, model.tokenizer.vocab_size)
-        self.decoder = model.decoder.clone(cfg=cfg, vocab_size=size)
+        self.decoder = model.decoder.clone(cfg=cfg, vocab_size=drawable(model.decoder, model.tokenizer))
         require_mesh(model.params)
         self.params = decode_params(model.params, cfg.dtype)
         self.slots, self.length, self.chunk = slots, length, chunk
@@ -183,13 +181,9 @@ def empty_state(decoder: Decoder, params: Params, slots: int, length: int) -> di
         V = params["embed_VD"].shape[0]
         rows = {"seen_SV": bool, "count_SV": jnp.int32, "bias_SV": jnp.float32}
         cache = served_cache(decoder.cfg, slots, length, jnp.dtype(decoder.cfg.dtype))
-        return _placed({name: jnp.zeros((slots, V), t) for name, t in rows.items()} | {"cache": cache})
+        return constrain_tree({name: jnp.zeros((slots, V), t) for name, t in rows.items()} | {"cache": cache})
 
     return make()
-
-
-def _placed(tree: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, x: constrain(x, suffix(path[-1].key)), tree)
 
 
 @functools.partial(jax.jit, static_argnames="decoder", donate_argnames="cache")
@@ -202,7 +196,7 @@ def prefill_row(
     position_1C = jnp.minimum(start + jnp.arange(len(ids_C)), decoder.context - 1)[None]
     rows = served(cache, slot, (start + len(ids_C) - 1) // SERVED_BLOCK + 1)
     x_1CD, cache = extend(decoder, params, ids_C[None], position_1C, rows)
-    return x_1CD[0], _placed(cache)
+    return x_1CD[0], constrain_tree(cache)
 
 
 @functools.partial(jax.jit, static_argnames="decoder")
@@ -226,14 +220,14 @@ def _scores(logits_BV: jax.Array, ids_B: jax.Array) -> tuple[jax.Array, jax.Arra
 def copy_row(cache: list[dict[str, jax.Array]], source: jax.Array, slot: jax.Array) -> list[dict[str, jax.Array]]:
     """The cache with one row's keys and values in another's place."""
     take, put = jax.lax.dynamic_index_in_dim, jax.lax.dynamic_update_index_in_dim
-    return _placed(jax.tree.map(lambda x: put(x, take(x, source, keepdims=False), slot, 0), cache))
+    return constrain_tree(jax.tree.map(lambda x: put(x, take(x, source, keepdims=False), slot, 0), cache))
 
 
 @functools.partial(jax.jit, donate_argnames="state")
 def begin_row(state: dict[str, jax.Array], slot: jax.Array, seen_V: jax.Array, bias_V: jax.Array) -> dict[str, Any]:
     """The state with a row as a new request finds it."""
     new = {"seen_SV": seen_V, "bias_SV": bias_V, "count_SV": jnp.zeros_like(state["count_SV"][0])}
-    return _placed({name: x.at[slot].set(new[name]) for name, x in state.items()})
+    return constrain_tree({name: x.at[slot].set(new[name]) for name, x in state.items()})
 
 
 @functools.partial(jax.jit, donate_argnames="x_SV")
@@ -298,7 +292,7 @@ def decode_rows(
         seen = state["seen_SV"].at[first + row_R, next_R].max(~done_R)
         stops_R = (next_R[:, None] == ends["stop_RI"]).any(axis=1)
         done_R = done_R | (position_R >= ends["last_R"]) | stops_R
-        state = _placed({"cache": cache, "seen_SV": seen, "count_SV": counted, "bias_SV": state["bias_SV"]})
+        state = constrain_tree({"cache": cache, "seen_SV": seen, "count_SV": counted, "bias_SV": state["bias_SV"]})
         return i + 1, state, next_R, position_R, count_R, done_R, out
 
     start = (jnp.int32(0), state, token_R, position_R, jnp.zeros(R, jnp.int32), idle_R, out)

@@ -18,6 +18,7 @@ import numpy as np
 
 from gptjax.config import ModelConfig
 from gptjax.config.section import InputError
+from gptjax.generation.engine import drawable
 from gptjax.model.block import heads, norm
 from gptjax.model.decoder import Params, embed_tokens, final_norm, unstacked
 from gptjax.model.head import cap_and_mask
@@ -76,7 +77,7 @@ def inspect(model: LoadedModel, text: str, tokenizer: Tokenizer | None = None) -
         got = f"the text has {len(ids):,} tokens" if text else "the text is empty"
         raise InputError(f"{got}; wanted 1 to {most:,}, which the page can show of {cfg.num_layers} layers")
     plain = dataclasses.replace(cfg.anywhere(), attention="plain", dtype="float32")
-    vocab_size = min(model.decoder.vocab_size, tokenizer.vocab_size)
+    vocab_size = drawable(model.decoder, tokenizer)
     with jax.set_mesh(model.mesh):
         params = unstacked(model.params, "float32")
         # No place sees a later one, so what stands behind the text changes nothing.

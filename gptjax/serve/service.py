@@ -8,14 +8,14 @@ from typing import Any
 
 from gptjax.config.section import InputError
 from gptjax.config.serving import ServeConfig
+from gptjax.generation.engine import drawable
 from gptjax.generation.text_stream import TextStream
 from gptjax.parallel.processes import working
 from gptjax.runs.load import LoadedModel, load_model, open_checkpoints
 from gptjax.serve.scheduler import Scheduler
-from gptjax.serve.session import Renderer, Transcript
+from gptjax.serve.session import Transcript, renderer_of
 from gptjax.serve.tools import check_template, open_tools
 from gptjax.tokenizer import set_template
-from gptjax.tokenizer.known_templates import template_of
 from gptjax.tokenizer.templates import Message, Template
 from gptjax.tokenizer.tool_calls import ToolSpec
 
@@ -30,7 +30,7 @@ class Service:
         self.model, self.cfg = model, cfg
         self.tokenizer = model.tokenizer
         set_template(self.tokenizer, cfg.template)
-        self.renderer: Renderer = template_of(self.tokenizer) if self.tokenizer.template else Transcript()
+        self.renderer = renderer_of(self.tokenizer)
         self.toolbox = open_tools(cfg.tools) if cfg.tools else None
         if self.toolbox:
             check_template(self.tokenizer)
@@ -46,8 +46,7 @@ class Service:
         self.created = int(time.time())
         self.draining = False
         self._loading = threading.Lock()
-        # Some tokenizers (Llama's) begin each document with a space that is no part of its text.
-        self._spaced = self.tokenizer.decode_bytes(self.tokenizer.encode("x")).startswith(b" ")
+        self._spaced = self.tokenizer.opens_with_space
         self._answers_spaced = self.renderer.spaced(self.tokenizer)
 
     @property
@@ -58,7 +57,7 @@ class Service:
     @property
     def vocab_size(self) -> int:
         """Ids that have a text, and the model reads."""
-        return min(self.model.decoder.vocab_size, self.tokenizer.vocab_size)
+        return drawable(self.model.decoder, self.tokenizer)
 
     @property
     def fingerprint(self) -> str:

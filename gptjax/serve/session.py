@@ -63,6 +63,11 @@ class Transcript:
         return True
 
 
+def renderer_of(tokenizer: Tokenizer) -> Renderer:
+    """The tokenizer's chat template, or a transcript where it has none."""
+    return template_of(tokenizer) if tokenizer.template else Transcript()
+
+
 class Prepared(NamedTuple):
     """A conversation that is ready to be answered."""
 
@@ -96,7 +101,7 @@ class Session:
         """Called behind each call of a tool, with its result."""
         if toolbox:
             check_template(tokenizer)
-        self.renderer: Renderer = template_of(tokenizer) if tokenizer.template else Transcript()
+        self.renderer = renderer_of(tokenizer)
         self._stop = () if tokenizer.template else Transcript.STOP
         self.messages: list[dict[str, Any]] = []
         self.left_out = 0

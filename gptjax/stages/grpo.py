@@ -13,12 +13,13 @@ from gptjax.align.rollout import policy_log_probs
 from gptjax.align.scoring import Rewards
 from gptjax.config import GrpoConfig
 from gptjax.data.prompts import PromptData
+from gptjax.generation.engine import drawable
 from gptjax.model.decoder import Decoder
 from gptjax.parallel.processes import say
 from gptjax.parallel.sharding import abstract
 from gptjax.runs.run import Provenance
 from gptjax.runtime.status import entry
-from gptjax.stages.rollouts import Rollouts, compared, drawable, example_rollout, measures
+from gptjax.stages.rollouts import Rollouts, compared, example_rollout, measures
 from gptjax.stages.runner import Runner, join
 from gptjax.stages.tuning import Tuning, reading
 from gptjax.training.step import LossFn, TrainState, several_updates

@@ -19,10 +19,9 @@ from gptjax.config import PolicyConfig
 from gptjax.data.batches import DataState
 from gptjax.data.packing import Batch, example_batch
 from gptjax.data.prompts import Prompt, PromptData
-from gptjax.model.decoder import Decoder, Params
+from gptjax.model.decoder import Params
 from gptjax.parallel.sharding import constrain, local_rows, on_host, suffix, to_global
 from gptjax.stages.tuning import Tuning
-from gptjax.tokenizer import Tokenizer
 from gptjax.training.step import TrainState, micro_batches
 
 LogProbs = Callable[..., tuple[jax.Array, ...]]
@@ -30,11 +29,6 @@ Measured = dict[str, jax.Array]
 
 EVALUATION = -1  # the step whose random numbers evaluations share, so that they differ by the policy alone
 SAMPLES = 8  # answers of an evaluation that the report shows
-
-
-def drawable(decoder: Decoder, tokenizer: Tokenizer) -> int:
-    """The number of ids that are drawn: those of the vocabulary that have a token."""
-    return min(decoder.vocab_size, tokenizer.vocab_size)
 
 
 def example_rollout(config: PolicyConfig, rewards: Rewards) -> Batch:

@@ -73,6 +73,11 @@ class Tokenizer:
         return (self.eos_id, *self.stop_ids)
 
     @property
+    def opens_with_space(self) -> bool:
+        """True where the ids of a document begin with a space that is no part of its text, as Llama's do."""
+        return self.decode_bytes(self.encode("x")).startswith(b" ")
+
+    @property
     def files(self) -> tuple[str, ...]:
         """Names of the files that `save` writes."""
         return (META_FILE, *self._content)
