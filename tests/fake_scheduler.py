@@ -8,6 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 from gptjax.config.serving import ServeConfig
 from gptjax.serve.sequence import Busy, Sequence, Token, Update
 from gptjax.serve.service import Service
@@ -122,7 +124,7 @@ class FakeScheduler:
             top = [(65, -0.1), (sequence.ids[-1], -1.0)][: sequence.top_logprobs]
             sequence.prompt_tokens = [None, *(Token(i, -1.0, top) for i in sequence.ids[1:])]
         if sequence.embed:
-            sequence.embedding = [3.0, 4.0]
+            sequence.embedding = np.array([0.6, 0.8])
 
     def _shortest(self, sequence: Sequence) -> list[int]:
         """The first of the ids that the constraint allows, up to the end."""

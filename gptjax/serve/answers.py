@@ -2,6 +2,7 @@
 
 import asyncio
 import codecs
+import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Collection, Mapping
@@ -85,10 +86,20 @@ class Submission:
         for index in self._running:
             self._service.scheduler.cancel(self.sequences[index])
 
-    async def watch(self, receive: Receive) -> None:
-        """Ends `updates` when the client has left."""
-        await disconnected(receive)
-        self._queue.put_nowait(None)
+    @contextlib.asynccontextmanager
+    async def watched(self, receive: Receive) -> AsyncIterator[None]:
+        """Ends `updates` when the client has left; in the end what still runs is cancelled."""
+
+        async def watch() -> None:
+            await disconnected(receive)
+            self._queue.put_nowait(None)
+
+        watching = asyncio.create_task(watch())
+        async with self:
+            try:
+                yield
+            finally:
+                watching.cancel()
 
 
 def draining() -> ApiError:
@@ -109,9 +120,8 @@ class EventStream(Response):
         self.init_headers({"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        watching = asyncio.create_task(self._job.watch(receive))
-        async with self._job:
-            try:
+        with contextlib.suppress(Gone):
+            async with self._job.watched(receive):
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                 try:
                     async for event in self._events:
@@ -120,10 +130,6 @@ class EventStream(Response):
                     await send(_data(e.body))
                 done = {"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False}
                 await send(done)
-            except Gone:
-                pass
-            finally:
-                watching.cancel()
 
 
 def _data(event: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """/v1/completions and /v1/chat/completions: from a request to sequences, and from their updates to OpenAI's answers."""
 
-import asyncio
 import secrets
 import time
 import uuid
@@ -107,13 +106,9 @@ class Form:
         if self.asked.stream:
             request.state.form = self
             return EventStream(self.job, self._events())
-        watching = asyncio.create_task(self.job.watch(request.receive))
-        async with self.job:
-            try:
-                async for index, update in self.job.updates():
-                    self.answers[index].take(update)
-            finally:
-                watching.cancel()
+        async with self.job.watched(request.receive):
+            async for index, update in self.job.updates():
+                self.answers[index].take(update)
         request.state.form = self
         choices = [self.choice(answer) for answer in self.answers]
         return JSONResponse(self._base | {"object": self.kind, "choices": choices, "usage": self.usage()})

@@ -1,6 +1,5 @@
 """The small endpoints: models, embeddings, tokens, health, numbers, and going on with a newer checkpoint."""
 
-import asyncio
 import base64
 from typing import Any
 
@@ -39,17 +38,12 @@ async def embeddings(request: Request) -> Response:
         text = service.text_stream((), chat=False, drops_space=False)
         job.add(ids, max_new_tokens=0, sampling=Sampling(), stop_ids=(), text=text, embed=True)
     job.submit()
-    watching = asyncio.create_task(job.watch(request.receive))
-    async with job:
-        try:
-            async for _ in job.updates():
-                pass
-        finally:
-            watching.cancel()
+    async with job.watched(request.receive):
+        async for _ in job.updates():
+            pass
     data = []
     for i, sequence in enumerate(job.sequences):
         vector = np.asarray(sequence.embedding, "<f4")
-        vector /= max(float(np.linalg.norm(vector)), 1e-12)
         packed: Any = vector.tolist()
         if asked.encoding_format == "base64":
             packed = base64.b64encode(vector.tobytes()).decode()
