@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.config import ModelConfig
-from gptjax.ops.decoding import attend_served, write_served, write_slots
+from gptjax.ops.blockwise import attend_served
+from gptjax.ops.decoding import write_served, write_slots
 from gptjax.parallel.sharding import constrain, suffix
 
 Cache = dict[str, jax.Array]

@@ -72,6 +72,43 @@ def attend_blockwise(
     return _attend(options, q_BLHK, k_BMGK, v_BMGK, span)
 
 
+def attend_served(
+    q_BLHK: jax.Array,
+    k_SGMK: jax.Array,
+    v_SGMK: jax.Array,
+    query_BL: jax.Array,
+    first: jax.Array,
+    blocks: jax.Array,
+    *,
+    block: int,
+    scale: float,
+    window: jax.typing.ArrayLike | None = None,
+    softcap: float = 0.0,
+) -> jax.Array:
+    """out_BLHK of attention.attend, of queries at the places query_BL of the rows first .. first + B - 1 of a cache.
+
+    Only the first `blocks` blocks of `block` keys are read. A block in which a row sees nothing leaves that row's
+    numbers as they are, to the bit: so how far other rows have come, and how long a cache is, changes none of them.
+    """
+    B, L, H, K = q_BLHK.shape
+    G = k_SGMK.shape[1]
+    q_BGJLK = _grouped(q_BLHK * scale, G)
+
+    def read(c, carry):
+        k_BGMK, v_BGMK = (
+            jax.lax.dynamic_slice(x, (first, 0, c * block, 0), (B, G, block, K)).astype(q_BLHK.dtype)
+            for x in (k_SGMK, v_SGMK)
+        )
+        s_BGJLM, _ = _scores(softcap, _product("BGJLK,BGMK->BGJLM", q_BGJLK, k_BGMK))
+        behind_BLM = query_BL[:, :, None] - (c * block + jnp.arange(block))
+        seen_BLM = behind_BLM >= 0 if window is None else (behind_BLM >= 0) & (behind_BLM < window)
+        return _with_block(carry, jnp.where(seen_BLM[:, None, None], s_BGJLM, -jnp.inf), v_BGMK)
+
+    nothing = _nothing_seen((B, G, H // G, L, K))
+    _, sum_BGJL, acc_BGJLK = jax.lax.fori_loop(0, blocks, read, nothing)
+    return _ungrouped(acc_BGJLK / jnp.where(sum_BGJL > 0, sum_BGJL, 1.0)[..., None]).astype(q_BLHK.dtype)
+
+
 def divisible(q_BLHK: jax.Array, k_BMGK: jax.Array, v_BMGK: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Keys and values whose heads lie over the tensor axis wherever those of the queries do.
 
@@ -171,21 +208,13 @@ def _forward(options, q_BLHK, k_BMGK, v_BMGK, span):
         part = _part(span, start, size_L)
 
         def key_block(c, carry):
-            top_BGJL, sum_BGJL, acc_BGJLK = carry
             k_BGMK, v_BGMK = (_heads_first(_cut(t, c * size_M, size_M)) for t in (k_BMGK, v_BMGK))
-            s_BGJLM, _ = _scores(options, _product("BGJLK,BGMK->BGJLM", q_BGJLK, k_BGMK))
+            s_BGJLM, _ = _scores(options.softcap, _product("BGJLK,BGMK->BGJLM", q_BGJLK, k_BGMK))
             s_BGJLM = jnp.where(_seen(part, c, size_M, M)[:, None, None], s_BGJLM, -jnp.inf)
-            new_BGJL = jnp.maximum(top_BGJL, s_BGJLM.max(axis=-1))
-            p_BGJLM = jnp.exp(s_BGJLM - new_BGJL[..., None])
-            fade_BGJL = jnp.exp(top_BGJL - new_BGJL)
-            sum_BGJL = sum_BGJL * fade_BGJL + p_BGJLM.sum(axis=-1)
-            out_BGJLK = _product("BGJLM,BGMK->BGJLK", p_BGJLM.astype(v_BGMK.dtype), v_BGMK)
-            return new_BGJL, sum_BGJL, acc_BGJLK * fade_BGJL[..., None] + out_BGJLK
+            return _with_block(carry, s_BGJLM, v_BGMK)
 
-        empty = jnp.zeros((B, G, J, size_L), jnp.float32)
-        # A finite start: where nothing was seen yet, -inf less -inf would be no number.
-        start_values = (empty + jnp.finfo(jnp.float32).min, empty, jnp.zeros((B, G, J, size_L, K), jnp.float32))
-        top_BGJL, sum_BGJL, acc_BGJLK = jax.lax.fori_loop(from_Q[q], until_Q[q], key_block, start_values)
+        nothing = _nothing_seen((B, G, J, size_L, K))
+        top_BGJL, sum_BGJL, acc_BGJLK = jax.lax.fori_loop(from_Q[q], until_Q[q], key_block, nothing)
         seen_BGJL = sum_BGJL > 0
         sum_BGJL = jnp.where(seen_BGJL, sum_BGJL, 1.0)
         lse_BGJL = jnp.where(seen_BGJL, top_BGJL + jnp.log(sum_BGJL), 0.0)
@@ -222,7 +251,7 @@ def _backward(options, q_BLHK, k_BMGK, v_BMGK, span, out_BLHK, lse_BHL, g_BLHK):
         def key_block(c, carry):
             dq_BGKJL, dk_BMGK, dv_BMGK = carry
             k_BGMK, v_BGMK = (_heads_first(_cut(t, c * size_M, size_M)) for t in (k_BMGK, v_BMGK))
-            s_BGMJL, slope = _scores(options, _product("BGMK,BGKJL->BGMJL", k_BGMK, q_BGKJL))
+            s_BGMJL, slope = _scores(options.softcap, _product("BGMK,BGKJL->BGMJL", k_BGMK, q_BGKJL))
             seen_BML = jnp.swapaxes(_seen(part, c, size_M, M), 1, 2)
             p_BGMJL = jnp.where(seen_BML[:, None, :, None], jnp.exp(s_BGMJL - lse_BGJL[:, :, None]), 0.0)
             dp_BGMJL = _product("BGMK,BGKJL->BGMJL", v_BGMK, g_BGKJL)
@@ -291,12 +320,32 @@ def _seen(part: _Span, c: jax.Array, size_M: int, M: int) -> jax.Array:
     return seen_BLM
 
 
-def _scores(options: _Options, s: jax.Array) -> tuple[jax.Array, jax.Array | float]:
+def _scores(softcap: float, s: jax.Array) -> tuple[jax.Array, jax.Array | float]:
     """float32 scores and their slope under the soft-cap: d (c tanh(s / c)) / ds = 1 - tanh^2(s / c)."""
-    if not options.softcap:
+    if not softcap:
         return s, 1.0
-    t = jnp.tanh(s / options.softcap)
-    return options.softcap * t, 1 - t**2
+    t = jnp.tanh(s / softcap)
+    return softcap * t, 1 - t**2
+
+
+def _nothing_seen(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(top_BGJL, sum_BGJL, acc_BGJLK) of an online softmax before its first block, of this shape BGJLK."""
+    none_BGJL = jnp.zeros(shape[:-1], jnp.float32)
+    # A finite start: where nothing was seen yet, -inf less -inf would be no number.
+    return none_BGJL + jnp.finfo(jnp.float32).min, none_BGJL, jnp.zeros(shape, jnp.float32)
+
+
+def _with_block(
+    carry: tuple[jax.Array, jax.Array, jax.Array], s_BGJLM: jax.Array, v_BGMK: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The online softmax (Milakov & Gimelshein 2018) with one block of keys more; scores that are not seen are -inf."""
+    top_BGJL, sum_BGJL, acc_BGJLK = carry
+    new_BGJL = jnp.maximum(top_BGJL, s_BGJLM.max(axis=-1))
+    p_BGJLM = jnp.exp(s_BGJLM - new_BGJL[..., None])
+    fade_BGJL = jnp.exp(top_BGJL - new_BGJL)
+    sum_BGJL = sum_BGJL * fade_BGJL + p_BGJLM.sum(axis=-1)
+    out_BGJLK = _product("BGJLM,BGMK->BGJLK", p_BGJLM.astype(v_BGMK.dtype), v_BGMK)
+    return new_BGJL, sum_BGJL, acc_BGJLK * fade_BGJL[..., None] + out_BGJLK
 
 
 def _product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:

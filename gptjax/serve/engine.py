@@ -32,7 +32,7 @@ from gptjax.parallel.sharding import constrain, constrain_tree, on_host, require
 from gptjax.runs.load import LoadedModel
 from gptjax.runtime.hardware import host_memory
 
-PIECE = 8  # tokens of a call of the decode loop at the most
+PIECE = 4  # tokens of a row between two looks at who came and who went
 TOP = 20  # likeliest ids that are told with a token at the most, as the OpenAI API has it
 STOPS = 8  # ids that end a row at the most
 ROWS = (1, 4, 8)  # numbers of rows a step computes where fewer than all are taken
@@ -43,6 +43,10 @@ SETTINGS = {
     "seed": np.uint32, "copy": np.int32,
 }  # fmt: skip
 """Settings of a row, and their types: arrays over the rows."""
+
+
+Scores = tuple[jax.Array, jax.Array, jax.Array]
+"""log_p_B of ids, top_ids_BQ of the likeliest, and top_log_p_BQ; nats."""
 
 
 class Drawn(NamedTuple):
@@ -200,20 +204,27 @@ def prefill_row(
 
 
 @functools.partial(jax.jit, static_argnames="decoder")
-def score_next(
-    decoder: Decoder, params: Params, x_CD: jax.Array, next_C: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def score_next(decoder: Decoder, params: Params, x_CD: jax.Array, next_C: jax.Array) -> Scores:
     """(log_p_C, top_ids_CQ, top_log_p_CQ) of the ids behind hidden states."""
     logits_CV = cap_and_mask(linear(x_CD[None], params, head="BLD,DV->BLV"), decoder.vocab_size,
                              decoder.cfg.logit_softcap)[0]  # fmt: skip
     return _scores(logits_CV, next_C)
 
 
-def _scores(logits_BV: jax.Array, ids_B: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    total_B = jax.nn.logsumexp(logits_BV, axis=-1)
-    top_BQ, top_ids_BQ = jax.lax.top_k(logits_BV, min(TOP, logits_BV.shape[-1]))
+def _scores(logits_BV: jax.Array, ids_B: jax.Array, top: jax.Array | bool = True) -> Scores:
+    """log_p_B, and top_ids_BQ with top_log_p_BQ, zeros unless `top`."""
+    total_B, Q = jax.nn.logsumexp(logits_BV, axis=-1), min(TOP, logits_BV.shape[-1])
+
+    def likeliest(z_BV):
+        top_BQ, ids_BQ = jax.lax.top_k(z_BV, Q)
+        return ids_BQ, top_BQ - total_B[:, None]
+
+    def none(z_BV):
+        return jnp.zeros((len(z_BV), Q), jnp.int32), jnp.zeros((len(z_BV), Q))
+
     log_p_B = jnp.take_along_axis(logits_BV, ids_B[:, None], axis=-1)[:, 0] - total_B
-    return log_p_B, top_ids_BQ, top_BQ - total_B[:, None]
+    top_ids_BQ, top_log_p_BQ = jax.lax.cond(top, likeliest, none, logits_BV)
+    return log_p_B, top_ids_BQ, top_log_p_BQ
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
@@ -281,10 +292,7 @@ def decode_rows(
         }
         next_R = draw_rows(logits_RV, keys, settings, part["seen_SV"], part["count_SV"], part["bias_SV"])
         next_R = jnp.where(done_R, token_R, next_R)
-        log_p_R, top_ids_RQ, top_log_p_RQ = jax.lax.cond(
-            top, _scores, lambda z, ids: (_log_p(z, ids), jnp.zeros((R, Q), jnp.int32), jnp.zeros((R, Q))),
-            logits_RV, next_R,
-        )  # fmt: skip
+        log_p_R, top_ids_RQ, top_log_p_RQ = _scores(logits_RV, next_R, top)
         added = {"ids_RP": next_R, "log_p_RP": log_p_R, "top_ids_RPQ": top_ids_RQ, "top_log_p_RPQ": top_log_p_RQ}
         out = {name: x.at[:, i].set(added[name]) for name, x in out.items()}
         position_R, count_R = (jnp.where(done_R, x_R, x_R + 1) for x_R in (position_R, count_R))
@@ -298,10 +306,6 @@ def decode_rows(
     start = (jnp.int32(0), state, token_R, position_R, jnp.zeros(R, jnp.int32), idle_R, out)
     _, state, _, _, count_R, _, out = jax.lax.while_loop(unfinished, step, start)
     return state, out | {"count_R": count_R}
-
-
-def _log_p(logits_BV: jax.Array, ids_B: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(logits_BV, ids_B[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits_BV, axis=-1)
 
 
 def draw_rows(

@@ -24,7 +24,6 @@ from gptjax.serve.engine import PIECE, SETTINGS, STOPS, Engine, most_length
 from gptjax.serve.sequence import Busy, Sequence, Stats, Token, Update, check_sequence
 from gptjax.serve.slots import Slot, shared_prefix, window
 
-STEPS = 4  # tokens of a row between two looks at who came and who went
 CHUNKS = 4  # chunks of prompts that are read before those who run get their next tokens
 FAILURES = 3  # calls of the device that may fail one after the other before the server says that it is ill
 
@@ -288,7 +287,7 @@ class Scheduler:
             return
         first, size = window(list(live), self.engine.sizes)
         rows = slice(first, first + size)
-        n = STEPS
+        n = PIECE
         for slot, sequence in live.items():
             if sequence.constraint:
                 left = sequence.max_new_tokens - sequence.generated
@@ -308,9 +307,7 @@ class Scheduler:
         settings = {name: x_S[rows] for name, x_S in self._rows.items()}
         top = any(sequence.top_logprobs for sequence in live.values())
         begun = time.perf_counter()
-        drawn = self.engine.decode(
-            first, self._token_S[rows], self._position_S[rows], idle_R, settings, ends, min(n, PIECE), top
-        )
+        drawn = self.engine.decode(first, self._token_S[rows], self._position_S[rows], idle_R, settings, ends, n, top)
         self.stats.decode_chunks += 1
         self.stats.decode_seconds += time.perf_counter() - begun
         for slot in live:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptjax.config.section import InputError
+from gptjax.generation.constraint import Constraint
 from gptjax.generation.text_stream import TextStream
 from gptjax.serve.engine import STOPS, TOP
 
@@ -78,7 +79,7 @@ class Sequence:
         top_logprobs: int = 0,
         prompt_logprobs: bool = False,
         embed: bool = False,
-        constraint: Any = None,
+        constraint: Constraint | None = None,
     ):
         self.ids, self.max_new_tokens, self.sampling = list(ids), max_new_tokens, sampling
         self.stop_ids, self.text, self.on_update = tuple(stop_ids), text, on_update
