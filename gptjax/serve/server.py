@@ -50,7 +50,10 @@ API = [
 
 
 def make_app(service: Service, note: Callable[[str], None] = lambda line: None) -> Starlette:
-    """The ASGI application of a service; `note` is given a line for each request."""
+    """The ASGI application of a service; `note` is given a line for each request that tells something.
+
+    These are all but those for numbers, health and the pages' own files that are answered.
+    """
     pages, open_pages = page_routes(bool(service.cfg.label), bool(service.cfg.tools))
     routes, open_paths = [*API, *pages], ["/health", *open_pages]  # these want no key
     monitor, paths = Monitor(service), {route.path for route in routes}
@@ -59,7 +62,7 @@ def make_app(service: Service, note: Callable[[str], None] = lambda line: None) 
         form: Form | None = scope.get("state", {}).get("form")
         path = scope["path"] if scope["path"] in paths else "other"
         monitor.note(path, status, seconds, form.job.waited if form else None)
-        if status != 200 or path not in ("/health", "/metrics"):  # which are asked every few seconds
+        if status != 200 or path not in ("/metrics", *open_paths):  # asked every few seconds, or ten at once by a page
             note(_line(scope, status, seconds))
 
     app = Starlette(

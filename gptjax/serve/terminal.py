@@ -84,20 +84,18 @@ class _Terminal:
         while True:
             try:
                 text = input("\001\033[1m\002> \001\033[0m\002").strip()
-            except EOFError:
-                print()
-                return 0
-            except KeyboardInterrupt:
-                print()
-                self._note("Ctrl-D or /exit ends")
-                continue
-            if not text:
-                continue
-            try:
+                if not text:
+                    continue
                 if (ended := _command(session, text, self._note, self._show)) is None:
                     self._show(session.ask(text))
                 elif ended:
                     return 0
+            except EOFError:
+                print()
+                return 0
+            except KeyboardInterrupt:  # at the prompt, or in what is done around an answer
+                print()
+                self._note("Ctrl-D or /exit ends")
             except InputError as e:
                 self._note(str(e))
 
