@@ -36,6 +36,7 @@ DOORS = {
     "huggingface_hub": {"interop.hub"},
     "gguf": {"interop"},
     "pyarrow": {"data"},
+    "PIL": {"data"},
     "packaging": {"diagnostics.doctor.versions"},
     "datasets": {"data"},
     "lm_eval": {"interop.lm_eval"},
