@@ -12,6 +12,7 @@ from gptjax.config.plugins import is_name
 from gptjax.config.section import InputError
 from gptjax.data.formats import SUFFIXES, CorruptData, Document, kind_of, open_file, read_file
 from gptjax.data.holdout import content_hash
+from gptjax.data.picture_sets import PICTURE_SETS, picture_set
 from gptjax.data.records import HF, TFDS, Source, SourceFile, is_saved, open_function, open_hf, open_tfds
 from gptjax.data.tokens import is_tokens, open_tokens
 from gptjax.storage import file_sha256
@@ -77,9 +78,11 @@ def source_paths(source: str) -> tuple[list[Path], tuple[str, ...]]:
     """
     if source.startswith(BUILTIN):
         paths = {f"{BUILTIN}{p.stem}": p for p in sorted(CORPORA.glob("*")) if p.suffix in (".txt", ".jsonl")}
-        if source not in paths:
-            raise InputError(f"source {source!r}: wanted one of {', '.join(paths)}")
-        return [paths[source]], ()
+        name = source.removeprefix(BUILTIN)
+        if source not in paths and name not in PICTURE_SETS:
+            made = (BUILTIN + one for one in PICTURE_SETS)
+            raise InputError(f"source {source!r}: wanted one of {', '.join([*paths, *made])}")
+        return [paths[source] if source in paths else picture_set(name)], ()
     path = Path(source)
     if path.is_dir():
         prepared = {p.parent for p in path.rglob(LOCK_FILE)} - {path}  # a tokenizer there may have a merges.txt

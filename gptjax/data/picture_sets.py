@@ -1,0 +1,198 @@
+"""Questions about pictures that are made when they are first read: easy-VQA, which is fetched, and drawn charts.
+
+Both lie in the user's cache: pictures, and JSONL whose records are {"image", "question", "answer", "kind"}.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gptjax.config.section import InputError, one_line
+from gptjax.runtime.versions import cache_folder
+
+PICTURE_SETS = ("easy_vqa", "easy_vqa_test", "charts", "charts_test")
+
+EASY_VQA = "easy-vqa==1.0"  # MIT; Zhou 2020
+EASY_VQA_WHEEL = "easy_vqa-1.0-py3-none-any.whl"
+EASY_VQA_SHA256 = "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f"
+
+# Charts of each part, and the seed of its drawing; 6 questions each.
+CHARTS = {"train": (8000, 1), "test": (1500, 2)}
+SIDE = 96  # pixels of a chart
+COLORS = {
+    "red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 90, 200), "orange": (255, 140, 20),
+    "purple": (140, 60, 190), "black": (20, 20, 20), "pink": (250, 150, 200), "brown": (130, 80, 40),
+}  # fmt: skip
+
+Question = dict[str, Any]
+
+
+def picture_set(name: str) -> Path:
+    """The JSONL file of a set of PICTURE_SETS, made unless it is in the cache; raises InputError where it can't be."""
+    stem, test = name.removesuffix("_test"), name.endswith("_test")
+    folder = cache_folder() / "data" / _versioned(stem)
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=folder.parent))
+        try:
+            (_make_easy_vqa if stem == "easy_vqa" else _make_charts)(made)
+            try:
+                made.rename(folder)
+            except OSError:  # another process was first, and made the same
+                if not folder.exists():
+                    raise
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+    return folder / ("test.jsonl" if test else "train.jsonl")
+
+
+def _versioned(stem: str) -> str:
+    """The folder's name: another wheel, or another way to draw, has another one."""
+    key = (
+        EASY_VQA_SHA256 if stem == "easy_vqa" else f"{CHARTS} {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}"
+    )
+    return f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+
+
+def _write(path: Path, records: Iterator[Question]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+# -- easy-VQA.
+
+
+def _make_easy_vqa(folder: Path) -> None:
+    with zipfile.ZipFile(_wheel(folder)) as wheel:
+        for part in ("train", "test"):
+            inside = f"easy_vqa/data/{part}"
+            questions = json.loads(wheel.read(f"{inside}/questions.json"))
+            (folder / part).mkdir()
+            for number in sorted({number for _, _, number in questions}):
+                (folder / part / f"{number}.png").write_bytes(wheel.read(f"{inside}/images/{number}.png"))
+            _write(
+                folder / f"{part}.jsonl",
+                (
+                    {
+                        "image": f"{part}/{number}.png",
+                        "question": asked,
+                        "answer": answer,
+                        "kind": kind_of_question(asked),
+                    }
+                    for asked, answer, number in questions
+                ),
+            )
+
+
+def kind_of_question(asked: str) -> str:
+    """The kind of a question of easy-VQA: color, shape, or of those for yes or no the thing that is asked for."""
+    if asked.startswith("what"):
+        return "color" if "color" in asked else "shape"
+    words = asked.rstrip("?").split()
+    thing = "color" if "shape" in words else "shape"
+    return f"no {thing}, yes or no" if {"no", "not"} & set(words) else f"{thing}, yes or no"
+
+
+def _wheel(folder: Path) -> Path:
+    """easy-VQA's wheel: the one in the working folder, or else fetched into `folder`; raises InputError for another."""
+    path = Path(EASY_VQA_WHEEL)
+    if not path.exists():
+        path = folder / "wheel" / EASY_VQA_WHEEL
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        command += ["--only-binary", ":all:", "--retries", "0", "--timeout", "15", "--dest", str(path.parent), EASY_VQA]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode or not path.exists():
+            said = done.stderr.strip().splitlines()
+            raise InputError(
+                f"builtin:easy_vqa can't be fetched ({one_line(said[-1] if said else 'no answer', 100)}); put "
+                f"{EASY_VQA_WHEEL} into {os.getcwd()}, from: pip download --no-deps {EASY_VQA}"
+            )
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != EASY_VQA_SHA256:
+        raise InputError(f"{path} has the sha256 {found[:16]}...; wanted {EASY_VQA_SHA256[:16]}...; fetch it again")
+    return path
+
+
+# -- Charts.
+
+
+def _make_charts(folder: Path) -> None:
+    for part, (count, seed) in CHARTS.items():
+        (folder / part).mkdir()
+        rng, records = random.Random(seed), []
+        for number in range(count):
+            bars = draw_bars(rng)
+            path = f"{part}/{number}.png"
+            chart_image(bars, rng).save(folder / path, optimize=False)
+            records += [{"image": path, **question} for question in chart_questions(bars, rng)]
+        _write(folder / f"{part}.jsonl", iter(records))
+
+
+def draw_bars(rng: random.Random) -> dict[str, int]:
+    """The values of 2 to 6 bars by their colors, from left to right: 10 to 99, any two at least 4 apart."""
+    colors = rng.sample(list(COLORS), rng.randint(2, 6))
+    while True:
+        values = [rng.randint(10, 99) for _ in colors]
+        if all(b - a >= 4 for a, b in itertools.pairwise(sorted(values))):
+            return dict(zip(colors, values))
+
+
+def chart_image(bars: dict[str, int], rng: random.Random) -> Any:
+    """The chart as a picture by Pillow: bars on a line, each with its value in digits above.
+
+    The scale differs from chart to chart, so that a height alone tells no value.
+    """
+    try:
+        from PIL import Image, ImageDraw, ImageFont
+    except ImportError:
+        raise InputError("drawing charts needs a package more: pip install 'gptjax[images]'") from None
+    image = Image.new("RGB", (SIDE, SIDE), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default_imagefont()
+    ground, step, scale = SIDE - 4, SIDE // len(bars), rng.uniform(0.4, 1.0) * (SIDE - 20) / max(bars.values())
+    draw.line([(0, ground), (SIDE, ground)], fill="gray")
+    for i, (color, value) in enumerate(bars.items()):
+        width = rng.randint(8, max(8, min(20, step - 3)))
+        left = i * step + (step - width) // 2
+        top = ground - max(2, round(value * scale))
+        draw.rectangle([(left, top), (left + width - 1, ground - 1)], fill=COLORS[color])
+        draw.text((i * step + (step - 12) // 2, top - 12), str(value), fill="black", font=font)
+    return image
+
+
+def chart_questions(bars: dict[str, int], rng: random.Random) -> list[Question]:
+    """Six questions about a chart: count, tallest, shortest, printed value, and two that compare, one for each answer.
+
+    So yes and no are right equally often.
+    """
+    first, second = rng.sample(list(bars), 2)
+    low, high = sorted((first, second), key=bars.__getitem__)
+    word = rng.choice(("taller", "shorter"))
+    yes = (high, low) if word == "taller" else (low, high)
+    asked = rng.choice(list(bars))
+    return [
+        {"question": "how many bars are there?", "answer": str(len(bars)), "kind": "count"},
+        {
+            "question": "what is the color of the tallest bar?",
+            "answer": max(bars, key=bars.__getitem__),
+            "kind": "tallest",
+        },
+        {
+            "question": "what is the color of the shortest bar?",
+            "answer": min(bars, key=bars.__getitem__),
+            "kind": "shortest",
+        },
+        {"question": f"what is the value of the {asked} bar?", "answer": str(bars[asked]), "kind": "value"},
+        *(
+            {"question": f"is the {a} bar {word} than the {b} bar?", "answer": answer, "kind": "comparison"}
+            for (a, b), answer in ((yes, "yes"), (yes[::-1], "no"))
+        ),
+    ]
