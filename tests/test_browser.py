@@ -2,6 +2,7 @@
 do is kept, and all of it works with a keyboard, on a phone and with a screen reader."""
 
 import base64
+import io
 import itertools
 import json
 import re
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from chromium import axe, chromium
 from fake_scheduler import FakeScheduler, fake_service
+from PIL import Image
 from serving import serving
 from stage_runs import make_run
 from test_labels import write_prompts
@@ -208,6 +210,170 @@ def test_several_conversations_and_files_that_sft_reads(page, service, url, tmp_
     shown(page, "#error", r"bad.jsonl can't be imported: line 2 has no messages")
 
 
+DROP = """([type, files]) => {
+    const data = new DataTransfer();
+    for (const [name, text] of files)
+        data.items.add(new File([Uint8Array.from(atob(text), (c) => c.charCodeAt(0))], name));
+    const [Kind, field] = type === "paste" ? [ClipboardEvent, "clipboardData"] : [DragEvent, "dataTransfer"];
+    const event = new Kind(type, {[field]: data, bubbles: true, cancelable: true});
+    document.activeElement.dispatchEvent(event);
+    return event.defaultPrevented;
+}"""
+
+
+def picture(kind: str = "PNG", side: int = 40, colour: str = "red") -> bytes:
+    written = io.BytesIO()
+    Image.new("RGB", (side, side // 2), colour).save(written, kind)
+    return written.getvalue()
+
+
+def drop(page, *files: tuple[str, bytes], event: str = "drop") -> None:
+    """Drops files on the page, or pastes them, as a hand does: the page must not be left for them."""
+    assert page.evaluate(DROP, [event, [[name, base64.b64encode(data).decode()] for name, data in files]])
+
+
+def pictures(page, where: str = ".pictures") -> list[tuple[str, bytes]]:
+    """The alt text and the bytes of the pictures that are drawn there."""
+    drawn = page.locator(f"{where} img").evaluate_all("all => all.map((i) => [i.alt, i.src, i.naturalWidth > 0])")
+    assert all(seen for *_, seen in drawn)
+    return [(alt, base64.b64decode(src.partition("base64,")[2])) for alt, src, _ in drawn]
+
+
+@pytest.fixture
+def sent(page):
+    """The bodies that the chat sends to a server whose model reads images; the answer is that of the texts alone."""
+    bodies = []
+
+    def chat(route) -> None:
+        body = route.request.post_data_json
+        bodies.append(json.loads(json.dumps(body)))
+        for message in body["messages"]:
+            if not isinstance(message["content"], str):
+                message["content"] = "".join(part.get("text", "") for part in message["content"]) or "?"
+        route.continue_(post_data=json.dumps(body))
+
+    facts = {"label": False, "tools": [], "max_calls": 0, "images": 8}
+    page.route("**/page.json", lambda route: route.fulfill(json=facts))
+    page.route("**/v1/chat/completions", chat)
+    return bodies
+
+
+@pytest.mark.browser
+def test_a_picture_is_dropped_asked_about_and_kept(page, url, sent):
+    page.goto(url)
+    page.locator("#attach").wait_for()
+    red, blue = picture(), picture("JPEG", colour="blue")
+    drop(page, ("red.png", red), ("blue", blue))
+    shown(page, "#live", "red.png, blue added")
+    assert pictures(page, ".tray") == [("red.png", red), ("blue", blue)]
+    say(page, "Which is red?")
+    ended(page)
+    (content,) = [m["content"] for m in sent[0]["messages"]]
+    assert [part["type"] for part in content] == ["image_url", "image_url", "text"]
+    assert content[2]["text"] == "Which is red?" and page.locator(".tray img").count() == 0
+    urls = [part["image_url"]["url"] for part in content[:2]]
+    assert urls == [f"data:image/{k};base64,{base64.b64encode(b).decode()}" for k, b in (("png", red), ("jpeg", blue))]
+    for _ in range(2):
+        assert pictures(page) == [("red.png", red), ("blue", blue)]
+        page.reload()
+        page.locator(".pictures img").nth(1).wait_for()
+    assert "base64" not in page.evaluate("Object.values(localStorage).join()"), "they lie in the database"
+    say(page, "And now?")
+    ended(page)
+    assert sent[1]["messages"][0]["content"] == content, "the whole conversation is sent"
+
+
+@pytest.mark.browser
+def test_pictures_are_chosen_pasted_removed_edited_and_written_to_files(page, url, sent, tmp_path):
+    page.goto(url)
+    page.locator("#attach").wait_for()
+    page.locator("#attach").focus()
+    with page.expect_file_chooser() as chooser:
+        page.keyboard.press("Enter")
+    assert chooser.value.is_multiple()
+    made = {"a.png": picture(), "b.webp": picture("WEBP"), "c.gif": picture("GIF"), "d.png": picture(side=80)}
+    chooser.value.set_files([{"name": n, "mimeType": "image/x", "buffer": made[n]} for n in ("a.png", "b.webp")])
+    shown(page, "#live", "a.png, b.webp added")
+    page.locator("#input").focus()
+    drop(page, ("c.gif", made["c.gif"]), event="paste")
+    shown(page, "#live", "c.gif added")
+    page.get_by_role("button", name="Remove a.png").focus()
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.ariaLabel") == "Remove b.webp", "the focus goes to the next one"
+    page.locator("#input").focus()
+    page.keyboard.press("Enter")  # pictures alone are a message, too
+    ended(page)
+    assert [p["type"] for p in sent[0]["messages"][0]["content"]] == ["image_url"] * 2
+    page.get_by_role("button", name="Retry").click()
+    ended(page)
+    assert sent[1]["messages"] == sent[0]["messages"]
+    page.get_by_role("button", name="Edit").click()
+    page.locator("#edit").fill("Well?")
+    drop(page, ("d.png", made["d.png"]), event="paste")
+    shown(page, "#live", "d.png added")
+    page.locator(".tray").get_by_role("button", name="Remove b.webp").click()
+    page.locator("#edit").press("Enter")
+    ended(page)
+    assert pictures(page) == [(name, made[name]) for name in ("c.gif", "d.png")]
+    assert [p["type"] for p in sent[2]["messages"][0]["content"]] == ["image_url", "image_url", "text"]
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export this").click()
+    download.value.save_as(tmp_path / "one.jsonl")
+    (line,) = (tmp_path / "one.jsonl").read_text().splitlines()
+    kept = json.loads(line)["messages"]
+    assert kept[0]["content"] == sent[2]["messages"][0]["content"]
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.locator("#list .remove").click()
+    assert page.locator(".pictures").count() == 0
+    page.locator("#file").set_input_files(tmp_path / "one.jsonl")
+    page.locator(".pictures img").nth(1).wait_for()
+    assert [data for _, data in pictures(page)] == [made["c.gif"], made["d.png"]] and texts(page)[0] == "Well?"
+    count = """() => new Promise((done) => { indexedDB.open("gptjax").onsuccess = (e) => {
+        const all = e.target.result.transaction("pictures").objectStore("pictures").count();
+        all.onsuccess = () => done(all.result); }; })"""
+    assert page.evaluate(count) == 4, "a and b were never asked about; those of the removed conversation are gone"
+    part = {"type": "image_url", "image_url": {"url": "https://example.com/x.png"}}
+    (tmp_path / "far.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": [part]}]}))
+    page.locator("#file").set_input_files(tmp_path / "far.jsonl")
+    shown(page, "#error", "line 1 names a picture that is not in it")
+
+
+@pytest.mark.browser
+def test_what_is_no_picture_too_large_or_too_many_is_refused_in_a_line(page, url, sent):
+    page.goto(url)
+    page.locator("#attach").wait_for()
+    for name, data, why in (
+        ("x.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "x.svg is no picture that can be read here"),
+        ("cut.png", picture()[:20], "cut.png is broken"),
+        ("empty.png", b"", "empty.png is no picture"),
+    ):
+        drop(page, (name, data))
+        shown(page, "#error", why)
+    big = {"name": "big.png", "mimeType": "image/png", "buffer": b"\x89PNG\r\n\x1a\n" + bytes(20_000_000)}
+    page.locator("#picture").set_input_files(big)
+    shown(page, "#error", r"big.png has 20.0 MB; a picture may have 20 MB")
+    drop(page, *[(f"{i}.png", picture()) for i in range(10)])
+    shown(page, "#error", "The server takes no more pictures in a conversation: 2 left out")
+    assert len(pictures(page, ".tray")) == 8
+    noise = np.random.default_rng(0).integers(0, 256, (170, 2400, 3), np.uint8)
+    written = io.BytesIO()
+    Image.fromarray(noise).save(written, "PNG")
+    page.get_by_role("button", name="Remove 0.png").click()
+    drop(page, ("photo.png", written.getvalue()))
+    shown(page, "#live", "photo.png added")
+    alt, data = pictures(page, ".tray")[-1]
+    assert alt == "photo.png (made smaller)" and Image.open(io.BytesIO(data)).size == (2048, 145)
+
+
+@pytest.mark.browser
+def test_a_model_that_reads_text_alone_is_sent_no_picture(page, service, url):
+    page.goto(url)
+    shown(page, "#model", "fake")
+    drop(page, ("red.png", picture()))
+    shown(page, "#error", "fake reads text alone")
+    assert page.locator("#attach").is_hidden() and page.locator(".tray img").count() == 0
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize("service", [{"text": MARKDOWN}], indirect=True)
 def test_markdown_is_drawn_and_never_becomes_html(page, service, url):
@@ -234,11 +400,13 @@ def test_what_a_retry_or_an_edit_cuts_comes_back_where_no_answer_does(page, serv
     before = texts(page)
     service.scheduler.fails = "the model broke"
     page.get_by_role("button", name="Retry").first.click()
+    ended(page)
     shown(page, "#error", "the model broke")
     assert texts(page) == before
     page.get_by_role("button", name="Edit").first.click()
     page.locator("#edit").fill("three")
     page.keyboard.press("Enter")
+    ended(page)
     shown(page, "#error", "the model broke")
     assert texts(page) == before and page.locator("#input").input_value() == "three"
     page.reload()
@@ -560,9 +728,11 @@ def test_axe_finds_nothing_serious(browser, looked, width, scheme):
 
     page.goto(url)
     check("an empty chat")
+    drawn = f"data:image/png;base64,{base64.b64encode(picture()).decode()}"
     call = {"function": {"name": "f", "arguments": "1"}}
     said = {"role": "assistant", "content": MARKDOWN, "note": "stopped", "tool_calls": [call]}
-    messages = [{"role": "user", "content": "Hi"}, said, {"role": "tool", "content": "2"}]
+    images = [{"id": "p", "name": "red.png", "url": drawn}, {"id": "q", "name": "gone.png"}]
+    messages = [{"role": "user", "content": "Hi", "images": images}, said, {"role": "tool", "content": "2"}]
     kept = json.dumps({"id": "a", "changed": 1, "system": "", "messages": messages})
     page.evaluate("kept => localStorage.setItem('gptjax.chat.a', kept)", kept)
     page.evaluate("sessionStorage.setItem('gptjax.current', 'a')")

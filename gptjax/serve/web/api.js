@@ -39,7 +39,7 @@ async function refusal(response) {
     case 401: case 403:
       return new ServerError(apiKey() ? `The server refuses this API key.${said}` : `The server wants an API key.${said}`, {needsKey: response.status === 401});
     case 404: return new ServerError(`This is not there (any more).${said}`);
-    case 413: return new ServerError(`The text is too long.${said}`);
+    case 413: return new ServerError(`This is too much for the server.${said}`);
     case 429: case 503:
       return new ServerError(`The server is busy.${wait ? ` It asks to wait ${wait} s.` : ""}${message && response.status === 503 ? said : ""}`, {seconds: wait || 2});
     default:
@@ -89,5 +89,5 @@ export async function* stream(path, body, signal) {
 }
 
 let facts;
-export const pageFacts = () => facts ??= ask("/page.json").catch(() => ({label: false, tools: [], max_calls: 0}));
+export const pageFacts = () => facts ??= ask("/page.json").catch(() => ({label: false, tools: [], max_calls: 0, images: 0}));
 export async function showLabelling(link) { link.hidden = !(await pageFacts()).label; }

@@ -1,15 +1,21 @@
 // The chat: what is typed goes to /v1/chat/completions, and the answer is drawn as it comes.
-import {apiKey, ask, keepKey, pageFacts, ServerError, showLabelling, stream} from "/web/api.js";
+import {ask, pageFacts, ServerError, showLabelling, stream} from "/web/api.js";
+import {$, make} from "/web/dom.js";
 import {copy, draw} from "/web/markdown.js";
+import {pasteInto, pictureList, takePictures, Tray} from "/web/pictures.js";
+import {onSettings, openSettings, sampling} from "/web/settings.js";
+import {speaker, tell} from "/web/speaker.js";
 import * as store from "/web/store.js";
 
-const $ = (id) => document.getElementById(id);
-const make = (tag, cls, text) => { const e = document.createElement(tag); if (cls) e.className = cls; if (text !== undefined) e.textContent = text; return e; };
-const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "max_tokens", "seed"];
 const SAVE_EVERY = 500;  // ms, while an answer comes
-let facts = {tools: [], max_calls: 0};  // what the server says of its pages
+let facts = {tools: [], max_calls: 0, images: 0};  // what the server says of its pages
 const running = new Map();  // the answers that are coming, by conversation: {controller, conversation}
 let current = null, model = "", editing = -1;
+const refuse = (line) => { if (line) showError(new ServerError(line)); else if ($("again").hidden) hideError(); };
+// Pictures that a conversation may still have behind its first messages.
+const room = (messages) => facts.images - store.picturesOf({messages}).length;
+const tray = new Tray({room: () => room(current.messages), refuse, tell, leave: () => $("input").focus()});
+const added = (to) => (files) => { if (files.length) { if (facts.images) to.add(files); else refuse(`${model || "This model"} reads text alone: it can't be sent a picture.`); } };
 
 // ---- Conversations
 
@@ -20,9 +26,14 @@ function open(conversation, focus = true) {
   $("system").value = conversation.system;
   hideError();
   drawAll();
+  fill(conversation);
   closeSide();
   scrollDown(true);
   if (focus) $("input").focus();
+}
+// Reads its pictures, which come from a database.
+async function fill(conversation) {
+  if (await store.fill(conversation) && current === conversation && editing < 0) { drawAll(); scrollDown(true); }
 }
 const find = (id) => running.get(id)?.conversation ?? store.load(id);
 function keep(conversation) {
@@ -72,12 +83,13 @@ function messageNode(i) {
   text.dir = "auto";
   if (message.role === "assistant") drawAnswer(text, message, busy && i === current.messages.length - 1);
   else if (message.role === "tool") { const box = make("details"); box.append(make("summary", "", `Result of ${message.name ?? "the tool"}`), make("pre", "", message.content)); text.append(box); }
-  else text.textContent = message.content;
+  else { text.textContent = message.content; text.hidden = !message.content; }
   const button = (label, run) => { const b = make("button", "plain", label); b.type = "button"; b.onclick = () => run(b); tools.append(b); };
-  button("Copy", (b) => copy(message.content, b));
+  if (message.content) button("Copy", (b) => copy(message.content, b));
   if (message.role === "user") button("Edit", () => { if (!running.has(current.id)) { editing = i; drawAll(); $("edit").focus(); } });
   if (message.role === "assistant") button("Retry", () => retry(i));
   tools.append(make("span", "note", busy && i === current.messages.length - 1 ? "" : message.note ?? ""));
+  if (message.images?.length) node.append(pictureList(message.images));
   node.append(text, tools);
   return node;
 }
@@ -93,16 +105,20 @@ function drawAnswer(box, message, waits) {
 }
 function editor(i) {
   const around = make("div", "edit"), area = make("textarea"), row = make("div"), done = make("button", "main", "Send"), cancel = make("button", "", "Cancel");
+  const kept = new Tray({room: () => room(current.messages.slice(0, i)), refuse, tell, leave: () => area.focus()});
+  kept.set(current.messages[i].images ?? []);
+  pasteInto(area, added(kept));
   area.id = "edit";
   area.value = current.messages[i].content;
   area.rows = Math.min(12, area.value.split("\n").length + 1);
   area.setAttribute("aria-label", "Edit the message; what follows it is cut");
   const close = () => { editing = -1; drawAll(); $("input").focus(); };
-  const send = () => {
-    if (!area.value.trim()) return;
+  const send = async () => {
+    if (kept.ready) await kept.ready;
+    if (editing !== i || !(area.value.trim() || kept.pictures.length)) return;
     editing = -1;
     const cut = current.messages.splice(i);
-    say(area.value, cut.length > 1 ? cut : []);
+    say(area.value, kept.pictures, cut.length > 1 ? cut : []);
     $("input").focus();
   };
   area.onkeydown = (e) => {
@@ -113,7 +129,7 @@ function editor(i) {
   done.onclick = send;
   cancel.onclick = close;
   row.append(cancel, done);
-  around.append(area, row);
+  around.append(kept.node, area, row);
   return around;
 }
 // Enter sends; not while an input method composes, nor on a touch screen, whose keyboards have no Shift+Enter.
@@ -124,8 +140,8 @@ function scrollDown(always) { if (always) $("scroll").scrollTop = $("scroll").sc
 // ---- Answers
 
 // `cut` is what an edit takes away: it comes back where no answer does.
-function say(text, cut = []) {
-  current.messages.push({role: "user", content: text});
+function say(text, images, cut = []) {
+  current.messages.push({role: "user", content: text, ...(images.length && {images})});
   if (!cut.length) keep(current);
   answer(current, cut, 1);
 }
@@ -139,15 +155,11 @@ function retry(i) {
 function requestOf(conversation, tools) {
   const body = {...(model && {model}), messages: store.messagesOf(conversation), stream_options: {include_usage: true}};
   if (tools.length) body.tools = tools;
-  const chosen = store.settings();  // another answer is asked for with other random numbers
-  for (const name of NUMBERS) if (typeof chosen[name] === "number") body[name] = chosen[name];
-  if (chosen.stop?.length) body.stop = chosen.stop;
-  if (body.seed !== undefined) body.seed = (body.seed + (conversation.retries ?? 0)) % 2 ** 32;
-  return body;
+  return {...body, ...sampling(conversation.retries ?? 0)};
 }
 // Adds an answer; where none comes, `cut` takes its place again, and of the last messages the `said` that it was for.
 async function answer(conversation, cut = [], said = 0) {
-  const {tools, max_calls: mostCalls} = facts, body = requestOf(conversation, tools);
+  const {tools, max_calls: mostCalls} = facts, asked = {...conversation, messages: [...conversation.messages]};
   const controller = new AbortController(), reader = speaker();
   const message = {role: "assistant", content: "", note: "broke off"};  // where the page is left before its end
   const here = () => current === conversation;
@@ -166,7 +178,8 @@ async function answer(conversation, cut = [], said = 0) {
     scrollDown(follow);
   };
   try {
-    for await (const chunk of stream("/v1/chat/completions", body, controller.signal)) {
+    await store.fill(conversation);
+    for await (const chunk of stream("/v1/chat/completions", requestOf(asked, tools), controller.signal)) {
       if (chunk.usage) usage = chunk.usage;
       const choice = chunk.choices?.[0];
       if (!choice) continue;
@@ -185,7 +198,7 @@ async function answer(conversation, cut = [], said = 0) {
   if (empty && failed) {
     const at = conversation.messages.indexOf(message), back = cut.length ? said : 0;
     const [edited] = conversation.messages.splice(at - back, 1 + back, ...cut);
-    if (back && here() && !$("input").value) $("input").value = edited.content;
+    if (back && here() && !$("input").value) { $("input").value = edited.content; tray.set(edited.images ?? []); }
   }
   const seconds = (performance.now() - started) / 1000, tokens = usage?.completion_tokens;
   const speed = tokens ? `${tokens} tokens, ${(tokens / seconds).toFixed(1)} a second` : "";
@@ -235,25 +248,6 @@ function addCall(message, part) {
 }
 const stop = () => running.get(current.id)?.controller.abort();
 
-// Tells a screen reader whole sentences, not every token.
-function speaker() {
-  let rest = "";
-  const tell = (text) => {
-    const plain = text.replace(/[*_`#|>~]+/g, " ").replace(/\s+/g, " ").trim();
-    if (!plain) return;
-    $("live").append(make("p", "", plain));
-    while ($("live").children.length > 20) $("live").firstChild.remove();
-  };
-  return {
-    add(text) {
-      rest += text;
-      const match = /^[\s\S]*(?:[.!?…](?=\s)|[。！？]|\n)/.exec(rest);
-      if (match) { tell(match[0]); rest = rest.slice(match[0].length); }
-    },
-    end(why) { tell(rest); if (why) tell(why); },
-  };
-}
-
 // ---- Errors
 
 let timer = 0;
@@ -281,54 +275,18 @@ function showError(error, conversation) {
     count();
     timer = setInterval(count, 1000);
   } else $("again").disabled = false;
-  if (known && error.needsKey) { openSettings(); $("key").focus(); }
+  if (known && error.needsKey) { openSettings(current.system); $("key").focus(); }
 }
 function hideError() { clearInterval(timer); $("error").hidden = true; }
 
-// ---- Settings
-
-function openSettings() {
-  const chosen = store.settings();
-  for (const name of NUMBERS) $(`s-${name}`).value = chosen[name] ?? "";
-  $("s-stop").value = (chosen.stop ?? []).join("\n");
-  $("system").value = current.system;
-  $("key").value = apiKey();
-  $("settings-error").hidden = true;
-  $("settings").showModal();
-}
-// The settings as they stand, or what is wrong with them.
-function readSettings() {
-  const chosen = {};
-  for (const name of NUMBERS) {
-    const field = $(`s-${name}`);
-    if (!field.checkValidity()) return `${field.labels[0].firstChild.textContent.trim()}: ${field.validationMessage}`;
-    if (field.value !== "") chosen[name] = Number(field.value);
-  }
-  const stops = $("s-stop").value.split("\n").filter((line) => line !== "");
-  if (stops.length > 4) return `Stop at: ${stops.length} texts; at most four`;
-  if (stops.length) chosen.stop = stops;
-  return chosen;
-}
-function closeSettings(event) {
-  const chosen = readSettings();
-  if (typeof chosen === "string") {
-    event.preventDefault();
-    $("settings-error").textContent = chosen;
-    $("settings-error").hidden = false;
-    return;
-  }
-  store.keepSettings(chosen);
-  keepKey($("key").value);
-  current.system = $("system").value;
-  if (current.messages.length) keep(current);
-  if (!model) findModel();
-}
-
 // ---- Files
 
-function download(conversations, name) {
+async function download(conversations, name) {
+  for (const one of conversations) await store.fill(one);
+  let text;
+  try { text = store.toFile(conversations); } catch (error) { showError(error); return; }
   const link = make("a");
-  link.href = URL.createObjectURL(new Blob([store.toFile(conversations)], {type: "application/jsonl"}));
+  link.href = URL.createObjectURL(new Blob([text], {type: "application/jsonl"}));
   link.download = name;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
@@ -336,6 +294,7 @@ function download(conversations, name) {
 async function importFile(file) {
   try {
     const found = store.fromFile(await file.text());
+    for (const one of found) await store.keepPictures(store.picturesOf(one));
     open(found[0]);
     for (const one of found.reverse()) keep(one);
     drawList();
@@ -355,15 +314,18 @@ async function findModel() {
     document.title = `${model} · gptjax chat`;
   } catch (error) { showError(error); }
 }
-$("composer").onsubmit = (e) => {
+$("composer").onsubmit = async (e) => {
   e.preventDefault();
+  if (tray.ready) await tray.ready;
   const text = $("input").value;
-  if (!text.trim() || running.has(current.id)) return;
-  const unanswered = current.messages.at(-1)?.role === "user" ? [current.messages.pop().content] : [];
+  if (!(text.trim() || tray.pictures.length) || running.has(current.id)) return;
+  const unanswered = current.messages.at(-1)?.role === "user" ? [current.messages.pop()] : [];
   $("input").value = "";
   grow();
-  say([...unanswered, text].join("\n\n"));
+  say([...unanswered.map((m) => m.content), text].filter(Boolean).join("\n\n"), [...unanswered.flatMap((m) => m.images ?? []), ...tray.take()]);
 };
+$("composer").prepend(tray.node);
+takePictures({field: $("input"), button: $("attach"), input: $("picture"), add: added(tray)});
 $("input").oninput = grow;
 $("input").onkeydown = (e) => {
   if (sends(e)) { e.preventDefault(); $("composer").requestSubmit(); }
@@ -387,14 +349,19 @@ $("export").onclick = () => download([current], "conversation.jsonl");
 $("export-all").onclick = () => download(store.allConversations(), "conversations.jsonl");
 $("import").onclick = () => $("file").click();
 $("file").onchange = () => { if ($("file").files[0]) importFile($("file").files[0]); $("file").value = ""; };
-$("open-settings").onclick = openSettings;
-$("settings-done").onclick = closeSettings;
+$("open-settings").onclick = () => openSettings(current.system);
+onSettings((system) => {
+  current.system = system;
+  if (current.messages.length) keep(current);
+  if (!model) findModel();
+});
 addEventListener("pagehide", () => { for (const {conversation} of running.values()) store.save(conversation); });
 addEventListener("storage", (e) => {  // another tab wrote
   const id = store.isConversation(e.key);
-  if (id === current.id && !running.has(id) && editing < 0) { const other = store.load(id); if (other) { current = other; drawAll(); } } else if (id) drawList();
+  if (id === current.id && !running.has(id) && editing < 0) { const other = store.load(id); if (other) { current = other; drawAll(); fill(other); } } else if (id) drawList();
 });
 open(store.load(sessionStorage.getItem("gptjax.current")) ?? store.newConversation());
 findModel();
-pageFacts().then((found) => { facts = found; });
+pageFacts().then((found) => { facts = found; $("attach").hidden = !facts.images; });
+store.sweep();
 showLabelling($("to-label"));
