@@ -3,10 +3,12 @@
 import base64
 import io
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +20,7 @@ from hostile_images import READ, REFUSED, exif, noise, picture, png, saved
 from PIL import Image, ImageOps
 
 from gptjax.config.section import InputError
+from gptjax.data.image_reader import ImageReader
 from gptjax.data.images import Picture, decoder_versions, from_data_url, image_patches, patches_of, read_image
 
 VISION = SimpleNamespace(side=32, patch=8, fit="pad")
@@ -29,8 +32,9 @@ def no_network(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("something left the machine")
 
-    for name in ("socket", "create_connection", "getaddrinfo"):
-        monkeypatch.setattr(socket, name, refuse)
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
 def seconds(function) -> float:
@@ -72,6 +76,7 @@ CHILD = """
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+import gptjax.data.image_reader
 from gptjax.data.images import InputError, image_patches
 read = refused = 0
 for path in sorted(Path(sys.argv[1]).iterdir()):
@@ -157,6 +162,18 @@ def test_a_large_picture_is_read_as_a_small_one_is():
     np.testing.assert_array_equal(read_image(content, "photo"), noise(1_500, 2_000))
 
 
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_patches_of_a_file_are_those_of_its_pixels_resized_at_once(orientation):
+    content = saved(Image.fromarray(noise(1_500, 2_000)), "PNG", compress_level=1, exif=exif(orientation))
+    pixels = read_image(content, "photo")
+    patches = image_patches(content, "photo", VISION)
+    np.testing.assert_array_equal(patches, patches_of(pixels, VISION))
+    size = (32, 24) if orientation == 1 else (24, 32)
+    resized = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+    square = patches.reshape(4, 4, 8, 8, 3).swapaxes(1, 2).reshape(32, 32, 3)
+    np.testing.assert_array_equal(square[4:28] if orientation == 1 else square[:, 4:28], resized)
+
+
 def test_patches_are_in_raster_order():
     pixels = noise(32, 32)
     patches = patches_of(pixels, VISION)
@@ -232,3 +249,81 @@ def test_without_pillow_one_line_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(InputError, match=r"pip install 'gptjax\[images\]'"):
         read_image(png(1, 1), "photo")
+
+
+@pytest.fixture(scope="module")
+def reader():
+    with ImageReader() as reader:
+        yield reader
+
+
+def pid(reader: ImageReader) -> int:
+    assert reader._worker
+    return reader._worker.process.pid
+
+
+def test_a_process_of_its_own_makes_the_same_patches_for_many_threads(reader):
+    files = [saved(Image.fromarray(noise(20 + i, 30)), "PNG") for i in range(8)] * 4
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda content: reader.patches(content, "photo", VISION), files))
+    for content, patches in zip(files, found, strict=True):
+        np.testing.assert_array_equal(patches, image_patches(content, "photo", VISION))
+
+
+def test_a_process_of_its_own_refuses_with_the_same_line(reader):
+    before = pid(reader)
+    with pytest.raises(InputError, match="message 2: an SVG drawing"):
+        reader.patches(b"<svg/>", "message 2", VISION)
+    assert pid(reader) == before
+
+
+def test_a_picture_that_ends_the_process_is_one_line_and_the_next_one_is_read(reader):
+    before = pid(reader)
+    os.kill(before, signal.SIGKILL)
+    with pytest.raises(InputError, match="^photo: a picture that ends the process"):
+        reader.patches(png(1, 1), "photo", VISION)
+    assert reader.patches(png(1, 1), "photo", VISION).shape == (16, 192) and pid(reader) != before
+
+
+def test_a_picture_that_takes_too_long_is_one_line_and_the_next_one_is_read(reader, monkeypatch):
+    reader.patches(png(1, 1), "photo", VISION)
+    monkeypatch.setattr(reader, "_seconds", 0.5)
+    os.kill(pid(reader), signal.SIGSTOP)
+    with pytest.raises(InputError, match="^photo: a picture that takes more than 0.5 s"):
+        reader.patches(bytes(9_000_000), "photo", VISION)  # more than a pipe holds
+    monkeypatch.undo()
+    assert reader.patches(png(1, 1), "photo", VISION).shape == (16, 192)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's count of memory")
+def test_a_picture_that_needs_too_much_memory_is_one_line_and_the_next_one_is_read():
+    with ImageReader(megabytes=40) as reader:
+        with pytest.raises(InputError, match="photo: .* memory"):
+            reader.patches(png(4_000, 4_000), "photo", VISION)
+        assert reader.patches(png(1, 1), "photo", VISION).shape == (16, 192)
+
+
+LARGEST = {
+    "PNG": (8_000, 5_000, {"compress_level": 1}),
+    "JPEG": (8_000, 5_000, {}),
+    "JPEG of several scans": (5_000, 5_000, {"progressive": True, "subsampling": 0}),
+    "WebP": (3_740, 3_740, {"lossless": True, "method": 0}),
+    "GIF": (8_000, 5_000, {}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's count of memory")
+@pytest.mark.parametrize("kind", LARGEST)
+def test_the_largest_picture_fits_into_memory_here_and_in_the_reader(
+    kind, tmp_path, monkeypatch, reader, record_property
+):
+    monkeypatch.undo()
+    width, height, options = LARGEST[kind]
+    mode = "P" if kind == "GIF" else "RGB" if "JPEG" in kind else "RGBA"
+    content = saved(Image.new(mode, (width, height)), kind.split()[0].upper(), **options)
+    (tmp_path / "photo").write_bytes(content)
+    read, _, megabytes = in_a_process_of_its_own(tmp_path)
+    assert read == 1 and megabytes < MEGABYTES
+    assert reader.patches(content, "photo", VISION).shape == (16, 192)
+    record_property("summary", f"{kind} of {width:,} x {height:,}: {megabytes} MB")

@@ -11,13 +11,16 @@ from gptjax.config.section import InputError
 
 MOST_BYTES = 20_000_000  # of a file
 MOST_SIDE = 16_384  # pixels
+# Of so many pixels a decoder makes at most 260 MB: 4 bytes a pixel, and of a WebP four times that; a JPEG of several
+# scans keeps 2 bytes a pixel and channel, too, until the last one.
 MEGAPIXELS = {
     "PNG": 40,
     "JPEG": 40,
-    "progressive JPEG": 25,
-    "WebP": 16,
+    "JPEG of several scans": 25,
+    "CMYK JPEG of several scans": 20,
+    "WebP": 14,
     "GIF": 40,
-}  # a decoder's memory is about as much
+}
 MOST_CHUNKS = 16_384  # chunks, segments or blocks of a file: a decoder walks over them one by one
 MOST_SCANS = 64  # of a JPEG: each is a pass over all pixels, however short it is
 
@@ -48,16 +51,19 @@ def check_image(content: bytes, origin: str) -> tuple[str, bytes]:
         raise InputError(f"{origin}: {len(content):,} bytes; wanted a picture of at most {MOST_BYTES:,}")
     try:
         if content.startswith(b"\x89PNG\r\n\x1a\n"):
-            kind, limit = "PNG", "PNG"
+            kind = limit = "PNG"
             size, content = _png(content)
         elif content.startswith(b"\xff\xd8\xff"):
-            scans, size = _jpeg(content)
-            # More than one scan: the coefficients of all pixels are held until the last one.
-            kind, limit = "JPEG", "progressive JPEG" if scans > 1 else "JPEG"
+            scans, channels, size = _jpeg(content)
+            kind = limit = "JPEG"
+            if scans > 1:
+                limit = "JPEG of several scans" if channels <= 3 else "CMYK JPEG of several scans"
         elif content.startswith(b"RIFF") and content[8:12] == b"WEBP":
-            kind, limit, size = "WebP", "WebP", _webp(content)
+            kind = limit = "WebP"
+            size = _webp(content)
         elif content.startswith((b"GIF87a", b"GIF89a")):
-            kind, limit, size = "GIF", "GIF", _gif(content)
+            kind = limit = "GIF"
+            size = _gif(content)
         else:
             raise InputError(f"{origin}: {_other(content)}; wanted PNG, JPEG, WebP or GIF, convert it")
     except (struct.error, IndexError):
@@ -96,16 +102,16 @@ def _png(content: bytes) -> tuple[tuple[int, int], bytes]:
     raise _Wrong(f"a PNG of more than {MOST_CHUNKS:,} chunks; save it again")
 
 
-def _jpeg(content: bytes) -> tuple[int, tuple[int, int]]:
-    """The number of scans; width and height."""
-    at, scans, size, parts = 0, 0, None, 0
+def _jpeg(content: bytes) -> tuple[int, int, tuple[int, int]]:
+    """The numbers of scans and channels; width and height."""
+    at, scans, channels, size, parts = 0, 0, 0, None, 0
     while (match := _MARKER.search(content, at)) and (marker := content[match.start() + 1]) != 0xD9:
         at = match.end()
         if marker in _ALONE:
             continue
         parts += 1
         if marker in _FRAMES:
-            height, width = struct.unpack_from(">HH", content, at + 3)
+            height, width, channels = struct.unpack_from(">HHB", content, at + 3)
             size = size or (width, height)
         scans += marker == 0xDA
         if parts > MOST_CHUNKS or scans > MOST_SCANS:
@@ -114,7 +120,7 @@ def _jpeg(content: bytes) -> tuple[int, tuple[int, int]]:
         at += length
     if size is None:
         raise _Wrong("a JPEG without a size; it is damaged, copy it again")
-    return scans, size
+    return scans, channels, size
 
 
 def _webp(content: bytes) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import binascii
 import hashlib
 import io
 import re
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,8 +35,8 @@ class Picture(NamedTuple):
 
 
 def image_patches(content: bytes, origin: str, vision: Any) -> np.ndarray:
-    """The patches of a picture's file: uint8 (P, Y), as `read_image` and `patches_of` make them."""
-    return patches_of(read_image(content, origin), vision)
+    """The patches of a picture's file: uint8 (P, Y), those of its pixels bit for bit, without holding all of these."""
+    return _read(content, origin, lambda strips, height, width: _patches(strips, height, width, vision))
 
 
 def read_image(content: bytes, origin: str) -> np.ndarray:
@@ -44,17 +45,15 @@ def read_image(content: bytes, origin: str) -> np.ndarray:
     Turned as EXIF says; transparent places over white; of 16 bits the upper 8; of an animation the first frame. Raises
     InputError, naming the origin, for other files, damaged ones, and those beyond the limits of `image_headers`.
     """
-    image_module = _pillow()
-    kind, needed = check_image(content, origin)
-    try:
-        with image_module.open(io.BytesIO(needed), formats=(kind.upper(),)) as image:
-            check_size(*image.size, MEGAPIXELS[kind], f"{origin}: a {kind} of")
-            image.load()
-            return _rgb(image, _orientation(image))
-    except (InputError, KeyboardInterrupt):
-        raise
-    except Exception as error:  # of a decoder that was given damaged bytes: of many types
-        raise InputError(f"{origin}: a {kind} that can't be decoded ({one_line(error, 100)}); copy it again") from None
+
+    def whole(strips: Iterator[np.ndarray], height: int, width: int) -> np.ndarray:
+        pixels_HWC, top = np.empty((height, width, 3), np.uint8), 0
+        for strip_HWC in strips:
+            pixels_HWC[top : top + len(strip_HWC)] = strip_HWC
+            top += len(strip_HWC)
+        return pixels_HWC
+
+    return _read(content, origin, whole)
 
 
 def patches_of(pixels_HWC: np.ndarray, vision: Any) -> np.ndarray:
@@ -63,20 +62,7 @@ def patches_of(pixels_HWC: np.ndarray, vision: Any) -> np.ndarray:
     Bicubic; with vision.fit="pad" in its proportions, in the middle of a white square. Patches and the pixels in each
     are in raster order, and a pixel is its red, green and blue: Y = patch x patch x 3.
     """
-    side, patch = vision.side, vision.patch
-    height, width, _ = pixels_HWC.shape
-    scale = side / max(height, width)
-    fitted = (max(1, round(width * scale)), max(1, round(height * scale))) if vision.fit == "pad" else (side, side)
-    if fitted != (width, height):
-        image_module = _pillow()
-        image = image_module.fromarray(pixels_HWC)
-        pixels_HWC = np.asarray(image.resize(fitted, image_module.Resampling.BICUBIC))
-    left, top = (side - fitted[0]) // 2, (side - fitted[1]) // 2
-    square_SSC = np.full((side, side, 3), 255, np.uint8)
-    square_SSC[top : top + fitted[1], left : left + fitted[0]] = pixels_HWC
-    rows = side // patch
-    cut = square_SSC.reshape(rows, patch, rows, patch, 3).swapaxes(1, 2)
-    return cut.reshape(rows * rows, patch * patch * 3)
+    return _patches(iter([pixels_HWC]), *pixels_HWC.shape[:2], vision)
 
 
 def from_data_url(url: str, origin: str) -> bytes:
@@ -108,24 +94,44 @@ def from_data_url(url: str, origin: str) -> bytes:
 
 def decoder_versions() -> dict[str, str]:
     """The versions of Pillow and its decoders, by which a file's pixels may differ; empty for one that is not there."""
-    image_module = _pillow()
+    image_module = load_decoders()
     from PIL import features
 
     names = {"libjpeg-turbo": "libjpeg_turbo", "zlib": "zlib", "libwebp": "webp"}
     return {"Pillow": image_module.__version__, **{n: features.version(of) or "" for n, of in names.items()}}
 
 
-def _pillow() -> Any:
-    """Pillow's module Image; raises InputError, in one line, where Pillow is not installed."""
+def load_decoders() -> Any:
+    """Pillow's module Image, with the four decoders; raises InputError, in one line, where Pillow is not installed."""
     try:
-        from PIL import Image
+        from PIL import GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
     except ImportError:
         raise InputError("reading pictures needs a package more: pip install 'gptjax[images]'") from None
+    del GifImagePlugin, JpegImagePlugin, PngImagePlugin, WebPImagePlugin  # they are known to Image now
     return Image
 
 
+def _read(content: bytes, origin: str, use: Callable[[Iterator[np.ndarray], int, int], np.ndarray]) -> np.ndarray:
+    """The result of use(strips, height, width) of a picture's pixels; see `read_image`."""
+    image_module = load_decoders()
+    kind, needed = check_image(content, origin)
+    try:
+        with image_module.open(io.BytesIO(needed), formats=(kind.upper(),)) as image:
+            check_size(*image.size, MEGAPIXELS[kind], f"{origin}: a {kind} of")
+            image.load()
+            orientation = _orientation(image)
+            width, height = image.size[:: -1 if orientation >= 5 else 1]
+            return use(_strips(image, orientation), height, width)
+    except InputError:
+        raise
+    except MemoryError:
+        raise InputError(f"{origin}: a {kind} that needs more memory than there is; save it smaller") from None
+    except Exception as error:  # of a decoder that was given damaged bytes: of many types
+        raise InputError(f"{origin}: a {kind} that can't be decoded ({one_line(error, 100)}); copy it again") from None
+
+
 def _orientation(image: Any) -> int:
-    """The orientation of a picture, 1 to 8; 1 where its EXIF has none or can't be read."""
+    """The orientation of a picture, 1 to 8, as EXIF 2.3 counts them; 1 where it has none or it can't be read."""
     try:
         value = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # damaged EXIF: the pixels are whole
@@ -133,26 +139,43 @@ def _orientation(image: Any) -> int:
     return value if value in range(1, 9) else 1
 
 
-def _rgb(image: Any, orientation: int) -> np.ndarray:
-    """The turned pixels of an image, converted in strips: so the image and its pixels are all that is held."""
+def _strips(image: Any, orientation: int) -> Iterator[np.ndarray]:
+    """Yields the turned pixels, some rows at a time from the top: a large image is held once, in the decoder's form."""
     width, height = image.size
-    turned = orientation >= 5  # by a quarter: the sides change places
-    pixels_HWC = np.empty((width, height, 3) if turned else (height, width, 3), np.uint8)
-    stored = _as_stored(pixels_HWC, orientation)
-    step = max(1, _STRIP // width)
-    for top in range(0, height, step):
-        stored[top : top + step] = _converted(image.crop((0, top, width, min(top + step, height))))
-    return pixels_HWC
+    quarter = orientation >= 5  # rows are columns of the file
+    rows, columns = (width, height) if quarter else (height, width)
+    step = max(1, _STRIP // columns)
+    for top in range(0, rows, step):
+        bottom = min(top + step, rows)
+        upward = orientation in (3, 4, 7, 8)  # the first row is the file's last
+        low, high = (rows - bottom, rows - top) if upward else (top, bottom)
+        strip_HWC = _converted(image.crop((low, 0, high, height) if quarter else (0, low, width, high)))
+        strip_HWC = strip_HWC.swapaxes(0, 1) if quarter else strip_HWC
+        yield strip_HWC[:: -1 if upward else 1, :: -1 if orientation in (2, 3, 6, 7) else 1]
 
 
-def _as_stored(pixels_HWC: np.ndarray, orientation: int) -> np.ndarray:
-    """A view of turned pixels with the rows and columns that the file has, by the tag Orientation of EXIF 2.3."""
-    view = pixels_HWC.swapaxes(0, 1) if orientation >= 5 else pixels_HWC
-    down = slice(None, None, -1 if orientation in (3, 4, 7, 8) else 1)
-    right = slice(None, None, -1 if orientation in (2, 3, 6, 7) else 1)
-    if orientation >= 5:
-        down, right = right, down
-    return view[down, right]
+def _patches(strips: Iterator[np.ndarray], height: int, width: int, vision: Any) -> np.ndarray:
+    """The patches of a picture that comes in strips; see `patches_of`."""
+    side, patch = vision.side, vision.patch
+    scale = side / max(height, width)
+    pad = vision.fit == "pad"
+    wide, high = (max(1, round(width * scale)), max(1, round(height * scale))) if pad else (side, side)
+    # Pillow resizes each row, then each column: so the rows of each strip, and then the columns, are the same.
+    narrow_HWC = np.concatenate([_resized(strip_HWC, wide, len(strip_HWC)) for strip_HWC in strips])
+    left, top = (side - wide) // 2, (side - high) // 2
+    square_SSC = np.full((side, side, 3), 255, np.uint8)
+    square_SSC[top : top + high, left : left + wide] = _resized(narrow_HWC, wide, high)
+    rows = side // patch
+    cut = square_SSC.reshape(rows, patch, rows, patch, 3).swapaxes(1, 2)
+    return cut.reshape(rows * rows, patch * patch * 3)
+
+
+def _resized(pixels_HWC: np.ndarray, width: int, height: int) -> np.ndarray:
+    if pixels_HWC.shape[:2] == (height, width):
+        return pixels_HWC
+    image_module = load_decoders()
+    image = image_module.fromarray(np.ascontiguousarray(pixels_HWC))
+    return np.asarray(image.resize((width, height), image_module.Resampling.BICUBIC))
 
 
 def _converted(image: Any) -> np.ndarray:
