@@ -84,8 +84,8 @@ def features(args: argparse.Namespace) -> None:
     import jax.numpy as jnp
 
     from gptjax.config import MeshConfig
-    from gptjax.model.block import block
-    from gptjax.model.decoder import embed_tokens, one_layer
+    from gptjax.model.block import block, one_layer
+    from gptjax.model.decoder import embed_tokens
     from gptjax.ops.reference import tree
     from gptjax.runs.load import load_model
 

@@ -13,8 +13,8 @@ import gptjax
 from gptjax.config.plugins import register, resolve
 from gptjax.config.section import InputError
 from gptjax.model.block import block as own_block
+from gptjax.model.block import layer_params as own_params
 from gptjax.model.decoder import head, init_params, make_decoder
-from gptjax.model.decoder import layer_params as own_params
 from gptjax.runs.init_check import _check_settings
 from gptjax.runs.run import Run
 from gptjax.runs.warm_start import _check_shapes

@@ -15,9 +15,9 @@ from gptjax.generation import engine
 from gptjax.generation.engine import decode, decode_params, generate, generate_ids, prefill, stream, stream_ids
 from gptjax.generation.sampling import filter_logits, greedy, sample
 from gptjax.generation.text_stream import TextStream
-from gptjax.model.block import block
+from gptjax.model.block import block, layer_params
 from gptjax.model.cache import empty_cache, grow
-from gptjax.model.decoder import Decoder, extend, init_params, layer_params, unstacked
+from gptjax.model.decoder import Decoder, extend, init_params, unstacked
 from gptjax.ops.decoding import MANY_ROWS
 from gptjax.parallel.sharding import make_mesh, to_global
 from gptjax.tokenizer import BytesTokenizer

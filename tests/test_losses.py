@@ -10,7 +10,7 @@ import pytest
 from gptjax.config import MeshConfig
 from gptjax.config.command_line import load_recipe
 from gptjax.model.counts import padded_vocab
-from gptjax.model.head import MASKED, logits
+from gptjax.model.decoder import MASKED, logits
 from gptjax.ops import linear
 from gptjax.ops.device import Device
 from gptjax.ops.linear import count_chunks, loss_chunks

@@ -16,8 +16,7 @@ from gptjax.data.prompts import Prompt, PromptData, prompt_of
 from gptjax.generation import engine
 from gptjax.generation.sampling import draw_ids
 from gptjax.model.cache import grow
-from gptjax.model.decoder import Decoder, init_params
-from gptjax.model.head import MASKED
+from gptjax.model.decoder import MASKED, Decoder, init_params
 from gptjax.parallel.sharding import make_mesh, on_host, to_global
 from gptjax.tokenizer import BytesTokenizer, set_template
 

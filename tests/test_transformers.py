@@ -17,7 +17,7 @@ from test_interop import FIXTURES, SCALED, rope
 from test_interop import logits as imported_logits
 
 from gptjax.interop.huggingface import import_huggingface
-from gptjax.model.head import logits
+from gptjax.model.decoder import logits
 
 pytestmark = pytest.mark.peers
 VALUES = FIXTURES / "transformers.json"

@@ -7,7 +7,7 @@ sweep.
 
 from gptjax.config.data import DataConfig, PrepareConfig, ShowConfig
 from gptjax.config.generation import ChatConfig, ContinueConfig, GenerateConfig, InspectConfig
-from gptjax.config.model import ModelConfig
+from gptjax.config.model import ModelConfig, VisionConfig
 from gptjax.config.tokenizer import TokenizerConfig, TrainTokenizerConfig
 from gptjax.config.training import (
     CHANGEABLE,
@@ -44,6 +44,6 @@ __all__ = [
     "EvalConfig", "EvaluateConfig", "GenerateConfig", "GrpoConfig", "ImportConfig", "InspectConfig", "LoraConfig",
     "MeshConfig", "ModelConfig", "OptimConfig", "PolicyConfig", "PpoConfig", "PrepareConfig", "RewardConfig",
     "RewardsConfig", "RolloutConfig", "SftConfig", "ShowConfig", "TokenizerConfig", "TrainConfig",
-    "TrainTokenizerConfig", "TuneConfig", "ValueConfig", "check_divisible", "defining_settings", "frozen_changes",
-    "frozen_settings",
+    "TrainTokenizerConfig", "TuneConfig", "ValueConfig", "VisionConfig", "check_divisible", "defining_settings",
+    "frozen_changes", "frozen_settings",
 ]  # fmt: skip

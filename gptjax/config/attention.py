@@ -24,13 +24,15 @@ class AttentionKernel:
     """(compute capability, the largest head size from there on), in ascending order."""
     split_rows: bool = False
     """Several devices may share a row (mesh.context)."""
+    images: bool = False
+    """The tokens of an image may see all of it, and several texts behind an image not each other."""
     linear: bool = True
     """Memory is linear in the length of a row whose documents are isolated."""
 
 
 KERNELS = {
-    "plain": AttentionKernel(dropout=True, split_rows=True, linear=False),
-    "blockwise": AttentionKernel(split_rows=True),
+    "plain": AttentionKernel(dropout=True, split_rows=True, images=True, linear=False),
+    "blockwise": AttentionKernel(split_rows=True, images=True),
     # The kernel has no segments: an additive mask of 2 L x M bytes a row isolates packed documents.
     "cudnn": AttentionKernel(only_on="gpu", capability=8.0, dtypes=("bfloat16",), softcap=False, head_multiple=8,
                      head_most=((8.0, 128), (9.0, 256)), linear=False),

@@ -1,14 +1,91 @@
-"""The shape of the decoder."""
+"""The shape of the decoder, and how it reads images."""
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from gptjax.config.attention import KERNELS, AttentionName, Unsupported
 from gptjax.config.section import Section
 
 REMAT_NAMES = ("query", "key", "value", "attention", "mlp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig(Section):
+    """An image as tokens: a square of pixels, cut into patches, which an encoder reads; SigLIP's shape, or Fuyu's."""
+
+    section: ClassVar[str] = "model.vision"
+
+    patch: int = 0
+    """Side of a patch in pixels; 0: the model reads no images."""
+    side: int = 224
+    """Side in pixels of the square that each image becomes; a multiple of patch x merge."""
+    fit: Literal["pad", "stretch"] = "pad"
+    """How an image becomes a square: in its proportions, in the middle of white, or stretched."""
+    merge: int = 1
+    """Patches on a side of the squares that become one token (pixel shuffle)."""
+    layers: int = 0
+    """Blocks of the encoder, in which every patch sees all; 0: none, a token is its pixels times one matrix (Fuyu)."""
+    width: int = 768
+    """Size of the encoder's stream."""
+    num_heads: int = 12
+    """Heads of the encoder's attention; a divisor of width."""
+    mlp_ratio: float = 4.0
+    """Width of the encoder's MLP as a multiple of its width."""
+    norm_epsilon: float = 1e-6
+    """Added to the variance under the root in each norm of the encoder."""
+    projector: Literal["linear", "mlp"] = "linear"
+    """From the encoder's width to the model's: one matrix (SmolVLM), or two with biases and a GELU between (LLaVA)."""
+    sees_all: bool = True
+    """The tokens of an image see all of it; else those before them, as text does."""
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    """Taken from red, green and blue, which go from 0 to 1."""
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    """What they are divided by then."""
+    begin: tuple[int, ...] = ()
+    """Ids in front of every image."""
+    end: tuple[int, ...] = ()
+    """Ids behind every image."""
+
+    def __post_init__(self):
+        self.require_numbers(0, math.inf, "patch", "layers")
+        self.require_positive("side", "merge", "width", "num_heads", "mlp_ratio", "norm_epsilon")
+        self.require(self.width % self.num_heads == 0, "width", f"a multiple of num_heads={self.num_heads}")
+        if self.patch:
+            unit = self.patch * self.merge
+            near = f"e.g. --model.vision.side {unit * max(1, round(self.side / unit))}"
+            self.require(self.side % unit == 0, "side", f"a multiple of patch x merge = {unit}", near)
+        for name in ("mean", "std"):
+            self.require(len(getattr(self, name)) == 3, name, "three numbers, of red, green and blue")
+        self.require(all(s > 0 for s in self.std), "std", "numbers above 0")
+        for name in ("begin", "end"):
+            self.require(all(i >= 0 for i in getattr(self, name)), name, "ids from 0 on")
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image, P; raster order."""
+        return (self.side // self.patch) ** 2
+
+    @property
+    def patch_size(self) -> int:
+        """Numbers of a patch, Y: 3 x patch x patch."""
+        return 3 * self.patch**2
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of an image, without those around it."""
+        return self.num_patches // self.merge**2
+
+    @property
+    def tokens_around(self) -> int:
+        """Tokens that an image adds to a text: its own, and those in front of it and behind."""
+        return self.num_tokens + len(self.begin) + len(self.end)
+
+    @property
+    def merged_size(self) -> int:
+        """Numbers from which the projector makes a token, U: those of merge x merge patches."""
+        return self.merge**2 * (self.width if self.layers else self.patch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +181,7 @@ class ModelConfig(Section):
     """Function or class module:name that is one layer, in place of gptjax.model.block.block."""
     unroll: int = 1
     """Layers in one step of the compiled loop over layers; 0 unrolls all (slower to compile, often faster to run)."""
+    vision: VisionConfig = field(default_factory=VisionConfig)
 
     def __post_init__(self):
         self.require_positive("num_layers", "width", "num_heads", "queries_per_kv", "mlp_ratio", "rope_theta",
@@ -137,6 +215,9 @@ class ModelConfig(Section):
         each = f"one or more of {', '.join(REMAT_NAMES)}, each once"
         self.require(known and len(self.remat_names) > 0, "remat_names", each)
         self.require(0 <= self.dropout < 1, "dropout", "a chance from 0 up to, not including, 1")
+        if self.vision.patch:
+            self.require(not self.mup_base_width, "mup_base_width", "0 for a model that reads images")
+            self.require(not self.block, "block", "our own for a model that reads images")
         self.require(0 <= self.unroll <= self.num_layers, "unroll", f"0 (all) or 1 to num_layers={self.num_layers}")
 
     def _require_rope(self):
@@ -185,9 +266,20 @@ class ModelConfig(Section):
             (kernel.softcap or self.attention_softcap == 0, "attention_softcap", "0", "0"),
             (self.dtype in (*kernel.dtypes, "auto"), "dtype", " or ".join(kernel.dtypes), kernel.dtypes[0]),
             (kernel.mixed_windows or one_window, "global_every", "0, one window for all layers", "0"),
+            (kernel.images or not self.vision.patch, "vision.patch", "0", "0"),
             (fits, "head_dim", f"heads of a multiple of {kernel.head_multiple} and at most {most} numbers", "64"),
         ]
         return next((Unsupported(field, wanted, value) for ok, field, wanted, value in checks if not ok), None)
+
+    @property
+    def encoder(self) -> "ModelConfig":
+        """The blocks that read the patches of an image, as a model: SigLIP's (Zhai et al. 2023), which are GPT-2's."""
+        v = self.vision
+        return ModelConfig(
+            num_layers=v.layers, width=v.width, num_heads=v.num_heads, mlp_ratio=v.mlp_ratio,
+            norm_epsilon=v.norm_epsilon, init_std=self.init_std, dtype=self.dtype, attention="plain",
+            remat=self.remat, remat_names=self.remat_names, unroll=min(self.unroll, v.layers),
+        )  # fmt: skip
 
     def anywhere(self) -> "ModelConfig":
         """The same model on any device: attention that one platform alone has becomes auto."""

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import operator
 import typing
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal, TypeVar
@@ -31,7 +32,8 @@ class Section:
         """Raises InputError with the field, its value, the wanted value and, if given, what to do, unless `ok`."""
         if not ok:
             advice = f"; {then}" if then else ""
-            raise InputError(f"{self.dotted(name)}={getattr(self, name)!r}: wanted {wanted}{advice}")
+            value = operator.attrgetter(name)(self)
+            raise InputError(f"{self.dotted(name)}={value!r}: wanted {wanted}{advice}")
 
     def require_numbers(self, low: float, high: float, *names: str) -> None:
         """Raises InputError unless each named field is a finite number with low <= value <= high."""

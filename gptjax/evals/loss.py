@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from gptjax.config.section import InputError
 from gptjax.data.validation import MeasuredSet
-from gptjax.model.decoder import Decoder, head
+from gptjax.model.decoder import Decoder, head, hidden_states
 from gptjax.parallel.sharding import local_rows, shardings, to_global
 from gptjax.training.losses import cross_entropy
 
@@ -18,7 +18,7 @@ def make_eval_step(decoder: Decoder, mesh: Mesh, params: Any, batch: Any) -> Cal
     """Builds eval_step(params, batch) -> (summed loss in nats, summed weight), compiled for the mesh."""
 
     def eval_step(params, batch):
-        x_BLD, _ = decoder.apply({"params": params}, batch["inputs_BL"], batch["positions_BL"], batch["segments_BL"])
+        x_BLD, _ = hidden_states(decoder, params, batch)
         args = (x_BLD, head(params), batch["targets_BL"], batch["weights_BL"], decoder.vocab_size)
         return cross_entropy(*args, softcap=decoder.cfg.logit_softcap), batch["weights_BL"].sum()
 

@@ -17,8 +17,7 @@ from gptjax.config.section import InputError
 from gptjax.evals.trees import Path, Row, lay_out
 from gptjax.model.block import block
 from gptjax.model.cache import round_up_length
-from gptjax.model.decoder import Decoder, head
-from gptjax.model.head import cap_and_mask
+from gptjax.model.decoder import Decoder, cap_and_mask, head
 from gptjax.ops.linear import loss_chunks
 from gptjax.parallel.sharding import on_host, to_global
 

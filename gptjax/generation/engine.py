@@ -26,8 +26,7 @@ from gptjax.config.section import InputError
 from gptjax.generation.sampling import SamplingParams, active, draw_ids, sample
 from gptjax.generation.text_stream import TextStream
 from gptjax.model.cache import empty_cache, grow, headroom, round_up_length
-from gptjax.model.decoder import Decoder, Params, extend, unstacked
-from gptjax.model.head import MASKED, cap_and_mask
+from gptjax.model.decoder import MASKED, Decoder, Params, cap_and_mask, extend, unstacked
 from gptjax.ops.decoding import decode_dtype
 from gptjax.ops.linear import linear
 from gptjax.parallel.sharding import constrain_tree, on_host, require_mesh

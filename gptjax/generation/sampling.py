@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.config import GenerateConfig
-from gptjax.model.head import MASKED
+from gptjax.model.decoder import MASKED
 
 SamplingParams = dict[str, float]
 

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from gptjax.interop.families import HEAD, ModelFamily, folded
-from gptjax.model.decoder import Decoder, dims, layer_params, top_params
+from gptjax.model.block import layer_params
+from gptjax.model.decoder import Decoder, dims, top_params
 from gptjax.parallel.sharding import matrix, suffix
 
 

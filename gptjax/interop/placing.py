@@ -16,7 +16,8 @@ from jax.sharding import Mesh, NamedSharding
 from gptjax.config.section import InputError
 from gptjax.interop.families import HEAD, ModelFamily
 from gptjax.interop.layout import TensorSource, read_slice, stored_tensor
-from gptjax.model.decoder import Decoder, dims, layer_params, top_params
+from gptjax.model.block import layer_params
+from gptjax.model.decoder import Decoder, dims, top_params
 from gptjax.parallel.sharding import sharding_of, suffix
 
 P = jax.P

@@ -3,6 +3,7 @@
 Parameters go by their names without N; every option of ModelConfig that lies inside a layer is read here.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,12 +17,36 @@ from gptjax.model.rope import rope, rotate
 from gptjax.ops.attention import attention
 from gptjax.ops.linear import linear
 from gptjax.ops.reference import AttentionMask, dropout
+from gptjax.parallel.sharding import suffix
 
 Params = dict[str, Any]
 
 
 # A layer that attends to everything, in an array of windows: more places than any text has.
 NO_WINDOW = 2**31 - 1
+
+
+# How the weight of a norm starts, by model.norm_weights.
+NORM_STARTS = {"scale": "ones", "offset": "zeros"}
+
+
+def layer_params(cfg: ModelConfig) -> dict[str, str]:
+    """Every parameter of the stacked layers and how it starts: 'normal', 'residual', 'ones' or 'zeros'."""
+    names = {"q_NDHK": "normal", "k_NDGK": "normal", "v_NDGK": "normal", "o_NHKD": "residual"}
+    names |= {"w_in_NDF": "normal", "w_out_NFD": "residual"}
+    if cfg.gated:
+        names["w_gate_NDF"] = "normal"
+    norms = ["norm_attn", *([] if cfg.parallel else ["norm_mlp"])]
+    norms += ["norm_attn_out", "norm_mlp_out"] if cfg.post_norms else []
+    start = NORM_STARTS.get(cfg.norm_weights)
+    # A bias is named after its weight and has the weight's output dimensions.
+    outputs = {"q": "NHK", "k": "NGK", "v": "NGK"} if cfg.biases or cfg.qkv_biases else {}
+    if cfg.biases:
+        outputs |= {"o": "ND", "w_in": "NF", "w_out": "ND"} | ({"w_gate": "NF"} if cfg.gated else {})
+        outputs |= dict.fromkeys(norms, "ND") if cfg.norm == "layernorm" else {}
+    names |= {f"{stem}_ND": start for stem in norms if start}
+    names |= {f"{stem}_bias_{letters}": "zeros" for stem, letters in outputs.items()}
+    return names | ({"norm_q_NK": start, "norm_k_NK": start} if cfg.qk_norm and start else {})
 
 
 def norm(
@@ -99,7 +124,8 @@ def heads(
         q_BLHK, k_BLGK = (rotate(t, positions_BL, frequency, temperature) for t in (q_BLHK, k_BLGK))
     scale = attention_scale(cfg)
     if cache is not None and "first" in cache:
-        return go_on(cfg, cache, q_BLHK, k_BLGK, v_BLGK, mask.query_BL, scale=scale, window=window)
+        start_B = positions_BL[:, 0]
+        return go_on(cfg, cache, q_BLHK, k_BLGK, v_BLGK, start_B, mask.query_BL, scale=scale, window=window)
     if cache is not None:
         cache = write(cache, k_BLGK, v_BLGK, positions_BL[:, 0])
         k_BLGK, v_BLGK = keys_and_values(cache, h_BLD.dtype)
@@ -122,3 +148,24 @@ def hidden(cfg: ModelConfig, p: Params, h_BLD: jax.Array) -> jax.Array:
     # In float32 inside: on a CPU the bfloat16 form takes three times as long, elsewhere it is fused and free.
     gelu_BLF = jax.nn.gelu(gate_BLF.astype(jnp.float32), approximate=True).astype(h_BLF.dtype)
     return gelu_BLF * h_BLF if gated else gelu_BLF
+
+
+def one_layer(tree: Params) -> Params:
+    """The names of stacked leaves as one layer calls them: q_NDHK is q_DHK inside the scan."""
+    return {name.replace("_N", "_", 1) if suffix(name).startswith("N") else name: x for name, x in tree.items()}
+
+
+def remat(cfg: ModelConfig, body: Callable) -> Callable:
+    """The scanned body of a layer, with what cfg.remat says computed again in the backward pass."""
+    policies = jax.checkpoint_policies
+    policy = {
+        "full": None,
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "names": policies.save_only_these_names(*cfg.remat_names),
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[], names_which_can_be_offloaded=list(cfg.remat_names),
+            offload_src="device", offload_dst="pinned_host",
+        ),
+    }[cfg.remat]  # fmt: skip
+    # The scan already keeps the compiler from merging the recomputation with the forward pass.
+    return jax.checkpoint(body, prevent_cse=False, policy=policy)

@@ -54,15 +54,16 @@ def go_on(
     q_BLHK: jax.Array,
     k_BLGK: jax.Array,
     v_BLGK: jax.Array,
+    start_B: jax.Array,
     query_BL: jax.Array,
     *,
     scale: float,
     window: jax.typing.ArrayLike | None,
 ) -> tuple[jax.Array, Cache]:
-    """Attention outputs of tokens that go on rows of a server's cache, and the cache with them in it."""
+    """Attention outputs of tokens that go on rows of a server's cache from start_B, and the cache with them in it."""
     first, blocks = cache["first"], cache["blocks"]
     k_SGMK, v_SGMK = (
-        write_served(cache[name], jnp.moveaxis(x_BLGK, 1, 2), first, query_BL[:, 0])
+        write_served(cache[name], jnp.moveaxis(x_BLGK, 1, 2), first, start_B)
         for name, x_BLGK in (("k_SGMK", k_BLGK), ("v_SGMK", v_BLGK))
     )
     seen: Any = {"scale": scale, "window": window, "softcap": cfg.attention_softcap, "block": SERVED_BLOCK}

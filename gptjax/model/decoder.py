@@ -16,18 +16,25 @@ import jax.numpy as jnp
 
 from gptjax.config import ModelConfig, TrainConfig
 from gptjax.config.section import InputError
-from gptjax.model.block import NO_WINDOW, Params, block, norm
+from gptjax.model.block import NO_WINDOW, NORM_STARTS, Params, block, layer_params, norm, one_layer, remat
 from gptjax.model.cache import Cache
 from gptjax.model.counts import padded_vocab
-from gptjax.model.head import logits
 from gptjax.model.mup import init_factor, logits_factor
+from gptjax.model.vision import (
+    Images,
+    ImageTokens,
+    encoder_params,
+    image_sizes,
+    image_tokens,
+    projector_params,
+)
 from gptjax.ops.linear import embed
-from gptjax.ops.reference import cached, causal, dropout, tree
+from gptjax.ops.reference import cached, causal, dropout, seen_until, tree
 from gptjax.parallel.context import from_zigzag, to_zigzag
 from gptjax.parallel.sharding import constrain, num_shards, suffix
 
-# How the weight of a norm starts, by model.norm_weights.
-NORM_STARTS = {"scale": "ones", "offset": "zeros"}
+# float32's softmax gives exactly 0 here, and a finite number keeps gradients finite.
+MASKED = -1e30
 
 
 def dims(cfg: ModelConfig, vocab_size: int, context: int) -> dict[str, int]:
@@ -38,32 +45,13 @@ def dims(cfg: ModelConfig, vocab_size: int, context: int) -> dict[str, int]:
     }  # fmt: skip
 
 
-def layer_params(cfg: ModelConfig) -> dict[str, str]:
-    """Every parameter of the stacked layers and how it starts: 'normal', 'residual', 'ones' or 'zeros'."""
-    names = {"q_NDHK": "normal", "k_NDGK": "normal", "v_NDGK": "normal", "o_NHKD": "residual"}
-    names |= {"w_in_NDF": "normal", "w_out_NFD": "residual"}
-    if cfg.gated:
-        names["w_gate_NDF"] = "normal"
-    norms = ["norm_attn", *([] if cfg.parallel else ["norm_mlp"])]
-    norms += ["norm_attn_out", "norm_mlp_out"] if cfg.post_norms else []
-    start = NORM_STARTS.get(cfg.norm_weights)
-    # A bias is named after its weight and has the weight's output dimensions.
-    outputs = {"q": "NHK", "k": "NGK", "v": "NGK"} if cfg.biases or cfg.qkv_biases else {}
-    if cfg.biases:
-        outputs |= {"o": "ND", "w_in": "NF", "w_out": "ND"} | ({"w_gate": "NF"} if cfg.gated else {})
-        outputs |= dict.fromkeys(norms, "ND") if cfg.norm == "layernorm" else {}
-    names |= {f"{stem}_ND": start for stem in norms if start}
-    names |= {f"{stem}_bias_{letters}": "zeros" for stem, letters in outputs.items()}
-    return names | ({"norm_q_NK": start, "norm_k_NK": start} if cfg.qk_norm and start else {})
-
-
 def top_params(cfg: ModelConfig) -> dict[str, str]:
     """Every parameter outside the layers and how it starts."""
     start = NORM_STARTS.get(cfg.norm_weights)
     top = {"embed_VD": "normal"} | ({"norm_final_D": start} if start else {})
     top |= {"norm_final_bias_D": "zeros"} if cfg.biases and cfg.norm == "layernorm" else {}
     top |= {"position_TD": "normal"} if cfg.positions == "learned" else {}
-    return top | ({} if cfg.tied else {"head_VD": "normal"})
+    return top | ({} if cfg.tied else {"head_VD": "normal"}) | projector_params(cfg)
 
 
 def unstacked(params: Params, dtype: str) -> Params:
@@ -87,15 +75,20 @@ def unstacked(params: Params, dtype: str) -> Params:
 
 
 def extend(
-    decoder: "Decoder", params: Params, tokens_BL: jax.Array, positions_BL: jax.Array, cache: list[Cache]
+    decoder: "Decoder",
+    params: Params,
+    tokens_BL: jax.Array,
+    positions_BL: jax.Array,
+    cache: list[Cache],
+    image: ImageTokens | None = None,
 ) -> tuple[jax.Array, list[Cache]]:
     """Hidden states x_BLD of tokens that go on the rows of a cache, and the cache with them in it.
 
     `params` are `unstacked`. The slots of the cache are positions: each row's tokens are written at positions_BL[:, 0]
-    onward.
+    onward. Of an image that sees itself whole all tokens come in one call.
     """
-    cfg, mask = decoder.cfg, cached(positions_BL)
-    x_BLD = embed_tokens(cfg, params, tokens_BL, positions_BL)
+    cfg, mask = decoder.cfg, cached(positions_BL if image is None else image.last_BL)
+    x_BLD = embed_tokens(cfg, params, tokens_BL, positions_BL, image)
     new: list[Cache] = []
     for p, old, window in zip(params["layers"], cache, cfg.layer_windows, strict=True):
         x_BLD, written = decoder.block(cfg, p, x_BLD, positions_BL, mask, old, None, window)
@@ -105,13 +98,19 @@ def extend(
     return final_norm(cfg, params, x_BLD), new
 
 
-def embed_tokens(cfg: ModelConfig, top: Params, tokens_BL: jax.Array, positions_BL: jax.Array) -> jax.Array:
+def embed_tokens(
+    cfg: ModelConfig, top: Params, tokens_BL: jax.Array, positions_BL: jax.Array, image: ImageTokens | None = None
+) -> jax.Array:
     """The stream x_BLD that the first layer reads; `top` holds the parameters outside the layers."""
+    if image is not None:  # whose places hold ids below 0
+        tokens_BL = jnp.where(image.here_BL, 0, tokens_BL)
     x_BLD: jax.Array = embed(top["embed_VD"], tokens_BL, cfg.dtype)
     if cfg.embedding == "scaled":
         x_BLD = x_BLD * jnp.asarray(cfg.width**0.5, x_BLD.dtype)
     elif cfg.embedding == "normed":
         x_BLD = norm(x_BLD, None, None, cfg)
+    if image is not None:
+        x_BLD = jnp.where(image.here_BL[..., None], image.x_BLD, x_BLD)
     if cfg.positions == "rope":
         return x_BLD
     learned_BLD: jax.Array = embed(top["position_TD"], positions_BL, cfg.dtype)
@@ -121,27 +120,6 @@ def embed_tokens(cfg: ModelConfig, top: Params, tokens_BL: jax.Array, positions_
 def final_norm(cfg: ModelConfig, top: Params, x_BLD: jax.Array) -> jax.Array:
     """The stream behind the last layer as every head reads it: normed, and divided where muP divides the logits."""
     return logits_factor(cfg) * norm(x_BLD, top.get("norm_final_D"), top.get("norm_final_bias_D"), cfg)
-
-
-def one_layer(tree: Params) -> Params:
-    """The names of stacked leaves as one layer calls them: q_NDHK is q_DHK inside the scan."""
-    return {name.replace("_N", "_", 1) if suffix(name).startswith("N") else name: x for name, x in tree.items()}
-
-
-def remat(cfg: ModelConfig, body: Callable) -> Callable:
-    """The scanned body of a layer, with what cfg.remat says computed again in the backward pass."""
-    policies = jax.checkpoint_policies
-    policy = {
-        "full": None,
-        "dots": policies.dots_with_no_batch_dims_saveable,
-        "names": policies.save_only_these_names(*cfg.remat_names),
-        "offload": policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[], names_which_can_be_offloaded=list(cfg.remat_names),
-            offload_src="device", offload_dst="pinned_host",
-        ),
-    }[cfg.remat]  # fmt: skip
-    # The scan already keeps the compiler from merging the recomputation with the forward pass.
-    return jax.checkpoint(body, prevent_cse=False, policy=policy)
 
 
 class Decoder(nn.Module):
@@ -159,6 +137,8 @@ class Decoder(nn.Module):
             self.layers, self.top = params.pop("layers"), params
             return
         cfg, size = self.cfg, dims(self.cfg, self.vocab_size, self.context)
+        if cfg.vision.patch:
+            size |= image_sizes(cfg)
         normal = nn.initializers.normal(cfg.init_std)
         starts = {
             "normal": normal,
@@ -168,7 +148,7 @@ class Decoder(nn.Module):
             "zeros": nn.initializers.zeros,
         }
 
-        def make(key: jax.Array, names: dict[str, str]) -> Params:
+        def make(key: jax.Array, names: dict[str, str], size: dict[str, int] = size) -> Params:
             keys = jax.random.split(key, len(names))
             shapes = {name: tuple(size[letter] for letter in suffix(name)) for name in names}
             return {
@@ -176,8 +156,14 @@ class Decoder(nn.Module):
                 for (n, s), k in zip(names.items(), keys, strict=True)
             }
 
+        def encoder(key: jax.Array) -> Params:
+            keys, (outside, inside) = jax.random.split(key), encoder_params(cfg)
+            own = image_sizes(cfg) | dims(cfg.encoder, 0, 0)
+            return make(keys[0], outside, own) | {"layers": make(keys[1], inside, own)}
+
         top = top_params(cfg)
-        self.top = {name: self.param(name, lambda key, n=name: make(key, {n: top[n]})[n]) for name in top}
+        made = {name: self.param(name, lambda key, n=name: make(key, {n: top[n]})[n]) for name in top}
+        self.top = made | ({"vision": self.param("vision", encoder)} if cfg.vision.patch and cfg.vision.layers else {})
         declared = getattr(self.block, "layer_params", layer_params)(cfg)
         for name in declared:
             if not suffix(name).startswith("N") or not set(suffix(name)) <= size.keys():
@@ -197,34 +183,47 @@ class Decoder(nn.Module):
         until_BL: jax.Array | None = None,
         cache: list[Cache] | None = None,
         key: jax.Array | None = None,
+        images: Images | None = None,
     ) -> tuple[jax.Array, list[Cache] | None]:
         """Hidden states x_BLD after the final norm, and the cache with the new tokens in it.
 
         Training gives segments_BL (documents of a packed row; 0 is padding) and may give a key, which turns dropout on;
         decoding a cache from `empty_cache`: see `extend`, which a loop calls itself, with parameters unstacked once.
-        Scoring may give until_BL in place of segments, for rows that hold a `tree` of texts.
+        Rows that hold a `tree` of texts have until_BL in place of segments.
         """
+        image = None if images is None else image_tokens(self.cfg, self.top, images)
         if cache is not None:
             params = unstacked({**self.top, "layers": self.layers}, self.cfg.dtype)
-            return extend(self, params, tokens_BL, positions_BL, cache)
+            return extend(self, params, tokens_BL, positions_BL, cache, image)
         assert (segments_BL is None) != (until_BL is None), "without a cache, one of them says who sees whom"
-        return self._run(tokens_BL, positions_BL, segments_BL, key, until_BL=until_BL)[0], None
+        return self._run(tokens_BL, positions_BL, segments_BL, key, until_BL=until_BL, image=image)[0], None
 
     def with_norms(
-        self, tokens_BL: jax.Array, positions_BL: jax.Array, segments_BL: jax.Array, *, key: jax.Array | None = None
+        self,
+        tokens_BL: jax.Array,
+        positions_BL: jax.Array,
+        segments_BL: jax.Array | None,
+        *,
+        until_BL: jax.Array | None = None,
+        key: jax.Array | None = None,
+        images: Images | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Hidden states x_BLD as in training, and rms_N, the root mean square of the stream after each layer."""
-        return self._run(tokens_BL, positions_BL, segments_BL, key, norms=True)
+        image = None if images is None else image_tokens(self.cfg, self.top, images)
+        return self._run(tokens_BL, positions_BL, segments_BL, key, norms=True, until_BL=until_BL, image=image)
 
-    def _run(self, tokens_BL, positions_BL, segments_BL, key, norms=False, until_BL=None):
+    def _run(self, tokens_BL, positions_BL, segments_BL, key, norms=False, until_BL=None, image=None):
         # A block of the user's own may look at its neighbours, so only ours is given rows in another order.
-        cfg, shards = self.cfg, num_shards(tokens_BL.shape[1]) if self.block is block and until_BL is None else 1
+        own = self.block is block and until_BL is None and image is None
+        cfg, shards = self.cfg, num_shards(tokens_BL.shape[1]) if own else 1
         if shards > 1:
             tokens_BL, positions_BL, segments_BL = (
                 to_zigzag(x, shards) for x in (tokens_BL, positions_BL, segments_BL)
             )
         mask = causal(segments_BL, self.packed, shards) if until_BL is None else tree(until_BL)
-        x_BLD = embed_tokens(cfg, self.top, tokens_BL, positions_BL)
+        if image is not None:
+            mask = seen_until(mask, image.last_BL)
+        x_BLD = embed_tokens(cfg, self.top, tokens_BL, positions_BL, image)
         layer_keys = None
         if key is not None and cfg.dropout:
             key_embed, key_layers = jax.random.split(key)
@@ -257,9 +256,42 @@ class Decoder(nn.Module):
         return logits(x_BLD, head(self.top), self.vocab_size, self.cfg.logit_softcap)
 
 
+def hidden_states(
+    decoder: Decoder, params: Params, batch: dict[str, jax.Array], *, key: jax.Array | None = None, **more: Any
+) -> Any:
+    """The result of the decoder, or of its `method`, for a batch of training rows.
+
+    inputs_BL and positions_BL hold the tokens; until_BL or else segments_BL say who sees whom (see `ops.reference`);
+    `Images` are there where the rows hold any.
+    """
+    until_BL = batch.get("until_BL")
+    segments_BL = batch["segments_BL"] if until_BL is None else None
+    tokens = batch["inputs_BL"], batch["positions_BL"], segments_BL
+    images = Images(*(batch[name] for name in Images._fields)) if "patches_BIPY" in batch else None
+    return decoder.apply({"params": params}, *tokens, until_BL=until_BL, key=key, images=images, **more)
+
+
 def head(params: Params) -> jax.Array:
     """head_VD: the output matrix, which is the embedding where the two are tied."""
     return params["head_VD"] if "head_VD" in params else params["embed_VD"]
+
+
+def logits(x_BLD: jax.Array, head_VD: jax.Array, vocab_size: int, softcap: float = 0.0) -> jax.Array:
+    """float32 logits_BLV of hidden states: see `cap_and_mask`."""
+    return cap_and_mask(jnp.einsum("BLD,VD->BLV", x_BLD, head_VD.astype(x_BLD.dtype)), vocab_size, softcap)
+
+
+def cap_and_mask(logits_BLV: jax.Array, vocab_size: int, softcap: float = 0.0) -> jax.Array:
+    """float32 logits_BLV of a head's product; the ids that only pad the vocabulary are masked out.
+
+    With a soft-cap c above 0 each logit z becomes c tanh(z / c) (Gemma 2, 2024).
+    """
+    logits_BLV = constrain(logits_BLV.astype(jnp.float32), "BLV")
+    if softcap:
+        logits_BLV = softcap * jnp.tanh(logits_BLV / softcap)
+    if vocab_size < logits_BLV.shape[-1]:
+        logits_BLV = jnp.where(jnp.arange(logits_BLV.shape[-1]) < vocab_size, logits_BLV, MASKED)
+    return logits_BLV
 
 
 def make_decoder(config: TrainConfig, block: Callable | None = None) -> Decoder:

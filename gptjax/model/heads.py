@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from gptjax.config import PpoConfig, TrainConfig
 from gptjax.model.block import Params
-from gptjax.model.decoder import Decoder
+from gptjax.model.decoder import Decoder, hidden_states
 from gptjax.model.lora import init_lora
 
 
@@ -47,13 +47,7 @@ def read_head(x_BLD: jax.Array, head_D: jax.Array) -> jax.Array:
 
 
 def answer_scores(decoder: Decoder, params: Params, batch: dict[str, jax.Array]) -> jax.Array:
-    """float32 score_BS of the answers of rows, each read at its last token, ends_BS.
-
-    inputs_BL and positions_BL hold the tokens; until_BL or segments_BL say who sees whom (see `ops.reference`).
-    """
-    until_BL = batch.get("until_BL")
-    segments_BL = batch["segments_BL"] if until_BL is None else None
-    tokens = batch["inputs_BL"], batch["positions_BL"], segments_BL
-    x_BLD, _ = decoder.apply({"params": params}, *tokens, until_BL=until_BL)
+    """float32 score_BS of the answers of rows, each read at its last token, ends_BS."""
+    x_BLD, _ = hidden_states(decoder, params, batch)
     x_BSD = jnp.take_along_axis(x_BLD, batch["ends_BS"][..., None], axis=1)
     return read_head(x_BSD, params["score_D"])

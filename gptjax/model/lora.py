@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from gptjax.config import LoraConfig, ModelConfig
 from gptjax.config.section import InputError
-from gptjax.model.decoder import Params, dims, layer_params
+from gptjax.model.block import Params, layer_params
+from gptjax.model.decoder import dims
 from gptjax.parallel.sharding import matrix, suffix
 
 

@@ -57,6 +57,11 @@ def tree(until_BL: jax.Array) -> AttentionMask:
     return AttentionMask(places_BL, until_BM=until_BL, aligned=True)
 
 
+def seen_until(mask: AttentionMask, last_BL: jax.Array) -> AttentionMask:
+    """The mask, with queries that see up to the place last_BL: the tokens of an image all of it, others their own."""
+    return dataclasses.replace(mask, query_BL=last_BL, aligned=False)
+
+
 def cached(positions_BL: jax.Array) -> AttentionMask:
     """Cached decoding: the token at position p sees the slots 0..p, which is all that was written."""
     return AttentionMask(positions_BL)

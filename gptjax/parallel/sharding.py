@@ -5,6 +5,8 @@
     H query heads           G key-value heads     J query heads that share a key-value head (H = G J)
     K head size             C positions of one chunk of the loss                    W words of a random key
     R rank of LoRA          S answers of one prompt
+    I images                P patches of an image         Y numbers of a patch    U numbers of patches that are merged
+    X hidden size between the encoder of images and the decoder
 
 `q_NDHK` is the stack of query projections; `inputs_BL` is a batch of token ids. The same names shard parameters,
 optimizer state, batches, activations and caches.

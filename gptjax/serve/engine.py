@@ -24,8 +24,7 @@ import numpy as np
 from gptjax.generation.engine import decode_params, drawable
 from gptjax.generation.sampling import apply_repetition_penalty, filter_logits, greedy
 from gptjax.model.cache import SERVED_BLOCK, served, served_cache
-from gptjax.model.decoder import Decoder, Params, extend
-from gptjax.model.head import MASKED, cap_and_mask
+from gptjax.model.decoder import MASKED, Decoder, Params, cap_and_mask, extend
 from gptjax.ops.decoding import decode_dtype
 from gptjax.ops.linear import linear
 from gptjax.parallel.sharding import constrain, constrain_tree, on_host, require_mesh

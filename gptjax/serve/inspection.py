@@ -20,8 +20,7 @@ from gptjax.config import ModelConfig
 from gptjax.config.section import InputError
 from gptjax.generation.engine import drawable
 from gptjax.model.block import heads, norm
-from gptjax.model.decoder import Params, embed_tokens, final_norm, unstacked
-from gptjax.model.head import cap_and_mask
+from gptjax.model.decoder import Params, cap_and_mask, embed_tokens, final_norm, unstacked
 from gptjax.ops.reference import cached
 from gptjax.parallel.sharding import on_host
 from gptjax.runs.load import LoadedModel

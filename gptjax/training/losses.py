@@ -6,8 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gptjax.model.decoder import Decoder, head
-from gptjax.model.head import cap_and_mask, logits
+from gptjax.model.decoder import Decoder, cap_and_mask, head, hidden_states, logits
 from gptjax.ops.linear import loss_chunks, transpose
 from gptjax.training.step import LossFn
 
@@ -20,12 +19,11 @@ def language_model_loss(decoder: Decoder, z_loss: float = 0.0, norms: bool = Fal
 
     def loss_fn(params: Any, frozen: Any, batch: dict[str, jax.Array], key: jax.Array):
         del frozen  # pretraining trains everything
-        inputs = (batch["inputs_BL"], batch["positions_BL"], batch["segments_BL"])
         more: dict[str, Any] = {}
         if norms:
-            x_BLD, more["activation_rms_N"] = decoder.apply({"params": params}, *inputs, key=key, method="with_norms")
+            x_BLD, more["activation_rms_N"] = hidden_states(decoder, params, batch, key=key, method="with_norms")
         else:
-            x_BLD, _ = decoder.apply({"params": params}, *inputs, key=key)
+            x_BLD, _ = hidden_states(decoder, params, batch, key=key)
         targets = (batch["targets_BL"], batch["weights_BL"], decoder.vocab_size)
         total = cross_entropy(x_BLD, head(params), *targets, z_loss=z_loss, softcap=decoder.cfg.logit_softcap)
         weight = batch["weights_BL"].sum()

@@ -58,7 +58,7 @@ def make_schedule(cfg: OptimConfig, steps: int) -> Schedule:
 
 def decays(name: str) -> bool:
     """True for matrices. Norms, biases and positions do not decay."""
-    return matrix(name) is not None and "T" not in suffix(name)
+    return matrix(name) is not None and not {"T", "P"} & set(suffix(name))
 
 
 def is_hidden(name: str) -> bool:
