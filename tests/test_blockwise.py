@@ -12,7 +12,7 @@ from attention_gradients import assert_close, value_and_grads
 
 from gptjax.config import MeshConfig
 from gptjax.ops.blockwise import attend_blockwise
-from gptjax.ops.reference import AttentionMask, attend, cached, causal
+from gptjax.ops.reference import AttentionMask, attend, cached, causal, seen_until, tree
 from gptjax.parallel.sharding import make_mesh, to_global
 
 pytestmark = pytest.mark.usefixtures("highest_precision")
@@ -34,6 +34,13 @@ class Case:
         if self.documents == "cached":  # the second row is far ahead of the first
             start_B1 = jnp.array([[3], [self.keys - self.queries]])
             return cached(start_B1 + jnp.arange(self.queries))
+        if self.documents in ("tree", "images"):
+            # A beginning of 6 with branches of 9 and 12; another text of 7; padding.
+            until = [27] * 6 + [15] * 9 + [27] * 12 + [34] * 7 + [self.keys] * (self.keys - 34)
+            last_BL = jnp.arange(self.keys).at[1:5].set(4).at[28:32].set(31)
+            until_BM = jnp.array([until, until], jnp.int32)
+            mask = tree(until_BM)
+            return seen_until(mask, jnp.stack([last_BL, last_BL])) if self.documents == "images" else mask
         lengths = {"one": [[self.keys], [self.keys]], "packed": [[10, 1, 15, 11], [20, 17]]}[self.documents]
         # In packed rows the last stretch is padding: segment 0.
         rows = [np.repeat([*range(1, len(n)), 0 if len(n) > 1 else 1], n) for n in lengths]
@@ -60,6 +67,10 @@ CASES = {
     "all at once": Case(options={"softcap": 1.5, "window": 11}, heads=(6, 2), block=16),
     "one key head": Case(heads=(4, 1)),
     "cache and window": Case(queries=5, keys=29, documents="cached", options={"window": 6}),
+    "a tree of texts": Case(documents="tree"),
+    "a tree of texts and a window": Case(documents="tree", options={"window": 7}),
+    "images that see themselves whole": Case(documents="images"),
+    "images in one block": Case(documents="images", block=64),
     "one query of a cache": Case(queries=1, keys=29, documents="cached"),
 }
 

@@ -36,6 +36,11 @@ SUBSET = [
     ("data=2 fsdp=2 tensor=2", 4, "dots", 1, "padded"),
     ("fsdp=4 context=2", 1, "none", 1, "packed"),
 ]
+IMAGES = [
+    ("fsdp=4 tensor=2", 4, "none", 0, "packed"),
+    ("fsdp=4 context=2", 1, "full", 1, "padded"),
+    ("data=8", 1, "names", 1, "packed"),
+]
 MODERN = [("tensor=2 context=4", 4, "names", 1, "padded"), ("fsdp=4 tensor=2", 1, "names", 0, "packed")]
 
 
@@ -60,7 +65,13 @@ def marked(cases: list[tuple]) -> list:
 
 @pytest.mark.parametrize(
     ("family", "options"),
-    marked([(f, s) for f, settings in (("gpt2", SUBSET), ("llama", SUBSET), ("modern", MODERN)) for s in settings]),
+    marked(
+        [
+            (family, options)
+            for family, tried in (("gpt2", SUBSET), ("llama", SUBSET), ("modern", MODERN), ("images", IMAGES))
+            for options in tried
+        ]
+    ),
     ids=str,
 )
 def test_a_mesh_and_its_settings_do_not_change_the_numbers(family, options):
@@ -83,7 +94,7 @@ def test_attention_that_sees_a_token_of_the_future_under_one_mesh_is_found(monke
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("family", ["gpt2", "llama", "modern"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "modern", "images"])
 @pytest.mark.parametrize(
     "options",
     list(itertools.product(MESHES, (1, 4), ("none", "full", "dots"), (1, 0), ("packed", "padded"))),

@@ -79,18 +79,16 @@ def attention(
 ) -> jax.Array:
     """out_BLHK of attention.attend, computed as cfg.attention says; a key turns dropout on.
 
-    The output bears the name "attention" for remat. A cache's queries, which are no rows of their own, take the plain
-    product or, several of them on many keys, blocks. A tree of texts takes the plain product.
+    The output bears the name "attention" for remat. Queries of a cache, a tree of texts, and rows with images take the
+    plain product or, on many keys, blocks.
     """
     L, M, on = q_BLHK.shape[1], k_BMGK.shape[1], device()
     seen = {"scale": scale, "window": window, "softcap": cfg.attention_softcap}
-    if L == 1 or mask.until_BM is not None:
-        # One query's scores are M numbers a head: for it the plain product already is linear in memory.
-        name = "plain"
-    elif mask.of_rows:
+    if mask.of_rows and mask.until_BM is None and L > 1:
         name = select_kernel(cfg, L, on)
     else:
-        blocks = cfg.attention == "blockwise" or (cfg.attention != "plain" and M > LONG)
+        # One query's scores are M numbers a head: for it the plain product already is linear in memory.
+        blocks = L > 1 and (cfg.attention == "blockwise" or (cfg.attention != "plain" and M > LONG))
         name = "blockwise" if blocks and not unsupported_reason("blockwise", cfg, on) else "plain"
     if name == "blockwise":
         return attend_blockwise(q_BLHK, k_BMGK, v_BMGK, mask, block=cfg.attention_block, **seen)

@@ -13,6 +13,7 @@ Beside the alphabet of sharding.py, Q counts blocks of queries and C blocks of k
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,14 +26,15 @@ from gptjax.parallel.sharding import axes_of, on_each_device
 
 
 @functools.partial(jax.tree_util.register_dataclass, meta_fields=[],
-                   data_fields=["first_BL", "last_BL", "segments"])  # fmt: skip
+                   data_fields=["first_BL", "last_BL", "segments", "until_BM"])  # fmt: skip
 @dataclasses.dataclass(frozen=True)
 class _Span:
-    """Each query sees the keys first_BL <= m <= last_BL and, given (query_segments_BL, key_segments_BM), of its own."""
+    """Each query sees the keys first_BL <= m <= last_BL, of those in its segment or with last_BL < until_BM."""
 
     first_BL: jax.Array
     last_BL: jax.Array
     segments: tuple[jax.Array, jax.Array] | None
+    until_BM: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +68,10 @@ def attend_blockwise(
     last_BL = jnp.minimum(mask.query_BL, M - 1)
     first_BL = jnp.zeros_like(last_BL) if window is None else jnp.maximum(mask.query_BL - window + 1, 0)
     query_BL, key_BM = mask.query_segments_BL, mask.key_segments_BM
-    span = _Span(first_BL, last_BL, None if query_BL is None or key_BM is None else (query_BL, key_BM))
+    segments = None if query_BL is None or key_BM is None else (query_BL, key_BM)
+    span = _Span(first_BL, last_BL, segments, mask.until_BM)
     k_BMGK, v_BMGK = divisible(q_BLHK, k_BMGK, v_BMGK)
-    options = _Options(scale, softcap, block, mask.of_rows, mask.shards)
+    options = _Options(scale, softcap, block, mask.of_rows and mask.until_BM is None, mask.shards)
     return _attend(options, q_BLHK, k_BMGK, v_BMGK, span)
 
 
@@ -184,9 +187,9 @@ def _on_each_device(function: Callable, options: _Options, axes: dict, span: _Sp
     Each device then has loops of its own, as long as its own rows and queries need. Left to itself, XLA would put the
     collectives inside the loops and, where the length is sharded, have each device do all of it.
     """
-    leaves, tree = jax.tree.flatten(span)
     keys = _keys(options)
-    of_span = jax.tree.unflatten(tree, ["BL", "BL", "BL", keys[:2]][: len(leaves)])
+    segments, until = span.segments and ("BL", keys[:2]), None if span.until_BM is None else keys[:2]
+    of_span: Any = dataclasses.replace(span, first_BL="BL", last_BL="BL", segments=segments, until_BM=until)
     words = ("BLHK", keys, keys, of_span, "BLHK", "BHL", "BLHK")
 
     def call(*arguments):
@@ -300,6 +303,11 @@ def visits(span: _Span, shards: int, M: int, size_L: int, size_M: int) -> tuple[
         query_BQL, key_BCM = span.segments[0][:, rows_QL], span.segments[1][:, keys_CM]
         needed_BQC &= query_BQL.min(axis=-1)[:, :, None] <= key_BCM.max(axis=-1)[:, None]
         needed_BQC &= key_BCM.min(axis=-1)[:, None] <= query_BQL.max(axis=-1)[:, :, None]
+    if span.until_BM is not None:
+        keys_CM = jnp.minimum(start_C, M - size_M)[:, None] + jnp.arange(size_M)
+        needed_BQC &= (
+            span.last_BL[:, rows_QL].min(axis=-1)[:, :, None] < span.until_BM[:, keys_CM].max(axis=-1)[:, None]
+        )
     needed_QC, c = needed_BQC.any(axis=0), jnp.arange(len(start_C))
     return start_Q, new_Q, jnp.where(needed_QC, c, len(c)).min(axis=1), jnp.where(needed_QC, c + 1, 0).max(axis=1)
 
@@ -307,7 +315,7 @@ def visits(span: _Span, shards: int, M: int, size_L: int, size_M: int) -> tuple[
 def _part(span: _Span, start: jax.Array, size_L: int) -> _Span:
     """The span of one block of queries."""
     segments = span.segments and (_cut(span.segments[0], start, size_L), span.segments[1])
-    return _Span(_cut(span.first_BL, start, size_L), _cut(span.last_BL, start, size_L), segments)
+    return _Span(_cut(span.first_BL, start, size_L), _cut(span.last_BL, start, size_L), segments, span.until_BM)
 
 
 def _seen(part: _Span, c: jax.Array, size_M: int, M: int) -> jax.Array:
@@ -317,6 +325,8 @@ def _seen(part: _Span, c: jax.Array, size_M: int, M: int) -> jax.Array:
     seen_BLM = (first_BL[:, :, None] <= place_M) & (place_M <= part.last_BL[:, :, None])
     if part.segments is not None:
         seen_BLM &= part.segments[0][:, :, None] == _cut(part.segments[1], c * size_M, size_M)[:, None, :]
+    if part.until_BM is not None:
+        seen_BLM &= part.last_BL[:, :, None] < _cut(part.until_BM, c * size_M, size_M)[:, None, :]
     return seen_BLM
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from gptjax.config import MeshConfig
+from gptjax.config import MeshConfig, VisionConfig
 from gptjax.data.packing import Batch, pack_documents, pad_documents
 from gptjax.diagnostics.verify.settings import Setting
 from gptjax.model.decoder import Decoder, init_params
@@ -51,8 +51,10 @@ def device_mesh(mesh: MeshConfig | None) -> Mesh:
     return make_mesh(MeshConfig(), jax.local_devices()[:1]) if mesh is None else make_mesh(mesh)
 
 
-def batch(step: int, packing: str, rows: int = 32) -> Batch:
-    """Rows of three documents each, or the same documents one a row."""
+def batch(step: int, packing: str, rows: int = 32, vision: VisionConfig | None = None) -> Batch:
+    """Rows of three documents each, or the same documents one a row, with images where a model reads them."""
+    if vision and vision.patch:
+        return with_images(batch(step, packing, rows), vision)
     rng = np.random.default_rng(step)
     sizes = [(a, b, LENGTH + 3 - a - b) for a, b in rng.integers(4, 10, (rows, 2)).tolist()]  # inputs are one shorter
     documents = [rng.integers(0, VOCAB, n).tolist() for n in itertools.chain(*sizes)]
@@ -61,6 +63,29 @@ def batch(step: int, packing: str, rows: int = 32) -> Batch:
     packed = pack_documents(documents, LENGTH)
     assert (packed["segments_BL"].max(axis=1) == 3).all()
     return packed
+
+
+def with_images(rows: Batch, vision: VisionConfig) -> Batch:
+    """The rows with an image behind the first token of every document that has room for one and a token more."""
+    T, (count, length) = vision.num_tokens, rows["inputs_BL"].shape
+    last_BL = np.tile(np.arange(length, dtype=np.int32), (count, 1))
+    index_BL, until_BL = np.full_like(last_BL, -1), np.full_like(last_BL, length)
+    weights_BL = rows["weights_BL"].copy()
+    patches_BIPY = np.zeros((count, 3, vision.num_patches, vision.patch_size), np.uint8)
+    for row, segments_L in enumerate(rows["segments_BL"]):
+        image = 0
+        for number in range(1, segments_L.max() + 1):
+            places = np.flatnonzero(segments_L == number)
+            until_BL[row, places] = places[-1] + 1
+            if len(places) < T + 2:
+                continue
+            seed, here = rows["inputs_BL"][row, places].tolist(), places[1 : T + 1]
+            patches_BIPY[row, image] = np.random.default_rng(seed).integers(0, 256, patches_BIPY.shape[2:])
+            index_BL[row, here], last_BL[row, here] = np.arange(T) + image * T, here[-1]
+            weights_BL[row, places[: T + 1]] = 0
+            image += 1
+    images = {"patches_BIPY": patches_BIPY, "index_BL": index_BL, "last_BL": last_BL, "until_BL": until_BL}
+    return {**rows, "weights_BL": weights_BL, **images}
 
 
 def num_rows() -> int:
@@ -95,7 +120,7 @@ def compiled(setting: Setting) -> Callable:
             language_model_loss(decoder_of(setting)), optimizer(), lambda _: jnp.float32(1e-2), setting.accumulate
         )
         # Shapes alone: several processes may not give jit arrays of the host.
-        given = state, {}, batch(0, setting.packing, rows)
+        given = state, {}, batch(0, setting.packing, rows, setting.model.vision)
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given)
         return compile_step(step, mesh, *shapes).lower(*shapes).compile()
 
@@ -108,7 +133,7 @@ def run(setting: Setting, step: Callable | None = None) -> Numbers:
     with jax.set_mesh(mesh):
         state = to_global(first_state(setting.family), mesh)
         for i in range(STEPS):
-            state, metrics = step(state, {}, to_global(batch(i, setting.packing, rows), mesh))
+            state, metrics = step(state, {}, to_global(batch(i, setting.packing, rows, setting.model.vision), mesh))
             losses.append(float(metrics["loss"]))
             gradients = on_host(state.opt_state[0].trace) if gradients is None else gradients
     return Numbers(losses, gradients)

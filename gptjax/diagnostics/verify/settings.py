@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 from typing import Any
 
-from gptjax.config import MeshConfig, ModelConfig
+from gptjax.config import MeshConfig, ModelConfig, VisionConfig
 from gptjax.config.attention import KERNELS
 from gptjax.ops.attention import unsupported_reason
 from gptjax.ops.device import device
@@ -19,6 +19,9 @@ MODELS = {
     "modern": dataclasses.replace(
         GPT2, positions="rope", norm="rmsnorm", activation="relu2", biases=False, tied=False, qk_norm=True, window=5,
         global_every=2, attention_softcap=20.0, logit_softcap=15.0,
+    ),
+    "images": dataclasses.replace(
+        GPT2, vision=VisionConfig(patch=2, side=8, merge=2, layers=2, width=16, num_heads=4)
     ),
     # Heads of a size that the kernels of accelerators support.
     "kernels": dataclasses.replace(GPT2, head_dim=128, num_heads=2),
@@ -101,6 +104,10 @@ def settings(over: list[MeshConfig]) -> list[Setting]:
         family = ("gpt2", "llama")[half ^ (i // (2 * len(REMATS)) % 2)]
         tried.append(Setting(family=family, mesh=over[i % len(over)], remat=REMATS[turn], **options))
     tried.append(Setting(family="gpt2", mesh=over[-1], remat="offload"))
+    tried += [
+        Setting(family="images", mesh=over[-1], accumulate=4),
+        Setting(family="images", mesh=over[0], remat="full"),
+    ]
     whole = next(mesh for mesh in reversed(over) if mesh.context == 1)  # kernels of accelerators need whole rows
     usable = [name for name in PLATFORM_KERNELS if not unsupported_kernel(name)]
     return tried + [Setting(family=kernel_model(n), attention=n, mesh=mesh) for n in usable for mesh in (None, whole)]
