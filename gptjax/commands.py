@@ -102,6 +102,7 @@ def evaluate_trained(model: LoadedModel, max_rows: int = 0) -> dict[str, Any]:
             f"{model.run.folder} is a run by gptjax {model.config.stage}, which holds out prompts, no text; "
             "wanted --tasks"
         )
+    from gptjax.data.chats import ChatData
     from gptjax.data.packing import example_batch
     from gptjax.data.pairs import PreferenceData
     from gptjax.data.pipeline import open_pipeline
@@ -119,7 +120,8 @@ def evaluate_trained(model: LoadedModel, max_rows: int = 0) -> dict[str, Any]:
     if isinstance(data, PreferenceData):
         return {"step": model.step, **_evaluate_preferences(model, data, max_rows)}
     with jax.set_mesh(model.mesh):
-        example = abstract(example_batch(model.config.data.batch_size, model.config.data.length), model.mesh)
+        size, length = model.config.data.batch_size, model.config.data.length
+        example = abstract(data.example if isinstance(data, ChatData) else example_batch(size, length), model.mesh)
         eval_step = make_eval_step(model.decoder, model.mesh, model.params, example)
         metrics = evaluate(eval_step, model.params, data.validation, max_rows, model.mesh)
     return {"step": model.step, **metrics}

@@ -45,6 +45,8 @@ class PretrainingText:
         if not mine:
             root, at = load_config(config.init), config.init
             while isinstance(root, TuneConfig):
+                if root.from_scratch:
+                    raise InputError(f"ptx.source='init': {at} began from random weights, with no text; give one")
                 root, at = load_config(root.init), root.init
             data, folder = root.data, Run.at(at).data
             if data.loading == "stream":

@@ -37,6 +37,9 @@ class LoraConfig(Section):
         )
 
 
+SCRATCH = "scratch"  # as `init`: no run, but random weights
+
+
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig(TrainConfig):
     """Training that begins from the run in `init`, whose model and tokenizer it has.
@@ -55,9 +58,20 @@ class TuneConfig(TrainConfig):
     """Passes over the records that are trained on, where `steps` is 0."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
+    @property
+    def from_scratch(self) -> bool:
+        """True where training begins from random weights, with the model and tokenizer of these settings."""
+        return self.init == SCRATCH
+
     def __post_init__(self):
         super().__post_init__()
         self.require_positive("epochs")
+        if self.from_scratch:
+            self.require(self.stage == "sft", "init", f"a run with gptjax {self.stage}; {SCRATCH} is for gptjax sft")
+            self.lora.require(not self.lora.rank, "rank", f"0 with init={SCRATCH}, which has no weights to adapt")
+            ready = self.tokenizer.kind == "bytes" or bool(self.tokenizer.path)
+            then = "or --tokenizer.kind bytes --tokenizer.vocab-size 258"
+            self.tokenizer.require(ready, "path", f"a tokenizer that is made already with init={SCRATCH}", then)
         for f in dataclasses.fields(DataConfig):
             value = getattr(self.data, f.name)
             ours = f.name in ("source", "batch_size", "length", "validation_fraction")
@@ -68,8 +82,9 @@ class TuneConfig(TrainConfig):
 class SftConfig(TuneConfig):
     """Supervised fine-tuning of the run in `init` on conversations, whose model and tokenizer it has.
 
-    Of `model` dropout, dtype, attention, attention_block, remat, remat_names and unroll are its own, of `tokenizer` the
-    template; data.source is a file of conversations, or a folder of them.
+    Of `model` dropout, dtype, attention, attention_block, remat, remat_names and unroll are its own, and vision where
+    that run reads no images, of `tokenizer` the template; data.source is a file of conversations, or a folder of them.
+    With --init scratch the weights are random, and model and tokenizer those of the settings.
     """
 
     stage: ClassVar[str] = "sft"

@@ -14,6 +14,7 @@ import numpy as np
 
 from gptjax.config.section import InputError, one_line
 from gptjax.data.formats import read_records
+from gptjax.data.image_messages import RecordImages
 from gptjax.data.packing import Batch, MemorySplit, Spans, cut
 from gptjax.data.permutation import shuffled
 from gptjax.tokenizer.tool_calls import ToolSpec, checked_calls, checked_tools
@@ -22,36 +23,48 @@ Messages = list[dict[str, Any]]
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
 
-def messages_of(record: Any, origin: str) -> Messages:
+def messages_of(record: Any, origin: str, folder: Path | None = None) -> Messages:
     """The messages of a record, in the forms that Hugging Face's datasets have.
 
     "messages" is a list of {"role", "content"}, "conversations" one of {"from", "value"}; "prompt" and "completion"
-    are two texts. In "messages" an answer may have "tool_calls" beside its content, and messages of the role "tool"
-    behind it hold their results, as OpenAI's API has them. Raises InputError, which names `origin`, where a record has
-    another form.
+    are two texts, and so are "question" and "answer" about an image. In "messages" an answer may have "tool_calls"
+    beside its content, and messages of the role "tool" behind it hold their results, as OpenAI's API has them. Content
+    may be a list of parts, which stays one where it holds images: {"type": "text", "text"} and {"type": "image",
+    "image": Picture}; see `RecordImages`. `folder` is that of the record's file, in which images lie; None: none is
+    read from a file. Raises InputError, which names `origin`, where a record has another form.
     """
-    if isinstance(record, Mapping) and isinstance(record.get("prompt"), str):
-        if not isinstance(record.get("completion"), str):
-            raise InputError(f"{origin} has a prompt and no completion; wanted both as texts, or messages")
-        return [{"role": "user", "content": record["prompt"]}, {"role": "assistant", "content": record["completion"]}]
+    given: Mapping[str, Any] = record if isinstance(record, Mapping) else {}
+    images = RecordImages(given, origin, folder)
+    pair = ("question", "answer") if images.pictures and "prompt" not in given else ("prompt", "completion")
+    if isinstance(given.get(pair[0]), str):
+        if not isinstance(given.get(pair[1]), str):
+            raise InputError(f"{origin} has a {pair[0]} and no {pair[1]}; wanted both as texts, or messages")
+        said = images.content(given[pair[0]], "user", f"{origin}: {pair[0]}")
+        messages = [{"role": "user", "content": said}, {"role": "assistant", "content": given[pair[1]]}]
+        images.finish(messages)
+        return messages
     for name, role, content in (("messages", "role", "content"), ("conversations", "from", "value")):
-        if not isinstance(record, Mapping) or not isinstance(turns := record.get(name), list):
+        if not isinstance(turns := given.get(name), list):
             continue
-        return [_message(turn, role, content, f"{origin}: {name}[{i}]") for i, turn in enumerate(turns)]
+        messages = [_message(turn, role, content, f"{origin}: {name}[{i}]", images) for i, turn in enumerate(turns)]
+        images.finish(messages)
+        return messages
     fields = f"the fields {', '.join(map(str, record))}" if isinstance(record, Mapping) else one_line(repr(record), 80)
     raise InputError(f"{origin} has {fields}; wanted messages, conversations, or prompt and completion")
 
 
-def _message(turn: Any, role: str, content: str, where: str) -> dict[str, Any]:
+def _message(turn: Any, role: str, content: str, where: str, images: RecordImages) -> dict[str, Any]:
     got: Mapping[str, Any] = turn if isinstance(turn, Mapping) else {}
     said, text = got.get(role), got.get(content)
     calls = got.get("tool_calls") if said == "assistant" else None
     known = (*ROLES, "tool") if role == "role" else tuple(ROLES)
-    if not isinstance(said, str) or said not in known or not (isinstance(text, str) or (calls and text is None)):
+    is_content = isinstance(text, str | list) or (calls and text is None)
+    if not isinstance(said, str) or said not in known or not is_content:
         raise InputError(
-            f'{where} is {one_line(json.dumps(turn), 80)}; wanted {{"{role}": one of {", ".join(known)}, '
+            f'{where} is {one_line(json.dumps(turn, default=repr), 80)}; wanted {{"{role}": one of {", ".join(known)}, '
             f'"{content}": a text}}'
         )
+    text = images.content(text, ROLES.get(said, said), where)
     if said == "tool":
         return {"role": said, "tool_call_id": str(got.get("tool_call_id") or ""), "content": text}
     made = {"tool_calls": [call.as_openai() for call in checked_calls(calls, where)]} if calls else {}
@@ -75,7 +88,7 @@ def tools_of(record: Any, origin: str) -> list[ToolSpec]:
 def read_conversations(path: Path) -> Iterator[Messages]:
     """Yields the messages of each record of a file (see `read_records`); raises InputError, which names the place."""
     for origin, record in read_records(path):
-        yield messages_of(record, origin)
+        yield messages_of(record, origin, path.parent)
 
 
 def pack_best_fit(sizes: Sequence[int], length: int) -> list[list[int]]:

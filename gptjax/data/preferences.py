@@ -15,6 +15,7 @@ from gptjax.config import ModelConfig
 from gptjax.config.section import InputError, one_line
 from gptjax.data.dialogue import Messages, messages_of
 from gptjax.data.formats import read_records
+from gptjax.data.image_messages import refuse_images
 from gptjax.data.packing import Batch, example_batch, pad_documents
 from gptjax.data.permutation import shuffled
 from gptjax.tokenizer.interface import Tokenizer
@@ -61,6 +62,7 @@ def preference_of(record: Any, origin: str) -> Preference:
     if not prompt or prompt[-1]["role"] != "user":
         last = prompt[-1]["role"] if prompt else "nothing"
         raise InputError(f"{origin}: the prompt ends with {last}; wanted a message of the user, which is answered")
+    refuse_images(record, [*prompt, *(message for answer in answers for message in answer)], origin)
     for i, answer in enumerate(answers):
         if not answer or answer[0]["role"] != "assistant" or answer[-1]["role"] != "assistant":
             raise InputError(f"{origin}: answer {i + 1} is not the assistant's; {WANTED}")
@@ -187,13 +189,17 @@ MOST_SHARED = 2048
 
 
 def shares_prompts(model: ModelConfig, length: int) -> bool:
-    """True where the answers of a prompt can stand behind it in one row, as a tree.
+    """True where the answers of a prompt stand behind it in one row, as a tree whose attention is not too large."""
+    return length <= MOST_SHARED and keeps_branches(model, length)
 
-    A block of the user's own may look at its neighbours, and by place an answer is further from its prompt than by
+
+def keeps_branches(model: ModelConfig, length: int) -> bool:
+    """True where texts that begin alike can share their beginning in a row, as a tree.
+
+    A block of the user's own may look at its neighbours, and by place a text is further from its beginning than by
     position: a window would hide what it should not.
     """
-    windows = [window for window in model.layer_windows if window is not None]
-    return not model.block and length <= min([MOST_SHARED, *windows])
+    return not model.block and all(window is None or length <= window for window in model.layer_windows)
 
 
 class AnswerTrees(PromptRows):

@@ -18,6 +18,7 @@ from gptjax.data.batches import ALL_ROWS, DataState, RowSlice
 from gptjax.data.dialogue import messages_of
 from gptjax.data.formats import read_records
 from gptjax.data.holdout import unit_hash
+from gptjax.data.image_messages import refuse_images
 from gptjax.data.packing import Batch
 from gptjax.data.permutation import shuffled
 from gptjax.data.rendered import RecordData, held_out, record_files, tuned_tokenizer
@@ -52,6 +53,7 @@ def prompt_of(record: Any, origin: str, tokenizer: Tokenizer) -> Prompt:
     asked = [{"role": "user", "content": given}] if isinstance(given, str) else messages_of({"messages": given}, origin)
     if not asked or asked[-1]["role"] != "user":
         raise InputError(f"{origin}: the prompt ends with {asked[-1]['role'] if asked else 'nothing'}; {WANTED}")
+    refuse_images(record, asked, origin)
     try:
         if tokenizer.template:
             ids, _ = template_of(tokenizer).render(tokenizer, asked, add_generation_prompt=True)

@@ -14,10 +14,19 @@ from gptjax.data.batches import ALL_ROWS, DataState, RowSlice
 from gptjax.data.dialogue import Messages
 from gptjax.data.formats import kind_of
 from gptjax.data.holdout import unit_hash
+from gptjax.data.image_messages import pictures_of
 from gptjax.data.packing import Batch
 from gptjax.data.sources import source_paths
 from gptjax.data.validation import another_source, data_changed
-from gptjax.tokenizer import META_FILE, BytesTokenizer, Tokenizer, load_tokenizer, open_tokenizer, set_template
+from gptjax.tokenizer import (
+    META_FILE,
+    BytesTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    make_tokenizer,
+    open_tokenizer,
+    set_template,
+)
 from gptjax.tokenizer.known_templates import TEMPLATES
 
 
@@ -107,6 +116,8 @@ def tuned_tokenizer(config: TuneConfig, kept: Path | None = None) -> Tokenizer:
     cfg = config.tokenizer
     if kept is not None and (kept / META_FILE).exists():
         tokenizer = load_tokenizer(kept)
+    elif config.from_scratch:
+        tokenizer = make_tokenizer(cfg, iter(()))
     else:
         tokenizer = BytesTokenizer() if cfg.kind == "bytes" else open_tokenizer(cfg.path, cfg.kind, cfg.pattern)
     set_template(tokenizer, cfg.template)
@@ -142,6 +153,8 @@ def held_out(
 
 
 def question_hash(messages: Messages) -> float:
-    """A number from 0 to 1 of the first message of a user, by which it is held out."""
+    """A number from 0 to 1 of the first image, or else the first message of a user, by which it is held out."""
+    if pictures := pictures_of(messages):
+        return unit_hash(bytes.fromhex(pictures[0].key))
     asked = next((turn["content"] for turn in messages if turn["role"] == "user"), "")
     return unit_hash(hashlib.sha256(asked.encode("utf-8", "surrogatepass")).digest())

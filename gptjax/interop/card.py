@@ -5,6 +5,7 @@ from typing import Any
 
 from gptjax.config import ModelConfig, TrainConfig
 from gptjax.config.export import ExportConfig
+from gptjax.config.tuning import SCRATCH
 from gptjax.model.counts import parameters
 from gptjax.runs.run import Run
 from gptjax.runtime.versions import __version__
@@ -57,7 +58,7 @@ def _origin(config: TrainConfig, step: int, lines: list[dict[str, Any]]) -> str:
     if not lines:
         return f"A language model that was imported into gptjax from {source_name(config.data.source)}."
     names = ", ".join(source_name(source) for source in config.data.sources.values())
-    begun = f", beginning with the weights of {source_name(config.init)}" if config.init else ""
+    begun = f", beginning with the weights of {source_name(config.init)}" if config.init not in ("", SCRATCH) else ""
     return f"A language model trained on {names} with gptjax{begun}."
 
 

@@ -1,10 +1,12 @@
 """Settings of `--init RUN` against those of the run whose weights it takes, or as taken from it. Imports no jax."""
 
 import dataclasses
+import operator
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from gptjax.config import ModelConfig, TokenizerConfig, TrainConfig, TuneConfig
+from gptjax.config import ModelConfig, TokenizerConfig, TrainConfig, TuneConfig, VisionConfig
 from gptjax.config.section import InputError
 from gptjax.runs.manifest import committed_steps
 from gptjax.runs.run import Run, load_config
@@ -24,12 +26,16 @@ OWN = ("dropout", "dtype", "attention", "attention_block", "remat", "remat_names
 def with_init(config: TuneConfig, given: Collection[str] = ()) -> TuneConfig:
     """The settings with the model and tokenizer of the run in config.init, or of config.run_dir once that was begun.
 
-    Raises InputError where there is no such run, and where a setting of the model or the tokenizer, given by name or
-    other than the default, differs from the run's.
+    With init=scratch they are the settings' own, and where that run reads no images so is model.vision. Raises
+    InputError where there is no such run, and where a setting of the model or the tokenizer, given by name or other
+    than the default, differs from the run's.
     """
+    if config.from_scratch:
+        return config
     begun = bool(committed_steps(Run.at(config.run_dir).checkpoints))
     if not config.init:
-        raise InputError("init='': wanted the run to fine-tune, pretrained or imported; add --init RUN")
+        scratch = " (--init scratch: random weights)" if config.stage == "sft" else ""
+        raise InputError(f"init='': wanted the run to fine-tune, pretrained or imported; add --init RUN{scratch}")
     base = load_config(config.run_dir if begun else config.init)
     if base.model.block != config.model.block:
         raise InputError(
@@ -45,16 +51,28 @@ def with_init(config: TuneConfig, given: Collection[str] = ()) -> TuneConfig:
         pattern=base.tokenizer.pattern,
         template=config.tokenizer.template or base.tokenizer.template,
     )
-    model = dataclasses.replace(base.model, **{name: getattr(config.model, name) for name in OWN})
+    own = OWN if base.model.vision.patch else (*OWN, "vision")
+    if len(own) > len(OWN) and config.model.vision.patch and config.lora.rank:
+        raise InputError(
+            f"lora.rank={config.lora.rank}: init={config.init!r} reads no images yet, and a new encoder needs all of "
+            "its weights; wanted --lora.rank 0"
+        )
+    model = dataclasses.replace(base.model, **{name: getattr(config.model, name) for name in own})
     return dataclasses.replace(config, init=str(Run.at(config.init).folder), model=model, tokenizer=tokenizer)
 
 
 def _taken(config: TuneConfig, base: TrainConfig, given: Collection[str]) -> Iterator[tuple[str, object, object]]:
     """Yields (name, value, the base's) of the settings that are taken from the base, and were set to another value."""
-    for group, own, default in (("model", OWN, ModelConfig()), ("tokenizer", ("template", "path"), TokenizerConfig())):
+    groups: list[tuple[str, tuple[str, ...], Any]] = [
+        ("model", (*OWN, "vision"), ModelConfig()),
+        ("tokenizer", ("template", "path"), TokenizerConfig()),
+    ]
+    if base.model.vision.patch:  # else images are read for the first time
+        groups.append(("model.vision", (), VisionConfig()))
+    for group, own, default in groups:
         for f in dataclasses.fields(default):
             name = f"{group}.{f.name}"
-            got, wanted = (getattr(getattr(c, group), f.name) for c in (config, base))
+            got, wanted = (operator.attrgetter(name)(c) for c in (config, base))
             set_here = name in given or got != getattr(default, f.name)
             if f.name not in own and set_here and got != wanted:
                 yield name, got, wanted
@@ -83,7 +101,11 @@ def check_heads(config: TrainConfig, run_dir: str | Path, asked: Sequence[str] =
 
 def _check_settings(old: TrainConfig, config: TrainConfig) -> None:
     """Raises InputError unless the old weights mean what they meant."""
-    names = [*MEANING, *(() if config.data.length > old.data.length else REACH)]
+    names = [
+        *MEANING,
+        *(("vision",) if old.model.vision.patch else ()),
+        *(() if config.data.length > old.data.length else REACH),
+    ]
     if config.model.positions != "rope":  # else they say nothing
         names = [name for name in names if not name.startswith("rope_")]
     pairs = {name: (getattr(old.model, name), getattr(config.model, name)) for name in names}

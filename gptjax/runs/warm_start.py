@@ -1,7 +1,7 @@
 """Starting a run from another run's weights: `--init RUN`, with a schedule, optimizer and data order of its own.
 
 Resuming goes on with a run as it was; this makes a new one. The context may be longer and the vocabulary larger: rows
-that the old weights do not have begin as in a new model.
+that the old weights do not have begin as in a new model, and so does an encoder of images that they lack.
 """
 
 from typing import Any
@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from gptjax.config import TrainConfig, TuneConfig
 from gptjax.config.plugins import optional
 from gptjax.config.section import InputError
+from gptjax.model.vision import projector_params
 from gptjax.parallel.sharding import shardings
 from gptjax.runs.digest import named_leaves
 from gptjax.runs.load import LoadedModel, load_model
@@ -35,22 +36,25 @@ def warm_start(
     # The old run's block is not read from its folder: it is the one that this run was given.
     old = load_model(config.init, config.mesh, block=optional(config.model.block, "model.block"))
     _check_tokens(old, tokenizer)
-    heads = {name: state.params[name] for name in config.heads}  # which that run has none of
-    _check_shapes(old, {name: x for name, x in state.params.items() if name not in heads}, config)
+    names = {*config.heads}  # which that run has none of
+    if not old.config.model.vision.patch:
+        names |= {"vision", *projector_params(config.model)} & state.params.keys()
+    new = {name: state.params[name] for name in names}
+    _check_shapes(old, {name: x for name, x in state.params.items() if name not in new}, config)
     rows = {
         "tokenizer.vocab_size": old.config.tokenizer.vocab_size,  # what only padded the old vocabulary stays behind
         "data.length": old.config.data.length,
     }
 
     def merged(path: Any, fresh: jax.Array, kept: jax.Array) -> jax.Array:
-        limit = GROWING.get(path[-1].key)
+        limit = GROWING.get(path[-1].key) if len(path) == 1 else None
         return fresh.at[: rows[limit]].set(kept[: rows[limit]]) if limit else kept
 
     def merge(fresh: Any, kept: Any) -> tuple[Any, Any, Any]:
         params = jax.tree_util.tree_map_with_path(merged, fresh, kept)
         return params, tx.init(params), params if state.ema else {}
 
-    kept = old.params | heads
+    kept = old.params | new
     shapes = jax.eval_shape(merge, state.params, kept)
     params, opt_state, ema = jax.jit(merge, out_shardings=shardings(shapes, mesh))(state.params, kept)
     return state.replace(params=params, opt_state=opt_state, ema=ema)  # pyright: ignore[reportAttributeAccessIssue]

@@ -50,7 +50,8 @@ def check_early(config: TrainConfig) -> None:
     named_tasks(config.evaluate.tasks)
     if "://" not in str(run.folder) and (run.folder / ".lock").is_file():
         filesystem(run.folder).lock(run.folder)  # until this process ends; raises InputError where another has it
-    if config.init and not begun:
+    scratch = isinstance(config, TuneConfig) and config.from_scratch
+    if config.init and not begun and not scratch:
         check_init(config)
     if not begun:
         check_trainable(config.tokenizer)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from gptjax.config import SftConfig
 from gptjax.data.chats import ChatData
-from gptjax.data.packing import example_batch
 from gptjax.evals.during import measure_tasks, named_tasks
 from gptjax.evals.loss import evaluate, make_eval_step
 from gptjax.parallel.processes import say
@@ -28,13 +27,13 @@ def sft(config: SftConfig, provenance: Provenance) -> Path:
         mesh, config = group.mesh, group.config
         # -- Data, in memory: from it follow the steps, and from these the schedule.
         with reading(config, "reading conversations") as (run, resumes):
-            data = ChatData(config, run.data, training=True)
+            data = ChatData(config, run.data, training=True, resumes=resumes)
         config = dataclasses.replace(config, steps=data.steps)
 
         # -- Model, optimizer and step: functions and shapes alone. With config.lora the state is that of its leaves.
         tasks = named_tasks(config.evaluate.tasks)
         tuning = Tuning(config, mesh)
-        example = abstract(example_batch(config.data.batch_size, config.data.length), mesh)
+        example = abstract(data.example, mesh)
         group.describe_step(config, tuning.shapes, tuning.frozen_shapes)
         say(entry("data", data.describe()))
 

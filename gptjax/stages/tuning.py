@@ -38,11 +38,12 @@ def reading(config: TuneConfig, records: str) -> Generator[tuple[Run, bool]]:
     """
     run = Run.at(config.run_dir)
     resumes = bool(committed_steps(run.checkpoints))
-    if not resumes:
+    if not resumes and not config.from_scratch:
         check_init(config)
     with main_process_first("data"), working(records):
-        source = run if resumes else Run.existing(config.init)
-        source.pull(source.tokenizer)
+        if resumes or not config.from_scratch:
+            source = run if resumes else Run.existing(config.init)
+            source.pull(source.tokenizer)
         yield run, resumes
 
 
@@ -85,7 +86,7 @@ class Tuning:
         self._merge = jax.jit(merge_lora, out_shardings=shardings(self.whole_shapes, mesh))
 
     def begin(self, runner: Runner, data: DataPipeline) -> tuple[TrainState, DataState, dict[str, Params]]:
-        """(state, state of the data, frozen) of the newest checkpoint, else those of the run in config.init.
+        """(state, state of the data, frozen) of the newest checkpoint, else those of the run in config.init, if any.
 
         With a base the data's state names its step and digest in "base", and so do all that follow from it. Raises
         InputError where the data or the base are not what they were, and where config.init does not fit the settings.
@@ -98,9 +99,9 @@ class Tuning:
         else:
             with working("making the first weights"):
                 state, cursor = jax.block_until_ready(init_state(self._init, config.seed, mesh)), data.start
-            if not self.adapts:
+            if not self.adapts and not config.from_scratch:
                 state = warm_start(config, data.tokenizer, state, self.tx, mesh)
-            say(f"weights from {config.init}")
+            say(f"random weights of seed {config.seed}" if config.from_scratch else f"weights from {config.init}")
         if not self.keeps_base:
             return state, cursor, {}
         with working("reading the base"):

@@ -5,6 +5,7 @@ template's parts: a special token of the parts is its id, the text between two o
 of a message can become no special token.
 """
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,12 +23,17 @@ class Piece(NamedTuple):
     """A special token by its name ({bos} and {eos} are the tokenizer's), or text; the loss counts it by its weight.
 
     `spaced` is True for a text whose first space is a part's: it stands for the one that some tokenizers put in front.
+    `is_image` is True for the place of an image, which is a token that no tokenizer has.
     """
 
     text: str
     is_token: bool
     weight: int
     spaced: bool = False
+    is_image: bool = False
+
+
+IMAGE = Piece("{image}", True, 0, is_image=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,19 +107,20 @@ class Template:
 
         With `add_generation_prompt` the ids end where an answer begins. The ids of the first messages up to where an
         answer begins, and up to its end, are a prefix of those of all messages. `tools` are those that the model is
-        told of. Raises InputError where the messages are not of the form that the template has, or the tokenizer lacks
-        a token of it.
+        told of. Where the user's content is a list of parts, {"type": "text", "text": ...} and {"type": "image"}, the
+        ids of the images are -1, -2, ... in their order. Raises InputError where the messages are not of the form that
+        the template has, or the tokenizer lacks a token of it.
         """
         names = (*self.tokens, "{bos}", "{eos}", *self.marks(tokenizer).values())
         given = self.pieces(messages, add_generation_prompt, tools)
-        pieces = _joined([p if p.text in names else p._replace(is_token=False) for p in given])
+        pieces = _joined([p if p.is_image or p.text in names else p._replace(is_token=False) for p in given])
         texts, starts = [], []
         for i, piece in enumerate(pieces):
             if piece.is_token:
                 continue
             before, after = (
                 tokenizer.strips.get(self._id(tokenizer, pieces[n].text), "")
-                if 0 <= n < len(pieces) and pieces[n].is_token
+                if 0 <= n < len(pieces) and pieces[n].is_token and not pieces[n].is_image
                 else ""
                 for n in (i - 1, i + 1)
             )
@@ -121,10 +128,13 @@ class Template:
             texts.append(text.rstrip() if "l" in after else text)
             begins = i == 0 or (pieces[i - 1].is_token and not tokenizer.adds_space_once)
             starts.append(begins and not piece.spaced)
-        encoded = iter(tokenizer.encode_batch(texts, starts))
+        encoded, images = iter(tokenizer.encode_batch(texts, starts)), itertools.count(-1, -1)
         ids, weights = [], []
         for piece in pieces:
-            new = [self._id(tokenizer, piece.text)] if piece.is_token else next(encoded)
+            if piece.is_image:
+                new = [next(images)]
+            else:
+                new = [self._id(tokenizer, piece.text)] if piece.is_token else next(encoded)
             ids += new
             weights += [piece.weight] * len(new)
         return ids, weights
@@ -152,7 +162,8 @@ class Template:
                 pieces += said
         opening += described if form.in_user else []
         for i, message in enumerate(turns):
-            role, content = message["role"], self._trimmed(message["role"], message["content"])
+            role: str = message["role"]
+            content: Any = message["content"] if role == "user" else self._trimmed(role, message["content"])
             if role == "assistant":
                 end = self._split(self.end, 1)
                 stop = next(i for i, piece in enumerate(end) if piece.is_token)
@@ -170,10 +181,9 @@ class Template:
                 pieces += self._split(before, 0) if first else [Piece("\n", False, 0)]
                 pieces += [*self._own(form.read(content), 0), *(self._split(after, 0) if last else [])]
             else:
-                said = _joined([*opening, Piece(message["content"] if self.trims_joined else content, False, 0)])
-                if said and self.trims_joined and role in self.trim:
-                    said[0] = said[0]._replace(text=said[0].text.lstrip())
-                    said[-1] = said[-1]._replace(text=said[-1].text.rstrip())
+                trims = role in self.trim
+                said = _joined([*opening, *(_stripped(content) if trims and not self.trims_joined else content)])
+                said = _stripped(said) if trims and self.trims_joined else said
                 pieces += [*self._split(self.user[0], 0), *said, *self._split(self.user[1], 0)]
                 opening = []
         if opening:
@@ -194,7 +204,7 @@ class Template:
         ]
 
     def _checked(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[dict[str, Any]]:
-        """The messages as role, content and calls."""
+        """The messages as role, content and calls; the content of a user as pieces, of others as a text."""
         turns: list[dict[str, Any]] = []
         if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
             raise InputError('a conversation has no messages; wanted a list of {"role": ..., "content": ...}')
@@ -207,7 +217,9 @@ class Template:
             if role == "tool" and not (turns and (turns[-1]["calls"] or turns[-1]["role"] == "tool")):
                 raise InputError(f"message {i} has role 'tool'; wanted it behind an answer with tool_calls")
             calls = checked_calls(calls, f"message {i}") if role == "assistant" and calls else []
-            if not isinstance(content, str) and not (calls and content is None):
+            if isinstance(content, list) or (role == "user" and isinstance(content, str)):
+                content = _of_parts(content, i, str(role))
+            elif not isinstance(content, str) and not (calls and content is None):
                 raise InputError(f"message {i} has content {one_line(repr(content), 40)}; wanted a text")
             if len(calls) > 1 and not self.tool_form.several:
                 raise InputError(f"message {i} has {len(calls)} tool_calls; wanted one, as template {self.name} has it")
@@ -241,6 +253,34 @@ class Template:
                 "template with --template, or give a tokenizer that has it"
             )
         return tokenizer.specials[name]
+
+
+def _of_parts(content: Any, number: int, role: str) -> Any:
+    """The pieces of a user's text or parts; the text of others' parts, which may hold no image."""
+    pieces = []
+    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "image" and role == "user":
+            pieces.append(IMAGE)
+        elif kind == "image":
+            raise InputError(f"message {number}, of role {role!r}, holds an image; wanted images in the user's alone")
+        elif kind == "text" and isinstance(part.get("text"), str):
+            pieces.append(Piece(part["text"], False, 0))
+        else:
+            raise InputError(
+                f"message {number} has content of which a part is {one_line(repr(part), 40)}; wanted a text, or parts "
+                '{"type": "text", "text": ...} and {"type": "image", ...}'
+            )
+    return pieces if role == "user" else "".join(piece.text for piece in pieces)
+
+
+def _stripped(pieces: Sequence[Piece]) -> list[Piece]:
+    """The pieces without the white space that they begin and end with."""
+    pieces = list(pieces)
+    if pieces:
+        pieces[0] = pieces[0]._replace(text=pieces[0].text.lstrip())
+        pieces[-1] = pieces[-1]._replace(text=pieces[-1].text.rstrip())
+    return pieces
 
 
 def _joined(pieces: Sequence[Piece]) -> list[Piece]:
