@@ -136,7 +136,7 @@ def test_a_cache_grows_when_it_is_full_and_changes_no_text(gpt2: Model, monkeypa
 
 @pytest.mark.parametrize("rows, slots", [(1, 1000), (32, 384)])
 def test_a_cache_begins_with_few_free_slots_where_many_rows_read_them(gpt2: Model, monkeypatch, rows, slots):
-    def no_prefill(decoder, params, prompt_BL, length_B, slots, keep_seen):
+    def no_prefill(decoder, params, prompt_BL, length_B, slots, keep_seen, image):
         raise RuntimeError(slots)
 
     monkeypatch.setattr(engine, "prefill", no_prefill)

@@ -54,7 +54,7 @@ class Asked:
     """A request and all that was heard of it."""
 
     def __init__(self, ids, count: int = 12, stop: tuple[str, ...] = (), stop_ids=(STOP,), **settings: Any):
-        names = ("top_logprobs", "prompt_logprobs", "embed", "constraint")
+        names = ("top_logprobs", "prompt_logprobs", "embed", "constraint", "pictures")
         kept = {name: settings.pop(name) for name in names if name in settings}
         self.updates: list[Update] = []
         self.ended, self.began = threading.Event(), threading.Event()

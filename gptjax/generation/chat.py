@@ -1,11 +1,12 @@
 """Answers to messages, through the tokenizer's chat template."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gptjax.config import GenerateConfig
 from gptjax.config.section import InputError
 from gptjax.generation.engine import CHUNK, stream_text
+from gptjax.generation.image_places import NO_PICTURES, Pictures
 from gptjax.generation.text_stream import TextStream
 from gptjax.model.decoder import Decoder, Params
 from gptjax.tokenizer import Tokenizer
@@ -44,11 +45,13 @@ def continue_ids(
     cfg: GenerateConfig,
     *,
     chat: bool,
+    pictures: Pictures = NO_PICTURES,
 ) -> list[str]:
     """The text that continues each prompt of ids, or with `chat` answers it, where a template has made the prompts.
 
     Of a prompt that leaves no room for cfg.max_new_tokens in the context the beginning is not read; cfg.prompt is read
-    by nobody. Raises InputError where max_new_tokens alone fills the context.
+    by nobody. `pictures` are the images whose ids stand in the prompts; none of these is cut. Raises InputError where
+    max_new_tokens alone fills the context, and where a prompt with images does not fit.
     """
     most = decoder.context - cfg.max_new_tokens
     if most < 1:
@@ -56,8 +59,8 @@ def continue_ids(
             f"max_new_tokens={cfg.max_new_tokens}: wanted less than the model's context of {decoder.context}"
         )
     texts = [""] * len(prompts)
-    cut = [ids[-most:] for ids in prompts]
-    for row, piece in _stream(decoder, params, tokenizer, cut, cfg, chat=chat, chunk=CHUNK):
+    cut = [ids if min(ids) < 0 else ids[-most:] for ids in prompts]
+    for row, piece in _stream(decoder, params, tokenizer, cut, cfg, chat=chat, chunk=CHUNK, pictures=pictures):
         texts[row] += piece
     return texts
 
@@ -72,10 +75,12 @@ def _stream(
     chat: bool,
     chunk: int,
     constraint: "Constraint | None" = None,
+    pictures: Pictures = NO_PICTURES,
 ) -> Iterator[tuple[int, str]]:
     stops, spaced = tokenizer.end_ids, False
     if chat:  # the space with which answers begin is the template's, or the tokenizer's
         template = template_of(tokenizer)
         stops, spaced = template.stop_ids(tokenizer), template.spaced(tokenizer)
     texts = [TextStream(tokenizer, cfg.stop, drops_space=spaced) for _ in prompts]
-    return stream_text(decoder, params, prompts, texts, cfg, stop_ids=stops, chunk=chunk, constraint=constraint)
+    more: Any = {"stop_ids": stops, "chunk": chunk, "constraint": constraint, "pictures": pictures}
+    return stream_text(decoder, params, prompts, texts, cfg, **more)

@@ -27,6 +27,7 @@ from gptjax.generation.sampling import SamplingParams, active, draw_ids, sample
 from gptjax.generation.text_stream import TextStream
 from gptjax.model.cache import empty_cache, grow, headroom, round_up_length
 from gptjax.model.decoder import MASKED, Decoder, Params, cap_and_mask, extend, unstacked
+from gptjax.model.vision import ImageTokens
 from gptjax.ops.decoding import decode_dtype
 from gptjax.ops.linear import linear
 from gptjax.parallel.sharding import constrain_tree, on_host, require_mesh
@@ -34,6 +35,7 @@ from gptjax.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from gptjax.generation.constraint import Constraint
+    from gptjax.generation.image_places import Pictures
 
 DecodeState = dict[str, Any]
 
@@ -86,13 +88,18 @@ def stream_text(
     stop_ids: Sequence[int],
     chunk: int = CHUNK,
     constraint: "Constraint | None" = None,
+    pictures: "Pictures | None" = None,
 ) -> Iterator[tuple[int, str]]:
-    """Yields what `stream` does for prompts of ids, each with the TextStream that makes text of what continues it."""
+    """Yields what `stream` does for prompts of ids, each with the TextStream that makes text of what continues it.
+
+    `pictures` are the images whose ids stand in the prompts, as in `stream_ids`.
+    """
     # Published models have rows of the embedding that no token of their tokenizer has: these are never drawn.
     decoder = decoder.clone(vocab_size=min([decoder.vocab_size, *(text.vocab_size for text in texts)]))
     finished: set[int] = set()
     left = [cfg.max_new_tokens] * len(prompts)
     more: Any = {"stop_ids": stop_ids, "chunk": chunk, "finished": finished, "constraint": constraint}
+    more["pictures"] = pictures
     for news in stream_ids(decoder, params, prompts, cfg, **more):
         for row, ids in enumerate(news):
             if row in finished:
@@ -114,6 +121,7 @@ def generate_ids(
     *,
     stop_ids: Sequence[int] = (),
     copies: Sequence[int] = (),
+    pictures: "Pictures | None" = None,
 ) -> list[list[int]]:
     """The ids that continue each prompt's ids; the last one is in stop_ids where the row ended by itself.
 
@@ -121,7 +129,8 @@ def generate_ids(
     """
     result: list[list[int]] = [[] for _ in prompts]
     chunk = cfg.max_new_tokens
-    for news in stream_ids(decoder, params, prompts, cfg, stop_ids=stop_ids, copies=copies, chunk=chunk):
+    more: Any = {"stop_ids": stop_ids, "copies": copies, "chunk": chunk, "pictures": pictures}
+    for news in stream_ids(decoder, params, prompts, cfg, **more):
         for row, ids in zip(result, news, strict=True):
             row += ids
     return result
@@ -138,18 +147,20 @@ def stream_ids(
     chunk: int = CHUNK,
     finished: set[int] | frozenset[int] = frozenset(),
     constraint: "Constraint | None" = None,
+    pictures: "Pictures | None" = None,
 ) -> Iterator[list[list[int]]]:
     """Yields each row's new ids, at most `chunk` at a time, until every row has met a stop id or max_new_tokens.
 
     The caller may add to `finished`, between two yields, rows that need no more tokens; `copies` tells the random
     numbers of rows apart (see the top of this file) where counting equal prompts will not do. A constraint, whose end
-    ids are `stop_ids`, holds for the new ids of each row; tokens come one at a time then. Raises InputError where a
-    prompt is empty, holds an id outside the vocabulary, or leaves no room for max_new_tokens within the context, where
+    ids are `stop_ids`, holds for the new ids of each row; tokens come one at a time then. An image in a prompt is its
+    id, which is negative, at all of its places; `pictures` has its patches. Raises InputError where a prompt is empty,
+    holds an id outside the vocabulary or of no image, or leaves no room for max_new_tokens within the context, where
     these are too few for the constraint, and where params lie on several devices with no mesh set.
     """
     if not prompts:
         return
-    _check(decoder, prompts, cfg)
+    _check(decoder, prompts, cfg, pictures or {})
     require_mesh(params)
     if (dtype := decode_dtype(decoder.cfg.dtype)) != decoder.cfg.dtype:
         decoder = decoder.clone(cfg=dataclasses.replace(decoder.cfg.anywhere(), dtype=dtype))
@@ -157,14 +168,19 @@ def stream_ids(
     length_B = np.array([len(ids) for ids in prompts], np.int32)
     prompt_BL = np.zeros((len(prompts), round_up_length(length_B.max(), decoder.context)), np.int32)
     for row, ids in enumerate(prompts):
-        prompt_BL[row, : len(ids)] = ids
+        prompt_BL[row, : len(ids)] = np.maximum(ids, 0)
+    image = None
+    if pictures:  # texts alone import nothing of it
+        from gptjax.generation.image_places import embed_images
+
+        image = embed_images(decoder, params, prompts, pictures, prompt_BL.shape[1])
     seen = [tuple(ids) for ids in prompts]
     copies = copies or [seen[:row].count(ids) for row, ids in enumerate(seen)]
     rows = {"copy_B": np.array(copies, np.int32), "last_B": length_B + cfg.max_new_tokens - 1}
     settings, seed, stops = active(cfg), np.uint32(cfg.seed), np.array(stop_ids, np.int32)
     most = length_B.max() + cfg.max_new_tokens
     slots = round_up_length(min(length_B.max() + headroom(len(prompts)), most), decoder.context)
-    state = prefill(decoder, params, prompt_BL, length_B, slots, "repetition_penalty" in settings)
+    state = prefill(decoder, params, prompt_BL, length_B, slots, "repetition_penalty" in settings, image=image)
     position_B, running_B = length_B - 1, ~np.isin(np.arange(len(prompts)), list(finished))
     states = [constraint.start() for _ in prompts] if constraint else []
     if constraint:
@@ -187,13 +203,17 @@ def stream_ids(
         position_B, running_B = new_B, ~(done_B | np.isin(np.arange(len(prompts)), list(finished)))
 
 
-def _check(decoder: Decoder, prompts: Sequence[Sequence[int]], cfg: GenerateConfig) -> None:
+def _check(decoder: Decoder, prompts: Sequence[Sequence[int]], cfg: GenerateConfig, pictures: "Pictures") -> None:
     context = decoder.context
     for row, ids in enumerate(prompts):
         name = f"{cfg.dotted('prompt')}[{row}]"
         if len(ids) == 0:
             raise InputError(f"{name} has no tokens; wanted at least one, such as the one that begins a document")
-        wrong = next((i for i in ids if not 0 <= i < decoder.vocab_size), None)
+        if pictures and min(ids) < 0:
+            from gptjax.generation.image_places import check_images
+
+            check_images(ids, pictures, decoder.cfg.vision, name)
+        wrong = next((i for i in ids if not (0 <= i < decoder.vocab_size or i in pictures)), None)
         if wrong is not None:
             raise InputError(f"{name} holds token id {wrong}; wanted 0 to {decoder.vocab_size - 1}")
         free = context - len(ids)
@@ -222,8 +242,11 @@ def prefill(
     slots: int,
     keep_seen: bool,
     keep_log_p: bool = False,
+    image: ImageTokens | None = None,
 ) -> DecodeState:
     """The state of a batch that has read its prompts, padded on the right to L: all that `decode` goes on from.
+
+    At the places of images prompt_BL holds 0, and `image` what is read there.
 
     tokens_BM holds the ids known so far, position_B the place of each row's last one, done_B the rows that ended, the
     cache the keys and values at every prompt position, seen_BV (for the repetition penalty) the ids that occurred,
@@ -233,7 +256,7 @@ def prefill(
     B, L = prompt_BL.shape
     position_BL = jnp.broadcast_to(jnp.arange(L), (B, L))
     cache = constrain_tree(empty_cache(decoder.cfg, B, slots, jnp.dtype(decoder.cfg.dtype)))
-    _, cache = extend(decoder, params, prompt_BL, position_BL, cache)
+    _, cache = extend(decoder, params, prompt_BL, position_BL, cache, image)
     state: DecodeState = {
         "cache": cache,
         "tokens_BM": jnp.pad(prompt_BL, ((0, 0), (0, slots - L))),
@@ -241,8 +264,9 @@ def prefill(
         "done_B": jnp.zeros(B, bool),
     }
     if keep_seen:
-        none_BV = jnp.zeros((B, params["embed_VD"].shape[0]), bool)
-        state["seen_BV"] = none_BV.at[jnp.arange(B)[:, None], prompt_BL].max(position_BL < length_B[:, None])
+        none_BV, text_BL = jnp.zeros((B, params["embed_VD"].shape[0]), bool), position_BL < length_B[:, None]
+        text_BL = text_BL if image is None else text_BL & ~image.here_BL
+        state["seen_BV"] = none_BV.at[jnp.arange(B)[:, None], prompt_BL].max(text_BL)
     if keep_log_p:
         state["log_p_BM"] = jnp.zeros((B, slots), jnp.float32)
     return constrain_tree(state)

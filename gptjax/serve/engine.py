@@ -14,6 +14,7 @@ Beside the alphabet of sharding.py: I stop ids of a row, P tokens of a call of t
 
 import dataclasses
 import functools
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,9 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.generation.engine import decode_params, drawable
+from gptjax.generation.image_places import Pictures, device_ids, encode_picture, image_places, image_spans
 from gptjax.generation.sampling import apply_repetition_penalty, filter_logits, greedy
 from gptjax.model.cache import SERVED_BLOCK, served, served_cache
 from gptjax.model.decoder import MASKED, Decoder, Params, cap_and_mask, extend
+from gptjax.model.vision import ImageTokens
 from gptjax.ops.decoding import decode_dtype
 from gptjax.ops.linear import linear
 from gptjax.parallel.sharding import constrain, constrain_tree, on_host, require_mesh
@@ -33,6 +36,7 @@ from gptjax.runtime.hardware import host_memory
 
 PIECE = 4  # tokens of a row between two looks at who came and who went
 TOP = 20  # likeliest ids that are told with a token at the most, as the OpenAI API has it
+IMAGES = 64  # images whose tokens are kept for prompts that hold them again
 STOPS = 8  # ids that end a row at the most
 ROWS = (1, 4, 8)  # numbers of rows a step computes where fewer than all are taken
 
@@ -64,9 +68,10 @@ class Drawn(NamedTuple):
 class Engine:
     """A model laid out for serving, and the cache of its rows.
 
-    `length` is how many tokens a row may hold, `chunk` how many of a prompt a call of the long prefill reads. Its
-    methods take turns on one thread: each takes the place of the arrays that it was given. Parameters on a mesh need
-    that mesh set (jax.set_mesh); the cache's heads lie over its tensor axis, its rows on every device.
+    `length` is how many tokens a row may hold, `chunk` how many of a prompt a call of the long prefill reads, at least
+    all of an image where its tokens see each other. Its methods take turns on one thread: each takes the place of the
+    arrays that it was given. Parameters on a mesh need that mesh set (jax.set_mesh); the cache's heads lie over its
+    tensor axis, its rows on every device.
     """
 
     def __init__(self, model: LoadedModel, *, slots: int, length: int, chunk: int, batch_invariant: bool = False):
@@ -75,6 +80,10 @@ class Engine:
         self.decoder = model.decoder.clone(cfg=cfg, vocab_size=drawable(model.decoder, model.tokenizer))
         require_mesh(model.params)
         self.params = decode_params(model.params, cfg.dtype)
+        vision = cfg.vision
+        self._whole = vision.num_tokens if vision.patch and vision.sees_all else 0
+        self._images: OrderedDict[int, np.ndarray] = OrderedDict()
+        chunk = max(chunk, self._whole)
         self.slots, self.length, self.chunk = slots, length, chunk
         self.tails = (min(chunk, max(8, chunk // 4)), chunk)
         self.sizes = (slots,) if batch_invariant else (*(r for r in ROWS if r < slots), slots)
@@ -82,14 +91,23 @@ class Engine:
 
     def reset(self) -> None:
         """Forgets all rows: an empty cache."""
-        unit = int(np.lcm(self.chunk, SERVED_BLOCK))
-        self.state = empty_state(self.decoder, self.params, self.slots, -(-self.length // unit) * unit)
+        # A chunk's padding is written, too: where chunks begin anywhere there is one more behind the last.
+        unit = SERVED_BLOCK if self._whole else int(np.lcm(self.chunk, SERVED_BLOCK))
+        most = self.length + (self.chunk if self._whole else 0)
+        self.state = empty_state(self.decoder, self.params, self.slots, -(-most // unit) * unit)
 
     def warm_up(self) -> None:
         """Compiles every program, so that no request waits for it."""
+        vision = self.decoder.cfg.vision
         for tail in self.tails:
-            hidden_CD = self.prefill(0, [0] * min(tail, self.length), 0)
+            ids = [0] * min(tail, self.length)
+            hidden_CD = self.prefill(0, ids, 0)
             self.score(hidden_CD, [0])
+            if vision.patch:
+                blank = {-1: np.zeros((vision.num_patches, vision.patch_size), np.uint8)}
+                image = self.image_tokens([-1] * vision.num_tokens + ids, blank, 0, len(ids))
+                self.prefill(0, ids, 0, image)
+        self._images.clear()
         self.begin(0, [0], {})
         self.restrict(0, np.ones(1, bool), {})
         self.copy(0, 0)
@@ -104,16 +122,43 @@ class Engine:
         """Length of the prefill that reads `count` tokens, of those that are compiled."""
         return next(size for size in self.tails if size >= count)
 
-    def prefill(self, slot: int, ids: Sequence[int], start: int) -> jax.Array:
+    def undivided(self, ids: Sequence[int]) -> list[tuple[int, int]]:
+        """The places (start, end) of a prompt that must be read at once: of images whose tokens see each other."""
+        return image_spans(ids, self._whole) if self._whole else []
+
+    def image_tokens(self, ids: Sequence[int], pictures: Pictures, start: int, end: int) -> ImageTokens | None:
+        """The images at the places start .. end of a prompt, padded as its prefill is; None where there are none."""
+        if not pictures or all(i >= 0 for i in ids[start:end]):
+            return None
+        size = self.tail(end - start)
+        x_CD = np.zeros((size, self.decoder.cfg.width), jnp.dtype(self.decoder.cfg.dtype))
+        here_C, last_C = np.zeros(size, bool), np.arange(start, start + size, dtype=np.int32)
+        offset_L, last_L = image_places(ids, self.decoder.cfg.vision)
+        last_C[: end - start] = last_L[start:end]
+        for n, (i, offset) in enumerate(zip(ids[start:end], offset_L[start:end].tolist())):
+            if offset >= 0:
+                here_C[n], x_CD[n] = True, self._encoded(i, pictures)[offset]
+        return ImageTokens(x_CD[None], here_C[None], last_C[None])  # pyright: ignore
+
+    def _encoded(self, place: int, pictures: Pictures) -> np.ndarray:
+        """tokens_TD of an image."""
+        if place not in self._images:
+            self._images[place] = np.asarray(encode_picture(self.decoder, self.params, pictures[place]))
+            if len(self._images) > IMAGES:
+                self._images.popitem(last=False)
+        self._images.move_to_end(place)
+        return self._images[place]
+
+    def prefill(self, slot: int, ids: Sequence[int], start: int, image: ImageTokens | None = None) -> jax.Array:
         """Reads at most a chunk of ids into the places start .. of a row; returns their final hidden states, padded.
 
-        Chunks start at multiples of `chunk`, so a place's keys and values depend on the prompt alone.
+        Where chunks start depends on the prompt alone, and so do a place's keys and values.
         """
         ids_C = np.zeros(self.tail(len(ids)), np.int32)
-        ids_C[: len(ids)] = ids
+        ids_C[: len(ids)] = device_ids(ids)
         cache = self.state.pop("cache")
         x_CD, self.state["cache"] = prefill_row(
-            self.decoder, self.params, cache, np.int32(slot), ids_C, np.int32(start)
+            self.decoder, self.params, cache, np.int32(slot), ids_C, np.int32(start), image
         )
         return x_CD
 
@@ -131,7 +176,7 @@ class Engine:
     def begin(self, slot: int, ids: Sequence[int], bias: dict[int, float]) -> None:
         """Makes a row ready for a new request: the ids that occurred, and what is added to logits."""
         seen_V, bias_V = (np.zeros(self.state["seen_SV"].shape[1], t) for t in (bool, np.float32))
-        seen_V[list(ids)] = True
+        seen_V[[i for i in ids if i >= 0]] = True
         bias_V[list(bias)] = list(bias.values())
         state = {name: self.state.pop(name) for name in ("seen_SV", "count_SV", "bias_SV")}
         self.state |= begin_row(state, np.int32(slot), seen_V, bias_V)
@@ -192,13 +237,16 @@ def empty_state(decoder: Decoder, params: Params, slots: int, length: int) -> di
 @functools.partial(jax.jit, static_argnames="decoder", donate_argnames="cache")
 def prefill_row(
     decoder: Decoder, params: Params, cache: list[dict[str, jax.Array]], slot: jax.Array, ids_C: jax.Array,
-    start: jax.Array,
+    start: jax.Array, image: ImageTokens | None = None,
 ) -> tuple[jax.Array, list[dict[str, jax.Array]]]:  # fmt: skip
-    """The final hidden states x_CD of a part of a prompt, and the cache with it from the row's place `start` on."""
+    """The final hidden states x_CD of a part of a prompt, and the cache with it from the row's place `start` on.
+
+    Where `image`, whose rows are one, has a token, it is read in place of the id.
+    """
     # Padding may lie behind the last position; its place in the cache is not seen before a token takes it.
     position_1C = jnp.minimum(start + jnp.arange(len(ids_C)), decoder.context - 1)[None]
     rows = served(cache, slot, (start + len(ids_C) - 1) // SERVED_BLOCK + 1)
-    x_1CD, cache = extend(decoder, params, ids_C[None], position_1C, rows)
+    x_1CD, cache = extend(decoder, params, ids_C[None], position_1C, rows, image)
     return x_1CD[0], constrain_tree(cache)
 
 

@@ -22,7 +22,7 @@ from gptjax.config.section import InputError
 from gptjax.runs.load import LoadedModel
 from gptjax.serve.engine import PIECE, SETTINGS, STOPS, Engine, most_length
 from gptjax.serve.sequence import Busy, Sequence, Stats, Token, Update, check_sequence
-from gptjax.serve.slots import Slot, shared_prefix, window
+from gptjax.serve.slots import Slot, chunk_ends, shared_prefix, window
 
 CHUNKS = 4  # chunks of prompts that are read before those who run get their next tokens
 FAILURES = 3  # calls of the device that may fail one after the other before the server says that it is ill
@@ -76,8 +76,9 @@ class Scheduler:
 
     def submit(self, sequences: list[Sequence]) -> None:
         """Lets sequences wait for their turn, all or none; raises Busy, and InputError where one can't be answered."""
+        decoder = self.model.decoder
         for sequence in sequences:
-            check_sequence(sequence, self.context, self.model.decoder.vocab_size)
+            check_sequence(sequence, self.context, decoder.vocab_size, decoder.cfg.vision)
         with self._changed:
             if self._ending or self._stopped:
                 raise _ended()
@@ -210,10 +211,9 @@ class Scheduler:
                 return False
             sequence = self._waiting[0]
         ids = sequence.to_read
-        usable = [
-            0 if sequence.prompt_logprobs or sequence.embed else shared_prefix(row.ids, ids, self.engine.chunk)
-            for row in self._slots
-        ]
+        sequence.ends = chunk_ends(len(ids), self.engine.chunk, self.engine.undivided(ids))
+        alone = sequence.prompt_logprobs or sequence.embed
+        usable = [0 if alone else shared_prefix(row.ids, ids, row.ends, sequence.ends) for row in self._slots]
         source = max(range(len(usable)), key=lambda n: (usable[n], n in free))
         taken = [n for n, row in enumerate(self._slots) if row.sequence is not None]
         if usable[source] and source in free:
@@ -224,7 +224,7 @@ class Scheduler:
         with self._changed:  # at no time it is in neither place
             self._waiting.remove(sequence)
             self.stats.waiting = len(self._waiting)
-            row.sequence, row.used, row.ids = sequence, time.monotonic(), []
+            row.sequence, row.used, row.ids, row.ends = sequence, time.monotonic(), [], sequence.ends
         if usable[source] and source != slot:
             self.engine.copy(source, slot)
         row.ids = ids[: usable[source]]
@@ -253,10 +253,11 @@ class Scheduler:
         sequence = row.sequence
         assert sequence is not None
         ids, start = sequence.to_read, sequence.read
-        part = ids[start : start + self.engine.chunk]
+        part = ids[start : next((end for end in sequence.ends if end > start), start)]
         if part:
             begun = time.perf_counter()
-            hidden_CD = self.engine.prefill(slot, part, start)
+            image = self.engine.image_tokens(ids, sequence.pictures, start, start + len(part))
+            hidden_CD = self.engine.prefill(slot, part, start, image)
             if sequence.prompt_logprobs:
                 self._score(sequence, hidden_CD, sequence.ids[start + 1 : start + 1 + len(part)])
             if sequence.embed:

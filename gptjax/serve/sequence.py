@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gptjax.config import VisionConfig
 from gptjax.config.section import InputError
 from gptjax.generation.constraint import Constraint
+from gptjax.generation.image_places import NO_PICTURES, Pictures, check_images
 from gptjax.generation.text_stream import TextStream
 from gptjax.serve.engine import STOPS, TOP
 
@@ -64,7 +66,7 @@ class Sequence:
 
     `on_update` is called on the scheduler's thread with each Update; the last one has `finish`. With max_new_tokens=0
     the prompt is only read. `text` makes text of the ids and knows the stop texts; `stop_ids` end the answer and are no
-    part of it.
+    part of it. `pictures` are the images whose ids stand in the prompt.
     """
 
     def __init__(
@@ -80,11 +82,12 @@ class Sequence:
         prompt_logprobs: bool = False,
         embed: bool = False,
         constraint: Constraint | None = None,
+        pictures: Pictures = NO_PICTURES,
     ):
         self.ids, self.max_new_tokens, self.sampling = list(ids), max_new_tokens, sampling
         self.stop_ids, self.text, self.on_update = tuple(stop_ids), text, on_update
         self.top_logprobs, self.prompt_logprobs, self.embed = top_logprobs, prompt_logprobs, embed
-        self.constraint = constraint
+        self.constraint, self.pictures = constraint, pictures
         self.prompt_tokens: list[Token | None] = []
         """Where prompt_logprobs: None for the first id, then a Token for each."""
         self.embedding: np.ndarray | None = None
@@ -97,6 +100,7 @@ class Sequence:
         self.allowed_from: Any = None
         self.hidden_sum: Any = 0.0
         self.read = 0
+        self.ends: list[int] = []
 
     @property
     def to_read(self) -> list[int]:
@@ -124,7 +128,7 @@ class Stats:
     """Calls of the device that failed since the last one that did not."""
 
 
-def check_sequence(sequence: Sequence, context: int, vocab_size: int) -> None:
+def check_sequence(sequence: Sequence, context: int, vocab_size: int, vision: VisionConfig) -> None:
     """Raises InputError where a sequence can't be answered within `context` tokens."""
     size, wanted, sampling = len(sequence.ids), sequence.max_new_tokens, sequence.sampling
     if not size:
@@ -134,7 +138,10 @@ def check_sequence(sequence: Sequence, context: int, vocab_size: int) -> None:
             f"the prompt has {size:,} tokens and the answer may have {wanted:,}; wanted at most {context:,} together; "
             "shorten the prompt, or ask for fewer"
         )
-    for name, ids in (("the prompt", sequence.ids), ("logit_bias", sampling.logit_bias)):
+    if sequence.pictures:
+        check_images(sequence.ids, sequence.pictures, vision, "the prompt")
+    texts = [i for i in sequence.ids if i not in sequence.pictures]
+    for name, ids in (("the prompt", texts), ("logit_bias", sampling.logit_bias)):
         if (wrong := next((i for i in ids if not 0 <= i < vocab_size), None)) is not None:
             raise InputError(f"{name} holds token id {wrong}; wanted 0 to {vocab_size - 1}")
     if len(sequence.stop_ids) > STOPS:

@@ -11,17 +11,34 @@ class Slot:
     def __init__(self):
         self.sequence: Sequence | None = None
         self.ids: list[int] = []
+        self.ends: list[int] = []
+        """Where the chunks end in which its prompt was read, or will be."""
         self.used = 0.0
         """When it was last given away or freed."""
 
 
-def shared_prefix(there: list[int], ids: list[int], chunk: int) -> int:
-    """Ids at the start of both whose keys and values are the same to the bit: whole chunks, or all of them."""
-    if there == ids:
-        return len(ids)
+def chunk_ends(size: int, chunk: int, whole: Numbers[tuple[int, int]] = ()) -> list[int]:
+    """The ends of the parts in which a prompt of `size` ids is read: `chunk` ids each; none splits a span of `whole`.
+
+    So an end depends on the ids before it alone. No span is longer than a chunk.
+    """
+    ends, end, spans = [], 0, list(reversed(whole))
+    while end < size:
+        wanted = min(end + chunk, size)
+        while spans and spans[-1][1] <= wanted:
+            spans.pop()
+        end = spans[-1][0] if spans and spans[-1][0] < wanted else wanted
+        ends.append(end)
+    return ends
+
+
+def shared_prefix(there: list[int], ids: list[int], there_ends: Numbers[int], ends: Numbers[int]) -> int:
+    """Ids at the start of both whose keys and values are the same to the bit: those of chunks that are the same."""
     same = 0
-    while same + chunk <= min(len(there), len(ids)) and there[same : same + chunk] == ids[same : same + chunk]:
-        same += chunk
+    for there_end, end in zip(there_ends, ends):
+        if there_end != end or end > len(there) or there[same:end] != ids[same:end]:
+            break
+        same = end
     return same
 
 
