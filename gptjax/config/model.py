@@ -21,8 +21,10 @@ class VisionConfig(Section):
     """Side of a patch in pixels; 0: the model reads no images."""
     side: int = 224
     """Side in pixels of the square that each image becomes; a multiple of patch x merge."""
-    fit: Literal["pad", "stretch"] = "pad"
-    """How an image becomes a square: in its proportions, in the middle of white, or stretched."""
+    fit: Literal["pad", "stretch", "crop"] = "pad"
+    """How an image becomes a square: in its proportions, in the middle of white; stretched; or its middle cut out."""
+    margin: int = 0
+    """Pixels by which the square is larger at first, cut off on the right and below (SigLIP of 384 pixels has 6)."""
     merge: int = 1
     """Patches on a side of the squares that become one token (pixel shuffle)."""
     layers: int = 0
@@ -35,6 +37,13 @@ class VisionConfig(Section):
     """Width of the encoder's MLP as a multiple of its width."""
     norm_epsilon: float = 1e-6
     """Added to the variance under the root in each norm of the encoder."""
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    """Of the encoder's MLP: GELU in its tanh form (SigLIP), or x sigmoid(1.702 x) (CLIP)."""
+    class_token: bool = False
+    """CLIP's front: a learned token before the patches, dropped behind the encoder, a norm before its layers, and no
+    bias of the patches."""
+    final_norm: bool = True
+    """A norm behind the encoder's last layer (SmolVLM); LLaVA has none."""
     projector: Literal["linear", "mlp"] = "linear"
     """From the encoder's width to the model's: one matrix (SmolVLM), or two with biases and a GELU between (LLaVA)."""
     sees_all: bool = True
@@ -47,9 +56,12 @@ class VisionConfig(Section):
     """Ids in front of every image."""
     end: tuple[int, ...] = ()
     """Ids behind every image."""
+    image_id: int = -1
+    """Id that stands for a place of an image in files of transformers, kept from an import; -1: an export adds one."""
 
     def __post_init__(self):
-        self.require_numbers(0, math.inf, "patch", "layers")
+        self.require_numbers(0, math.inf, "patch", "layers", "margin")
+        self.require_numbers(-1, math.inf, "image_id")
         self.require_positive("side", "merge", "width", "num_heads", "mlp_ratio", "norm_epsilon")
         self.require(self.width % self.num_heads == 0, "width", f"a multiple of num_heads={self.num_heads}")
         if self.patch:
@@ -117,8 +129,9 @@ class ModelConfig(Section):
     """Weights of norms: the scale, its difference from 1 (Gemma), or none (NanoChat)."""
     post_norms: bool = False
     """Norms of the outputs of attention and MLP too, before they join the stream (Gemma 2)."""
-    activation: Literal["gelu", "geglu", "swiglu", "relu2"] = "gelu"
-    """GELU in its tanh form (GPT-2), the same as a gate (Gemma), a SiLU gate (Llama), or ReLU squared (Primer)."""
+    activation: Literal["gelu", "geglu", "swiglu", "relu2", "quick_gelu"] = "gelu"
+    """GELU in its tanh form (GPT-2), the same as a gate (Gemma), a SiLU gate (Llama), ReLU squared (Primer), or
+    x sigmoid(1.702 x) (CLIP)."""
     biases: bool = True
     """Biases in every projection and norm (GPT-2)."""
     qkv_biases: bool = False
@@ -277,8 +290,8 @@ class ModelConfig(Section):
         v = self.vision
         return ModelConfig(
             num_layers=v.layers, width=v.width, num_heads=v.num_heads, mlp_ratio=v.mlp_ratio,
-            norm_epsilon=v.norm_epsilon, init_std=self.init_std, dtype=self.dtype, attention="plain",
-            remat=self.remat, remat_names=self.remat_names, unroll=min(self.unroll, v.layers),
+            norm_epsilon=v.norm_epsilon, activation=v.activation, init_std=self.init_std, dtype=self.dtype,
+            attention="plain", remat=self.remat, remat_names=self.remat_names, unroll=min(self.unroll, v.layers),
         )  # fmt: skip
 
     def anywhere(self) -> "ModelConfig":

@@ -59,7 +59,8 @@ def read_image(content: bytes, origin: str) -> np.ndarray:
 def patches_of(pixels_HWC: np.ndarray, vision: Any) -> np.ndarray:
     """The patches of a picture that is fitted to vision.side x vision.side pixels: uint8 (P, Y).
 
-    Bicubic; with vision.fit="pad" in its proportions, in the middle of a white square. Patches and the pixels in each
+    Bicubic; with vision.fit="pad" in its proportions, in the middle of a white square; with "crop" the square in its
+    middle; vision.margin more pixels on the right and below are cut off. Patches and the pixels in each
     are in raster order, and a pixel is its red, green and blue: Y = patch x patch x 3.
     """
     return _patches(iter([pixels_HWC]), *pixels_HWC.shape[:2], vision)
@@ -156,7 +157,10 @@ def _strips(image: Any, orientation: int) -> Iterator[np.ndarray]:
 
 def _patches(strips: Iterator[np.ndarray], height: int, width: int, vision: Any) -> np.ndarray:
     """The patches of a picture that comes in strips; see `patches_of`."""
-    side, patch = vision.side, vision.patch
+    side, patch = vision.side + vision.margin, vision.patch
+    if vision.fit == "crop":
+        strips = _middle(strips, height, width)
+        height = width = min(height, width)
     scale = side / max(height, width)
     pad = vision.fit == "pad"
     wide, high = (max(1, round(width * scale)), max(1, round(height * scale))) if pad else (side, side)
@@ -165,9 +169,20 @@ def _patches(strips: Iterator[np.ndarray], height: int, width: int, vision: Any)
     left, top = (side - wide) // 2, (side - high) // 2
     square_SSC = np.full((side, side, 3), 255, np.uint8)
     square_SSC[top : top + high, left : left + wide] = _resized(narrow_HWC, wide, high)
-    rows = side // patch
-    cut = square_SSC.reshape(rows, patch, rows, patch, 3).swapaxes(1, 2)
+    rows = vision.side // patch
+    cut = square_SSC[: vision.side, : vision.side].reshape(rows, patch, rows, patch, 3).swapaxes(1, 2)
     return cut.reshape(rows * rows, patch * patch * 3)
+
+
+def _middle(strips: Iterator[np.ndarray], height: int, width: int) -> Iterator[np.ndarray]:
+    """Yields the square in the middle of a picture that comes in strips."""
+    least = min(height, width)
+    top, left = (height - least) // 2, (width - least) // 2
+    for strip_HWC in strips:
+        inside_HWC = strip_HWC[max(0, top) : max(0, top + least), left : left + least]
+        if len(inside_HWC):
+            yield inside_HWC
+        top -= len(strip_HWC)
 
 
 def _resized(pixels_HWC: np.ndarray, width: int, height: int) -> np.ndarray:

@@ -18,6 +18,7 @@ from gptjax.interop.card import model_card
 from gptjax.interop.export_check import check_export, check_new_folder, partial_of
 from gptjax.interop.families import ModelFamily
 from gptjax.interop.gguf_keys import answer_ends, tokenizer_keys
+from gptjax.interop.image_processor import image_tokens_of, said_of_images, with_image_id, written_processor
 from gptjax.interop.layout import written_tensors
 from gptjax.interop.weights_file import MOST_BYTES, Tensor, check_weights, write_weights
 from gptjax.runs.load import LoadedModel, load_model
@@ -41,10 +42,10 @@ def export_run(run_dir: str | Path, folder: str | Path, cfg: ExportConfig) -> st
 def export_model(model: LoadedModel, folder: str | Path, cfg: ExportConfig, most_bytes: int = MOST_BYTES) -> str:
     """Exports a model that is open, in files of at most `most_bytes`; see `export_run`."""
     config, path = model.config, check_new_folder(folder)
-    family = check_export(config, cfg)
-    settings = family.write(config.model, config.tokenizer.vocab_size, config.data.length)
-    tensors = [Tensor(*written) for written in written_tensors(family, model.decoder, model.params)]
-    tokenizer = _tokenizer(model)
+    tokenizer, vocab_size = _tokenizer(model), config.tokenizer.vocab_size
+    family, shape = check_export(config, cfg), with_image_id(config.model, tokenizer)
+    settings = family.write(shape, vocab_size, config.data.length)
+    tensors = [Tensor(*written) for written in written_tensors(family, model.decoder.clone(cfg=shape), model.params)]
     with _whole(path) as partial:
         if cfg.format == "gguf":
             files = _write_gguf(partial, family, settings, tensors, tokenizer, cfg, model.run.folder.name)
@@ -53,16 +54,21 @@ def export_model(model: LoadedModel, folder: str | Path, cfg: ExportConfig, most
             check_weights(files, tensors, cfg.weights_dtype)
             ends = _ends(tokenizer) if tokenizer else {}
             _write_json(partial / "config.json", settings | ends | {"dtype": cfg.weights_dtype})
+            for name, values in (written_processor(shape, tokenizer) if shape.vision.patch else {}).items():
+                _write_json(partial / name, values)
             if tokenizer is not None:
-                _write_json(partial / "generation_config.json", ends)
-                write_tokenizer(tokenizer, partial)
+                images = image_tokens_of(shape, vocab_size, tokenizer)
+                # Its row is zeros, and so are its logits: it would be drawn wherever all others are below 0.
+                never = {"suppress_tokens": [*images.values()]} if images else {}
+                _write_json(partial / "generation_config.json", ends | never)
+                write_tokenizer(tokenizer, partial, images)
         card = model_card(model.run, config, model.step, family.architecture, cfg)
         (partial / "README.md").write_text(card, encoding="utf-8")
     count, several = sum(tensor.size for tensor in tensors), "s" * (len(files) > 1)
     return (
         f"wrote step {model.step:,} of {model.run.folder} into {path}: {family.architecture}, {count:,} parameters as "
         f"{cfg.weights_dtype} in {len(files)} file{several}" + ("" if tokenizer else ", without a tokenizer")
-    )
+    ) + said_of_images(shape, tokenizer)
 
 
 def _write_gguf(

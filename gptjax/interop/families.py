@@ -1,22 +1,31 @@
 """Model families: the config.json and the tensors' names of each, in one table that imports and exports read alike.
 
+A family that reads images is one of text with an encoder beside it: its table has the names of both, those of the
+encoder's leaves behind `VISION`.
+
 Nothing says a second time what a family can't express: it can express a decoder if reading what it writes gives that
 decoder back (`obstacles`). A few settings may differ then, because they can be put into the tensors: see layout.py.
 """
 
+import dataclasses
+import functools
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
 from gptjax.config import ModelConfig
 from gptjax.config.section import InputError
 from gptjax.interop import architectures as arch
+from gptjax.interop import image_architectures as images
 from gptjax.interop.architectures import Sizes
 from gptjax.interop.foreign import ForeignConfig
 from gptjax.model.mup import attention_scale, logits_factor
 
 HEAD = "lm_head.weight"
+VISION = "vision."  # in front of the names of leaves of the encoder, those of params["vision"]
 # A family may have these where a decoder has not: tensors are filled with what changes nothing, and model.positions
 # says already that there are no rotary ones.
 FILLED = ("biases", "qkv_biases", "norm_weights", "rope_theta", "rope_scaling")
@@ -43,6 +52,25 @@ class ModelFamily:
     """Matrices are stored as [in, out]; else as [out, in]."""
     pairs: Literal["halves", "neighbours", "swapped"] = "halves"
     """The two numbers that rotary positions turn together: i and i + K/2 as here, 2i and 2i + 1, or i + K/2 and i."""
+    head: str = HEAD
+    """The head's tensor."""
+    renamed: tuple[tuple[str, str], ...] = ()
+    """Patterns of names that other versions of transformers give, and what they are here."""
+    idle: str = "(?!)"
+    """Pattern of tensors that change no logit; where it has a group, that is the number of a layer of the encoder."""
+    filled: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Tensors of the encoder's width that transformers looks for and does not use, and the number in them."""
+
+    def name(self, stored: str) -> str:
+        """The name that a stored tensor has here."""
+        for pattern, to in self.renamed:
+            stored = re.sub(pattern, to, stored)
+        return stored
+
+    def is_idle(self, name: str, cfg: ModelConfig) -> bool:
+        """True for a tensor without which the model computes the same: of layers behind the last that is read."""
+        found = re.fullmatch(self.idle, name)
+        return found is not None and (not found.groups() or found[1] is None or int(found[1]) >= cfg.vision.layers)
 
     def write(self, cfg: ModelConfig, vocab_size: int, context: int) -> dict[str, Any]:
         """The config.json of a decoder, for tensors of float32; raises InputError for a setting in the way."""
@@ -68,7 +96,7 @@ class ModelFamily:
         differ = [name for name, value in ours.items() if theirs[name] != value and (value or name not in FILLED)]
         if target.norm_weights == "none" and any(stem.startswith("norm") for stem in folded(cfg, target)):
             differ += ["mup_base_width"] if cfg.mup_base_width else ["attention_divisor", "logit_scale"]
-        return [f"model.{name}={getattr(cfg, name)!r}" for name in differ]
+        return [f"model.{name}={attrgetter(name)(cfg)!r}" for name in differ]
 
     def _values(self, cfg: ModelConfig, vocab_size: int, context: int) -> dict[str, Any]:
         head = {"architectures": [self.architecture], "model_type": self.model_type, "dtype": "float32"}
@@ -77,11 +105,14 @@ class ModelFamily:
 
 def family_of(cfg: ModelConfig, vocab_size: int, context: int) -> ModelFamily:
     """The first family that can express a decoder; raises InputError with what stands in the way of the nearest."""
-    found = {family: family.obstacles(cfg, vocab_size, context) for family in FAMILIES.values()}
+    seeing = (family for (kind, _), family in IMAGE_FAMILIES.items() if kind != "smolvlm")  # Idefics3's second name
+    known = seeing if cfg.vision.patch else FAMILIES.values()
+    found = {family: family.obstacles(cfg, vocab_size, context) for family in known}
     for family, obstacles in found.items():
         if not obstacles:
             return family
-    near = sorted(found, key=lambda family: len(found[family]))[:3]
+    nearest = sorted(found, key=lambda family: len(found[family]))
+    near = list({family.architecture: family for family in reversed(nearest)}.values())[::-1][:3]
     each = "; ".join(f"{family.architecture} without {' and '.join(found[family])}" for family in near)
     raise InputError(f"no architecture of transformers has all settings of this model; nearest are {each}")
 
@@ -107,7 +138,16 @@ def _meaning(cfg: ModelConfig) -> dict[str, Any]:
         "global_every": cfg.layer_windows, "qk_norm": cfg.qk_norm, "attention_softcap": cfg.attention_softcap,
         "logit_softcap": cfg.logit_softcap, "parallel": cfg.parallel, "norm_epsilon": cfg.norm_epsilon,
         "biases": cfg.biases, "qkv_biases": cfg.biases or cfg.qkv_biases, "norm_weights": cfg.norm_weights != "none",
-    }  # fmt: skip
+    } | _vision_meaning(cfg)  # fmt: skip
+
+
+def _vision_meaning(cfg: ModelConfig) -> dict[str, Any]:
+    v = cfg.vision
+    values = {"patch": v.patch, "side": v.side, "margin": v.margin, "merge": v.merge, "layers": v.layers,
+              "width": v.width, "num_heads": v.num_heads, "mlp_ratio": cfg.encoder.mlp_width if v.layers else 0,
+              "norm_epsilon": v.norm_epsilon, "activation": v.activation, "class_token": v.class_token,
+              "final_norm": v.final_norm, "projector": v.projector, "sees_all": v.sees_all}  # fmt: skip
+    return {f"vision.{name}": v.patch and value for name, value in values.items()}
 
 
 # The names of tensors
@@ -159,14 +199,84 @@ FAMILIES: dict[str, ModelFamily] = {
 }  # fmt: skip
 
 
+ENCODER_TOP = {
+    "patch_YD": "embeddings.patch_embedding.weight", "patch_bias_D": "embeddings.patch_embedding.bias",
+    "place_PD": "embeddings.position_embedding.weight", "class_D": "embeddings.class_embedding",
+    "norm_in_D": "pre_layrnorm.weight", "norm_in_bias_D": "pre_layrnorm.bias",
+    "norm_final_D": "post_layernorm.weight", "norm_final_bias_D": "post_layernorm.bias",
+}  # fmt: skip
+ENCODER_LAYER = {
+    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.out_proj",
+    "w_in": "mlp.fc1", "w_out": "mlp.fc2", "norm_attn": "layer_norm1", "norm_mlp": "layer_norm2",
+}  # fmt: skip
+
+
+def _seeing(
+    text: ModelFamily, read: Callable, settings: Callable, prefix: str, encoder: str, projector: dict[str, str],
+    **more: Any,
+) -> ModelFamily:  # fmt: skip
+    """A family of text with an encoder of images in front of it; `prefix` and `encoder` begin the names of each."""
+    top = {leaf: prefix + name for leaf, name in text.top.items()} | projector
+    layer = {stem: prefix + name for stem, name in text.layer.items()}
+    return dataclasses.replace(
+        text,
+        read=functools.partial(read, text.read),
+        settings=functools.partial(settings, text.settings, text.model_type, text.architecture),
+        prefix="",
+        top=top | {VISION + leaf: encoder + name for leaf, name in ENCODER_TOP.items()},
+        layer=layer | {VISION + stem: f"{encoder}encoder.layers.{{n}}.{name}" for stem, name in ENCODER_LAYER.items()},
+        **more,
+    )
+
+
+def _idefics3(text: ModelFamily, model_type: str, architecture: str) -> ModelFamily:
+    projector = {"image_UD": "model.connector.modality_projection.proj.weight"}
+    return _seeing(text, images.read_idefics3, images.write_idefics3, "model.text_model.", "model.vision_model.",
+                   projector, model_type=model_type, architecture=architecture)  # fmt: skip
+
+
+def _llava(text: ModelFamily) -> ModelFamily:
+    """Names as the files of the hub have them; transformers 4.52 and later save them under others."""
+    stem, tower = "multi_modal_projector.linear_", "vision_tower.vision_model."
+    projector = {"image_in_UX": f"{stem}1.weight", "image_in_bias_X": f"{stem}1.bias",
+                 "image_out_XD": f"{stem}2.weight", "image_out_bias_D": f"{stem}2.bias"}  # fmt: skip
+    unused = rf"{re.escape(tower)}(?:post_layernorm\..*|head\..*|encoder\.layers\.(\d+)\..*)"
+    return _seeing(
+        text, images.read_llava, images.write_llava, "language_model.model.", tower, projector, model_type="llava",
+        architecture="LlavaForConditionalGeneration", head=f"language_model.{HEAD}", idle=unused,
+        filled={f"{tower}post_layernorm.weight": 1.0, f"{tower}post_layernorm.bias": 0.0},
+        renamed=((r"^model\.language_model\.", "language_model.model."), (r"^lm_head\.", "language_model.lm_head."),
+                 (r"^model\.(?=vision_tower\.|multi_modal_projector\.)", ""),
+                 (r"^vision_tower\.(?!vision_model\.)", tower)),
+    )  # fmt: skip
+
+
+# By model_type and that of the text; in the order in which an export tries them.
+IMAGE_FAMILIES: dict[tuple[str, str], ModelFamily] = {
+    (family.model_type, text): family
+    for text in ("llama", "mistral", "qwen3", "qwen2")
+    for family in (
+        _idefics3(FAMILIES[text], "idefics3", "Idefics3ForConditionalGeneration"),
+        _idefics3(FAMILIES[text], "smolvlm", "SmolVLMForConditionalGeneration"),
+        _llava(FAMILIES[text]),
+    )
+}
+
+
 def read_model(s: ForeignConfig) -> tuple[ModelFamily, ModelConfig, int, int]:
     """The family of a config.json and the settings, vocabulary size and context that it names.
 
     Raises InputError for an unknown model_type and for values that have no counterpart here.
     """
-    kind = s.values.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        raise s.error("model_type", kind, " or ".join(map(repr, FAMILIES)))
+    kind, seeing = s.values.get("model_type"), dict.fromkeys(kind for kind, _ in IMAGE_FAMILIES)
+    if not isinstance(kind, str) or kind not in {*FAMILIES, *seeing}:
+        raise s.error("model_type", kind, " or ".join(map(repr, (*FAMILIES, *seeing))))
     for name in ("quantization_config", "auto_map"):
         s.only(name, None)
-    return FAMILIES[kind], *FAMILIES[kind].read(s)
+    if kind in FAMILIES:
+        return FAMILIES[kind], *FAMILIES[kind].read(s)
+    text = s.inner("text_config").values.get("model_type", "llama")
+    if (kind, text) not in IMAGE_FAMILIES:
+        raise s.error("text_config.model_type", text, " or ".join(repr(t) for k, t in IMAGE_FAMILIES if k == kind))
+    family = IMAGE_FAMILIES[kind, text]
+    return family, *family.read(s)

@@ -6,7 +6,7 @@ a time, so that neither a copy of the model nor a mapping of its files stays in 
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,13 +32,16 @@ class StoredTensor(NamedTuple):
 
 
 class SafetensorsFolder:
-    """The tensors of a folder by name; raises InputError where a file is damaged, missing, or not in the folder."""
+    """The tensors of a folder by name; raises InputError where a file is damaged, missing, or not in the folder.
 
-    def __init__(self, folder: Path):
+    `named` gives the name of a stored tensor: versions of transformers have several for one.
+    """
+
+    def __init__(self, folder: Path, named: Callable[[str], str] = str):
         self.path = folder
         self.names: dict[str, StoredTensor] = {}
         for name in _weight_files(folder):
-            for tensor, stored in _header(folder / name).items():
+            for tensor, stored in ((named(tensor), x) for tensor, x in _header(folder / name).items()):
                 if tensor in self.names:
                     raise InputError(f"{folder / name}: tensor {tensor} is also in another file; wanted it once")
                 self.names[tensor] = stored

@@ -33,6 +33,14 @@ class ForeignConfig:
     def error(self, name: str, value: Any, wanted: str) -> InputError:
         return InputError(f"{self.path}: {self.prefix}{name}={value!r} is not supported; wanted {wanted}")
 
+    def inner(self, name: str, defaults: dict[str, Any] | None = None) -> "ForeignConfig":
+        """The object under a name; a value that it has not, or has as null, is its default."""
+        values = {} if self.values.get(name) is None else self.values[name]
+        if not isinstance(values, dict):
+            raise self.error(name, values, "an object")
+        stated = {key: value for key, value in values.items() if value is not None or key not in (defaults or {})}
+        return ForeignConfig(self.path, (defaults or {}) | stated, f"{self.prefix}{name}.")
+
     def stated(self, name: str) -> Any:
         """The value, which may be null but not missing."""
         if name not in self.values:

@@ -43,7 +43,7 @@ def import_gguf(path: Path, mesh: Mesh | None = None) -> tuple[Imported, Tokeniz
     file = _Tensors(path)
     vocab_size = file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else 0
     settings = ForeignConfig(path, file.settings() | {"vocab_size": vocab_size})
-    imported = assemble(settings, lambda: file, mesh)
+    imported = assemble(settings, lambda _: file, mesh)
     try:
         return imported, read_tokenizer(file.keys, path.name), ""
     except InputError as error:

@@ -14,7 +14,8 @@ from gptjax.interop.folder import CONFIG, INDEX
 NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>refs/pr/\d+|[^/\s]+))?(?:/(?P<file>[^\s*?\[]+\.gguf))?")
 # No code, no pickle, and no weights a second time in another layout.
 FILES = [CONFIG, "generation_config.json", "tokenizer*", "vocab.json", "merges.txt", "*.tiktoken", "chat_template*",
-         "special_tokens_map.json", "added_tokens.json", "model*.safetensors", INDEX]  # fmt: skip
+         "special_tokens_map.json", "added_tokens.json", "model*.safetensors", INDEX,
+         "preprocessor_config.json", "processor_config.json"]  # fmt: skip
 
 
 class Fetched(NamedTuple):

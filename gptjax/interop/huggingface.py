@@ -13,9 +13,10 @@ from jax.sharding import Mesh
 
 from gptjax.config import MeshConfig, ModelConfig
 from gptjax.config.section import InputError
-from gptjax.interop.families import read_model
+from gptjax.interop.families import ModelFamily, read_model
 from gptjax.interop.folder import CONFIG, WEIGHTS, SafetensorsFolder
 from gptjax.interop.foreign import ForeignConfig, read_json
+from gptjax.interop.image_processor import with_processor
 from gptjax.interop.placing import CheckedSource, place
 from gptjax.model.decoder import Decoder
 from gptjax.parallel.sharding import make_mesh
@@ -34,14 +35,15 @@ def import_huggingface(source: Path, mesh: Mesh | None = None) -> Imported:
     if not (source / CONFIG).is_file():
         raise InputError(f"{source} holds no {CONFIG}; wanted a Hugging Face folder with {CONFIG} and {WEIGHTS}")
     settings = ForeignConfig(source / CONFIG, read_json(source / CONFIG))
-    return assemble(settings, lambda: SafetensorsFolder(source), mesh)
+    return assemble(settings, lambda family: SafetensorsFolder(source, family.name), mesh)
 
 
-def assemble(settings: ForeignConfig, tensors: Callable[[], CheckedSource], mesh: Mesh | None) -> Imported:
+def assemble(settings: ForeignConfig, tensors: Callable[[ModelFamily], CheckedSource], mesh: Mesh | None) -> Imported:
     """A model of these settings and of the tensors, opened once the settings are known to be supported."""
     try:
         family, cfg, vocab_size, context = read_model(settings)
+        cfg = with_processor(cfg, settings)
     except InputError as error:  # of our own settings, which know no file
         raise error if str(settings.path) in str(error) else InputError(f"{settings.path}: {error}") from None
     mesh = mesh or make_mesh(MeshConfig(), jax.local_devices()[:1])
-    return cfg, vocab_size, context, place(tensors(), family, Decoder(cfg, vocab_size, context), mesh)
+    return cfg, vocab_size, context, place(tensors(family), family, Decoder(cfg, vocab_size, context), mesh)

@@ -11,6 +11,7 @@ from gptjax.config.section import InputError, leaves, one_line
 from gptjax.interop.gguf import import_gguf, is_gguf
 from gptjax.interop.hub import fetch
 from gptjax.interop.huggingface import import_huggingface
+from gptjax.interop.image_processor import with_marks
 from gptjax.parallel.processes import barrier, is_main_process, join_processes, main_process_first
 from gptjax.parallel.sharding import make_mesh
 from gptjax.runs.checkpoint import CheckpointError, Checkpoints
@@ -45,6 +46,7 @@ def import_run(source: str | Path, run_dir: str | Path, cfg: ImportConfig = AS_I
             set_conventions(tokenizer, path)
         except InputError as error:
             reason = str(error)
+    model = with_marks(model, tokenizer)
     if tokenizer is not None:
         set_template(tokenizer, cfg.template)
         reason = f"chat template: {tokenizer.template or 'none that is known'}"

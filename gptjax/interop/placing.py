@@ -5,6 +5,7 @@ holds the model a second time, and no device more than its share of it.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -14,10 +15,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from gptjax.config.section import InputError
-from gptjax.interop.families import HEAD, ModelFamily
-from gptjax.interop.layout import TensorSource, read_slice, stored_tensor
-from gptjax.model.block import layer_params
-from gptjax.model.decoder import Decoder, dims, top_params
+from gptjax.interop.families import VISION, ModelFamily
+from gptjax.interop.layout import TensorSource, leaf_sizes, read_slice, stacked_leaves, stored_tensor, top_leaves
+from gptjax.model.decoder import Decoder
 from gptjax.parallel.sharding import sharding_of, suffix
 
 P = jax.P
@@ -43,7 +43,6 @@ def place(tensors: CheckedSource, family: ModelFamily, decoder: Decoder, mesh: M
     missing, left over, or of another type or shape, and for weights that are not finite.
     """
     _check(tensors, family, decoder)
-    size = dims(decoder.cfg, decoder.vocab_size, decoder.context)
 
     def read(leaf: str, n: int | None = None) -> np.ndarray:
         x = read_slice(tensors, family, decoder, leaf, n)
@@ -54,11 +53,12 @@ def place(tensors: CheckedSource, family: ModelFamily, decoder: Decoder, mesh: M
 
     def whole(leaf: str) -> jax.Array:
         x = read(leaf)
-        if leaf == "embed_VD" and decoder.cfg.tied and HEAD in tensors.names:
-            _check_tied(tensors, x[: decoder.vocab_size])
+        if leaf == "embed_VD" and decoder.cfg.tied and family.head in tensors.names:
+            _check_tied(tensors, family.head, x[: decoder.vocab_size])
         return _put(x, sharding_of(leaf, x.shape, mesh))
 
     def stacked(leaf: str) -> jax.Array:
+        size = leaf_sizes(decoder, leaf)
         shape = tuple(size[letter] for letter in suffix(leaf))
         sharding = sharding_of(leaf, shape, mesh)
         of_layer = NamedSharding(mesh, P(*sharding.spec[1:]))
@@ -69,8 +69,16 @@ def place(tensors: CheckedSource, family: ModelFamily, decoder: Decoder, mesh: M
         return x
 
     # The large leaves first, while there is little else in memory.
-    params: dict[str, Any] = {leaf: whole(leaf) for leaf in sorted(top_params(decoder.cfg), key=suffix, reverse=True)}
-    return params | {"layers": {leaf: stacked(leaf) for leaf in layer_params(decoder.cfg)}}
+    params: dict[str, Any] = {leaf: whole(leaf) for leaf in sorted(top_leaves(decoder.cfg), key=suffix, reverse=True)}
+    layers = {leaf: stacked(leaf) for leaf in stacked_leaves(decoder.cfg)}
+    tree = _own(params, "") | {"layers": _own(layers, "")}
+    seeing = _own(params, VISION)
+    return tree | ({"vision": seeing | {"layers": _own(layers, VISION)}} if seeing else {})
+
+
+def _own(leaves: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The leaves of the encoder (`VISION`), or of the decoder, under their own names."""
+    return {n.removeprefix(VISION): x for n, x in leaves.items() if n.startswith(VISION) == (prefix == VISION)}
 
 
 def _put(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
@@ -93,24 +101,22 @@ def _filling(sharding: NamedSharding) -> Callable[[jax.Array, jax.Array, np.int3
 
 def _check(tensors: CheckedSource, family: ModelFamily, decoder: Decoder) -> None:
     left = set(tensors.names)
-    for leaves, layers in (
-        (top_params(decoder.cfg), [None]),
-        (layer_params(decoder.cfg), range(decoder.cfg.num_layers)),
-    ):
-        for n in layers:  # a model of too many layers ends at the first that is missing
-            for leaf in leaves:
-                name, shape = stored_tensor(tensors, family, decoder, leaf, n)
-                tensors.check(name, shape)
-                left.discard(name)
+    stacks = stacked_leaves(decoder.cfg)
+    tops = [(leaf, None) for leaf in top_leaves(decoder.cfg)]
+    layers = ((leaf, n) for n in range(max(stacks.values())) for leaf, count in stacks.items() if n < count)
+    for leaf, n in itertools.chain(tops, layers):  # a model of too many layers ends at the first that is missing
+        name, shape = stored_tensor(tensors, family, decoder, leaf, n)
+        tensors.check(name, shape)
+        left.discard(name)
     if decoder.cfg.tied:
-        left.discard(HEAD)
-    if left := sorted(name for name in left if not name.endswith(CONSTANTS)):
+        left.discard(family.head)
+    if left := sorted(n for n in left if not n.endswith(CONSTANTS) and not family.is_idle(n, decoder.cfg)):
         more = f" and {len(left) - 3} more" if len(left) > 3 else ""
         plain = f"wanted a plain {family.model_type} model"
         raise InputError(f"{tensors.path}: no place for tensor {', '.join(left[:3])}{more}; {plain}")
 
 
-def _check_tied(tensors: CheckedSource, embed_VD: np.ndarray) -> None:
+def _check_tied(tensors: CheckedSource, head: str, embed_VD: np.ndarray) -> None:
     """Raises InputError where a file repeats the tied head, and it is another."""
-    if not np.array_equal(tensors.take(HEAD, embed_VD.shape), embed_VD):
-        raise InputError(f"{tensors.path}: tie_word_embeddings is true, but {HEAD} differs from the embedding")
+    if not np.array_equal(tensors.take(head, embed_VD.shape), embed_VD):
+        raise InputError(f"{tensors.path}: tie_word_embeddings is true, but {head} differs from the embedding")

@@ -44,7 +44,7 @@ class ImageTokens(NamedTuple):
 def image_sizes(cfg: ModelConfig) -> dict[str, int]:
     """The size of every letter of the projector's names and, in the encoder, of its own."""
     v = cfg.vision
-    return {"U": v.merged_size, "X": cfg.width, "D": cfg.width, "Y": v.patch_size, "P": v.num_patches}
+    return {"U": v.merged_size, "X": cfg.width, "D": cfg.width, "Y": v.patch_size, "P": v.num_patches + v.class_token}
 
 
 def projector_params(cfg: ModelConfig) -> dict[str, str]:
@@ -58,8 +58,11 @@ def projector_params(cfg: ModelConfig) -> dict[str, str]:
 
 def encoder_params(cfg: ModelConfig) -> tuple[dict[str, str], dict[str, str]]:
     """(every parameter of the encoder outside of its layers, those of its stacked layers), and how they start."""
-    top = {"patch_YD": "normal", "patch_bias_D": "zeros", "place_PD": "normal"}
-    return top | {"norm_final_D": "ones", "norm_final_bias_D": "zeros"}, layer_params(cfg.encoder)
+    v, top = cfg.vision, {"patch_YD": "normal", "place_PD": "normal"}
+    clip = {"class_D": "normal", "norm_in_D": "ones", "norm_in_bias_D": "zeros"}
+    top |= clip if v.class_token else {"patch_bias_D": "zeros"}
+    top |= {"norm_final_D": "ones", "norm_final_bias_D": "zeros"} if v.final_norm else {}
+    return top, layer_params(cfg.encoder)
 
 
 def encode_images(cfg: ModelConfig, params: Params, patches_IPY: jax.Array) -> jax.Array:
@@ -80,7 +83,13 @@ def encode_images(cfg: ModelConfig, params: Params, patches_IPY: jax.Array) -> j
 
 def _encode(cfg: ModelConfig, p: Params, x_IPY: jax.Array) -> jax.Array:
     """The encoder's stream x_IPD behind its final norm; `cfg` is its own."""
-    x_IPD = linear(x_IPY, p, patch="BLY,YD->BLD") + p["place_PD"].astype(x_IPY.dtype)
+    x_IPD = linear(x_IPY, p, patch="BLY,YD->BLD")
+    if "class_D" in p:
+        class_I1D = jnp.broadcast_to(p["class_D"].astype(x_IPD.dtype), (len(x_IPD), 1, cfg.width))
+        x_IPD = jnp.concatenate([class_I1D, x_IPD], axis=1)
+    x_IPD = x_IPD + p["place_PD"].astype(x_IPD.dtype)
+    if "norm_in_D" in p:
+        x_IPD = norm(x_IPD, p["norm_in_D"], p["norm_in_bias_D"], cfg)
     places_IP = jnp.zeros(x_IPD.shape[:2], jnp.int32)
     mask = AttentionMask(places_IP + x_IPD.shape[1] - 1)  # every patch sees up to the last
 
@@ -92,7 +101,8 @@ def _encode(cfg: ModelConfig, p: Params, x_IPY: jax.Array) -> jax.Array:
     x_IPD, _ = jax.lax.scan(
         scanned, constrain(x_IPD, "BLD"), one_layer(p["layers"]), unroll=cfg.unroll or cfg.num_layers
     )
-    return norm(x_IPD, p["norm_final_D"], p["norm_final_bias_D"], cfg)
+    x_IPD = x_IPD[:, 1:] if "class_D" in p else x_IPD
+    return norm(x_IPD, p["norm_final_D"], p["norm_final_bias_D"], cfg) if "norm_final_D" in p else x_IPD
 
 
 def image_tokens(cfg: ModelConfig, params: Params, images: Images) -> ImageTokens:

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from gptjax.config.section import InputError, one_line
@@ -32,10 +33,10 @@ _TEXTS = (
 )  # fmt: skip
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, more: Mapping[str, int] = MappingProxyType({})) -> None:
     """Writes tokenizer.json and tokenizer_config.json: the names of bos and eos, if bos is added, the chat template.
 
-    A SentencePiece tokenizer's .model file is written beside them.
+    A SentencePiece tokenizer's .model file is written beside them. `more` are special tokens beside the tokenizer's.
 
     Before anything is written, the ids of awkward texts through the tokenizers library are held against the
     tokenizer's. They are equal but for text that is the name of a special token, which becomes that token there, for
@@ -47,7 +48,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         import tokenizers
     except ImportError:
         raise InputError("writing tokenizer.json needs the library tokenizers; pip install 'gptjax[bpe]'") from None
-    values = {"version": "1.0", "truncation": None, "padding": None} | _content(tokenizer)
+    values = {"version": "1.0", "truncation": None, "padding": None} | _content(tokenizer, more)
     text = json.dumps(values, ensure_ascii=False)
     try:
         made = tokenizers.Tokenizer.from_str(text)
@@ -72,7 +73,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         (folder / MODEL_FILE).write_bytes(tokenizer.model)
 
 
-def _content(tokenizer: Tokenizer) -> dict[str, Any]:
+def _content(tokenizer: Tokenizer, more_tokens: Mapping[str, int]) -> dict[str, Any]:
     if isinstance(tokenizer, BytesTokenizer):
         values = _byte_level(BYTE_CHARACTERS, [])
     elif isinstance(tokenizer, TiktokenTokenizer):
@@ -85,7 +86,7 @@ def _content(tokenizer: Tokenizer) -> dict[str, Any]:
         raise InputError(f"a tokenizer of kind {tokenizer.kind} can't be written as {JSON_FILE}")
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     added = {token["content"]: flags | token for token in values.get("added_tokens", ())}
-    for name, i in tokenizer.specials.items():
+    for name, i in {**tokenizer.specials, **more_tokens}.items():
         added[name] = flags | {"id": i} | added.get(name, {}) | {"content": name, "special": True}
     values["added_tokens"] = sorted(added.values(), key=lambda token: token["id"])
     if isinstance(values["model"]["vocab"], dict):  # a token that is not in it would get the next free id

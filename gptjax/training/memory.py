@@ -239,7 +239,7 @@ def saved_by_layer(config: TrainConfig, size: Mapping[str, int], item: int, tile
     norms, also = 4 * stream * 2 * count, 0 if item == 4 else 1
     read = 2 if tiles else item
     gelu = 16 + (2 if tiles else item * also)
-    each = {"swiglu": 6 * item, "geglu": gelu + 3 * item, "relu2": 3 * item, "gelu": gelu}[cfg.activation]
+    each = {"swiglu": 6 * item, "geglu": gelu + 3 * item, "relu2": 3 * item}.get(cfg.activation, gelu)
     inside = each * tokens * size["F"]
     kernel = item * stream if cfg.attention == "splash" else 0
     kept = norms + 2 * item * also * stream + inside + 2 * item * (query + key) + kernel
