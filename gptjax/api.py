@@ -23,6 +23,7 @@ from gptjax.evals.report import results_json
 from gptjax.evals.tasks import load_task
 from gptjax.generation.chat import stream_answers
 from gptjax.generation.engine import generate as generate_texts
+from gptjax.generation.image_prompts import open_picture
 from gptjax.interop.export import export_model
 from gptjax.runs.init_check import with_init
 from gptjax.runs.load import LoadedModel, load_model
@@ -32,6 +33,8 @@ from gptjax.stages.summary import print_summary
 from gptjax.stages.verb import stage_function
 
 C = TypeVar("C", bound=TrainConfig)
+Image = str | Path | bytes
+"""A picture: the path of a file, or its bytes."""
 
 
 def recipe(
@@ -95,35 +98,60 @@ def load(run_dir: str | Path, step: int = 0, *, block: Callable[..., Any] | None
 
 
 @overload
-def generate(model: LoadedModel, prompt: str = "", **settings: Any) -> str: ...
+def generate(model: LoadedModel, prompt: str = "", *, images: Sequence[Image] = (), **settings: Any) -> str: ...
 
 
 @overload
-def generate(model: LoadedModel, prompt: list[str], **settings: Any) -> list[str]: ...
+def generate(model: LoadedModel, prompt: list[str], *, images: Sequence[Image] = (), **settings: Any) -> list[str]: ...
 
 
-def generate(model: LoadedModel, prompt: str | list[str] = "", **settings: Any) -> str | list[str]:
+def generate(
+    model: LoadedModel, prompt: str | list[str] = "", *, images: Sequence[Image] = (), **settings: Any
+) -> str | list[str]:
     """The continuation of a prompt, or of each of several, without the prompt itself.
 
-    `settings` are those of config.GenerateConfig: max_new_tokens, temperature, top_k, top_p, min_p, seed, stop, ...
+    `images` (paths, or the bytes of files) stand before each prompt, for a model that reads them. `settings` are those
+    of config.GenerateConfig: max_new_tokens, temperature, top_k, top_p, min_p, seed, stop, ...
     """
     prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
     cfg = build(GenerateConfig, dict(leaves(GenerateConfig())) | {"prompt": prompts} | settings)
+    pictures = [open_picture(image) for image in images]
     with jax.set_mesh(model.mesh):
-        texts = generate_texts(model.decoder, model.params, model.tokenizer, cfg)
+        texts = generate_texts(model.decoder, model.params, model.tokenizer, cfg, pictures)
     return texts[0] if isinstance(prompt, str) else texts
 
 
-def chat(model: LoadedModel, messages: str | Sequence[Mapping[str, str]], **settings: Any) -> str:
+def chat(
+    model: LoadedModel, messages: str | Sequence[Mapping[str, Any]], *, images: Sequence[Image] = (), **settings: Any
+) -> str:
     """The answer to a message of a user, or to a conversation of {"role", "content"}, by the run's chat template.
 
-    `settings` are those of `generate`. Raises InputError where the run has no template or the conversation is too long.
+    `images` (paths, or the bytes of files) stand before the text of the last message; a content may also be a list of
+    parts, {"type": "text", "text": ...} and {"type": "image", "image": a path or bytes}. `settings` are those of
+    `generate`. Raises InputError where the run has no template or the conversation is too long, and for images that
+    can't be read, or that the model does not read.
     """
-    asked = [{"role": "user", "content": messages}] if isinstance(messages, str) else [dict(m) for m in messages]
+    said = [{"role": "user", "content": messages}] if isinstance(messages, str) else [dict(m) for m in messages]
+    asked = [message | {"content": _content(message.get("content"))} for message in said]
+    if images and asked:
+        parts = asked[-1]["content"]
+        parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
+        asked[-1]["content"] = [*({"type": "image", "image": open_picture(image)} for image in images), *parts]
     cfg = build(GenerateConfig, dict(leaves(GenerateConfig())) | settings)
     with jax.set_mesh(model.mesh):
         pieces = stream_answers(model.decoder, model.params, model.tokenizer, [asked], cfg)
         return "".join(piece for _, piece in pieces)
+
+
+def _content(content: Any) -> Any:
+    """A message's content with its images opened."""
+    if not isinstance(content, list):
+        return content
+    parts = [dict(part) if isinstance(part, Mapping) else part for part in content]
+    for part in parts:
+        if isinstance(part, dict) and part.get("type") == "image" and "image" in part:
+            part["image"] = open_picture(part["image"])
+    return parts
 
 
 def export(model: LoadedModel, folder: str | Path, **settings: Any) -> str:

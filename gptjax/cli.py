@@ -123,7 +123,8 @@ def generate(args: list[str]) -> int:
     from gptjax.commands import generate_run
 
     generate_run(run, cfg, functools.partial(_print, end=""))
-    mode = ["--chat"] if cfg.chat else ["--shots", cfg.shots] if cfg.shots else []
+    mode = ["--image", *cfg.image] if cfg.image else []
+    mode += ["--chat"] if cfg.chat else ["--shots", cfg.shots] if cfg.shots else []
     _next("generate", run, *mode, "--prompt", *cfg.prompt, "--seed", cfg.seed + 1)
     return 0
 

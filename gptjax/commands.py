@@ -22,6 +22,7 @@ from gptjax.storage import check_file, write_json
 
 if TYPE_CHECKING:
     from gptjax.config.serving import ServeConfig
+    from gptjax.data.images import Picture
     from gptjax.data.pairs import PreferenceData
     from gptjax.evals.measure import TaskResult
     from gptjax.evals.tasks import Task
@@ -155,13 +156,14 @@ def generate_run(run_dir: str | Path, cfg: ContinueConfig, write: Callable[[str]
         shots = read_shots(cfg.shots)
         prompts = tuple(shots.prompt(text) for text in cfg.prompt)
         cfg = dataclasses.replace(cfg, prompt=prompts, stop=(*cfg.stop, shots.stop))
+    images = _pictures(cfg.image) if cfg.image else []
     model = load_model(run_dir, None, cfg.step)
     with jax.set_mesh(model.mesh):
         constraint = _constraint(model, cfg) if cfg.choices or cfg.json_schema else None
         if cfg.chat:
-            pieces = _answers(model, cfg, constraint)
+            pieces = _answers(model, cfg, images, constraint)
         else:
-            pieces = stream(model.decoder, model.params, model.tokenizer, cfg, constraint=constraint)
+            pieces = stream(model.decoder, model.params, model.tokenizer, cfg, constraint=constraint, images=images)
         first = list(itertools.islice(pieces, 1))  # a prompt that does not fit is refused before anything is written
         texts = [""] * len(cfg.prompt) if answers_alone else list(cfg.prompt)
         if len(texts) == 1:
@@ -202,14 +204,23 @@ def _constraint(model: LoadedModel, cfg: ContinueConfig) -> "Constraint":
     return json_constraint(tokenizer, schema, ends, **more)
 
 
-def _answers(model: LoadedModel, cfg: ContinueConfig, constraint: "Constraint | None") -> Iterator[tuple[int, str]]:
+def _pictures(paths: Sequence[str]) -> "list[Picture]":
+    from gptjax.generation.image_prompts import open_picture
+
+    return [open_picture(path) for path in paths]
+
+
+def _answers(
+    model: LoadedModel, cfg: ContinueConfig, images: "Sequence[Picture]", constraint: "Constraint | None"
+) -> Iterator[tuple[int, str]]:
     from gptjax.generation.chat import stream_answers
+    from gptjax.generation.image_prompts import with_pictures
     from gptjax.tokenizer import set_template
 
     tokenizer = model.tokenizer
     set_template(tokenizer, cfg.template)
     system = [{"role": "system", "content": cfg.system}] if cfg.system else []
-    chats = [[*system, {"role": "user", "content": prompt}] for prompt in cfg.prompt]
+    chats = [[*system, {"role": "user", "content": with_pictures(prompt, images)}] for prompt in cfg.prompt]
     return stream_answers(model.decoder, model.params, tokenizer, chats, cfg, constraint=constraint)
 
 

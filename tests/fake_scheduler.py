@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from gptjax.config import VisionConfig
 from gptjax.config.serving import ServeConfig
 from gptjax.serve.sequence import Busy, Sequence, Token, Update
 from gptjax.serve.service import Service
@@ -19,7 +20,7 @@ CONTEXT = 256
 FINISHES = ("stop", "length", "cancelled", "error")
 
 
-def fake_model(template: str = "llama2", context: int = CONTEXT) -> Any:
+def fake_model(template: str = "llama2", context: int = CONTEXT, vision: VisionConfig | None = None) -> Any:
     """All that the server reads of a model, and no weights."""
     tokenizer = BytesTokenizer()
     tokenizer.template = template
@@ -27,7 +28,9 @@ def fake_model(template: str = "llama2", context: int = CONTEXT) -> Any:
         tokenizer.specials = {"<|im_start|>": 256, "<|im_end|>": 257}
     return SimpleNamespace(
         tokenizer=tokenizer, step=7, run=SimpleNamespace(folder=Path("runs/fake")),
-        decoder=SimpleNamespace(vocab_size=tokenizer.vocab_size, context=context),
+        decoder=SimpleNamespace(
+            vocab_size=tokenizer.vocab_size, context=context, cfg=SimpleNamespace(vision=vision or VisionConfig())
+        ),
     )  # fmt: skip
 
 
@@ -156,10 +159,12 @@ class FakeScheduler:
             sequence.on_update(Update(tokens, text, ""))
 
 
-def fake_service(text: str = "Hello", template: str = "llama2", **settings: Any) -> Service:
+def fake_service(
+    text: str = "Hello", template: str = "llama2", vision: VisionConfig | None = None, **settings: Any
+) -> Service:
     """A service whose scheduler is a fake that has been started."""
     cfg = ServeConfig(**{"slots": 4, "max_waiting": 8, "timeout": 5.0, "drain": 5.0} | settings)
-    model = fake_model(template, cfg.context or CONTEXT)
+    model = fake_model(template, cfg.context or CONTEXT, vision)
     scheduler = FakeScheduler(model, text=text, slots=cfg.slots, max_waiting=cfg.max_waiting)
     service = Service(model, cfg, scheduler)  # pyright: ignore[reportArgumentType]
     scheduler.start()

@@ -48,6 +48,8 @@ class ContinueConfig(GenerateConfig):
 
     section: ClassVar[str] = ""
 
+    image: tuple[str, ...] = ()
+    """Pictures (PNG, JPEG, WebP, GIF) in front of each prompt, for a run that reads images."""
     step: int = 0
     """Checkpoint to use; 0: the newest."""
     chat: bool = False
@@ -68,6 +70,8 @@ class ContinueConfig(GenerateConfig):
         super().__post_init__()
         self.require(not (self.shots and self.chat), "shots", "none with --chat")
         self.require(not self.shots or all(self.prompt), "prompt", "an input with --shots", "add --prompt")
+        self.require(not (self.shots and self.image), "image", "none with --shots")
+        self.require(not self.image or all(self.prompt), "prompt", "a text with --image", "add --prompt")
         self.require(all(self.choices), "choices", "texts that are not empty")
         self.require(not (self.choices and self.json_schema), "json_schema", "none beside --choices")
         for name in ("system", "template"):
@@ -82,6 +86,8 @@ class ChatConfig(Section):
 
     section: ClassVar[str] = ""
 
+    image: tuple[str, ...] = ()
+    """Pictures (PNG, JPEG, WebP, GIF) before the first message, for a run that reads images."""
     system: str = ""
     """System message; empty: the template's own, where it has one."""
     template: str = ""

@@ -30,13 +30,18 @@ class ServeConfig(Section):
     context: int = 0
     """Tokens of a prompt and its answer at the most; 0: the model's context, or what half of the free memory holds."""
     prefill_chunk: int = 128
-    """Tokens of a prompt that are read at once; what was read of a conversation is used again in multiples of it."""
+    """Tokens of a prompt that are read at once, at least all of an image where its tokens see each other; what was read
+    of a conversation is used again in multiples of it."""
     batch_invariant: bool = False
     """An answer is the same to the bit, whoever else is served: one takes as many rows as all."""
     max_waiting: int = 64
     """Answers that wait for a slot at the most, and that a request may ask for; further requests get 429."""
     max_body: int = 4_194_304
     """Bytes of a request's body at the most."""
+    max_images: int = 8
+    """Images of a conversation at the most, of a model that reads images."""
+    max_image_body: int = 20_971_520
+    """Bytes of the body of a chat at the most, of a model that reads images."""
     timeout: float = 30.0
     """Seconds within which a client must send its headers, its body, and read what is sent to it."""
     drain: float = 60.0
@@ -62,7 +67,15 @@ class ServeConfig(Section):
         self.require_numbers(0, 65535, "port")
         self.require_numbers(0, math.inf, "step", "context", "drain")
         self.require_positive(
-            "slots", "prefill_chunk", "max_calls", "max_waiting", "max_body", "timeout", "connections"
+            "slots",
+            "prefill_chunk",
+            "max_calls",
+            "max_waiting",
+            "max_body",
+            "max_images",
+            "max_image_body",
+            "timeout",
+            "connections",
         )
         plain = self.api_key.isascii() and self.api_key == self.api_key.strip()
         if not plain:  # which shows no key

@@ -7,6 +7,7 @@ from gptjax.config import GenerateConfig
 from gptjax.config.section import InputError
 from gptjax.generation.engine import CHUNK, stream_text
 from gptjax.generation.image_places import NO_PICTURES, Pictures
+from gptjax.generation.image_prompts import rendered_prompt
 from gptjax.generation.text_stream import TextStream
 from gptjax.model.decoder import Decoder, Params
 from gptjax.tokenizer import Tokenizer
@@ -29,12 +30,18 @@ def stream_answers(
 ) -> Iterator[tuple[int, str]]:
     """Yields (conversation, piece of its answer) as `stream` does; an answer ends at the template's end of a turn too.
 
-    Of cfg, `prompt` is not read. Raises InputError where the tokenizer has no template, a conversation is none that the
-    template has, or does not fit.
+    Messages may hold pictures, as `dialogue.messages_of` reads them. Of cfg, `prompt` is not read. Raises InputError
+    where the tokenizer has no template, a conversation is none that the template has, or does not fit, and for pictures
+    that can't be read, or that the model does not read.
     """
     template = template_of(tokenizer)
-    prompts = [template.render(tokenizer, messages, add_generation_prompt=True)[0] for messages in conversations]
-    return _stream(decoder, params, tokenizer, prompts, cfg, chat=True, chunk=chunk, constraint=constraint)
+    prompts = [
+        rendered_prompt(template.render(tokenizer, messages, True)[0], messages, decoder.cfg.vision)
+        for messages in conversations
+    ]
+    pictures = {place: patches_PY for prompt in prompts for place, patches_PY in prompt.pictures.items()}
+    more: Any = {"chunk": chunk, "constraint": constraint, "pictures": pictures}
+    return _stream(decoder, params, tokenizer, [prompt.ids for prompt in prompts], cfg, chat=True, **more)
 
 
 def continue_ids(

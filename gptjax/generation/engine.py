@@ -34,6 +34,7 @@ from gptjax.parallel.sharding import constrain_tree, on_host, require_mesh
 from gptjax.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from gptjax.data.images import Picture
     from gptjax.generation.constraint import Constraint
     from gptjax.generation.image_places import Pictures
 
@@ -47,10 +48,12 @@ def drawable(decoder: Decoder, tokenizer: Tokenizer) -> int:
     return min(decoder.vocab_size, tokenizer.vocab_size)
 
 
-def generate(decoder: Decoder, params: Params, tokenizer: Tokenizer, cfg: GenerateConfig) -> list[str]:
+def generate(
+    decoder: Decoder, params: Params, tokenizer: Tokenizer, cfg: GenerateConfig, images: "Sequence[Picture]" = ()
+) -> list[str]:
     """The text that continues each prompt: what `stream` yields, joined."""
-    texts = [""] * len(cfg.prompt)
-    for row, piece in stream(decoder, params, tokenizer, cfg, chunk=CHUNK if cfg.stop else cfg.max_new_tokens):
+    texts, chunk = [""] * len(cfg.prompt), CHUNK if cfg.stop else cfg.max_new_tokens
+    for row, piece in stream(decoder, params, tokenizer, cfg, chunk=chunk, images=images):
         texts[row] += piece
     return texts
 
@@ -63,19 +66,25 @@ def stream(
     *,
     chunk: int = CHUNK,
     constraint: "Constraint | None" = None,
+    images: "Sequence[Picture]" = (),
 ) -> Iterator[tuple[int, str]]:
     """Yields (row, piece of its text) as the tokens come, at most `chunk` of them at a time.
 
-    No piece splits a character, shows a stop text or anything behind it; joined, the pieces of a row are its text
-    whatever `chunk` is. A character that the last token leaves incomplete comes out as U+FFFD. Parameters that lie
-    sharded on a mesh need that mesh set (jax.set_mesh). Raises InputError where a prompt does not fit.
+    The images stand before each prompt, in their order. No piece splits a character, shows a stop text or anything
+    behind it; joined, the pieces of a row are its text whatever `chunk` is. A character that the last token leaves
+    incomplete comes out as U+FFFD. Parameters that lie sharded on a mesh need that mesh set (jax.set_mesh). Raises
+    InputError where a prompt does not fit, or an image can't be read.
     """
-    prompts = [tokenizer.prompt_ids(prompt) for prompt in cfg.prompt]
+    prompts, pictures = [tokenizer.prompt_ids(prompt) for prompt in cfg.prompt], None
+    if images:
+        from gptjax.generation.image_prompts import text_prompt
+
+        made = [text_prompt(tokenizer, prompt, images, decoder.cfg.vision) for prompt in cfg.prompt]
+        prompts, pictures = [prompt.ids for prompt in made], made[0].pictures  # the same of all
     spaced = tokenizer.opens_with_space
     texts = [TextStream(tokenizer, cfg.stop, drops_space=spaced and not prompt) for prompt in cfg.prompt]
-    return stream_text(
-        decoder, params, prompts, texts, cfg, stop_ids=tokenizer.end_ids, chunk=chunk, constraint=constraint
-    )
+    more: Any = {"stop_ids": tokenizer.end_ids, "chunk": chunk, "constraint": constraint, "pictures": pictures}
+    return stream_text(decoder, params, prompts, texts, cfg, **more)
 
 
 def stream_text(

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from gptjax.generation.constraint import Constraint
+from gptjax.generation.image_prompts import ImagePrompt
 from gptjax.serve.answers import (
     EventStream,
     Reply,
@@ -64,7 +65,10 @@ class Form:
         marks: Mapping[int, str] | None = None,
         **more: Any,
     ) -> None:
-        """Sequences for n answers to a prompt; equal prompts of a request draw different random numbers."""
+        """Sequences for n answers to a prompt; equal prompts of a request draw different random numbers.
+
+        `more` are settings of Sequence.
+        """
         service, asked = self.service, self.asked
         most = answer_room(len(ids), wanted, default, service.context, self.where)
         if (count := len(self.answers) + (asked.n or 1)) > service.most_sequences:
@@ -133,9 +137,12 @@ class Form:
         prompts = sum(map(len, self.prompts[::n]))
         reused = sum(sequence.reused for sequence in self.job.sequences[::n])
         written = sum(answer.num_tokens for answer in self.answers)
+        details = {"cached_tokens": reused}
+        if self.service.vision.patch:
+            details["image_tokens"] = sum(i < 0 for ids in self.prompts[::n] for i in ids)
         return {
             "prompt_tokens": prompts, "completion_tokens": written, "total_tokens": prompts + written,
-            "prompt_tokens_details": {"cached_tokens": reused},
+            "prompt_tokens_details": details,
         }  # fmt: skip
 
     def choice(self, answer: Reply) -> dict[str, Any]:
@@ -220,7 +227,7 @@ class Chat(Form):
 
     kind, chunk_kind, prefix, where = "chat.completion", "chat.completion.chunk", "chatcmpl", "messages"
 
-    def __init__(self, service: Service, asked: ChatRequest, ids: list[int], constraint: Constraint | None):
+    def __init__(self, service: Service, asked: ChatRequest, prompt: ImagePrompt, constraint: Constraint | None):
         super().__init__(service, asked, constraint)
         self.asked: ChatRequest = asked
         if asked.top_logprobs is not None and not asked.logprobs:
@@ -230,8 +237,8 @@ class Chat(Form):
             raise ApiError(400, "max_tokens=0: wanted at least 1 for an answer", param="max_tokens")
         self._has_tools = bool(asked.offered)
         self.add(
-            ids, chat=True, default=service.context, wanted=wanted, marks=service.marks if self._has_tools else None,
-            top_logprobs=asked.top_logprobs or 0,
+            prompt.ids, chat=True, default=service.context, wanted=wanted, pictures=prompt.pictures,
+            marks=service.marks if self._has_tools else None, top_logprobs=asked.top_logprobs or 0,
         )  # fmt: skip
 
     def first(self) -> Iterator[dict[str, Any]]:
@@ -334,10 +341,11 @@ def prompt_ids(service: Service, prompts: Sequence[str | list[int]]) -> list[tup
 async def chat_completions(request: Request) -> Response:
     """POST /v1/chat/completions."""
     service: Service = request.app.state.service
-    asked = parse_request(ChatRequest, await read_body(request, service.cfg))
+    body = await read_body(request, service.cfg, service.most_body)
+    asked = await run_in_threadpool(parse_request, ChatRequest, body)
     check_model(service, asked.model)
     messages = [message.plain(i) for i, message in enumerate(asked.messages)]
-    ids = await run_in_threadpool(service.render, messages, True, asked.offered)
-    spaced = service.drops_space(ids, chat=True)
+    prompt = await run_in_threadpool(service.render, messages, True, asked.offered)
+    spaced = service.drops_space(prompt.ids, chat=True)
     constraint = await run_in_threadpool(constraint_of, service, asked, chat=True, spaced=spaced)
-    return await Chat(service, asked, ids, constraint).respond(request)
+    return await Chat(service, asked, prompt, constraint).respond(request)

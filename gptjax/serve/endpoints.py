@@ -23,6 +23,7 @@ async def models(request: Request) -> Response:
     check_model(service, request.path_params.get("name"))
     own = {"id": service.name, "object": "model", "created": service.created, "owned_by": "gptjax"}
     own |= {"max_model_len": service.context, "step": service.model.step}
+    own |= {"input_modalities": ["text", "image"] if service.vision.patch else ["text"]}
     return JSONResponse(own if "name" in request.path_params else {"object": "list", "data": [own]})
 
 
@@ -56,7 +57,8 @@ async def embeddings(request: Request) -> Response:
 async def tokenize(request: Request) -> Response:
     """POST /tokenize, as vLLM has it."""
     service: Service = request.app.state.service
-    asked = parse_request(TokenizeRequest, await read_body(request, service.cfg))
+    body = await read_body(request, service.cfg, service.most_body)
+    asked = await run_in_threadpool(parse_request, TokenizeRequest, body)
     check_model(service, asked.model)
     tokenizer = service.tokenizer
     if (asked.prompt is None) == (asked.messages is None):
@@ -64,13 +66,15 @@ async def tokenize(request: Request) -> Response:
     if asked.messages is not None:
         messages = [message.plain(i) for i, message in enumerate(asked.messages)]
         tools = [tool.model_dump(exclude_none=True) for tool in asked.tools or []]
-        ids = await run_in_threadpool(service.render, messages, asked.add_generation_prompt is not False, tools)
+        ids = (await run_in_threadpool(service.render, messages, asked.add_generation_prompt is not False, tools)).ids
     else:
         encode = tokenizer.encode if asked.add_special_tokens is False else tokenizer.prompt_ids
         ids = await run_in_threadpool(encode, asked.prompt or "")
     answer = {"count": len(ids), "max_model_len": service.context, "tokens": ids}
     if asked.return_token_strs:
-        answer["token_strs"] = [token_name(tokenizer, i, tokenizer.decode_bytes([i]), "bytes:") for i in ids]
+        answer["token_strs"] = [
+            token_name(tokenizer, i, tokenizer.decode_bytes([i]), "bytes:") if i >= 0 else "" for i in ids
+        ]
     return JSONResponse(answer)
 
 

@@ -116,24 +116,28 @@ def is_loopback(request: Request) -> bool:
     return request.client is not None and ipaddress.ip_address(request.client.host).is_loopback
 
 
-async def read_body(request: Request, cfg: ServeConfig) -> bytes:
-    """A request's body of JSON; raises ApiError where it is none by its type, too large, or too slow to come."""
+async def read_body(request: Request, cfg: ServeConfig, most: int = 0) -> bytes:
+    """A request's body of JSON, of at most so many bytes (0: cfg.max_body).
+
+    Raises ApiError where it is none by its type, too large, or too slow to come.
+    """
+    most = most or cfg.max_body
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         text = f"the body is {kind[:60] or 'of no type'}; wanted the header Content-Type: application/json"
         raise ApiError(415, text, code="unsupported_media_type")
     if (coding := request.headers.get("content-encoding", "identity").lower()) != "identity":
         raise ApiError(415, f"the body is packed as {coding[:40]}; wanted it as it is", code="unsupported_media_type")
-    too_large = ApiError(413, f"the body is too large; wanted at most {cfg.max_body:,} bytes", code="body_too_large")
+    too_large = ApiError(413, f"the body is too large; wanted at most {most:,} bytes", code="body_too_large")
     length = request.headers.get("content-length", "0")
-    if length.isdecimal() and int(length) > cfg.max_body:
+    if length.isdecimal() and int(length) > most:
         raise too_large
     body = bytearray()
     try:
         async with asyncio.timeout(cfg.timeout):
             async for chunk in request.stream():
                 body += chunk
-                if len(body) > cfg.max_body:
+                if len(body) > most:
                     raise too_large
     except TimeoutError:
         text = f"the body did not come within {cfg.timeout:g} s"

@@ -68,6 +68,7 @@ async def page_facts(request: Request) -> Response:
     service: Service = request.app.state.service
     tools = service.toolbox.specs if service.toolbox else []
     facts = {"label": bool(service.cfg.label), "tools": tools, "max_calls": service.cfg.max_calls}
+    facts["images"] = bool(service.vision.patch)
     return JSONResponse(facts, headers=HEADERS)
 
 
@@ -180,13 +181,14 @@ class LabelDesk:
 
 async def draw_answers(service: Service, messages: Messages, count: int, seed: int) -> list[str]:
     """So many answers to a conversation, drawn at temperature 1; raises InputError or ApiError where there is none."""
-    ids = await run_in_threadpool(service.render, messages)
+    ids, pictures = await run_in_threadpool(service.render, messages)
     room = answer_room(len(ids), None, MOST_TOKENS, service.context, "messages")
     job, texts = Submission(service), [""] * count
     for copy in range(count):
         text = service.text_stream((), chat=True, drops_space=service.drops_space(ids, chat=True))
         sampling = Sampling(seed=seed, copy=copy)
-        job.add(ids, max_new_tokens=room, sampling=sampling, stop_ids=service.stop_ids(chat=True), text=text)
+        more: Any = {"stop_ids": service.stop_ids(chat=True), "text": text, "pictures": pictures}
+        job.add(ids, max_new_tokens=room, sampling=sampling, **more)
     job.submit()
     async with job:
         async for index, update in job.updates():

@@ -12,6 +12,7 @@ import pydantic_core
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from gptjax.config.section import InputError, one_line, unknown_name
+from gptjax.data.images import Picture, from_data_url
 
 R = TypeVar("R", bound="Request")
 
@@ -125,17 +126,29 @@ def _texts(value: Any) -> list[str]:
     return texts
 
 
-def _content(value: Any) -> str | None:
-    """The text of a message: its content, or the parts of it, joined."""
+def _content(value: Any) -> str | list[dict[str, Any]] | None:
+    """The text of a message, its parts joined; where images are among these, the parts, each image with its URL."""
     if value is None or isinstance(value, str):
         return value
-    if isinstance(value, list):
-        for part in value:
-            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                got = part.get("type") if isinstance(part, dict) else part
-                raise InputError(f"got a part {_kind(got)}; models here read parts of type 'text' alone")
-        return "".join(part["text"] for part in value)
-    raise InputError(f"got {_kind(value)}; wanted a text or a list of parts")
+    if not isinstance(value, list):
+        raise InputError(f"got {_kind(value)}; wanted a text or a list of parts")
+    parts = [_part(part, i) for i, part in enumerate(value)]
+    return parts if any(part["type"] == "image" for part in parts) else "".join(part["text"] for part in parts)
+
+
+def _part(part: Any, at: int) -> dict[str, Any]:
+    kind = part.get("type") if isinstance(part, dict) else part
+    if kind == "text" and isinstance(part, dict) and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    if kind != "image_url" or not isinstance(part, dict):
+        raise InputError(f"got a part {_kind(kind)}; models here read parts of type 'text', and some 'image_url'")
+    image = part.get("image_url")
+    url = image.get("url") if isinstance(image, dict) else image
+    if not isinstance(url, str):
+        raise InputError(f'part {at} is an image_url with {_kind(url)}; wanted {{"url": "data:image/png;base64,..."}}')
+    if isinstance(image, dict) and image.get("detail", "auto") not in ("auto", "low", "high"):
+        raise InputError(f"part {at}: detail={_kind(image['detail'])}; wanted auto, low or high")
+    return {"type": "image", "image": Picture.of(from_data_url(url, f"part {at}"), f"part {at}")}
 
 
 def _bias(value: Any) -> dict[int, float]:
@@ -244,7 +257,7 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str | None, BeforeValidator(_content)] = None
+    content: Annotated[Any, BeforeValidator(_content)] = None
     name: str | None = None
     """Of who speaks; templates have no place for it."""
     type: Literal["text", "message"] | None = None
@@ -259,12 +272,25 @@ class ChatMessage(BaseModel):
             name = one_line(more[0], 40)
             raise ApiError(400, f"{where}.{name}: there is no such field", param=f"{where}.{name}"[:80])
         role = "system" if self.role == "developer" else self.role
+        if role != "user" and not isinstance(self.content, str | None):
+            text = f"{where}.content: a message of the {self.role} holds an image; wanted images in the user's alone"
+            raise ApiError(400, text, param=f"{where}.content", code="invalid_value")
         if self.content is None and not (role == "assistant" and self.tool_calls):
             raise ApiError(400, f"{where}.content: a text is missing", param=f"{where}.content", code="invalid_value")
-        plain: dict[str, Any] = {"role": role, "content": self.content or ""}
+        plain: dict[str, Any] = {"role": role, "content": _named(self.content or "", where)}
         if self.tool_calls:
             plain["tool_calls"] = [call.model_dump() for call in self.tool_calls]
         return plain | ({"tool_call_id": self.tool_call_id} if self.tool_call_id else {})
+
+
+def _named(content: Any, where: str) -> Any:
+    """A message's content whose images say where in the request they stand."""
+    if isinstance(content, str):
+        return content
+    return [
+        part | {"image": part["image"]._replace(origin=f"{where}: part {i}")} if part["type"] == "image" else part
+        for i, part in enumerate(content)
+    ]
 
 
 class FunctionSpec(BaseModel):

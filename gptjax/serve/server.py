@@ -128,6 +128,7 @@ def serve(run_dir: str, cfg: ServeConfig, say: Callable[[str], None]) -> int:
         server.run(sockets=[listening])
     finally:
         service.scheduler.stop()
+        service.close()
     say("ended")
     return 0
 

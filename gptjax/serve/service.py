@@ -6,9 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from gptjax.config import VisionConfig
 from gptjax.config.section import InputError
 from gptjax.config.serving import ServeConfig
+from gptjax.data.image_messages import pictures_of
+from gptjax.data.image_reader import ImageReader
+from gptjax.data.images import Picture
 from gptjax.generation.engine import drawable
+from gptjax.generation.image_places import require_vision
+from gptjax.generation.image_prompts import ImagePrompt, rendered_prompt
 from gptjax.generation.text_stream import TextStream
 from gptjax.parallel.processes import working
 from gptjax.runs.load import LoadedModel, load_model, open_checkpoints
@@ -18,6 +26,8 @@ from gptjax.serve.tools import check_template, open_tools
 from gptjax.tokenizer import set_template
 from gptjax.tokenizer.templates import Message, Template
 from gptjax.tokenizer.tool_calls import ToolSpec
+
+PICTURES = 64  # pictures whose patches are kept, for conversations that go on
 
 
 class Service:
@@ -45,7 +55,9 @@ class Service:
         self.name = cfg.name or Path(model.run.folder).resolve().name
         self.created = int(time.time())
         self.draining = False
-        self._loading = threading.Lock()
+        self._loading, self._reading = threading.Lock(), threading.Lock()
+        self._reader = ImageReader() if self.vision.patch else None
+        self._pictures: dict[str, np.ndarray] = {}
         self._spaced = self.tokenizer.opens_with_space
         self._answers_spaced = self.renderer.spaced(self.tokenizer)
 
@@ -58,6 +70,16 @@ class Service:
     def vocab_size(self) -> int:
         """Ids that have a text, and the model reads."""
         return drawable(self.model.decoder, self.tokenizer)
+
+    @property
+    def vision(self) -> VisionConfig:
+        """Settings of the images that the model reads; patch=0: none."""
+        return self.model.decoder.cfg.vision
+
+    @property
+    def most_body(self) -> int:
+        """Bytes of a chat's body at the most."""
+        return max(self.cfg.max_body, self.cfg.max_image_body) if self.vision.patch else self.cfg.max_body
 
     @property
     def fingerprint(self) -> str:
@@ -75,18 +97,42 @@ class Service:
             return [{"role": "system", "content": self.cfg.system}, *messages]
         return list(messages)
 
-    def render(self, messages: Sequence[Message], answer: bool = True, tools: Sequence[ToolSpec] = ()) -> list[int]:
-        """The ids of a conversation up to where an answer begins, or without one; raises InputError for a bad one.
+    def _patches(self, picture: Picture, vision: VisionConfig) -> np.ndarray:
+        """The patches of a picture, decoded in another process; those of the last pictures are kept."""
+        assert self._reader is not None, "a model that reads no images is given none"
+        with self._reading:
+            if (known := self._pictures.get(picture.key)) is not None:
+                return known
+        patches_PY = self._reader.patches(picture.content, picture.origin, vision)
+        with self._reading:
+            self._pictures[picture.key] = patches_PY
+            while len(self._pictures) > PICTURES:
+                self._pictures.pop(next(iter(self._pictures)))
+        return patches_PY
 
-        `tools` are those that the model is told of.
+    def close(self) -> None:
+        """Ends the process that decodes pictures."""
+        if self._reader:
+            self._reader.close()
+
+    def render(self, messages: Sequence[Message], answer: bool = True, tools: Sequence[ToolSpec] = ()) -> ImagePrompt:
+        """A conversation up to where an answer begins, or without one, as the model reads it.
+
+        `tools` are those that the model is told of. Raises InputError for a bad one, for images that can't be read, and
+        for more than cfg.max_images.
         """
         conversation, renderer = self.conversation(messages), self.renderer
+        if count := len(pictures_of(conversation)):
+            require_vision(self.vision)
+            if count > self.cfg.max_images:
+                raise InputError(f"the conversation has {count} images; wanted at most {self.cfg.max_images}")
         if isinstance(renderer, Template):
-            return renderer.render(self.tokenizer, conversation, answer, tools)[0]
+            ids, _ = renderer.render(self.tokenizer, conversation, answer, tools)
+            return rendered_prompt(ids, conversation, self.vision, self._patches)
         if tools:
             raise InputError("tools: this run has no chat template, in which a model is told of them; see --template")
         _check_transcript(conversation)
-        return renderer.render(self.tokenizer, conversation)[0]
+        return ImagePrompt(renderer.render(self.tokenizer, conversation)[0], {})
 
     @property
     def marks(self) -> dict[int, str]:

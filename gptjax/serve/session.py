@@ -1,5 +1,6 @@
 """A conversation with a model: its messages, what of them fits into the context, and the answer to the last one."""
 
+import base64
 import dataclasses
 import json
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -7,10 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import numpy as np
 
-from gptjax.config import GenerateConfig
+from gptjax.config import GenerateConfig, VisionConfig
 from gptjax.config.section import InputError
+from gptjax.data.images import Picture
 from gptjax.generation.engine import stream_text
+from gptjax.generation.image_places import Pictures, require_vision
+from gptjax.generation.image_prompts import ImagePrompt, read_patches, rendered_prompt, with_pictures
 from gptjax.generation.text_stream import TextStream
 from gptjax.runs.load import LoadedModel
 from gptjax.serve.tools import Toolbox, check_template
@@ -20,6 +25,7 @@ from gptjax.tokenizer.templates import Message, Template
 from gptjax.tokenizer.tool_calls import ToolCall, begins_call, parse_calls
 
 CHUNK = 4  # tokens of an answer that come at once
+IMAGE_KINDS = {b"\x89PNG": "png", b"\xff\xd8": "jpeg", b"RIFF": "webp", b"GIF": "gif"}  # by their first bytes
 LEAST_ANSWER = 4  # an answer has at least this share of the context, 1 / LEAST_ANSWER, before messages are left out
 
 
@@ -48,6 +54,8 @@ class Transcript:
     ) -> tuple[list[int], list[int]]:
         """The ids of the text up to where an answer begins, and a weight of 0 for each."""
         del add_generation_prompt  # nobody is trained on a transcript
+        if any(not isinstance(m["content"], str) for m in messages):
+            raise InputError("a model without a chat template reads no images in a conversation; see --template")
         system = next((m["content"] for m in messages if m["role"] == "system"), self.SYSTEM)
         said = [*self.EXAMPLE, *((m["role"], m["content"]) for m in messages if m["role"] != "system")]
         lines = "\n".join(f"{self.NAMES[role]}: {text.strip()}" for role, text in said)
@@ -76,6 +84,8 @@ class Prepared(NamedTuple):
     """Messages from the start that do not fit, and are not read."""
     room: int
     """Tokens that an answer may have."""
+    pictures: Pictures
+    """The images whose ids are among the ids."""
 
 
 class Session:
@@ -107,6 +117,26 @@ class Session:
         self.left_out = 0
         """Messages from the start that the last answer was given without, since they do not fit."""
         self._again = 0
+        self._pictures: list[Picture] = []
+        self._patches: dict[str, np.ndarray] = {}
+
+    def add_picture(self, picture: Picture) -> int:
+        """Puts a picture before the next message; returns the tokens that it takes.
+
+        Raises InputError where it can't be read, and for a model or a template that has no place for it.
+        """
+        vision = self.model.decoder.cfg.vision
+        require_vision(vision)
+        self.renderer.render(self.tokenizer, [{"role": "user", "content": with_pictures("x", [picture])}])
+        self._read(picture, vision)
+        self._pictures.append(picture)
+        return vision.tokens_around
+
+    def _read(self, picture: Picture, vision: VisionConfig) -> np.ndarray:
+        """The patches of a picture, which is decoded once."""
+        if picture.key not in self._patches:
+            self._patches[picture.key] = read_patches(picture, vision)
+        return self._patches[picture.key]
 
     def prepare(self) -> Prepared:
         """The messages as ids, the oldest turns left out where all do not fit.
@@ -117,10 +147,11 @@ class Session:
         least = min(self.settings.max_new_tokens, max(1, context // LEAST_ANSWER))
         turns = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
         for first in turns:
-            ids = self._render(first, add_generation_prompt=True)
+            prompt = self._render(first, add_generation_prompt=True)
+            ids = prompt.ids
             if len(ids) + least <= context:
                 room = min(self.settings.max_new_tokens, context - len(ids))
-                return Prepared(ids, first, room)
+                return Prepared(ids, first, room, prompt.pictures)
         if not turns:
             raise InputError("there is no message to answer yet")
         raise InputError(
@@ -131,16 +162,17 @@ class Session:
     def ask(self, text: str) -> Iterator[str]:
         """Adds a message of the user, and yields the answer in pieces; it is kept as far as it came.
 
-        Raises InputError, with the conversation as it was, where the message does not fit.
+        The pictures that were added stand before its text. Raises InputError, with the conversation as it was, where
+        the message does not fit.
         """
-        self.messages.append({"role": "user", "content": text})
+        self.messages.append({"role": "user", "content": with_pictures(text, self._pictures)})
         self._again = 0
         try:
             prepared = self.prepare()
         except InputError:
             self.messages.pop()
             raise
-        self.left_out = prepared.left_out
+        self.left_out, self._pictures = prepared.left_out, []
         return self._answer(prepared)
 
     def retry(self) -> Iterator[str]:
@@ -160,8 +192,10 @@ class Session:
         return True
 
     def reset(self) -> None:
-        """Forgets all messages; the system message stays."""
+        """Forgets all messages and pictures; the system message stays."""
         self.messages.clear()
+        self._pictures.clear()
+        self._patches.clear()
 
     def describe(self) -> str:
         """The tokens of the conversation, as it would be read, and of the context, in a line."""
@@ -169,20 +203,22 @@ class Session:
         if not self.messages:
             return f"no message yet; the model reads {context:,} tokens"
         asks = self.messages[-1]["role"] == "user"
-        ids = self.prepare().ids if asks else self._render()
+        ids = self.prepare().ids if asks else self._render().ids
         return f"{len(ids):,} of {context:,} tokens in {len(self.messages)} messages"
 
-    def _render(self, first: int = 0, add_generation_prompt: bool = False) -> list[int]:
-        """The ids of the conversation from a message on, behind the system message."""
+    def _render(self, first: int = 0, add_generation_prompt: bool = False) -> ImagePrompt:
+        """The conversation from a message on, behind the system message, as the model reads it."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         tools = {"tools": self.toolbox.specs} if self.toolbox else {}
         messages = [*system, *self.messages[first:]]
-        return self.renderer.render(self.tokenizer, messages, add_generation_prompt, **tools)[0]
+        ids, _ = self.renderer.render(self.tokenizer, messages, add_generation_prompt, **tools)
+        return rendered_prompt(ids, messages, self.model.decoder.cfg.vision, self._read)
 
     def save(self, path: str | Path) -> None:
-        """Adds the conversation to a file as a line of JSON, in the form that fine-tuning reads."""
+        """Adds the conversation to a file as a line of JSON, its pictures in it, in the form that fine-tuning reads."""
         system = [{"role": "system", "content": self.system}] if self.system else []
-        record = {"messages": [*system, *self.messages], **({"tools": self.toolbox.specs} if self.toolbox else {})}
+        messages = [{**message, "content": _saved(message["content"])} for message in self.messages]
+        record = {"messages": [*system, *messages], **({"tools": self.toolbox.specs} if self.toolbox else {})}
         try:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -223,7 +259,7 @@ class Session:
         arguments: Any = (model.decoder, model.params, [prepared.ids], [text], cfg)
         try:
             with jax.set_mesh(model.mesh):
-                for _, piece in stream_text(*arguments, stop_ids=stops, chunk=CHUNK):
+                for _, piece in stream_text(*arguments, stop_ids=stops, chunk=CHUNK, pictures=prepared.pictures):
                     said += piece
                     certain = begins_call(said) if with_calls else len(said)
                     if certain > shown:
@@ -240,3 +276,18 @@ class Session:
         finally:  # also where the reader stops, or Ctrl-C does
             self.messages.append(message | {"content": said})
         return calls
+
+
+def _saved(content: Any) -> Any:
+    """The content of a message as JSON has it."""
+    if isinstance(content, str):
+        return content
+    return [
+        {"type": "image_url", "image_url": {"url": _data_url(part["image"])}} if part["type"] == "image" else part
+        for part in content
+    ]
+
+
+def _data_url(picture: Picture) -> str:
+    kind = next(kind for begun, kind in IMAGE_KINDS.items() if picture.content.startswith(begun))
+    return f"data:image/{kind};base64,{base64.b64encode(picture.content).decode()}"

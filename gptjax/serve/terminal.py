@@ -8,6 +8,7 @@ from gptjax.config import ChatConfig, GenerateConfig
 from gptjax.config.generation import SAMPLING
 from gptjax.config.section import InputError, build, leaves, one_line, unknown_name
 from gptjax.data.dialogue import read_conversations
+from gptjax.generation.image_prompts import open_picture
 from gptjax.parallel.processes import working
 from gptjax.runs.load import load_model
 from gptjax.serve.session import Session
@@ -16,6 +17,7 @@ from gptjax.tokenizer import set_template
 from gptjax.tokenizer.tool_calls import ToolCall
 
 HELP = """/system TEXT        set the system message; without a text show it
+/image FILE         put a picture before the next message
 /params NAME=VALUE  change temperature, top_p, max_new_tokens, ...; without any show them
 /retry              answer the last message once more
 /undo               take back the last message and its answer
@@ -28,14 +30,17 @@ HELP = """/system TEXT        set the system message; without a text show it
 
 def open_session(run_dir: str, cfg: ChatConfig) -> Session:
     """A conversation with a run; raises InputError where the run can't be read or lacks the template's tokens, and for
-    tools that can't be opened."""
+    tools or pictures that can't be opened."""
     toolbox = open_tools(cfg.tools) if cfg.tools else None
     with working("reading the model"):
         model = load_model(run_dir, None, cfg.step)
     tokenizer = model.tokenizer
     set_template(tokenizer, cfg.template)
     settings = GenerateConfig(**{n: getattr(cfg, n) for n in SAMPLING})
-    return Session(model, tokenizer, settings, cfg.system, toolbox, cfg.max_calls)
+    session = Session(model, tokenizer, settings, cfg.system, toolbox, cfg.max_calls)
+    for path in cfg.image:
+        session.add_picture(open_picture(path))
+    return session
 
 
 def talk(session: Session, source: TextIO, out: TextIO) -> int:
@@ -158,6 +163,8 @@ def _command(
     elif name == "system":
         session.system = rest or session.system
         note(f"system: {session.system or 'none'}")
+    elif name == "image" and rest:
+        note(f"{rest}: {session.add_picture(open_picture(rest)):,} tokens, before the next message")
     elif name == "params":
         _set(session, rest)
         note(", ".join(f"{n}={getattr(session.settings, n)}" for n in SAMPLING))
@@ -173,7 +180,7 @@ def _command(
     elif name in ("save", "load") and rest:
         _file(session, name, rest)
         note(f"{name}d {len(session.messages)} messages" if name == "save" else f"{len(session.messages)} messages")
-    elif name in ("save", "load"):
+    elif name in ("save", "load", "image"):
         raise InputError(f"/{name}: a file is missing; wanted /{name} FILE")
     else:
         raise InputError(unknown_name(f"/{name}", [line.split()[0] for line in HELP.splitlines()]))
