@@ -77,6 +77,11 @@ def page() -> str:
             if all("." in name for name, _ in leaves(of())):
                 continue
             parts += _table(of, group, frozen)
+            for inner in [
+                f.name for f in dataclasses.fields(of) if group and dataclasses.is_dataclass(_kind(of, f.name))
+            ]:
+                parts.append(f"\n### {group}.{inner}\n\n{_sentence(_kind(of, inner).__doc__)}\n")
+                parts += _table(_kind(of, inner), f"{group}.{inner}", frozen)
         if verb == "eval":
             parts.append(f"\n### The head of a task's file\n\n{_sentence(TaskConfig.__doc__)}\n")
             parts += _table(TaskConfig)

@@ -3,9 +3,10 @@
 import json
 from typing import Any
 
-from gptjax.config import ModelConfig, TrainConfig
+from gptjax.config import ModelConfig, TrainConfig, VisionConfig
 from gptjax.config.export import ExportConfig
 from gptjax.config.tuning import SCRATCH
+from gptjax.interop.image_architectures import image_id
 from gptjax.model.counts import parameters
 from gptjax.runs.run import Run
 from gptjax.runtime.versions import __version__
@@ -26,7 +27,7 @@ def model_card(run: Run, config: TrainConfig, step: int, architecture: str, cfg:
         "---",
         "# license: apache-2.0  # choose one, and take this line's first two characters away",
         *([] if gguf else ["library_name: transformers"]),
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: {'image-text-to-text' if config.model.vision.patch else 'text-generation'}",
         f"tags: [gptjax, jax, {'gguf' if gguf else 'safetensors'}]",
         "---",
     ]
@@ -73,7 +74,15 @@ def _model(cfg: ModelConfig, vocab_size: int, context: int) -> dict[str, Any]:
         "positions, norm": f"{cfg.positions}, {cfg.norm}",
         "context": f"{context:,} tokens",
         "vocabulary": f"{vocab_size:,} tokens" + (", the head is the embedding" if cfg.tied else ""),
+        **({"images": _images(cfg.vision)} if cfg.vision.patch else {}),
     }
+
+
+def _images(v: VisionConfig) -> str:
+    return (
+        f"{v.side} x {v.side} pixels ({v.fit}), {v.num_tokens:,} tokens each; an encoder of {v.layers} layers, width "
+        f"{v.width:,}, reads patches of {v.patch} x {v.patch}"
+    )
 
 
 def _tokenizer(config: TrainConfig) -> dict[str, Any]:
@@ -114,6 +123,22 @@ def _use(config: TrainConfig, gguf: bool) -> str:
     prompt = json.dumps(config.generate.prompt[0] or "The")
     if gguf:
         return f"```bash\nllama-cli -m model.gguf -p {prompt}\ngptjax import model.gguf runs/imported\n```"
+    if config.model.vision.patch:
+        v, place = config.model.vision, image_id(config.model, config.tokenizer.vocab_size)
+        return f"""```python
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+
+tokenizer, processor = AutoTokenizer.from_pretrained("."), AutoImageProcessor.from_pretrained(".")
+model = AutoModelForImageTextToText.from_pretrained(".")
+pixels = processor([Image.open("picture.png").convert("RGB")], return_tensors="pt")["pixel_values"]
+image = [*{list(v.begin)}, *[{place}] * {v.num_tokens}, *{list(v.end)}]
+ids = torch.tensor([[*image, *tokenizer({prompt}, add_special_tokens=False)["input_ids"]]])
+print(tokenizer.decode(model.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=50)[0]))
+```
+
+With gptjax {__version__}: `gptjax import FOLDER runs/imported`."""
     return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -4,6 +4,7 @@ A folder gets its name once it is whole and was read back; what a kill leaves is
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -62,7 +63,7 @@ def export_model(model: LoadedModel, folder: str | Path, cfg: ExportConfig, most
                 never = {"suppress_tokens": [*images.values()]} if images else {}
                 _write_json(partial / "generation_config.json", ends | never)
                 write_tokenizer(tokenizer, partial, images)
-        card = model_card(model.run, config, model.step, family.architecture, cfg)
+        card = model_card(model.run, dataclasses.replace(config, model=shape), model.step, family.architecture, cfg)
         (partial / "README.md").write_text(card, encoding="utf-8")
     count, several = sum(tensor.size for tensor in tensors), "s" * (len(files) > 1)
     return (
