@@ -3,6 +3,7 @@
 pip install 'gptjax[peers]' && pytest tests/test_serve_peers.py -m peers
 """
 
+import base64
 import json
 import shutil
 from pathlib import Path
@@ -10,10 +11,11 @@ from pathlib import Path
 import jax
 import pytest
 from fake_scheduler import fake_service
+from hostile_images import picture, saved
 from serving import serving
 from test_lm_eval import answers, numbers_of, write_tasks, write_tokenizer
 
-from gptjax.config import ImportConfig
+from gptjax.config import ImportConfig, VisionConfig
 from gptjax.config.serving import ServeConfig
 from gptjax.interop.importing import import_run
 from gptjax.runs.load import load_model
@@ -146,3 +148,29 @@ def test_lm_eval_over_http_has_the_answers_of_the_run_in_process(tmp_path, monke
         numbers = [[x for one in resps for x in numbers_of(one)] for resps in over_http[name]]
         wanted = [[x for one in resps for x in numbers_of(one)] for resps in ours[name]]
         assert numbers == [pytest.approx(row, abs=1e-4) for row in wanted], name
+
+
+def test_the_openai_client_sends_two_images_and_goes_on_with_them():
+    openai = pytest.importorskip("openai")
+    vision = VisionConfig(patch=4, side=16, merge=2)
+    service = fake_service("The first one.", api_key="secret", vision=vision)
+    files = [saved(picture(mode), kind) for mode, kind in (("RGB", "PNG"), ("L", "JPEG"))]
+    parts = [{"type": "text", "text": "Which is red?"}]
+    for content, kind in zip(files, ("png", "jpeg")):
+        url = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+        parts.append({"type": "image_url", "image_url": {"url": url, "detail": "high"}})
+    with serving(service) as url:
+        client = client_of(openai, url)
+        chat = [{"role": "user", "content": parts}]
+        said = client.chat.completions.create(model="fake", messages=chat)
+        assert said.choices[0].message.content == "The first one."
+        assert said.usage.prompt_tokens_details.image_tokens == 2 * vision.num_tokens
+        chat += [said.choices[0].message, {"role": "user", "content": "And the other?"}]
+        stream = client.chat.completions.create(model="fake", messages=chat, stream=True)
+        assert "".join(c.choices[0].delta.content or "" for c in stream) == "The first one."
+        ids = service.scheduler.submitted[-1].ids  # pyright: ignore[reportAttributeAccessIssue]
+        assert len({i for i in ids if i < 0}) == 2 and sum(i < 0 for i in ids) == 2 * vision.num_tokens
+        parts[1]["image_url"]["url"] = "http://169.254.169.254/latest/meta-data"
+        with pytest.raises(openai.BadRequestError, match="which is never fetched"):
+            client.chat.completions.create(model="fake", messages=chat[:1])
+    service.close()
