@@ -45,6 +45,11 @@ class TaskConfig(Section):
     """Text between a prompt and its answer."""
     description: str = ""
     """Text in front of everything."""
+    image: str = "image"
+    """Field with the picture in front of an item's prompt: a path beside the file of the items, or a data: URL. Items
+    without it have none, and texts and examples show none."""
+    by: str = ""
+    """Field by whose values the metric is given apart, too (generation)."""
     shots: int = 0
     """Solved examples in front of each item, from the other items or from shots_file."""
     shots_file: str = ""
@@ -70,6 +75,7 @@ class TaskConfig(Section):
         self.require(all(self.stop), "stop", "texts that are not empty")
         self.require(all("=" in w for w in self.where), "where", "FIELD=VALUE, e.g. task=arithmetic")
         self.require(self.kind != "text" or not self.shots, "shots", "0 for a task of kind text")
+        self.require(self.kind == "generation" or not self.by, "by", f"none for a task of kind {self.kind}")
         given = self.shots_order == "random" or bool(self.shots_file)
         self.require(given, "shots_order", "random where there is no shots_file")
         choosing = self.kind == "multiple_choice" or not self.metric

@@ -4,7 +4,6 @@ Both lie in the user's cache: pictures, and JSONL whose records are {"image", "q
 """
 
 import hashlib
-import itertools
 import json
 import os
 import random
@@ -26,9 +25,9 @@ EASY_VQA = "easy-vqa==1.0"  # MIT; Zhou 2020
 EASY_VQA_WHEEL = "easy_vqa-1.0-py3-none-any.whl"
 EASY_VQA_SHA256 = "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f"
 
-# Charts of each part, and the seed of its drawing; 6 questions each.
+# Charts of each part, and the seed of its drawing.
 CHARTS = {"train": (8000, 1), "test": (1500, 2)}
-SIDE = 96  # pixels of a chart
+SIDE, GROUND = 96, 78  # pixels of a chart; the bars stand on the line at GROUND
 COLORS = {
     "red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 90, 200), "orange": (255, 140, 20),
     "purple": (140, 60, 190), "black": (20, 20, 20), "pink": (250, 150, 200), "brown": (130, 80, 40),
@@ -138,16 +137,13 @@ def _make_charts(folder: Path) -> None:
 
 
 def draw_bars(rng: random.Random) -> dict[str, int]:
-    """The values of 2 to 6 bars by their colors, from left to right: 10 to 99, any two at least 4 apart."""
+    """The values of 2 to 6 bars by their colors, from left to right: 1 to 9, all different."""
     colors = rng.sample(list(COLORS), rng.randint(2, 6))
-    while True:
-        values = [rng.randint(10, 99) for _ in colors]
-        if all(b - a >= 4 for a, b in itertools.pairwise(sorted(values))):
-            return dict(zip(colors, values))
+    return dict(zip(colors, rng.sample(range(1, 10), len(colors))))
 
 
 def chart_image(bars: dict[str, int], rng: random.Random) -> Any:
-    """The chart as a picture by Pillow: bars on a line, each with its value in digits above.
+    """The chart as a picture by Pillow: bars on a line, and below each its value, a digit.
 
     The scale differs from chart to chart, so that a height alone tells no value.
     """
@@ -157,42 +153,32 @@ def chart_image(bars: dict[str, int], rng: random.Random) -> Any:
         raise InputError("drawing charts needs a package more: pip install 'gptjax[images]'") from None
     image = Image.new("RGB", (SIDE, SIDE), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default_imagefont()
-    ground, step, scale = SIDE - 4, SIDE // len(bars), rng.uniform(0.4, 1.0) * (SIDE - 20) / max(bars.values())
-    draw.line([(0, ground), (SIDE, ground)], fill="gray")
+    step, scale = SIDE // len(bars), rng.uniform(0.5, 1.0) * (GROUND - 4) / max(bars.values())
+    draw.line([(0, GROUND), (SIDE, GROUND)], fill="gray")
     for i, (color, value) in enumerate(bars.items()):
-        width = rng.randint(8, max(8, min(20, step - 3)))
+        width = rng.randint(8, min(20, step - 3))
         left = i * step + (step - width) // 2
-        top = ground - max(2, round(value * scale))
-        draw.rectangle([(left, top), (left + width - 1, ground - 1)], fill=COLORS[color])
-        draw.text((i * step + (step - 12) // 2, top - 12), str(value), fill="black", font=font)
+        draw.rectangle([(left, GROUND - round(value * scale)), (left + width - 1, GROUND - 1)], fill=COLORS[color])
+        draw.text((i * step + (step - 6) // 2, GROUND + 3), str(value), fill="black", font=font)
     return image
 
 
 def chart_questions(bars: dict[str, int], rng: random.Random) -> list[Question]:
-    """Six questions about a chart: count, tallest, shortest, printed value, and two that compare, one for each answer.
+    """Questions about a chart: count, tallest, shortest, printed values of at most 3 bars, and two that compare.
 
-    So yes and no are right equally often.
+    Of these the answer to one is yes and to the other no, so that both are right equally often.
     """
-    first, second = rng.sample(list(bars), 2)
-    low, high = sorted((first, second), key=bars.__getitem__)
-    word = rng.choice(("taller", "shorter"))
-    yes = (high, low) if word == "taller" else (low, high)
-    asked = rng.choice(list(bars))
-    return [
-        {"question": "how many bars are there?", "answer": str(len(bars)), "kind": "count"},
-        {
-            "question": "what is the color of the tallest bar?",
-            "answer": max(bars, key=bars.__getitem__),
-            "kind": "tallest",
-        },
-        {
-            "question": "what is the color of the shortest bar?",
-            "answer": min(bars, key=bars.__getitem__),
-            "kind": "shortest",
-        },
-        {"question": f"what is the value of the {asked} bar?", "answer": str(bars[asked]), "kind": "value"},
-        *(
-            {"question": f"is the {a} bar {word} than the {b} bar?", "answer": answer, "kind": "comparison"}
-            for (a, b), answer in ((yes, "yes"), (yes[::-1], "no"))
-        ),
+    tallest, shortest = (of(bars, key=bars.__getitem__) for of in (max, min))
+    asked = [
+        ("count", "how many bars are there?", str(len(bars))),
+        ("tallest", "what is the color of the tallest bar?", tallest),
+        ("shortest", "what is the color of the shortest bar?", shortest),
     ]
+    for color in rng.sample(list(bars), min(3, len(bars))):
+        asked.append(("value", f"what is the value of the {color} bar?", str(bars[color])))
+    low, high = sorted(rng.sample(list(bars), 2), key=bars.__getitem__)
+    word = rng.choice(("taller", "shorter"))
+    first, second = (high, low) if word == "taller" else (low, high)
+    asked.append(("comparison", f"is the {first} bar {word} than the {second} bar?", "yes"))
+    asked.append(("comparison", f"is the {second} bar {word} than the {first} bar?", "no"))
+    return [{"question": question, "answer": answer, "kind": kind} for kind, question, answer in asked]

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax.config import GenerateConfig
+from gptjax.config import GenerateConfig, VisionConfig
 from gptjax.config.section import InputError
+from gptjax.data.images import Picture
 from gptjax.evals.metrics import (
     Metric,
     choice_metrics,
@@ -20,9 +21,11 @@ from gptjax.evals.metrics import (
     text_metrics,
 )
 from gptjax.evals.requests import encode_answers, encode_pairs
-from gptjax.evals.score import Scorer
+from gptjax.evals.score import Likelihood, Scorer
 from gptjax.evals.tasks import Item, Task
 from gptjax.generation.chat import continue_ids
+from gptjax.generation.image_places import Pictures
+from gptjax.generation.image_prompts import behind_pictures, place_pictures, read_patches, with_pictures
 from gptjax.tokenizer import Tokenizer
 from gptjax.tokenizer.known_templates import template_of
 
@@ -51,8 +54,8 @@ def measure(
     """Measures a task on its first `limit` items (0: all); `seed` draws the examples.
 
     With `chat` a prompt, its examples in it, is a user's message in the tokenizer's chat template, and what is scored
-    the answer to it, without a separator; texts stay as they are. Each record holds the item's number, the texts that
-    were scored, as they were, and what came of them.
+    the answer to it, without a separator; texts stay as they are. An item's pictures stand in front of its prompt. Each
+    record holds the item's number, the texts that were scored, as they were, and what came of them.
     """
     start, before = time.perf_counter(), scorer.tokens
     items = task.items[:limit] if limit else task.items
@@ -71,7 +74,8 @@ def measure(
 
 
 def _record(task: Task, item: Item, **found: Any) -> Record:
-    return {"task": task.name, "shots": task.config.shots, "item": item.number, "kind": task.config.kind, **found}
+    front = {"task": task.name, "shots": task.config.shots, "item": item.number, "kind": task.config.kind}
+    return front | ({"images": [picture.key for picture in item.pictures]} if item.pictures else {}) | found
 
 
 def _texts(task: Task, items: Sequence[Item], scorer: Scorer, tokenizer: Tokenizer, *_) -> list[Record]:
@@ -88,8 +92,8 @@ def _choices(
 ) -> list[Record]:
     prompts = [task.prompt(item, seed) for item in items]
     separator = "" if chat else task.config.separator
-    pairs = [(prompt, separator + a) for item, prompt in zip(items, prompts) for a in item.answers]
-    found = iter(scorer.loglikelihoods((encode_answers if chat else encode_pairs)(tokenizer, pairs)))
+    pairs = [(item, prompt, separator + a) for item, prompt in zip(items, prompts) for a in item.answers]
+    found = iter(_likelihoods(pairs, scorer, tokenizer, chat))
     records = []
     for item, prompt in zip(items, prompts, strict=True):
         likelihoods = [next(found) for _ in item.answers]
@@ -108,12 +112,13 @@ def _choices(
 def _cloze(
     task: Task, items: Sequence[Item], scorer: Scorer, tokenizer: Tokenizer, seed: int, chat: bool
 ) -> list[Record]:
-    pairs = [(task.prompt(item, seed), ("" if chat else task.config.separator) + item.answer) for item in items]
-    found = scorer.loglikelihoods((encode_answers if chat else encode_pairs)(tokenizer, pairs))
+    separator = "" if chat else task.config.separator
+    pairs = [(item, task.prompt(item, seed), separator + item.answer) for item in items]
+    found = _likelihoods(pairs, scorer, tokenizer, chat)
     return [
         _record(task, item, context=context, continuations=[text], score=one.total, tokens=len(one.log_probs),
                 greedy=one.greedy, truncated=one.truncated)
-        for item, (context, text), one in zip(items, pairs, found, strict=True)
+        for (item, context, text), one in zip(pairs, found, strict=True)
     ]  # fmt: skip
 
 
@@ -125,26 +130,58 @@ def _generated(
     prompts = [task.prompt(item, seed) for item in items]
     if chat:
         template = template_of(tokenizer)
-        messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        ids = [template.render(tokenizer, one, add_generation_prompt=True)[0] for one in messages]
+        asked = [{"role": "user", "content": with_pictures(p, item.pictures)} for item, p in zip(items, prompts)]
+        ids = [template.render(tokenizer, [one], add_generation_prompt=True)[0] for one in asked]
     else:
-        ids = [tokenizer.prompt_ids(prompt) for prompt in prompts]
+        ids = [behind_pictures(tokenizer, tokenizer.prompt_ids(p), item.pictures) for item, p in zip(items, prompts)]
+    ids, pictures = _placed(ids, items, scorer.decoder.cfg.vision)
     scorer.tokens += sum(min(len(row), most) for row in ids)
     texts = [""] * len(items)
-    order = sorted(range(len(items)), key=lambda n: len(ids[n]))
+    # Those with one picture stay together, so that it is encoded once, and others with those of their length.
+    order = sorted(range(len(items)), key=lambda n: (min([0, *ids[n]]), len(ids[n])))
     with jax.set_mesh(scorer.mesh):
         for start in range(0, len(order), ROWS):
             rows = order[start : start + ROWS]
-            some = [ids[n] for n in rows]
-            for n, text in zip(rows, continue_ids(scorer.decoder, scorer.params, tokenizer, some, cfg, chat=chat)):
+            some, more = [ids[n] for n in rows], {"chat": chat, "pictures": pictures}
+            for n, text in zip(rows, continue_ids(scorer.decoder, scorer.params, tokenizer, some, cfg, **more)):
                 texts[n] = text
     how = task.config.normalise
     return [
         _record(task, item, context=prompt, text=text, answers=list(item.answers),
                 match=normalised(text, how) in [normalised(answer, how) for answer in item.answers],
+                **({"group": item.group} if task.config.by else {}),
                 truncated=max(0, len(row) - most))
         for item, prompt, text, row in zip(items, prompts, texts, ids, strict=True)
     ]  # fmt: skip
+
+
+def _likelihoods(
+    pairs: Sequence[tuple[Item, str, str]], scorer: Scorer, tokenizer: Tokenizer, chat: bool
+) -> list[Likelihood]:
+    """The likelihood of each (item, context, continuation), behind the item's pictures."""
+    texts, items = [(context, text) for _, context, text in pairs], [item for item, _, _ in pairs]
+    if chat:
+        requests = encode_answers(tokenizer, texts, [item.pictures for item in items])
+    else:
+        encoded = encode_pairs(tokenizer, texts)
+        requests = [(behind_pictures(tokenizer, a, item.pictures), b) for item, (a, b) in zip(items, encoded)]
+    contexts, pictures = _placed([context for context, _ in requests], items, scorer.decoder.cfg.vision)
+    return scorer.loglikelihoods([(ids, b) for ids, (_, b) in zip(contexts, requests, strict=True)], pictures)
+
+
+def _placed(
+    prompts: Sequence[list[int]], items: Sequence[Item], vision: VisionConfig
+) -> tuple[list[list[int]], Pictures]:
+    """The prompts with their items' pictures in place, and the patches of each picture, which is read once."""
+    known: dict[str, np.ndarray] = {}
+
+    def read(picture: Picture, vision: VisionConfig) -> np.ndarray:
+        if picture.key not in known:
+            known[picture.key] = read_patches(picture, vision)
+        return known[picture.key]
+
+    placed = [place_pictures(ids, item.pictures, vision, read) for ids, item in zip(prompts, items, strict=True)]
+    return [one.ids for one in placed], {place: patches for one in placed for place, patches in one.pictures.items()}
 
 
 _KINDS: dict[str, Callable[..., list[Record]]] = {

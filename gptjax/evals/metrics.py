@@ -70,7 +70,11 @@ def cloze_metrics(records: Sequence[dict[str, Any]]) -> dict[str, Metric]:
 
 
 def generation_metrics(records: Sequence[dict[str, Any]]) -> dict[str, Metric]:
-    return {"exact_match": mean([record["match"] for record in records], 0.0)}
+    found = {"exact_match": mean([record["match"] for record in records], 0.0)}
+    for group in sorted({record["group"] for record in records if "group" in record}):
+        of_group = [record["match"] for record in records if record["group"] == group]
+        found[f"exact_match {group}"] = mean(of_group, 0.0)
+    return found
 
 
 def normalised(text: str, how: str) -> str:

@@ -3,8 +3,11 @@
 from collections.abc import Sequence
 
 from gptjax.config.section import InputError
+from gptjax.data.images import Picture
+from gptjax.generation.image_prompts import with_pictures
 from gptjax.tokenizer import Tokenizer
 from gptjax.tokenizer.known_templates import template_of
+from gptjax.tokenizer.templates import Message
 
 
 def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
@@ -31,16 +34,23 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list
     return encoded
 
 
-def encode_answers(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-    """The ids of each (message of a user, answer) through the tokenizer's chat template, without the answer's end."""
+def encode_answers(
+    tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], pictures: Sequence[Sequence[Picture]] = ()
+) -> list[tuple[list[int], list[int]]]:
+    """The ids of each (message of a user, answer) through the tokenizer's chat template, without the answer's end.
+
+    The pictures of each stand in front of its message, as -1, -2, ...: see `image_prompts.place_pictures`.
+    """
     template = template_of(tokenizer)
-    users = {message: {"role": "user", "content": message} for message, _ in pairs}
-    begins = {
-        message: template.render(tokenizer, [user], add_generation_prompt=True)[0] for message, user in users.items()
-    }
+    asked = [with_pictures(message, of) for (message, _), of in zip(pairs, pictures or [()] * len(pairs), strict=True)]
+    begins: dict[tuple[str, int], list[int]] = {}
     encoded = []
-    for message, answer in pairs:
-        begun, messages = begins[message], [users[message], {"role": "assistant", "content": answer}]
+    for (message, answer), content in zip(pairs, asked, strict=True):
+        user: Message = {"role": "user", "content": content}
+        key = message, len(content) if isinstance(content, list) else 0
+        if key not in begins:
+            begins[key] = template.render(tokenizer, [user], add_generation_prompt=True)[0]
+        begun, messages = begins[key], [user, {"role": "assistant", "content": answer}]
         whole, written = template.render(tokenizer, messages)
         stop = next(i for i, one in reversed([*enumerate(written)]) if one)  # the last that the assistant writes
         if stop <= len(begun):

@@ -13,11 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from gptjax.config import VisionConfig
 from gptjax.config.section import InputError
 from gptjax.evals.trees import Path, Row, lay_out
+from gptjax.generation.image_places import NO_PICTURES, Pictures, check_images, image_places
 from gptjax.model.block import block
 from gptjax.model.cache import round_up_length
 from gptjax.model.decoder import Decoder, cap_and_mask, head
+from gptjax.model.vision import Images
 from gptjax.ops.linear import loss_chunks
 from gptjax.parallel.sharding import on_host, to_global
 
@@ -61,20 +64,27 @@ class Scorer:
         # By place two texts of one row are further apart than by position: a window would hide what it should not.
         self._most_shared = min(MOST_SHARED, *windows, math.inf) if share and not own_block else 0
 
-    def loglikelihoods(self, requests: Iterable[tuple[Ids, Ids]]) -> list[Likelihood]:
+    def loglikelihoods(self, requests: Iterable[tuple[Ids, Ids]], pictures: Pictures = NO_PICTURES) -> list[Likelihood]:
         """The likelihood of each (context, continuation), both ids, in the order given.
 
-        Where both are longer than the model's context, the context loses tokens on its left, as in lm-eval. Raises
-        InputError where one of them is empty, an id is outside the vocabulary, or a continuation alone is too long.
+        Where both are longer than the model's context, the context loses tokens on its left, as in lm-eval. An image in
+        a context is its id, which is negative, at all of its places, and `pictures` has its patches; such a context is
+        not cut. Raises InputError where one of them is empty, an id is outside the vocabulary or of no image, a
+        continuation alone is too long, or a context with images is.
         """
         paths, cut = [], []
         for number, (context, continuation) in enumerate(requests):
-            self._check(number, context, continuation)
+            self._check(number, context, continuation, pictures)
             ids = [*context, *continuation]
             cut.append(max(0, len(ids) - 1 - self.decoder.context))
+            if cut[-1] and min(context) < 0:
+                raise InputError(
+                    f"request {number}: with its images it has {len(ids)} tokens; wanted at most "
+                    f"{self.decoder.context + 1}, for what holds images is not cut"
+                )
             paths.append(Path(number, ids[cut[-1] :], len(context) - cut[-1]))
         self.truncated += sum(n > 0 for n in cut)
-        scored = self._score(paths)
+        scored = self._score(paths, pictures)
         return [
             Likelihood(float(log_probs.sum(dtype=np.float64)), bool(greedy.all()), log_probs, n)
             for (log_probs, greedy), n in zip(scored, cut, strict=True)
@@ -96,8 +106,11 @@ class Scorer:
             found.append(Likelihood(float(log_probs.sum(dtype=np.float64)), greedy, log_probs, 0))
         return found
 
-    def _check(self, number: int, context: Ids, continuation: Ids) -> None:
+    def _check(self, number: int, context: Ids, continuation: Ids, pictures: Pictures) -> None:
         size, limit = self.decoder.vocab_size, self.decoder.context
+        if pictures and min(context, default=0) < 0:
+            check_images(context, pictures, self.decoder.cfg.vision, f"request {number}: its context")
+            context = [i for i in context if i not in pictures]
         for name, ids in (("context", context), ("continuation", continuation)):
             if len(ids) == 0:
                 raise InputError(f"request {number}: its {name} has no tokens; wanted at least one")
@@ -110,11 +123,11 @@ class Scorer:
                 "model's context"
             )
 
-    def _score(self, paths: list[Path]) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _score(self, paths: list[Path], pictures: Pictures) -> list[tuple[np.ndarray, np.ndarray]]:
         """log p, and whether no token is likelier, of each target of each path."""
         found: list[Any] = [None] * len(paths)
         for rows, length, share in self._batches(paths):
-            log_prob_BC, greedy_BC = self._forward(rows, length, share)
+            log_prob_BC, greedy_BC = self._forward(rows, length, share, pictures)
             for row, log_prob_C, greedy_C in zip(rows, log_prob_BC, greedy_BC):
                 at = 0
                 for path in row.paths:
@@ -142,20 +155,39 @@ class Scorer:
             for start in range(0, len(rows), size):
                 yield rows[start : start + size], length, share
 
-    def _forward(self, rows: list[Row], length: int, share: bool) -> tuple[np.ndarray, np.ndarray]:
+    def _forward(self, rows: list[Row], length: int, share: bool, pictures: Pictures) -> tuple[np.ndarray, np.ndarray]:
         self.tokens += sum(len(row.tokens) for row in rows)
         filled = [row.filled(length) for row in rows]
         names = ("tokens_BL", "positions_BL", "until_BL" if share else "segments_BL", "places_BC", "targets_BC")
         batch = {name: np.stack([row[name[:-3]] for row in filled]) for name in names}
+        if any(min(row.tokens, default=0) < 0 for row in rows):
+            batch |= _images(rows, pictures, self.decoder.cfg.vision, length)
         most = max(len(row.targets) for row in rows)
         with jax.set_mesh(self.mesh):
             return on_host(_score(self.decoder, self.params, to_global(batch, self.mesh), np.int32(most)))
+
+
+def _images(rows: Sequence[Row], pictures: Pictures, vision: VisionConfig, length: int) -> dict[str, np.ndarray]:
+    """The arrays of `Images` of rows whose tokens hold ids of images; of a few sizes, for each is compiled for."""
+    used = [list(dict.fromkeys(i for i in row.tokens if i < 0)) for row in rows]
+    most = 1 << (max(map(len, used)) - 1).bit_length()
+    patches_BIPY = np.zeros((len(rows), most, vision.num_patches, vision.patch_size), np.uint8)
+    index_BL = np.full((len(rows), length), -1, np.int32)
+    last_BL = np.tile(np.arange(length, dtype=np.int32), (len(rows), 1))
+    for n, (row, ids) in enumerate(zip(rows, used, strict=True)):
+        patches_BIPY[n, : len(ids)] = [pictures[i] for i in ids] or 0
+        offset_L, last_BL[n, : len(row.tokens)] = image_places(row.tokens, vision)
+        begun_L = np.array([ids.index(i) * vision.num_tokens if i < 0 else 0 for i in row.tokens], np.int32)
+        index_BL[n, : len(row.tokens)] = np.where(offset_L < 0, -1, begun_L + offset_L)
+    return {"patches_BIPY": patches_BIPY, "index_BL": index_BL, "last_BL": last_BL}
 
 
 @functools.partial(jax.jit, static_argnames="decoder")
 def _score(decoder: Decoder, params: Any, batch: dict[str, jax.Array], most: jax.Array) -> tuple[jax.Array, jax.Array]:
     """log p of targets_BC at the outputs places_BC, and True where no token is likelier, for `most` of each row."""
     seen: dict[str, Any] = {name: batch.get(name) for name in ("segments_BL", "until_BL")}
+    if "patches_BIPY" in batch:
+        seen["images"] = Images(batch["patches_BIPY"], batch["index_BL"], batch["last_BL"])
     x_BLD, _ = decoder.apply({"params": params}, batch["tokens_BL"], batch["positions_BL"], **seen)
     places_BC, targets_BC, head_VD = batch["places_BC"], batch["targets_BC"], head(params)
     chosen_BCD = jnp.take_along_axis(x_BLD, places_BC[..., None], axis=1)

@@ -14,6 +14,9 @@ from typing import Any
 
 from gptjax.config.section import InputError, build, leaves, one_line, unknown_name
 from gptjax.config.tasks import KINDS, PROMPTS, Kind, TaskConfig
+from gptjax.data.image_messages import read_picture
+from gptjax.data.images import Picture
+from gptjax.data.sources import BUILTIN, source_paths
 from gptjax.storage import file_sha256, resolve_path
 
 HEAD = "task"  # a first line {"task": {...}} is the head
@@ -34,6 +37,10 @@ class Item:
     """The texts to choose from; the continuation; the texts that a generated one may equal."""
     gold: tuple[int, ...]
     """Which of the answers are right."""
+    pictures: tuple[Picture, ...] = ()
+    """The pictures in front of the prompt."""
+    group: str = ""
+    """The value of the field task.by."""
 
     @property
     def answer(self) -> str:
@@ -96,8 +103,7 @@ def load_task(spec: str) -> Task:
         head, lines = (head, lines[1:]) if isinstance(head, dict) else ({}, lines)
     head = {**head, **given}
     if items := head.get("items"):
-        path_of_items = path.parent / str(items)
-        lines = list(_lines(path_of_items))
+        lines = list(_lines(_items_file(path, str(items))))
     if not lines:
         raise InputError(f"{path} has no items; wanted a JSON object a line, or a head whose items names their file")
     if "kind" not in head:
@@ -112,7 +118,7 @@ def load_task(spec: str) -> Task:
         config = build(TaskConfig, dict(leaves(TaskConfig())) | head)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    source = path.parent / config.items if config.items else path
+    source = _items_file(path, config.items) if config.items else path
     digest = file_sha256(source)
     items = tuple(_items(source, lines, config))
     if not items:
@@ -125,6 +131,11 @@ def _shipped() -> dict[str, Path]:
     """The files of the tasks that come with the package, by name."""
     folders = [folder / "configs" / "tasks" for folder in Path(__file__).parents[1:3]]
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.jsonl"))}
+
+
+def _items_file(path: Path, name: str) -> Path:
+    """The file of the items that a head names: beside it, or a source of the package."""
+    return source_paths(name)[0][0] if name.startswith(BUILTIN) else path.parent / name
 
 
 def _setting(spec: str, setting: str) -> tuple[str, Any]:
@@ -189,7 +200,19 @@ def _items(path: Path, lines: Sequence[tuple[int, dict[str, Any]]], config: Task
     for number, (line, fields) in enumerate(lines):
         where = f"{path} line {line}"
         if all(str(_field(fields, name, where)) == value for name, value in conditions):
-            yield _item(number, fields, config, where)
+            item = _item(number, fields, config, where)
+            if fields.get(config.image) is not None:
+                item = _with_picture(item, read_picture(fields[config.image], where, path.parent), config, where)
+            group = str(_field(fields, config.by, where)) if config.by else ""
+            yield dataclasses.replace(item, group=group)
+
+
+def _with_picture(item: Item, picture: Picture, config: TaskConfig, where: str) -> Item:
+    """The item behind a picture; raises InputError for a task whose items can have none."""
+    if config.kind == "text" or config.shots:
+        got = f"shots={config.shots}" if config.shots else "kind=text"
+        raise InputError(f"{where} has a picture, its {config.image}; wanted no {got}, where pictures are not shown")
+    return dataclasses.replace(item, pictures=(picture,))
 
 
 def _item(number: int, fields: Mapping[str, Any], config: TaskConfig, where: str) -> Item:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gptjax.generation.image_places import device_ids
+
 MOST_OPEN = 64  # rows that are tried for a text before a new one is begun
 
 
@@ -76,7 +78,7 @@ class Row:
         fillers = {"tokens": 0, "positions": 0, "segments": 0, "until": length, "places": 0, "targets": 0}
         arrays = {name: np.full(length, filler, np.int32) for name, filler in fillers.items()}
         for name, array in arrays.items():
-            array[: len(getattr(self, name))] = getattr(self, name)
+            array[: len(getattr(self, name))] = device_ids(self.tokens) if name == "tokens" else getattr(self, name)
         return arrays
 
 

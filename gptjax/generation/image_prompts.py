@@ -74,10 +74,14 @@ def rendered_prompt(
 
 def text_prompt(tokenizer: Tokenizer, text: str, pictures: Sequence[Picture], vision: VisionConfig) -> ImagePrompt:
     """The prompt of a text with pictures before it; where the prompt begins with an id of its own, they follow that."""
-    ids = tokenizer.prompt_ids(text)
-    begun = int(ids[:1] == [tokenizer.bos_id])
-    ids[begun:begun] = [-1 - n for n in range(len(pictures))]
+    ids = behind_pictures(tokenizer, tokenizer.prompt_ids(text), pictures)
     return place_pictures(ids, pictures, vision)
+
+
+def behind_pictures(tokenizer: Tokenizer, ids: Sequence[int], pictures: Sequence[Picture]) -> list[int]:
+    """The ids of a text with -1, -2, ... for pictures before it, or behind the id that begins a document."""
+    begun = int(list(ids[:1]) == [tokenizer.bos_id])
+    return [*ids[:begun], *(-1 - n for n in range(len(pictures))), *ids[begun:]]
 
 
 def with_pictures(text: str, pictures: Sequence[Picture]) -> str | list[dict[str, object]]:

@@ -13,6 +13,8 @@ from gptjax.tokenizer.interface import MODEL_FILE, NOWHERE, SPACE_SYMBOL, Tokeni
 _NOT_IN_PIECES = re.compile("[\0\t\n\r\u2581\u2585]+")
 _MAX_SENTENCE = 4096  # characters; only training cuts sentences, so no text is lost
 
+_SHORT = 2000  # characters
+
 
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model that can spell every text, given as the bytes of its .model file.
@@ -46,6 +48,8 @@ class SentencePieceTokenizer(Tokenizer):
         self.safe_cut = cuts_between_pieces(self._bytes) if bpe else NOWHERE
 
     def _encode_parts(self, parts: list[str]) -> list[list[int]]:
+        if sum(map(len, parts)) < _SHORT:  # a list starts threads, which take longer than a few short texts
+            return [self._processor.encode(part, out_type=int) for part in parts]
         return self._processor.encode(parts, out_type=int)
 
     def proto(self) -> Any:
