@@ -1,6 +1,7 @@
 """Pictures: every file is a picture or one clear line, in little time and memory, and nothing leaves the machine."""
 
 import base64
+import dataclasses
 import io
 import os
 import signal
@@ -10,7 +11,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,11 +19,12 @@ pytest.importorskip("PIL", reason="needs the extra gptjax[images]")
 from hostile_images import READ, REFUSED, exif, noise, picture, png, saved
 from PIL import Image, ImageOps
 
+from gptjax.config import VisionConfig
 from gptjax.config.section import InputError
 from gptjax.data.image_reader import ImageReader
 from gptjax.data.images import Picture, decoder_versions, from_data_url, image_patches, patches_of, read_image
 
-VISION = SimpleNamespace(side=32, patch=8, fit="pad")
+VISION = VisionConfig(side=32, patch=8)
 SECONDS, MEGABYTES = 0.05, 300
 
 
@@ -75,13 +76,13 @@ def test_an_unusual_picture_is_read_at_once(name):
 CHILD = """
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 import gptjax.data.image_reader
+from gptjax.config import VisionConfig
 from gptjax.data.images import InputError, image_patches
 read = refused = 0
 for path in sorted(Path(sys.argv[1]).iterdir()):
     try:
-        image_patches(path.read_bytes(), path.name, SimpleNamespace(side=32, patch=8, fit="pad"))
+        image_patches(path.read_bytes(), path.name, VisionConfig(side=32, patch=8))
         read += 1
     except InputError:
         refused += 1
@@ -185,7 +186,7 @@ def test_a_fitted_picture_keeps_its_proportions_or_fills_the_square():
     pixels = np.zeros((10, 40, 3), np.uint8)
     padded = patches_of(pixels, VISION).reshape(4, 4, 8, 8, 3).swapaxes(1, 2).reshape(32, 32, 3)
     assert (padded[:12] == 255).all() and (padded[12:20] == 0).all() and (padded[20:] == 255).all()
-    assert (patches_of(pixels, SimpleNamespace(side=32, patch=8, fit="stretch")) == 0).all()
+    assert (patches_of(pixels, dataclasses.replace(VISION, fit="stretch")) == 0).all()
     assert patches_of(np.zeros((16_384, 1, 3), np.uint8), VISION).min() == 0
 
 

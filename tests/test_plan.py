@@ -206,7 +206,7 @@ def test_the_plan_is_one_screen_a_json_file_and_a_recipe_that_loads(tmp_path, ca
 
 
 def test_a_plan_counts_where_libtpu_is_older_than_the_chip(tmp_path, capsys, monkeypatch):
-    def compile_it(config, target, seconds):
+    def compile_it(config, target, seconds, images):
         raise UnknownTopology(f"libtpu knows no topology {target.tpu}: INVALID_ARGUMENT")
 
     monkeypatch.setattr(report, "has_libtpu", lambda: True)
@@ -233,6 +233,37 @@ def test_what_can_not_fit_is_said_with_what_is_missing_and_the_next_command_comp
     assert "libtpu is not installed" in out and "pip install" in out
     assert re.search("^nothing fits: .* GiB a chip are missing", out, re.MULTILINE)
     assert err.endswith("next: gptjax plan gpt3 --size 175b\n")
+
+
+SEEING = """
+from gptjax.config import DataConfig, ModelConfig, SftConfig, TokenizerConfig, VisionConfig
+
+
+def sft() -> SftConfig:
+    vision = VisionConfig(patch=8, side=64, merge=2, layers=2, width=64, num_heads=2, end=(5,))
+    return SftConfig(init="scratch", steps=9, model=ModelConfig(num_layers=2, width=64, num_heads=2, vision=vision),
+                     tokenizer=TokenizerConfig(kind="bytes", vocab_size=258), data=DataConfig(source="x", length=256))
+"""
+
+
+def test_a_recipe_of_fine_tuning_from_scratch_is_planned_with_its_images(tmp_path, capsys):
+    path = tmp_path / "seeing.py"
+    path.write_text(SEEING)
+
+    def planned(*more: str) -> tuple[int, str, str]:
+        code = main(["plan", str(path), "--topology", "h100:2", "--compiles", "0", *more])
+        return code, *capsys.readouterr()
+
+    code, most, after = planned("--json", str(tmp_path / "most.json"), "--out", str(tmp_path / "planned.py"))
+    assert code == 0 and "tokens with 15 images each a step" in most and f"next: gptjax sft {tmp_path}" in after
+    assert type(load_recipe(str(tmp_path / "planned.py")).config("sft")).__name__ == "SftConfig"
+    assert "with 2 images each" in planned("--images", "2", "--json", str(tmp_path / "two.json"))[1]
+    most, two = (json.loads((tmp_path / f"{name}.json").read_text())["as_written"] for name in ("most", "two"))
+    assert two["counted"]["total"] < most["counted"]["total"] and two["speed"]["compute"] < most["speed"]["compute"]
+    code, _, line = planned("--images", "16")
+    assert code == 2 and "--images 16: wanted 0 to 15" in line and line.count("\n") == 1
+    code, _, line = planned("--init", "runs/x")
+    assert code == 2 and "init='runs/x': wanted scratch" in line and line.count("\n") == 1
 
 
 def test_a_step_is_compiled_for_fake_devices_in_a_process_of_its_own():

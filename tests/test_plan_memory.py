@@ -1,5 +1,6 @@
 """The memory that is counted before any compile: what of a layer, of the head and of the weights is there at once."""
 
+import dataclasses
 import functools
 import json
 import shlex
@@ -9,13 +10,15 @@ import jax
 import pytest
 from shipped import recipe
 
-from gptjax.config import TrainConfig
+from gptjax.config import DataConfig, MeshConfig, ModelConfig, TokenizerConfig, TrainConfig, VisionConfig
+from gptjax.data.packing import example_batch
 from gptjax.diagnostics.plan.search import Planner
 from gptjax.ops.device import Device
-from gptjax.parallel.sharding import AXES
+from gptjax.parallel.sharding import AXES, abstract, make_mesh
 from gptjax.runtime.hardware import topology
 from gptjax.training.build import build_components
 from gptjax.training.memory import BY_CHIP, Memory, Temporaries, state_bytes, step_memory
+from gptjax.training.step import compile_step
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 TPU = Device("tpu")
@@ -122,3 +125,56 @@ def test_the_count_is_within_a_tenth_of_the_compiler_on_held_out_settings():
         config = recipe(row["recipe"], *shlex.split(row["flags"]))
         total = Planner(config, topology(row["for"])).as_written().memory.total
         assert total == pytest.approx(row["compiled"], rel=0.1), row
+
+
+VISION = VisionConfig(patch=8, side=64, layers=3, width=128, num_heads=4)
+
+
+@functools.cache
+def counted_and_compiled(images: int, remat: str, vision: VisionConfig) -> tuple[Memory, int, int]:
+    """The count on a CPU, and the bytes of arguments and of all that the compiled step needs."""
+    rows, length, sizes = 8, 256, dict.fromkeys(AXES, 1)
+    cfg = ModelConfig(num_layers=3, width=128, num_heads=4, attention="plain", dtype="float32", remat=remat,
+                      vision=vision)  # fmt: skip
+    config = TrainConfig(model=cfg, tokenizer=TokenizerConfig(kind="bytes", vocab_size=258),
+                         data=DataConfig(batch_size=rows, length=length))  # fmt: skip
+    parts, mesh = build_components(config), make_mesh(MeshConfig(), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        state = abstract(jax.eval_shape(parts.init, 0), mesh)
+        batch = abstract(example_batch(rows, length, vision, images), mesh)
+        stats = compile_step(parts.step, mesh, state, {}, batch).lower(state, {}, batch).compile().memory_analysis()
+    held = state_bytes(config, state, sizes, tiles=False)
+    counted = step_memory(config, held, sizes, device=Device("cpu"), images=images)
+    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return counted, stats.argument_size_in_bytes, stats.argument_size_in_bytes + outputs + stats.temp_size_in_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("remat", "vision"),
+    [
+        ("full", VISION),
+        ("full", dataclasses.replace(VISION, layers=0)),
+        ("none", dataclasses.replace(VISION, projector="mlp", merge=2)),
+    ],
+)
+def test_the_count_with_images_is_as_near_to_the_compiler_as_that_of_text(remat, vision):
+    """On a CPU, whose compiler keeps more than the TPU's that is counted: so both are compared with it."""
+    text, _, text_compiled = counted_and_compiled(0, remat, VisionConfig())
+    seeing, arguments, compiled = counted_and_compiled(3, remat, vision)
+    assert arguments == pytest.approx(seeing.parameters + seeing.optimizer + seeing.batch, rel=1e-3)
+    assert seeing.total / compiled == pytest.approx(text.total / text_compiled, rel=0.1)
+    assert seeing.total > text.total
+
+
+def test_what_images_add_is_counted_for_a_tpu():
+    """State of the encoder, patches as bytes, and what its layers save."""
+    words = "--model.vision.patch 16 --model.vision.layers 4 --data.batch-size 8"
+    config = recipe("gpt2 --size 124m", *SAME, *words.split(), "--model.attention", "plain")
+    state = state_bytes(config, jax.eval_shape(build_components(config).init, 0), dict.fromkeys(AXES, 1), tiles=True)
+    none, two, four = (
+        step_memory(config, state, dict.fromkeys(AXES, 1), device=TPU, images=images) for images in (0, 2, 4)
+    )
+    assert four.batch - two.batch == two.batch - none.batch - 3 * 8 * 2048 * 4 == 8 * 2 * 196 * 768
+    assert two.activations < four.activations and state.vision > 4 * 4 * 12 * 768 * 768
+    assert two.parameters == none.parameters > state.vision

@@ -80,6 +80,11 @@ class VisionConfig(Section):
         return (self.side // self.patch) ** 2
 
     @property
+    def num_places(self) -> int:
+        """Places of the encoder's stream: the patches, and the class token."""
+        return self.num_patches + self.class_token
+
+    @property
     def patch_size(self) -> int:
         """Numbers of a patch, Y: 3 x patch x patch."""
         return 3 * self.patch**2

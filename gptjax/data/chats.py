@@ -107,6 +107,16 @@ class ChatData(RecordData):
         size, length = self.config.data.batch_size, self.config.data.length
         return self.train.example(size) if isinstance(self.train, ImageRows) else example_batch(size, length)
 
+    @property
+    def most_images(self) -> int:
+        """Images of each row of a batch; 0 without images."""
+        return self.train.num_images if isinstance(self.train, ImageRows) else 0
+
+    @property
+    def mean_images(self) -> float:
+        """Mean of the images that a row has."""
+        return self.train.mean_images if isinstance(self.train, ImageRows) else 0.0
+
     def describe(self) -> str:
         """The numbers of conversations and rows, and of those that were left out, in a line."""
         train, held = self._counts

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from gptjax.config import VisionConfig
 from gptjax.config.section import InputError
 from gptjax.data.images import image_patches, load_decoders
 from gptjax.data.worker import Worker
@@ -39,7 +40,7 @@ class ImageReader:
         with self._lock:
             self._stop()
 
-    def patches(self, content: bytes, origin: str, vision: Any) -> np.ndarray:
+    def patches(self, content: bytes, origin: str, vision: VisionConfig) -> np.ndarray:
         """The patches of a picture: see `image_patches`.
 
         Raises InputError, in one line that names the origin, where that does, and where the process ends or takes too
@@ -99,4 +100,5 @@ def _limit_memory(megabytes: int) -> None:
         import resource
 
         now = int(pages.read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (now + megabytes * 1_000_000,) * 2)
+        most = now + megabytes * 1_000_000
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))

@@ -94,8 +94,9 @@ class ImageRows:
         self._answers = [int(np.argmax(np.asarray(c.weights[1:]) > 0)) + 1 for c in kept]
         groups, sizes = self._groups(share)
         self._rows = [[pair for group in row for pair in groups[group]] for row in pack_best_fit(sizes, length)]
-        self.most_images = max(len({key for n, _ in row for key in self._keys[n]}) for row in self._rows)
-        """The most images that a row has."""
+        counts = [len({key for n, _ in row for key in self._keys[n]}) for row in self._rows]
+        self.most_images, self.mean_images = max(counts), sum(counts) / len(counts)
+        """The most images that a row has, and their mean."""
         self.num_images = max(1, self.most_images)
         """Images of each row of a batch, I; those that it lacks are zeros."""
 
@@ -119,11 +120,7 @@ class ImageRows:
 
     def example(self, num_rows: int) -> Batch:
         """Names, shapes and types of the batches, with nothing read and nothing allocated."""
-        whole = np.broadcast_to(np.int32(0), (num_rows, self.length))
-        shape = num_rows, self.num_images, self.vision.num_patches, self.vision.patch_size
-        patches_BIPY = np.broadcast_to(np.uint8(0), shape)
-        more = dict.fromkeys(("index_BL", "last_BL", "until_BL"), whole)
-        return example_batch(num_rows, self.length) | more | {"patches_BIPY": patches_BIPY}
+        return example_batch(num_rows, self.length, self.vision, self.num_images)
 
     def _groups(self, share: bool) -> tuple[list[list[tuple[int, int]]], list[int]]:
         """Conversations that stay together, as (number, tokens shared with the one before it), and their tokens.

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gptjax.config import VisionConfig
 from gptjax.config.section import InputError, one_line
 from gptjax.data.image_headers import MEGAPIXELS, MOST_BYTES, check_image, check_size
 
@@ -34,7 +35,7 @@ class Picture(NamedTuple):
         return cls(content, hashlib.sha256(content).hexdigest(), origin)
 
 
-def image_patches(content: bytes, origin: str, vision: Any) -> np.ndarray:
+def image_patches(content: bytes, origin: str, vision: VisionConfig) -> np.ndarray:
     """The patches of a picture's file: uint8 (P, Y), those of its pixels bit for bit, without holding all of these."""
     return _read(content, origin, lambda strips, height, width: _patches(strips, height, width, vision))
 
@@ -56,14 +57,15 @@ def read_image(content: bytes, origin: str) -> np.ndarray:
     return _read(content, origin, whole)
 
 
-def patches_of(pixels_HWC: np.ndarray, vision: Any) -> np.ndarray:
+def patches_of(pixels_HWC: np.ndarray, vision: VisionConfig) -> np.ndarray:
     """The patches of a picture that is fitted to vision.side x vision.side pixels: uint8 (P, Y).
 
     Bicubic; with vision.fit="pad" in its proportions, in the middle of a white square; with "crop" the square in its
     middle; vision.margin more pixels on the right and below are cut off. Patches and the pixels in each
     are in raster order, and a pixel is its red, green and blue: Y = patch x patch x 3.
     """
-    return _patches(iter([pixels_HWC]), *pixels_HWC.shape[:2], vision)
+    height, width, _ = pixels_HWC.shape
+    return _patches(iter([pixels_HWC]), height, width, vision)
 
 
 def from_data_url(url: str, origin: str) -> bytes:
@@ -118,11 +120,12 @@ def _read(content: bytes, origin: str, use: Callable[[Iterator[np.ndarray], int,
     kind, needed = check_image(content, origin)
     try:
         with image_module.open(io.BytesIO(needed), formats=(kind.upper(),)) as image:
-            check_size(*image.size, MEGAPIXELS[kind], f"{origin}: a {kind} of")
+            width, height = image.size
+            check_size(width, height, MEGAPIXELS[kind], f"{origin}: a {kind} of")
             image.load()
             orientation = _orientation(image)
-            width, height = image.size[:: -1 if orientation >= 5 else 1]
-            return use(_strips(image, orientation), height, width)
+            rows, columns = (width, height) if orientation >= 5 else (height, width)
+            return use(_strips(image, orientation), rows, columns)
     except InputError:
         raise
     except MemoryError:
@@ -155,7 +158,7 @@ def _strips(image: Any, orientation: int) -> Iterator[np.ndarray]:
         yield strip_HWC[:: -1 if upward else 1, :: -1 if orientation in (2, 3, 6, 7) else 1]
 
 
-def _patches(strips: Iterator[np.ndarray], height: int, width: int, vision: Any) -> np.ndarray:
+def _patches(strips: Iterator[np.ndarray], height: int, width: int, vision: VisionConfig) -> np.ndarray:
     """The patches of a picture that comes in strips; see `patches_of`."""
     side, patch = vision.side + vision.margin, vision.patch
     if vision.fit == "crop":

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from gptjax.config import VisionConfig
 from gptjax.config.section import InputError
 
 Batch = dict[str, np.ndarray]
@@ -73,11 +74,19 @@ def cut(stream: Stream, spans: Spans, num_rows: int, length: int, cross_document
     }
 
 
-def example_batch(num_rows: int, length: int) -> Batch:
-    """Names, shapes and types of the batches of `cut`, with nothing read and nothing allocated."""
+def example_batch(num_rows: int, length: int, vision: VisionConfig | None = None, images: int = 0) -> Batch:
+    """Names, shapes and types of the batches of `cut`, with nothing read and nothing allocated.
+
+    With `images` a row those of rows of images, as `image_rows.ImageRows` makes them.
+    """
     whole = np.broadcast_to(np.int32(0), (num_rows, length))
     names = ("inputs_BL", "targets_BL", "positions_BL", "segments_BL")
-    return dict.fromkeys(names, whole) | {"weights_BL": np.broadcast_to(np.float32(0), whole.shape)}
+    batch = dict.fromkeys(names, whole) | {"weights_BL": np.broadcast_to(np.float32(0), whole.shape)}
+    if vision is None or not images:
+        return batch
+    shape = num_rows, images, vision.num_patches, vision.patch_size
+    more = dict.fromkeys(("index_BL", "last_BL", "until_BL"), whole)
+    return batch | more | {"patches_BIPY": np.broadcast_to(np.uint8(0), shape)}
 
 
 def _covered(spans: Spans, num_rows: int, length: int) -> np.ndarray:

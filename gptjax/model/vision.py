@@ -44,7 +44,7 @@ class ImageTokens(NamedTuple):
 def image_sizes(cfg: ModelConfig) -> dict[str, int]:
     """The size of every letter of the projector's names and, in the encoder, of its own."""
     v = cfg.vision
-    return {"U": v.merged_size, "X": cfg.width, "D": cfg.width, "Y": v.patch_size, "P": v.num_patches + v.class_token}
+    return {"U": v.merged_size, "X": cfg.width, "D": cfg.width, "Y": v.patch_size, "P": v.num_places}
 
 
 def projector_params(cfg: ModelConfig) -> dict[str, str]:

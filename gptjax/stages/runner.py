@@ -48,12 +48,14 @@ class ProcessGroup:
     dtype_reason: str
     """The reason for the dtype that auto became; "" where the settings name one."""
 
-    def describe_step(self, config: TrainConfig, shapes: TrainState, frozen: Mapping[str, Any] | None = None) -> None:
+    def describe_step(
+        self, config: TrainConfig, shapes: TrainState, frozen: Mapping[str, Any] | None = None, images: int = 0
+    ) -> None:
         """Prints what is known of a stage's step once its devices are: dtype, attention, memory."""
         if self.dtype_reason:
             say(entry("dtype", f"{config.model.dtype}: {self.dtype_reason}"))
         say(entry("attention", describe(config.model, config.data.length, config.data.several_documents)))
-        say(entry("memory", describe_memory(config, shapes, self.mesh.shape, frozen)))
+        say(entry("memory", describe_memory(config, shapes, self.mesh.shape, frozen, images)))
 
 
 @contextlib.contextmanager
@@ -134,20 +136,21 @@ class Runner:
         vocab_size: int,
         rows: int = 0,
         passes: float = 3.0,
+        images: float = 0,
     ) -> TrainState:
         """Trains to config.steps with saves, evaluations, metrics and retention; returns the last state.
 
         It ends before where evaluate.patience says so, and says it; the same command again ends at once.
 
         `step` is compiled and `frozen` lies on the mesh; `evaluate` returns the metrics of the stage's own evaluation,
-        `eval_loss` among them, and `sample` a continuation of generate.prompt, or "", or
-        several answers, each with its prompt, text and reward. `rows` and `passes` are what `Metrics` counts a step by.
+        `eval_loss` among them, and `sample` a continuation of generate.prompt, or "", or several answers, each with its
+        prompt, text and reward. `rows`, `passes` and `images` are what `Metrics` counts a step by.
         Raises Interrupted after a signal or near the time limit, with everything saved, Diverged, and CheckpointError
         where a save fails.
         """
         config, start = self.config, int(state.step)
         self.group.cleanup.callback(self.report)
-        metrics = Metrics(self.run.metrics_path, config, vocab_size, start, rows, passes)
+        metrics = Metrics(self.run.metrics_path, config, vocab_size, start, rows, passes, images)
         self._row_tokens = config.data.length * (rows or config.data.batch_size) // config.data.batch_size
         self.group.cleanup.callback(metrics.close)
         self.group.cleanup.enter_context(self.exports)

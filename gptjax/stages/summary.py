@@ -65,23 +65,27 @@ def describe_optimizer(cfg: OptimConfig, steps: int) -> str:
 
 
 def describe_memory(
-    config: TrainConfig, shapes: Any, sizes: Mapping[str, int], frozen: Mapping[str, Any] | None = None
+    config: TrainConfig,
+    shapes: Any,
+    sizes: Mapping[str, int],
+    frozen: Mapping[str, Any] | None = None,
+    images: int = 0,
 ) -> str:
     """The memory that a step is counted to take beside what a device has; where that is less, settings that fit.
 
-    `shapes` are those of the state, `frozen` those of weights that stay as they are, `sizes` those of the mesh. A count
-    is an estimate, so nothing is refused.
+    `shapes` are those of the state, `frozen` those of weights that stay as they are, `sizes` those of the mesh; a row
+    has so many `images`. A count is an estimate, so nothing is refused.
     """
     from gptjax.ops.device import device
     from gptjax.runtime.hardware import device_memory
     from gptjax.training.memory import count_memory
 
-    there, counted = device_memory(), count_memory(config, shapes, sizes, device(), frozen)
+    there, counted = device_memory(), count_memory(config, shapes, sizes, device(), frozen, images)
     text = f"about {_size(counted)} on each device, which has {_size(there)}"
     if counted <= there:
         return text
     for changed in _smaller(config, sizes):
-        if count_memory(changed, shapes, sizes, device(), frozen) <= SAFE * there:
+        if count_memory(changed, shapes, sizes, device(), frozen, images) <= SAFE * there:
             flags = f"--model.remat {changed.model.remat} --optim.accumulate {changed.optim.accumulate}"
             return f"WARNING: {text}; this would fit: {flags}"
     return f"WARNING: {text}; no --model.remat and --optim.accumulate make it fit, see gptjax plan"

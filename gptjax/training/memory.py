@@ -66,6 +66,7 @@ IN_PIECES, PIECE_BYTES = (4, 32), 32 * 2**20
 # Bytes of temporaries that libtpu puts into the chip's fast memory: about half of the 128 MiB of VMEM (CMEM on v4).
 FAST = 64 * 2**20
 BLOCK = 512  # positions in a block of blockwise attention
+MASK = 4  # bytes a score in plain attention more, where the rows hold images: the mask is not made of two comparisons
 # libtpu moves loop invariants before the loop on v5e, and keeps them in it on the others. On v4 no whole matrix is in
 # transit while the chip computes.
 BY_CHIP = {"v5e": Temporaries(outside=1.0), "v4": Temporaries(head=1.0)}
@@ -98,17 +99,22 @@ class Memory:
 
 
 def count_memory(
-    config: TrainConfig, shapes: Any, sizes: Mapping[str, int], device: Device, frozen: Mapping[str, Any] | None = None
+    config: TrainConfig,
+    shapes: Any,
+    sizes: Mapping[str, int],
+    device: Device,
+    frozen: Mapping[str, Any] | None = None,
+    images: int = 0,
 ) -> int:
     """Bytes on each device of a mesh of these sizes during a step; `shapes` is jax.eval_shape of the state's init.
 
-    `frozen` are the shapes of weights that are not trained, each model's by a name.
+    `frozen` are the shapes of weights that are not trained, each model's by a name; `images` are those of a row.
     """
     kernel = select_kernel(config.model, config.data.length, device)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=kernel))
     state = state_bytes(config, shapes, sizes, tiles=device.tiled)
     held = sum(frozen_bytes(config, weights, sizes, tiles=device.tiled) for weights in (frozen or {}).values())
-    return step_memory(config, state, sizes, device=device).total + held
+    return step_memory(config, state, sizes, device=device, images=images).total + held
 
 
 def frozen_bytes(config: TrainConfig, weights: Any, sizes: Mapping[str, int], *, tiles: bool) -> int:
@@ -129,6 +135,8 @@ class StateBytes(NamedTuple):
     """Bytes of one layer's float32 weights, whole but for the tensor shard."""
     largest: int
     """Bytes of the largest stack of the layers."""
+    vision: int = 0
+    """Bytes of the parameters in the encoder of images."""
 
 
 def state_bytes(config: TrainConfig, shapes: Any, sizes: Mapping[str, int], *, tiles: bool) -> StateBytes:
@@ -143,7 +151,8 @@ def state_bytes(config: TrainConfig, shapes: Any, sizes: Mapping[str, int], *, t
     counters = {"key_W": shapes.key_W, "step": shapes.step, "updates": shapes.updates}
     optimizer = _bytes((shapes.opt_state, shapes.ema, counters), mesh, tiles)
     layer = _bytes(shapes.params["layers"], whole, False) // config.model.num_layers
-    return StateBytes(parameters, sum(stacks.values()), optimizer, layer, max(stacks.values()))
+    vision = _bytes({"vision": shapes.params.get("vision", {})}, mesh, tiles)
+    return StateBytes(parameters, sum(stacks.values()), optimizer, layer, max(stacks.values()), vision)
 
 
 def step_memory(
@@ -153,22 +162,25 @@ def step_memory(
     *,
     device: Device,
     kept: Temporaries = Temporaries(),
+    images: int = 0,
 ) -> Memory:
     """Memory of a step of these settings, model.attention chosen (not auto), on a mesh of these sizes.
 
-    `device` is the kind of device that the step is for.
+    `device` is the kind of device that the step is for, `images` how many each row has.
     """
     cfg, size, tiles = config.model, local_sizes(config, sizes), device.tiled
     item, fast = item_size(cfg), FAST if tiles else 0
     rows, V, D, layers = size["B"], size["V"], cfg.width, state.layers
     stream = item * rows * size["L"] * D
-    saved = cfg.num_layers * saved_by_layer(config, size, item, tiles)
+    masks = MASK * score_count(config, size) if images else 0
+    saved = cfg.num_layers * (saved_by_layer(config, size, item, tiles) + (masks if cfg.remat == "none" else 0))
+    of_images, encoder = _image_memory(config, sizes, images, tiles, kept) if images else (0, 0.0)
     several, shared = config.optim.accumulate > 1, sizes["fsdp"] > 1
 
     # Alive through the whole backward pass: copies of this device's weights, the float32 gradient of the head
     # (by then also the embedding's), and the sums of all gradients over several micro-batches.
     head_gradient = 4 * V * D // sizes["fsdp"]
-    summed = state.parameters if several else 0
+    summed = state.parameters if several else state.vision
     copies = layers // 2
     if several:
         # Made once for all micro-batches: the transposed head, and the embedding table in float32.
@@ -176,7 +188,9 @@ def step_memory(
         # A scan that saves all of a layer for its gradient saves these copies a second time.
         copies += layers // 2 if cfg.remat == "none" else 0
     gathered = kept.gathered * state.layer // 4 * item if shared else 0
-    inner = max(0, _layer_gradient(config, size, sizes, tiles, kept) - fast)
+    inner = max(0, _layer_gradient(config, size, sizes, tiles, kept) + masks - fast)
+    inner = max(inner, encoder - saved)  # the encoder's gradient is the last one, when the decoder's arrays are free
+    saved += of_images
     backward = inner + gathered + layers
     chunks = count_chunks(device, size["L"], 4 * rows * V, 4 * V * D / (math.prod(sizes.values()) / sizes["tensor"]))
     # The gradient of the logits is an array of its own where the head's product waits for other devices, and in
@@ -202,7 +216,7 @@ def step_memory(
     return Memory(
         parameters=state.parameters, optimizer=state.optimizer, gradients=round(gradients), weights=round(weights),
         activations=round(saved + temporary), logits=round(logits),
-        batch=5 * padded((rows * config.optim.accumulate, size["L"]), 4, tiles),
+        batch=_batch_bytes(config, size, images, tiles),
     )  # fmt: skip
 
 
@@ -244,6 +258,33 @@ def saved_by_layer(config: TrainConfig, size: Mapping[str, int], item: int, tile
     kernel = item * stream if cfg.attention == "splash" else 0
     kept = norms + 2 * item * also * stream + inside + 2 * item * (query + key) + kernel
     return kept + (4 + read) * score_count(config, size)
+
+
+def _batch_bytes(config: TrainConfig, size: Mapping[str, int], images: int, tiles: bool) -> int:
+    """Bytes of a batch: five arrays of rows, three more with images, and their patches."""
+    rows, vision = size["B"] * config.optim.accumulate, config.model.vision
+    count = (8 if images else 5) * padded((rows, size["L"]), 4, tiles)
+    return count + (padded((rows, images, vision.num_patches, vision.patch_size), 1, tiles) if images else 0)
+
+
+def _image_memory(
+    config: TrainConfig, sizes: Mapping[str, int], images: int, tiles: bool, kept: Temporaries
+) -> tuple[int, float]:
+    """Bytes that the encoder and the projector save for their gradient, and those of a layer's temporaries.
+
+    Each layer saves what one of the decoder's does, and each product outside of them its input. Every device of the
+    context axis has all of it.
+    """
+    vision, item = config.model.vision, item_size(config.model)
+    count = local_sizes(config, sizes)["B"] * images
+    outside = vision.num_patches * vision.patch_size + vision.num_tokens * vision.merged_size
+    outside += 3 * vision.num_tokens * config.model.width if vision.projector == "mlp" else 0
+    if not vision.layers:
+        return item * count * outside, 0.0
+    own = dataclasses.replace(config, model=config.model.encoder)
+    size = local_sizes(own, sizes) | {"B": count, "L": vision.num_places, "M": vision.num_places}
+    saved = item * count * outside + vision.layers * saved_by_layer(own, size, item, tiles)
+    return saved, _layer_gradient(own, size, {**sizes, "context": 1}, tiles, kept)
 
 
 def _layer_gradient(

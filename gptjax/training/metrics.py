@@ -79,11 +79,19 @@ class Metrics:
     `resumed_step` is the step restored (0 for a new run): later lines are dropped. Step s is the s-th batch, so the
     first line says step 1. Call `log_step(s)` before saving step s, or a kill right after the save leaves the file
     without that line. A step trains on `rows` rows of data.length tokens (0: data.batch_size), with the products of
-    `passes` forward passes: three where all weights are trained, as the conventions of MFU have it.
+    `passes` forward passes: three where all weights are trained, as the conventions of MFU have it. A row has so many
+    `images` on average.
     """
 
     def __init__(
-        self, path: Path, cfg: TrainConfig, vocab_size: int, resumed_step: int = 0, rows: int = 0, passes: float = 3.0
+        self,
+        path: Path,
+        cfg: TrainConfig,
+        vocab_size: int,
+        resumed_step: int = 0,
+        rows: int = 0,
+        passes: float = 3.0,
+        images: float = 0,
     ):
         self.file, self._samples = MetricsFile(path), MetricsFile(path.with_name("samples.jsonl"))
         self._active = jax.process_index() == 0
@@ -103,7 +111,7 @@ class Metrics:
         with status("measuring the device's peak"):  # where it isn't known yet
             peak, source = peak_flops(cfg.model.dtype)
         self._tokens_a_step = (rows or cfg.data.batch_size) * cfg.data.length
-        counted = flops_per_token(cfg.model, vocab_size, cfg.data.length)
+        counted = flops_per_token(cfg.model, vocab_size, cfg.data.length, images)
         flops = {convention: x * passes / 3 for convention, x in counted.items()}
         keep = functools.partial(self._keep_peak, devices["count"]) if source == MEASURED else None
         self._throughput = Throughput(self._tokens_a_step, flops, devices["count"] * peak, keep)

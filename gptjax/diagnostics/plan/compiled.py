@@ -72,11 +72,13 @@ def has_libtpu() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
-def compile_for(config: TrainConfig, target: Target, *, seconds: float = 600, code: bool = False) -> Compiled:
+def compile_for(
+    config: TrainConfig, target: Target, *, seconds: float = 600, code: bool = False, images: int = 0
+) -> Compiled:
     """Compiles the step of these settings, with all mesh sizes given, within `seconds`, and reads its memory.
 
-    Raises InputError where compiling takes longer, or fails for another reason than too little memory, UnknownTopology
-    where libtpu can't.
+    A row has so many `images`. Raises InputError where compiling takes longer, or fails for another reason than too
+    little memory, UnknownTopology where libtpu can't.
     """
     with tempfile.TemporaryDirectory(prefix="gptjax-plan-") as folder:
         flags = f"--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re={_MODULE}"
@@ -87,7 +89,8 @@ def compile_for(config: TrainConfig, target: Target, *, seconds: float = 600, co
             env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={target.devices}"
         root = str(Path(__file__).parents[3])
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [os.getcwd(), root, os.environ.get("PYTHONPATH", "")]))
-        request = {"config": dict(leaves(config)), "target": dataclasses.asdict(target), "code": code, "folder": folder}
+        request = {"config": dict(leaves(config)), "target": dataclasses.asdict(target), "code": code, "folder": folder,
+                   "images": images}  # fmt: skip
         command = [sys.executable, "-m", "gptjax.diagnostics.plan.compiled"]
         start = time.perf_counter()
         given: Any = {"input": json.dumps(request), "capture_output": True, "text": True, "timeout": seconds}
@@ -112,14 +115,14 @@ def main() -> None:
     request = json.load(sys.stdin)
     config, target = build(TrainConfig, request["config"]), Target(**request["target"])
     try:
-        result = _compile(config, target, Path(request["folder"]), request["code"])
+        result = _compile(config, target, Path(request["folder"]), request["code"], request["images"])
     except InputError as e:
         result = {"input_error": str(e), "unknown": isinstance(e, UnknownTopology)}
     print(json.dumps(result), flush=True)
     os._exit(0)  # the compiler may still run in a thread that can't be stopped
 
 
-def _compile(config: TrainConfig, target: Target, folder: Path, code: bool) -> dict[str, Any]:
+def _compile(config: TrainConfig, target: Target, folder: Path, code: bool, images: int) -> dict[str, Any]:
     import jax
 
     from gptjax.config import check_divisible
@@ -135,7 +138,8 @@ def _compile(config: TrainConfig, target: Target, folder: Path, code: bool) -> d
     parts = build_components(config)
     with jax.set_mesh(mesh):
         state = abstract(jax.eval_shape(parts.init, 0), mesh)
-        batch = abstract(example_batch(config.data.batch_size, config.data.length), mesh)
+        rows = example_batch(config.data.batch_size, config.data.length, config.model.vision, images)
+        batch = abstract(rows, mesh)
         step = compile_step(parts.step, mesh, state, {}, batch).lower(state, {}, batch)
         thread = run_in_background(step.compile, mesh)
 

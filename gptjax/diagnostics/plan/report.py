@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable
 from typing import Any
 
-from gptjax.config import TrainConfig
+from gptjax.config import STAGES, TrainConfig
 from gptjax.config.section import InputError, leaves
 from gptjax.diagnostics.plan.compiled import Compiled, Target, UnknownTopology, compile_for, has_libtpu
 from gptjax.diagnostics.plan.prices import Prices, read_prices
@@ -31,22 +31,22 @@ NO_LIBTPU = "libtpu is not installed, so memory is counted and not compiled; pip
 
 
 def plan(
-    config: TrainConfig, name: str, compiles: int, price_file: str, say: Callable[[str], None]
+    config: TrainConfig, name: str, compiles: int, price_file: str, say: Callable[[str], None], images: int = 0
 ) -> tuple[dict[str, Any], TrainConfig | None]:
     """A JSON object on the settings' needs on a topology, and the best settings for it; None where nothing fits.
 
-    Each line of one screen goes to `say`.
+    Each line of one screen goes to `say`. A row has so many `images`.
     """
     prices = read_prices(price_file)
     target = topology(name, prices.by_kind)
-    planner = Planner(config, target)
+    planner = Planner(config, target, images)
     report: dict[str, Any] = {"topology": target.name, "devices": target.devices, "hosts": target.hosts}
-    say(_headline(config, target))
+    say(_headline(config, target, images))
     if target.chip is None:
         return report | _on_cpu(planner, compiles, say), None
     limit = target.chip.memory
     report["memory_a_device"] = limit
-    compiler = _compiler(target) if compiles > 0 and target.libtpu and has_libtpu() else None
+    compiler = _compiler(target, images) if compiles > 0 and target.libtpu and has_libtpu() else None
     if target.libtpu and not has_libtpu():
         say(NO_LIBTPU)
     try:
@@ -80,7 +80,9 @@ def plan(
     return report, dataclasses.replace(best.config, model=dataclasses.replace(best.config.model, **auto))
 
 
-def compare_topologies(config: TrainConfig, price_file: str, say: Callable[[str], None]) -> dict[str, Any]:
+def compare_topologies(
+    config: TrainConfig, price_file: str, say: Callable[[str], None], images: int = 0
+) -> dict[str, Any]:
     """Compares OFFERS, a line each: the fastest settings that fit by the count, their time and price."""
     rows, prices = [], read_prices(price_file)
     say("where         GiB of  tokens/s  MFU   days       dollars  settings (counted and estimated; nothing compiled)")
@@ -88,7 +90,7 @@ def compare_topologies(config: TrainConfig, price_file: str, say: Callable[[str]
         where = topology(name, prices.by_kind)
         assert where.chip is not None
         try:
-            best = Planner(config, where).search(None).best
+            best = Planner(config, where, images).search(None).best
         except InputError as e:
             say(f"{name:10} {e}")
             continue
@@ -130,44 +132,47 @@ def to_flags(settings: dict[str, Any]) -> list[str]:
     return [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
-def recipe_text(source: str, size: str, settings: dict[str, Any], topology_name: str) -> str:
+def recipe_text(source: str, size: str, settings: dict[str, Any], topology_name: str, stage: str = "pretrain") -> str:
     """The source of a recipe that takes another's settings and changes these."""
-    given = f', "{size}"' if size else ""
+    given, kind = f', "{size}"' if size else "", STAGES[stage].__name__
     return f'''"""The settings of {source} for {topology_name}, chosen by gptjax plan, not run."""
 
-from gptjax.config import TrainConfig
+from gptjax.config import {kind}
 from gptjax.config.command_line import load_recipe
 from gptjax.config.section import build, leaves
 
 CHANGED = {pprint.pformat(settings, width=110)}
 
 
-def pretrain() -> TrainConfig:
-    config = load_recipe({source!r}).config("pretrain"{given})
-    return build(TrainConfig, dict(leaves(config)) | CHANGED)
+def {stage}() -> {kind}:
+    config = load_recipe({source!r}).config("{stage}"{given})
+    return build({kind}, dict(leaves(config)) | CHANGED)
 '''
 
 
-def write_recipe(path: str, source: str, size: str, settings: dict[str, Any], place: str, found: bool) -> None:
+def write_recipe(
+    path: str, source: str, size: str, settings: dict[str, Any], place: str, found: bool, stage: str = "pretrain"
+) -> None:
     """Writes the recipe of the best settings; raises InputError where none were found."""
     if not found:
         raise InputError(f"{path} is not written, for no settings were found for {place}; try more or larger chips")
-    write_file(path, recipe_text(source, size, settings, place).encode())
+    write_file(path, recipe_text(source, size, settings, place, stage).encode())
 
 
-def _headline(config: TrainConfig, where: Topology) -> str:
+def _headline(config: TrainConfig, where: Topology, images: int) -> str:
     count = parameters(config.model, config.tokenizer.vocab_size, config.data.length)["total"]
     chip = f" of {where.chip.memory / GIB:.1f} GiB on {where.hosts} host(s)" if where.chip else ""
     rows, length = config.data.batch_size, config.data.length
+    seen = f" with {images:,} images each" if images else ""
     return (
-        f"{count / 1e9:.3g}B parameters, {rows:,} rows of {length:,} tokens a step, {config.steps:,} steps; "
+        f"{count / 1e9:.3g}B parameters, {rows:,} rows of {length:,} tokens{seen} a step, {config.steps:,} steps; "
         f"{where.name}: {where.devices} device(s){chip}"
     )
 
 
-def _compiler(where: Topology) -> Callable[[TrainConfig, float], Compiled]:
+def _compiler(where: Topology, images: int) -> Callable[[TrainConfig, float], Compiled]:
     target = Target(devices=where.devices, tpu=where.libtpu, megacore=where.kind == "v4")
-    return lambda config, seconds: compile_for(config, target, seconds=seconds)
+    return lambda config, seconds: compile_for(config, target, seconds=seconds, images=images)
 
 
 def _as_written(planner: Planner, compiler: Any, say: Callable[[str], None]) -> Candidate | None:
@@ -260,7 +265,9 @@ def _on_cpu(planner: Planner, compiles: int, say: Callable[[str], None]) -> dict
     kinds = ", ".join(f"{name} {value / GIB:.3f}" for name, value in dataclasses.asdict(written.memory).items())
     say(f"  GiB a device, counted: {kinds}; in all {written.memory.total / GIB:.3f}")
     if compiles > 0:
-        compiled = written.compiled = compile_for(written.config, Target(devices=planner.topology.devices))
+        compiled = written.compiled = compile_for(
+            written.config, Target(devices=planner.topology.devices), images=planner.images
+        )
         local = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / planner.topology.devices
         say(
             f"  compiled for {planner.topology.devices} fake CPU devices in {compiled.seconds:.0f} s: "

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from gptjax.config import TrainConfig
-from gptjax.model.counts import parameters, token_flops
+from gptjax.model.counts import image_flops, parameters, token_flops
 from gptjax.runtime.hardware import Topology
 from gptjax.training.memory import Memory, item_size, local_sizes, saved_by_layer, score_count
 
@@ -47,14 +47,14 @@ class Speed:
         return max(times, key=lambda name: times[name])
 
 
-def speed(config: TrainConfig, sizes: Mapping[str, int], topology: Topology, memory: Memory) -> Speed:
-    """The time of a step of these settings on a mesh of these sizes, on a chip of known speed."""
+def speed(config: TrainConfig, sizes: Mapping[str, int], topology: Topology, memory: Memory, images: int = 0) -> Speed:
+    """The time of a step of these settings on a mesh of these sizes, on a chip of known speed; a row has `images`."""
     chip = topology.chip
     assert chip is not None and chip.bandwidth, "callers check for a chip of known speed"
     devices, tokens = topology.devices, config.data.batch_size * config.data.length
     peak = chip.flops(config.model.dtype)
-    needed = token_flops(config) * tokens
-    compute = executed_flops(config, sizes) / (peak * EFFICIENCY)
+    needed = token_flops(config, images) * tokens
+    compute = executed_flops(config, sizes, images) / (peak * EFFICIENCY)
     shared, alone = network_seconds(config, sizes, topology)
     estimate = Speed(
         compute=compute, memory=memory_traffic(config, sizes, memory) / chip.bandwidth, network=shared, tensor=alone,
@@ -63,8 +63,11 @@ def speed(config: TrainConfig, sizes: Mapping[str, int], topology: Topology, mem
     return replace(estimate, mfu=needed / (estimate.seconds * devices * peak))
 
 
-def executed_flops(config: TrainConfig, sizes: Mapping[str, int]) -> float:
-    """FLOPs that one device runs in a step, with recomputation and masked scores."""
+def executed_flops(config: TrainConfig, sizes: Mapping[str, int], images: int = 0) -> float:
+    """FLOPs that one device runs in a step, with recomputation and masked scores.
+
+    Every device of the context axis encodes the `images` of its rows.
+    """
     cfg, length = config.model, config.data.length
     count = parameters(cfg, config.tokenizer.vocab_size, length)
     head = 2.0 * cfg.width * config.tokenizer.vocab_size
@@ -78,7 +81,9 @@ def executed_flops(config: TrainConfig, sizes: Mapping[str, int]) -> float:
         "names": layers + (0.0 if "attention" in cfg.remat_names else attention),
     }[cfg.remat]  # fmt: skip
     tokens = config.data.batch_size * length / math.prod(sizes.values())
-    return tokens * (3 * (layers + head + attention) + again)
+    encoded = image_flops(cfg) * images / length * sizes["context"]
+    more = (3.0 if cfg.remat == "none" else 4.0) * encoded
+    return tokens * (3 * (layers + head + attention) + again + more)
 
 
 def memory_traffic(config: TrainConfig, sizes: Mapping[str, int], memory: Memory) -> float:

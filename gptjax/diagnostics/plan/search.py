@@ -60,10 +60,10 @@ class SearchResult:
 
 
 class Planner:
-    """Counts the memory and the time of settings of one model on one topology."""
+    """Counts the memory and the time of settings of one model on one topology, with so many images in a row."""
 
-    def __init__(self, config: TrainConfig, topology: Topology):
-        self.topology = topology
+    def __init__(self, config: TrainConfig, topology: Topology, images: int = 0):
+        self.topology, self.images = topology, images
         self.config = with_devices(with_mesh(config, topology), topology)
         shapes = jax.eval_shape(build_components(self.config).init, 0)
         self._state = functools.cache(
@@ -80,9 +80,10 @@ class Planner:
         check_divisible(config, sizes)
         kept = BY_CHIP.get(self.topology.kind, Temporaries())
         state = self._state(*sizes.values())
-        memory = step_memory(config, state, sizes, device=device_of(self.topology), kept=kept)
+        where = device_of(self.topology)
+        memory = step_memory(config, state, sizes, device=where, kept=kept, images=self.images)
         chip = self.topology.chip
-        fast = speed(config, sizes, self.topology, memory) if chip and chip.bandwidth else None
+        fast = speed(config, sizes, self.topology, memory, self.images) if chip and chip.bandwidth else None
         return Candidate(config=config, memory=memory, speed=fast)
 
     def as_written(self) -> Candidate:
