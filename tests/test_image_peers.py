@@ -9,11 +9,13 @@ import json
 import numpy as np
 import pytest
 from byte_pairs import END, TWO_FILES
+from PIL import Image
 from test_export import make_run
 from test_families import save
 from test_interop_images import KINDS, OURS, SEEING, TEXT, folder_of, logits
 from test_model_options import random_params
 
+import gptjax
 from gptjax.api import export, load
 from gptjax.cli import main
 from gptjax.interop.families import family_of
@@ -76,29 +78,50 @@ def test_a_model_of_ours_opens_in_transformers_with_its_logits(tmp_path, name, h
     assert difference <= 1e-5
 
 
-def test_the_processor_of_an_export_gives_the_ids_and_the_pixels_of_the_run(tmp_path):
-    transformers = pytest.importorskip("transformers")
+CLIP = {"merge": 1, "projector": "mlp", "final_norm": False, "class_token": True, "activation": "quick_gelu"}
+READERS = {
+    "idefics3": SEEING,
+    "llava": OURS["llava"][1],
+    "llava with clip": dataclasses.replace(SEEING, fit="crop", **CLIP),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_the_processor_of_an_export_gives_the_ids_the_pixels_and_the_answers_of_the_run(tmp_path, name):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     tokenizer = HuggingFaceTokenizer(TWO_FILES, END, END)
     size = tokenizer.vocab_size + len(MARKS)
-    cfg = dataclasses.replace(TEXT, vision=dataclasses.replace(SEEING, fit="stretch", begin=(), end=()))
     marks = dict(zip(MARKS, range(tokenizer.vocab_size, size)))
-    cfg = dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, image_id=marks["<image>"]))
-    model = cfg, size, 64, random_params(cfg, size, 64)
-    source = save(tmp_path / "source", model)
+    vision = dataclasses.replace(READERS[name], begin=(), end=(), image_id=marks["<image>"])
+    cfg = dataclasses.replace(TEXT, vision=vision)
+    source = save(tmp_path / "source", (cfg, size, 64, random_params(cfg, size, 64)))
     values = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({k: v for k, v in values.items() if k != "gptjax_images"}))
-    write_tokenizer(tokenizer, source, marks)
+    write_tokenizer(tokenizer, source, marks if name == "idefics3" else {"<image>": marks["<image>"]})
     assert main(["import", str(source), str(tmp_path / "run")]) == 0
     run = load(tmp_path / "run")
-    assert run.config.model.vision.begin == (marks[MARKS[1]], marks[MARKS[2]])
     export(run, tmp_path / "out")
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
     pixels_HWC = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
-    got = processor(text="a<image>b", images=[pixels_HWC], return_tensors="np")
-    ids = [marks[MARKS[1]], marks[MARKS[2]], *[marks["<image>"]] * 4, marks[MARKS[1]]]
-    assert got["input_ids"][0].tolist() == [*tokenizer.prompt_ids("a"), *ids, *tokenizer.encode("b")]
-    want_HWC = pixels_HWC.astype(np.float32) / 127.5 - 1
-    np.testing.assert_allclose(got["pixel_values"][0, 0].transpose(1, 2, 0), want_HWC, atol=1e-5)
+    pixels_HWC = np.pad(pixels_HWC, ((0, 0), (4, 4), (0, 0))) if vision.fit == "crop" else pixels_HWC
+    Image.fromarray(pixels_HWC).save(tmp_path / "picture.png")
+    inputs = processor(text="<image>hello world", images=[Image.fromarray(pixels_HWC)], return_tensors="pt")
+    begin, end = ([marks[MARKS[1]], marks[MARKS[2]]], [marks[MARKS[1]]]) if name == "idefics3" else ([], [])
+    image = [*begin, *[marks["<image>"]] * vision.num_tokens, *end]
+    first = [tokenizer.bos_id] if tokenizer.begins else []
+    assert inputs["input_ids"][0].tolist() == [*first, *image, *tokenizer.encode("hello world")]
+    seen_HWC = pixels_HWC[:, 4:20] if vision.fit == "crop" else pixels_HWC
+    read = run.config.model.vision
+    want_HWC = (seen_HWC / 255 - np.array(read.mean)) / np.array(read.std)
+    got_HWC = inputs["pixel_values"].numpy().reshape(3, 16, 16).transpose(1, 2, 0)
+    np.testing.assert_allclose(got_HWC, want_HWC, atol=1e-5)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        found = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    ours = gptjax.generate(
+        run, "hello world", images=[tmp_path / "picture.png"], temperature=0.0, max_new_tokens=8, top_k=0
+    )
+    assert ours == tokenizer.decode(found.tolist())
 
 
 def test_a_run_of_ours_generates_in_transformers_without_a_token_of_images(tmp_path):
