@@ -18,12 +18,14 @@ from stage_runs import make_run
 from test_labels import write_prompts
 
 from gptjax.cli import main
+from gptjax.config import ModelConfig, VisionConfig
 from gptjax.config.serving import ServeConfig
 from gptjax.data.dialogue import read_conversations
+from gptjax.data.images import Picture
 from gptjax.data.preferences import read_preferences
 from gptjax.generation.sampling import filter_logits
 from gptjax.runs.load import load_model
-from gptjax.serve.inspection import TEMPERATURES, inspect, inspection_json
+from gptjax.serve.inspection import TEMPERATURES, inspect, inspection_json, inspection_prompt
 from gptjax.serve.service import Service
 
 MARKDOWN = """# Heading
@@ -212,8 +214,8 @@ def test_several_conversations_and_files_that_sft_reads(page, service, url, tmp_
 
 DROP = """([type, files]) => {
     const data = new DataTransfer();
-    for (const [name, text] of files)
-        data.items.add(new File([Uint8Array.from(atob(text), (c) => c.charCodeAt(0))], name));
+    for (const [name, text, more] of files)
+        data.items.add(new File([Uint8Array.from(atob(text), (c) => c.charCodeAt(0)), new Uint8Array(more)], name));
     const [Kind, field] = type === "paste" ? [ClipboardEvent, "clipboardData"] : [DragEvent, "dataTransfer"];
     const event = new Kind(type, {[field]: data, bubbles: true, cancelable: true});
     document.activeElement.dispatchEvent(event);
@@ -227,9 +229,12 @@ def picture(kind: str = "PNG", side: int = 40, colour: str = "red") -> bytes:
     return written.getvalue()
 
 
-def drop(page, *files: tuple[str, bytes], event: str = "drop") -> None:
-    """Drops files on the page, or pastes them, as a hand does: the page must not be left for them."""
-    assert page.evaluate(DROP, [event, [[name, base64.b64encode(data).decode()] for name, data in files]])
+def drop(page, *files: tuple[str, bytes], event: str = "drop", more: int = 0) -> None:
+    """Drops files on the page, or pastes them, as a hand does: the page must not be left for them.
+
+    `more` are zeros behind each file.
+    """
+    assert page.evaluate(DROP, [event, [[name, base64.b64encode(data).decode(), more] for name, data in files]])
 
 
 def pictures(page, where: str = ".pictures") -> list[tuple[str, bytes]]:
@@ -241,24 +246,23 @@ def pictures(page, where: str = ".pictures") -> list[tuple[str, bytes]]:
 
 @pytest.fixture
 def sent(page):
-    """The bodies that the chat sends to a server whose model reads images; the answer is that of the texts alone."""
+    """The bodies that the chat sends."""
     bodies = []
 
     def chat(route) -> None:
-        body = route.request.post_data_json
-        bodies.append(json.loads(json.dumps(body)))
-        for message in body["messages"]:
-            if not isinstance(message["content"], str):
-                message["content"] = "".join(part.get("text", "") for part in message["content"]) or "?"
-        route.continue_(post_data=json.dumps(body))
+        bodies.append(route.request.post_data_json)
+        route.continue_()
 
-    facts = {"label": False, "tools": [], "max_calls": 0, "images": 8}
-    page.route("**/page.json", lambda route: route.fulfill(json=facts))
     page.route("**/v1/chat/completions", chat)
     return bodies
 
 
+SEES = {"vision": VisionConfig(patch=8, side=32)}
+seeing = pytest.mark.parametrize("service", [SEES], indirect=True)
+
+
 @pytest.mark.browser
+@seeing
 def test_a_picture_is_dropped_asked_about_and_kept(page, url, sent):
     page.goto(url)
     page.locator("#attach").wait_for()
@@ -284,6 +288,7 @@ def test_a_picture_is_dropped_asked_about_and_kept(page, url, sent):
 
 
 @pytest.mark.browser
+@seeing
 def test_pictures_are_chosen_pasted_removed_edited_and_written_to_files(page, url, sent, tmp_path):
     page.goto(url)
     page.locator("#attach").wait_for()
@@ -339,6 +344,7 @@ def test_pictures_are_chosen_pasted_removed_edited_and_written_to_files(page, ur
 
 
 @pytest.mark.browser
+@seeing
 def test_what_is_no_picture_too_large_or_too_many_is_refused_in_a_line(page, url, sent):
     page.goto(url)
     page.locator("#attach").wait_for()
@@ -349,8 +355,7 @@ def test_what_is_no_picture_too_large_or_too_many_is_refused_in_a_line(page, url
     ):
         drop(page, (name, data))
         shown(page, "#error", why)
-    big = {"name": "big.png", "mimeType": "image/png", "buffer": b"\x89PNG\r\n\x1a\n" + bytes(20_000_000)}
-    page.locator("#picture").set_input_files(big)
+    drop(page, ("big.png", picture()), more=20_000_000)
     shown(page, "#error", r"big.png has 20.0 MB; a picture may have 20 MB")
     drop(page, *[(f"{i}.png", picture()) for i in range(10)])
     shown(page, "#error", "The server takes no more pictures in a conversation: 2 left out")
@@ -610,6 +615,47 @@ def test_the_inspector_shows_the_models_numbers(page, looked):
     page.locator("#text").fill("x" * 99)
     page.keyboard.press("Enter")
     shown(page, "#error", "the text has 100 tokens; wanted 1 to 64")
+
+
+@pytest.mark.browser
+def test_the_inspector_shows_where_a_head_looks_in_a_picture(page, tmp_path, compile_cache):
+    shape = ModelConfig(num_layers=2, width=16, num_heads=2, dtype="float32", init_std=0.3, vision=SEES["vision"])
+    model = load_model(make_run(tmp_path / "run", model=shape, template="llama2"), None)
+    scheduler = FakeScheduler(model)
+    service = Service(model, ServeConfig(), scheduler)  # pyright: ignore
+    scheduler.start()
+    prompt = inspection_prompt(model, "Red?", [Picture.of(picture(), "")], chat=True)
+    found = inspect(model, prompt)
+    with serving(service) as url:
+        page.goto(f"{url}/inspect")
+        page.locator("#attach").wait_for()
+        drop(page, ("red.png", picture()))
+        page.locator(".tray img").wait_for()
+        page.locator("#text").fill("Red?")
+        page.keyboard.press("Enter")
+        page.locator("#found").wait_for(timeout=60_000)
+        assert page.evaluate("D") == json.loads(json.dumps(inspection_json(found)))
+        first, last = found.images[0]["start"], len(found.ids) - 1
+        assert page.locator("#tokens button").count() == len(found.ids) - 15, "an image is one block"
+        cells = page.locator(".sight button")
+
+        def shares() -> list[float]:
+            titles = cells.evaluate_all("all => all.map((b) => b.title)")
+            return [float(title.split(": ")[1].removesuffix(" %")) for title in titles]
+
+        page.locator("#heads button").nth(1).click()
+        assert shares() == pytest.approx(100 * found.weights[1, 1, last, first : first + 16], abs=0.26)
+        page.locator("#layer").press("ArrowLeft")
+        assert shares() == pytest.approx(100 * found.weights[0, 1, last, first : first + 16], abs=0.26)
+        cells.nth(5).click()
+        page.keyboard.press("ArrowDown")
+        shown(page, "#chosen", "image 1, row 3, column 2. Nothing predicts")
+        assert shares() == pytest.approx(100 * found.weights[0, 1, first + 9, first : first + 16], abs=0.26)
+        assert cells.nth(15).get_attribute("title") != "row 4, column 4: 0.0 %", "it sees what stands behind it"
+        page.locator("#tokens .image").focus()
+        page.keyboard.press("ArrowLeft")
+        shown(page, ".sight + figcaption", "image 1 stands behind the chosen place")
+        assert not any(shares())
 
 
 @pytest.mark.browser

@@ -1,6 +1,7 @@
 """Laws of the look inside: its numbers are those of the model, of every family, and the page holds all of them."""
 
 import base64
+import io
 import json
 import re
 
@@ -9,14 +10,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import refused, said
+from PIL import Image
+from stage_runs import make_run
 
-from gptjax.config import DataConfig, ModelConfig, TokenizerConfig, TrainConfig
+from gptjax.config import DataConfig, ModelConfig, TokenizerConfig, TrainConfig, VisionConfig
 from gptjax.config.section import InputError, leaves
+from gptjax.data.images import Picture, image_patches, patches_of
+from gptjax.generation.image_places import image_places
 from gptjax.model.decoder import init_params, make_decoder
+from gptjax.model.vision import Images
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.load import load_model
 from gptjax.runs.run import Run
-from gptjax.serve.inspection import LENS, inspect, inspection_json, inspection_page, inspection_table, longest
+from gptjax.serve.inspection import (
+    LENS,
+    inspect,
+    inspection_json,
+    inspection_page,
+    inspection_prompt,
+    inspection_table,
+    longest,
+)
 from gptjax.tokenizer import BytesTokenizer
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
@@ -114,3 +128,70 @@ def test_the_verb_writes_a_table_the_page_and_the_numbers(model, tmp_path, capsy
     assert "TEXT is missing" in refused(capsys, "inspect", run)
     assert "wanted 1 to 32" in refused(capsys, "inspect", run, "x" * 40, "--out", out)
     assert "is a folder" in refused(capsys, "inspect", run, TEXT, "--out", tmp_path)
+
+
+VISION = VisionConfig(patch=4, side=16, merge=2, layers=1, width=8, num_heads=2, begin=(65,), end=(66, 67))
+
+
+def picture(colour: str) -> bytes:
+    """A WebP of two colours."""
+    image, written = Image.new("RGB", (30, 20), colour), io.BytesIO()
+    image.paste("white", (0, 0, 9, 9))
+    image.save(written, "WEBP", lossless=True)
+    return written.getvalue()
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory, compile_cache):
+    """A model that reads images, of which each is four tokens, in a template."""
+    shape = ModelConfig(num_layers=1, width=16, num_heads=2, dtype="float32", init_std=0.3, vision=VISION)
+    return load_model(make_run(tmp_path_factory.mktemp("seeing") / "run", model=shape, template="llama2"), None)
+
+
+def test_images_are_shown_as_the_decoder_has_them(seeing, highest_precision):
+    pictures = [Picture.of(picture(colour), colour) for colour in ("red", "blue")]
+    prompt = inspection_prompt(seeing, "Which?", pictures, chat=False)
+    found = inspect(seeing, prompt)
+    image = [65, *[-1] * 4, 66, 67, 65, *[-2] * 4, 66, 67]
+    assert found.ids == [256, *image, *b"Which?"] and found.tokens[2:6] == ["image 1"] * 4
+    assert [i["start"] for i in found.images] == [2, 9] and found.images[0]["side"] == 2
+    for shown, kept in zip(found.images, pictures):
+        drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(shown["picture"].partition(",")[2]))))
+        np.testing.assert_array_equal(patches_of(drawn, VISION), image_patches(kept.content, "", VISION))
+    L = len(found.ids)
+    offset_L, last_L = image_places(prompt.ids, VISION)
+    index_L = np.where(offset_L < 0, -1, offset_L + 4 * (np.arange(L) >= 9))
+    patches_BIPY = np.stack([image_patches(p.content, "", VISION) for p in pictures])[None]
+    ids_BL = jnp.maximum(jnp.array([found.ids]), 0)
+    place_BL = jnp.arange(L)[None]
+    images = Images(jnp.array(patches_BIPY), jnp.array([index_L]), jnp.array([last_L]))
+    with jax.set_mesh(seeing.mesh):
+        given = (ids_BL, place_BL, jnp.ones_like(ids_BL))
+        x_BLD, _ = seeing.decoder.apply({"params": seeing.params}, *given, images=images)
+        logits_BLV = seeing.decoder.apply({"params": seeing.params}, x_BLD, method="logits")
+    log_p_LV = np.asarray(jax.nn.log_softmax(logits_BLV))[0, :, :258]
+    own = [None, *(-log_p_LV[i, n] if n >= 0 else None for i, n in enumerate(found.ids[1:]))]
+    assert [x is None for x in found.loss] == [x is None for x in own] == [x is None for x in found.rank]
+    np.testing.assert_allclose([x for x in found.loss if x], [x for x in own if x], atol=2e-5)
+    np.testing.assert_allclose(found.next_log_p, -np.sort(-log_p_LV, axis=-1)[:, :50], atol=2e-5)
+    seen_LL = np.arange(L) <= last_L[:, None]
+    assert (found.weights[:, :, seen_LL] > 0).all() and not found.weights[:, :, ~seen_LL].any()
+    assert found.last == last_L.tolist() and seen_LL[2, 5] and not seen_LL[2, 6], "an image sees itself whole"
+    packed = np.frombuffer(base64.b64decode(inspection_json(found)["weights"]), np.uint8).reshape(1, 2, -1)
+    np.testing.assert_allclose(packed / 255, found.weights[:, :, seen_LL], atol=0.5 / 255)
+    lines = inspection_table(found)
+    assert lines[3] == "<image 1: 4 tokens>" and len(lines) == L - 2 * 3 + 2
+    assert set(found.neighbours) == {i for i in found.ids if i >= 0}
+
+
+def test_the_verb_takes_images_and_says_what_it_can_not_read(seeing, tmp_path, capsys):
+    (tmp_path / "red.webp").write_bytes(picture("red"))
+    run, image = seeing.run.folder, ["--image", tmp_path / "red.webp"]
+    out = ["--out", "", "--json", tmp_path / "n.json"]
+    said(capsys, "inspect", run, "Which?", *image, "--chat", *out)
+    text = "".join(json.loads((tmp_path / "n.json").read_text())["tokens"])
+    assert text == "[INST] A" + "image 1" * 4 + "BCWhich? [/INST]"
+    (tmp_path / "no.png").write_text("no")
+    assert "no.png: " in refused(capsys, "inspect", run, "x", "--image", tmp_path / "no.png", *out)
+    assert "can't be read" in refused(capsys, "inspect", run, "x", "--image", tmp_path / "none.png", *out)
+    assert "4 of them an image's" in refused(capsys, "inspect", run, "x" * 99, *image, *out)

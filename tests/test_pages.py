@@ -12,6 +12,7 @@ from serving import serving
 from stage_runs import make_run
 from test_labels import write_prompts
 
+from gptjax.config import VisionConfig
 from gptjax.config.section import InputError
 from gptjax.config.serving import ServeConfig
 from gptjax.data.preferences import read_preferences
@@ -88,6 +89,21 @@ def test_the_chat_is_told_of_the_servers_tools_and_has_it_make_their_calls(site)
         assert other.post("/tool", json={"name": 3}).status_code == 400
     with pytest.raises(InputError, match="--template"):
         fake_service(tools="calculator", template="")
+
+
+def test_the_pages_are_told_of_images_and_the_inspector_reads_those_of_a_question(site):
+    client, _ = site
+    assert client.get("/page.json").json()["images"] is False
+    with serving(fake_service(vision=VisionConfig(patch=8, side=32), max_images=3)) as url:
+        facts = httpx.get(f"{url}/page.json").json()
+        assert facts["images"] is True and facts["max_images"] == 3 and facts["chat"] is True
+        for images, why in (
+            (["https://example.com/x.png"], "never fetched"),
+            (["x"] * 4, "data:"),
+            ("x", "data: URLs"),
+        ):
+            answer = httpx.post(f"{url}/inspection", json={"text": "x", "images": images})
+            assert answer.status_code == 400 and why in answer.text, images
 
 
 def test_no_other_file_is_served(site):

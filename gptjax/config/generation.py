@@ -122,6 +122,10 @@ class ChatConfig(Section):
 class InspectConfig(Section):
     """Look inside a run: how it gets from a text to the next token."""
 
+    image: tuple[str, ...] = ()
+    """Pictures (PNG, JPEG, WebP, GIF) in front of the text, for a run that reads images."""
+    chat: bool = False
+    """The text is a message of a user, in the run's chat template; else a text that goes on."""
     out: str = "inspect.html"
     """Page to write, one file that loads nothing; empty: none."""
     json: str = ""

@@ -18,12 +18,15 @@ from starlette.routing import Route
 
 from gptjax.config.section import InputError, one_line
 from gptjax.data.dialogue import Messages
+from gptjax.data.images import Picture, from_data_url
+from gptjax.generation.image_prompts import ImagePrompt, with_pictures
 from gptjax.serve.answers import Submission, answer_room, draining
 from gptjax.serve.guard import read_body
 from gptjax.serve.inspection import inspect, inspection_json
 from gptjax.serve.labels import KINDS, LabelFolder, LabelPrompt
 from gptjax.serve.sequence import Sampling
 from gptjax.serve.service import Service
+from gptjax.tokenizer.templates import Template
 
 WEB = Path(__file__).parent / "web"
 HEADERS = {
@@ -67,8 +70,14 @@ async def page_facts(request: Request) -> Response:
     """GET /page.json: what the pages show of the server."""
     service: Service = request.app.state.service
     tools = service.toolbox.specs if service.toolbox else []
-    facts = {"label": bool(service.cfg.label), "tools": tools, "max_calls": service.cfg.max_calls}
-    facts["images"] = bool(service.vision.patch)
+    facts = {
+        "label": bool(service.cfg.label),
+        "tools": tools,
+        "max_calls": service.cfg.max_calls,
+        "images": bool(service.vision.patch),
+        "max_images": service.cfg.max_images,
+        "chat": isinstance(service.renderer, Template),
+    }
     return JSONResponse(facts, headers=HEADERS)
 
 
@@ -83,20 +92,31 @@ async def tool(request: Request) -> Response:
 
 
 async def inspection(request: Request) -> Response:
-    """POST /inspection: what `gptjax inspect --json` writes of a text."""
+    """POST /inspection: what `gptjax inspect --json` writes of a text; with `chat` or `images` of a user's message."""
     service: Service = request.app.state.service
-    text = (await _body(request)).get("text")
+    body = await _body(request, service.most_body)
+    text, images = body.get("text"), body.get("images", [])
     if not isinstance(text, str):
         raise InputError(f"text={one_line(repr(text), 40)}; wanted the text to look into")
+    if not isinstance(images, list) or not all(isinstance(url, str) for url in images):
+        raise InputError("images: wanted data: URLs of pictures")
     if service.draining:
         raise draining()
-    look = functools.partial(inspect, service.model, text, service.tokenizer)
+    prompt = await run_in_threadpool(_asked, service, text, images) if images or body.get("chat") else text
+    look = functools.partial(inspect, service.model, prompt, service.tokenizer)
     found = await run_in_threadpool(service.scheduler.run, look)
     try:
         written = await run_in_threadpool(lambda: _compact(inspection_json(found)))
     except ValueError:
         raise InputError("the model's numbers for this text are not finite, so there is nothing to draw") from None
     return Response(written, media_type="application/json", headers=HEADERS)
+
+
+def _asked(service: Service, text: str, images: list[str]) -> ImagePrompt:
+    """The prompt of a question with pictures, up to its answer."""
+    names = [f"image {i}" for i in range(1, len(images) + 1)]
+    pictures = [Picture.of(from_data_url(url, name), name) for url, name in zip(images, names)]
+    return service.render([{"role": "user", "content": with_pictures(text, pictures)}])
 
 
 async def next_prompt(request: Request) -> Response:
@@ -196,12 +216,12 @@ async def draw_answers(service: Service, messages: Messages, count: int, seed: i
     return texts
 
 
-async def _body(request: Request) -> dict[str, Any]:
-    """The JSON object of a request; raises InputError or ApiError for anything else.
+async def _body(request: Request, most: int = 0) -> dict[str, Any]:
+    """The JSON object of a request, of at most so many bytes; raises InputError or ApiError for anything else.
 
     A form of another site can send no such content type, so a browser asks before it sends one from elsewhere.
     """
-    data = await read_body(request, request.app.state.service.cfg)
+    data = await read_body(request, request.app.state.service.cfg, most)
     try:
         body = json.loads(data)
     except (ValueError, RecursionError):

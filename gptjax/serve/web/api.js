@@ -89,5 +89,5 @@ export async function* stream(path, body, signal) {
 }
 
 let facts;
-export const pageFacts = () => facts ??= ask("/page.json").catch(() => ({label: false, tools: [], max_calls: 0, images: 0}));
+export const pageFacts = () => facts ??= ask("/page.json").catch(() => ({label: false, tools: [], max_calls: 0, images: false}));
 export async function showLabelling(link) { link.hidden = !(await pageFacts()).label; }

@@ -8,13 +8,13 @@ import {speaker, tell} from "/web/speaker.js";
 import * as store from "/web/store.js";
 
 const SAVE_EVERY = 500;  // ms, while an answer comes
-let facts = {tools: [], max_calls: 0, images: 0};  // what the server says of its pages
+let facts = {tools: [], max_calls: 0, images: false, max_images: 0};  // what the server says of its pages
 const running = new Map();  // the answers that are coming, by conversation: {controller, conversation}
 let current = null, model = "", editing = -1;
 const refuse = (line) => { if (line) showError(new ServerError(line)); else if ($("again").hidden) hideError(); };
 // Pictures that a conversation may still have behind its first messages.
-const room = (messages) => facts.images - store.picturesOf({messages}).length;
-const tray = new Tray({room: () => room(current.messages), refuse, tell, leave: () => $("input").focus()});
+const room = (messages) => facts.max_images - store.picturesOf({messages}).length;
+const tray = new Tray({room: () => room(current.messages), refuse, tell, keep: store.keepPictures, leave: () => $("input").focus()});
 const added = (to) => (files) => { if (files.length) { if (facts.images) to.add(files); else refuse(`${model || "This model"} reads text alone: it can't be sent a picture.`); } };
 
 // ---- Conversations
@@ -105,7 +105,7 @@ function drawAnswer(box, message, waits) {
 }
 function editor(i) {
   const around = make("div", "edit"), area = make("textarea"), row = make("div"), done = make("button", "main", "Send"), cancel = make("button", "", "Cancel");
-  const kept = new Tray({room: () => room(current.messages.slice(0, i)), refuse, tell, leave: () => area.focus()});
+  const kept = new Tray({room: () => room(current.messages.slice(0, i)), refuse, tell, keep: store.keepPictures, leave: () => area.focus()});
   kept.set(current.messages[i].images ?? []);
   pasteInto(area, added(kept));
   area.id = "edit";

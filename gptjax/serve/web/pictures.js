@@ -1,6 +1,6 @@
 // Pictures of a message: files become data: URLs, thumbnails show them, and each can be taken away again.
 import {make} from "/web/dom.js";
-import {newId, keepPictures} from "/web/store.js";
+import {newId} from "/web/store.js";
 
 export const ACCEPTED = "image/png,image/jpeg,image/webp,image/gif";
 const LARGEST = 20_000_000;  // bytes of a file
@@ -61,14 +61,16 @@ export function pictureList(pictures) {
 }
 
 // The pictures of a message that is being written. `room` is how many more there may be, `refuse` shows a line, `tell`
-// says one to a screen reader, and `leave` takes the focus when the last picture goes.
+// says one to a screen reader, `leave` takes the focus when the last picture goes, `keep` is given new ones, and `changed`
+// is called with how many there are.
 export class Tray {
-  constructor({room, refuse, tell, leave}) {
-    Object.assign(this, {room, refuse, tell, leave, pictures: [], ready: null, node: make("ul", "tray")});
+  constructor({room, refuse, tell, leave, keep, changed}) {
+    Object.assign(this, {room, refuse, tell, leave, keep, changed, pictures: [], ready: null, node: make("ul", "tray")});
     this.node.setAttribute("aria-label", "Pictures of this message");
     this.draw();
   }
   draw() {
+    this.changed?.(this.pictures.length);
     this.node.hidden = !this.pictures.length;
     this.node.replaceChildren(...this.pictures.map((picture, i) => {
       const item = make("li"), remove = make("button", "", "×");
@@ -97,7 +99,7 @@ export class Tray {
     for (const file of files.slice(0, room)) {
       try { read.push(await readPicture(file)); } catch (error) { wrong.push(error instanceof Refusal ? error.message : `${file.name} can't be read.`); }
     }
-    await keepPictures(read);
+    await this.keep?.(read);
     if (read.length) { this.set([...this.pictures, ...read]); this.tell(`${read.map((p) => p.name).join(", ")} added.`); }
     this.refuse(wrong.join(" "));
   }
