@@ -123,7 +123,7 @@ def evaluate_trained(model: LoadedModel, max_rows: int = 0) -> dict[str, Any]:
     with jax.set_mesh(model.mesh):
         size, length = model.config.data.batch_size, model.config.data.length
         example = abstract(data.example if isinstance(data, ChatData) else example_batch(size, length), model.mesh)
-        eval_step = make_eval_step(model.decoder, model.mesh, model.params, example)
+        eval_step = make_eval_step(model.decoder, model.mesh, model.params, example, isinstance(data, ChatData))
         metrics = evaluate(eval_step, model.params, data.validation, max_rows, model.mesh)
     return {"step": model.step, **metrics}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from commands import environment
+from PIL import Image
 from stage_runs import assert_same, make_run
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
@@ -17,8 +18,10 @@ ALIKE = """--tokenizer.template llama2 --model.dtype float32 --data.length 64 --
 --no-sample""".split()
 ROLLOUT = """--data.source prompts.jsonl --rewards.sources reward_of_stages:low --rewards.unfinished scored
 --rollout.answers 4 --rollout.max-new-tokens 4 --rollout.minibatches 2 --rollout.epochs 2""".split()
+IMAGES = "--model.vision.patch 4 --model.vision.side 8 --model.vision.layers 1 --model.vision.width 8".split()
 STAGES = {
     "sft": ["sft", "--data.source", "chats.jsonl", "--lora.rank", "2"],
+    "images": ["sft", "--data.source", "shown.jsonl", *IMAGES, "--model.vision.num-heads", "2"],
     "reward": ["reward", "--data.source", "pairs.jsonl"],
     "dpo": ["dpo", "--data.source", "pairs.jsonl", "--lora.rank", "2"],
     "grpo": ["grpo", *ROLLOUT],
@@ -70,7 +73,10 @@ def folder(tmp_path_factory, compile_cache) -> Path:
         "chats": [{"prompt": word, "completion": word.upper()} for word in words],
         "pairs": [{"prompt": word, "chosen": word.upper(), "rejected": word + "x"} for word in words],
         "prompts": [{"prompt": word} for word in words],
+        "shown": [{"image": f"{n % 9}.png", "prompt": word, "completion": str(n)} for n, word in enumerate(words)],
     }
+    for n in range(9):
+        Image.new("RGB", (8, 8), (28 * n, 255 - 28 * n, n)).save(folder / f"{n}.png")
     for name, rows in records.items():
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "text.txt").write_text("".join(rng.choices("the quick brown fox ", k=9000)))

@@ -1,6 +1,7 @@
 """Laws of the losses: chunks change nothing, padding counts for nothing, and a hand-computed case."""
 
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from gptjax.config import MeshConfig
 from gptjax.config.command_line import load_recipe
+from gptjax.evals.loss import exact_answers
 from gptjax.model.counts import padded_vocab
 from gptjax.model.decoder import MASKED, logits
 from gptjax.ops import linear
@@ -16,7 +18,7 @@ from gptjax.ops.device import Device
 from gptjax.ops.linear import count_chunks, loss_chunks
 from gptjax.parallel.sharding import make_mesh, to_global
 from gptjax.runtime.hardware import CHIPS
-from gptjax.training.losses import cross_entropy, token_log_probs
+from gptjax.training.losses import cross_entropy, likeliest, token_log_probs
 
 B, L, D, V, VOCAB = 3, 8, 16, 64, 50
 
@@ -171,3 +173,25 @@ def test_a_cpus_chunks_stay_in_its_caches_or_below_the_heads_gradient():
         chunks = count_chunks(Device("cpu"), 256, 4 * 16 * 8192, 4 * 8192 * width)
         assert 4 * 16 * 8192 * 256 / chunks <= max(2**24, 4 * 8192 * width / 2)
         assert chunks == (8 if width == 64 else 1)
+
+
+def test_the_likeliest_ids_in_chunks_are_those_of_all_logits(monkeypatch):
+    x_BLD, head_VD, _, _ = arrays()
+    want_BL = jnp.einsum("BLD,VD->BLV", x_BLD, head_VD)[..., :VOCAB].argmax(axis=-1)
+    hold(monkeypatch, 4 * B * 2 * V)
+    assert loss_chunks((B, L), head_VD.shape)[0] > 1
+    np.testing.assert_array_equal(likeliest(x_BLD, head_VD, VOCAB), want_BL)
+
+
+def test_an_answer_is_exact_where_each_of_its_tokens_is_the_likeliest():
+    """By hand: answers end with a segment or where the weights do, and what is not weighted may be anything."""
+    segments = [[1, 1, 1, 1, 1, 2, 2, 3], [1, 1, 2, 2, 2, 2, 0, 0]]
+    weights = [[0, 1, 1, 0, 1, 1, 1, 1], [1, 1, 0, 1, 0, 1, 0, 0]]
+    guessed = [[7, 1, 2, 7, 7, 3, 4, 7], [1, 7, 7, 1, 7, 1, 7, 7]]
+    targets = [[0, 1, 2, 0, 5, 3, 4, 6], [1, 1, 0, 1, 0, 1, 0, 0]]
+    batch = {"segments_BL": segments, "weights_BL": weights, "targets_BL": targets}
+    batch = {name: jnp.array(x) for name, x in batch.items()}
+    x_BLD, decoder = jnp.eye(8)[jnp.array(guessed)], types.SimpleNamespace(vocab_size=8)
+    # Of the first row 1 2 and 3 4 are exact, 5 and 6 are not; of the second both answers of segment 2, and not 1 1.
+    answers, exact = exact_answers(decoder, {"head_VD": jnp.eye(8)}, x_BLD, batch)  # pyright: ignore
+    assert (int(answers), int(exact)) == (7, 4)

@@ -15,6 +15,8 @@ from stage_runs import assert_same, lines, make_run, on_all_devices, stopped
 from gptjax.cli import main
 from gptjax.config import MeshConfig, SftConfig
 from gptjax.data.chats import ChatData
+from gptjax.evals.loss import make_eval_step
+from gptjax.parallel.sharding import to_global
 from gptjax.runs.load import load_model
 from gptjax.runs.run import load_config
 
@@ -24,20 +26,24 @@ ALIKE = """--tokenizer.template llama2 --data.length 128 --data.batch-size 8 --s
 --optim.learning-rate 3e-3 --optim.warmup-steps 0 --data.validation-fraction 0.2 --no-sample""".split()
 SCRATCH = """--init scratch --tokenizer.kind bytes --tokenizer.vocab-size 258 --model.num-layers 1 --model.width 32
 --model.num-heads 2 --model.positions rope --model.dropout 0""".split()
-VISION = """--model.vision.patch 8 --model.vision.side 16 --model.vision.layers 1 --model.vision.width 16
---model.vision.num-heads 2 --model.vision.begin 1 --model.vision.end 2""".split()
+VISION = "--model.vision.patch 8 --model.vision.side 16 --model.vision.begin 1 --model.vision.end 2".split()
+ENCODER = "--model.vision.layers 1 --model.vision.width 16 --model.vision.num-heads 2".split()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, compile_cache) -> Path:
     """Pictures whose halves have colours, and a file of questions about them, in it a text alone."""
-    folder, rng = tmp_path_factory.mktemp("pictures"), random.Random(0)
-    records = []
-    for n in range(24):
+    return write(tmp_path_factory.mktemp("pictures"), 24)
+
+
+def write(folder: Path, count: int) -> Path:
+    folder.mkdir(exist_ok=True)
+    rng, records = random.Random(0), []
+    for n in range(count):
         left, right = (rng.choice(list(COLOURS)) for _ in range(2))
         picture = Image.new("RGB", (16, 16), COLOURS[left])
         picture.paste(COLOURS[right], (8, 0, 16, 16))
-        picture.putpixel((n % 16, 0), (n, n, n))
+        picture.putpixel((n % 16, n // 16), (n, n, n))
         picture.save(folder / f"{n}.png")
         records += [{"image": f"{n}.png", "question": q, "answer": a} for q, a in (("left?", left), ("right?", right))]
     records.append({"prompt": "hello", "completion": "you"})
@@ -67,7 +73,7 @@ def test_a_run_with_images_goes_on_bit_for_bit_and_is_evaluated_as_it_was_traine
     assert main(["eval", str(trained)]) == 0
     assert f"eval_loss {losses[-1]:.6g}"[:16] in capsys.readouterr().out
     assert main(["data", "show", str(trained), "--step", "1"]) == 0
-    assert "left? [/INST]" in capsys.readouterr().out
+    assert "[INST] \x01<4 image tokens>\x02left? [/INST]" in capsys.readouterr().out
     picture = (folder / "3.png").read_bytes()
     try:
         (folder / "3.png").write_bytes((folder / "4.png").read_bytes())
@@ -81,10 +87,11 @@ def test_a_run_with_images_goes_on_bit_for_bit_and_is_evaluated_as_it_was_traine
         (folder / "3.png").write_bytes(picture)
 
 
+@pytest.mark.slow
 def test_weights_that_read_no_images_get_an_encoder_of_their_own(folder, tmp_path, capsys):
     """As in LLaVA (Liu et al. 2023): what the weights were they are, and a run that has an encoder keeps it."""
     base = make_run(tmp_path / "base", length=128, template="llama2")
-    run = sft(folder, tmp_path / "run", "--init", base, *VISION, "--optim.learning-rate", 1e-30, steps=2)
+    run = sft(folder, tmp_path / "run", "--init", base, *VISION, *ENCODER, "--optim.learning-rate", 1e-30, steps=2)
     old, new = (load_model(x, MeshConfig()).params for x in (base, run))
     assert {"vision", "image_UD"} == new.keys() - old.keys()
     same = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-20)
@@ -94,21 +101,11 @@ def test_weights_that_read_no_images_get_an_encoder_of_their_own(folder, tmp_pat
     again = sft(folder, tmp_path / "again", "--init", run, "--optim.learning-rate", 1e-30, steps=2)
     jax.tree.map(same, ids(load_model(again, MeshConfig()).params), ids(new))
     assert load_config(again).model.vision == load_config(run).model.vision
-    small = [
-        "sft",
-        "chat",
-        "--data.source",
-        folder,
-        "--run-dir",
-        tmp_path / "x",
-        *ALIKE,
-        "--mesh.data",
-        jax.device_count(),
-    ]
-    assert "model.vision.side=32: wanted 16, as in init=" in refused(
-        capsys, *small, "--init", run, "--model.vision.side", 32
-    )
-    assert "holds an image, and model.vision.patch=0" in refused(capsys, *small, "--init", base)
+    small = on_all_devices(["sft", "chat", "--data.source", folder, "--run-dir", tmp_path / "x", *ALIKE])
+    said = refused(capsys, *small, "--init", run, "--model.vision.side", 32)
+    assert "model.vision.side=32: wanted 16, as in init=" in said
+    assert main([*small, "--init", str(base)]) == 2
+    assert "holds an image, and model.vision.patch=0" in capsys.readouterr().err.splitlines()[-1]
     said = refused(capsys, *small, "--init", base, *VISION, "--lora.rank", 2)
     assert "reads no images yet, and a new encoder needs all of its weights; wanted --lora.rank 0" in said
 
@@ -128,11 +125,21 @@ def test_training_from_random_weights_is_asked_for_by_name(folder, tmp_path, cap
 
 
 @pytest.mark.slow
-def test_a_small_set_is_learned_and_what_the_images_show_is_answered(folder, tmp_path):
+def test_a_small_set_is_learned_and_what_the_images_show_is_answered(tmp_path):
     """The held-out pictures are others; each half has one of four colours, so text alone is right in a quarter."""
-    run = sft(folder, tmp_path / "run", *SCRATCH, *VISION, "--model.num-layers", 2, steps=150)
-    assert lines(run)[-1]["eval_loss"] < 0.1
+    folder = write(tmp_path / "pictures", 96)
+    run = sft(folder, tmp_path / "run", *SCRATCH, *VISION, "--model.num-layers", 2, steps=300)
+    last = lines(run)[-1]
+    assert last["eval_answers_exact"] > 0.9
     config = load_config(run)
     assert isinstance(config, SftConfig)
-    data = ChatData(config, run / "data", training=False)
-    assert data.train.num_images > 1
+    data, model = ChatData(config, run / "data", training=False), load_model(run, MeshConfig())
+    held = next(data.held.batches(0))
+    with jax.set_mesh(model.mesh):
+        step = make_eval_step(model.decoder, model.mesh, model.params, held, answers=True)
+        *_, answers, exact = step(model.params, to_global(held, model.mesh))
+        assert exact > 0.8 * answers
+        assert answers == np.count_nonzero(np.diff(np.pad(held["weights_BL"], ((0, 0), (1, 0)))) > 0)
+        blank = {n: np.zeros_like(x) if n == "patches_BIPY" else x for n, x in held.items()}
+        *_, seen = step(model.params, to_global(blank, model.mesh))
+    assert seen < 0.6 * exact, "the answers come from the images"

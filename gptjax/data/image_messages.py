@@ -103,7 +103,7 @@ def pictures_of(messages: Sequence[Mapping[str, Any]]) -> list[Picture]:
 
 
 def refuse_images(record: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], origin: str) -> None:
-    """Raises InputError where a record of a stage that learns from texts alone brings images."""
+    """Raises InputError where a record brings images and texts alone are read."""
     if pictures_of(messages) or record.get("images") or isinstance(record.get("image"), str | Mapping):
         raise InputError(f"{origin} holds an image; wanted texts: gptjax sft alone learns from images")
 

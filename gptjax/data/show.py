@@ -1,5 +1,6 @@
 """Batches as text that a person can check."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -12,7 +13,8 @@ def show(batch: Batch, tokenizer: Tokenizer, rows: Iterable[int] = (0,), sources
     """The chosen rows of a batch: each segment's columns, its text with special tokens spelled out, and its targets.
 
     Newlines are shown as a new line behind a bar, so that nothing of the text is changed or left out. `sources` names
-    the source of each row of the batch; an empty name is left out. Of prompts with answers `rows` are the prompts.
+    the source of each row of the batch; an empty name is left out. Of prompts with answers `rows` are the prompts. Of
+    images the tokens are counted.
     """
     if "inputs_BSL" in batch:  # answers to prompts, each a row of its own
         answers = {n.replace("SL", "L"): x.reshape(-1, x.shape[-1]) for n, x in batch.items() if n.endswith("BSL")}
@@ -42,7 +44,8 @@ def _row(name: str, row: dict[str, np.ndarray], tokenizer: Tokenizer) -> list[st
         first, last = int(row["positions_BL"][start]), int(row["positions_BL"][stop - 1])
         used = int(np.count_nonzero(weights_L[start:stop]))
         lines.append(f"{columns} segment {segments_L[start]}, positions {first} to {last}, {used} weighted targets")
-        text = _spelled(row["inputs_BL"][start:stop].tolist(), tokenizer)
+        is_image = row["index_BL"] >= 0 if "index_BL" in row else np.zeros(len(segments_L), bool)
+        text = _spelled(np.where(is_image, -1, row["inputs_BL"])[start:stop].tolist(), tokenizer)
         lines.extend(f"    | {line}" for line in text.split("\n"))
         if weights_L[stop - 1]:
             final = _spelled(row["targets_BL"][stop - 1 : stop].tolist(), tokenizer)
@@ -51,13 +54,13 @@ def _row(name: str, row: dict[str, np.ndarray], tokenizer: Tokenizer) -> list[st
 
 
 def _spelled(ids: list[int], tokenizer: Tokenizer) -> str:
-    """The text with the beginning and end of documents made visible."""
-    special = {tokenizer.bos_id: "<bos>", tokenizer.eos_id: "<eos>"}
-    parts, run = [], []
-    for token in ids:
-        if token in special:
-            parts += [tokenizer.decode(run), special[token]]
-            run = []
+    """The text with the beginning and end of documents made visible, and the tokens of images (-1)."""
+    special = {tokenizer.bos_id: "<bos>", tokenizer.eos_id: "<eos>", -1: ""}
+    parts = []
+    for kind, run in itertools.groupby(ids, lambda token: special.get(token)):
+        tokens = list(run)
+        if kind is None:
+            parts.append(tokenizer.decode(tokens))
         else:
-            run.append(token)
-    return "".join([*parts, tokenizer.decode(run)])
+            parts.append(kind * len(tokens) or f"<{len(tokens)} image tokens>")
+    return "".join(parts)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from gptjax.config.section import InputError, one_line
 from gptjax.data.dialogue import Messages, messages_of
 from gptjax.data.formats import read_records
+from gptjax.data.image_messages import refuse_images
 from gptjax.storage import sync
 
 PROMPTS, SAMPLES = "prompts.jsonl", "samples.jsonl"
@@ -193,6 +194,7 @@ def _prompt_of(record: Any, origin: str) -> LabelPrompt:
     asked = [{"role": "user", "content": given}] if isinstance(given, str) else None
     if isinstance(given, list):
         asked = messages_of({"messages": given}, origin)
+        refuse_images(record, asked, origin)
     if not asked or asked[-1]["role"] != "user":
         raise InputError(f"{origin} has {one_line(json.dumps(record), 80)}; {WANTED}")
     texts = isinstance(answers, list) and all(isinstance(answer, str) for answer in answers)

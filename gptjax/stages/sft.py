@@ -46,7 +46,7 @@ def sft(config: SftConfig, provenance: Provenance) -> Path:
         # -- Train.
         train_step = tuning.compile(tuning.step, tuning.frozen_shapes, example)
         decoder = tuning.decoder
-        eval_step = make_eval_step(decoder, mesh, tuning.weight_shapes, example)
+        eval_step = make_eval_step(decoder, mesh, tuning.weight_shapes, example, answers=True)
         batches = group.cleanup.enter_context(contextlib.closing(data.batches(cursor, runner.rows.numbers)))
         sample = SampleAnswer(tuning, data.tokenizer)
 

@@ -60,6 +60,13 @@ def token_log_probs(
     return _join(chunks, log_p), _join(chunks, entropy)
 
 
+def likeliest(x_BLD: jax.Array, head_VD: jax.Array, vocab_size: int) -> jax.Array:
+    """The id with the highest logit at every position, of shape BL, by chunks of the length."""
+    chunks = loss_chunks(x_BLD.shape[:2], head_VD.shape)
+    ids = jax.lax.map(lambda x_BCD: logits(x_BCD, head_VD, vocab_size).argmax(axis=-1), *_split(chunks, x_BLD))
+    return _join(chunks, ids)
+
+
 def cross_entropy(
     x_BLD: jax.Array,
     head_VD: jax.Array,
