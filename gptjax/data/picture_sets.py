@@ -1,9 +1,11 @@
 """Questions about pictures that are made when they are first read: easy-VQA, which is fetched, and drawn charts.
 
-Both lie in the user's cache: pictures, and JSONL whose records are {"image", "question", "answer", "kind"}.
+Both lie in the user's cache: pictures, and JSONL whose records are {"image", "question", "answer", "kind"}. Of what is
+trained on, one question in 20 is asked again about an empty picture.
 """
 
 import hashlib
+import importlib.util
 import json
 import os
 import random
@@ -12,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ def picture_set(name: str) -> Path:
     stem, test = name.removesuffix("_test"), name.endswith("_test")
     folder = cache_folder() / "data" / _versioned(stem)
     if not folder.exists():
+        if importlib.util.find_spec("PIL") is None:
+            raise InputError(f"builtin:{name} needs a package more: pip install 'gptjax[images]'")
         folder.parent.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(dir=folder.parent))
         try:
@@ -57,13 +60,27 @@ def picture_set(name: str) -> Path:
 
 def _versioned(stem: str) -> str:
     """The folder's name: another wheel, or another way to draw, has another one."""
-    key = (
-        EASY_VQA_SHA256 if stem == "easy_vqa" else f"{CHARTS} {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}"
-    )
+    key = f"{EASY_VQA_SHA256} {CHARTS} {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}"
     return f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
-def _write(path: Path, records: Iterator[Question]) -> None:
+def _again_without_pictures(folder: Path, records: list[Question], side: int) -> list[Question]:
+    """One in 20 of the records, drawn by a seed, about pictures that show nothing, half of them about a white one.
+
+    So an answer where nothing is seen is learned to be what the text alone says.
+    """
+    from PIL import Image
+
+    rng, paths = random.Random(3), [f"empty/{n}.png" for n in range(16)]
+    (folder / "empty").mkdir()
+    for path in paths:
+        light = (255, 255, 255) if path == paths[0] else tuple(rng.randint(224, 255) for _ in "rgb")
+        Image.new("RGB", (side, side), light).save(folder / path)
+    some = rng.sample(records, len(records) // 20)
+    return [{**record, "image": paths[0] if n % 2 else rng.choice(paths[1:])} for n, record in enumerate(some)]
+
+
+def _write(path: Path, records: list[Question]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
@@ -78,18 +95,13 @@ def _make_easy_vqa(folder: Path) -> None:
             (folder / part).mkdir()
             for number in sorted({number for _, _, number in questions}):
                 (folder / part / f"{number}.png").write_bytes(wheel.read(f"{inside}/images/{number}.png"))
-            _write(
-                folder / f"{part}.jsonl",
-                (
-                    {
-                        "image": f"{part}/{number}.png",
-                        "question": asked,
-                        "answer": answer,
-                        "kind": kind_of_question(asked),
-                    }
-                    for asked, answer, number in questions
-                ),
-            )
+            records = [
+                {"image": f"{part}/{number}.png", "question": asked, "answer": answer, "kind": kind_of_question(asked)}
+                for asked, answer, number in questions
+            ]
+            if part == "train":
+                records += _again_without_pictures(folder, records, 64)
+            _write(folder / f"{part}.jsonl", records)
 
 
 def kind_of_question(asked: str) -> str:
@@ -133,7 +145,9 @@ def _make_charts(folder: Path) -> None:
             path = f"{part}/{number}.png"
             chart_image(bars, rng).save(folder / path, optimize=False)
             records += [{"image": path, **question} for question in chart_questions(bars, rng)]
-        _write(folder / f"{part}.jsonl", iter(records))
+        if part == "train":
+            records += _again_without_pictures(folder, records, SIDE)
+        _write(folder / f"{part}.jsonl", records)
 
 
 def draw_bars(rng: random.Random) -> dict[str, int]:
@@ -147,10 +161,8 @@ def chart_image(bars: dict[str, int], rng: random.Random) -> Any:
 
     The scale differs from chart to chart, so that a height alone tells no value.
     """
-    try:
-        from PIL import Image, ImageDraw, ImageFont
-    except ImportError:
-        raise InputError("drawing charts needs a package more: pip install 'gptjax[images]'") from None
+    from PIL import Image, ImageDraw, ImageFont
+
     image = Image.new("RGB", (SIDE, SIDE), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default_imagefont()
     step, scale = SIDE // len(bars), rng.uniform(0.5, 1.0) * (GROUND - 4) / max(bars.values())
