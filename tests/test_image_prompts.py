@@ -15,7 +15,7 @@ from test_scheduler import Asked, ask
 from gptjax.config import GenerateConfig, MeshConfig, ModelConfig, VisionConfig
 from gptjax.config.section import InputError
 from gptjax.generation.engine import generate_ids, prefill
-from gptjax.generation.image_places import device_ids, embed_images, image_places, image_spans
+from gptjax.generation.image_places import device_ids, embed_images, image_spans
 from gptjax.model.decoder import Decoder, init_params, unstacked
 from gptjax.model.vision import Images
 from gptjax.parallel.sharding import make_mesh
@@ -39,7 +39,7 @@ GREEDY = GenerateConfig(max_new_tokens=8, temperature=0.0)
 def opened(**settings: Any) -> Any:
     """A model of bytes that reads images, its weights drawn by NumPy: cheaper than compiling an initialisation."""
     vision = dataclasses.replace(VISION, **settings)
-    cfg = ModelConfig(num_layers=1, width=16, num_heads=2, positions="rope", dtype="float32", tied=False,
+    cfg = ModelConfig(num_layers=2, width=16, num_heads=2, positions="rope", dtype="float32", tied=False,
                       vision=vision)  # fmt: skip
     decoder, rng = Decoder(cfg, TOKENIZER.vocab_size, CONTEXT), np.random.default_rng(3)
     shapes = jax.eval_shape(init_params(decoder), jax.random.key(0))
@@ -66,11 +66,14 @@ def full_logits(model: Any, rows: list[list[int]]) -> np.ndarray:
     ids_BL, index_BL = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
     last_BL = np.broadcast_to(np.arange(CONTEXT, dtype=np.int32), shape).copy()
     for row, ids in enumerate(rows):
-        ids_BL[row, : len(ids)] = device_ids(ids)
-        offset_L, last_BL[row, : len(ids)] = image_places(ids, vision)
-        index_BL[row, : len(ids)] = [
-            -1 if at < 0 else used.index(i) * T + at for i, at in zip(ids, offset_L.tolist(), strict=True)
-        ]
+        ids_BL[row, : len(ids)] = np.maximum(ids, 0)
+        begun = 0
+        for place, i in enumerate(ids):
+            begun = place if i != ids[max(place - 1, 0)] else begun
+            token = (place - begun) % T
+            if i < 0:
+                index_BL[row, place] = used.index(i) * T + token
+                last_BL[row, place] += T - 1 - token if vision.sees_all else 0
     patches_BIPY = np.broadcast_to(np.stack([PICTURES[place] for place in used]), (len(rows), 3, 16, 12))
     images: Any = (patches_BIPY, index_BL, last_BL)
     return np.asarray(full_pass(model.decoder, model.params, ids_BL, Images(*images)))
@@ -181,7 +184,7 @@ def test_chunks_split_no_image_and_what_is_shared_was_read_in_the_same_chunks():
 
 @pytest.fixture(scope="module")
 def scheduler(model):
-    scheduler = Scheduler(model, slots=4, prefill_chunk=10, batch_invariant=True)
+    scheduler = Scheduler(model, slots=4, prefill_chunk=7, batch_invariant=True)
     scheduler.start()
     yield scheduler
     scheduler.stop()
@@ -204,6 +207,12 @@ def test_a_server_says_what_generate_says_and_a_request_compiles_nothing(model, 
     wanted, before = answers(model, [*PROMPTS, LONG]), programs()
     found = ask(scheduler, *(asked_of(ids) for ids in (*PROMPTS, LONG)))
     assert [one.ids for one in found] == wanted and programs() == before
+    assert scheduler.engine.undivided(LONG)[1] == (26, 30) and found[-1].sequence.ends[3:5] == [26, 31]
+    for one, logits_LV in zip(found, full_logits(model, [[*one.sequence.ids, *one.ids] for one in found])):
+        log_p_LV = logits_LV - np.logaddexp.reduce(logits_LV, axis=-1, keepdims=True)
+        size = len(one.sequence.ids)
+        said = [log_p_LV[size - 1 + n, token.id] for n, token in enumerate(one.tokens)]
+        np.testing.assert_allclose([token.log_p for token in one.tokens], said, atol=1e-4)
     full = [*LONG, *range(CONTEXT - len(LONG) - 8)]
     assert ask(scheduler, asked_of(full))[0].ids == answers(model, [full])[0], "up to the end of the context"
     with pytest.raises(InputError, match="the prompt holds a part of an image"):
