@@ -290,9 +290,11 @@ def test_a_picture_is_dropped_asked_about_and_kept(page, url, sent):
 @pytest.mark.browser
 @seeing
 def test_pictures_are_chosen_pasted_removed_edited_and_written_to_files(page, url, sent, tmp_path):
+    page.on("filechooser", lambda _: None)  # so that dialogs are caught from now on
     page.goto(url)
     page.locator("#attach").wait_for()
     page.locator("#attach").focus()
+    assert page.evaluate("document.activeElement.id") == "attach"
     with page.expect_file_chooser() as chooser:
         page.keyboard.press("Enter")
     assert chooser.value.is_multiple()
