@@ -596,7 +596,7 @@ def test_the_inspector_shows_the_models_numbers(page, looked):
     page.goto(f"{url}/inspect")
     page.locator("#text").fill("To be, or not")
     page.keyboard.press("Enter")
-    page.locator("#found").wait_for()
+    page.locator("#found").wait_for(timeout=60_000)  # which compiles
     wanted = json.loads(json.dumps(inspection_json(inspect(model, "To be, or not"))))
     assert page.evaluate("D") == wanted
     at = len(wanted["ids"]) - 1
@@ -797,7 +797,7 @@ def test_axe_finds_nothing_serious(browser, looked, width, scheme):
         check("the conversations")
     page.goto(f"{url}/inspect")
     page.locator("#look").click()
-    page.locator("#found").wait_for()
+    page.locator("#found").wait_for(timeout=60_000)  # which compiles
     check("the inspector")
     page.goto(f"{url}/label")
     check("a labeller's name")
