@@ -379,12 +379,14 @@ def test_a_session_makes_the_calls_of_an_answer_and_goes_on_with_their_results(r
     said = iter(['<tool_call>\n{"name": "calculator", "arguments": {"expression": "2+3"}}\n</tool_call>', "It is 5."])
     asked, noted = [], []
 
-    def stream_text(decoder, params, prompts, texts, cfg, *, stop_ids, chunk):
+    def stream_text(decoder, params, prompts, texts, cfg, *, stop_ids, chunk, pictures):
+        assert not pictures
         asked.append(model.tokenizer.decode(prompts[0]))
         yield from ((0, piece) for piece in re.findall(r"(?s).{1,3}", next(said)))
 
     monkeypatch.setattr(sessions, "stream_text", stream_text)
-    monkeypatch.setattr(Session, "prepare", lambda s: sessions.Prepared(s._render(add_generation_prompt=True), 0, 8))
+    prepare = lambda s: sessions.Prepared(s._render(add_generation_prompt=True).ids, 0, 8, {})  # noqa: E731
+    monkeypatch.setattr(Session, "prepare", prepare)
     session.noted = lambda call, result: noted.append((call.name, result))
     assert "".join(session.ask("2+3?")) == "It is 5." and noted == [("calculator", "5")]
     assert [m["role"] for m in session.messages] == ["user", "assistant", "tool", "assistant"]
