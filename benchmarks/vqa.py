@@ -66,6 +66,8 @@ def text_alone(task: Task, name: str) -> Answers:
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for line in picture_set(name).read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
+        if record["image"].startswith("empty/"):  # a question that was asked before
+            continue
         counts[record["question"]][record["answer"]] += 1
     return [(item, counts[item.prompt].most_common(1)[0][0] == item.answer) for item in task.items]
 
