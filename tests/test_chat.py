@@ -11,6 +11,7 @@ import signal
 import struct
 import subprocess
 import termios
+import time
 from pathlib import Path
 
 import jax
@@ -174,7 +175,9 @@ def test_a_terminal_shows_answers_goes_on_after_mistakes_and_stops_an_answer(run
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 40, 90, 0, 0))
     command = [*GPTJAX, "chat", str(run), "--max-new-tokens", "40"]
-    settings = {"env": environment(tmp_path, TERM="xterm-256color"), "start_new_session": True}
+    # A shell's job in the background ignores Ctrl-C, and so would what it starts.
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    settings = {"env": environment(tmp_path, TERM="xterm-256color"), "start_new_session": True, "preexec_fn": heard}
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, **settings)
     os.close(theirs)
     shown = b""
@@ -190,7 +193,9 @@ def test_a_terminal_shows_answers_goes_on_after_mistakes_and_stops_an_answer(run
         os.write(ours, f"{line}\n".encode())
         until(expected)
     # What comes before readline listens may be lost, so it is pressed again where nothing follows.
+    ends = time.monotonic() + 60
     while b"Ctrl-D or /exit ends" not in shown:
+        assert time.monotonic() < ends, shown
         if select.select([ours], [], [], 0.5)[0]:
             shown += os.read(ours, 4096)
         else:
