@@ -11,9 +11,9 @@ from gptjax.data.batches import ALL_ROWS, DataState, RowSlice
 from gptjax.data.dialogue import ConversationRows, Messages, fits, is_answered, messages_of, tools_of
 from gptjax.data.formats import read_records
 from gptjax.data.image_messages import pictures_of
-from gptjax.data.image_rows import ImageConversation, ImageRows, digest_parts, place_images, said_of
+from gptjax.data.image_rows import ImageConversation, ImageRows, digest_parts, place_images
 from gptjax.data.images import decoder_versions
-from gptjax.data.packing import Batch, example_batch
+from gptjax.data.packing import Batch
 from gptjax.data.pictures import PictureFile
 from gptjax.data.preferences import keeps_branches
 from gptjax.data.rendered import RecordData, chat_tokenizer, held_out, question_hash, record_files
@@ -52,14 +52,13 @@ class ChatData(RecordData):
         if self.pictures is not None and training and not resumes:
             self.pictures.check()
         length = config.data.length
-        usable = [fits(c[:2], length) and is_answered(c[:2]) for c in rendered]
+        usable = [fits(c, length) and is_answered(c) for c in rendered]
         if self.pictures is not None and rendered and not any(usable):
             self._rows(rendered)  # which says what the first one has too many of
         held = held_out(np.array(questions), np.array(usable), config.data.validation_fraction, config.data.source)
         self.train = self._rows([c for c, h in zip(rendered, held) if not h], config.seed)
         held_rows = self._rows([c for c, h in zip(rendered, held) if h])
-        if isinstance(self.train, ImageRows) and isinstance(held_rows, ImageRows):
-            self.train.num_images = held_rows.num_images = max(self.train.num_images, held_rows.num_images)
+        self.train.num_images = held_rows.num_images = max(self.train.num_images, held_rows.num_images)
         self.held = HeldOut(config, held_rows, [c for c, h in zip(rendered, held) if h], self.tokenizer)
         self._counts = sum(usable) - int(held[usable].sum()), int(held[usable].sum())
         self.validation = [self.held]
@@ -82,10 +81,10 @@ class ChatData(RecordData):
             )
         return [picture.key for picture in found]
 
-    def _rows(self, conversations: Sequence[ImageConversation], seed: int = 0) -> ConversationRows | ImageRows:
+    def _rows(self, conversations: Sequence[ImageConversation], seed: int = 0) -> ConversationRows:
         length = self.config.data.length
         if self.pictures is None:
-            return ConversationRows([c[:2] for c in conversations], length, seed)
+            return ConversationRows(conversations, length, seed)
         return ImageRows(conversations, length, self.pictures, seed, keeps_branches(self.config.model, length))
 
     def check(self, state: DataState) -> None:
@@ -96,36 +95,23 @@ class ChatData(RecordData):
             say(f"warning: this run began with {'; '.join(other)}: an image's pixels may differ a little from then on")
 
     def batch(self, first: int, part: RowSlice = ALL_ROWS) -> Batch:
-        """The batch that begins with row `first`, or some of its rows: of these alone images are decoded."""
-        if isinstance(self.train, ImageRows):
-            return self.train.batch(first, self.config.data.batch_size, part)
-        return super().batch(first, part)
+        """The batch that begins with row `first`, or some of its rows: no other ones are laid out."""
+        return self.train.batch(first, self.config.data.batch_size, part)
 
     @property
     def example(self) -> Batch:
         """Names, shapes and types of the batches, with nothing read and nothing allocated."""
-        size, length = self.config.data.batch_size, self.config.data.length
-        return self.train.example(size) if isinstance(self.train, ImageRows) else example_batch(size, length)
-
-    @property
-    def most_images(self) -> int:
-        """Images of each row of a batch; 0 without images."""
-        return self.train.num_images if isinstance(self.train, ImageRows) else 0
-
-    @property
-    def mean_images(self) -> float:
-        """Mean of the images that a row has."""
-        return self.train.mean_images if isinstance(self.train, ImageRows) else 0.0
+        return self.train.example(self.config.data.batch_size)
 
     def describe(self) -> str:
         """The numbers of conversations and rows, and of those that were left out, in a line."""
         train, held = self._counts
         long, none = (sum(getattr(x, n) for x in (self.train, self.held.rows)) for n in ("too_long", "unanswered"))
-        left = [f"{long:,} of more than {self.config.data.length + 1:,} tokens"] if long else []
+        said = self.train.said_of_long or self.held.rows.said_of_long
+        left = [f"{long:,} of more than {self.config.data.length + 1:,} tokens{said}"] if long else []
         left += [f"{none:,} without an answer"] if none else []
         images = ""
-        if isinstance(self.train, ImageRows) and isinstance(self.held.rows, ImageRows) and self.pictures is not None:
-            left[:1] = [x + said_of(self.train.first_long or self.held.rows.first_long) for x in left[:1] if long]
+        if self.pictures is not None:
             images = f"; {len(self.pictures):,} images, at most {self.train.num_images:,} in a row"
         return (
             f"{train:,} conversations to train on in {self.train.num_rows:,} rows, {held:,} held out{images}"
@@ -141,7 +127,7 @@ class HeldOut:
     def __init__(
         self,
         config: SftConfig,
-        rows: ConversationRows | ImageRows,
+        rows: ConversationRows,
         conversations: Sequence[ImageConversation],
         tokenizer: Tokenizer,
     ):
@@ -149,16 +135,11 @@ class HeldOut:
         answers = [
             [i for i, weight in zip(c.ids[1:], c.weights[1:]) if weight]
             for c in conversations
-            if fits(c[:2], config.data.length)
+            if fits(c, config.data.length)
         ]
         num_bytes = sum(len(tokenizer.decode_bytes(ids)) for ids in answers)
         self.bytes_per_target = num_bytes / sum(map(len, answers))
 
     def batches(self, max_rows: int, part: RowSlice = ALL_ROWS) -> Iterator[Batch]:
         """Yields the rows, or only the first max_rows of them (0: all), in batches, or some rows of each batch."""
-        size = self.config.data.batch_size
-        if isinstance(self.rows, ImageRows):
-            yield from self.rows.in_order(size, max_rows, part)
-            return
-        for batch in self.rows.in_order(size, max_rows):
-            yield {n: x[part] for n, x in batch.items()}
+        yield from self.rows.in_order(self.config.data.batch_size, max_rows, part)

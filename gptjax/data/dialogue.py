@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from gptjax.config.section import InputError, one_line
+from gptjax.data.batches import ALL_ROWS, RowSlice
 from gptjax.data.formats import read_records
 from gptjax.data.image_messages import RecordImages
-from gptjax.data.packing import Batch, MemorySplit, Spans, cut
+from gptjax.data.packing import Batch, MemorySplit, Spans, cut, example_batch
 from gptjax.data.permutation import shuffled
 from gptjax.tokenizer.tool_calls import ToolSpec, checked_calls, checked_tools
 
@@ -109,8 +110,8 @@ def pack_best_fit(sizes: Sequence[int], length: int) -> list[list[int]]:
     return rows
 
 
-Rendered = tuple[Sequence[int], Sequence[int]]
-"""The ids of a conversation, and a weight for each, as a template gives them."""
+Rendered = tuple[Sequence[int], Sequence[int], *tuple[Any, ...]]
+"""The ids of a conversation, and a weight for each, as a template gives them; and what more is known of it."""
 
 
 def fits(rendered: Rendered, length: int) -> bool:
@@ -130,32 +131,36 @@ class ConversationRows:
     `unanswered`. Raises InputError where nothing is left.
     """
 
+    num_images = 0
+    """Images of each row of a batch."""
+    mean_images = 0.0
+    """Mean of the images that a row has."""
+    said_of_long = ""
+    """What is known of the first conversation that does not fit, for the end of a line."""
+
     def __init__(self, rendered: Sequence[Rendered], length: int, seed: int = 0):
-        short = [pair for pair in rendered if fits(pair, length)]
-        kept = [pair for pair in short if is_answered(pair)]
+        short = [one for one in rendered if fits(one, length)]
+        kept = [one for one in short if is_answered(one)]
         self.length, self.seed = length, seed
         self.too_long, self.unanswered = len(rendered) - len(short), len(short) - len(kept)
         if not kept:
             raise InputError(
                 f"none of {len(rendered)} conversations can be learned: {self.too_long} have more than "
-                f"data.length + 1 = {length + 1} tokens, {self.unanswered} no answer; raise --data.length"
+                f"data.length + 1 = {length + 1} tokens{self.said_of_long}, {self.unanswered} no answer; raise "
+                "--data.length"
             )
-        self._tokens = MemorySplit.of([ids for ids, _ in kept])
-        self._weights = MemorySplit.of([weights for _, weights in kept])
-        self._counts = [len(ids) - 1 for ids, _ in kept]
-        self._rows = pack_best_fit(self._counts, length)
+        self._weights = MemorySplit.of([one[1] for one in kept])
+        self._rows = self._laid_out(kept)
 
     @property
     def num_rows(self) -> int:
         """Rows of an epoch."""
         return len(self._rows)
 
-    def batch(self, first: int, count: int) -> Batch:
-        """Rows [first, first + count) of all epochs' rows, one epoch after the other: see `packing.cut`.
-
-        weights_BL is 1 where the target is the assistant's, and 0 elsewhere.
-        """
-        return self._cut([self._rows[row] for row in shuffled(first, count, self.num_rows, self.seed)])
+    def batch(self, first: int, count: int, part: RowSlice = ALL_ROWS) -> Batch:
+        """Rows [first, first + count) of all epochs' rows, or some of them, one epoch after the other: see `_cut`."""
+        numbers = np.array(shuffled(first, count, self.num_rows, self.seed))[part]
+        return self._cut([self._rows[row] for row in numbers])
 
     def batches(self, batch_size: int, step: int = 0) -> Iterator[tuple[Batch, dict[str, int]]]:
         """Yields (batch, {"rows": rows read}) without end, from behind `step` batches."""
@@ -163,15 +168,29 @@ class ConversationRows:
             yield self.batch(step * batch_size, batch_size), {"rows": (step + 1) * batch_size}
             step += 1
 
-    def in_order(self, batch_size: int, max_rows: int = 0) -> Iterator[Batch]:
+    def in_order(self, batch_size: int, max_rows: int = 0, part: RowSlice = ALL_ROWS) -> Iterator[Batch]:
         """Yields each row once, or the first max_rows (0: all), in batches of which the last one is padded."""
-        rows = self._rows[:max_rows] if max_rows else self._rows
+        rows = self._rows[: max_rows or None]
         for first in range(0, len(rows), batch_size):
             some = rows[first : first + batch_size]
-            yield self._cut([*some, *([[]] * (batch_size - len(some)))])
+            padded = [*some, *([[]] * (batch_size - len(some)))]
+            yield self._cut([padded[row] for row in np.arange(batch_size)[part]])
+
+    def example(self, num_rows: int) -> Batch:
+        """Names, shapes and types of the batches, with nothing read and nothing allocated."""
+        return example_batch(num_rows, self.length)
+
+    def _laid_out(self, kept: Sequence[Any]) -> list[Any]:
+        """Rows of conversations, each as `_cut` takes it."""
+        self._tokens = MemorySplit.of([ids for ids, *_ in kept])
+        self._counts = [len(ids) - 1 for ids, *_ in kept]
+        return pack_best_fit(self._counts, self.length)
 
     def _cut(self, rows: Sequence[Sequence[int]]) -> Batch:
-        """A batch of rows, each as the numbers of its conversations."""
+        """A batch of rows, each as the numbers of its conversations: see `packing.cut`.
+
+        weights_BL is 1 where the target is the assistant's, and 0 elsewhere.
+        """
         numbers = [number for row in rows for number in row]
         counts = [np.array([self._counts[number] for number in row], np.int64) for row in rows]
         spans = Spans(

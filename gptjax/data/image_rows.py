@@ -12,10 +12,8 @@ import numpy as np
 
 from gptjax.config import VisionConfig
 from gptjax.config.section import InputError
-from gptjax.data.batches import ALL_ROWS, RowSlice
-from gptjax.data.dialogue import fits, is_answered, pack_best_fit
-from gptjax.data.packing import Batch, MemorySplit, example_batch
-from gptjax.data.permutation import shuffled
+from gptjax.data.dialogue import ConversationRows, fits, pack_best_fit
+from gptjax.data.packing import Batch, example_batch
 from gptjax.data.pictures import PictureFile
 
 
@@ -62,12 +60,8 @@ class ImageConversation(NamedTuple):
     """The place of its record."""
 
 
-class ImageRows:
-    """Rows of `length` predictions that hold whole conversations with images, and the images, epoch after epoch.
-
-    Conversations that do not fit are left out and counted in `too_long`, those without an answer to learn in
-    `unanswered`. Without `share` each has all of its tokens. Raises InputError where nothing is left.
-    """
+class ImageRows(ConversationRows):
+    """Rows of `ImageConversation`s, and their images. Without `share` each has all of its tokens."""
 
     def __init__(
         self,
@@ -77,59 +71,35 @@ class ImageRows:
         seed: int = 0,
         share: bool = True,
     ):
-        short = [c for c in conversations if fits(c[:2], length)]
-        kept = [c for c in short if is_answered(c[:2])]
-        self.length, self.seed, self.vision, self._pictures = length, seed, pictures.vision, pictures
-        self.too_long, self.unanswered = len(conversations) - len(short), len(short) - len(kept)
-        self.first_long = next((c for c in conversations if not fits(c[:2], length)), None)
-        if not kept:
-            raise InputError(
-                f"none of {len(conversations)} conversations can be learned: {self.too_long} have more than "
-                f"data.length + 1 = {length + 1} tokens{said_of(self.first_long)}, {self.unanswered} no answer; raise "
-                "--data.length"
-            )
+        self.vision, self._pictures, self._share = pictures.vision, pictures, share
+        self.said_of_long = said_of(next((c for c in conversations if not fits(c, length)), None))
+        super().__init__(conversations, length, seed)
+
+    def _laid_out(self, kept: Sequence[ImageConversation]) -> list[list[tuple[int, int]]]:
         self._ids = [np.array(c.ids, np.int64) for c in kept]
-        self._weights = MemorySplit.of([c.weights for c in kept])
         self._keys = [c.keys for c in kept]
         self._answers = [int(np.argmax(np.asarray(c.weights[1:]) > 0)) + 1 for c in kept]
-        groups, sizes = self._groups(share)
-        self._rows = [[pair for group in row for pair in groups[group]] for row in pack_best_fit(sizes, length)]
-        counts = [len({key for n, _ in row for key in self._keys[n]}) for row in self._rows]
+        groups, sizes = self._groups()
+        rows = [[pair for group in row for pair in groups[group]] for row in pack_best_fit(sizes, self.length)]
+        counts = [len({key for n, _ in row for key in self._keys[n]}) for row in rows]
         self.most_images, self.mean_images = max(counts), sum(counts) / len(counts)
         """The most images that a row has, and their mean."""
         self.num_images = max(1, self.most_images)
         """Images of each row of a batch, I; those that it lacks are zeros."""
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of an epoch."""
-        return len(self._rows)
-
-    def batch(self, first: int, count: int, part: RowSlice = ALL_ROWS) -> Batch:
-        """Rows [first, first + count) of all epochs' rows, or some of them, one epoch after the other: see `_cut`."""
-        numbers = np.array(shuffled(first, count, self.num_rows, self.seed))[part]
-        return self._cut([self._rows[row] for row in numbers])
-
-    def in_order(self, batch_size: int, max_rows: int = 0, part: RowSlice = ALL_ROWS) -> Iterator[Batch]:
-        """Yields each row once, or the first max_rows (0: all), in batches of which the last one is padded."""
-        rows = self._rows[: max_rows or None]
-        for first in range(0, len(rows), batch_size):
-            some = rows[first : first + batch_size]
-            padded = [*some, *([[]] * (batch_size - len(some)))]
-            yield self._cut([padded[row] for row in np.arange(batch_size)[part]])
+        return rows
 
     def example(self, num_rows: int) -> Batch:
         """Names, shapes and types of the batches, with nothing read and nothing allocated."""
         return example_batch(num_rows, self.length, self.vision, self.num_images)
 
-    def _groups(self, share: bool) -> tuple[list[list[tuple[int, int]]], list[int]]:
+    def _groups(self) -> tuple[list[list[tuple[int, int]]], list[int]]:
         """Conversations that stay together, as (number, tokens shared with the one before it), and their tokens.
 
         They begin with the same image, in the same text. What does not fit into one row is several groups.
         """
         by_image: dict[str, list[int]] = {}
         for number, keys in enumerate(self._keys):
-            by_image.setdefault(keys[0] if share and keys else f"{number}", []).append(number)
+            by_image.setdefault(keys[0] if self._share and keys else f"{number}", []).append(number)
         groups, sizes = [], []
         for numbers in by_image.values():
             before = -1

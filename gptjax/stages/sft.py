@@ -34,7 +34,7 @@ def sft(config: SftConfig, provenance: Provenance) -> Path:
         tasks = named_tasks(config.evaluate.tasks)
         tuning = Tuning(config, mesh)
         example = abstract(data.example, mesh)
-        group.describe_step(config, tuning.shapes, tuning.frozen_shapes, data.most_images)
+        group.describe_step(config, tuning.shapes, tuning.frozen_shapes, data.train.num_images)
         say(entry("data", data.describe()))
 
         # -- Run folder, and the state: a checkpoint comes before config.init.
@@ -55,7 +55,7 @@ def sft(config: SftConfig, provenance: Provenance) -> Path:
             losses = evaluate(eval_step, params, data.validation, cfg.max_rows, mesh)
             return losses | measure_tasks(tasks, decoder, params, data.tokenizer, mesh, cfg.limit, chat=True)
 
-        work = {"vocab_size": decoder.vocab_size, "passes": tuning.passes, "images": data.mean_images}
+        work = {"vocab_size": decoder.vocab_size, "passes": tuning.passes, "images": data.train.mean_images}
         state = runner.train(train_step, state, frozen, batches, evaluation, sample.write, **work)
         sample.print(state)
     return run.folder
