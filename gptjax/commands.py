@@ -228,12 +228,11 @@ def inspect_run(
     run_dir: str | Path, text: str, cfg: InspectConfig, write: Callable[[str], None], note: Callable[[str], None]
 ) -> None:
     """Writes a table of what a run makes of a text, and the page and the JSON that cfg names."""
-    from gptjax.generation.image_prompts import open_picture
     from gptjax.serve.inspection import inspect, inspection_json, inspection_page, inspection_prompt, inspection_table
 
     for path in filter(None, (cfg.out, cfg.json)):
         check_file(path)
-    pictures = [open_picture(path) for path in cfg.image]
+    pictures = _pictures(cfg.image)
     model = load_model(run_dir, None, cfg.step)
     found = inspect(model, inspection_prompt(model, text, pictures, cfg.chat) if pictures or cfg.chat else text)
     for line in inspection_table(found):

@@ -14,22 +14,18 @@ import termios
 import time
 from pathlib import Path
 
-import jax
 import pytest
+from byte_run import byte_run
 from commands import GPTJAX, environment, refused
 
 from gptjax.cli import main
-from gptjax.config import DataConfig, GenerateConfig, ModelConfig, TokenizerConfig, TrainConfig
-from gptjax.config.section import InputError, leaves
+from gptjax.config import GenerateConfig, ModelConfig
+from gptjax.config.section import InputError
 from gptjax.data.dialogue import read_conversations
 from gptjax.generation.text_stream import TextStream
-from gptjax.model.decoder import init_params, make_decoder
-from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.load import load_model
-from gptjax.runs.run import Run
 from gptjax.serve.session import Session, Transcript
 from gptjax.serve.terminal import finished, talk
-from gptjax.tokenizer import BytesTokenizer, set_template
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
 CONTEXT = 256
@@ -38,20 +34,8 @@ GREEDY = GenerateConfig(max_new_tokens=8, temperature=0.0)
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A run of bytes with its first weights, whose template is llama2."""
-    folder = tmp_path_factory.mktemp("chat") / "run"
     model = ModelConfig(num_layers=1, width=16, num_heads=2, dtype="float32")
-    tokenizer = TokenizerConfig(kind="bytes", vocab_size=258, template="llama2")
-    config = TrainConfig(run_dir=str(folder), model=model, tokenizer=tokenizer, data=DataConfig(length=CONTEXT))
-    opened, ours = Run.open(folder, config), BytesTokenizer()
-    set_template(ours, "llama2")
-    ours.save(opened.tokenizer)
-    checkpoints = Checkpoints(opened.checkpoints, config.checkpoint)
-    params = jax.jit(init_params(make_decoder(config)))(jax.random.key(0))
-    checkpoints.save(0, {"params": params}, {"rows": 0}, dict(leaves(config)))
-    checkpoints.wait()
-    opened.close()
-    return folder
+    return byte_run(tmp_path_factory.mktemp("chat") / "run", model, CONTEXT)
 
 
 @pytest.fixture

@@ -5,28 +5,24 @@ import io
 from pathlib import Path
 
 import httpx
-import jax
 import pytest
+from byte_run import byte_run
 from commands import refused
 from serving import serving
 from test_serve_model import alone
 
 import gptjax
 from gptjax.cli import main
-from gptjax.config import DataConfig, GenerateConfig, ModelConfig, TokenizerConfig, TrainConfig, VisionConfig
-from gptjax.config.section import InputError, leaves
+from gptjax.config import GenerateConfig, ModelConfig, VisionConfig
+from gptjax.config.section import InputError
 from gptjax.config.serving import ServeConfig
 from gptjax.data.dialogue import read_conversations
 from gptjax.data.image_messages import pictures_of
 from gptjax.generation.image_prompts import open_picture
-from gptjax.model.decoder import init_params, make_decoder
-from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.load import LoadedModel, load_model
-from gptjax.runs.run import Run
 from gptjax.serve.service import Service
 from gptjax.serve.session import Session
 from gptjax.serve.terminal import talk
-from gptjax.tokenizer import BytesTokenizer, set_template
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
 VISION = VisionConfig(patch=4, side=16, merge=2)
@@ -35,19 +31,9 @@ GREEDY = GenerateConfig(max_new_tokens=8, temperature=0.0)
 
 
 def make(folder: Path, vision: VisionConfig) -> Path:
-    """A run of bytes with random weights, whose template is llama2."""
+    """A run with random weights that tell one picture from another."""
     model = ModelConfig(num_layers=1, width=16, num_heads=2, dtype="float32", init_std=1.0, tied=False, vision=vision)
-    tokenizer = TokenizerConfig(kind="bytes", vocab_size=258, template="llama2")
-    config = TrainConfig(run_dir=str(folder), model=model, tokenizer=tokenizer, data=DataConfig(length=CONTEXT))
-    opened, ours = Run.open(folder, config), BytesTokenizer()
-    set_template(ours, "llama2")
-    ours.save(opened.tokenizer)
-    checkpoints = Checkpoints(opened.checkpoints, config.checkpoint)
-    params = jax.jit(init_params(make_decoder(config)))(jax.random.key(0))
-    checkpoints.save(0, {"params": params}, {"rows": 0}, dict(leaves(config)))
-    checkpoints.wait()
-    opened.close()
-    return folder
+    return byte_run(folder, model, CONTEXT)
 
 
 @pytest.fixture(scope="module")

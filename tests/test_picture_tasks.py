@@ -12,10 +12,10 @@ from test_image_prompts import CONTEXT, VISION, full_pass, opened
 from gptjax.config.section import InputError
 from gptjax.data import picture_sets
 from gptjax.data.image_rows import place_id
-from gptjax.evals import measure as measuring
 from gptjax.evals.measure import measure
 from gptjax.evals.score import Scorer
 from gptjax.evals.tasks import load_task
+from gptjax.generation import image_prompts
 from gptjax.generation.image_places import device_ids, image_places
 from gptjax.model.vision import Images
 from gptjax.tokenizer import BytesTokenizer, set_template
@@ -87,8 +87,8 @@ def prompt_ids(model, task, item, chat: bool) -> list[int]:
 @pytest.mark.parametrize("chat", [False, True])
 def test_likelihoods_behind_pictures_are_those_of_the_full_pass(model, folder, chat, monkeypatch):
     decoded = []
-    read = measuring.read_patches
-    monkeypatch.setattr(measuring, "read_patches", lambda p, v: decoded.append(p.key) or read(p, v))
+    read = image_prompts.read_patches
+    monkeypatch.setattr(image_prompts, "read_patches", lambda p, v: decoded.append(p.key) or read(p, v))
     task = load_task(write(folder / "quiz.jsonl", CHOICES))
     found = measure(task, scorer(model), model.tokenizer, chat=chat).records
     assert len(decoded) == 2, "each picture is read once"
@@ -111,7 +111,7 @@ def test_what_is_generated_follows_the_picture_and_is_counted_by_kind(model, fol
     head = {"kind": "generation", "prompt": "{question}", "answers": "answer", "by": "kind", "max_new_tokens": 3}
     task = load_task(write(folder / "ask.jsonl", ASKED, **head))
     result = measure(task, scorer(model), model.tokenizer, chat=chat)
-    patches = {place_id(p.key): measuring.read_patches(p, VISION) for item in task.items for p in item.pictures}
+    patches = {place_id(p.key): image_prompts.read_patches(p, VISION) for item in task.items for p in item.pictures}
     for item, record in zip(task.items, result.records):
         ids = prompt_ids(model, task, item, chat)
         begun = len(ids)

@@ -11,7 +11,6 @@ import numpy as np
 
 from gptjax.config import GenerateConfig, VisionConfig
 from gptjax.config.section import InputError
-from gptjax.data.images import Picture
 from gptjax.evals.metrics import (
     Metric,
     choice_metrics,
@@ -25,7 +24,7 @@ from gptjax.evals.score import Likelihood, Scorer
 from gptjax.evals.tasks import Item, Task
 from gptjax.generation.chat import continue_ids
 from gptjax.generation.image_places import Pictures
-from gptjax.generation.image_prompts import behind_pictures, place_pictures, read_patches, with_pictures
+from gptjax.generation.image_prompts import behind_pictures, place_pictures, reading_once, with_pictures
 from gptjax.tokenizer import Tokenizer
 from gptjax.tokenizer.known_templates import template_of
 
@@ -173,13 +172,7 @@ def _placed(
     prompts: Sequence[list[int]], items: Sequence[Item], vision: VisionConfig
 ) -> tuple[list[list[int]], Pictures]:
     """The prompts with their items' pictures in place, and the patches of each picture, which is read once."""
-    known: dict[str, np.ndarray] = {}
-
-    def read(picture: Picture, vision: VisionConfig) -> np.ndarray:
-        if picture.key not in known:
-            known[picture.key] = read_patches(picture, vision)
-        return known[picture.key]
-
+    read = reading_once()
     placed = [place_pictures(ids, item.pictures, vision, read) for ids, item in zip(prompts, items, strict=True)]
     return [one.ids for one in placed], {place: patches for one in placed for place, patches in one.pictures.items()}
 

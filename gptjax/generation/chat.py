@@ -7,7 +7,7 @@ from gptjax.config import GenerateConfig
 from gptjax.config.section import InputError
 from gptjax.generation.engine import CHUNK, stream_text
 from gptjax.generation.image_places import NO_PICTURES, Pictures
-from gptjax.generation.image_prompts import rendered_prompt
+from gptjax.generation.image_prompts import reading_once, rendered_prompt
 from gptjax.generation.text_stream import TextStream
 from gptjax.model.decoder import Decoder, Params
 from gptjax.tokenizer import Tokenizer
@@ -34,9 +34,9 @@ def stream_answers(
     where the tokenizer has no template, a conversation is none that the template has, or does not fit, and for pictures
     that can't be read, or that the model does not read.
     """
-    template = template_of(tokenizer)
+    template, read = template_of(tokenizer), reading_once()
     prompts = [
-        rendered_prompt(template.render(tokenizer, messages, True)[0], messages, decoder.cfg.vision)
+        rendered_prompt(template.render(tokenizer, messages, True)[0], messages, decoder.cfg.vision, read)
         for messages in conversations
     ]
     pictures = {place: patches_PY for prompt in prompts for place, patches_PY in prompt.pictures.items()}

@@ -75,11 +75,13 @@ def stream(
     incomplete comes out as U+FFFD. Parameters that lie sharded on a mesh need that mesh set (jax.set_mesh). Raises
     InputError where a prompt does not fit, or an image can't be read.
     """
-    prompts, pictures = [tokenizer.prompt_ids(prompt) for prompt in cfg.prompt], None
-    if images:
-        from gptjax.generation.image_prompts import text_prompt
+    if not images:
+        prompts, pictures = [tokenizer.prompt_ids(prompt) for prompt in cfg.prompt], None
+    else:
+        from gptjax.generation.image_prompts import reading_once, text_prompt
 
-        made = [text_prompt(tokenizer, prompt, images, decoder.cfg.vision) for prompt in cfg.prompt]
+        read = reading_once()
+        made = [text_prompt(tokenizer, prompt, images, decoder.cfg.vision, read) for prompt in cfg.prompt]
         prompts, pictures = [prompt.ids for prompt in made], made[0].pictures  # the same of all
     spaced = tokenizer.opens_with_space
     texts = [TextStream(tokenizer, cfg.stop, drops_space=spaced and not prompt) for prompt in cfg.prompt]

@@ -33,6 +33,18 @@ def read_patches(picture: Picture, vision: VisionConfig) -> np.ndarray:
     return image_patches(picture.content, picture.origin, vision)
 
 
+def reading_once() -> PatchReader:
+    """`read_patches` that decodes each picture once, and keeps its patches."""
+    known: dict[str, np.ndarray] = {}
+
+    def read(picture: Picture, vision: VisionConfig) -> np.ndarray:
+        if picture.key not in known:
+            known[picture.key] = read_patches(picture, vision)
+        return known[picture.key]
+
+    return read
+
+
 def open_picture(image: "str | Path | bytes | Picture", origin: str = "image") -> Picture:
     """A picture of the user's: a file by its path, or its bytes. Raises InputError where a file can't be read."""
     if isinstance(image, Picture):
@@ -72,10 +84,16 @@ def rendered_prompt(
     return place_pictures(ids, pictures_of(messages), vision, read)
 
 
-def text_prompt(tokenizer: Tokenizer, text: str, pictures: Sequence[Picture], vision: VisionConfig) -> ImagePrompt:
+def text_prompt(
+    tokenizer: Tokenizer,
+    text: str,
+    pictures: Sequence[Picture],
+    vision: VisionConfig,
+    read: PatchReader = read_patches,
+) -> ImagePrompt:
     """The prompt of a text with pictures before it; where the prompt begins with an id of its own, they follow that."""
     ids = behind_pictures(tokenizer, tokenizer.prompt_ids(text), pictures)
-    return place_pictures(ids, pictures, vision)
+    return place_pictures(ids, pictures, vision, read)
 
 
 def behind_pictures(tokenizer: Tokenizer, ids: Sequence[int], pictures: Sequence[Picture]) -> list[int]:

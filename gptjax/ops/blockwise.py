@@ -297,14 +297,13 @@ def visits(span: _Span, shards: int, M: int, size_L: int, size_M: int) -> tuple[
     rows_QL = start_Q[:, None] + jnp.arange(size_L)
     first_BQ, last_BQ = span.first_BL[:, rows_QL].min(axis=-1), span.last_BL[:, rows_QL].max(axis=-1)
     needed_BQC = (first_BQ[..., None] < start_C + size_M) & (start_C <= last_BQ[..., None])
+    keys_CM = jnp.minimum(start_C, M - size_M)[:, None] + jnp.arange(size_M)
     if span.segments is not None:
         # Blocks share a document only where their ranges of segments overlap.
-        keys_CM = jnp.minimum(start_C, M - size_M)[:, None] + jnp.arange(size_M)
         query_BQL, key_BCM = span.segments[0][:, rows_QL], span.segments[1][:, keys_CM]
         needed_BQC &= query_BQL.min(axis=-1)[:, :, None] <= key_BCM.max(axis=-1)[:, None]
         needed_BQC &= key_BCM.min(axis=-1)[:, None] <= query_BQL.max(axis=-1)[:, :, None]
     if span.until_BM is not None:
-        keys_CM = jnp.minimum(start_C, M - size_M)[:, None] + jnp.arange(size_M)
         needed_BQC &= (
             span.last_BL[:, rows_QL].min(axis=-1)[:, :, None] < span.until_BM[:, keys_CM].max(axis=-1)[:, None]
         )

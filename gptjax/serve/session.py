@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import numpy as np
 
-from gptjax.config import GenerateConfig, VisionConfig
+from gptjax.config import GenerateConfig
 from gptjax.config.section import InputError
 from gptjax.data.images import Picture
 from gptjax.generation.engine import stream_text
 from gptjax.generation.image_places import Pictures, require_vision
-from gptjax.generation.image_prompts import ImagePrompt, read_patches, rendered_prompt, with_pictures
+from gptjax.generation.image_prompts import ImagePrompt, reading_once, rendered_prompt, with_pictures
 from gptjax.generation.text_stream import TextStream
 from gptjax.runs.load import LoadedModel
 from gptjax.serve.tools import Toolbox, check_template
@@ -118,7 +117,7 @@ class Session:
         """Messages from the start that the last answer was given without, since they do not fit."""
         self._again = 0
         self._pictures: list[Picture] = []
-        self._patches: dict[str, np.ndarray] = {}
+        self._read = reading_once()
 
     def add_picture(self, picture: Picture) -> int:
         """Puts a picture before the next message; returns the tokens that it takes.
@@ -131,12 +130,6 @@ class Session:
         self._read(picture, vision)
         self._pictures.append(picture)
         return vision.tokens_around
-
-    def _read(self, picture: Picture, vision: VisionConfig) -> np.ndarray:
-        """The patches of a picture, which is decoded once."""
-        if picture.key not in self._patches:
-            self._patches[picture.key] = read_patches(picture, vision)
-        return self._patches[picture.key]
 
     def prepare(self) -> Prepared:
         """The messages as ids, the oldest turns left out where all do not fit.
@@ -195,7 +188,7 @@ class Session:
         """Forgets all messages and pictures; the system message stays."""
         self.messages.clear()
         self._pictures.clear()
-        self._patches.clear()
+        self._read = reading_once()
 
     def describe(self) -> str:
         """The tokens of the conversation, as it would be read, and of the context, in a line."""
