@@ -1,4 +1,4 @@
-"""Questions about pictures, answered by a small model from scratch in a quarter of an hour on two CPU cores.
+"""Questions about pictures, answered by a small model that is trained from scratch on two CPU cores.
 
 gptjax sft vqa
 gptjax eval runs/vqa --tasks easy_vqa --chat
